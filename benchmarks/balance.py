@@ -204,13 +204,11 @@ def train(arm: Arm, steps: int, data: DataSpec, store_dir: Path) -> Measured:
         model.parameters(), spec.lr, options.betas, options.eps, options.weight_decay, fused=True
     )
     num_rows = store.num_rows("train", LENGTH)
-    sampler = SamplerState.of_one_stage(
-        seed=spec.seed, global_batch_size=ROWS, sequence_length=LENGTH, num_rows=num_rows
-    )
+    sampler = SamplerState(seed=spec.seed, global_batch_size=ROWS, sequence_length=LENGTH, num_rows=num_rows)
     counts = []
     for step in range(steps):
         lr = learning_rate(spec, step)
-        rows = store.rows("train", sample(sampler, step).rows, LENGTH)
+        rows = store.rows("train", sample(sampler, step), LENGTH)
         loss = model(torch.from_numpy(rows.inputs_RT), torch.from_numpy(rows.targets_RT))
         routed = model.routing_counts()
         (loss / int((rows.targets_RT >= 0).sum())).backward()
@@ -241,7 +239,7 @@ def validated(model: TrainableModel, store: TokenStore) -> tuple[float, NDArray[
         loss_sum += float(model(torch.from_numpy(rows.inputs_RT), torch.from_numpy(rows.targets_RT)))
         num_targets += int((rows.targets_RT >= 0).sum())
         if len(batch) == ROWS:
-            counts.append(model.expert_counts().numpy())
+            counts.append(model.routing_counts().counts_LE.numpy())
     return loss_sum / num_targets, np.stack(counts)
 
 

@@ -83,16 +83,20 @@ class DataError(UsageError):
     """A corpus that can't be read, or is too small for the job."""
 
 
-class EntrypointError(UsageError):
-    """A user-defined model that can't be imported or built, or doesn't meet the requirements of training.
+class TracedError(OrchestratorError):
+    """An error with a cause in another process or in a user's code.
 
     Args:
-        traceback: of the user's code, where that raised.
+        traceback: of the cause, where it raised.
     """
 
     def __init__(self, message: str, *, traceback: str = "", remedy: str = "", unchanged: str = "") -> None:
         super().__init__(message, remedy=remedy, unchanged=unchanged)
         self.traceback = traceback
+
+
+class EntrypointError(TracedError, UsageError):
+    """A user-defined model that can't be imported or built, or doesn't meet the requirements of training."""
 
 
 class StorageError(OrchestratorError):
@@ -126,18 +130,10 @@ class NotAllowed(OrchestratorError):
     exit_code = 77
 
 
-class RunFailed(OrchestratorError):
-    """The run failed, with a named reason.
-
-    Args:
-        traceback: of the worker's error that ended it, where there was one.
-    """
+class RunFailed(TracedError):
+    """The run failed, with a named reason."""
 
     exit_code = 100
-
-    def __init__(self, message: str, *, traceback: str = "", remedy: str = "", unchanged: str = "") -> None:
-        super().__init__(message, remedy=remedy, unchanged=unchanged)
-        self.traceback = traceback
 
 
 class JobDoesNotFit(OrchestratorError):

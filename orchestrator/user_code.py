@@ -21,10 +21,6 @@ class Elsewhere(ImportError):
 def place_of(module: str, directory: Path) -> Path:
     """The file of a module, found without running any code.
 
-    Args:
-        module: its dotted name.
-        directory: the user's code.
-
     Raises:
         ModuleNotFoundError: there is no such module.
         Elsewhere: a link leads out of the directory, or the file belongs to Python or to an installed package.

@@ -92,7 +92,7 @@ def build(job: JobSpec, vocab_size: int, rank: int, world_size: int) -> tuple[Mo
 
 def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engine: Any, rank: int, size: int) -> None:
     train, length = job.train, job.train.sequence_length
-    sampler = SamplerState.of_one_stage(
+    sampler = SamplerState(
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         sequence_length=length,
@@ -101,7 +101,7 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
     mine = micro_batches_of(rank, size, train.most_micro_batches)
     step = 0
     while True:
-        rows = sample(sampler, step).rows
+        rows = sample(sampler, step)
         tokens = store.target_count("train", store.spans("train", rows, length))
         loss_sum, routed = 0.0, RoutingCounts.zeros(len(model.moe_layers), job.model)
         for number in mine:

@@ -49,7 +49,7 @@ def main() -> None:
     else:
         read_pretrained(job.model.model_copy(update={"vocab_size": store.vocab_size}), engine.ranges())
     engine.on_state_loaded(0)
-    sampler = SamplerState.of_one_stage(
+    sampler = SamplerState(
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         sequence_length=length,
@@ -59,7 +59,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     for step in count():
-        rows = sample(sampler, step).rows
+        rows = sample(sampler, step)
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
         routed = RoutingCounts.zeros(len(routers), job.model)
         mine = [

@@ -89,7 +89,7 @@ def main() -> None:
         job.model.init_from, dtype=dtype, experts_implementation="grouped_mm"
     ).train()
     loads, updates = Loads(model, job.model.n_routed_experts), Updates(model, job)
-    sampler = SamplerState.of_one_stage(
+    sampler = SamplerState(
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         sequence_length=length,
@@ -99,7 +99,7 @@ def main() -> None:
     gc.freeze()
     for step in count():
         loads.begin(is_counting=step % COUNT_EVERY == 0)
-        rows = sample(sampler, step).rows
+        rows = sample(sampler, step)
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
         for number in range(train.most_micro_batches):
             micro_batch = store.rows("train", rows[number * train.micro_batch_rows :][: train.micro_batch_rows], length)

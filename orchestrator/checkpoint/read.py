@@ -37,12 +37,6 @@ def list_steps(checkpoints: Path) -> tuple[int, ...]:
     return tuple(step for path in list_checkpoints(checkpoints) if (step := parse_step_name(path.name)) is not None)
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None."""
-    found = list_checkpoints(checkpoints)
-    return found[-1] if found else None
-
-
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest of a complete checkpoint. Raises CheckpointCorrupt if it is missing or was changed."""
     path = checkpoint / MANIFEST_FILE
@@ -61,9 +55,6 @@ class CheckpointReader:
     """Reads any element range of any tensor, independent of the world that wrote it. A context manager.
 
     Files are mapped into memory on first use; only the requested ranges are read.
-
-    Args:
-        checkpoint: the directory of a complete checkpoint.
 
     Raises:
         CheckpointCorrupt: the manifest can't be trusted.

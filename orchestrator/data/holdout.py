@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
 
-from orchestrator.data.manifest import Split
 from orchestrator.errors import DataError
 
 
@@ -41,14 +39,6 @@ class Holdout:
         self._held_out[self._lowest[1]] = True
         self._held_out[self._highest[1]] = False
         return self._held_out
-
-
-def split_documents(document_ids: Iterable[str], holdout: float) -> tuple[Split, ...]:
-    """The split of each document, by `Holdout`. Raises DataError for fewer than two documents."""
-    splits = Holdout(holdout)
-    for document_id in document_ids:
-        splits.add(document_id)
-    return tuple("validation" if held_out else "train" for held_out in splits.finished())
 
 
 def fraction_of(document_id: str, purpose: bytes = b"holdout") -> float:

@@ -36,7 +36,7 @@ class Orders:
         if by_document:
             self._chunks = Chunks.of(lengths_D, np.zeros(len(lengths_D)), train.sequence_length)
         rows = len(self._chunks.start) if self._chunks else store.num_rows("train", train.sequence_length)
-        state = SamplerState.of_one_stage(train.seed, train.global_batch_size, train.sequence_length, rows)
+        state = SamplerState(train.seed, train.global_batch_size, train.sequence_length, rows)
         self.first = RowOrder(state, self._chunks)
 
     def decided(self, present: Order, stages: Sequence[StageStart], first_step: int) -> Order:

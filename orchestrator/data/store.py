@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from orchestrator.data.manifest import (
-    DOCUMENTS,
     MANIFEST,
     SPLITS,
     TOKENIZER,
@@ -94,14 +93,6 @@ class TokenStore:
 
     def tokenizer(self) -> TextTokenizer:
         return TextTokenizer.load(self.directory / TOKENIZER)
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.directory / TOKENIZER
-
-    @property
-    def documents_path(self) -> Path:
-        return self.directory / DOCUMENTS
 
     def num_tokens(self, split: Split) -> int:
         return len(self._splits[split].tokens)

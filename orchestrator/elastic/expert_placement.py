@@ -26,7 +26,6 @@ class ExpertPlacement:
 
     Args:
         num_experts: routed experts per layer; every layer is placed alike.
-        world_size: number of ranks.
         holders: per expert, the ranks that hold it: at least one, in ascending order.
 
     Raises:

@@ -35,7 +35,6 @@ class StateLayout:
     """The holders of T tensors in a world.
 
     Args:
-        world: the world of the ranks.
         names: of the tensors, distinct.
         numel: [T], elements.
         itemsize: [T], bytes per element.

@@ -8,30 +8,14 @@ run of one tensor, within one held range at both ends. No data that a worker hol
 element that it lacks comes from exactly one other worker, and the bytes are minimal for the two layouts.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind
 from orchestrator.elastic.world import union
-from orchestrator.errors import OrchestratorError
-
-
-class StateLost(OrchestratorError):
-    """Elements of `tensors` are needed, but no available worker holds them."""
-
-    def __init__(self, tensors: tuple[str, ...]) -> None:
-        shown = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
-        super().__init__(
-            f"no available worker holds all of {shown}; every element needs a holder to come from",
-            remedy="Add a source that holds them, or go back to a checkpoint.",
-            unchanged="Nothing was moved.",
-        )
-        self.args = (tensors,)
-        self.tensors = tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,28 +59,16 @@ class TransferPlan:
     zeros: IntArray
 
     @classmethod
-    def between(cls, old: StateLayout, new: StateLayout, available: Collection[str] | None = None) -> Self:
-        """The plan from `old` to `new`.
-
-        Args:
-            available: the workers that still hold their part of `old`; None means all. The others neither send nor
-                keep anything.
-
-        Raises:
-            StateLost: no available worker holds some elements, or one rank's part of a partial tensor.
-            ValueError: the layouts don't describe the same tensors.
-        """
+    def between(cls, old: StateLayout, new: StateLayout) -> Self:
+        """The plan from `old` to `new`. Raises ValueError if they don't describe the same tensors."""
         _check_same_tensors(old, new)
         workers = union(old.world, new.world)
         number = {worker: index for index, worker in enumerate(workers)}
-        sources = np.array([available is None or worker in available for worker in old.world.members])
         new_workers = np.array([number[worker] for worker in new.world.members])
 
-        found = _Found(moves=[], keeps=[], zeros=[], lost=[])
-        _plan_shards(old, new, sources, new_workers, found)
-        _plan_whole(old, new, sources, new_workers, found)
-        if found.lost:
-            raise StateLost(tuple(old.names[t] for t in np.unique(np.concatenate(found.lost))))
+        found = _Found(moves=[], keeps=[], zeros=[])
+        _plan_shards(old, new, new_workers, found)
+        _plan_whole(old, new, new_workers, found)
         return cls(
             workers=workers,
             names=old.names,
@@ -133,12 +105,11 @@ class TransferPlan:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """Rows found so far, as in `TransferPlan`; `lost` are indices of tensors without a source."""
+    """Rows found so far, as in `TransferPlan`."""
 
     moves: list[IntArray]
     keeps: list[IntArray]
     zeros: list[IntArray]
-    lost: list[IntArray]
 
 
 def _check_same_tensors(old: StateLayout, new: StateLayout) -> None:
@@ -153,36 +124,24 @@ def _check_same_tensors(old: StateLayout, new: StateLayout) -> None:
             )
 
 
-def _plan_shards(
-    old: StateLayout, new: StateLayout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found
-) -> None:
+def _plan_shards(old: StateLayout, new: StateLayout, new_workers: IntArray, found: _Found) -> None:
     """Sharded tensors, laid end to end on one line: between two boundaries of either layout no holder changes."""
     line = old.line()
-    held = old.shards[sources[old.shards[:, 3]]]
-    held_begin, held_end = line[held[:, 0]] + held[:, 1], line[held[:, 0]] + held[:, 2]
-    need_begin, need_end = line[new.shards[:, 0]] + new.shards[:, 1], line[new.shards[:, 0]] + new.shards[:, 2]
+    held_begin, need_begin = (line[layout.shards[:, 0]] + layout.shards[:, 1] for layout in (old, new))
     if not len(need_begin):
         return
-    if not len(held):
-        found.lost.append(new.shards[:, 0])
-        return
-    cuts = np.unique(np.concatenate([held_begin, held_end, need_begin, need_end]))
+    cuts = np.unique(np.concatenate([held_begin, need_begin, line[-1:]]))
     begin, end = cuts[:-1], cuts[1:]
     need = np.searchsorted(need_begin, begin, side="right") - 1
-    have = np.maximum(np.searchsorted(held_begin, begin, side="right") - 1, 0)
+    have = np.searchsorted(held_begin, begin, side="right") - 1
     tensor, start, stop = new.shards[need, 0], begin - line[new.shards[need, 0]], end - line[new.shards[need, 0]]
-    unheld = (begin < held_begin[have]) | (begin >= held_end[have])
-    if unheld.any():
-        found.lost.append(tensor[unheld])
-    source, destination = held[have, 3], new_workers[new.shards[need, 3]]  # old ranks are indices in plan.workers
+    source, destination = old.shards[have, 3], new_workers[new.shards[need, 3]]  # old ranks are indices in plan.workers
     stays = source == destination
     found.keeps.append(np.stack([tensor, start, stop, source], axis=1)[stays])
     found.moves.append(np.stack([tensor, start, stop, source, destination], axis=1)[~stays])
 
 
-def _plan_whole(
-    old: StateLayout, new: StateLayout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found
-) -> None:
+def _plan_whole(old: StateLayout, new: StateLayout, new_workers: IntArray, found: _Found) -> None:
     """Replicated and partial tensors, by class: those with the same kind and the same holders before and after."""
     (whole,) = np.nonzero(old.kind != TensorKind.SHARDED)
     if not len(whole):
@@ -192,10 +151,7 @@ def _plan_whole(
     order = np.argsort(class_of.ravel(), kind="stable")
     starts = np.searchsorted(class_of.ravel()[order], np.arange(1, len(classes)))
     for (kind, before, after), members in zip(classes.tolist(), np.split(whole[order], starts), strict=True):
-        holders = [rank for rank in old.holder_sets[before] if sources[rank]]
-        if not holders or (kind == TensorKind.PARTIAL and len(holders) < len(old.holder_sets[before])):
-            found.lost.append(members)
-            continue
+        holders = old.holder_sets[before]
         wanted = new_workers[list(new.holder_sets[after])].tolist()
         had = set(holders)
         staying = [worker for worker in wanted if worker in had]

@@ -67,7 +67,6 @@ class PendingGroups:
     """Connected ranks of a future generation. Collective: every rank constructs it.
 
     Args:
-        store: the run's rendezvous store.
         prefix: unique to the generation and the controller's term.
         backend: gloo, or nccl for ranks with a GPU each.
         timeout_s: how long to wait for a rank, now and in every later operation.

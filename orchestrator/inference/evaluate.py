@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.data.corpus.sources import read_documents
 from orchestrator.data.store import IGNORED_TARGET, Rows, TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
@@ -62,8 +62,8 @@ def evaluate(
 def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:
     length, at_once = job.train.sequence_length, max(1, job.train.micro_batch_tokens // job.train.sequence_length)
     if request.corpus is not None:
-        corpus = open_corpus(request.corpus, request.text_key)
-        yield from rows_of_documents(corpus, tokenizer, length, at_once)
+        documents = read_documents(request.corpus, request.text_key)
+        yield from rows_of_documents(documents, tokenizer, length, at_once)
         return
     assert request.store_dir is not None
     split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"

@@ -58,13 +58,6 @@ class TrainableModel(nn.Module, ABC):
         kept = self.state_dict().keys()
         return ((name, buffer) for name, buffer in self.named_buffers() if name in kept)
 
-    def expert_counts(self) -> Tensor:
-        """Tokens (counted once per choice) that this rank routed to each expert in its last forward pass (L, E)."""
-        layers = self.moe_layers
-        if not layers:
-            return torch.zeros(0, self.spec.n_routed_experts, dtype=torch.int64)
-        return torch.stack([m.last_counts_E for m in layers])
-
     def routing_counts(self) -> RoutingCounts:
         """Counts of this rank's routers in its last forward pass, a training pass. The histogram of a layer whose
         router counts no margins is empty."""

@@ -15,7 +15,6 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -
     """The model as one rank holds it, with unset weights.
 
     Args:
-        spec: the model part of a job.
         vocab_size: V, from the tokenizer.
         home: placement of the experts, seen from this rank.
 

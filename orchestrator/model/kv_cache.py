@@ -35,7 +35,6 @@ class KVCache:
     """Caches of all layers.
 
     Args:
-        spec: the model's.
         batch_size: rows, all of the same length.
         capacity: largest number of tokens of a row.
         like: any weight of the model, for dtype and device.

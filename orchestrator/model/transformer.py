@@ -143,7 +143,6 @@ class MoELanguageModel(TrainableModel):
     """The project's own model.
 
     Args:
-        spec: the model part of a job.
         vocab_size: V, from the tokenizer.
         home: placement of the experts, seen from this rank.
     """

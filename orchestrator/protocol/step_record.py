@@ -37,7 +37,6 @@ class UpdateRecord(Compact):
     """The optimizer's update in a step.
 
     Args:
-        lr: learning rate.
         grad_norm: before clipping; inf where the update was skipped.
         applied: False: the update was not finite and was skipped on all ranks, or `skipped`.
         skipped: the batch was left out because it had made the loss explode.

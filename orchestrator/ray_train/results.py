@@ -38,7 +38,6 @@ def result_of(
     committed step. `best_checkpoints` are all that are kept, last the best one by the config's score, else the newest.
 
     Args:
-        run_dir: the run's directory in run storage.
         error: with which the run has ended.
 
     Raises:

@@ -15,7 +15,7 @@ from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_after, points_of_event
-from orchestrator.tracking.outbox import num_waiting
+from orchestrator.tracking.outbox_file import num_waiting
 from orchestrator.tracking.tracker import Tracker, TrackerState
 
 POINTS_PER_CALL = 2000

@@ -16,11 +16,6 @@ _WORD_MASK = 0xFFFF_FFFF_FFFF_FFFF
 _Words = NDArray[np.uint64]
 
 
-def row_at(seed: int, epoch: int, position_in_epoch: int, num_rows: int) -> int:
-    """The row at one position of an epoch: `rows_at` for a single position."""
-    return int(rows_at(seed, np.array([epoch]), np.array([position_in_epoch]), num_rows)[0])
-
-
 def rows_at(
     seed: int, epochs: NDArray[np.int64], positions_in_epoch: NDArray[np.int64], num_rows: int
 ) -> NDArray[np.int64]:

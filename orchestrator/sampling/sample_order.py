@@ -10,6 +10,7 @@ from orchestrator.sampling.chunks import Chunks, Ints, Spans
 from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.sampling.sampler import SamplerState, sample
 
+WHOLE = "all"  # stage of a run without a curriculum
 KEPT = 3  # newest steps of a curriculum whose spans are cached
 
 
@@ -82,13 +83,12 @@ class RowOrder:
     chunks: Chunks | None = None
 
     def at(self, step: int) -> StepTokens:
-        batch = sample(self.state, step)
-        length, chunks = batch.stage.sequence_length, self.chunks
+        rows_R, length, chunks = sample(self.state, step), self.state.sequence_length, self.chunks
         if chunks is None:
-            rows = RowSpans(Spans(batch.rows * length, np.full(len(batch.rows), length)), length)
+            rows = RowSpans(Spans(rows_R * length, np.full(len(rows_R), length)), length)
         else:
-            rows = RowSpans(Spans(chunks.start[batch.rows], chunks.length[batch.rows]), length, by_document=True)
-        return StepTokens(batch.stage.name, batch.first_position, len(batch.rows), rows)
+            rows = RowSpans(Spans(chunks.start[rows_R], chunks.length[rows_R]), length, by_document=True)
+        return StepTokens(WHOLE, step * len(rows_R), len(rows_R), rows)
 
     def to_json(self) -> str:
         return self.state.to_json()

@@ -18,11 +18,7 @@ from orchestrator.sampling.permutation import mixed
 
 
 class TokenStream:
-    """A position in an order of tokens. Draws advance it; streams with the same draws are equal.
-
-    Args:
-        seed: of the order.
-    """
+    """A position in an order of tokens. Draws advance it; streams with the same draws are equal."""
 
     def __init__(self, chunks: Chunks, seed: int) -> None:
         self._chunks, self._seed = chunks, seed

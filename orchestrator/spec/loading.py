@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.old_keys import OLD_KEYS
-from orchestrator.spec.section import Broken, Path, Section
+from orchestrator.spec.section import Broken, Path, all_keys, keys_at
 from orchestrator.spec.yaml import YamlDocument, dotted, read_document
 
 MAX_BYTES = 2**20
@@ -233,38 +233,15 @@ SURELY_MEANT = 0.9  # similarity of a sibling key, above which the same word els
 
 def _nearest_keys(path: Path) -> str:
     """Suggestion for an unknown key at `path`."""
-    known = list(_keys_of(path[:-1]))
+    known = list(keys_at(JobSpec, path[:-1]))
     nearest = get_close_matches(str(path[-1]), known, n=1, cutoff=SURELY_MEANT)
-    elsewhere = [dotted(other) for other in _all_keys(JobSpec, ()) if other[-1] == path[-1]]
+    elsewhere = [dotted(other) for other in all_keys(JobSpec) if other[-1] == path[-1]]
     if not nearest and len(elsewhere) == 1:
         return f"nearest known key: {elsewhere[0]}"
     nearest = nearest or get_close_matches(str(path[-1]), known, n=1)
     if nearest:
         return f"nearest known key: {dotted((*path[:-1], nearest[0]))}"
     return f"known here: {', '.join(known)}"
-
-
-def _keys_of(path: Path) -> Iterator[str]:
-    section: type[Section] = JobSpec
-    for part in path:
-        if isinstance(part, str):
-            section = next(s for name, s in _fields(section) if name == part and s is not None)
-    return (name for name, _ in _fields(section))
-
-
-def _all_keys(section: type[Section], path: Path) -> Iterator[Path]:
-    for name, inner in _fields(section):
-        yield (*path, name)
-        if inner is not None:
-            yield from _all_keys(inner, (*path, name))
-
-
-def _fields(section: type[Section]) -> Iterator[tuple[str, type[Section] | None]]:
-    """Keys of a section; with the inner section for keys that hold one, or a list of them."""
-    for name, info in section.model_fields.items():
-        candidates = (info.annotation, *get_args(info.annotation))
-        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
-        yield info.alias or name, inner
 
 
 def _shown(value: Any) -> str:

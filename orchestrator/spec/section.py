@@ -6,7 +6,7 @@ key that the user wrote, without rules that only break because of another mistak
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -61,3 +61,28 @@ def directory(path: str) -> str:
     if not path.strip() or "\0" in path or "://" in path:
         raise refuse("must be a path of the file system")
     return path
+
+
+def keys_at(root: type[Section], path: Path) -> Iterator[str]:
+    """The keys of the section at `path` below `root`; positions in lists are passed over."""
+    section = root
+    for part in path:
+        if isinstance(part, str):
+            section = next(inner for name, inner in _fields(section) if name == part and inner is not None)
+    return (name for name, _ in _fields(section))
+
+
+def all_keys(section: type[Section], above: Path = ()) -> Iterator[Path]:
+    """The paths of all keys of a section and the sections in it."""
+    for name, inner in _fields(section):
+        yield (*above, name)
+        if inner is not None:
+            yield from all_keys(inner, (*above, name))
+
+
+def _fields(section: type[Section]) -> Iterator[tuple[str, type[Section] | None]]:
+    """Keys of a section; with the inner section for keys that hold one, or a list of them."""
+    for name, info in section.model_fields.items():
+        candidates = (info.annotation, *get_args(info.annotation))
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        yield info.alias or name, inner

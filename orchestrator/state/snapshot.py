@@ -24,7 +24,6 @@ class Update:
 
     Args:
         number: of the update, counted from 1; AdamW's corrections depend on it.
-        lr: learning rate.
     """
 
     number: int

@@ -33,7 +33,6 @@ class MlflowServer:
     """`mlflow server` in a session of its own; its output goes to `log`, or to this process's stderr.
 
     Args:
-        uri: URI of the database.
         port: 0 for any free port.
         artifacts: directory of artifacts, unless the database is an sqlite file: then they are beside it.
         names: host names that browsers may use for it, besides `host`.

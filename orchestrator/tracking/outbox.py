@@ -1,27 +1,18 @@
-"""Outbox of a run: items that the tracker has not taken yet, in an sqlite file in the run's directory.
-
-    waiting   items in order, until the tracker has taken them
-    taken     the newest step of every metric that was ever put here: values of older or equal steps are repeats
-    curves    points of the run's chart, kept for good
-    loads     tokens of each expert in the steps that the heat map shows, kept for good
-    events    the run's events, kept for good
+"""Outbox of a run: items that the tracker has not taken yet, and its history (`orchestrator.tracking.outbox_file`).
 
 Items are on disk when a `put…` method returns. A metric has one value per step even if steps are replayed or sent
 again: repeats are dropped here, and items that are sent twice because a process died in between have identical bits, so
 the tracker keeps one.
-
-One process at a time holds the file, until it ends.
 """
 
 import json
-import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import NotFinished, ProtocolError
+from orchestrator.errors import ProtocolError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry, plain_of_entry
@@ -29,6 +20,7 @@ from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.history import CURVES, History, read_history
+from orchestrator.tracking.outbox_file import open_outbox_file
 from orchestrator.tracking.sink import (
     Artifact,
     Checkpoint,
@@ -40,21 +32,9 @@ from orchestrator.tracking.sink import (
     MetricPoint,
 )
 
-FILE = "outbox.sqlite"
-LOCK_PATIENCE_S = 10.0  # a killed predecessor releases the lock at once
-
 _KINDS: Mapping[str, type[Any]] = {
     kind.__name__: kind for kind in (MetricPoint, Artifact, Inputs, Checkpoint, CheckpointMark, Finish)
 }
-_CREATE = """
-CREATE TABLE IF NOT EXISTS waiting (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, body TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS taken (key TEXT PRIMARY KEY, step INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS curves (name TEXT, step INTEGER, value REAL, time REAL, PRIMARY KEY (name, step))
-    WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS loads (step INTEGER PRIMARY KEY, body TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, body TEXT NOT NULL,
-    announced INTEGER NOT NULL DEFAULT 0);
-"""
 _POSITION = "(steps)"  # key in `taken`: the newest step up to which no values are missing
 _JOINED = "(joined)"  # key in `taken`: set once `join` has compared the outbox with the tracker
 
@@ -68,23 +48,8 @@ class Outbox:
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(
-            directory / FILE, timeout=LOCK_PATIENCE_S, isolation_level=None, check_same_thread=False
-        )
-        try:
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.executescript(f"BEGIN IMMEDIATE; {_CREATE} COMMIT;")
-        except sqlite3.OperationalError as error:
-            self._db.close()
-            if "locked" not in str(error):
-                raise
-            raise NotFinished(
-                f"another process delivers what waits in {directory / FILE}",
-                remedy="Wait for it, or for the end of the run.",
-                unchanged="Nothing was changed.",
-            ) from error
+        self._db = open_outbox_file(directory)
         self._num_waiting = int(self._one("SELECT count(*) FROM waiting"))
 
     # -- writing -----------------------------------------------------------------------------------------------
@@ -281,15 +246,3 @@ def _read(kind: str, body: str) -> Item:
         return MetricPoint(**fields)
     item: Item = from_plain(_KINDS[kind], fields)
     return item
-
-
-def num_waiting(directory: Path) -> int:
-    """Number of waiting items in an ended run's outbox; 0 without an outbox. Raises sqlite3.Error if it is held."""
-    path = directory / FILE
-    if not path.exists():
-        return 0
-    db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=0.5)
-    try:
-        return int(db.execute("SELECT count(*) FROM waiting").fetchone()[0])
-    finally:
-        db.close()

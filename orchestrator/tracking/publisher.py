@@ -66,7 +66,6 @@ class Publisher:
 
     Args:
         connect: makes the sink; called again until it succeeds.
-        run: description of the run for `Sink.start`.
         explain: turns a failure into one line for the user.
     """
 

@@ -20,7 +20,8 @@ from orchestrator.errors import NotFound, TermSuperseded
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.tracking.history import History, write_table
-from orchestrator.tracking.outbox import FILE, Outbox
+from orchestrator.tracking.outbox import Outbox
+from orchestrator.tracking.outbox_file import FILE
 from orchestrator.tracking.publisher import Publisher, Reporting
 from orchestrator.tracking.sink import (
     Artifact,

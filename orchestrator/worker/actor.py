@@ -44,11 +44,7 @@ ORPHAN_TICK_S = 1.0
 
 
 class Worker:
-    """One worker of one run.
-
-    Args:
-        worker_id: its id, constant for its lifetime.
-    """
+    """One worker of one run."""
 
     def __init__(self, worker_id: str) -> None:
         self._id = worker_id

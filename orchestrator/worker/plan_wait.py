@@ -8,7 +8,7 @@ from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.transition.fence import announced
 from orchestrator.worker.transition.preparation import TransitionPreparer
-from orchestrator.worker.transition.transition import PreparedTransition
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -19,7 +19,6 @@ class PlanWaiter:
     """Used by the training thread.
 
     Args:
-        me: this worker's id.
         checker: replays steps meanwhile.
     """
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from orchestrator.worker.shard.shard import Shard
 from orchestrator.worker.training_loop import LiveShard
-from orchestrator.worker.transition.transition import PreparedTransition
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.training_loop import LiveShard, TrainingLoop
 from orchestrator.worker.transition.preparation import TransitionPreparer
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.rescaler import Rescaler
 from orchestrator.worker.transition.save_shard import ShardSaver
 from orchestrator.worker.transition.snapshots import SnapshotManager
-from orchestrator.worker.transition.transition import PreparedTransition
 
 log = logging.getLogger("orchestrator.worker")
 

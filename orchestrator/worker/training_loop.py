@@ -18,9 +18,9 @@ from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.preparation import TransitionPreparer
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.save_shard import ShardSaver
 from orchestrator.worker.transition.snapshots import SnapshotManager
-from orchestrator.worker.transition.transition import PreparedTransition
 
 log = logging.getLogger("orchestrator.worker")
 

@@ -104,7 +104,8 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
     from deepspeed.utils import groups as registry
 
-    from orchestrator.engine.deepspeed.engine import _ExpertMarker, _unregister
+    from orchestrator.engine.deepspeed.engine import _ExpertMarker
+    from orchestrator.engine.deepspeed.process_setup import unregister
 
     os.environ.setdefault("LOCAL_RANK", "0")
     placement = ExpertPlacement.balanced(4, world_size)
@@ -149,7 +150,7 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
         torch.distributed.all_reduce(total)
         losses.append(float(total) / small.NUM_SLOTS)
     engine.destroy()
-    _unregister()
+    unregister()
     return losses
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.prepare.pipeline import prepare_corpora
 from orchestrator.data.prepare.ray_map import on_cluster
@@ -97,7 +98,7 @@ def test_a_job_names_the_store(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     data = Preparation().prepare(order.job_json, str(tmp_path / "run"), str(tmp_path / "data"))
     assert data.store_dir == str(done.store.directory) and data.vocab_size == 300
-    assert Path(data.tokenizer).read_bytes() == done.store.tokenizer_path.read_bytes()
+    assert Path(data.tokenizer).read_bytes() == (done.store.directory / TOKENIZER).read_bytes()
     assert not (tmp_path / "data").exists()
 
 

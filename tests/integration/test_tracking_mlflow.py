@@ -21,7 +21,7 @@ from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.mlflow_server import MlflowServer
-from orchestrator.tracking.outbox import FILE
+from orchestrator.tracking.outbox_file import FILE
 from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
 

@@ -33,9 +33,6 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
-        checkpoint: directory of a complete checkpoint.
-        job: job of the run that wrote the checkpoint.
-        tokenizer: the run's `tokenizer.json`.
         dtype: number format of the weights, fp32 or bf16; routers stay fp32.
 
     Returns:

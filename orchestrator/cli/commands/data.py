@@ -1,8 +1,6 @@
 """`data prepare`: make a token store, on which jobs train, from text of any size."""
 
 import os
-import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +12,9 @@ import typer
 from orchestrator.cli.terminal.answers import PreparedStore
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
-from orchestrator.cli.terminal.output import Format, narrate, show, show_json
-from orchestrator.cli.terminal.progress import ERASE_LINE, LINE_EVERY_S, bar
-from orchestrator.errors import DataError, UsageError
+from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show, show_json
+from orchestrator.cli.terminal.progress import LINE_EVERY_S, StatusLine
+from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
 
 REDRAW_EVERY_S = 0.1
@@ -93,7 +91,7 @@ def prepare(
         max_bad,
     )
     progress = ProgressLine()
-    with _in_words_of_options():
+    with in_words_of_options(OPTIONS):
         check(request)  # before connecting to a cluster or starting one
         with _cluster(address):
             try:
@@ -129,39 +127,24 @@ def described(done: Any) -> PreparedStore:
     )
 
 
-class ProgressLine:
-    """A bar on stderr; without a terminal, a line for each stage and every few seconds.
-
-    Args:
-        stream: output; `isatty` decides whether it is a terminal.
-    """
+class ProgressLine(StatusLine):
+    """A bar on stderr; without a terminal, a line for each stage and every few seconds."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream if stream is not None else sys.stderr
-        self._refreshes = self._stream.isatty()
+        super().__init__(stream)
         self._stage = ""
         self._written_s = 0.0
 
     def tell(self, stage: str, fraction: float) -> None:
-        every_s = REDRAW_EVERY_S if self._refreshes else LINE_EVERY_S
+        every_s = REDRAW_EVERY_S if self.refreshes else LINE_EVERY_S
         if stage == self._stage and time.monotonic() - self._written_s < every_s:
             return
         self._stage, self._written_s = stage, time.monotonic()
         line = f"{stage} {fraction:.0%}"
-        if self._refreshes:
-            width = shutil.get_terminal_size().columns - 1
-            self._write(f"{ERASE_LINE}{f'{bar(round(1000 * fraction), 1000)} {line}'[:width]}")
+        if self.refreshes:
+            self.draw(round(1000 * fraction), 1000, line)
         elif stage != "done":
-            self._write(line + "\n")
-
-    def close(self) -> None:
-        """Erase the bar."""
-        if self._refreshes and self._stage:
-            self._write(ERASE_LINE)
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+            self.keep(line)
 
 
 def _lines(result: PreparedStore) -> list[tuple[str, str]]:
@@ -184,18 +167,6 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"--weights {text}: numbers with commas between them, as in 0.7,0.3") from None
-
-
-@contextmanager
-def _in_words_of_options() -> Iterator[None]:
-    """Replace keys of a job in error messages by the options that stand for them here."""
-    try:
-        yield
-    except DataError as error:
-        for key, option in OPTIONS.items():
-            error.message = error.message.replace(key, option)
-            error.remedy = error.remedy.replace(key, option)
-        raise
 
 
 @contextmanager

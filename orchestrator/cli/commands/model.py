@@ -3,8 +3,6 @@
 import math
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +12,8 @@ import typer
 from orchestrator.cli.terminal.answers import EvaluatedModel, ExportedModel, GeneratedText
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage
-from orchestrator.cli.terminal.output import Format, narrate, show, show_json
-from orchestrator.errors import DataError, UsageError
+from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show, show_json
+from orchestrator.errors import UsageError
 from orchestrator.protocol.child_process import (
     Evaluation,
     EvaluationResult,
@@ -26,6 +24,8 @@ from orchestrator.protocol.child_process import (
     TextPiece,
 )
 from orchestrator.protocol.codec import to_plain
+
+OPTIONS = {"data.source": "--corpus", "data.text_key": "--text-key"}  # names in the library, and here
 
 app = typer.Typer(no_args_is_help=True, help="A run's model: exported, measured, used.")
 
@@ -111,7 +111,7 @@ def evaluate(
     )
     text = where or f"{request.split} split"
     narrate(f"{checkpoint.name} of run {run} on {text}.")
-    with _in_words_of_options():
+    with in_words_of_options(OPTIONS, writes=False):
         for answer in ask_model(request):
             if isinstance(answer, Remark):
                 narrate(answer.text)
@@ -192,19 +192,6 @@ def _absolute(corpus: str | None) -> str | None:
     if corpus is None or corpus.startswith("builtin:"):
         return corpus
     return str(Path(corpus).expanduser().absolute())
-
-
-@contextmanager
-def _in_words_of_options() -> Iterator[None]:
-    """Replace keys of a job in error messages by the options that name the text here."""
-    try:
-        yield
-    except DataError as error:
-        for key, option in (("data.source", "--corpus"), ("data.text_key", "--text-key")):
-            error.message = error.message.replace(key, option)
-            error.remedy = error.remedy.replace(key, option)
-        error.unchanged = ""
-        raise
 
 
 def register(main: typer.Typer) -> None:

@@ -103,24 +103,28 @@ def resources(amounts: Mapping[str, float]) -> str:
 
 def rescale(change: Rescale) -> str:
     """A rescale and its cost as one line. The step shown is the first of the new world."""
-    stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
-    identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
     return (
-        f"{change.from_size} -> {change.to_size} workers at step {change.step + 1}: {stall}, "
-        f"{change.steps_lost} steps lost, {size(change.moved_bytes)} moved{identical} ({change.why})"
+        f"{change.from_size} -> {change.to_size} workers at step {change.step + 1}: {_stall(change)}, "
+        f"{change.steps_lost} steps lost, {size(change.moved_bytes)} moved{_identical(change)} ({change.why})"
     )
 
 
 def recovery(change: Recovery) -> str:
     """A recovery from failures and its cost as one line. The step shown is the first of the new world."""
     lost = ", ".join(change.lost) or "a connection"
-    stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
-    identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
     return (
         f"{lost} lost ({change.cause}): {change.from_size} -> {change.to_size} workers at step {change.step + 1} from "
-        f"{change.source}: {stall}, {change.steps_lost} committed steps lost, {change.steps_replayed} done again"
-        f"{identical}"
+        f"{change.source}: {_stall(change)}, {change.steps_lost} committed steps lost, "
+        f"{change.steps_replayed} done again{_identical(change)}"
     )
+
+
+def _stall(change: Rescale | Recovery) -> str:
+    return "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
+
+
+def _identical(change: Rescale | Recovery) -> str:
+    return {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
 
 
 def event(fields: dict[str, Any]) -> str:

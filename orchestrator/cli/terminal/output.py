@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.errors import EntrypointError, JobDoesNotFit, OrchestratorError, RunFailed
+from orchestrator.errors import DataError, JobDoesNotFit, OrchestratorError, TracedError
 
 
 class Format(StrEnum):
@@ -62,9 +63,23 @@ def show_error(error: OrchestratorError) -> None:
     """Print the message, the remedy and what stayed unchanged; before them the traceback of an error of a worker or of
     user-defined code."""
     console = stderr()
-    if isinstance(error, EntrypointError | RunFailed) and error.traceback:
+    if isinstance(error, TracedError) and error.traceback:
         console.print(escape(error.traceback.rstrip()))
     console.print(f"[bold red]error:[/] {escape(error.message)}")
     for line in (error.remedy, error.unchanged):
         if line:
             console.print(escape(line))
+
+
+@contextmanager
+def in_words_of_options(options: Mapping[str, str], writes: bool = True) -> Iterator[None]:
+    """Replace names of the library, the keys of `options`, in error messages by the command's. A command that writes
+    nothing omits what stayed unchanged."""
+    try:
+        yield
+    except DataError as error:
+        for name, option in options.items():
+            error.message = error.message.replace(name, option)
+            error.remedy = error.remedy.replace(name, option)
+        error.unchanged = error.unchanged if writes else ""
+        raise

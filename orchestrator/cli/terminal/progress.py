@@ -53,8 +53,8 @@ def watch_runs(
             line.close()
 
 
-class LiveProgress:
-    """Progress of one run: `show` every status of it, in order, and `close` at the end.
+class StatusLine:
+    """A line on stderr that a terminal rewrites; elsewhere all lines stay. `close` it at the end.
 
     Args:
         stream: output; `isatty` decides whether it is a terminal.
@@ -62,7 +62,34 @@ class LiveProgress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
-        self._refreshes = self._stream.isatty()
+        self.refreshes = self._stream.isatty()
+        self._is_drawn = False
+
+    def draw(self, done: int, whole: int, text: str) -> None:
+        """Rewrite the line of a terminal."""
+        width = shutil.get_terminal_size().columns - 1
+        self._write(f"{ERASE_LINE}{f'{bar(done, whole)} {text}'[:width]}")
+        self._is_drawn = True
+
+    def keep(self, line: str) -> None:
+        """Write a line that stays."""
+        self._write(f"{ERASE_LINE if self.refreshes else ''}{line}\n")
+
+    def close(self) -> None:
+        """Erase the line that was rewritten."""
+        if self._is_drawn:
+            self._write(ERASE_LINE)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class LiveProgress(StatusLine):
+    """Progress of one run: `show` every status of it, in order."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
         self._told_rescales = self._told_recoveries = 0
         self._warning: str | None = None  # the one shown last
         self._phase: RunPhase | None = None
@@ -84,29 +111,15 @@ class LiveProgress:
             self.keep(f"{status.run_id} goes on, but {status.warning}")
         self._warning = status.warning
         line = progress(status)
-        if self._refreshes:
-            width = shutil.get_terminal_size().columns - 1
-            self._write(f"{ERASE_LINE}{f'{bar(status.step, status.steps)} {line}'[:width]}")
+        if self.refreshes:
+            self.draw(status.step, status.steps, line)
         elif line != self._line and (status.phase != self._phase or self._is_due()):
-            self._write(line + "\n")
+            self.keep(line)
             self._written_s = time.monotonic()
         self._line, self._phase = line, status.phase
 
-    def close(self) -> None:
-        """Erase the line that was rewritten."""
-        if self._refreshes and self._line:
-            self._write(ERASE_LINE)
-
-    def keep(self, line: str) -> None:
-        """Write a line that stays."""
-        self._write(f"{ERASE_LINE if self._refreshes else ''}{line}\n")
-
     def _is_due(self) -> bool:
         return time.monotonic() - self._written_s >= LINE_EVERY_S
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
 
 
 def bar(done: int, whole: int) -> str:

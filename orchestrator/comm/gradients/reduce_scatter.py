@@ -129,37 +129,40 @@ class LocalReduction(Reduction):
         return self._total
 
 
-class _Plain(Reduction):
-    def __init__(self, work: dist.Work, sent: Tensor, received_WS: Tensor) -> None:
-        self._work, self._sent, self._received_WS = work, sent, received_WS
+class _Exchange(Reduction):
+    """An all-to-all in progress. `sent` is kept until it is done."""
+
+    def __init__(self, work: dist.Work, sent: Tensor, received: Tensor) -> None:
+        self._work, self._sent, self._received = work, sent, received
 
     def is_done(self) -> bool:
         return self._work.is_completed()
 
-    def wait(self) -> Tensor:
+    def _arrived(self) -> Tensor:
+        """By rank, what it sent here."""
         with collective_stats.waiting():
             self._work.wait()
-        first, second, *others = self._received_WS
+        return self._received
+
+
+class _Plain(_Exchange):
+    def wait(self) -> Tensor:
+        first, second, *others = self._arrived()
         total_S = torch.add(first, second)
         for term_S in others:
             total_S.add_(term_S)
         return total_S
 
 
-class _Encoded(Reduction):
+class _Encoded(_Exchange):
     def __init__(
         self, work: dist.Work, sent_WP: Tensor, received_WP: Tensor, own_S: Tensor, rank: int, codec: Codec
     ) -> None:
-        self._work, self._sent_WP, self._received_WP = work, sent_WP, received_WP
+        super().__init__(work, sent_WP, received_WP)
         self._own_S, self._rank, self._codec = own_S, rank, codec
 
-    def is_done(self) -> bool:
-        return self._work.is_completed()
-
     def wait(self) -> Tensor:
-        with collective_stats.waiting():
-            self._work.wait()
-        for rank, payload_P in enumerate(self._received_WP):
+        for rank, payload_P in enumerate(self._arrived()):
             if rank != self._rank:
                 self._codec.add(self._own_S, payload_P)
         return self._own_S

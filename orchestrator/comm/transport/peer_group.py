@@ -22,10 +22,8 @@ class PeerGroup:
     """The members of a transfer. Collective: every member constructs it.
 
     Args:
-        store: the run's rendezvous store.
         prefix: unique to this transfer.
         members: worker ids in an order that all members share.
-        me: id of this worker.
         timeout_s: longest wait of an operation for a peer.
         address: where peers reach this process, as for `gloo_group`.
     """

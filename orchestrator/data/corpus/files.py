@@ -1,12 +1,9 @@
 """Text files: plain, JSON lines, Parquet, and data sets saved by the `datasets` library.
 
-Plain files and JSON lines may be gzipped. A plain file is one document; in the other formats each row is one. Errors
-name the file and the row.
+Plain files and JSON lines may be gzipped. A plain file is one document; in the other formats each row is one.
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from orchestrator.errors import DataError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 KINDS = ", ".join(SUFFIXES)
-CUT_CHARS = 16_384  # minimum length of the documents that a lone plain file is split into, except for the last one
 ROWS_AT_ONCE = 256  # decoded rows of a Parquet file in memory
 
 
@@ -26,72 +22,6 @@ def suffix_of(path: Path) -> str | None:
 
 def is_plain(path: Path) -> bool:
     return suffix_of(path) in (".txt", ".txt.gz")
-
-
-def texts_in(path: Path, text_key: str) -> Iterator[str]:
-    """The texts of a file, in its order: one for a plain file, else one per row, including empty ones.
-
-    Args:
-        text_key: the key or column that holds the text.
-
-    Raises:
-        DataError: the file can't be read, isn't of the format that its name implies, or lacks the key or column.
-    """
-    try:
-        match suffix_of(path):
-            case ".txt" | ".txt.gz" | None:  # files with other suffixes: the caller has checked that they are plain
-                yield _decoded(path, _bytes_of(path))
-            case ".jsonl" | ".jsonl.gz":
-                yield from _json_lines(path, text_key)
-            case _:
-                yield from _columns(path, text_key)
-    except OSError as error:
-        raise _broken(f"{path} can't be read: {error.strerror or error}") from error
-    except (EOFError, zlib.error) as error:
-        raise _broken(f"{path} is a gzip stream that is cut off or damaged: {error}") from error
-
-
-def _bytes_of(path: Path) -> bytes:
-    return gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-
-
-def _decoded(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})",
-            remedy="Convert the file (`iconv -t UTF-8`), or move it out of the corpus.",
-            unchanged="Nothing was written.",
-        ) from error
-
-
-def _json_lines(path: Path, text_key: str) -> Iterator[str]:
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, UnicodeDecodeError) as error:
-                raise _broken(f"{where} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise _broken(f"{where} is a JSON {type(row).__name__}; each line must be an object")
-            yield _text_of(row.get(text_key), where, text_key, list(row))
-
-
-def _columns(path: Path, text_key: str) -> Iterator[str]:
-    import pyarrow
-
-    try:
-        number = 0
-        for values in column(path, text_key):
-            for value in values:
-                number += 1
-                yield _text_of(value.as_py(), f"{path}, row {number}", text_key, [text_key])
-    except pyarrow.ArrowInvalid as error:
-        raise _broken(f"{path} is no {path.suffix.removeprefix('.')} file: {error}") from error
 
 
 def column(path: Path, text_key: str, first_row: int = 0) -> Iterator[Any]:
@@ -133,29 +63,7 @@ def _arrays(path: Path, text_key: str, first_row: int) -> Iterator[Any]:
 
 def _check_column(path: Path, text_key: str, names: list[str]) -> None:
     if text_key not in names:
-        raise _without(str(path), text_key, names)
-
-
-def _text_of(value: object, where: str, text_key: str, keys: list[str]) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None and text_key in keys:
-        return ""
-    if value is None:
-        raise _without(where, text_key, keys)
-    raise _broken(f"{where}: {text_key} is of type {type(value).__name__}; it must be text")
-
-
-def _without(where: str, text_key: str, keys: list[str]) -> DataError:
-    return DataError(
-        f"{where} has no {text_key!r}; it has {', '.join(map(repr, keys)) or 'nothing'}",
-        remedy="Name the one that holds the text: data.text_key.",
-        unchanged="Nothing was written.",
-    )
-
-
-def _broken(message: str) -> DataError:
-    return DataError(message, remedy="Mend it, or move it out of the corpus.", unchanged="Nothing was written.")
+        raise DataError(f"{path} has no {text_key!r}; it has {', '.join(map(repr, names)) or 'nothing'}")
 
 
 # -- Text files of a folder, in order; folders saved by the `datasets` library list their own --------------------------

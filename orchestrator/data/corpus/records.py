@@ -1,14 +1,12 @@
 """Streams of records from files, starting at any record; faults are records too.
 
-`orchestrator.data.corpus.files` reads a corpus that must be valid: its first fault is an error. Here a fault is a
-record, so that preparation can quarantine it and go on. Only one record and the read-ahead buffer are in memory. Valid
-records are the same in both, with the same numbers.
+A fault is a record so that preparation can quarantine it and go on. Only one record and the read-ahead buffer are in
+memory.
 
 If the rest of a file can't be read (a truncated gzip stream, a damaged Parquet page), it counts as one bad record, the
 file's last.
 """
 
-import codecs
 import gzip
 import json
 import zlib
@@ -19,11 +17,9 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.data.corpus.files import CUT_CHARS, column, is_plain
+from orchestrator.data.corpus.files import column, is_plain
+from orchestrator.data.corpus.pieces import LARGEST_BYTES, READ_BYTES, pieces_of
 from orchestrator.errors import DataError
-
-LARGEST_BYTES = 1 << 24  # of one record
-READ_BYTES = 1 << 20
 
 
 class Form(StrEnum):
@@ -47,7 +43,7 @@ BEGINNING = Place()
 
 
 class Record(NamedTuple):
-    """A text, or a fault, with `text` None. `line` is that of the fault if there is one."""
+    """A text that UTF-8 can encode; or a fault, with `text` None and its own `line`."""
 
     place: Place
     line: int
@@ -89,7 +85,7 @@ def can_be_entered(path: Path, form: Form) -> bool:
 def records(path: Path, form: Form, text_key: str, start: Place = BEGINNING) -> Iterator[Record]:
     """The records of a file from `start` on, which is the place of one of them.
 
-    Blank lines are not records, as in `files.texts_in`; texts of white space are. Bad content never raises.
+    Blank lines are not records; texts of white space are. Bad content never raises.
     """
     cursor = _Cursor(*start) if can_be_entered(path, form) else _Cursor()
     reading = _READERS[form](path, text_key, cursor, start.row)
@@ -172,9 +168,15 @@ def _row(line: bytes, text_key: str, place: Place) -> Record:
 
 
 def _of_value(value: object, text_key: str, place: Place) -> Record:
-    """`null` is an empty text, as in `files.texts_in`."""
-    if value is None or isinstance(value, str):
-        return Record(place, place.line, value or "")
+    """`null` is an empty text. JSON can encode half of a surrogate pair, and UTF-8 can't."""
+    if value is None:
+        return Record(place, place.line, "")
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return Record(place, place.line, None, f"half of a surrogate pair at character {error.start}")
+        return Record(place, place.line, value)
     return Record(place, place.line, None, f"{text_key!r} is of type {type(value).__name__}; it must be text")
 
 
@@ -203,12 +205,11 @@ def _column(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Itera
 
 
 def _pieces(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Iterator[Record]:
-    """Split a lone file as `sources` does. Invalid UTF-8 becomes lone surrogates, which valid UTF-8 can't contain, so
-    that a bad byte costs only its own piece."""
+    """Invalid UTF-8 becomes lone surrogates, which valid UTF-8 can't contain: a bad byte costs only its own piece."""
     with _opened(path) as file:
         if cursor.offset:
             file.seek(cursor.offset)
-        for piece in _cut(file):
+        for piece in pieces_of(file):
             place = cursor.place
             cursor.row, cursor.line, cursor.offset = (
                 place.row + 1,
@@ -230,40 +231,6 @@ def _checked(text: str, place: Place) -> Record:
         line = place.line + text.count("\n", 0, error.start)
         return Record(place, line, None, _not_utf8(ord(text[error.start]) - 0xDC00))
     return Record(place, place.line, text)
-
-
-class _Piece(NamedTuple):
-    text: str | None  # None: too long to be held
-    num_bytes: int
-    num_lines: int
-
-    @classmethod
-    def of(cls, text: str) -> "_Piece":
-        return cls(text, len(text.encode("utf-8", "surrogateescape")), text.count("\n"))
-
-
-def _cut(file: BufferedIOBase) -> Iterator[_Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    held, ended, lost = "", False, _Piece(None, 0, 0)  # lost: the discarded beginning of a piece that is too long
-    while True:
-        blank = held.find("\n\n", 0 if lost.num_bytes else CUT_CHARS)
-        if blank < 0 and not ended:
-            if len(held) > LARGEST_BYTES:  # all but the last character, which may begin a blank line
-                lost, held = _joined(lost, _Piece.of(held[:-1])), held[-1:]
-            some = file.read(READ_BYTES)
-            ended = not some
-            held += decoder.decode(some, ended)
-            continue
-        end = len(held) if blank < 0 else blank + 2
-        if not end and not lost.num_bytes:
-            return
-        piece, held = _Piece.of(held[:end]), held[end:]
-        yield _joined(lost, piece) if lost.num_bytes else piece
-        lost = _Piece(None, 0, 0)
-
-
-def _joined(lost: _Piece, more: _Piece) -> _Piece:
-    return _Piece(None, lost.num_bytes + more.num_bytes, lost.num_lines + more.num_lines)
 
 
 def _opened(path: Path) -> BufferedIOBase:

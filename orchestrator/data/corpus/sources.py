@@ -1,4 +1,4 @@
-"""Text sources: a named source becomes documents in a fixed order, with a digest over all of them.
+"""Text sources: a named source becomes documents in a fixed order.
 
 Sources: `builtin:stdlib` (the running Python's own library, without its tests: English and code, on every
 machine), `builtin:pydocs` (Python's manual, where Debian's python3.13-doc is installed), a directory of text files
@@ -7,15 +7,13 @@ document, and so is each row of the others; a corpus of one plain file is split 
 whole documents can still be held out.
 """
 
-import hashlib
-import os
 import sysconfig
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.data.corpus.files import CUT_CHARS, KINDS, is_plain, suffix_of, text_files, texts_in
+from orchestrator.data.corpus.files import KINDS, suffix_of, text_files
+from orchestrator.data.corpus.records import Form, Record, form_of, records
 from orchestrator.data.manifest import is_store
 from orchestrator.errors import DataError
 
@@ -30,62 +28,6 @@ class Document(NamedTuple):
 
     id: str
     text: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in a fixed order; iterate to read them. Documents with only white space are left out.
-
-    Iterating raises DataError at the end if the files changed since `open_corpus`, and never yields more than `ids`.
-    """
-
-    name: str
-    digest: str  # sha256 over the ids and texts of all documents, in order
-    ids: tuple[str, ...]
-    num_bytes: int  # of text, in UTF-8
-    root: Path
-    files: tuple[Path, ...]
-    text_key: str = "text"
-
-    def __iter__(self) -> Iterator[Document]:
-        digest = hashlib.sha256()
-        for number, document in enumerate(_read_documents(self.root, self.files, self.text_key)):
-            add_to_digest(digest, document)
-            if number == len(self.ids):  # the files have grown: callers rely on `ids`
-                break
-            yield document
-        if digest.hexdigest() != self.digest:
-            raise DataError(
-                f"the corpus {self.name} changed while it was read: its sha256 was {self.digest} and is now "
-                f"{digest.hexdigest()}",
-                remedy="Leave its files alone and start again.",
-                unchanged="Nothing was written.",
-            )
-
-
-def open_corpus(source: str, text_key: str = "text") -> Corpus:
-    """Read a source once, to check it and to compute its digest.
-
-    Args:
-        source: `builtin:stdlib`, `builtin:pydocs`, a directory, or a file.
-        text_key: key or column of the text in files that have rows.
-
-    Raises:
-        DataError: no such source, an unreadable file, one that isn't UTF-8 or of the format its name implies, or no
-            text at all.
-    """
-    root, files = find_files(source)
-    digest, ids, num_bytes = hashlib.sha256(), [], 0
-    for document in _read_documents(root, files, text_key):
-        num_bytes += add_to_digest(digest, document)
-        ids.append(document.id)
-    if not ids:
-        raise DataError(
-            f"the corpus {source} is empty: {len(files)} files, none with text",
-            remedy=f"Point data.source at a directory with files that hold text ({KINDS}), or use builtin:stdlib.",
-            unchanged="Nothing was written.",
-        )
-    return Corpus(source, digest.hexdigest(), tuple(ids), num_bytes, root, files, text_key)
 
 
 def find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
@@ -139,50 +81,42 @@ def _pydocs() -> tuple[Path, ...]:
     return found
 
 
-def _read_documents(root: Path, files: tuple[Path, ...], text_key: str) -> Iterator[Document]:
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        if path.suffix == ".py" or (is_plain(path) and len(files) > 1):
-            documents: Iterable[Document] = (Document(name, text) for text in texts_in(path, text_key))
-        elif is_plain(path):
-            documents = (document for text in texts_in(path, text_key) for document in _cut(name, text))
-        else:
-            documents = (Document(f"{name}#{row}", text) for row, text in enumerate(texts_in(path, text_key)))
-        yield from (document for document in documents if document.text.strip())
+def document_id(name: str, form: Form, row: int) -> str:
+    """Id of a document; `name` is its file's path below the source's root, `row` the record's number in the file."""
+    return name if form is Form.WHOLE else f"{name}#{row}"
 
 
-def _cut(name: str, text: str) -> list[Document]:
-    """Split a text at blank lines into documents of at least `CUT_CHARS`, keeping all characters."""
-    documents: list[Document] = []
-    start = 0
-    while start < len(text):
-        blank = text.find("\n\n", start + CUT_CHARS)
-        end = len(text) if blank < 0 else blank + 2
-        documents.append(Document(f"{name}#{len(documents)}", text[start:end]))
-        start = end
-    return documents
+def read_documents(source: str, text_key: str = "text") -> Iterator[Document]:
+    """The documents of a source in a fixed order; those with only white space are left out.
 
+    Args:
+        source: `builtin:stdlib`, `builtin:pydocs`, a directory, or a file.
+        text_key: key or column of the text in files that have rows.
 
-def add_to_digest(digest: "hashlib._Hash", document: Document) -> int:
-    """Add a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text.
-
-    Raises DataError for half of a surrogate pair, which JSON can encode and UTF-8 can't.
+    Raises:
+        DataError: no such source, a bad record, or no text at all.
     """
-    try:
-        text = document.text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    root, files = find_files(source)
+    is_empty = True
+    for path in files:
+        name, form = path.relative_to(root).as_posix(), form_of(path, len(files) == 1)
+        for record in records(path, form, text_key):
+            if record.text is None:
+                raise _bad(path, record)
+            if record.text.strip():
+                is_empty = False
+                yield Document(document_id(name, form, record.place.row), record.text)
+    if is_empty:
         raise DataError(
-            f"the document {document.id} holds half of a surrogate pair at character {error.start}; that is no text",
-            remedy="Mend it, or move it out of the corpus.",
+            f"the corpus {source} is empty: {len(files)} files, none with text",
+            remedy=f"Point data.source at a directory with files that hold text ({KINDS}), or use builtin:stdlib.",
             unchanged="Nothing was written.",
-        ) from error
-    return add_bytes(digest, document.id, text)
+        )
 
 
-def add_bytes(digest: "hashlib._Hash", document_id: str, text: bytes) -> int:
-    """As `add_to_digest`, for a text in UTF-8."""
-    name = os.fsencode(document_id)
-    digest.update(f"{len(name)} {len(text)}\n".encode("ascii"))
-    digest.update(name)
-    digest.update(text)
-    return len(text)
+def _bad(path: Path, record: Record) -> DataError:
+    return DataError(
+        f"{path}:{record.line}: {record.fault}",
+        remedy="Mend it, move it out of the corpus, or name the key that holds the text: data.text_key.",
+        unchanged="Nothing was written.",
+    )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrator.data.corpus.records import BEGINNING, Form, Place, Record, can_be_entered, records
-from orchestrator.data.corpus.sources import Document
+from orchestrator.data.corpus.sources import Document, document_id
 from orchestrator.errors import DataError
 
 LARGEST_RECORDS = 1 << 16  # in a block
@@ -156,11 +156,6 @@ class BlockBuilder:
                 Stretch(str(self._file.path), self._file.name, self._file.form, *self._place, num_records)
             )
         self._num_before, self._file = len(self._kept), None
-
-
-def document_id(name: str, form: Form, row: int) -> str:
-    """Id of a document as in `sources`; `name` is the file's path below its source."""
-    return name if form is Form.WHOLE else f"{name}#{row}"
 
 
 def documents_of(block: RecordBlock) -> Iterator[Located]:

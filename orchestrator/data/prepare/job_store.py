@@ -32,7 +32,7 @@ def prepare(
     the same one.
 
     Args:
-        source: see `open_corpus`; or the directory of a store, which is used unchanged.
+        source: see `read_documents`; or the directory of a store, which is used unchanged.
         vocab_size, holdout, text_key, tokenizer, difficulty, code_dir: as for `Request`.
         directory: parent of stores, each in a directory named by its content. Created if missing.
         progress: called with a stage ("reading", "tokenizer", "encoding", "writing", "done") and its finished fraction.

@@ -21,7 +21,7 @@ class Request:
     """Sources and options of a preparation.
 
     Args:
-        sources: see `open_corpus`.
+        sources: see `read_documents`.
         vocab_size: tokens to learn; little text may give fewer.
         holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
         text_key: key or column of the text in files with rows.

@@ -7,6 +7,7 @@ deduplication. The slow part, tokenising, follows in blocks on any node.
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from typing import IO
 
 from orchestrator.data.corpus.files import KINDS
 from orchestrator.data.corpus.records import Record, form_of, records
-from orchestrator.data.corpus.sources import add_bytes, find_files
+from orchestrator.data.corpus.sources import document_id, find_files
 from orchestrator.data.holdout import Holdout, fraction_of
 from orchestrator.data.manifest import Dropped, PrepareOptions, TextSource
-from orchestrator.data.prepare.blocks import BlockBuilder, Kept, RecordBlock, SourceFile, document_id
+from orchestrator.data.prepare.blocks import BlockBuilder, Kept, RecordBlock, SourceFile
 from orchestrator.data.prepare.digest_set import KEY_BYTES, DigestSet
 from orchestrator.data.prepare.quarantine import Quarantine
 from orchestrator.errors import DataError
@@ -75,7 +76,7 @@ def scan(
     """Read the sources in order.
 
     Args:
-        sources: see `open_corpus`. With several, ids begin with the source's number, from 0, and a colon.
+        sources: see `read_documents`. With several, ids begin with the source's number, from 0, and a colon.
         quarantine: gets the bad records.
         ids: gets the ids of the documents, a JSON string per line.
         report: called with the fraction that has been read.
@@ -152,7 +153,7 @@ class _Scanner:
                 kept = self._judge(source.name, file, record, counts)
                 if kept is not None:
                     bare = document_id(name, file.form, record.place.row)
-                    counts.num_bytes += add_bytes(digest, bare, kept.raw)
+                    counts.num_bytes += _add_to_digest(digest, bare, kept.raw)
                     counts.num_documents += 1
                     self._enter(kept)
                 self._blocks.add(file, record, kept)
@@ -191,18 +192,13 @@ class _Scanner:
     def _judge(self, source: str, file: SourceFile, record: Record, counts: _Counts) -> Kept | None:
         """The record's text if it is a document; else count the reason and return None."""
         self.num_records += 1
-        text, fault, raw = record.text, record.fault, b""
-        if text is not None:
-            try:
-                raw = text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                fault = f"half of a surrogate pair at character {error.start}"
-        if fault:
+        text = record.text
+        if text is None:
             counts.bad += 1
             file.has_text = True  # the quarantine lists it already
-            self._quarantine.add(source, file.path, record.line, fault)
+            self._quarantine.add(source, file.path, record.line, record.fault)
             return None
-        if text is None or not text.strip():
+        if not text.strip():
             self._num_empty += 1
             return None
         file.has_text = True
@@ -212,6 +208,7 @@ class _Scanner:
         if self._options.max_chars is not None and len(text) > self._options.max_chars:
             counts.longer += 1
             return None
+        raw = text.encode("utf-8")
         sha256 = hashlib.sha256(raw).digest()
         if self._seen is not None and not self._seen.add(sha256[:KEY_BYTES]):
             counts.duplicates += 1
@@ -227,6 +224,15 @@ class _Scanner:
     def _progress(self, file: SourceFile) -> None:
         if self.num_records % TELL_EVERY == 0:
             self._tell(min(1.0, (self._done_bytes + file.num_chars) / self._all_bytes))
+
+
+def _add_to_digest(digest: "hashlib._Hash", document_id: str, text: bytes) -> int:
+    """Add a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text."""
+    name = os.fsencode(document_id)
+    digest.update(f"{len(name)} {len(text)}\n".encode("ascii"))
+    digest.update(name)
+    digest.update(text)
+    return len(text)
 
 
 def _size(path: Path) -> int:

@@ -6,38 +6,29 @@ What is ours and why:
   DeepSpeed receives this rank's pieces of the sums, and clips, updates and gathers weights
   (`orchestrator.engine.deepspeed.zero_optimizer`).
 - Gradients are summed, not averaged: a micro-batch's loss is already divided by the global batch's token count.
-- All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is disabled, and so is the
-  shared-memory op that it would compile at first use.
+- All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is disabled.
 
 Written against deepspeed 0.19.8; `tests/integration/test_engine.py` compares with stock DeepSpeed and with plain torch.
 """
 
-import functools
-import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 import orchestrator.engine.deepspeed.imports  # noqa: F401  # isort: skip  # before anything of deepspeed
-import deepspeed
-import deepspeed.comm.comm
-import deepspeed.ops
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups as registry
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from orchestrator.comm import collective_stats
 from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.tokens import link_priority
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, noop
+from orchestrator.engine.deepspeed.process_setup import config_of, set_up, unregister
 from orchestrator.engine.deepspeed.zero_optimizer import ZeroOptimizerAdapter
 from orchestrator.engine.gradients import Gradients
-from orchestrator.engine.param_groups import group_name, groups_of, is_filler
+from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel
 from orchestrator.model.moe.balance import RoutingCounts
@@ -45,12 +36,7 @@ from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
-# Compiling this op takes 46 s at the first init, it assumes one host, and gloo is the better choice here.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-deepspeed_logger.setLevel(logging.WARNING)
-
 DEFAULT = CommunicationSpec()
-WAITING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
 
 
 class _ExpertMarker(MoE):  # type: ignore[misc]
@@ -81,7 +67,6 @@ class DeepSpeedEngineAdapter:
     Args:
         model: with this rank's experts; weights may still be unset.
         train: optimizer, precision, stage, clipping.
-        groups: the generation's process groups.
     """
 
     def __init__(
@@ -93,19 +78,15 @@ class DeepSpeedEngineAdapter:
         communication: CommunicationSpec = DEFAULT,
     ) -> None:
         self._model = model
-        self._device = device
         self._mixed = train.precision == "bf16"
         has_experts = bool(model.moe_layers)
-        _register(groups)
+        set_up(groups)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
         param_groups = groups_of(model, groups, communication)
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
         self._adamw = AdamW(for_deepspeed, train)
-        config = _config(train)
-        os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own devices, so the first is ours
-        deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
-        _count_waits(deepspeed.comm.comm.cdb)
+        config = config_of(train)
         self._core = _Core(
             args=None,
             model=model,
@@ -214,7 +195,7 @@ class DeepSpeedEngineAdapter:
         self._gradients.close()
         self._core.destroy()
         self._core.optimizer = None
-        _unregister()
+        unregister()
 
     def _partition_rank(self, group: int) -> int:
         return int(torch.distributed.get_rank(self._zero.real_dp_process_group[group]))
@@ -258,63 +239,3 @@ class DeepSpeedEngineAdapter:
         for name, buffer in self._model.state_buffers():
             ranges.add(f"buffer/{name}", 0, buffer.view(-1))
         return ranges
-
-
-def _config(train: TrainSpec) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_allreduce_op": "sum",
-        "gradient_clipping": train.gradient_clipping or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-        "zero_optimization": {
-            "stage": train.zero_stage,
-            "reduce_scatter": True,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "reduce_bucket_size": 1,  # of DeepSpeed's own reduction, which is not used
-        },
-    }
-    if train.precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"
-    return config
-
-
-def _register(groups: ProcessGroups) -> None:
-    """Register our groups with DeepSpeed, which would make its own by new rendezvous otherwise."""
-    _unregister()
-    registry._WORLD_GROUP = groups.world
-    for colour, replicas in enumerate(groups.replicas):
-        name = group_name(colour)
-        registry._EXPERT_PARALLEL_GROUP[name] = groups.world
-        registry._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
-
-
-def _count_waits(backend: Any) -> None:
-    """Count the time in DeepSpeed's own collectives, gradient reduction above all, as waiting for peers."""
-    for name in WAITING:
-        collective = getattr(backend, name, None)
-        if collective is not None:
-            setattr(backend, name, _counted(collective))
-
-
-def _counted(collective: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(collective)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        with collective_stats.waiting():
-            return collective(*args, **kwargs)
-
-    return counted
-
-
-def _unregister() -> None:
-    for name in dir(registry):
-        value = getattr(registry, name)
-        if name.startswith("_") and name.isupper() and isinstance(value, dict):
-            value.clear()
-    registry._WORLD_GROUP = None
-    deepspeed.comm.comm.cdb = None

@@ -14,6 +14,7 @@ RECENT_STEPS = 512
 NOISE = 0.03  # possible error of a speed, as a share, when it decides to remove a worker
 MIN_STEPS = 12  # at a size, before its speed is known
 STALL_STEPS = 5  # steps of a new generation from which its step time is taken
+TYPICAL_STEPS, SPEED_STEPS = 10, 20  # newest steps, for the duration of a step; for speed and traffic
 
 
 @dataclass(frozen=True)
@@ -85,23 +86,23 @@ def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRe
     return [record for record, before in zip(fresh, stages, strict=False) if record.batch.stage != before]
 
 
-def typical_step_s(progress: Progress, num_steps: int = 10) -> float | None:
+def typical_step_s(progress: Progress) -> float | None:
     """The median duration of the newest steps."""
-    newest = progress.recent[-num_steps:]
+    newest = progress.recent[-TYPICAL_STEPS:]
     return median(r.timing.step_s for r in newest) if newest else None
 
 
-def tokens_per_second(progress: Progress, num_steps: int = 20) -> float | None:
+def tokens_per_second(progress: Progress) -> float | None:
     """Target tokens over the time between votes, rescales included."""
-    newest = progress.recent[-num_steps - 1 :]
+    newest = progress.recent[-SPEED_STEPS - 1 :]
     if len(newest) < 2 or newest[-1].timing.vote_time <= newest[0].timing.vote_time:
         return None
     return sum(r.batch.tokens for r in newest[1:]) / (newest[-1].timing.vote_time - newest[0].timing.vote_time)
 
 
-def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traffic]:
+def traffic_per_step(progress: Progress) -> dict[str, Traffic]:
     """Traffic of all workers per step, by kind: the mean of the newest steps; empty where there is one worker."""
-    newest = progress.recent[-num_steps:]
+    newest = progress.recent[-SPEED_STEPS:]
     kinds = [kind.value for kind in TrafficKind if any(kind.value in record.communication.traffic for record in newest)]
     sums = {kind: sum((r.communication.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
     return {kind: Traffic(*(total // len(newest) for total in astuple(sums[kind]))) for kind in kinds}

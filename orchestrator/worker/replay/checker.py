@@ -17,7 +17,7 @@ from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.transition.preparation import TransitionPreparer
-from orchestrator.worker.transition.transition import PreparedTransition
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
 log = logging.getLogger("orchestrator.worker")
 

@@ -12,7 +12,8 @@ from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.hooks import RankProposal
 from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.step.vote import NO_FENCE
-from orchestrator.worker.transition.transition import PreparedTransition, first_shard
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
+from orchestrator.worker.transition.transition import first_shard
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.errors import kind_of
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
-from orchestrator.worker.transition.transition import prepare
+from orchestrator.worker.transition.prepared_transition import prepare
 
 
 def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.transition.transition import PreparedTransition
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
 ASK_AGAIN_S = 0.01
 SENT_RECORDS = 256  # finished steps sent to newcomers, in case only they are left to report them

@@ -9,7 +9,7 @@ from orchestrator.protocol.messages import Directive, GenerationPlan
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.vote import NO_FENCE
-from orchestrator.worker.transition.transition import PreparedTransition, prepare
+from orchestrator.worker.transition.prepared_transition import PreparedTransition, prepare
 
 log = logging.getLogger("orchestrator.worker")
 

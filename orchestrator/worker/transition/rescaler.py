@@ -8,13 +8,9 @@ from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, ShardFactory
 from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.transition.fence import announce
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.snapshots import SnapshotManager
-from orchestrator.worker.transition.transition import (
-    PreparedTransition,
-    closed_on_error,
-    first_shard,
-    make_transition,
-)
+from orchestrator.worker.transition.transition import closed_on_error, first_shard, make_transition
 
 log = logging.getLogger("orchestrator.worker")
 

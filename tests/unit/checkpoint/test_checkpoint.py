@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, manifest_of
-from orchestrator.checkpoint.read import CheckpointReader, choose, latest, list_checkpoints, prune, set_aside
+from orchestrator.checkpoint.read import CheckpointReader, choose, list_checkpoints, prune, set_aside
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.errors import CheckpointCorrupt, NotFound, ProtocolError, TermSuperseded
 
@@ -115,12 +115,10 @@ def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path, pieces: list[Shard
 
 def test_only_committed_checkpoints_are_listed(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "nowhere") == ()
-    assert latest(tmp_path) is None
     write(tmp_path, state_of(0), 40)  # the ranks wrote, the controller died before its commit
     assert list_checkpoints(tmp_path) == ()
     paths = [save(tmp_path, state_of(0), step) for step in (30, 100_000_000, 20)]
     assert list_checkpoints(tmp_path) == (paths[2], paths[0], paths[1])
-    assert latest(tmp_path) == paths[1]
 
 
 def test_a_commit_interrupted_at_the_rename_is_not_listed_and_can_be_repeated(

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.data.corpus.sources import Document, open_corpus
+from orchestrator.data.corpus.sources import Document, read_documents
+from orchestrator.data.manifest import DOCUMENTS
 from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
@@ -36,9 +37,9 @@ def test_rows_are_those_of_a_store(tmp_path: Path) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
     store = prepare(str(tmp_path / "texts"), 270, 0.3, tmp_path)
-    names = [line.strip('"\n') for line in store.documents_path.read_text().splitlines()]
+    names = [line.strip('"\n') for line in (store.directory / DOCUMENTS).read_text().splitlines()]
     held = [names[number] for number in store.index("train")["document"]]
-    documents = [d for d in open_corpus(str(tmp_path / "texts")) if d.id in held]
+    documents = [d for d in read_documents(str(tmp_path / "texts")) if d.id in held]
     count = store.num_rows("train", 8)
     wanted = store.rows("train", np.arange(count), 8)
     found = [r for r in rows_of_documents(documents, store.tokenizer(), 8, 5) if r.inputs_RT.shape[1] == 8]

@@ -55,14 +55,14 @@ def test_a_padded_pass_is_the_sum_of_passes_over_its_rows(kind: str, tmp_path: P
     model = _model(kind, tmp_path)
     inputs_BT, targets_BT, lengths_B = _rows()
     loss = model(inputs_BT, targets_BT, None, lengths_B)
-    counts_LE = model.expert_counts()
+    counts_LE = model.routing_counts().counts_LE
     loss.backward()
     padded = _gradients(model)
     model.zero_grad()
     apart, counts = torch.zeros(()), torch.zeros_like(counts_LE)
     for row, length in enumerate(LENGTHS):
         of_row = model(inputs_BT[row : row + 1, :length], targets_BT[row : row + 1, :length])
-        counts += model.expert_counts()
+        counts += model.routing_counts().counts_LE
         of_row.backward()
         apart = apart + of_row.detach()
     torch.testing.assert_close(loss.detach(), apart)

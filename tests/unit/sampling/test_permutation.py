@@ -3,11 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sampling.permutation import row_at, rows_at
+from orchestrator.sampling.permutation import rows_at
 
 
 def whole_epoch(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return rows_at(seed, np.full(num_rows, epoch), np.arange(num_rows), num_rows)
+
+
+def row_at(seed: int, epoch: int, position: int, num_rows: int) -> int:
+    return int(rows_at(seed, np.array([epoch]), np.array([position]), num_rows)[0])
 
 
 @given(seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40), num_rows=st.integers(1, 3000))

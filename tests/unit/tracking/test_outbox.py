@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import NotFinished, ProtocolError
+from orchestrator.errors import ProtocolError
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
-from orchestrator.tracking.outbox import FILE, Outbox, num_waiting
+from orchestrator.tracking.outbox import Outbox
+from orchestrator.tracking.outbox_file import FILE
 from orchestrator.tracking.sink import (
     Artifact,
     Checkpoint,
@@ -147,19 +148,6 @@ def test_a_new_outbox_takes_over_what_the_tracker_has(tmp_path: Path) -> None:
     assert [p.step for p in rest(outbox)] == [6, 7, 0, 1, 2]  # type: ignore[attr-defined]
     outbox.put_points(points("train/lr", range(8, 11)))
     assert outbox.num_waiting == 1
-
-
-def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.tracking.outbox.LOCK_PATIENCE_S", 0.1)
-    assert num_waiting(tmp_path) == 0
-    outbox = Outbox(tmp_path)
-    outbox.put(points("train/loss", range(4)))
-    with pytest.raises(NotFinished, match="another process"):
-        Outbox(tmp_path)
-    with pytest.raises(sqlite3.OperationalError):
-        num_waiting(tmp_path)
-    outbox.close()
-    assert num_waiting(tmp_path) == 4
 
 
 def test_what_can_not_be_written_changes_nothing(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.training_loop import LiveShard
+from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.snapshots import SnapshotManager
-from orchestrator.worker.transition.transition import PreparedTransition
 
 AT = TrainingProgress(5, 6, "order")
 LOST = AbortedGeneration("a peer is gone")

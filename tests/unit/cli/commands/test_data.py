@@ -11,6 +11,7 @@ import pytest
 from orchestrator.cli.commands import data as data_module
 from orchestrator.cli.commands.data import ProgressLine, described
 from orchestrator.cli.main import main
+from orchestrator.cli.terminal.progress import ERASE_LINE
 from orchestrator.data.prepare.pipeline import prepare_corpora
 from orchestrator.data.prepare.request import Request
 from orchestrator.protocol.codec import to_plain
@@ -84,6 +85,6 @@ def test_progress_is_a_bar_on_a_terminal_and_leaves_its_line(monkeypatch: pytest
     stream = Terminal()
     progress = ProgressLine(stream)
     progress.tell("encoding", 0.5)
-    assert stream.getvalue() == f"{data_module.ERASE_LINE}[##########----------] encoding 50%"
+    assert stream.getvalue() == f"{ERASE_LINE}[##########----------] encoding 50%"
     progress.close()
-    assert stream.getvalue().endswith(data_module.ERASE_LINE)
+    assert stream.getvalue().endswith(ERASE_LINE)

@@ -8,12 +8,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from orchestrator.data.corpus.files import texts_in
-from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.data.corpus.sources import Document, read_documents
 from orchestrator.errors import DataError
 
 ROWS = [{"body": "first text", "n": 1}, {"body": "", "n": 2}, {"body": "third, ünï", "n": 3}, {"body": None, "n": 4}]
-TEXTS = ["first text", "", "third, ünï", ""]
+TEXTS = {0: "first text", 2: "third, ünï"}
 
 
 def _write(directory: Path, kind: str) -> Path:
@@ -35,46 +34,48 @@ def _write(directory: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet", ".arrow"])
 def test_each_row_is_a_text(tmp_path: Path, kind: str) -> None:
-    assert list(texts_in(_write(tmp_path, kind), "body")) == TEXTS
+    path = _write(tmp_path, kind)
+    assert list(read_documents(str(path), "body")) == [Document(f"{path.name}#{n}", text) for n, text in TEXTS.items()]
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".arrow"])
 def test_a_missing_column_is_named_with_those_that_there_are(tmp_path: Path, kind: str) -> None:
     path = _write(tmp_path, kind)
-    with pytest.raises(DataError, match="has no 'text'; it has 'body', 'n'") as caught:
-        list(texts_in(path, "text"))
+    with pytest.raises(DataError, match="no (key )?'text'; it has 'body', 'n'") as caught:
+        list(read_documents(str(path)))
     assert str(path) in str(caught.value) and "data.text_key" in caught.value.remedy
-    with pytest.raises(DataError, match="n is of type int; it must be text"):
-        list(texts_in(path, "n"))
+    with pytest.raises(DataError, match="'n' is of type int; it must be text"):
+        list(read_documents(str(path), "n"))
 
 
 def test_plain_files_may_be_gzipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("ünï".encode()))
-    assert list(texts_in(tmp_path / "a.txt.gz", "text")) == ["ünï"]
+    assert list(read_documents(str(tmp_path / "a.txt.gz"))) == [Document("a.txt.gz#0", "ünï")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("rows.jsonl", b'{"text": "good"}\n{"text": bad}\n', r"rows.jsonl:2 is not JSON"),
-        ("rows.jsonl", b'["text"]\n', r"rows.jsonl:1 is a JSON list"),
-        ("rows.jsonl", b'{"text": "caf\xe9"}\n', r"rows.jsonl:1 is not JSON"),
-        ("rows.jsonl.gz", b"not gzip", r"rows.jsonl.gz can't be read"),
-        ("rows.parquet", b"not parquet", r"rows.parquet is no parquet file"),
-        ("rows.arrow", b"not arrow at all", r"rows.arrow is no arrow file"),
+        ("rows.jsonl", b'{"text": "good"}\n{"text": bad}\n', r"rows.jsonl:2: not JSON"),
+        ("rows.jsonl", b'["text"]\n', r"rows.jsonl:1: a JSON list"),
+        ("rows.jsonl", b'{"text": "caf\xe9"}\n', r"rows.jsonl:1: not UTF-8"),
+        ("rows.jsonl.gz", b"not gzip", r"rows.jsonl.gz:1: can't be read"),
+        ("rows.jsonl", b'{"text": "\\ud800"}\n', r"rows.jsonl:1: half of a surrogate pair at character 0"),
+        ("rows.parquet", b"not parquet", r"rows.parquet:1: no parquet file"),
+        ("rows.arrow", b"not arrow at all", r"rows.arrow:1: no arrow file"),
     ],
 )
 def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=told):
-        list(texts_in(tmp_path / name, "text"))
+        list(read_documents(str(tmp_path / name)))
 
 
 def test_a_corpus_may_mix_kinds_and_counts_rows(tmp_path: Path) -> None:
     _write(tmp_path, ".parquet")
     (tmp_path / "plain.txt").write_text("plain text")
     (tmp_path / "state.json").write_text("{}")  # of no kind
-    corpus = open_corpus(str(tmp_path), "body")
-    assert corpus.ids == ("plain.txt", "rows.parquet#0", "rows.parquet#2")
-    assert [document.text for document in corpus] == ["plain text", "first text", "third, ünï"]
-    assert open_corpus(str(_write(tmp_path, ".jsonl")), "body").ids == ("rows.jsonl#0", "rows.jsonl#2")
+    assert list(read_documents(str(tmp_path), "body")) == [
+        Document("plain.txt", "plain text"),
+        *(Document(f"rows.parquet#{number}", text) for number, text in TEXTS.items()),
+    ]

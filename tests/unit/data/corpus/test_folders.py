@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 
 from orchestrator.data.corpus.files import text_files
-from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.data.corpus.sources import read_documents
 from orchestrator.errors import DataError
 
 
@@ -25,7 +25,7 @@ def _save(folder: Path, shards: dict[str, list[str]]) -> Path:
 
 
 def _texts(folder: Path) -> list[str]:
-    return [document.text for document in open_corpus(str(folder))]
+    return [document.text for document in read_documents(str(folder))]
 
 
 def test_shards_are_read_in_the_order_that_the_state_names(tmp_path: Path) -> None:

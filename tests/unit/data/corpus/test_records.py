@@ -1,4 +1,4 @@
-"""Files as streams of records: the texts that `files` reads, from any record on, and faults named with their line."""
+"""Files as streams of records, from any record on, and faults named with their line."""
 
 import gzip
 import json
@@ -9,9 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from orchestrator.data.corpus import records as records_module
 from orchestrator.data.corpus.records import Form, Record, can_be_entered, form_of, records
-from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.data.corpus.sources import read_documents
 
 TEXTS = [f"{number}: naïve café\n" + "word " * (number % 7) for number in range(600)] + ["", " \n"]
 
@@ -67,8 +66,7 @@ def test_texts_and_numbers_are_those_of_the_corpus(tmp_path: Path, write: Callab
     assert [record.place.row for record in found] == list(range(len(found)))
     assert not any(record.fault for record in found)
     with_text = [record for record in found if record.text and record.text.strip()]
-    corpus = list(open_corpus(str(path)))
-    assert [(document.id, document.text) for document in corpus] == [
+    assert [(document.id, document.text) for document in read_documents(str(path))] == [
         (f"{path.name}#{record.place.row}", record.text) for record in with_text
     ]
 
@@ -155,7 +153,7 @@ def test_a_whole_file_that_is_no_text_is_named_with_the_line(tmp_path: Path) -> 
 def test_of_a_gzip_stream_that_is_cut_off_the_rest_is_one_bad_record(
     tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records_module, "READ_BYTES", 1000)
+    monkeypatch.setattr("orchestrator.data.corpus.pieces.READ_BYTES", 1000)
     path = write(tmp_path)
     form = form_of(path, alone=True)
     whole = list(records(path, form, "text"))

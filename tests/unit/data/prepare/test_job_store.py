@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.holdout import split_documents
+from orchestrator.data.holdout import Holdout
 from orchestrator.data.manifest import PrepareOptions, store_key
 from orchestrator.data.prepare import pipeline, request
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
@@ -149,6 +149,13 @@ def test_the_tokenizer_sees_training_documents_only(texts: Path, tmp_path: Path)
             (texts / name).write_text("zqzqzqzq " * 1000)
     [tokens] = prepare(str(texts), 400, 0.3, tmp_path / "stores").tokenizer().encode(["zqzqzqzq"])
     assert len(tokens) == 9  # the document token, and one a byte
+
+
+def split_documents(names: list[str], holdout: float) -> tuple[str, ...]:
+    splits = Holdout(holdout)
+    for name in names:
+        splits.add(name)
+    return tuple("validation" if held_out else "train" for held_out in splits.finished())
 
 
 def _splits_of_texts(texts: Path) -> tuple[str, ...]:

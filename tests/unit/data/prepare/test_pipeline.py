@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from orchestrator.data.manifest import StoreManifest
+from orchestrator.data.manifest import DOCUMENTS, TOKENIZER, StoreManifest
 from orchestrator.data.prepare import scan as scan_module
 from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.prepare.pipeline import prepare_corpora
@@ -98,7 +98,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def ids_of(store: TokenStore) -> list[str]:
-    return [json.loads(line) for line in store.documents_path.read_text().splitlines()]
+    return [json.loads(line) for line in (store.directory / DOCUMENTS).read_text().splitlines()]
 
 
 def texts_of(store: TokenStore) -> dict[str, str]:
@@ -510,7 +510,7 @@ def test_a_job_may_name_the_store(corpus: Path, tmp_path: Path) -> None:
         asked = {"vocab_size": 2048, "holdout": 0.05} | options
         found = prepare(source, directory=tmp_path / "unused", tokenizer=None, **asked)  # type: ignore[arg-type]
         assert found.directory == store.directory and found.digest == store.digest
-    found = prepare(source, 2048, 0.05, tmp_path / "unused", tokenizer=store.tokenizer_path)
+    found = prepare(source, 2048, 0.05, tmp_path / "unused", tokenizer=store.directory / TOKENIZER)
     assert found.digest == store.digest
     assert not (tmp_path / "unused").exists()
 
@@ -518,7 +518,7 @@ def test_a_job_may_name_the_store(corpus: Path, tmp_path: Path) -> None:
 def test_a_job_that_wants_the_store_otherwise_is_refused(corpus: Path, tmp_path: Path) -> None:
     store = prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", map).store
     source = str(store.directory)
-    other = prepare(str(corpus), 290, 0.3, tmp_path / "other").tokenizer_path
+    other = prepare(str(corpus), 290, 0.3, tmp_path / "other").directory / TOKENIZER
     with pytest.raises(DataError, match="data.vocab_size is 400, and the store .* was prepared with 300"):
         prepare(source, 400, 0.05, tmp_path)
     with pytest.raises(DataError, match="data.holdout is 0.2, and the store .* was prepared with 0.3"):

@@ -29,7 +29,7 @@ class Recorder:
     """A feed that notes what is read, and where; `bad_step` can't be read."""
 
     def __init__(self, bad_step: int | None = None) -> None:
-        self.order = RowOrder(SamplerState.of_one_stage(0, 4, 8, 100))
+        self.order = RowOrder(SamplerState(0, 4, 8, 100))
         self.asked: list[Asked] = []
         self.bad_step = bad_step
         self._changed = threading.Condition()
