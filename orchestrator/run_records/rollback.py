@@ -1,4 +1,7 @@
-"""Progress of a run that goes back to an earlier step: only the newest records of its journal are read."""
+"""Committed steps from the newest backwards, and the progress of a run that goes back to one.
+
+A long journal isn't read whole for them.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +28,7 @@ def progress_up_to(run_dir: Path, progress: Progress, step: int, before: int | N
         return Progress()
     undone: list[StepRecord] = []
     recent: list[StepRecord] = []
-    for record in _committed_backwards(run_dir, progress.watermark, before):
+    for record in committed_backwards(run_dir, progress.watermark, before):
         if len(recent) == RECENT_STEPS:
             break
         (undone if record.step > step else recent).append(record)
@@ -45,10 +48,16 @@ def progress_up_to(run_dir: Path, progress: Progress, step: int, before: int | N
     )
 
 
-def _committed_backwards(run_dir: Path, watermark: int, before: int | None) -> Iterator[StepRecord]:
-    """Records of committed steps up to the watermark, the newest first, each step once."""
+def committed_backwards(run_dir: Path, watermark: int, before: int | None = None) -> Iterator[StepRecord]:
+    """Records of committed steps up to the watermark, the newest first, each step once.
+
+    Args:
+        before: read only events with a `seq` below; None for all.
+    """
     above = watermark + 1
     for entry in ChainReader(DirectoryObjects(run_dir)).backwards():
+        if above == 0:
+            return
         for plain in reversed(entry.events):
             is_ledger = plain["kind"] in (StepsCommitted.kind, Resumed.kind)
             if not is_ledger or (before is not None and plain["seq"] >= before):
