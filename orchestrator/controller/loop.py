@@ -86,6 +86,8 @@ class RunLoop:
                     self._storage.add("begin", self._begin)
             elif has_news or self._waits_for_time() or self._observer.storage_trouble() is not None:
                 self._storage.add("turn", self._turn)
+            if self._memory.compactor.is_due() and not self._storage.is_pending("compaction"):
+                self._storage.add("compaction", self._memory.compactor.advance)
             self._storage.advance()
 
     def _begin(self) -> StorageTask[None]:

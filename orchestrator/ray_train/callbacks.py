@@ -15,7 +15,8 @@ from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, StepsCommitted
 from orchestrator.ray_train.results import Row, rows_of
-from orchestrator.run_records.run_history import LEDGER, committed_steps, read_entries
+from orchestrator.run_records.rollback import progress_up_to
+from orchestrator.run_records.run_history import committed_steps, read_entries
 
 
 class CallbackError(Exception):
@@ -57,9 +58,8 @@ class Follower:
             match entry.event:
                 case StepsCommitted():
                     self._enter_steps(entry)
-                case Resumed():
-                    before = (e for e in read_entries(self._run_dir, only=LEDGER) if e.seq <= entry.seq)
-                    self._progress = absorb(Progress(), committed_steps(before))
+                case Resumed(step=step):
+                    self._progress = progress_up_to(self._run_dir, self._progress, step, before=entry.seq)
                 case CheckpointCommitted(step, path):
                     self._unreported[step] = path
                 case StateDecided(state):

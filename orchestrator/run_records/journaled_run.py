@@ -16,8 +16,11 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StageBegan, StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
-from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, progress_up_to
+from orchestrator.run_records.journal_compactor import JournalCompactor
+from orchestrator.run_records.rollback import progress_up_to
+from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
 from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.compaction import LIMITS, CompactionLimits
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.reserve import FULL, SpaceReserve
@@ -39,15 +42,23 @@ class JournaledRun(RunHistory):
     Args:
         run_dir: the run's directory in run storage.
         journal: by `open_journal`; None for one that takes the next term now.
+        compaction: when the journal is compacted.
     """
 
-    def __init__(self, run_dir: Path, limits: RunLimits, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        limits: RunLimits,
+        journal: Journal | None = None,
+        compaction: CompactionLimits = LIMITS,
+    ) -> None:
         self.trouble: str | None = None
         self._journal = journal or open_journal(run_dir)
         self.term = self._journal.term
         self._reserve = SpaceReserve(run_dir)
         self._reserve.tend()
         super().__init__(run_dir, limits)
+        self.compactor = JournalCompactor(run_dir, limits, self._journal, self._reserve, self.compacted, compaction)
 
     def decided(self, state: RunState, events: Sequence[Event]) -> StorageTask[list[JournalEntry]]:
         """Journal a decision with its events for users. Returns the events' journal entries."""
@@ -55,7 +66,7 @@ class JournaledRun(RunHistory):
         resumed = next((event for event in events if isinstance(event, Resumed)), None)
         progress = Progress()
         if resumed is not None:
-            progress = yield Lengthy(partial(progress_up_to, self._run_dir, resumed.step))
+            progress = yield Lengthy(partial(progress_up_to, self._run_dir, self.progress, resumed.step))
         written = yield from self._append([*events, *changed])
         self._become(state)
         if resumed is not None:

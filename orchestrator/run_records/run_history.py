@@ -3,18 +3,19 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.errors import NotFound
+from orchestrator.errors import NotFound, ProtocolError
 from orchestrator.policy.health.expert_collapse import Troubles
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import RunState, StateDecided
-from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.events.base import Event, JournalEntry, is_internal
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.events.base import KINDS, Event, JournalEntry, is_internal
 from orchestrator.protocol.events.notices import (
     GradientSaturated,
     NumericsDiffer,
@@ -28,7 +29,11 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
-from orchestrator.storage.journal import read_events
+from orchestrator.run_records.rollback import progress_up_to
+from orchestrator.storage.chain import BEGINNING, damaged
+from orchestrator.storage.chain_reader import ChainReader
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import events_after
 
 log = logging.getLogger("orchestrator.control")
 
@@ -39,10 +44,33 @@ WRITE_AGAIN_S = 1.0
 T = TypeVar("T")
 
 
-class RunHistory:
-    """State and progress of a run, read from its journal. Needs no cluster, writes nothing."""
+@dataclass(frozen=True)
+class StoredHistory:
+    """A `RunHistory` as compaction stores it, with kinds in place of event classes."""
 
-    def __init__(self, run_dir: Path, limits: RunLimits) -> None:
+    state: RunState
+    progress: Progress
+    data: PreparedData | None
+    times: dict[str, float]
+    newest_times: dict[str, float]
+    counts: dict[str, int]
+    numerics: dict[str, Any] | None
+    differing: dict[str, dict[str, str]]
+    first_steps: dict[str, int]
+    saturated: tuple[tuple[str, int], ...]
+    troubles: Troubles
+    resumed_by: str
+    storage_fails: bool
+
+
+class RunHistory:
+    """State and progress of a run, read from its journal. Needs no cluster, writes nothing.
+
+    Args:
+        is_read: False for that of no events, which `restore` and `take` change.
+    """
+
+    def __init__(self, run_dir: Path, limits: RunLimits, is_read: bool = True) -> None:
         self._run_dir = run_dir
         self.state = first_state(limits)
         self.progress = Progress()
@@ -57,8 +85,57 @@ class RunHistory:
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
         self.storage_fails = False  # by the newest event
-        for entry in read_entries(run_dir):
-            self._recall(entry)
+        self.compacted = -1  # number of the newest journal entry that a state included when it was read
+        if is_read:
+            self._read()
+
+    def _read(self) -> None:
+        """Recall the newest state, and the entries after it."""
+        reader = ChainReader(DirectoryObjects(self._run_dir))
+        state = reader.newest_state()
+        if state is not None:
+            self.compacted = state.link.number
+            try:
+                self.restore(state.fold)
+            except (ProtocolError, ValueError) as error:
+                raise damaged(state.key, f"can't be read: {error}") from error
+        for entry in reader.entries(BEGINNING if state is None else state.link):
+            self.take(entry.events)
+
+    def restore(self, stored: bytes) -> None:
+        """Become the history that was `stored`. Raises ProtocolError if another version has."""
+        found = from_plain(StoredHistory, json.loads(stored))
+        self.state, self.progress, self.data = found.state, found.progress, found.data
+        self.times = {_type_of(kind): time_s for kind, time_s in found.times.items()}
+        self.newest_times = {_type_of(kind): time_s for kind, time_s in found.newest_times.items()}
+        self.counts = Counter({_type_of(kind): count for kind, count in found.counts.items()})
+        self.numerics, self.differing, self.first_steps = found.numerics, found.differing, found.first_steps
+        self.saturated, self.troubles = set(found.saturated), found.troubles
+        self.resumed_by, self.storage_fails = found.resumed_by, found.storage_fails
+
+    def stored(self) -> bytes:
+        """The history as a line of JSON."""
+        plain = StoredHistory(
+            state=self.state,
+            progress=self.progress,
+            data=self.data,
+            times={cls.kind: time_s for cls, time_s in self.times.items()},
+            newest_times={cls.kind: time_s for cls, time_s in self.newest_times.items()},
+            counts={cls.kind: count for cls, count in self.counts.items()},
+            numerics=self.numerics,
+            differing=self.differing,
+            first_steps=self.first_steps,
+            saturated=tuple(sorted(self.saturated)),
+            troubles=self.troubles,
+            resumed_by=self.resumed_by,
+            storage_fails=self.storage_fails,
+        )
+        return json.dumps(to_plain(plain), separators=(",", ":")).encode()
+
+    def take(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Add the journal's next events."""
+        for plain in events:
+            self._recall(entry_of(plain))
 
     def _recall(self, entry: JournalEntry) -> None:
         self._date(entry)
@@ -76,7 +153,7 @@ class RunHistory:
             case GradientSaturated(worker, step):
                 self.saturated.add((worker, step))
             case Resumed() as resumed:
-                self._go_back(resumed, progress_up_to(self._run_dir, resumed.step, before=entry.seq))
+                self._go_back(resumed, progress_up_to(self._run_dir, self.progress, resumed.step, before=entry.seq))
             case StorageFails() | StorageWorks():
                 self.storage_fails = isinstance(entry.event, StorageFails)
             case event:
@@ -102,23 +179,37 @@ class RunHistory:
         self.troubles = self.troubles.up_to(self.progress.watermark)
 
 
-def read_entries(
-    run_dir: Path, after: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
-) -> list[JournalEntry]:
-    """The events of a run's journal with a `seq` above `after`, in order. Needs no cluster.
+def _type_of(kind: str) -> type[Event]:
+    if kind not in KINDS:
+        raise ProtocolError(f"{kind!r} is no kind of event; was it written by another version?")
+    return KINDS[kind]
+
+
+def entries_after(
+    run_dir: Path, seq: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
+) -> Iterator[JournalEntry]:
+    """The events of a run's journal with a `seq` above this one, in order, read as they are taken. Needs no cluster.
 
     Args:
         only: types of events; empty for all.
         leave_out: types to skip: states take long to read.
     """
     wanted, unwanted = {cls.kind for cls in only}, {cls.kind for cls in leave_out}
-    plain = read_events(run_dir, after)
-    return [entry_of(e) for e in plain if (not wanted or e["kind"] in wanted) and e["kind"] not in unwanted]
+    for plain in events_after(run_dir, seq):
+        if (not wanted or plain["kind"] in wanted) and plain["kind"] not in unwanted:
+            yield entry_of(plain)
+
+
+def read_entries(
+    run_dir: Path, after: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
+) -> list[JournalEntry]:
+    """All that `entries_after` reads."""
+    return list(entries_after(run_dir, after, only, leave_out))
 
 
 def read_steps(run_dir: Path) -> list[StepRecord]:
     """All committed steps of the run, in order. Needs no cluster."""
-    return committed_steps(read_entries(run_dir, only=LEDGER))
+    return committed_steps(entries_after(run_dir, only=LEDGER))
 
 
 def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
@@ -137,14 +228,7 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
 
 def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:
     """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
-    return [plain for plain in read_events(run_dir, after) if not is_internal(plain["kind"])]
-
-
-def progress_up_to(run_dir: Path, step: int, before: int | None = None) -> Progress:
-    """Progress of the journalled steps up to this one, by entries with a `seq` below `before`; None for all."""
-    entries = read_entries(run_dir, only=LEDGER)
-    steps = committed_steps(entry for entry in entries if before is None or entry.seq < before)
-    return absorb(Progress(), [record for record in steps if record.step <= step])
+    return [plain for plain in events_after(run_dir, after) if not is_internal(plain["kind"])]
 
 
 def read_status(run_dir: Path) -> RunStatus:

@@ -3,19 +3,27 @@ tracker had written to the outbox."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NotFinished, NotFound
 from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import Progress
+from orchestrator.policy.state.run_state import StateDecided
+from orchestrator.protocol.events.training import StepsCommitted
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import RunHistory, committed_steps, read_entries, read_status
+from orchestrator.run_records.rollback import committed_backwards
+from orchestrator.run_records.run_history import RunHistory, entries_after, read_status
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import newest_term
-from orchestrator.telemetry.step_metrics import points_after, points_of_event
+from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
+from orchestrator.tracking.sink import MetricPoint, TrackerPosition
 from orchestrator.tracking.tracker import Tracker, TrackerState
 
 POINTS_PER_CALL = 2000
@@ -57,30 +65,46 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     term = newest_term(run_dir)
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
-    data = RunHistory(run_dir, RunLimits.of(run_dir.name, job)).data
-    for method, args in missing_calls(run_dir, tracker.position(), data):
+    history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))
+    for method, args in missing_calls(run_dir, tracker.position(), history.progress, history.data):
         if method is not Tracker.artifact or Path(args[0]).exists():
             method(tracker, term, *args)
     tracker.finish(term, status.phase.value, status.why, timeout_s)
     return tracker.describe()
 
 
-def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> Iterator[Call]:
-    """Calls for everything that a tracker with the steps up to `position` may lack. It recognises repeats."""
+def missing_calls(
+    run_dir: Path, position: TrackerPosition, progress: Progress, data: PreparedData | None
+) -> Iterator[Call]:
+    """Calls for everything that a tracker at `position` lacks.
+
+    Args:
+        progress: by the run's journal, which is read from its newest entry backwards, as far as is needed.
+    """
     yield Tracker.artifact, (str(run_dir / "job.yaml"),)
     if data is not None:
         yield from calls_for_data(data)
-    entries = read_entries(run_dir)
-    for entry in entries:
+    before = position.event
+    for entry in entries_after(run_dir, position.event, leave_out=(StateDecided, StepsCommitted)):
         if not entry.event.is_internal:
-            yield Tracker.event, (entry, points_of_event(entry))
-    steps = committed_steps(entries)
-    points, loads, after = points_after(steps, position), shown_loads(steps), position
+            yield Tracker.event, (entry, points_of_event(entry), before)
+            before = entry.seq
+    newest_first = committed_backwards(run_dir, progress.watermark)
+    steps = list(takewhile(lambda record: record.step > position.step, newest_first))[::-1]
+    points, loads, after = _points_of(progress, steps), shown_loads(steps), position.step
     while points:
         last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together
         batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
         yield Tracker.publish, (batch, after, {step: loads[step] for step in loads if after < step <= last})
         points, after = points[len(batch) :], last
+
+
+def _points_of(progress: Progress, steps: list[StepRecord]) -> list[MetricPoint]:
+    """Metric points of the newest steps of `progress`."""
+    tokens = sum(record.batch.tokens for record in steps)
+    skipped = sum(not record.update.applied for record in steps)
+    before = replace(progress, tokens=progress.tokens - tokens, skipped=progress.skipped - skipped)
+    return points_of_steps(before, steps)
 
 
 def calls_for_data(data: PreparedData) -> list[Call]:

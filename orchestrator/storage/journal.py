@@ -7,44 +7,25 @@ writer's. An entry is appended by creating its object, which fails if the number
 
 A controller takes its term by appending an entry without events. The entry after an old controller's last one is
 therefore its own, or the first of a later term: no past controller can append, whatever it believes. An answer that was
-lost is recognised by the entry's bytes.
+lost is recognised by the entry's bytes. Compaction (`storage.compaction`) keeps the names that this needs.
+
+A controller that is about to take a term may believe any number to be the next one, and compaction may have freed it.
+So it lists the journal's objects once its entry is there, and has no term if a state includes that number.
 """
 
 import json
-import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import JournalCorrupt, TermSuperseded
+from orchestrator.errors import TermSuperseded
+from orchestrator.storage.chain import ChainEntry, Event, entry_from, entry_key, list_names
+from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import Objects
-
-FOLDER = "journal"
-ROOT_DIGEST = ""  # `prev` of entry 0
-
-Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An entry as it was read. `digest`: SHA-256 of its bytes."""
-
-    number: int
-    term: int
-    prev: str
-    seq: int
-    events: tuple[Event, ...]
-    digest: str
-
-    @property
-    def next_seq(self) -> int:
-        return self.seq + len(self.events)
 
 
 class Journal:
@@ -54,6 +35,10 @@ class Journal:
         objects: the run's, in run storage.
         holder: who takes the term, for people that read the journal.
 
+    Attributes:
+        last: of the newest entry that it has written.
+        num_bytes: of all entries that it has written.
+
     Raises:
         OSError: storage can't be read or written.
         JournalCorrupt: the newest entry can't be read.
@@ -61,14 +46,19 @@ class Journal:
 
     def __init__(self, objects: Objects, holder: str = "") -> None:
         self._objects = objects
-        self._last = _newest(objects)
+        self.last = ChainReader(objects).newest_link()
         self._unsettled: bytes | None = None  # an entry of ours that may be there, though its creation failed
+        self.num_bytes = 0
         self.term = 0
         while self.term == 0:
-            term = (self._last.term if self._last else 0) + 1
+            term = self.last.term + 1
             data = self._bytes_of(term, (), holder)
-            self._last = self._entry_at_next_number(data)
-            self.term = term if self._last.digest == sha256(data).hexdigest() else 0
+            found = self._entry_at_next_number(data)
+            if list_names(objects).newest_state >= found.number:  # the number had been freed
+                self.last = ChainReader(objects).newest_link()
+            else:
+                self.last = found.link
+                self.term = term if found.data == data else 0
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Write these events as one entry: readers see all of them or none.
@@ -88,11 +78,11 @@ class Journal:
 
     def _bytes_of(self, term: int, events: Sequence[Mapping[str, Any]], holder: str = "") -> bytes:
         """The next entry. Stamps come last in an event, which can't forge its own."""
-        seq = self._last.next_seq if self._last else 0
+        seq = self.last.next_seq
         stamps = ({"seq": seq + i, "term": term, "time": time.time()} for i in range(len(events)))
         plain = {
             "term": term,
-            "prev": self._last.digest if self._last else ROOT_DIGEST,
+            "prev": self.last.digest,
             "nonce": secrets.token_hex(8),
             "seq": seq,
             "holder": holder,
@@ -104,96 +94,63 @@ class Journal:
         """Find out whether the entry whose creation failed is there: it is then the last one."""
         if self._unsettled is not None:
             with suppress(FileNotFoundError):
-                self._objects.get(key_of(self._last.number + 1 if self._last else 0))
+                self._objects.get(entry_key(self.last.number + 1))
                 self._create(self._unsettled)
             self._unsettled = None
 
-    def _create(self, data: bytes) -> _Entry:
+    def _create(self, data: bytes) -> ChainEntry:
         """Create the next entry. Raises TermSuperseded if another controller has, now and in every later call."""
         self._unsettled = data
         found = self._entry_at_next_number(data)
-        if found.digest != sha256(data).hexdigest():
+        if found.data != data:
             raise TermSuperseded(
-                f"term {self.term} may not write to the journal: entry {found.number} is of term {found.term}",
+                f"term {self.term} may not write to the journal: entry {found.number} is of term {found.link.term}",
                 unchanged="Nothing was written.",
             )
-        self._unsettled, self._last = None, found
+        self._unsettled, self.last = None, found.link
+        self.num_bytes += len(data)
         return found
 
-    def _entry_at_next_number(self, data: bytes) -> _Entry:
+    def _entry_at_next_number(self, data: bytes) -> ChainEntry:
         """The entry that has the next number, once `data` was offered for it."""
-        number = self._last.number + 1 if self._last else 0
-        return _entry_of(number, self._objects.create(key_of(number), data))
+        key = entry_key(self.last.number + 1)
+        return entry_from(self.last.number + 1, self._objects.create(key, data), f"journal entry {key}")
+
+
+def events_after(run_dir: Path, seq: int = -1) -> Iterator[Event]:
+    """Every event with a `seq` above this one, in order, read as they are taken. Needs no cluster.
+
+    Raises:
+        JournalCorrupt: a part of the journal is missing, can't be read, or is not the successor of the one before.
+    """
+    reader = ChainReader(DirectoryObjects(run_dir))
+    entries = reader.entries() if seq < 0 else _since(reader, seq + 1)
+    return (event for entry in entries for event in entry.events if event["seq"] > seq)
+
+
+def _since(reader: ChainReader, seq: int) -> Iterator[ChainEntry]:
+    """Entries from the one that has the event of this number."""
+    entries: list[ChainEntry] = []
+    for entry in reader.backwards():
+        entries.append(entry)
+        if entry.seq <= seq:
+            break
+    return reversed(entries)
 
 
 def read_events(run_dir: Path, after: int = -1) -> list[Event]:
-    """Every event with a `seq` above `after`, in order. Needs no cluster.
-
-    Raises:
-        JournalCorrupt: an entry is missing, can't be read, or is not the successor of the one before.
-    """
-    entries: list[_Entry] = []
-    for entry in _backwards(DirectoryObjects(run_dir)):
-        entries.append(entry)
-        if entry.seq <= after + 1:
-            break
-    return [event for entry in reversed(entries) for event in entry.events if event["seq"] > after]
+    """Every event with a `seq` above `after`, in order. Raises as `events_after`."""
+    return list(events_after(run_dir, after))
 
 
 def newest_term(run_dir: Path) -> int:
     """The highest term taken so far; 0 if none was."""
-    newest = _newest(DirectoryObjects(run_dir))
-    return newest.term if newest else 0
+    return ChainReader(DirectoryObjects(run_dir)).newest_link().term
 
 
 def has_journal(run_dir: Path) -> bool:
     """Whether any controller has taken a term of this run. Reads no entry."""
     try:
-        return bool(_numbers(DirectoryObjects(run_dir)))
+        return list_names(DirectoryObjects(run_dir)).newest >= 0
     except NotADirectoryError:
         return False
-
-
-def key_of(number: int) -> str:
-    """Key of a journal entry: numbers sort as text does."""
-    return f"{FOLDER}/{number:010d}"
-
-
-def _numbers(objects: Objects) -> list[int]:
-    return sorted(int(name) for name in objects.names(FOLDER) if re.fullmatch(r"\d{10}", name))
-
-
-def _newest(objects: Objects) -> _Entry | None:
-    return next(_backwards(objects), None)
-
-
-def _backwards(objects: Objects) -> Iterator[_Entry]:
-    """Entries from the newest to the first, each checked against its successor."""
-    numbers = _numbers(objects)
-    successor: _Entry | None = None
-    for number in reversed(range(numbers[-1] + 1) if numbers else ()):
-        try:
-            entry = _entry_of(number, objects.get(key_of(number)))
-        except FileNotFoundError:
-            raise _damaged(number, "is missing, though later ones are there") from None
-        if successor is not None and successor.prev != entry.digest:
-            raise _damaged(number, f"is not the one that entry {successor.number} follows: its SHA-256 differs")
-        yield entry
-        successor = entry
-
-
-def _entry_of(number: int, data: bytes) -> _Entry:
-    try:
-        plain = json.loads(data)
-        term, prev, seq, events = int(plain["term"]), str(plain["prev"]), int(plain["seq"]), tuple(plain["events"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(number, f"can't be read: {error!r}") from error
-    return _Entry(number, term, prev, seq, events, sha256(data).hexdigest())
-
-
-def _damaged(number: int, how: str) -> JournalCorrupt:
-    return JournalCorrupt(
-        f"journal entry {key_of(number)} {how}",
-        remedy="Restore it from a copy of run storage; `resume` refuses a run whose journal is damaged.",
-        unchanged="Nothing was changed.",
-    )

@@ -1,6 +1,6 @@
 """Metric values of step records, rescales and recoveries."""
 
-from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.expert_load import ExpertLoad
@@ -62,12 +62,6 @@ def values_of_experts(load: ExpertLoad) -> dict[str, float]:
         "moe/choice_entropy": load.entropy,
     }
     return values if load.swing is None else values | {"moe/load_swing": load.swing}
-
-
-def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:
-    """Metric points of the steps after `step`, from all records of the run."""
-    known = absorb(Progress(), [record for record in records if record.step <= step])
-    return points_of_steps(known, [record for record in records if record.step > step])
 
 
 def points_of_event(entry: JournalEntry) -> list[MetricPoint]:

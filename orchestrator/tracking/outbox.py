@@ -30,6 +30,7 @@ from orchestrator.tracking.sink import (
     Inputs,
     Item,
     MetricPoint,
+    TrackerPosition,
 )
 
 _KINDS: Mapping[str, type[Any]] = {
@@ -86,9 +87,22 @@ class Outbox:
                 self._take(_POSITION, max(point.step for point in points))
                 self._announce()
 
-    def put_event(self, entry: JournalEntry, points: Sequence[MetricPoint] = ()) -> None:
-        """Put an event of the journal, with values derived from it. An event with a known `seq` is dropped."""
+    def put_event(self, entry: JournalEntry, points: Sequence[MetricPoint] = (), after: int | None = None) -> None:
+        """Put an event of the journal, with values derived from it. An event with a known `seq` is dropped.
+
+        Args:
+            after: `seq` of the run's event before it.
+
+        Raises:
+            ProtocolError: earlier events are missing; nothing was put.
+        """
         with self._writing():
+            newest = self._newest_event()
+            if after is not None and after > newest:
+                raise ProtocolError(
+                    f"the event after {after} came, but those after {newest} are missing",
+                    unchanged="Nothing was put.",
+                )
             if self._one("SELECT count(*) FROM events WHERE seq = ?", entry.seq):
                 return
             step = getattr(entry.event, "step", None)
@@ -154,10 +168,10 @@ class Outbox:
         return self._num_waiting
 
     @property
-    def position(self) -> int:
-        """The newest step up to which values of every step were put; -1 before any."""
+    def position(self) -> TrackerPosition:
+        """The newest step up to which values of every step were put, and the newest event."""
         with self._lock:
-            return self._newest(_POSITION)
+            return TrackerPosition(self._newest(_POSITION), self._newest_event())
 
     def history(self) -> History:
         with self._lock:
@@ -232,6 +246,9 @@ class Outbox:
     def _newest(self, key: str) -> int:
         row = self._db.execute("SELECT step FROM taken WHERE key = ?", (key,)).fetchone()
         return -1 if row is None else int(row[0])
+
+    def _newest_event(self) -> int:
+        return int(self._one("SELECT coalesce(max(seq), -1) FROM events"))
 
     def _take(self, key: str, step: int) -> None:
         self._db.execute("INSERT INTO taken VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET step = ?", (key, step, step))

@@ -13,6 +13,19 @@ from orchestrator.metrics import metric
 
 
 @dataclass(frozen=True)
+class TrackerPosition:
+    """What a tracker has of a run without gaps.
+
+    Args:
+        step: the newest step up to which values of every step were published; -1 before any.
+        event: `seq` of the newest event; -1 before any.
+    """
+
+    step: int = -1
+    event: int = -1
+
+
+@dataclass(frozen=True)
 class MetricPoint:
     """One value of one metric at one step. `time` is `time.time()` seconds; `node` is set for metrics per node.
 

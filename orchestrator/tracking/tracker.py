@@ -31,6 +31,7 @@ from orchestrator.tracking.sink import (
     MetricPoint,
     Outcome,
     Sink,
+    TrackerPosition,
     TrackerSetup,
     check_uri,
     redacted,
@@ -69,8 +70,8 @@ class Tracker:
         self._outbox.withdraw_finish()  # the starting controller continues the run, or reports its end again
         self._publisher = publisher_of(setup, self._outbox)
 
-    def position(self) -> int:
-        """The newest step up to which values of every step were published; -1 before any."""
+    def position(self) -> TrackerPosition:
+        """What was published without gaps."""
         return self._outbox.position
 
     def publish(
@@ -90,13 +91,18 @@ class Tracker:
         self._outbox.put_points(points, after, loads)
         self._publisher.wake()
 
-    def event(self, term: int, entry: JournalEntry, points: Sequence[MetricPoint] = ()) -> None:
+    def event(
+        self, term: int, entry: JournalEntry, points: Sequence[MetricPoint] = (), after: int | None = None
+    ) -> None:
         """Take an event of the journal, with values derived from it; an event with a known `seq` is dropped.
+
+        Args:
+            after: `seq` of the run's event before it. Raises ProtocolError, as `publish` does, if that is missing.
 
         Events `checkpoint`, `checkpoints_deleted` and `resumed` create and update models in MLflow.
         """
         self._admit(term)
-        self._outbox.put_event(entry, points)
+        self._outbox.put_event(entry, points, after)
         self._publisher.wake()
 
     def inputs(self, term: int, datasets: Sequence[Dataset]) -> None:
@@ -134,7 +140,7 @@ class Tracker:
             url=state.url,
             mlflow_run_id=state.tracked_id,
             term=self._term,
-            position=self._outbox.position,
+            position=self._outbox.position.step,
             waiting=state.waiting,
             published=state.published,
             error=state.error,

@@ -22,7 +22,7 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.mlflow_server import MlflowServer
 from orchestrator.tracking.outbox_file import FILE
-from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerSetup, with_driver
+from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerPosition, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.timeout(300)
@@ -96,7 +96,7 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     assert (run.info.status, run.data.tags["orchestrator.reason"]) == ("FAILED", "peer_lost: worker 3")
 
     second = reborn(first, setup)
-    assert second.position() == 1199
+    assert second.position().step == 1199
     second.event(2, JournalEntry(4, 2, time.time(), Resumed("t", 1099, None, 2)))
     second.publish(2, points("train/loss", range(1100, 1500), 9.0), after=1099)
     second.event(2, JournalEntry(5, 2, time.time(), CheckpointCommitted(1499, "/c/1499")))
@@ -168,7 +168,7 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     assert broken.describe()["waiting"] == 601
 
     again = reborn(broken, setup)  # its process was killed
-    assert (again.describe()["waiting"], again.position()) == (600, 599)
+    assert (again.describe()["waiting"], again.position().step) == (600, 599)
     store.execute("ALTER TABLE metrics_away RENAME TO metrics")
     store.close()
     assert again.finish(1, "stopped", timeout_s=PATIENCE_S)
@@ -268,7 +268,7 @@ def test_a_damaged_outbox_is_set_aside(tmp_path: Path) -> None:
     directory.mkdir()
     (directory / FILE).write_text("no database, but long enough to be looked at as one" * 40)
     tracker = Tracker(setup)
-    assert tracker.position() == -1  # the controller publishes everything anew
+    assert tracker.position() == TrackerPosition()  # the controller publishes everything anew
     assert (directory / f"{FILE}.damaged").exists()
 
 

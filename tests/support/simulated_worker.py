@@ -34,7 +34,7 @@ from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTimin
 from orchestrator.protocol.worker_report import Handover, Phase, Report, WorkerError
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
-from orchestrator.tracking.sink import TrackerSetup
+from orchestrator.tracking.sink import TrackerPosition, TrackerSetup
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 
 POLL_S = 0.002
@@ -415,8 +415,8 @@ class FileTracker:
         self._position = max((line["step"] for line in known if "after" in line), default=-1)
         self._seqs = {line["seq"] for line in known if "seq" in line}
 
-    def position(self) -> int:
-        return self._position
+    def position(self) -> TrackerPosition:
+        return TrackerPosition(self._position, max(self._seqs, default=-1))
 
     def publish(self, term: int, points: list[Any], after: int | None = None, loads: Any = None) -> None:
         if after is not None:
@@ -425,7 +425,8 @@ class FileTracker:
         whole = {} if after is None else {"after": after}
         self._write([{"term": term, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
 
-    def event(self, term: int, entry: JournalEntry, points: list[Any]) -> None:
+    def event(self, term: int, entry: JournalEntry, points: list[Any], after: int) -> None:
+        assert after <= max(self._seqs, default=-1), f"events after {max(self._seqs, default=-1)} are missing"
         if entry.seq in self._seqs:
             return
         self._seqs.add(entry.seq)

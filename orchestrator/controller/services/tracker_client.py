@@ -16,15 +16,17 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.expert_load import Loads
+from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import retry_until_written
+from orchestrator.run_records.run_history import RunHistory
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_calls
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sink import MetricPoint, TrackerPosition
 from orchestrator.tracking.tracker import Tracker
 
 log = logging.getLogger("orchestrator.control")
@@ -51,6 +53,7 @@ class TrackerClient:
         self._data: PreparedData | None = None
         self._is_current = False  # it has, or was sent, everything in the journal
         self._asked_s: float | None = None  # when its position was last requested
+        self._newest_event = -1  # `seq` of the newest event that it has or was sent, while it is current
         self._num_open = 0
         self._looked_s = 0.0  # when its description was last requested
         self.url: str | None = None
@@ -96,7 +99,8 @@ class TrackerClient:
 
     def publish_event(self, entry: JournalEntry) -> None:
         if self._is_current:
-            self._send([(Tracker.event, (entry, points_of_event(entry)))])
+            self._send([(Tracker.event, (entry, points_of_event(entry), self._newest_event))])
+            self._newest_event = entry.seq
 
     def look(self) -> None:
         """Ask the tracker for its URL and its errors, at intervals."""
@@ -139,17 +143,20 @@ class TrackerClient:
         if self.warning:
             log.warning(self.warning)
 
-    def _catch_up(self, position: int) -> StorageTask[None]:
+    def _catch_up(self, position: TrackerPosition) -> StorageTask[None]:
         try:
             missing = yield Lengthy(partial(self._missing, position))
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
         else:
             self._is_current, self.warning = True, None
+            seqs = [args[0].seq for method, args in missing if method is Tracker.event]
+            self._newest_event = max(seqs, default=position.event)
             self._send(missing)
 
-    def _missing(self, position: int) -> list[Call]:
-        return list(missing_calls(self._run_dir, position, self._data))
+    def _missing(self, position: TrackerPosition) -> list[Call]:
+        history = RunHistory(self._run_dir, RunLimits.of(self._run_id, self._job))
+        return list(missing_calls(self._run_dir, position, history.progress, self._data))
 
     def _failed(self, method: str, why: str) -> None:
         """Warn users only of a tracker that can't report its position: it is down, and may be restarting."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import NotFound, StorageError
-from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.policy.state.run_state import Observation, RunState, ended
@@ -27,7 +27,7 @@ from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
 from orchestrator.storage.tasks import run_inline
-from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
+from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
@@ -172,13 +172,6 @@ def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
         ("elastic/rescale_stall_s", 0.5, 60),
         ("elastic/moved_bytes", 7.0, 60),
     }
-
-
-def test_points_read_from_the_journal_are_those_of_the_first_time() -> None:
-    records = [record(step) for step in range(9)]
-    known = absorb(Progress(), records[:4])
-    assert points_after(records, 3) == points_of_steps(known, records[4:])
-    assert points_after(records, 8) == []
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:

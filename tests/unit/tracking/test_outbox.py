@@ -53,7 +53,7 @@ def test_what_was_put_survives_the_process(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
     assert done.returncode == -9
     outbox = Outbox(tmp_path)
-    assert (outbox.num_waiting, outbox.position) == (50, 49)
+    assert (outbox.num_waiting, outbox.position.step) == (50, 49)
     assert rest(outbox) == [MetricPoint("train/loss", 0.1 * s, s, s / 7) for s in range(50)]
 
 
@@ -112,7 +112,19 @@ def test_a_gap_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="those after 2 are missing"):
         outbox.put_points(points("train/loss", range(5, 6)), after=4)
     outbox.put_points(points("train/loss", range(1, 6)), after=0)
-    assert (outbox.position, len(rest(outbox))) == (5, 6)
+    assert (outbox.position.step, len(rest(outbox))) == (5, 6)
+
+
+def test_a_gap_between_events_is_refused(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    first, second, third = (JournalEntry(seq, 1, 9.0, CheckpointsDeleted((seq,))) for seq in (2, 5, 9))
+    outbox.put_event(first, after=-1)
+    with pytest.raises(ProtocolError, match="those after 2 are missing"):
+        outbox.put_event(third, after=5)
+    for event, after in ((second, 2), (third, 5), (second, 2)):
+        outbox.put_event(event, after=after)
+    assert outbox.position.event == 9
+    assert [entry.seq for entry in outbox.history().events] == [2, 5, 9]
 
 
 def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Path) -> None:
@@ -155,7 +167,7 @@ def test_what_can_not_be_written_changes_nothing(tmp_path: Path) -> None:
     outbox.put_points(points("train/loss", range(2)), after=-1)
     with pytest.raises(TypeError):
         outbox.put_event(JournalEntry(1, 1, 9.0, CheckpointCommitted(1, object())))  # type: ignore[arg-type]
-    assert (outbox.num_waiting, outbox.position, len(outbox.history().events)) == (2, 1, 0)
+    assert (outbox.num_waiting, outbox.position.step, len(outbox.history().events)) == (2, 1, 0)
 
 
 def test_a_damaged_file_is_an_error_of_its_own(tmp_path: Path) -> None:

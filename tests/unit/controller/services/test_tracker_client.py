@@ -18,13 +18,14 @@ from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.run_history import RunHistory
 from orchestrator.run_records.tracker_setup import tracker_setup
-from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
+from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, Call, missing_calls
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system
 from orchestrator.tracking.outbox import Outbox
-from orchestrator.tracking.sink import Dataset
+from orchestrator.tracking.sink import Dataset, TrackerPosition
 from orchestrator.tracking.tracker import Tracker
 from tests.unit.policy.imagined import limits_of, record
 
@@ -46,22 +47,33 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def missing(run_dir: Path, position: TrackerPosition, data: PreparedData | None = None) -> list[Call]:
+    progress = RunHistory(run_dir, limits_of(steps=STEPS)).progress
+    return list(missing_calls(run_dir, position, progress, data))
+
+
+@pytest.mark.parametrize("num_events", [0, 1, 3])
 @pytest.mark.parametrize("position", [-1, 0, 123, STEPS - 2, STEPS - 1])
-def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, position: int) -> None:
+def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, position: int, num_events: int) -> None:
     outbox = Outbox(run_dir / "tracking")
-    have = [
-        point for method, args in missing_calls(run_dir, -1, None) if method is Tracker.publish for point in args[0]
-    ]
+    everything = missing(run_dir, TrackerPosition())
+    have = [point for method, args in everything if method is Tracker.publish for point in args[0]]
     known = {step: LOADS for step in SHOWN if step <= position}
     outbox.put_points([point for point in have if point.step <= position], after=-1, loads=known)
-    for method, args in [*missing_calls(run_dir, position, DATA), *missing_calls(run_dir, STEPS - 1, DATA)]:
+    events = [args for method, args in everything if method is Tracker.event]
+    for args in events[:num_events]:
+        outbox.put_event(*args)
+    calls = missing(run_dir, outbox.position, DATA)
+    assert len([method for method, _ in calls if method is Tracker.event]) == 3 - num_events
+    for method, args in [*calls, *missing(run_dir, outbox.position, DATA)]:
         if method is Tracker.publish:
             assert len(args[0]) <= POINTS_PER_CALL + 20
             outbox.put_points(*args)
         elif method is Tracker.event:
             outbox.put_event(*args)
     history = outbox.history()
-    assert outbox.position == STEPS - 1
+    assert outbox.position.step == STEPS - 1
+    assert [method for method, _ in missing(run_dir, outbox.position)] == [Tracker.artifact]
     assert [step for step, _ in history.curves["train/loss"]] == list(range(STEPS))
     assert [event.kind for event in history.events] == ["submitted", "rescaled", "checkpoint"]
     assert history.loads == {step: [[3, 1], [0, 4]] for step in SHOWN}
@@ -87,8 +99,8 @@ class Told:
 
 
 def _has_steps_up_to(step: int) -> CallResult:
-    answer: Future[int] = Future()
-    answer.set_result(step)
+    answer: Future[TrackerPosition] = Future()
+    answer.set_result(TrackerPosition(step))
     return CallResult("tracker", "position", answer)
 
 
@@ -119,7 +131,7 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
 def test_files_and_data_are_told_too(run_dir: Path) -> None:
     told = [
         (method, args)
-        for method, args in missing_calls(run_dir, STEPS, DATA)
+        for method, args in missing(run_dir, TrackerPosition(STEPS), DATA)
         if method in (Tracker.artifact, Tracker.inputs)
     ]
     job = str(run_dir / "job.yaml")
