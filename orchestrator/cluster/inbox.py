@@ -1,23 +1,39 @@
 """Inbox of an actor's loop: results of its calls to other actors, in the order in which they arrive."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
+
+import ray
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class CallResult:
-    """Result of a call: `of` is a worker id or another actor's name, `method` the called method."""
+class Arrival:
+    """Something for the loop.
 
-    of: str
-    method: str
-    future: "Future[Any]"
+    Args:
+        take: takes it in, in the loop's thread.
+        is_news: a decision may depend on it.
+    """
+
+    take: Callable[[], None]
+    is_news: bool = True
 
 
-Inbox = SimpleQueue[CallResult | None]  # None: something else has changed
+Inbox = SimpleQueue[Arrival]
 
 
-def post(inbox: Inbox, of: str, method: str, ref: Any) -> None:
-    """Put the result of a Ray call into the inbox when it arrives."""
-    ref.future().add_done_callback(lambda future: inbox.put(CallResult(of, method, future)))
+def wake(inbox: Inbox) -> None:
+    """Let the loop decide: something has changed that arrives in another way."""
+    inbox.put(Arrival(lambda: None))
+
+
+def post(inbox: Inbox, ref: "ray.ObjectRef[R]", take: Callable[["Future[R]"], None]) -> None:
+    """Have the loop call `take` with the result of a Ray call, or its error, when it arrives."""
+    future: Any = ref.future()
+    future.add_done_callback(lambda done: inbox.put(Arrival(partial(take, done))))

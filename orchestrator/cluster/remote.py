@@ -58,10 +58,11 @@ class Remote(Generic[A]):
         answer: R = ask(self.handle, name, *given, timeout_s=self.timeout_s, **kwargs)
         return answer
 
-    def send(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> Any:
+    def send(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> "ray.ObjectRef[R]":
         """Call without waiting. Returns Ray's reference of the result."""
         name, given = self._addressed(method.__name__, args)
-        return getattr(self.handle, name).remote(*given, **kwargs)
+        ref: ray.ObjectRef[R] = getattr(self.handle, name).remote(*given, **kwargs)
+        return ref
 
     def _addressed(self, name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         return ("call", (name, *args)) if self.is_hosted else (name, args)

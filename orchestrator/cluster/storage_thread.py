@@ -12,17 +12,15 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.cluster.inbox import Arrival, Inbox
 from orchestrator.storage.tasks import StorageCall, StorageTask, slow_after_s
-
-NAME = "storage"  # `CallResult.of` when a call has returned
 
 
 class StorageThread:
     """Runs the storage tasks of one run. Methods belong to the loop's thread, unless they say otherwise.
 
     Args:
-        inbox: gets a `CallResult` of `NAME` whenever `advance` can go on.
+        inbox: gets an `Arrival` without news whenever `advance` can go on.
     """
 
     def __init__(self, inbox: Inbox) -> None:
@@ -109,4 +107,4 @@ class StorageThread:
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            self._inbox.put(CallResult(NAME, "done", future))
+            self._inbox.put(Arrival(lambda: None, is_news=False))

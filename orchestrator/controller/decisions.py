@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.requests import PendingRequests
@@ -67,7 +67,7 @@ class DecisionMaker:
             return
         yield from self._recorder.note(CheckpointCommitted(action.step, str(path)))
         self._checkpoints.newest = action.step
-        self._inbox.put(None)
+        wake(self._inbox)
         deleted = yield from self._checkpoints.drop_old()
         if deleted:
             with suppress(StorageError):

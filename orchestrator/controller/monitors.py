@@ -6,15 +6,16 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
 
 import ray
 from ray.exceptions import RayError
 
 from orchestrator.cluster.actors import Host
-from orchestrator.cluster.inbox import CallResult, Inbox, post
+from orchestrator.cluster.inbox import Inbox, post, wake
 from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
@@ -36,12 +37,14 @@ NODES_EVERY_S = 10.0
 
 
 class NodeWatch:
-    """Polls the load of a run's nodes. Answers arrive in the controller's inbox with the method `READ`."""
+    """Polls the load of a run's nodes.
 
-    READ = "read_system"
+    Args:
+        show: gets the metric values since a node's previous reading.
+    """
 
-    def __init__(self, run_dir: Path, inbox: Inbox) -> None:
-        self._directory, self._inbox = str(run_dir), inbox
+    def __init__(self, run: OpenedRun, inbox: Inbox, show: Callable[[Sequence[MetricPoint]], None]) -> None:
+        self._directory, self._memory, self._inbox, self._show = str(run.run_dir), run.memory, inbox, show
         self._asked_s: float | None = None
         self._nodes: dict[str, str] = {}  # worker -> node
         self._readings: dict[str, Reading] = {}  # the newest of each node
@@ -58,18 +61,19 @@ class NodeWatch:
             is_due = worker not in self._nodes or readers[self._nodes[worker]] == worker
             if is_due and worker not in self._open:
                 self._open.add(worker)
-                post(self._inbox, worker, NodeWatch.READ, host.send(Host.read_system, self._directory))
+                post(self._inbox, host.send(Host.read_system, self._directory), partial(self._take, worker))
 
-    def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
-        """Metric values since the node's previous reading, at `step`; none from a failed worker, handled elsewhere."""
-        self._open.discard(answer.of)
-        if answer.future.exception() is not None:
-            return []
-        reading: Reading = answer.future.result()
-        self._nodes[answer.of] = reading.node
+    def _take(self, worker: str, answer: "Future[Reading]") -> None:
+        """Show a node's load. A failed worker has none, and is handled elsewhere."""
+        self._open.discard(worker)
+        if answer.exception() is not None:
+            return
+        reading, step = answer.result(), self._memory.progress.watermark
+        self._nodes[worker] = reading.node
         before = self._readings.get(reading.node)
         self._readings[reading.node] = reading
-        return list(points_of_readings(before, reading, step)) if before is not None and step >= 0 else []
+        if before is not None and step >= 0:
+            self._show(list(points_of_readings(before, reading, step)))
 
 
 # -- Draining nodes: drained by an operator, an autoscaler, or a cloud provider that reclaims them ---------------------
@@ -78,7 +82,7 @@ DRAINS_EVERY_S = 0.25  # a poll costs Ray's head half a millisecond
 
 
 class DrainWatch:
-    """Polls in its own thread, since Ray's head may be slow to answer. Changes arrive in the inbox as None."""
+    """Polls in its own thread, since Ray's head may be slow to answer. A change wakes the controller's loop."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
@@ -106,7 +110,7 @@ class DrainWatch:
                 continue
             if known != self._nodes:
                 self._nodes = known
-                self._inbox.put(None)
+                wake(self._inbox)
 
 
 # -- Energy used by workers, polled and journalled ---------------------------------------------------------------------
@@ -117,13 +121,11 @@ LAST_S = 1.0  # how long a run that has ended waits for its workers' last readin
 
 
 class EnergyWatch:
-    """Energy of one run. Answers arrive in the controller's inbox with the method `READ`.
+    """Energy of one run.
 
     Args:
         gpus: number that each worker reserves.
     """
-
-    READ = "read_energy"
 
     def __init__(self, gpus: float, memory: JournaledRun, storage: StorageThread, inbox: Inbox) -> None:
         self._gpus, self._memory, self._storage, self._inbox = gpus, memory, storage, inbox
@@ -137,15 +139,15 @@ class EnergyWatch:
         for worker, host in handles.items():
             if now_s - self._asked_s.get(worker, float("-inf")) >= ENERGY_EVERY_S:
                 self._asked_s[worker] = now_s
-                post(self._inbox, worker, EnergyWatch.READ, host.send(Host.read_energy, self._gpus))
+                post(self._inbox, host.send(Host.read_energy, self._gpus), partial(self._take, worker))
         if self._news and now_s - self._written_s >= WRITE_EVERY_S:
             self._written_s = now_s
             self._storage.add("energy", self._write)
 
-    def take(self, answer: CallResult) -> None:
+    def _take(self, worker: str, answer: "Future[EnergyReading]") -> None:
         """Note a worker's reading. A failed worker has none, and is handled elsewhere."""
-        if answer.future.exception() is None:
-            self._enter(answer.of, answer.future.result())
+        if answer.exception() is None:
+            self._enter(worker, answer.result())
 
     def close(self, handles: Mapping[str, Remote[Host]]) -> None:
         """Ask workers with earlier readings once more, before they are ended, and journal the answers."""
@@ -172,12 +174,16 @@ class EnergyWatch:
 
 
 class Monitors:
-    """The watches of one run."""
+    """The watches of one run.
 
-    READS = (NodeWatch.READ, EnergyWatch.READ)  # methods of the answers that are theirs
+    Args:
+        show: gets metric values of its nodes.
+    """
 
-    def __init__(self, run: OpenedRun, storage: StorageThread, inbox: Inbox) -> None:
-        self._nodes = NodeWatch(run.run_dir, inbox)
+    def __init__(
+        self, run: OpenedRun, storage: StorageThread, inbox: Inbox, show: Callable[[Sequence[MetricPoint]], None]
+    ) -> None:
+        self._nodes = NodeWatch(run, inbox, show)
         self._energy = EnergyWatch(run.job.resources.num_gpus, run.memory, storage, inbox)
         self._drains = DrainWatch(inbox)
 
@@ -193,13 +199,6 @@ class Monitors:
         """Ask the workers for the readings that are due."""
         self._nodes.poll(now_s, handles)
         self._energy.poll(now_s, handles)
-
-    def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
-        """Note a reading. Returns metric values to show, at `step`."""
-        if answer.method == NodeWatch.READ:
-            return self._nodes.take(answer, step)
-        self._energy.take(answer)
-        return []
 
     def close(self, handles: Mapping[str, Remote[Host]]) -> None:
         """Read the workers' energy once more, before they are ended."""

@@ -1,19 +1,19 @@
-"""Answers of a run's actors, and the polls that ask for them."""
+"""Polls of a run's actors, and their answers."""
 
 import time
 from contextlib import suppress
 from functools import partial
 from queue import Empty
 
-from orchestrator.cluster.inbox import CallResult, Inbox
-from orchestrator.cluster.storage_thread import NAME as STORAGE
+from orchestrator.cluster.inbox import Arrival, Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.recorder import StepRecorder
-from orchestrator.controller.services.run_services import NAMES, RunServices
+from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import collect_final_records
 from orchestrator.controller.worker_group import WorkerGroup
+from orchestrator.protocol.worker_report import Report
 from orchestrator.run_records.journaled_run import JournaledRun
 
 BEAT_S = 0.05  # poll interval while the world changes
@@ -21,7 +21,7 @@ CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of
 
 
 class Polls:
-    """Takes each answer to the part of the controller that asked for it."""
+    """Polls workers and services, and takes in what has arrived."""
 
     def __init__(
         self,
@@ -36,11 +36,12 @@ class Polls:
     ) -> None:
         self._inbox, self._storage, self._memory, self._worker_group = inbox, storage, memory, worker_group
         self._services, self._monitors, self._recorder, self._observer = services, monitors, recorder, observer
+        worker_group.on_report = self._hear
 
     def start(self) -> None:
         """Start the monitors, and let the first `listen` return at once."""
         self._monitors.start()
-        self._inbox.put(None)
+        wake(self._inbox)
 
     def listen(self) -> bool:
         """Process all answers that have arrived, waiting briefly for the first, then send the polls that are due.
@@ -48,17 +49,15 @@ class Polls:
         Returns:
             whether anything arrived but results of storage calls.
         """
-        answers: list[CallResult | None] = []
+        arrivals: list[Arrival] = []
         with suppress(Empty):
-            answers.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
+            arrivals.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
             while not self._inbox.empty():
-                answers.append(self._inbox.get())
-        news = [answer for answer in answers if answer is None or answer.of != STORAGE]
-        for answer in news:
-            if answer is not None:
-                self._take(answer)
+                arrivals.append(self._inbox.get())
+        for arrival in arrivals:
+            arrival.take()
         self._ask(time.monotonic())
-        return bool(news)
+        return any(arrival.is_news for arrival in arrivals)
 
     def collect_last(self) -> None:
         """Collect what the workers of a run that has ended still know: their last steps and their energy."""
@@ -67,9 +66,9 @@ class Polls:
         self._monitors.close(self._worker_group.handles)
         self._storage.finish()
 
-    def _take_now(self, answer: CallResult) -> None:
+    def _take_now(self, arrival: Arrival) -> None:
         """Take an answer, and wait until all of it is recorded."""
-        self._take(answer)
+        arrival.take()
         self._storage.finish()
 
     def _ask(self, now_s: float) -> None:
@@ -86,17 +85,10 @@ class Polls:
             self._storage.add("trouble", partial(self._recorder.note_storage, trouble))
         self._recorder.show_run(seen, now_s)
 
-    def _take(self, answer: CallResult) -> None:
-        if answer.of in NAMES:
-            return self._services.take(answer)
-        if answer.method in Monitors.READS:
-            return self._recorder.show(self._monitors.take(answer, self._memory.progress.watermark))
-        if answer.method == WorkerGroup.RECORDS:
-            self._recorder.answered()
-        report = self._worker_group.take(answer)
-        if report is not None and self._recorder.are_new(answer.of, report):
-            self._storage.add(f"report of {answer.of}", partial(self._recorder.hear, answer.of, report))
-        if report is not None and report.history.records:
+    def _hear(self, worker: str, report: Report) -> None:
+        """Have what is new in a worker's report recorded."""
+        if self._recorder.are_new(worker, report):
+            self._storage.add(f"report of {worker}", partial(self._recorder.hear, worker, report))
+        if report.history.records:
             enter = partial(self._recorder.enter, report.history.records, self._observer.observe)
             self._storage.add("records", enter)
-        return None

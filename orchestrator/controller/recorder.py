@@ -59,7 +59,9 @@ class StepRecorder:
             return
         if complete_checkpoints(state, seen) or now_s - self._asked_s >= RECORDS_EVERY_S:
             record_source = self._worker_group.record_source(state.members, watermark)
-            self._asked_s = float("inf") if self._worker_group.ask_records(record_source, watermark) else now_s
+            self._asked_s = (
+                float("inf") if self._worker_group.ask_records(record_source, watermark, self.answered) else now_s
+            )
 
     def answered(self) -> None:
         """Note that the request for records has ended, with an answer or an error."""

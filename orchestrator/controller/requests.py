@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
@@ -58,7 +58,7 @@ class PendingRequests:
             name = self.newest.stage if stage is None else stage
             by_hand = self.newest.by_hand if by_hand is None else by_hand
             target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
-            self._inbox.put(None)
+            wake(self._inbox)
             self._await(lambda: self._memory.state.target.seq >= target.seq)
             return target
 
@@ -72,7 +72,7 @@ class PendingRequests:
         with self._turned:
             self._refuse_ending(FinishMode.NO)
             self.priority = priority
-            self._inbox.put(None)
+            wake(self._inbox)
             self._await(lambda: self._memory.state.priority == self.priority)
             return priority
 
@@ -84,7 +84,7 @@ class PendingRequests:
         """
         with self._turned:
             self.grant = grant
-            self._inbox.put(None)
+            wake(self._inbox)
             self._await(lambda: self._memory.state.queue.grant == self.grant)
 
     def _await(self, is_journalled: Callable[[], bool]) -> None:

@@ -4,10 +4,11 @@ import logging
 import time
 from collections.abc import Callable, Collection, Container
 from contextlib import suppress
+from functools import partial
 from queue import Empty
 
 from orchestrator.cluster.actors import names_of
-from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.cluster.inbox import Arrival, Inbox
 from orchestrator.controller.worker_group import WorkerGroup, remove_group
 from orchestrator.errors import ProtocolError
 
@@ -23,18 +24,17 @@ def collect_final_records(
     inbox: Inbox,
     members: Collection[str],
     watermark: int,
-    take: Callable[[CallResult], None],
+    take: Callable[[Arrival], None],
 ) -> None:
     """Collect the steps that members finished since the last request: they count, whatever ended the run."""
-    asked = {member for member in members if worker_group.ask_records(member, watermark)}
+    asked: set[str] = set()
+    for member in members:
+        if worker_group.ask_records(member, watermark, partial(asked.discard, member)):
+            asked.add(member)
     deadline_s = time.monotonic() + LAST_WORDS_S
     while asked and time.monotonic() < deadline_s:
-        with suppress(Empty):
-            answer = inbox.get(timeout=LOOK_EVERY_S)
-            if answer is not None and answer.method == WorkerGroup.RECORDS:
-                asked.discard(answer.of)
-                with suppress(ProtocolError):  # a late joiner may lack earlier steps, which another member has
-                    take(answer)
+        with suppress(Empty, ProtocolError):  # a late joiner may lack earlier steps, which another member has
+            take(inbox.get(timeout=LOOK_EVERY_S))
 
 
 def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> None:

@@ -1,20 +1,22 @@
 """Worker group of a run: starts, polls, directs and ends workers for the controller, without blocking.
 
-Every answer arrives in the controller's inbox as a `CallResult`. Reports are requested by long polls. One call per
+Every answer arrives in the controller's inbox. Reports are requested by long polls. One call per
 worker never returns, so a failure is known as soon as Ray knows it: the call ends with an error.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Concatenate, ParamSpec
+from typing import Any
 
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
 from orchestrator.cluster.actors import ActorOptions, Host, find, kill_on_node, names_of, start_host
 from orchestrator.cluster.calls import cause_of, reason_of
-from orchestrator.cluster.inbox import CallResult, Inbox, post
+from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.worker_env import env_of_worker
 from orchestrator.protocol.actors import WorkerApi
@@ -25,8 +27,6 @@ from orchestrator.spec.labels import NODE_ID
 from orchestrator.spec.workers import ResourcesSpec
 
 log = logging.getLogger("orchestrator.control")
-
-P = ParamSpec("P")
 
 POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next poll, unless a rescale waits for it
@@ -40,6 +40,9 @@ class WorkerGroup:
     Args:
         target: dotted name of the worker class.
         threads: torch threads per worker.
+
+    Attributes:
+        on_report: called with each report of a worker.
     """
 
     def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, threads: int, inbox: Inbox) -> None:
@@ -55,6 +58,7 @@ class WorkerGroup:
         self.reports: dict[str, Report] = {}
         self._heard_s: dict[str, float] = {}  # when the last answer to any call came
         self._last_poll_s = time.monotonic()
+        self.on_report: Callable[[str, Report], None] = lambda worker, report: None
         self.stirred_s = time.monotonic()  # when any worker last reported something new
         self.lost: dict[str, str] = {}
         self.causes: dict[str, str] = {}  # the class of each failure, as far as Ray reports it
@@ -105,14 +109,15 @@ class WorkerGroup:
         )
         for worker in self._handles.keys() - self._warmed:
             self._warmed.add(worker)
-            self._call(worker, WorkerApi.warm, job)
+            post(self._inbox, self._worker(worker).send(WorkerApi.warm, job), partial(self._reported, worker))
 
     def direct(self, directive: Directive) -> None:
         """Send the directive to every worker that doesn't have it yet."""
         for worker in self._handles:
             if self._told.get(worker, -1) < directive.seq:
                 self._told[worker] = directive.seq
-                self._call(worker, WorkerApi.direct, directive)
+                call = self._worker(worker).send(WorkerApi.direct, directive)
+                post(self._inbox, call, partial(self._reported, worker))
 
     def poll(self, now_s: float, eager: bool) -> None:
         """Poll every worker without an open poll; count one as failed that has been silent for too long."""
@@ -124,7 +129,8 @@ class WorkerGroup:
                 if eager or now_s - self._rested_s.get(worker, 0.0) >= POLL_PAUSE_S:
                     version = self.reports[worker].version if worker in self.reports else -1
                     self._polled_s[worker] = now_s
-                    self._call(worker, WorkerApi.report, None, version, POLL_S)
+                    call = self._worker(worker).send(WorkerApi.report, None, version, POLL_S)
+                    post(self._inbox, call, partial(self._polled, worker))
             elif worker in self.reports and now_s - self._polled_s[worker] > POLL_S + SILENCE_S:
                 self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
 
@@ -140,11 +146,23 @@ class WorkerGroup:
         now_s = time.monotonic()
         return now_s - self.stirred_s > QUIET_S or max(self.silence_s(now_s).values(), default=0.0) > QUIET_S
 
-    def ask_records(self, worker: str, after_step: int) -> bool:
-        """Request the finished steps after this one; they arrive as an answer of `WorkerGroup.RECORDS`."""
+    def ask_records(self, worker: str, after_step: int, answered: Callable[[], None]) -> bool:
+        """Request the finished steps after this one, which arrive as a report.
+
+        Args:
+            answered: called first when the request has ended, with an answer or an error.
+
+        Returns:
+            whether the worker is there to be asked.
+        """
         if worker not in self._handles:
             return False
-        post(self._inbox, worker, WorkerGroup.RECORDS, self._worker(worker).send(WorkerApi.report, after_step, -1, 0.0))
+
+        def take(answer: "Future[Report]") -> None:
+            answered()
+            self._reported(worker, answer)
+
+        post(self._inbox, self._worker(worker).send(WorkerApi.report, after_step, -1, 0.0), take)
         return True
 
     def record_source(self, members: Sequence[str], watermark: int) -> str:
@@ -156,36 +174,44 @@ class WorkerGroup:
         """End a process that doesn't answer, by its id on its own node."""
         report = self.reports.get(worker)
         if worker in self._handles and report is not None and report.process.pid:
-            post(self._inbox, worker, "kill", kill_on_node(self.nodes.get(worker, ""), report.process.pid))
+            killing = kill_on_node(self.nodes.get(worker, ""), report.process.pid)
+            post(self._inbox, killing, lambda _: None)  # its effect shows elsewhere
 
-    RECORDS = "records"
+    def _polled(self, worker: str, answer: "Future[Report]") -> None:
+        self._polled_s.pop(worker, None)
+        self._rested_s[worker] = time.monotonic()
+        self._reported(worker, answer)
 
-    def take(self, answer: CallResult) -> Report | None:
-        """Note a worker's answer or failure. Returns its report, if that was the answer."""
-        worker = answer.of
-        if answer.method == "report":
-            self._polled_s.pop(worker, None)
-            self._rested_s[worker] = time.monotonic()
-        if worker not in self._handles or answer.method == "kill":
-            return None  # dismissed meanwhile; and the effect of a kill shows elsewhere
-        error = answer.future.exception()
-        if error is not None:
-            self.causes[worker] = cause_of(error)
-            self._lose(worker, reason_of(error))
-            return None
-        if answer.method == "hold":
-            return None  # another controller holds it now; this one will find its term superseded
-        if answer.method == "node":
-            self.nodes[worker] = answer.future.result()
-            return None
+    def _reported(self, worker: str, answer: "Future[Report]") -> None:
+        """Note a worker's report."""
+        if not self._has_answered(worker, answer):
+            return
         self._heard_s[worker] = time.monotonic()
-        report: Report = answer.future.result()
-        known = self.reports.get(worker)
+        report, known = answer.result(), self.reports.get(worker)
         if known is None or report.version > known.version:
             self.stirred_s = time.monotonic()
         if known is None or report.version >= known.version:
             self.reports[worker] = report
-        return report
+        self.on_report(worker, report)
+
+    def _located(self, worker: str, answer: "Future[str]") -> None:
+        if self._has_answered(worker, answer):
+            self.nodes[worker] = answer.result()
+
+    def _held(self, worker: str, answer: "Future[None]") -> None:
+        """A call that ends without an error: another controller holds the worker, and this one will find its term
+        superseded."""
+        self._has_answered(worker, answer)
+
+    def _has_answered(self, worker: str, answer: "Future[Any]") -> bool:
+        """Whether this is the result of a call to a worker of the group. An error is the worker's failure."""
+        if worker not in self._handles:  # dismissed meanwhile
+            return False
+        error = answer.exception()
+        if error is not None:
+            self.causes[worker] = cause_of(error)
+            self._lose(worker, reason_of(error))
+        return error is None
 
     def _start(self, worker: str, avoid: tuple[str, ...]) -> None:
         resources = self._job.resources
@@ -206,16 +232,11 @@ class WorkerGroup:
 
     def _watch(self, worker: str) -> None:
         host = self._handles[worker]
-        post(self._inbox, worker, "node", host.send(Host.node))
-        post(self._inbox, worker, "hold", host.send(Host.hold))
+        post(self._inbox, host.send(Host.node), partial(self._located, worker))
+        post(self._inbox, host.send(Host.hold), partial(self._held, worker))
 
     def _worker(self, worker: str) -> Remote[WorkerApi]:
         return self._handles[worker].hosted()
-
-    def _call(
-        self, worker: str, method: Callable[Concatenate[WorkerApi, P], Report], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
-        post(self._inbox, worker, method.__name__, self._worker(worker).send(method, *args, **kwargs))
 
     def _lose(self, worker: str, why: str) -> None:
         self.lost[worker] = why

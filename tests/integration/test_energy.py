@@ -47,11 +47,9 @@ def energy_in(run_dir: Path) -> list[dict[str, Any]]:
     return [event["workers"] for event in read_events(run_dir) if event["kind"] == "energy"]
 
 
-def answers(watch: EnergyWatch, inbox: Inbox, count: int) -> None:
+def answers(inbox: Inbox, count: int) -> None:
     for _ in range(count):
-        answer = inbox.get(timeout=60.0)
-        assert answer is not None and answer.method == EnergyWatch.READ
-        watch.take(answer)
+        inbox.get(timeout=60.0).take()
 
 
 def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, tmp_path: Path) -> None:
@@ -67,12 +65,12 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
 
     counter.write_text("4000000\n")
     watch.poll(0.0, handles)
-    answers(watch, inbox, 2)
+    answers(inbox, 2)
     watch.poll(9.0, handles)  # too soon to ask again, or to write
     assert inbox.empty() and energy_in(run_dir) == []
     watch.poll(31.0, handles)
     storage.finish()
-    answers(watch, inbox, 2)
+    answers(inbox, 2)
     storage.finish()
     one = {"gpu_j": None, "cpu_j": 1.0}
     assert energy_in(run_dir) == [{"w0": one, "w1": one}]
@@ -98,7 +96,7 @@ def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray:
     handles: dict[str, Any] = {"w0": ray.remote(Metered).remote(str(tmp_path / "nowhere"))}
     for now_s in (0.0, 40.0, 80.0):
         watch.poll(now_s, handles)
-        answers(watch, inbox, 1)
+        answers(inbox, 1)
     watch.close(handles)
     storage.finish()
     assert read_events(run_dir) == []

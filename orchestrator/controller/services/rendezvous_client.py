@@ -6,13 +6,14 @@ process, which then has another address: every plan names the store it is made w
 
 import logging
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import ray
 
 from orchestrator.cluster.actors import ActorOptions, Host, start_host
 from orchestrator.cluster.calls import reason_of
-from orchestrator.cluster.inbox import CallResult, Inbox, post
+from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.protocol.actors import RendezvousApi
 from orchestrator.protocol.messages import StoreAddress
@@ -47,19 +48,25 @@ class RendezvousClient:
             actor_options = ActorOptions(log_file=self._log_file, max_restarts=-1)
             self._host = start_host(self._name, self._target, (head_address(),), actor_options)
             store: Remote[RendezvousApi] = self._host.hosted()
-            post(self._inbox, NAME, "address", store.send(RendezvousApi.address))
-            post(self._inbox, NAME, "hold", self._host.send(Host.hold))
+            post(self._inbox, store.send(RendezvousApi.address), self._located)
+            post(self._inbox, self._host.send(Host.hold), self._held)
 
-    def take(self, answer: CallResult) -> None:
-        """Note the store's address, or that it failed."""
-        error = answer.future.exception()
-        another_holds_it = error is None and answer.method == "hold"
-        if self._host is None or another_holds_it:  # None: its failure is already noted
+    def _located(self, answer: "Future[tuple[str, int]]") -> None:
+        """Note the store's address, or that it failed, unless its failure is already noted."""
+        if self._host is None:
             return
-        if error is None:
-            self.address, self._failing_s = StoreAddress(*answer.future.result()), None
+        if (error := answer.exception()) is not None:
+            self._failed(error)
+        else:
+            self.address, self._failing_s = StoreAddress(*answer.result()), None
             log.info("the rendezvous store listens at %s:%d", self.address.host, self.address.port)
-            return
+
+    def _held(self, answer: "Future[None]") -> None:
+        """Note that the store failed. A call that ends without an error: another controller holds it."""
+        if self._host is not None and (error := answer.exception()) is not None:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
         self._host, self.address = None, None
         now_s, why = time.monotonic(), f"the rendezvous store failed: {reason_of(error)}"
         if self._failing_s is None:

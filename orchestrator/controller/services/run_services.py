@@ -6,15 +6,14 @@ time and come back; a service that can't be provided shows as a fault.
 
 import logging
 import time
-from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
 
 import ray
 
 from orchestrator.cluster.actors import ActorOptions, find, start_host
 from orchestrator.cluster.calls import reason_of
-from orchestrator.cluster.inbox import CallResult, Inbox, post
+from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.actor_classes import ActorClasses
@@ -30,7 +29,6 @@ log = logging.getLogger("orchestrator.control")
 
 PREPARATION = "preparation"
 NAMES = (PREPARATION, STORE, TRACKER)
-P = ParamSpec("P")
 
 LOOK_EVERY_S = 1.0
 TRACKER_AFTER_S = 10.0  # by then MLflow shows even a run that is still queued
@@ -78,7 +76,8 @@ class RunServices:
             self._preparation = preparation.hosted()
             data_dir = str(storage / ".data")
             job_json = self._job.model_dump_json(by_alias=True)
-            self._prepare(Preparation.prepare, job_json, str(self._run_dir), data_dir)
+            call = self._preparation.send(Preparation.prepare, job_json, str(self._run_dir), data_dir)
+            post(self._inbox, call, self._ended)
         self.store.tend(time.monotonic())
 
     def tend(self, now_s: float, has_places: bool) -> None:
@@ -90,20 +89,7 @@ class RunServices:
         self.tracker.tend(now_s)
         if self._preparation is not None and now_s - self._asked_s >= LOOK_EVERY_S:
             self._asked_s = now_s
-            self._prepare(Preparation.progress)
-
-    def take(self, answer: CallResult) -> None:
-        """Note an answer or a fault."""
-        if answer.of == TRACKER:
-            self.tracker.take(answer)
-        elif answer.of == STORE:
-            self.store.take(answer)
-        elif (error := answer.future.exception()) is None:
-            self._note(answer)
-        elif answer.method == "progress":  # preparation has ended meanwhile
-            return
-        else:
-            self._faults.append(reason_of(error))
+            post(self._inbox, self._preparation.send(Preparation.progress), self._progressed)
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Let the tracker finish, then end all services."""
@@ -112,16 +98,21 @@ class RunServices:
             if (handle := find(self._name(name))) is not None:
                 ray.kill(handle, no_restart=True)
 
-    def _note(self, answer: CallResult) -> None:
-        result = answer.future.result()
-        if answer.method == "progress" and self.data is None:
-            self.preparing = f"prepares the data: {result[0]}, {result[1]:.0%}"
-        elif answer.method == "prepare":
-            self.preparing = ""
-            self._prepared(result)
-            if self._preparation is not None:
-                self._preparation.kill()
-                self._preparation = None
+    def _progressed(self, answer: "Future[tuple[str, float]]") -> None:
+        if self.data is None and answer.exception() is None:  # else preparation has ended meanwhile
+            what, share = answer.result()
+            self.preparing = f"prepares the data: {what}, {share:.0%}"
+
+    def _ended(self, answer: "Future[PreparedData]") -> None:
+        """Note the prepared data, or why there is none."""
+        if (error := answer.exception()) is not None:
+            self._faults.append(reason_of(error))
+            return
+        self.preparing = ""
+        self._prepared(answer.result())
+        if self._preparation is not None:
+            self._preparation.kill()
+            self._preparation = None
 
     def _prepared(self, data: PreparedData) -> None:
         known = self._known_data
@@ -133,10 +124,6 @@ class RunServices:
                 "the corpus differs from what the run was trained on, and the token store of the original is gone: "
                 f"{known.store_dir}"
             )
-
-    def _prepare(self, method: Callable[Concatenate[Preparation, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
-        assert self._preparation is not None, "the preparation was not started"
-        post(self._inbox, PREPARATION, method.__name__, self._preparation.send(method, *args, **kwargs))
 
     def _name(self, name: str) -> str:
         return f"{self._run_id}/{name}"

@@ -5,13 +5,14 @@ read from it and published again. Only the run's end waits for the tracker.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from orchestrator.cluster.actors import ActorOptions, start_host
 from orchestrator.cluster.calls import reason_of
-from orchestrator.cluster.inbox import CallResult, Inbox, post
+from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import OrchestratorError
@@ -109,17 +110,17 @@ class TrackerClient:
             self._looked_s = now_s
             self._call(Tracker.describe)
 
-    def take(self, answer: CallResult) -> None:
+    def _take(self, method: Callable[..., Any], answer: "Future[Any]") -> None:
         """Note an answer. After any error, the tracker is asked for its position before it gets more."""
         self._num_open -= 1
-        error = answer.future.exception()
+        error = answer.exception()
         if error is not None:
             self._is_current = False
-            self._failed(answer.method, reason_of(error))
-        elif answer.method == "position":
-            self._storage.add("tracker", partial(self._catch_up, answer.future.result()))
-        elif answer.method == "describe":
-            self._described(answer.future.result())
+            self._failed(method, reason_of(error))
+        elif method is Tracker.position:
+            self._storage.add("tracker", partial(self._catch_up, answer.result()))
+        elif method is Tracker.describe:
+            self._described(answer.result())
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Send the tracker what it lacks, and let it deliver. What MLflow doesn't take in time stays on disk."""
@@ -158,10 +159,10 @@ class TrackerClient:
         history = RunHistory(self._run_dir, RunLimits.of(self._run_id, self._job))
         return list(missing_calls(self._run_dir, position, history.progress, self._data))
 
-    def _failed(self, method: str, why: str) -> None:
+    def _failed(self, method: Callable[..., Any], why: str) -> None:
         """Warn users only of a tracker that can't report its position: it is down, and may be restarting."""
-        if method != "position":
-            log.warning("tracker: %s failed: %s", method, why)
+        if method is not Tracker.position:
+            log.warning("tracker: %s failed: %s", method.__name__, why)
             return
         self._warn(f"metrics wait in the journal, the tracker doesn't answer: {why}")
 
@@ -185,4 +186,4 @@ class TrackerClient:
     def _call(self, method: Callable[Concatenate[Tracker, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
         assert self._tracker is not None, "the tracker was not started"
         self._num_open += 1
-        post(self._inbox, NAME, method.__name__, self._tracker.send(method, *args, **kwargs))
+        post(self._inbox, self._tracker.send(method, *args, **kwargs), partial(self._take, method))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.cluster.inbox import Inbox
 from orchestrator.controller.services import rendezvous_client
-from orchestrator.controller.services.rendezvous_client import NAME, RendezvousClient
+from orchestrator.controller.services.rendezvous_client import RendezvousClient
 from orchestrator.protocol.messages import StoreAddress
 
 
@@ -19,30 +19,30 @@ def link(tmp_path: Path) -> RendezvousClient:
     return made
 
 
-def _answer(method: str, value: Any) -> CallResult:
+def _answer(value: Any) -> "Future[Any]":
     future: Future[Any] = Future()
     if isinstance(value, Exception):
         future.set_exception(value)
     else:
         future.set_result(value)
-    return CallResult(NAME, method, future)
+    return future
 
 
 def test_a_store_that_died_has_no_address_until_it_is_back(link: RendezvousClient) -> None:
-    link.take(_answer("address", ("10.0.0.1", 4321)))
+    link._located(_answer(("10.0.0.1", 4321)))
     assert link.address == StoreAddress("10.0.0.1", 4321)
-    link.take(_answer("hold", RuntimeError("its process ended")))
+    link._held(_answer(RuntimeError("its process ended")))
     assert link.address is None and not link.fault
-    link.take(_answer("address", ("10.0.0.1", 4321)))  # of the dead one, late
+    link._located(_answer(("10.0.0.1", 4321)))  # of the dead one, late
     assert link.address is None
     link._host = object()  # it is asked again
-    link.take(_answer("address", ("10.0.0.1", 9999)))
+    link._located(_answer(("10.0.0.1", 9999)))
     assert link.address == StoreAddress("10.0.0.1", 9999)
 
 
 def test_a_store_that_another_controller_holds_is_still_there(link: RendezvousClient) -> None:
-    link.take(_answer("address", ("10.0.0.1", 4321)))
-    link.take(_answer("hold", None))
+    link._located(_answer(("10.0.0.1", 4321)))
+    link._held(_answer(None))
     assert link.address is not None
 
 
@@ -50,8 +50,8 @@ def test_a_store_that_never_comes_is_a_fault_with_its_reason(
     link: RendezvousClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous_client, "GIVE_UP_S", 0.0)
-    link.take(_answer("address", RuntimeError("no port is free")))
+    link._located(_answer(RuntimeError("no port is free")))
     assert not link.fault
     link._host = object()
-    link.take(_answer("address", RuntimeError("no port is free")))
+    link._located(_answer(RuntimeError("no port is free")))
     assert link.fault == "the rendezvous store failed: no port is free"

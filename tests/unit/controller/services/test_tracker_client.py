@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster.inbox import CallResult
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.tracker_client import TrackerClient
@@ -98,10 +97,10 @@ class Told:
         return Future()
 
 
-def _has_steps_up_to(step: int) -> CallResult:
+def _has_steps_up_to(step: int) -> "Future[Any]":
     answer: Future[TrackerPosition] = Future()
     answer.set_result(TrackerPosition(step))
-    return CallResult("tracker", "position", answer)
+    return answer
 
 
 def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
     path = max((run_dir / "journal").iterdir())
     away = path.rename(run_dir / "away")
     path.mkdir()
-    link.take(_has_steps_up_to(-1))
+    link._take(Tracker.position, _has_steps_up_to(-1))
     storage.finish()
     assert link.warning == "metrics wait in the journal, which can't be read: Is a directory"
     assert "publish" not in [method for method, *_ in tracker.calls]
@@ -121,7 +120,7 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
     link._num_open = 0  # what it was sent is answered
     link.tend(now_s=10.0)
     assert tracker.calls[-1] == ("position",)
-    link.take(_has_steps_up_to(-1))
+    link._take(Tracker.position, _has_steps_up_to(-1))
     storage.finish()
     assert link.warning is None
     steps = [point.step for method, *args in tracker.calls if method == "publish" for point in args[1]]
