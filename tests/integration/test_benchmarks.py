@@ -53,6 +53,12 @@ def test_planning() -> None:
     assert line["metrics"]["grow"]["moved_bytes"] > 0
 
 
+def test_journal_starts_from_states() -> None:
+    line = quick("journal")
+    assert [bar["name"] for bar in line["bars"]] == ["start_s", "rss_growth_mb"]
+    assert line["metrics"]["compacted_3000"]["objects"] < line["baselines"]["entries_3000"]["objects"] / 4
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)

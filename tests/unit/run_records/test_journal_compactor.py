@@ -2,7 +2,6 @@
 
 import errno
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from orchestrator.errors import JournalCorrupt
 from orchestrator.policy.state.progress import RECENT_STEPS, Progress, absorb
 from orchestrator.policy.state.requests import resumed
-from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.notices import (
     ExpertsCollapsed,
@@ -31,7 +29,7 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory, committed_steps, read_entries, read_steps
-from orchestrator.storage.chain import BEGINNING, list_names
+from orchestrator.storage.chain import list_names
 from orchestrator.storage.compaction import CompactionLimits
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
@@ -41,6 +39,12 @@ from tests.unit.policy.imagined import Life, limits_of, record
 LIMITS = limits_of(steps=100_000)
 COMPACTION = CompactionLimits(entries=8, num_bytes=2**20, merged=2)
 FINGERPRINT = {"torch": "2.9", "cpu": {"model": "x", "threads": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about power cuts, and thousands of flushes take minutes."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 def opened(run_dir: Path) -> JournaledRun:
@@ -101,7 +105,7 @@ def some_event(chance: random.Random, memory: JournaledRun) -> Event:
         Submitted("run", 2),
         NumericsRecorded(FINGERPRINT),
         NumericsDiffer("w1", {"cpu": "another"}),
-        GradientSaturated("w0", step, 5),
+        GradientSaturated("w0", step, ("head",)),
         ExpertsCollapsed(step, 1, 3.5),
         LoadsSwing(step, 0.5),
         StorageFails("full"),
@@ -111,13 +115,13 @@ def some_event(chance: random.Random, memory: JournaledRun) -> Event:
     return chance.choice(events)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_compacted_journal_gives_the_same_history(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     life = Life(LIMITS)
     memory = opened(tmp_path)
     run_inline(memory.prepared(PreparedData("/store", 300, "/tokenizer.json")))
-    for number in range(150):
+    for number in range(100):
         match chance.choice(["steps"] * 4 + ["state", "event", "back", "compact", "controller"]):
             case "steps":
                 absorb_steps(memory, chance.randint(1, 40), chance)
@@ -132,7 +136,7 @@ def test_a_compacted_journal_gives_the_same_history(tmp_path: Path, seed: int) -
                 compact(memory)
             case "controller":
                 memory = opened(tmp_path)
-        if number % 10 == 0:
+        if number % 20 == 0:
             assert known(RunHistory(tmp_path, LIMITS)) == known(replayed(tmp_path))
     compact(memory)
     read = RunHistory(tmp_path, LIMITS)
@@ -165,7 +169,7 @@ def test_progress_before_an_event_is_that_of_the_events_before_it(tmp_path: Path
     memory = opened(tmp_path)
     for _ in range(10):
         absorb_steps(memory, 3)
-    seq, then = read_events(tmp_path)[-1]["seq"], memory.progress
+    seq, then = read_events(tmp_path)[-1]["seq"] + 1, memory.progress
     for _ in range(10):
         absorb_steps(memory, 3)
     compact(memory)
@@ -176,9 +180,9 @@ def test_progress_before_an_event_is_that_of_the_events_before_it(tmp_path: Path
 
 def test_a_compaction_makes_one_storage_call_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = opened(tmp_path)
-    for _ in range(7):
+    for _ in range(6):
         absorb_steps(memory, 1)
-    assert not memory.compactor.is_due() or memory.compactor._limits.entries == 8
+    assert not memory.compactor.is_due()
     absorb_steps(memory, 1)
     assert memory.compactor.is_due()
     writes = []
@@ -192,8 +196,9 @@ def test_a_compaction_makes_one_storage_call_at_a_time(tmp_path: Path, monkeypat
         before = len(writes)
         run_inline(memory.compactor.advance())
         most = max(most, len(writes) - before)
-        absorb_steps(memory, 1) if len(writes) % 2 else None  # other tasks go between
-    assert most <= 1 + 1
+        if len(writes) < 20:
+            absorb_steps(memory, 1)  # other tasks go between
+    assert most == 1
     assert [r.step for r in read_steps(tmp_path)] == list(range(memory.progress.watermark + 1))
     assert known(RunHistory(tmp_path, LIMITS)) == known(replayed(tmp_path))
 
@@ -299,7 +304,7 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
     (path,) = (tmp_path / "journal").glob("state-*")
     with pytest.raises(JournalCorrupt, match=rf"journal/{path.name} can't be read: .*no field resumed"):
         RunHistory(tmp_path, LIMITS)
-    assert len(read_entries(tmp_path, leave_out=(StateDecided,))) == 9
+    assert [r.step for r in read_steps(tmp_path)] == list(range(9))
 
 
 def test_a_start_after_a_run_of_many_controllers_reads_one_state(tmp_path: Path) -> None:
@@ -307,8 +312,6 @@ def test_a_start_after_a_run_of_many_controllers_reads_one_state(tmp_path: Path)
         memory = opened(tmp_path)
         absorb_steps(memory, 2)
         compact(memory)
-    copy = Path(shutil.copytree(tmp_path, tmp_path.parent / "copy"))
-    names = list_names(DirectoryObjects(copy))
+    names = list_names(DirectoryObjects(tmp_path))
     assert len(names.states) == 1 and names.newest - names.newest_state <= 8
-    assert BEGINNING.number < names.entries[0]
-    assert RunHistory(copy, LIMITS).progress.watermark == 59
+    assert RunHistory(tmp_path, LIMITS).progress.watermark == 59

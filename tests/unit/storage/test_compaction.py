@@ -32,6 +32,12 @@ DUE = 4  # entries that make a compaction due
 SEEDS = range(40)
 
 
+@pytest.fixture(autouse=True)
+def _unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is about power cuts, and thousands of flushes take minutes."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 class Killed(BaseException):
     """The process ends in a storage call."""
 
