@@ -46,7 +46,8 @@ def decode(rows: Tensor, wire: Wire, dtype: torch.dtype, whole: int = 0) -> Tens
 
 
 def _read(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.contiguous().view(dtype)
+    # `contiguous` would leave a single row, or none, at an offset or a stride that `dtype` can't be read from.
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _is_whole(wire: Wire, dtype: torch.dtype) -> bool:
