@@ -37,7 +37,7 @@ def measure(quick: bool) -> Result:
         found = alternate(starts, rounds)
         largest = makers[name_of("compacted", sizes[-1])]
         back_s = [go_back(largest.run_dir) for _ in range(rounds)]
-    metrics = {name: figures_of(makers[name], starts) for name, starts in found.items()}
+        metrics: dict[str, Any] = {name: figures_of(makers[name], starts) for name, starts in found.items()}
     metrics["back_s"] = Spread.of(back_s)
     least, most = (found[name_of("compacted", size)] for size in (sizes[0], sizes[-1]))
     grown_mb = [b["peak_rss_mb"] - a["peak_rss_mb"] for a, b in zip(least, most, strict=True)]

@@ -10,7 +10,8 @@ from orchestrator.protocol.events.base import Event, plain_of
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.usage import Traffic
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.compaction import LIMITS as COMPACTION
 from orchestrator.storage.compaction import compact, merge_histories
@@ -104,9 +105,9 @@ def _timed(task: StorageTask[object]) -> list[float]:
         return spent_s
 
 
-def _record_of(step: int) -> object:
+def _record_of(step: int) -> StepRecord:
     """A record as two workers of a model with experts make it, with a validation every 100 steps."""
-    kinds = ("dense_gradients", "expert_gradients", "tokens", "snapshots")
+    kinds = (TrafficKind.GRADIENT, TrafficKind.DISPATCH, TrafficKind.COMBINE, TrafficKind.PROTECTION)
     return record(
         step,
         vote_time=1.7e9 + 0.73 * step,
@@ -114,7 +115,7 @@ def _record_of(step: int) -> object:
         validation_loss=3.0 + 1 / (step + 1) if step % 100 == 0 else None,
         lr=3e-4 / (1 + step / 10**6),
         grad_norm=1.0 + 1 / (step + 7),
-        traffic={kind: Traffic(1_234_567 + step % 977, 0, 1_234_567) for kind in kinds},
+        traffic={kind.value: Traffic(1_234_567 + step % 977, 0, 1_234_567) for kind in kinds},
         experts=ExpertLoad(0.2 + 1 / (step + 3), 0.31, step % 7, 0.83, 0.0, 0.97, 0.01),
         data_wait_s=0.00123,
         protection_wait_s=0.0456 + 1e-6 * (step % 89),
