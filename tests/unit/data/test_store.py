@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.manifest import INDEX_DTYPE
+from orchestrator.data.manifest import DOCUMENTS, INDEX_DTYPE
 from orchestrator.data.prepare.store_writer import StoreWriter
 from orchestrator.data.store import IGNORED_TARGET, TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
@@ -133,7 +133,8 @@ def test_splits_and_index(tmp_path: Path) -> None:
     assert index["length"].tolist() == [4, 2]
     assert np.isnan(index["score"]).all()
     assert (store.num_tokens("train"), store.num_tokens("validation")) == (8, 6)
-    assert [json.loads(line) for line in store.documents_path.read_text().splitlines()][2] == "document 2"
+    documents = (store.directory / DOCUMENTS).read_text().splitlines()
+    assert json.loads(documents[2]) == "document 2"
     assert store.tokenizer().digest == store.manifest.tokenizer_digest
 
 
