@@ -85,7 +85,8 @@ class WorkerStatus:
 class RunStatus:
     """Status of a run at one moment. Steps and losses are shown up to the watermark.
 
-    `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds.
+    `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds. `held_by` is the number
+    of failure domains that hold the newest of them: nodes where the run has several, else workers.
     """
 
     run_id: str
@@ -118,3 +119,4 @@ class RunStatus:
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
     worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; empty after the end
     priority: int = 0
+    held_by: int = 0
