@@ -21,8 +21,8 @@ NONE = ProtectionReport()
 
 def choose_keeper(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Choose a keeper where there should be another one, and drop those that are no longer needed."""
-    if state.is_recovering or any(member not in seen.reports for member in state.members):
-        return Decision(state)  # what they hold may be the only state; or there are no reports yet
+    if state.is_recovering or not all(_is_active(state, seen, member) for member in state.members):
+        return Decision(state)  # what they hold may be the only state
     keeping = state.keeping
     named = _of_this_generation(state)
     chosen = tuple(keeper for keeper in named if _is_needed(state, seen, keeper, is_newest=keeper is named[-1]))
@@ -48,6 +48,15 @@ def is_connecting(state: RunState, seen: Observation) -> bool:
     """Whether a keeper of the current generation is chosen, and none has a snapshot yet: older state may be needed."""
     live = [keeper for keeper in _of_this_generation(state) if not _has_ended(state, seen, keeper)]
     return bool(live) and not any(holds_snapshot(state, seen, keeper) for keeper in live)
+
+
+def _is_active(state: RunState, seen: Observation, member: str) -> bool:
+    """Whether the member trains in the current generation, or is about to begin."""
+    report = seen.reports.get(member)
+    if report is None or state.current is None:
+        return False
+    begins = report.phase is Phase.READY and report.generation == state.current.generation
+    return report.phase is Phase.TRAINING or begins
 
 
 def _of_this_generation(state: RunState) -> tuple[Keeper, ...]:

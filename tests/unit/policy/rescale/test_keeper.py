@@ -158,10 +158,7 @@ def test_recovery_waits_for_what_the_keeper_reports_but_not_for_ever() -> None:
 @pytest.mark.parametrize("nodes", [{"w0": "a", "w1": "a", "w2": "b"}, {"w0": "b", "w1": "b", "w2": "a"}])
 def test_a_keeper_on_another_node_is_preferred(nodes: dict[str, str]) -> None:
     life = Life(limits_of(steps=60, initial_workers=1, standby=2), nodes=nodes)
-    life.holds_still = True
-    life.run_until(lambda: all(life.seen().phase(w) is Phase.STANDBY for w in ("w1", "w2")))
-    life.state = replace(life.state, keeping=type(life.state.keeping)())
-    life.tick()
+    life.run_until(lambda: bool(_chosen(life)))
     assert [worker for _, worker, _ in _chosen(life)] == ["w2"]
 
 
