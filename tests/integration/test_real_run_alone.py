@@ -47,12 +47,15 @@ def _ended(client: OrchestratorClient, run: str) -> RunStatus:
     return ended
 
 
-def _kill_when_kept(client: OrchestratorClient, run: str, worker: str) -> RunStatus:
-    """Kill the only member after its keeper has acknowledged a few steps; the status once training goes on."""
+def _member(status: RunStatus) -> str:
+    return next(member.worker for member in status.worker_group if member.rank == 0)
+
+
+def _kill_when_kept(client: OrchestratorClient, run: str) -> str:
+    """Kill the only member after its keeper has acknowledged a few steps. Its id, once training has gone on."""
     recoveries = len(client.get(run).recoveries)
-    until(client, run, lambda s: _report(run, worker).protection.kept_by >= 0)
-    step = client.get(run).step
-    until(client, run, lambda s: s.step > step + 10)
+    kept = until(client, run, lambda s: s.workers_now == 1 and s.held_by == 2)
+    worker = _member(until(client, run, lambda s: s.step > kept.step + 10))
     report = _report(run, worker)
     os.kill(report.process.pid, signal.SIGKILL)
     began_s = time.monotonic()
@@ -61,16 +64,15 @@ def _kill_when_kept(client: OrchestratorClient, run: str, worker: str) -> RunSta
     print(f"killed {worker} after step {report.step}: {recovery}; seen after {time.monotonic() - began_s:.2f} s")
     assert (recovery.lost, recovery.cause, recovery.source) == ((worker,), "worker", "memory")
     assert recovery.steps_replayed <= 1 and recovery.steps_lost == 0 and recovery.state_identical
-    assert recovery.step >= report.protection.committed
-    return status
+    assert recovery.step >= report.protection.committed and status.held_by in (1, 2)
+    return worker
 
 
 def test_a_killed_lone_worker_costs_a_step_at_most_and_no_bit(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     run = _submitted(client, texts, tmp_path, "alone", standby=1)
-    _kill_when_kept(client, run, "w0")
-    _kill_when_kept(client, run, "w1")  # the replacement keeps in turn
+    assert _kill_when_kept(client, run) != _kill_when_kept(client, run)  # the replacement keeps in turn
     killed, plain = _ended(client, run), _ended(client, _submitted(client, texts, tmp_path, "plain", standby=0))
     with CheckpointReader(Path(str(killed.checkpoint))) as ours, CheckpointReader(Path(str(plain.checkpoint))) as other:
         names = sorted(ours.manifest.tensors)
