@@ -271,7 +271,7 @@ ELASTICITY = Board(
     (
         Chart(
             "Workers",
-            "Members of the world, how many are wanted, and warm ones that hold no state.",
+            "Members of the world, how many are wanted, and warm ones besides.",
             "short",
             (
                 of("elastic/world_size", "{{run}} members"),
@@ -315,6 +315,7 @@ ELASTICITY = Board(
         simple("Generation", "elastic/generation", "short"),
         simple("Steps between snapshots", "elastic/snapshot_interval", "short"),
         simple("Wait for the buddy's answer", "perf/protection_wait_s", "s"),
+        simple("Copies of the newest step", "elastic/holders", "short"),
         NODES_LEFT_OUT,
     ),
 )

@@ -193,7 +193,13 @@ DECLARED = (
                 "time of the newest complete checkpoint, or of the run's last start",
             ),
             ("elastic/workers_wanted", "workers", MetricKind.GAUGE, "how many workers the run should have"),
-            ("elastic/standbys", "workers", MetricKind.GAUGE, "warm workers that hold no state"),
+            ("elastic/standbys", "workers", MetricKind.GAUGE, "warm workers that aren't members"),
+            (
+                "elastic/holders",
+                "copies",
+                MetricKind.GAUGE,
+                "nodes, or workers of a run on one node, that hold the newest committed step",
+            ),
             ("elastic/rescales", "rescales", MetricKind.COUNTER, "changes of the members without a failure"),
             (
                 "elastic/recoveries",

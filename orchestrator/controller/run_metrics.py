@@ -1,6 +1,7 @@
 """Live metrics of a run at one moment: its progress, and the values that its alerts watch."""
 
 from orchestrator.policy.health.expert_load import largest_violation
+from orchestrator.policy.recovery.holders import num_holders
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Observation
@@ -35,6 +36,7 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "run/checkpoint_time": max(began_time, memory.newest_times.get(CheckpointCommitted, 0.0)),
         "elastic/workers_wanted": wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant),
         "elastic/standbys": len(warm_standbys(state, seen)),
+        "elastic/holders": num_holders(state, seen),
         "elastic/rescales": memory.counts[Rescaled],
         "elastic/recoveries": memory.counts[GenerationAborted],
         "elastic/quarantined_nodes": len(state.failures.quarantine),

@@ -41,8 +41,8 @@ class RecoveryPoint:
 def find_recovery_point(worlds: Iterable[World], held: Mapping[str, Collection[Holding]]) -> RecoveryPoint | None:
     """The newest state of which reachable workers hold every rank's shard; None if there is none.
 
-    A rank's own worker is preferred, since nothing is transferred then. At least one rank must be held by its own
-    worker: snapshots for buddies omit what every rank of a world has.
+    A rank's own worker is preferred, since nothing is transferred then. In a world of several ranks at least one must
+    be held by its own worker: snapshots for buddies omit what every rank has.
 
     Args:
         worlds: generations that states may belong to.
@@ -54,8 +54,7 @@ def find_recovery_point(worlds: Iterable[World], held: Mapping[str, Collection[H
         for step in steps:
             holders = [_holder(world, step, rank, held) for rank in range(world.size)]
             complete = tuple(holder for holder in holders if holder is not None)
-            own = any(holder == member for holder, member in zip(holders, world.members, strict=True))
-            if len(complete) == world.size and own:
+            if len(complete) == world.size and _ranks_with_all(world, complete):
                 found.append(RecoveryPoint(world.generation, step, complete))
     return max(found, key=lambda point: (point.step, point.generation), default=None)
 
@@ -68,6 +67,11 @@ def _holder(world: World, step: int, rank: int, held: Mapping[str, Collection[Ho
     return next((worker for worker, holdings in sorted(held.items()) if wanted in holdings), None)
 
 
+def _ranks_with_all(world: World, holders: Sequence[str]) -> list[int]:
+    """Ranks whose holders have what every rank of the world has: those held by their own workers, and a lone rank."""
+    return [rank for rank, holder in enumerate(holders) if holder == world.members[rank] or world.size == 1]
+
+
 def world_of(generation: int, holders: Sequence[str]) -> World:
     """The holders of a recovery point as a world, in the order of the ranks that they stand for."""
     return World(generation, tuple(dict.fromkeys(holders)))
@@ -78,14 +82,14 @@ def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> Sta
 
     A worker that holds another rank's snapshot has that rank's ranges besides its own; of a partial tensor, the sum of
     both. Snapshots for buddies omit what every rank of the world has, so for it only ranks held by their own workers
-    count.
+    count, or the only rank.
 
     Raises:
-        ValueError: no rank is held by its own worker.
+        ValueError: no rank of several is held by its own worker.
     """
     world = world_of(layout.world.generation, holders)
     rank_of = np.array([world.rank_of(holder) for holder in holders], dtype=np.int64)
-    own = [rank for rank, holder in enumerate(holders) if holder == layout.world.members[rank]]
+    own = _ranks_with_all(layout.world, holders)
     if not own:
         raise ValueError(f"{list(holders)} hold only others' shards of {list(layout.world.members)}")
     sets = []

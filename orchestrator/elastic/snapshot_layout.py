@@ -2,7 +2,7 @@
 
 Both ends derive the format from the layout, so only bytes are sent. What every rank of the world has (dense weights,
 buffers) is not in the buddy's part: every survivor has it too. It is in the rank's own copy, since a survivor may have
-to go back a step.
+to go back a step. In a world of one everything is shared: there is no other rank, and a standby keeps the snapshots.
 
 A snapshot is *whole*, or a *delta*: the gradients of a step for this rank's part of the optimizer, from which the step
 can be repeated, and the state that this rank's updates don't produce (weights of other ranks' parts, buffers, state of
@@ -97,8 +97,9 @@ class SnapshotFormat:
 
 
 def _is_everywhere(layout: StateLayout) -> NDArray[np.bool_]:
-    """[T], bool: every rank of the world has all of the tensor."""
-    full = np.array([len(ranks) == layout.world.size for ranks in layout.holder_sets] + [False])
+    """[T], bool: every rank of the world has all of the tensor, and there are several."""
+    size = layout.world.size
+    full = np.array([len(ranks) == size > 1 for ranks in layout.holder_sets] + [False])
     answer: NDArray[np.bool_] = (layout.kind == TensorKind.REPLICATED) & full[layout.holder_set]
     return answer
 

@@ -24,6 +24,7 @@ from orchestrator.policy.recovery.recover import recover
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.rescale.generation_plan import warm_standbys
+from orchestrator.policy.rescale.keeper import choose_keeper
 from orchestrator.policy.rescale.micro_batch import fit_micro_batches
 from orchestrator.policy.rescale.rules import (
     abandon_transition,
@@ -78,6 +79,7 @@ RULES: tuple[Rule, ...] = (
     watch_stragglers,
     quarantine_nodes,
     hold_worker_group,
+    choose_keeper,
     watch_checks,
 )
 
@@ -116,6 +118,7 @@ def directive_of(state: RunState, term: int, seq: int | None = None) -> Directiv
         stages=state.curriculum.stages,
         stages_version=state.curriculum.version,
         check=state.replay.task,
+        keepers=state.keeping.chosen,
     )
 
 

@@ -181,6 +181,25 @@ class ReplayTask:
 
 
 @dataclass(frozen=True)
+class Keeper:
+    """A standby that keeps the snapshots of a world of one.
+
+    Args:
+        number: distinguishes the keepers of a run; only grows.
+        generation: the one whose snapshots it keeps.
+        store_address, store_prefix: where it and the member meet.
+        after_step: with the first snapshot it gets the records of the steps after this one.
+    """
+
+    number: int
+    worker: str
+    generation: int
+    store_address: StoreAddress
+    store_prefix: str
+    after_step: int
+
+
+@dataclass(frozen=True)
 class Directive:
     """The whole desired state of a worker.
 
@@ -192,6 +211,8 @@ class Directive:
     a checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
     `stages` are all decisions so far, in order, and `stages_version` counts them: members apply a decision once all of
     them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
+    `keepers` are standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
+    last one; the others may free what they have once they are no longer named.
     """
 
     term: int
@@ -207,6 +228,7 @@ class Directive:
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     check: ReplayTask | None = None
+    keepers: tuple[Keeper, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ class WorkerStatus:
 class RunStatus:
     """Status of a run at one moment. Steps and losses are shown up to the watermark.
 
-    `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds.
+    `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds. `held_by` is the number
+    of failure domains that hold the newest of them: nodes where the run has several, else workers.
     """
 
     run_id: str
@@ -120,6 +121,7 @@ class RunStatus:
     worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; empty after the end
     priority: int = 0
     resources: dict[str, float] = field(default_factory=dict)  # that each worker reserves; gpus: auto is decided
+    held_by: int = 0
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

@@ -134,11 +134,15 @@ class ProtectionReport:
         committed: newest step of which the votes have shown that two workers hold its state.
         settled: newest generation with such a step.
         holdings: states in this worker's memory, reported once it has stopped.
+        kept_by: number of the newest keeper that has acknowledged a snapshot of this member.
+        unkept: number of the newest keeper that gets no more snapshots, reported by the member and by the keeper.
     """
 
     committed: int = -1
     settled: int = -1
     holdings: tuple[Holding, ...] = ()
+    kept_by: int = -1
+    unkept: int = -1
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ class WorkersSpec(Section):
         default_factory=lambda known: known["min"], ge=1, description="Workers at the start. Default: min."
     )
     standby: int = Field(
-        default=0, ge=0, description="Workers kept warm, with reserved resources, so that a rescale is fast."
+        default=0,
+        ge=0,
+        description="Workers kept warm, with reserved resources, so that a rescale is fast. Beside a single worker, "
+        "one of them keeps its snapshots.",
     )
     schedule: tuple[ScheduledScale, ...] = Field(
         default=(),

@@ -209,7 +209,7 @@ class RankSnapshots:
 
 
 class SnapshotStore:
-    """All snapshots in this process, by generation: its own rank's, and its protected rank's."""
+    """All snapshots in this process, by generation: its own rank's, and its protected rank's or lone member's."""
 
     def __init__(self) -> None:
         self._shelves: tuple[RankSnapshots, ...] = ()
@@ -220,6 +220,11 @@ class SnapshotStore:
         with self._changing:
             self._shelves = (*self._shelves, shelf)
         return shelf
+
+    def remove(self, shelf: RankSnapshots) -> None:
+        """Drop these snapshots. From any thread."""
+        with self._changing:
+            self._shelves = tuple(other for other in self._shelves if other is not shelf)
 
     def leave_free(self) -> None:
         """Leave buffers without a snapshot to the next generation, when one ends. From any thread."""

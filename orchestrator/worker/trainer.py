@@ -37,6 +37,7 @@ from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.training_loop import LiveShard, TrainingLoop
+from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.rescaler import Rescaler
@@ -74,7 +75,8 @@ class Trainer:
         self._waiter = PlanWaiter(factory.me, mailbox, preparer, position, checker)
         self._rescaler = Rescaler(factory, mailbox, self._snapshots, position)
         train_step = TrainStep(factory, feed)
-        self._loop = TrainingLoop(spec, mailbox, train_step, preparer, self._snapshots, position, saver)
+        link = KeeperLink(factory, mailbox, self._snapshots)
+        self._loop = TrainingLoop(spec, mailbox, train_step, preparer, self._snapshots, position, saver, link)
 
     def run(self) -> None:
         """Run from standby to the end of the run. Errors end up in the report."""

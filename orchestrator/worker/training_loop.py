@@ -17,6 +17,7 @@ from orchestrator.worker.step.hooks import RankProposal
 from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
+from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.save_shard import ShardSaver
@@ -86,9 +87,10 @@ class TrainingLoop:
         snapshots: SnapshotManager,
         position: RunPosition,
         saver: ShardSaver,
+        link: KeeperLink,
     ) -> None:
         self._spec, self._mailbox, self._train_step, self._preparer = spec, mailbox, train_step, preparer
-        self._snapshots, self._position, self._saver = snapshots, position, saver
+        self._snapshots, self._position, self._saver, self._link = snapshots, position, saver, link
         self._timer = CheckpointTimer(spec.checkpoint.every, spec.train.max_steps)
 
     def live(self, shard: Shard) -> LiveShard:
@@ -108,6 +110,7 @@ class TrainingLoop:
         self._timer.begin(position.step)
         self._saver.begin(live.generation)
         while position.step + 1 < self._spec.train.max_steps:
+            self._follow_keeper(live)
             outcome = self._step(live, hooks)
             if self._timer.due(position.step, outcome.checkpoint):
                 self._save(shard, outcome.is_late)
@@ -142,6 +145,14 @@ class TrainingLoop:
 
     def close(self) -> None:
         self._train_step.close()
+        self._link.close()
+
+    def _follow_keeper(self, live: LiveShard) -> None:
+        """Give a keeper that has connected its first snapshot."""
+        connected = self._link.take(live.generation)
+        if connected is not None:
+            self._snapshots.change_keeper(*connected)
+            self._snapshots.take(live.shard, self._position.progress)
 
     def _step(self, live: LiveShard, hooks: TrainingHooks) -> VoteResult:
         """Do one step, report it, and take the snapshot after it."""

@@ -86,6 +86,7 @@ class SimulatedWorker:
 
     def direct(self, directive: Directive) -> Report:
         self._mailbox.put(directive)
+        self._mailbox.publish(unkept=max((keeper.number for keeper in directive.keepers), default=-1))  # keeps none
         return self.report(None, -1, 0.0)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:

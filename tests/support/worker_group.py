@@ -29,6 +29,7 @@ from orchestrator.protocol.messages import (
     Fence,
     FinishMode,
     GenerationPlan,
+    Keeper,
     Restore,
     StateSource,
     StoreAddress,
@@ -184,6 +185,7 @@ class Crew:
         self.members: dict[str, Member] = {}
         self.directive = Directive(term=1, seq=0)
         self.newest_generation = -1  # of all that were planned
+        self._keepers = 0  # that were chosen
         self.records: dict[int, StepRecord] = {}
         self.final: dict[str, Report] = {}  # last reports, once the run is finished
         self.add(size)
@@ -298,8 +300,19 @@ class Crew:
         self.rescale_to(plan, at_step)
         self.await_all(list(plan.involved), lambda r: r.generation == plan.generation)
         self.collect(plan.involved[0])
-        self.send(current=plan, next=None, fence=None, activated=plan.generation)
+        self.send(current=plan, next=None, fence=None, activated=plan.generation, keepers=())
         return plan
+
+    def keep(self, worker: str) -> int:
+        """Have a standby keep the snapshots of the only member. Its number as a keeper, at once."""
+        current = self.directive.current
+        assert current is not None
+        self._keepers += 1
+        number = self._keepers - 1
+        after = self.newest_step
+        keeper = Keeper(number, worker, current.generation, self.store_address, f"1/keeper/{number}", after)
+        self.send(keepers=(*self.directive.keepers, keeper))
+        return number
 
     def rescale_to(self, plan: GenerationPlan, at_step: int | None = None) -> None:
         """Let the current generation end for `plan`, and wait for nobody."""
@@ -369,7 +382,7 @@ class Crew:
         # Not before: until they have gone back themselves, they tell of steps after the cut.
         self.records = {step: record for step, record in self.records.items() if step <= cut.step}
         self.collect(cut.holders[0])
-        self.send(current=plan, next=None, activated=plan.generation)
+        self.send(current=plan, next=None, activated=plan.generation, keepers=())
         return plan
 
     def finish(self) -> None:

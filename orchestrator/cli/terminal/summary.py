@@ -52,6 +52,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
         ("workers", workers(status) if status.workers_now else NONE),
         ("each worker", resources(status.resources)),
         ("traffic", traffic(status.traffic)),
+        ("held", _held(status)),
         ("generation", str(status.generation) if status.generation >= 0 else NONE),
         ("submitted", moment(status.submitted_time)),
         ("started", moment(status.started_time)),
@@ -74,6 +75,11 @@ def tracking_command(url: str) -> str:
 
 def _from_to(first: float | None, last: float | None) -> str:
     return NONE if last is None else f"{number(first)} -> {number(last)}"
+
+
+def _held(status: RunStatus) -> str:
+    held = {0: NONE, 1: "once: a lost worker sends the run back to a checkpoint"}
+    return held.get(status.held_by, "twice: in two workers' memory")
 
 
 def _took(status: RunStatus) -> str:

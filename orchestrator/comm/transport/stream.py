@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
-MAX_HEADER = 1 << 16
+MAX_HEADER = 1 << 26  # bytes; it may hold the records of many steps
 PART = 1 << 22  # bytes handed to the kernel at once
 _LENGTHS = struct.Struct("!IQ")
 DONE = b"\x06"

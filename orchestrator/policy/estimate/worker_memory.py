@@ -39,7 +39,8 @@ class MemoryPlan:
         kept: state of gradient compression.
         activations, loss: None for a model that isn't ours.
         fence: the largest second shard during a transition to a neighbouring size, or a recovery at the same size.
-        snapshots: two of its own and two of its protected rank's.
+        snapshots: two of its own and two of its protected rank's. In a world of one with standbys two, of the member
+            in its own memory, or in that of its keeper.
         deltas: those between them.
     """
 
@@ -164,8 +165,9 @@ def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
 
 
 def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
-    """Bytes of two whole snapshots of a rank's own and two of the largest protected rank possible, and of deltas."""
-    if job.protection.interval is None or layout.world.size < 2:
+    """Bytes of two whole snapshots of a rank's own and two of the largest protected rank possible, and of deltas. A
+    lone rank protects none, and takes snapshots only beside a standby."""
+    if job.protection.interval is None or (layout.world.size < 2 and not job.workers.standby):
         return 0, 0
     every = job.protection.whole_every(job.recovery.whole_every)
     whole = 2 * _kept_bytes([SnapshotFormat.of(layout, other) for other in range(layout.world.size)], rank)
@@ -175,7 +177,8 @@ def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, 
 
 
 def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
-    return formats[rank].total_bytes + max(form.shared_bytes for form in formats)
+    others = formats if len(formats) > 1 else ()
+    return formats[rank].total_bytes + max((form.shared_bytes for form in others), default=0)
 
 
 def _is_shared(param: ParamSpec, rank: int, placement: ExpertPlacement) -> bool:

@@ -2,8 +2,8 @@
 
     recover  all survivors have stopped -> newest complete state -> plan g+1 from it -> (transition) READY -> activate
 
-Sources in order: a rank's own memory, its buddy's snapshot, the newest checkpoint, the one before. Survivors continue
-at once if they are enough; replacements of the failed workers join at a later fence.
+Sources in order: a rank's own memory, its buddy's or keeper's snapshot, the newest checkpoint, the one before.
+Survivors continue at once if they are enough; replacements of the failed workers join at a later fence.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from orchestrator.elastic.recovery_point import (
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.budget import PLACE, exceeded_budget, held_back_s
 from orchestrator.policy.health.leaving import leavers
-from orchestrator.policy.recovery.detect import has_stopped
+from orchestrator.policy.recovery.detect import STOP_S, has_stopped
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
@@ -34,6 +34,7 @@ from orchestrator.protocol.worker_report import Phase
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
 MAX_FRUITLESS = 5  # recoveries in a row with no step between them
+IDLE = (Phase.STRANDED, Phase.READY, Phase.STANDBY)  # phases in which a worker reports what it holds
 
 
 def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -43,6 +44,8 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     survivors = tuple(w for w in state.members if w in state.worker_group)
     if not all(has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
+    if not survivors and _keeper_is_late(state, seen):
+        return Decision(state)
     if held_back_s([failure for failure in state.failures.recent if failure.cause not in PLACE], seen.now_s):
         return Decision(state)
     if hopeless := _hopeless(limits, state, seen):
@@ -51,7 +54,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if point is None:
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
-    standbys = warm_standbys(state, seen)
+    standbys = _standbys(state, seen)
     leaving = leavers(state, seen)  # members again only where others are too few; their state is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
     least = limits.min_workers
@@ -164,5 +167,21 @@ def _worlds(state: RunState) -> Iterable[World]:
 
 
 def _held(state: RunState, seen: Observation) -> dict[str, tuple[Holding, ...]]:
-    idle = (Phase.STRANDED, Phase.READY, Phase.STANDBY)
-    return {w: seen.reports[w].protection.holdings for w in state.worker_group if seen.phase(w) in idle}
+    return {w: seen.reports[w].protection.holdings for w in state.worker_group if seen.phase(w) in IDLE}
+
+
+def _standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
+    """Workers that could join a generation now: first keepers, which have the state already, then standbys."""
+    keepers = (k.worker for k in reversed(state.keeping.chosen) if seen.phase(k.worker) in IDLE)
+    out = {*state.members, *leavers(state, seen)}
+    there = (*(w for w in keepers if w in state.worker_group and w not in out), *warm_standbys(state, seen))
+    return tuple(dict.fromkeys(there))
+
+
+def _keeper_is_late(state: RunState, seen: Observation) -> bool:
+    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. It is waited for a while."""
+    if state.abort.since_s is None or seen.now_s - state.abort.since_s >= STOP_S:
+        return False
+    there = [keeper for keeper in state.keeping.chosen if keeper.worker in state.worker_group]
+    reports = [(keeper, seen.reports.get(keeper.worker)) for keeper in there]
+    return any(r is None or r.protection.unkept < k.number or r.phase not in IDLE for k, r in reports)

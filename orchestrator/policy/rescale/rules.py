@@ -26,6 +26,7 @@ from orchestrator.policy.rescale.generation_plan import (
     with_plan,
     without_store,
 )
+from orchestrator.policy.rescale.keeper import is_connecting
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import stall_s, typical_step_s
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
@@ -170,11 +171,12 @@ def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Dec
 
 
 def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Mark the current generation settled once it has committed a step of its own: older state may be dropped."""
+    """Mark the current generation settled once it has committed a step of its own, and its keeper has a snapshot, if it
+    gets one: older state may be dropped."""
     settled = max((r.protection.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
     if state.current is None or settled <= state.settled or settled < state.current.generation:
         return Decision(state)
-    return Decision(replace(state, settled=settled))
+    return Decision(state if is_connecting(state, seen) else replace(state, settled=settled))
 
 
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

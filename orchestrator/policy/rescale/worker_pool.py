@@ -95,10 +95,7 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     if state.gives_way or (state.is_ending and not state.is_recovering):
         return Decision(state)
     leaving = leavers(state, seen)
-    wanted = workers_to_hold(limits, state.size_request, seen.step + 1, state.queue.grant)
-    wanted = state.queue.grant.of(wanted + is_to_be_replaced(limits, state))
-    if state.is_ending:
-        wanted = limits.min_workers
+    wanted = limits.min_workers if state.is_ending else group_size(limits, state, seen)
     missing = wanted - (len(state.worker_group) - len(leaving))
     if missing > 0 and not _in_transition(limits, state, seen) and not held_back_s(state.failures.recent, seen.now_s):
         first = state.num_spawned
@@ -107,10 +104,16 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
         grown = replace(state, worker_group=state.worker_group + spawned, num_spawned=first + missing)
         return Decision(grown, (note,))
     if (missing < 0 or leaving) and state.next is None and not state.is_recovering:
-        released = _release(state, seen, max(0, -missing), leaving)
+        released = _release(state, seen, max(0, -missing), leaving, keeps=wanted > len(state.members))
         if released.actions:
             return released
     return Decision(state if missing > 0 else _forget_failed_spawns(state, seen))
+
+
+def group_size(limits: RunLimits, state: RunState, seen: Observation) -> int:
+    """Number of workers that a run which isn't ending should have, members and others, without leavers."""
+    wanted = workers_to_hold(limits, state.size_request, seen.step + 1, state.queue.grant)
+    return state.queue.grant.of(wanted + is_to_be_replaced(limits, state))
 
 
 def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -166,9 +169,10 @@ def traceback_of(seen: Observation, worker: str) -> str:
     return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 
-def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...]) -> Decision:
+def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...], keeps: bool) -> Decision:
     """Release workers that are to leave, then a slow standby or the youngest; none that holds a shard of a checkpoint
-    without its marker."""
+    without its marker. `keeps`: a keeper that is to leave stays until another one has a snapshot, as there will be one;
+    of the others the keeper is released last."""
     begins_anew = state.current is None  # from a checkpoint: state in workers is not used
     if state.settled < state.activated and not begins_anew:
         return Decision(state)  # a worker that left may hold state that is needed if the new world fails
@@ -176,14 +180,16 @@ def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tupl
         return Decision(state)  # this controller has just restarted and has no reports yet
     idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
     stopped = (Phase.STRANDED, Phase.READY)
+    keepers = {keeper.worker for keeper in state.keeping.chosen}
     free = [
         worker
         for worker in state.worker_group
         if worker not in state.involved
+        and not (keeps and worker in leaving and worker in keepers)
         and (seen.phase(worker) in idle or (worker in leaving and seen.phase(worker) in stopped))
         and not _owes_shard(state, seen, worker)
     ]
-    staying = sorted((w for w in free if w not in leaving), key=lambda worker: worker == state.straggler)
+    staying = sorted((w for w in free if w not in leaving), key=lambda w: (w not in keepers, w == state.straggler))
     released = [w for w in free if w in leaving] + staying[len(staying) - num_surplus :]
     if not released:
         return Decision(state)

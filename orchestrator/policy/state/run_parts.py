@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from orchestrator.protocol.messages import (
     Fence,
     GenerationPlan,
+    Keeper,
     ReplayTask,
     StageStart,
 )
@@ -94,6 +95,23 @@ class AbortState:
     generation: int = -1
     since_s: float | None = None
     account: Recovery | None = None
+
+
+@dataclass(frozen=True)
+class KeeperState:
+    """Standbys that keep the snapshots of a world of one.
+
+    Args:
+        chosen: those that may hold some, oldest first.
+        count: number of keepers chosen so far.
+        connected: the one that was last seen to have a snapshot, and to get more.
+        ended_s: when the connection to the newest one ended, whose worker is still there.
+    """
+
+    chosen: tuple[Keeper, ...] = ()
+    count: int = 0
+    connected: Keeper | None = None
+    ended_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from orchestrator.policy.state.run_parts import (
     AbortState,
     CurriculumDecisions,
     FailureState,
+    KeeperState,
     MicroBatchState,
     QueueState,
     ReplayState,
@@ -81,6 +82,7 @@ class RunState:
     straggler: str = ""
     curriculum: CurriculumDecisions = field(default_factory=CurriculumDecisions)
     replay: ReplayState = field(default_factory=ReplayState)
+    keeping: KeeperState = field(default_factory=KeeperState)
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
     recoveries: tuple[Recovery, ...] = ()

@@ -37,6 +37,24 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True)
+class KeeperConnected(Event):
+    """A standby has a snapshot of the only member, and is sent the following ones: steps are held twice. `step` is the
+    newest finished one."""
+
+    worker: str
+    step: int
+
+
+@dataclass(frozen=True)
+class KeeperLost(Event):
+    """The only member sends no more snapshots to the standby that kept them: steps are held once, until another one is
+    connected."""
+
+    worker: str
+    step: int
+
+
+@dataclass(frozen=True)
 class StragglerFound(Event, kind="straggler"):
     """A member is persistently slower than the others. `slowness` is its step time over their median."""
 

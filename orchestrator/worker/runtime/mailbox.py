@@ -121,6 +121,14 @@ class WorkerMailbox:
         with self._changed:
             return tuple(self._records)
 
+    def keep(self, records: Sequence[StepRecord]) -> None:
+        """Add records of steps of another worker, which this one may have to report in its place."""
+        with self._changed:
+            while records and self._records and self._records[-1].step >= records[0].step:
+                self._records.pop()
+            self._records.extend(records)
+            del self._records[:-MAX_RECORDS]
+
     def go_back_to(self, step: int, known: Sequence[StepRecord] = ()) -> None:
         """Drop records after `step`, from which the run continues. `known`: records up to it from other workers."""
         with self._changed:
@@ -132,7 +140,7 @@ class WorkerMailbox:
         if self._report.phase is Phase.FAILED:  # final: a later success in another thread must not hide it
             changes.pop("phase", None)
         # Threads of older plans may end after those of newer ones.
-        for name in ("prepared", "failed_generation", "settled", "stopped"):
+        for name in ("prepared", "failed_generation", "settled", "stopped", "kept_by", "unkept"):
             changes[name] = max(changes.get(name, -1), read(self._report, name))
         self._report = changed(self._report, version=self._report.version + 1, **changes)
         self._changed.notify_all()

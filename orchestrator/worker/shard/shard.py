@@ -1,7 +1,7 @@
 """A rank's shard: the model with its experts, the engine around it, and the training progress."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,14 +21,17 @@ from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.policy.estimate.worker_memory import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import micro_batch_of
-from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, Keeper, PastWorld, WorkerJob
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.fingerprint import MemoryGuard, StateFingerprint
+from orchestrator.state.snapshot_store import RankSnapshots
 from orchestrator.worker.shard.compression_tuner import CompressionTuner
 from orchestrator.worker.shard.model_agreement import check_order
-from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
+from orchestrator.worker.shard.snapshot_receiver import KeepRecords, SnapshotReceiver
+from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator, meet_buddies, meet_keeper, meet_member
+from orchestrator.worker.shard.snapshot_sender import NewRecords, SnapshotSender
 
 
 @dataclass(frozen=True)
@@ -133,18 +136,46 @@ class ShardFactory:
         """Connect to buddy and protected rank; None without buddies. Collective over the generation's members."""
         if not plan.buddies:
             return None
-        layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"
-        return SnapshotReplicator(
-            store,
-            plan,
-            plan.world.rank_of(self.me),
-            layout,
-            self.address,
-            pinned,
-            self.spec.protection.whole_every(self.spec.recovery.whole_every),
+        rank = plan.world.rank_of(self.me)
+        self._snapshot_memory.drop_idle()
+        own = self._snapshots(plan, rank, shared_only=False)
+        kept = self._snapshots(plan, plan.buddies.index(rank), shared_only=True)
+        to_buddy, from_protected_rank = meet_buddies(store, plan, rank, self.address)
+        sender = SnapshotSender(own, to_buddy, self._whole_every)
+        return SnapshotReplicator(sender, SnapshotReceiver(kept, from_protected_rank), self.device.type != "cuda")
+
+    def protect_alone(
+        self, store: Store, plan: GenerationPlan, keeper: Keeper, new_records: NewRecords
+    ) -> SnapshotReplicator:
+        """Connect the only member of a generation to its keeper. Collective over both."""
+        self._snapshot_memory.drop_idle()
+        own = self._snapshots(plan, 0, shared_only=False)
+        sender = SnapshotSender(own, meet_keeper(store, keeper.store_prefix), self._whole_every, new_records)
+        return SnapshotReplicator(sender, None, self.device.type != "cuda")
+
+    def keep(
+        self, store: Store, plan: GenerationPlan, keeper: Keeper, is_wanted: Callable[[], bool], records: KeepRecords
+    ) -> SnapshotReceiver:
+        """Connect this worker, the keeper, to the only member of a generation. Collective over both."""
+        self._snapshot_memory.drop_idle()
+        kept = self._snapshots(plan, 0, shared_only=True)
+        return SnapshotReceiver(kept, meet_member(store, keeper.store_prefix, self.address, is_wanted), records)
+
+    def _snapshots(self, plan: GenerationPlan, rank: int, shared_only: bool) -> RankSnapshots:
+        return RankSnapshots(
+            plan.generation,
+            rank,
+            self.layout(plan.world, plan.placement),
+            shared_only,
+            self._whole_every,
             Replayer(self.spec.train, self.device),
-            self._snapshot_memory,
+            pinned=self.device.type == "cuda" and not shared_only,
+            buffers=self._snapshot_memory,
         )
+
+    @property
+    def _whole_every(self) -> int:
+        return self.spec.protection.whole_every(self.spec.recovery.whole_every)
 
     def build(self, plan: GenerationPlan, groups: ProcessGroups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""

@@ -1,26 +1,33 @@
 """State that a worker keeps for recovery: snapshots, and its own shard after the end of a generation.
 
 begin .. leave      one generation's protection: buddy and protected rank are connected
+change_keeper       the same for a world of one, from the step at which a keeper has connected
+keep, drop          snapshots that this worker keeps for the member of a world of one
 due, take, agree    when the shard is copied, and what the members agree on in votes
 hold, gathered      the shard without an engine around it, and all state that this worker can hand over
 """
 
+import logging
+
+from orchestrator.comm.transport.stream import StreamClosed
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.policy.health.snapshot_interval import IntervalChoice
-from orchestrator.protocol.messages import StateSource
+from orchestrator.protocol.messages import Keeper, StateSource
 from orchestrator.spec.fault_tolerance import AUTO, ProtectionSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, merge_ranges
-from orchestrator.state.snapshot_store import SnapshotStore
+from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.transition import Held
+
+log = logging.getLogger("orchestrator.worker")
 
 NEVER = 0  # interval of a run without snapshots
 
 
 class SnapshotManager:
-    """Used by the training thread; `settle` and `shut` by the control thread too.
+    """Used by the training thread; `settle` and `shut` by the control thread too, `keep` and `drop` by any.
 
     Args:
         me: this worker's id.
@@ -33,6 +40,7 @@ class SnapshotManager:
         self._fixed = None if protection.every == AUTO else protection.interval or NEVER
         self._vault = SnapshotStore()
         self._protection: SnapshotReplicator | None = None
+        self._keeper = self._lost_keeper = -1  # numbers of the present one, and of the newest one without connection
         self._choice = IntervalChoice(0, 0.0)
         self._interval = NEVER  # steps between two snapshots, agreed by all members
         self._paid_s = 0.0
@@ -42,21 +50,36 @@ class SnapshotManager:
 
     def begin(self, generation: int, protection: SnapshotReplicator | None) -> None:
         """Send snapshots to the buddies of a newly activated generation; None where there are none."""
-        self._protection, self._paid_s = protection, 0.0
         if protection is not None:
-            self._choice = IntervalChoice(protection.whole_bytes, protection.mean_bytes)
-            self._interval = self._choice.interval if self._fixed is None else self._fixed
-            protection.start(self._vault)
+            self._protect(protection)
         else:
             self._interval = NEVER
             self._vault.drop_before(generation)
+
+    def _protect(self, protection: SnapshotReplicator) -> None:
+        self._protection, self._paid_s = protection, 0.0
+        self._choice = IntervalChoice(protection.sender.whole_bytes, protection.sender.mean_bytes)
+        self._interval = self._choice.interval if self._fixed is None else self._fixed
+        protection.start(self._vault)
+
+    def change_keeper(self, keeper: Keeper, protection: SnapshotReplicator) -> None:
+        """Send the snapshots of a world of one to this keeper from now on. The next one must be taken at once."""
+        self._end_keeper()
+        self._keeper = keeper.number
+        self._protect(protection)
 
     def leave(self) -> None:
         """End snapshots of this generation. Those that are whole stay."""
         if self._protection is not None:
             self._protection.close()
-            self._protection = None
+            self._protection, self._keeper = None, -1
             self._vault.leave_free()
+
+    def _end_keeper(self) -> None:
+        if self._protection is not None:
+            self._protection.close()
+            self._vault.remove(self._protection.sender.own)
+        self._protection, self._interval, self._keeper = None, NEVER, -1
 
     def shut(self) -> None:
         """Free threads that wait for buddy or protected rank. From any thread."""
@@ -86,16 +109,28 @@ class SnapshotManager:
     def copied(self) -> None:
         """Wait until the shard may change."""
         if self._protection is not None:
-            self._protection.copied()
+            self._protection.sender.copied()
 
     def acknowledged(self) -> None:
-        """Wait until the buddy has the newest snapshot."""
-        if self._protection is not None:
-            self._protection.acknowledged()
+        """Wait until the buddy or keeper has the newest snapshot. Training goes on without a keeper that is lost.
+
+        Raises:
+            StreamClosed: a buddy is lost.
+        """
+        if self._protection is None:
+            return
+        try:
+            self._protection.sender.acknowledged()
+        except StreamClosed as error:
+            if self._keeper < 0:
+                raise
+            log.warning("keeper %d is lost: %s", self._keeper, error)
+            self._lost_keeper = self._keeper
+            self._end_keeper()
 
     def wants_gradients(self, step: int) -> bool:
         """Whether the snapshot after `step` can be a delta, for which the step's gradients are needed."""
-        return self._interval == 1 and self._protection is not None and self._protection.takes_delta(step)
+        return self._interval == 1 and self._protection is not None and self._protection.sender.takes_delta(step)
 
     def take(
         self, shard: Shard, progress: TrainingProgress, lr: float = 0.0, gradients: NamedRanges | None = None
@@ -112,7 +147,7 @@ class SnapshotManager:
             update = Update(progress.num_updates, lr)
             for name, held in gradients:
                 ranges.add(name, held.start, held.data)
-        self._protection.begin(progress.step, ranges, progress.to_json(), update)
+        self._protection.sender.begin(progress.step, ranges, progress.to_json(), update)
 
     def agree(self, interval: int, step_s: float, took_snapshot: bool) -> None:
         """Apply the interval agreed on in the vote, and observe the step's cost.
@@ -126,18 +161,28 @@ class SnapshotManager:
             return
         if took_snapshot:
             paid_s = self._protection.cost_s()
-            self._choice.observe(paid_s - self._paid_s, self._protection.begun_bytes, step_s)
+            self._choice.observe(paid_s - self._paid_s, self._protection.sender.begun_bytes, step_s)
             self._paid_s = paid_s
         self._interval = interval
 
     def committed(self, generation: int, step: int, votes_tell: bool) -> dict[str, int]:
         """Report fields of what is held twice: each member had its buddy's acknowledgement before it voted."""
         if self._protection is None:
-            return {"committed": step, "settled": generation}
+            return {"committed": step, "settled": generation, "unkept": self._lost_keeper}
         if not votes_tell:
             return {}
         self.settle(generation)
-        return {"committed": self._protection.begun, "settled": generation}
+        return {"committed": self._protection.sender.begun, "settled": generation, "kept_by": self._keeper}
+
+    # -- for another worker ------------------------------------------------------------------------------------
+
+    def keep(self, snapshots: RankSnapshots) -> None:
+        """Hold the snapshots of the member of a world of one."""
+        self._vault.add(snapshots)
+
+    def drop(self, snapshots: RankSnapshots) -> None:
+        """Hold them no longer."""
+        self._vault.remove(snapshots)
 
     # -- what is held ------------------------------------------------------------------------------------------
 

@@ -49,6 +49,18 @@ def test_snapshots_of_others_alone_are_not_enough() -> None:
     assert find_recovery_point([world], {"c": (Holding(3, 7, 0), Holding(3, 7, 1))}) is None
 
 
+def test_the_snapshot_of_a_lone_rank_is_enough() -> None:
+    """It has all that the rank had."""
+    world, params = World(3, ("a",)), [ParamSpec("w", 4, None), ParamSpec("expert0", 6, 0)]
+    assert find_recovery_point([world], {"c": (Holding(3, 7, 0),)}) == RecoveryPoint(3, 7, ("c",))
+    layout = training_layout(params, ExpertPlacement.balanced(1, 1), world, True, [("bias", 3)])
+    form = SnapshotFormat.of(layout, 0)
+    assert form.num_shared == len(form.names) and form.shared_bytes == form.total_bytes
+    point = layout_at_recovery_point(layout, ["c"])
+    assert point.world.members == ("c",)
+    assert np.array_equal(point.bytes_per_rank(), layout.bytes_per_rank())
+
+
 def test_at_the_same_step_the_newer_generation_counts() -> None:
     old, new = World(2, ("a",)), World(3, ("a",))
     held = {"a": (Holding(2, 7, 0), Holding(3, 7, 0))}

@@ -18,7 +18,15 @@ from orchestrator.policy.termination import publishable
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.messages import DesiredRunState, Directive, FinishMode, GenerationPlan, Restore, StoreAddress
+from orchestrator.protocol.messages import (
+    DesiredRunState,
+    Directive,
+    FinishMode,
+    GenerationPlan,
+    Keeper,
+    Restore,
+    StoreAddress,
+)
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Phase, Report, ShardWritten, WorkerError
@@ -74,6 +82,7 @@ class Life:
     done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
     replayed: int = 0  # steps done again
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
+    keeper: Keeper | None = None  # the one that a lone member is connected to
     frozen: set[str] = field(default_factory=set)  # workers that do nothing
     holds_still: bool = False  # no step gets done
     nodes: dict[str, str] = field(default_factory=dict)
@@ -162,6 +171,7 @@ class Life:
     def kill(self, worker: str) -> None:
         """It is gone at once; peers that train or move with it notice."""
         self.lost[worker] = "killed by signal 9"
+        self._part(worker)
         for peer in self.state.involved:
             report = self.reports.get(peer)
             if report is None or peer == worker or peer in self.lost or peer in self.frozen:
@@ -175,6 +185,28 @@ class Life:
         error = WorkerError("peer_lost", "a connection was closed")
         stopped = self.state.current.generation
         self.say(worker, phase=Phase.STRANDED, stopped=stopped, holdings=self.held_by(worker), error=error)
+
+    def _part(self, worker: str) -> None:
+        """The connection between a lone member and its keeper ends with either of them."""
+        keeper = self.keeper
+        if keeper is None or worker not in (keeper.worker, *self.state.members):
+            return
+        self.keeper = None
+        if worker == keeper.worker:
+            self.say(self.state.members[0], unkept=keeper.number)
+        else:
+            self.say(keeper.worker, unkept=keeper.number, holdings=self.held_by(keeper.worker))
+
+    def _meet_keeper(self) -> None:
+        """A lone member connects to the newest keeper, which gets its state at once."""
+        current, keeper = self.state.current, next(reversed(self.directive.keepers), None)
+        if self.keeper is not None and (current is None or self.keeper.generation != current.generation):
+            self.keeper = None
+        if current is None or keeper is None or keeper.generation != current.generation or keeper == self.keeper:
+            return
+        if keeper.worker not in self.lost and keeper.worker not in self.frozen:
+            self.keeper = keeper
+            self._snapshot(current.world.members[0])
 
     def held_by(self, worker: str) -> tuple[Holding, ...]:
         return tuple(holding for keeper, holding in self.snapshots if keeper == worker)
@@ -291,6 +323,7 @@ class Life:
         assert plan is not None
         rank = plan.world.rank_of(worker)
         keepers = [worker] + ([plan.world.members[plan.buddies[rank]]] if plan.buddies else [])
+        keepers += [self.keeper.worker] if self.keeper is not None else []
         for keeper in keepers:
             self.snapshots[(keeper, Holding(plan.generation, self.step, rank))] = True
         self.snapshots = {
@@ -316,15 +349,19 @@ class Life:
                 shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", "", (), 0, "{}")
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
+        self._meet_keeper()
         self.done_by.append(members)
-        committed = self.step - 1 if current.buddies else self.step  # each had its buddy's answer before it voted
+        is_held_twice = current.buddies or self.keeper is not None
+        committed = self.step - 1 if is_held_twice else self.step  # each had its buddy's answer before it voted
+        kept_by = self.keeper.number if self.keeper is not None else -1
         rank, slowness = slowest([self.slow.get(worker, 1.0) for worker in members])
         self.pending[self.step] = record(
             self.step, current.generation, vote_time=self.now_s, slowest=rank, slowness=slowness
         )
         for worker in members:
             micro_batches = self.measured(worker, current) if self.measured else None
-            self.say(worker, committed=committed, settled=current.generation, micro_batches=micro_batches)
+            fields = {"committed": committed, "settled": current.generation, "kept_by": kept_by}
+            self.say(worker, micro_batches=micro_batches, **fields)
             self._snapshot(worker)
         self._publish()
         last = self.step + 1 == self.limits.steps or self.directive.finish is not FinishMode.NO

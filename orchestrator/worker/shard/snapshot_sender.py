@@ -1,0 +1,162 @@
+"""One direction of protection: this rank's snapshots, copied and sent to the worker that keeps them.
+
+A thread beside the one that trains copies the shard (all that the training thread ever waits for before it changes the
+state) and sends the shared part. Bytes go from memory to memory over a separate socket: they are neither pickled nor
+pass through Ray.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import astuple
+from queue import SimpleQueue
+from typing import Any
+
+from orchestrator.comm import traffic_meter
+from orchestrator.comm.transport.stream import FramedStream, StreamClosed
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.usage import TrafficKind
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import Snapshot, Update, copy_into
+from orchestrator.state.snapshot_store import RankSnapshots
+
+NewRecords = Callable[[int], Sequence[StepRecord]]
+
+
+def no_records(step: int) -> Sequence[StepRecord]:
+    """For a buddy, which has the records of all steps itself."""
+    return ()
+
+
+class SnapshotSender:
+    """Sends snapshots as they are begun.
+
+    Args:
+        own: this rank's snapshots.
+        stream: to the worker that keeps them.
+        whole_every: one of so many snapshots is whole, the others are deltas.
+        new_records: gives the records up to a step that were not sent yet; sent with its snapshot.
+    """
+
+    def __init__(
+        self, own: RankSnapshots, stream: FramedStream, whole_every: int, new_records: NewRecords = no_records
+    ) -> None:
+        self.own, self._stream, self._new_records = own, stream, new_records
+        self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
+        self._copied: Future[None] = _done()
+        self._acknowledged: Future[None] = _done()
+        self._whole_every = whole_every
+        self._since_whole = 0  # deltas since the newest whole snapshot
+        self.waited_s = 0.0  # by the training thread, in total
+        self.busy_s = 0.0  # processor time of this thread, in total
+        self.begun = -2  # step of the newest snapshot begun; -1 for the state before the first step
+        self.begun_bytes = 0  # of that snapshot, copied and sent
+
+    def takes_delta(self, step: int) -> bool:
+        """Whether the snapshot after `step` may be a delta."""
+        return self.begun == step - 1 and self._since_whole < self._whole_every - 1
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes copied and sent for a whole snapshot: its work."""
+        return self.own.copied_bytes(whole=True) + self.own.shared_bytes(whole=True)
+
+    @property
+    def mean_bytes(self) -> float:
+        """Mean bytes copied and sent for a snapshot, if one follows each step."""
+        deltas = (self._whole_every - 1) * self._delta_bytes
+        return (self.whole_bytes + deltas) / self._whole_every
+
+    @property
+    def _delta_bytes(self) -> int:
+        return self.own.copied_bytes(whole=False) + self.own.shared_bytes(whole=False)
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._send_all, name="snapshot", daemon=True).start()
+
+    def begin(self, step: int, ranges: NamedRanges, note: str, update: Update | None = None) -> None:
+        """Begin a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`.
+
+        Args:
+            ranges: of the shard; for a delta with the gradients of the update.
+            update: from the step before to this one, for a delta.
+        """
+        self.copied()
+        self._copied, self._acknowledged = Future(), Future()
+        snapshot = self.own.begin(step, note, update)
+        self._since_whole = 0 if update is None else self._since_whole + 1
+        self.begun, self.begun_bytes = step, self.whole_bytes if update is None else self._delta_bytes
+        self._orders.put((snapshot, ranges, self._copied, self._acknowledged))
+
+    def copied(self) -> None:
+        """Wait until the newest snapshot is copied: then the shard may change."""
+        self._await(self._copied)
+
+    def acknowledged(self) -> None:
+        """Wait until the newest snapshot is kept. Raises StreamClosed if the connection has ended."""
+        self._await(self._acknowledged)
+
+    def _await(self, done: "Future[None]") -> None:
+        if done.done():
+            return done.result()
+        began_s = time.perf_counter()
+        try:
+            done.result()
+        finally:
+            self.waited_s += time.perf_counter() - began_s
+
+    def shut(self) -> None:
+        """Shut the connection, also under a thread that waits for it."""
+        self._stream.shut()
+
+    def close(self) -> None:
+        """End the thread and the connection."""
+        self._orders.put(None)
+        self.shut()
+
+    def _send_all(self) -> None:
+        closed: StreamClosed | None = None
+        while (order := self._orders.get()) is not None:
+            snapshot, ranges, copied, acknowledged = order
+            try:
+                copy_into(snapshot, ranges)
+            except Exception as error:
+                copied.set_exception(error)
+                acknowledged.set_exception(error)
+                continue
+            del ranges, order  # nothing here may keep an old shard's memory
+            self.own.finish(snapshot)
+            copied.set_result(None)
+            try:
+                if closed is not None:
+                    raise closed
+                shared = self.own.shared(snapshot)
+                self._stream.send(_header(snapshot, self._new_records(snapshot.holding.step)), shared)
+                traffic_meter.enter(TrafficKind.PROTECTION, shared.nbytes)
+                self.busy_s = time.thread_time()
+                acknowledged.set_result(None)
+            except StreamClosed as error:
+                closed = error
+                acknowledged.set_exception(error)
+        self._stream.close()
+
+
+def _header(snapshot: Snapshot, records: Sequence[StepRecord]) -> dict[str, Any]:
+    """Description of a snapshot, sent with its bytes."""
+    update = None if snapshot.update is None else astuple(snapshot.update)
+    return {
+        "step": snapshot.holding.step,
+        "generation": snapshot.holding.generation,
+        "note": snapshot.note,
+        "update": update,
+        "records": [to_plain(record) for record in records],
+    }
+
+
+def _done() -> "Future[None]":
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done

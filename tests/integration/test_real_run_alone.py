@@ -1,0 +1,82 @@
+"""A run of one worker beside a warm standby on a local cluster, whose worker is killed: nothing published is lost."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.client import OrchestratorClient
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.worker_report import Report
+from orchestrator.spec.workers import WorkersSpec
+from tests.support.real_runs import own_cluster, until
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
+
+STEPS = 500
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
+        yield client
+
+
+def _report(run: str, worker: str) -> Report:
+    report: Report = ask(find(f"{run}/worker/{worker}"), "call", "report", None, -1, 0.0)
+    return report
+
+
+def _submitted(client: OrchestratorClient, texts: Path, tmp_path: Path, name: str, standby: int) -> str:
+    workers = WorkersSpec(min=1, max=1, initial=1, standby=standby)
+    job = small_job(texts, max_steps=STEPS, determinism="exact")
+    return client.submit(job.model_copy(update={"name": name, "workers": workers, "storage": str(tmp_path / "runs")}))
+
+
+def _ended(client: OrchestratorClient, run: str) -> RunStatus:
+    ended = client.wait(run, timeout_s=240.0)
+    assert ended.phase is RunPhase.SUCCEEDED and client.audit(run).ok, ended
+    return ended
+
+
+def _member(status: RunStatus) -> str:
+    return next(member.worker for member in status.worker_group if member.rank == 0)
+
+
+def _kill_when_kept(client: OrchestratorClient, run: str) -> str:
+    """Kill the only member after its keeper has acknowledged a few steps. Its id, once training has gone on."""
+    recoveries = len(client.get(run).recoveries)
+    kept = until(client, run, lambda s: s.workers_now == 1 and s.held_by == 2)
+    worker = _member(until(client, run, lambda s: s.step > kept.step + 10))
+    report = _report(run, worker)
+    os.kill(report.process.pid, signal.SIGKILL)
+    began_s = time.monotonic()
+    status = until(client, run, lambda s: len(s.recoveries) > recoveries and s.recoveries[-1].stall_s is not None)
+    recovery = status.recoveries[-1]
+    print(f"killed {worker} after step {report.step}: {recovery}; seen after {time.monotonic() - began_s:.2f} s")
+    assert (recovery.lost, recovery.cause, recovery.source) == ((worker,), "worker", "memory")
+    assert recovery.steps_replayed <= 1 and recovery.steps_lost == 0 and recovery.state_identical
+    assert recovery.step >= report.protection.committed and status.held_by in (1, 2)
+    return worker
+
+
+def test_a_killed_lone_worker_costs_a_step_at_most_and_no_bit(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    run = _submitted(client, texts, tmp_path, "alone", standby=1)
+    assert _kill_when_kept(client, run) != _kill_when_kept(client, run)  # the replacement keeps in turn
+    killed, plain = _ended(client, run), _ended(client, _submitted(client, texts, tmp_path, "plain", standby=0))
+    with CheckpointReader(Path(str(killed.checkpoint))) as ours, CheckpointReader(Path(str(plain.checkpoint))) as other:
+        names = sorted(ours.manifest.tensors)
+        assert names == sorted(other.manifest.tensors)
+        for name in names:
+            numel = ours.manifest.tensors[name].numel
+            assert np.array_equal(ours.read(name, 0, numel), other.read(name, 0, numel)), name
