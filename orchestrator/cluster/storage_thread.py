@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -60,10 +61,10 @@ class StorageThread:
             self.advance()
 
     def abandon(self) -> None:
-        """Drop all tasks, once the open call has returned: afterwards no call is being made."""
-        if self._open is not None:
-            self._wait(self._open)
-        self._open, self._task = None, None
+        """Run the current task to its end, whatever it raises, and drop those that wait: no call is made afterwards."""
+        self._waiting.clear()
+        with suppress(Exception):
+            self.finish()
         self._waiting.clear()
 
     def trouble(self) -> str | None:

@@ -93,7 +93,8 @@ class RunLoop:
     def _begin(self) -> StorageTask[None]:
         with suppress(StorageError, OSError):  # the loop tries again
             if Submitted not in self._memory.times:
-                yield from self._memory.note(Submitted(self._run_id, self._limits.initial_workers))
+                entry = yield from self._memory.note(Submitted(self._run_id, self._limits.initial_workers))
+                self._services.tracker.publish_event(entry)
             yield from self._services.start(self._memory.data)
             self._has_begun = True
             self._storage.add("turn", self._turn)
@@ -114,10 +115,11 @@ class RunLoop:
     def _fail(self, error: Exception) -> None:
         log.exception("run %s: its controller failed", self._run_id)
         trace = "".join(traceback.format_exception(error))
+        self._storage.abandon()
         over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", trace)
         events = [ControllerFailed(trace), *(action for action in over.actions if isinstance(action, Event))]
-        self._storage.abandon()
-        retry_until_written(lambda: run_inline(self._memory.decided(over.state, events)))
+        for entry in retry_until_written(lambda: run_inline(self._memory.decided(over.state, events))):
+            self._services.tracker.publish_event(entry)
 
     def _close(self) -> None:
         """End and remove everything of the run, then write its final status to run storage."""

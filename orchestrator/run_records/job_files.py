@@ -17,13 +17,18 @@ def write_job(directory: Path, job_json: str, job_text: str) -> None:
         write_atomically(directory / "job.yaml", job_text)
         DirectoryObjects(directory).create("job.json", job_json.encode())  # as the journal's entries will be
     except (OSError, UsageError) as error:
-        with suppress(OSError):  # the name must not be taken by a run that never began
-            for name in ("job.yaml", "job.json"):
-                (directory / name).unlink(missing_ok=True)
-            directory.rmdir()
+        remove_job(directory)
         if isinstance(error, UsageError):
             raise
         raise storage_error(error, directory) from error
+
+
+def remove_job(directory: Path) -> None:
+    """Remove what `write_job` has written: the name must not be taken by a run that never began."""
+    with suppress(OSError):
+        for name in ("job.yaml", "job.json"):
+            (directory / name).unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def read_job(directory: Path) -> JobSpec:

@@ -15,7 +15,7 @@ from orchestrator.storage.compaction import CompactionLimits, compact, merge_his
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.reserve import FULL, SpaceReserve
-from orchestrator.storage.tasks import StorageCall, StorageTask
+from orchestrator.storage.tasks import Lengthy, StorageCall, StorageTask
 
 log = logging.getLogger("orchestrator.control")
 
@@ -59,7 +59,7 @@ class JournalCompactor:
             self._task, self._result = self._compact(), None
         try:
             call = self._task.send(self._result)
-            self._result = yield partial(self._in_reserve, call)
+            self._result = yield Lengthy(partial(self._in_reserve, call))
         except StopIteration:
             self._task = None
         except Exception as error:  # it is no reason to end the run

@@ -66,7 +66,8 @@ class JournaledRun(RunHistory):
         resumed = next((event for event in events if isinstance(event, Resumed)), None)
         progress = Progress()
         if resumed is not None:
-            progress = yield Lengthy(partial(progress_up_to, self._run_dir, self.progress, resumed.step))
+            known = self._journal.last.next_seq  # an attempt before this one may be there all the same
+            progress = yield Lengthy(partial(progress_up_to, self._run_dir, self.progress, resumed.step, known))
         written = yield from self._append([*events, *changed])
         self._become(state)
         if resumed is not None:

@@ -1,5 +1,6 @@
 """Client of a run's controller for the Scheduler and its autoscaler."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
@@ -56,6 +57,16 @@ class ControllerClient:
         """The controller, if it lives or is being restarted."""
         handle = find(self.run_id + SUFFIX)
         return None if handle is None else Remote(handle, timeout_s=self.patience_s)
+
+    def await_end(self) -> None:
+        """Wait for the controller of a run that has ended to end too. Raises ClusterUnreachable if it doesn't."""
+        deadline_s = time.monotonic() + self.patience_s
+        while self.find() is not None:
+            if time.monotonic() > deadline_s:
+                raise ClusterUnreachable(
+                    f"the controller of run {self.run_id} does not end", remedy="Try again in a moment."
+                )
+            time.sleep(0.1)
 
     def ask(self, method: Callable[Concatenate[RunController, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The result of the method.

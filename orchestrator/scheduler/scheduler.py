@@ -24,13 +24,14 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.job_files import write_job
+from orchestrator.run_records.job_files import remove_job, write_job
 from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_status, user_events
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_taken, resumed_run, with_gpus
 from orchestrator.scheduler.autoscaler import Autoscaler
+from orchestrator.scheduler.claims import RunClaims
 from orchestrator.scheduler.controller_client import PATIENCE_S, ControllerClient
 from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.spec.job import JobSpec
@@ -43,6 +44,7 @@ R = TypeVar("R")
 
 NAME = "scheduler"
 MAX_CALLS_AT_ONCE = 32
+LATER = "Try again in a moment."
 
 # Limits of calls to run storage: a status, the files of a new run, a journal, the removal of a run.
 STATUS_S, WRITE_S, HISTORY_S, REMOVE_S = 1.5, 10.0, 30.0, 60.0
@@ -53,7 +55,8 @@ class Scheduler:
 
     def __init__(self) -> None:
         name_process(self)
-        self._submitting = threading.Lock()
+        self._submitting = threading.Lock()  # never held during a call to storage
+        self._claims = RunClaims()
         self._storage = StorageGuard()
         self._ended: dict[str, RunStatus] = {}  # as read last, for while storage hangs
         self._autoscaler = Autoscaler()
@@ -84,13 +87,14 @@ class Scheduler:
             StorageError: the run's directory can't be written.
         """
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
-        with self._submitting:
+        with self._claims.claim(run_id):
             self._storage.call(directory.parent, WRITE_S, partial(refuse_taken, run_id, directory))
             job = with_gpus(job)
             run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
-            check_admissible(run, None if wait else self._autoscaler)
+            with self._submitting:
+                check_admissible(run, None if wait else self._autoscaler)
             write = partial(write_job, directory, job.model_dump_json(by_alias=True), job_text)
-            self._storage.call(directory.parent, WRITE_S, write)
+            self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory))
             self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
@@ -111,9 +115,10 @@ class Scheduler:
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
         directory = Path(run_dir)
-        with self._submitting:
+        with self._claims.claim(run_id):
             run = self._storage.call(directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order))
-            check_admissible(run, None if wait else self._autoscaler)
+            with self._submitting:
+                check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)
         return run_id
@@ -129,8 +134,7 @@ class Scheduler:
         return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
 
     def status(self, run_id: str) -> RunStatus:
-        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound; StorageError if
-        storage hangs and the status was not read before."""
+        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound, StorageError."""
         directory = directory_of(run_id)
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
@@ -188,25 +192,19 @@ class Scheduler:
             UsageError: it has not ended.
             StorageError: its files can't be removed.
         """
-        with self._submitting:  # it can't be resumed meanwhile
+        with self._claims.claim(run_id):
             directory = directory_of(run_id)
             if self._storage.call(directory.parent, STATUS_S, directory.exists):
                 refuse_active(self.status(run_id))
-                self._await_exit(run_id)
-                self._storage.call(directory.parent, REMOVE_S, partial(remove_files, directory))
+                ControllerClient(run_id).await_end()  # it writes its log until then
+                self._storage.call(directory.parent, REMOVE_S, partial(self._remove_files, run_id, directory))
             forget_run(run_id)
         log.info("run %s: removed from %s", run_id, directory)
         return str(directory)
 
-    def _await_exit(self, run_id: str) -> None:
-        """Wait for the end of the controller of a run that has ended: it writes its log until then."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while ControllerClient(run_id).find() is not None:
-            if time.monotonic() > deadline_s:
-                raise ClusterUnreachable(
-                    f"the controller of run {run_id} does not end", remedy="Try again in a moment."
-                )
-            time.sleep(0.1)
+    def _remove_files(self, run_id: str, directory: Path) -> None:
+        with self._claims.extended(run_id):
+            remove_files(directory)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""
@@ -214,13 +212,15 @@ class Scheduler:
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """Events of the run after the one whose `seq` is `after`. Raises NotFound."""
-        directory = directory_of(run_id)
-        return tuple(self._storage.call(directory.parent, HISTORY_S, partial(user_events, directory, after)))
+        return tuple(self._read(run_id, partial(user_events, after=after)))
 
     def audit(self, run_id: str) -> AuditResult:
         """Audit of the run's sample ledger. Raises NotFound."""
+        return self._read(run_id, lambda directory: RunFiles(directory).audit())
+
+    def _read(self, run_id: str, read: Callable[[Path], R]) -> R:
         directory = directory_of(run_id)
-        return self._storage.call(directory.parent, HISTORY_S, RunFiles(directory).audit)
+        return self._storage.call(directory.parent, HISTORY_S, partial(read, directory))
 
     def _start_controller(
         self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
@@ -245,7 +245,7 @@ class Scheduler:
                 remedy="Only an active run can be changed; `orchestrator resume` continues one that isn't done.",
                 unchanged="Nothing was changed.",
             )
-        raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
+        raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy=LATER)
 
 
 def get_or_create_scheduler() -> Remote[Scheduler]:

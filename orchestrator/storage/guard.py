@@ -26,11 +26,17 @@ class StorageGuard:
         self._lock = threading.Lock()
         self._hung: Counter[Path] = Counter()  # calls that have exceeded the limit and not returned, by storage
 
-    def call(self, storage: Path, patience_s: float, function: Callable[[], R]) -> R:
+    def call(
+        self, storage: Path, patience_s: float, function: Callable[[], R], undo: Callable[[], None] | None = None
+    ) -> R:
         """The result of `function`, which reads or writes in `storage`, within `patience_s`.
 
+        Args:
+            undo: called, in the function's thread, if the function succeeds too late.
+
         Raises:
-            StorageError: it has not returned in time, and may still do its work; or earlier calls hang.
+            StorageError: it has not returned in time, and may still do its work, unless there is an `undo`; or
+                earlier calls hang.
             Exception: whatever it raises.
         """
         with self._lock:
@@ -42,17 +48,19 @@ class StorageGuard:
         try:
             return done.result(patience_s)
         except TimeoutError:
-            if done.done():  # an error of the call itself
-                raise
-        self._count(storage, done)
+            if done.done():  # just now, or with an error of its own of this kind
+                return done.result()
+        self._count(storage, done, undo)
         raise _hangs(storage, f"no answer within {patience_s:g} s", unchanged="")
 
-    def _count(self, storage: Path, done: "Future[R]") -> None:
+    def _count(self, storage: Path, done: "Future[R]", undo: Callable[[], None] | None) -> None:
         """Count a call as hung until it returns."""
         with self._lock:
             self._hung[storage] += 1
 
-        def returned(_: "Future[R]") -> None:
+        def returned(late: "Future[R]") -> None:
+            if undo is not None and late.exception() is None:
+                undo()
             with self._lock:
                 self._hung[storage] -= 1
 

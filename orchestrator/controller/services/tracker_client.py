@@ -15,7 +15,7 @@ from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import JournalCorrupt, OrchestratorError, ProtocolError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.base import JournalEntry
@@ -37,6 +37,7 @@ P = ParamSpec("P")
 NAME = "tracker"
 FINISH_S = 30.0  # how long the end of a run waits for its tracker
 ASK_AGAIN_S = 1.0
+DAMAGED_AGAIN_S = 60.0  # until a journal that is damaged is read again
 LOOK_EVERY_S = 3.0
 MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what would pile up here
 LAST_TRIES = 3
@@ -129,7 +130,7 @@ class TrackerClient:
         try:
             for _ in range(LAST_TRIES):
                 position = tracker.ask(Tracker.position)
-                for method, args in retry_until_written(partial(self._missing, position)):
+                for method, args in retry_until_written(partial(self._missing, position, self._data)):
                     tracker.ask(method, self._term, *args)
                 arrived = tracker.within(FINISH_S + 5.0).ask(Tracker.finish, self._term, outcome, why, FINISH_S)
                 state = tracker.within(5.0).ask(Tracker.describe)
@@ -145,19 +146,25 @@ class TrackerClient:
             log.warning(self.warning)
 
     def _catch_up(self, position: TrackerPosition) -> StorageTask[None]:
+        data = self._data
         try:
-            missing = yield Lengthy(partial(self._missing, position))
+            missing = yield Lengthy(partial(self._missing, position, data))
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
+        except (JournalCorrupt, ProtocolError) as error:  # the run itself doesn't need what is damaged
+            self._asked_s = time.monotonic() + DAMAGED_AGAIN_S
+            self._warn(f"metrics wait in the journal: {error}")
         else:
             self._is_current, self.warning = True, None
+            if self._data is not None and self._data is not data:  # prepared meanwhile
+                missing += calls_for_data(self._data)
             seqs = [args[0].seq for method, args in missing if method is Tracker.event]
             self._newest_event = max(seqs, default=position.event)
             self._send(missing)
 
-    def _missing(self, position: TrackerPosition) -> list[Call]:
+    def _missing(self, position: TrackerPosition, data: PreparedData | None) -> list[Call]:
         history = RunHistory(self._run_dir, RunLimits.of(self._run_id, self._job))
-        return list(missing_calls(self._run_dir, position, history.progress, self._data))
+        return list(missing_calls(self._run_dir, position, history.progress, data))
 
     def _failed(self, method: Callable[..., Any], why: str) -> None:
         """Warn users only of a tracker that can't report its position: it is down, and may be restarting."""

@@ -29,6 +29,16 @@ def test_a_time_limit_of_the_call_itself_is_its_own_error() -> None:
         StorageGuard().call(WELL, 20.0, times_out)
 
 
+def test_a_write_that_comes_too_late_is_undone() -> None:
+    guard, opened, undone = StorageGuard(), threading.Event(), threading.Event()
+    with pytest.raises(StorageError, match="no answer within 0.05 s"):
+        guard.call(HUNG, 0.05, lambda: opened.wait(20.0), undo=undone.set)
+    assert not undone.is_set()
+    opened.set()
+    assert undone.wait(20.0)
+    assert guard.call(WELL, 20.0, lambda: "written", undo=undone.clear) == "written" and undone.is_set()
+
+
 def test_storage_that_hangs_holds_up_nobody_else_and_works_again_later() -> None:
     guard, opened = StorageGuard(), threading.Event()
     for _ in range(MOST_HUNG):
