@@ -133,13 +133,13 @@ def test_a_slot_without_rows_costs_nothing_and_has_all_gradients(isolated: bool)
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and bool((p.grad == 0).all()) for p in model.parameters())
-    assert model.expert_counts().tolist() == [[0, 0, 0, 0]]
+    assert model.routing_counts().counts_LE.tolist() == [[0, 0, 0, 0]]
 
 
 def test_counts_are_per_layer_of_experts() -> None:
     model = _model(_spec(first_k_dense_replace=0))
     model(_tokens())
-    assert model.expert_counts().sum(-1).tolist() == [2 * 12 * 2] * 2
+    assert model.routing_counts().counts_LE.sum(-1).tolist() == [2 * 12 * 2] * 2
 
 
 @pytest.mark.parametrize("first_k_dense_replace", [0, 1, 2])

@@ -63,9 +63,9 @@ def test_the_routers_auxiliary_loss_is_in_the_gradients_alone(tmp_path: Path) ->
 def test_experts_are_counted_per_layer() -> None:
     model = _model(MOE)
     model(TOKENS)
-    assert model.expert_counts().shape == (1, MOE.n_routed_experts)
-    assert model.expert_counts().sum().item() == TOKENS.numel() * MOE.num_experts_per_tok
-    assert _model(DENSE).expert_counts().shape == (0, DENSE.n_routed_experts)
+    assert model.routing_counts().counts_LE.shape == (1, MOE.n_routed_experts)
+    assert model.routing_counts().counts_LE.sum().item() == TOKENS.numel() * MOE.num_experts_per_tok
+    assert _model(DENSE).routing_counts().counts_LE.shape == (0, DENSE.n_routed_experts)
 
 
 @pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
