@@ -94,7 +94,7 @@ def _planned_from(
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = StateSource(origin.world, origin.placement, point.holders, point.step)
     abort = replace(state.abort, account=_account(state, seen, point.step, "memory"))
-    state = replace(_blamed(state, seen), abort=abort)
+    state = replace(_blamed(state, seen), abort=abort, wants_restore=False)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
     return with_plan(limits, state, seen, world, placement, source, change, why)
 
@@ -179,9 +179,12 @@ def _standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
 
 
 def _keeper_is_late(state: RunState, seen: Observation) -> bool:
-    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. It is waited for a while."""
-    if state.abort.since_s is None or seen.now_s - state.abort.since_s >= STOP_S:
-        return False
+    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. One that has reported to this
+    controller is waited for a while, another one until it does or is lost."""
     there = [keeper for keeper in state.keeping.chosen if keeper.worker in state.worker_group]
     reports = [(keeper, seen.reports.get(keeper.worker)) for keeper in there]
-    return any(r is None or r.protection.unkept < k.number or r.phase not in IDLE for k, r in reports)
+    if any(report is None for _, report in reports):
+        return True
+    if state.abort.since_s is None or seen.now_s - state.abort.since_s >= STOP_S:
+        return False
+    return any(r is not None and (r.protection.unkept < k.number or r.phase not in IDLE) for k, r in reports)
