@@ -7,6 +7,8 @@ import pytest
 
 from orchestrator.policy.lifecycle import decide
 from orchestrator.policy.rescale.keeper import AGAIN_S
+from orchestrator.policy.state.requests import begun_again
+from orchestrator.policy.state.run_parts import KeeperState
 from orchestrator.protocol.messages import Keeper
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase
@@ -180,6 +182,11 @@ def test_a_recovery_from_memory_seeks_no_checkpoint_any_more() -> None:
     assert life.state.recoveries[0].source == "memory" and not life.state.wants_restore
     life.run_to_the_end()
     _trained(life)
+
+
+def test_numbers_of_keepers_are_not_used_again_after_the_run_begins_anew() -> None:
+    life = _alone()
+    assert begun_again(life.state, None).keeping == KeeperState(count=1)
 
 
 @pytest.mark.parametrize("nodes", [{"w0": "a", "w1": "a", "w2": "b"}, {"w0": "b", "w1": "b", "w2": "a"}])
