@@ -54,9 +54,11 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if point is None:
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
-    standbys = _standbys(state, seen)
     leaving = leavers(state, seen)  # members again only where others are too few; their state is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
+    keepers = _keepers(state, seen)
+    standbys = tuple(dict.fromkeys((*(w for w in keepers if w not in leaving), *warm_standbys(state, seen))))
+    leave += tuple(w for w in keepers if w in leaving)
     least = limits.min_workers
     if state.gives_way:  # survivors are enough for a checkpoint, and no other worker has a place
         wanted, least = len(survivors), 1
@@ -170,12 +172,11 @@ def _held(state: RunState, seen: Observation) -> dict[str, tuple[Holding, ...]]:
     return {w: seen.reports[w].protection.holdings for w in state.worker_group if seen.phase(w) in IDLE}
 
 
-def _standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers that could join a generation now: first keepers, which have the state already, then standbys."""
-    keepers = (k.worker for k in reversed(state.keeping.chosen) if seen.phase(k.worker) in IDLE)
-    out = {*state.members, *leavers(state, seen)}
-    there = (*(w for w in keepers if w in state.worker_group and w not in out), *warm_standbys(state, seen))
-    return tuple(dict.fromkeys(there))
+def _keepers(state: RunState, seen: Observation) -> tuple[str, ...]:
+    """Keepers that could join a generation now, the newest first. They have the state already."""
+    keepers = dict.fromkeys(keeper.worker for keeper in reversed(state.keeping.chosen))
+    there = (worker for worker in keepers if worker in state.worker_group and worker not in state.members)
+    return tuple(worker for worker in there if seen.phase(worker) in IDLE)
 
 
 def _keeper_is_late(state: RunState, seen: Observation) -> bool:

@@ -189,6 +189,15 @@ def test_numbers_of_keepers_are_not_used_again_after_the_run_begins_anew() -> No
     assert begun_again(life.state, None).keeping == KeeperState(count=1)
 
 
+def test_the_only_state_is_used_although_its_keeper_is_to_leave() -> None:
+    life = _alone()
+    life.say("w1", leaving=True)
+    life.frozen = {"w2", "w3"}  # no other worker becomes warm
+    life.kill("w0")
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.members == ("w1",) and life.state.recoveries[0].source == "memory"
+
+
 @pytest.mark.parametrize("nodes", [{"w0": "a", "w1": "a", "w2": "b"}, {"w0": "b", "w1": "b", "w2": "a"}])
 def test_a_keeper_on_another_node_is_preferred(nodes: dict[str, str]) -> None:
     life = Life(limits_of(steps=60, initial_workers=1, standby=2), nodes=nodes)
