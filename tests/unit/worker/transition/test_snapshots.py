@@ -65,6 +65,7 @@ def test_training_goes_on_without_a_keeper_that_is_lost(pair: KeeperPair) -> Non
     pair.receiver.shut()
     _take(manager, pair, 6)
     manager.acknowledged()
+    assert manager.holdings() == (Holding(4, 5, 0), Holding(4, 6, 0))  # until the step is finished
     assert manager.committed(4, 7, votes_tell=True) == {"committed": 7, "settled": 4, "unkept": 3}
     assert not manager.due(7) and manager.holdings() == ()
 
