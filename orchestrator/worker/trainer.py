@@ -205,13 +205,12 @@ class Trainer:
         disconnect()
         _free_peers(error)
         self._abort_handle.end()
-        holdings = self._snapshots.holdings()
         was_member = plan.source is not None and self._mailbox.state.worker in plan.source.world
-        state = Stranded() if holdings or was_member else Standby()
+        state = Stranded() if was_member or self._snapshots.held is not None else Standby()
         self._mailbox.publish(
             phase=Phase.STRANDED if isinstance(state, Stranded) else Phase.STANDBY,
             failed_generation=plan.generation,
-            holdings=holdings,
+            holdings=self._snapshots.holdings(),
             error=None if failure.kind == "peer_lost" else failure,
         )
         return state

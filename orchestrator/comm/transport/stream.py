@@ -53,8 +53,8 @@ class Listener:
         self._socket.close()
 
 
-def dial(address: str, timeout_s: float) -> "FramedStream":
-    """Connect to a listener. Raises StreamClosed if it can't be reached."""
+def dial(address: str, timeout_s: float, answer_s: float | None = None) -> "FramedStream":
+    """Connect to a listener; `answer_s` is the stream's. Raises StreamClosed if it can't be reached."""
     rest, _, word = address.rpartition(":")
     host, _, port = rest.rpartition(":")
     try:
@@ -62,15 +62,19 @@ def dial(address: str, timeout_s: float) -> "FramedStream":
         connection.sendall(word.encode())
     except OSError as error:
         raise StreamClosed(str(error)) from error
-    return FramedStream(connection)
+    return FramedStream(connection, answer_s)
 
 
 class FramedStream:
-    """One end of a connection. One thread sends or receives; any other may `shut` it."""
+    """One end of a connection. One thread sends or receives; any other may `shut` it.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Args:
+        answer_s: longest wait for the peer to take `PART` bytes, or to acknowledge a frame; None: no limit.
+    """
+
+    def __init__(self, connection: socket.socket, answer_s: float | None = None) -> None:
         self._socket = connection
-        self._socket.settimeout(None)
+        self._socket.settimeout(answer_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sent_bytes = 0
         self.received_bytes = 0

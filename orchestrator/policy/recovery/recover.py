@@ -54,9 +54,11 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if point is None:
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
-    standbys = _standbys(state, seen)
     leaving = leavers(state, seen)  # members again only where others are too few; their state is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
+    keepers = _keepers(state, seen)
+    standbys = tuple(dict.fromkeys((*(w for w in keepers if w not in leaving), *warm_standbys(state, seen))))
+    leave += tuple(w for w in keepers if w in leaving)
     least = limits.min_workers
     if state.gives_way:  # survivors are enough for a checkpoint, and no other worker has a place
         wanted, least = len(survivors), 1
@@ -94,7 +96,7 @@ def _planned_from(
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = StateSource(origin.world, origin.placement, point.holders, point.step)
     abort = replace(state.abort, account=_account(state, seen, point.step, "memory"))
-    state = replace(_blamed(state, seen), abort=abort)
+    state = replace(_blamed(state, seen), abort=abort, wants_restore=False)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
     return with_plan(limits, state, seen, world, placement, source, change, why)
 
@@ -170,18 +172,20 @@ def _held(state: RunState, seen: Observation) -> dict[str, tuple[Holding, ...]]:
     return {w: seen.reports[w].protection.holdings for w in state.worker_group if seen.phase(w) in IDLE}
 
 
-def _standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers that could join a generation now: first keepers, which have the state already, then standbys."""
-    keepers = (k.worker for k in reversed(state.keeping.chosen) if seen.phase(k.worker) in IDLE)
-    out = {*state.members, *leavers(state, seen)}
-    there = (*(w for w in keepers if w in state.worker_group and w not in out), *warm_standbys(state, seen))
-    return tuple(dict.fromkeys(there))
+def _keepers(state: RunState, seen: Observation) -> tuple[str, ...]:
+    """Keepers that could join a generation now, the newest first. They have the state already."""
+    keepers = dict.fromkeys(keeper.worker for keeper in reversed(state.keeping.chosen))
+    there = (worker for worker in keepers if worker in state.worker_group and worker not in state.members)
+    return tuple(worker for worker in there if seen.phase(worker) in IDLE)
 
 
 def _keeper_is_late(state: RunState, seen: Observation) -> bool:
-    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. It is waited for a while."""
-    if state.abort.since_s is None or seen.now_s - state.abort.since_s >= STOP_S:
-        return False
+    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. One that has reported to this
+    controller is waited for a while, another one until it does or is lost."""
     there = [keeper for keeper in state.keeping.chosen if keeper.worker in state.worker_group]
     reports = [(keeper, seen.reports.get(keeper.worker)) for keeper in there]
-    return any(r is None or r.protection.unkept < k.number or r.phase not in IDLE for k, r in reports)
+    if any(report is None for _, report in reports):
+        return True
+    if state.abort.since_s is None or seen.now_s - state.abort.since_s >= STOP_S:
+        return False
+    return any(r is not None and (r.protection.unkept < k.number or r.phase not in IDLE) for k, r in reports)

@@ -7,7 +7,7 @@ A preempted run writes a checkpoint first and resumes from it: preemption costs 
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_parts import QueueState, ReplayState
+from orchestrator.policy.state.run_parts import KeeperState, QueueState, ReplayState
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size
 from orchestrator.protocol.events.run import Admitted, Granted, Preempted, PriorityChanged, Queued, Resumed, Suspended
@@ -60,6 +60,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         restore=restore,
         replay=ReplayState(differences=state.replay.up_to(done).differences),
         curriculum=replace(state.curriculum, version=state.curriculum.version + bool(state.curriculum.stages)),
+        keeping=KeeperState(count=state.keeping.count),
     )
 
 

@@ -15,6 +15,7 @@ from orchestrator.worker.shard.snapshot_receiver import SnapshotReceiver
 from orchestrator.worker.shard.snapshot_sender import SnapshotSender
 
 MEET_S = 60.0  # how long to wait for a peer
+ANSWER_S = 5.0  # after which a keeper that takes no part of a snapshot, or doesn't acknowledge it, is lost
 LOOK_S = 0.5  # how often a keeper that waits for its member looks whether it is still one
 
 
@@ -78,7 +79,7 @@ def meet_buddies(store: Store, plan: GenerationPlan, rank: int, address: str) ->
 def meet_keeper(store: Store, prefix: str) -> FramedStream:
     """A lone member's connection to its keeper. Raises StreamClosed if it can't be reached, RuntimeError if it doesn't
     publish its address or the store fails."""
-    return dial(store.get(f"{prefix}/address").decode(), MEET_S)
+    return dial(store.get(f"{prefix}/address").decode(), MEET_S, ANSWER_S)
 
 
 def meet_member(store: Store, prefix: str, address: str, is_wanted: Callable[[], bool]) -> FramedStream:

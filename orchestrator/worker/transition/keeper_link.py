@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import weakref
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -24,7 +25,8 @@ class KeeperLink:
     """Follows the keepers that directives name, in threads of its own.
 
     As a keeper this worker receives snapshots until the connection ends or the generation is aborted, and holds them
-    until the directive names it no longer. As the member it offers the connection to the training thread.
+    until the directive names it no longer. As the member it offers the connection to the training thread, and shuts it
+    once the directive names the keeper no longer.
     """
 
     def __init__(self, factory: ShardFactory, mailbox: WorkerMailbox, snapshots: SnapshotManager) -> None:
@@ -32,6 +34,7 @@ class KeeperLink:
         self._lock = threading.Lock()
         self._begun = -1  # number of the newest keeper that this worker has begun to connect for
         self._ready: tuple[Keeper, SnapshotReplicator] | None = None
+        self._used: tuple[Keeper, weakref.ref[SnapshotReplicator]] | None = None  # the one that was last taken
         self._receiving: dict[Keeper, SnapshotReceiver] = {}
         self._kept: dict[Keeper, RankSnapshots] = {}  # also of connections that have ended
         self._closed = False
@@ -41,7 +44,10 @@ class KeeperLink:
         """The connection to a keeper of this generation that has been made since the last call. Never waits."""
         with self._lock:
             ready, self._ready = self._ready, None
-        if ready is not None and ready[0].generation != generation:
+            is_of_it = ready is not None and ready[0].generation == generation
+            if ready is not None and is_of_it:
+                self._used = ready[0], weakref.ref(ready[1])
+        if ready is not None and not is_of_it:
             ready[1].close()
             return None
         return ready
@@ -61,6 +67,7 @@ class KeeperLink:
     def _watch(self) -> None:
         while not self._closed:
             directive = self._mailbox.wait(lambda d: self._closed or self._next(d) is not None or self._has_over(d))
+            self._end_protection(directive)
             self._end_aborted(directive)
             self._free(directive)
             keeper, plan = self._next(directive), directive.current
@@ -97,6 +104,19 @@ class KeeperLink:
                 self._ready = (keeper, connected)
         if unused is not None:
             unused.close()
+        self._mailbox.publish()  # the watcher looks whether it is still wanted
+
+    def _end_protection(self, directive: Directive) -> None:
+        """End the member's connection to a keeper that is gone. The training thread may wait for its answer."""
+        with self._lock:
+            offered = self._ready if self._ready is not None and _is_gone(self._ready[0], directive) else None
+            used = self._used if self._used is not None and _is_gone(self._used[0], directive) else None
+            self._ready = self._ready if offered is None else None
+            self._used = self._used if used is None else None
+        if offered is not None:
+            offered[1].close()
+        if used is not None and (protection := used[1]()) is not None:
+            protection.shut()
 
     # -- as a keeper -------------------------------------------------------------------------------------------
 
@@ -141,11 +161,16 @@ class KeeperLink:
     def _has_over(self, directive: Directive) -> bool:
         with self._lock:
             is_aborted = any(_is_aborted(keeper, directive) for keeper in self._receiving)
-            return is_aborted or any(_is_over(keeper, directive) for keeper in self._kept)
+            is_gone = any(_is_gone(each[0], directive) for each in (self._ready, self._used) if each is not None)
+            return is_aborted or is_gone or any(_is_over(keeper, directive) for keeper in self._kept)
 
 
 def _is_aborted(keeper: Keeper, directive: Directive) -> bool:
     return directive.aborted >= keeper.generation
+
+
+def _is_gone(keeper: Keeper, directive: Directive) -> bool:
+    return keeper not in directive.keepers or _is_aborted(keeper, directive)
 
 
 def _is_over(keeper: Keeper, directive: Directive) -> bool:

@@ -41,6 +41,7 @@ class SnapshotManager:
         self._vault = SnapshotStore()
         self._protection: SnapshotReplicator | None = None
         self._keeper = self._lost_keeper = -1  # numbers of the present one, and of the newest one without connection
+        self._left: RankSnapshots | None = None  # of this rank, from before its keeper was lost in the present step
         self._choice = IntervalChoice(0, 0.0)
         self._interval = NEVER  # steps between two snapshots, agreed by all members
         self._paid_s = 0.0
@@ -65,11 +66,13 @@ class SnapshotManager:
     def change_keeper(self, keeper: Keeper, protection: SnapshotReplicator) -> None:
         """Send the snapshots of a world of one to this keeper from now on. The next one must be taken at once."""
         self._end_keeper()
+        self._drop_left()
         self._keeper = keeper.number
         self._protect(protection)
 
     def leave(self) -> None:
         """End snapshots of this generation. Those that are whole stay."""
+        self._left = None
         if self._protection is not None:
             self._protection.close()
             self._protection, self._keeper = None, -1
@@ -78,8 +81,14 @@ class SnapshotManager:
     def _end_keeper(self) -> None:
         if self._protection is not None:
             self._protection.close()
-            self._vault.remove(self._protection.sender.own)
+            self._left = self._protection.sender.own
         self._protection, self._interval, self._keeper = None, NEVER, -1
+
+    def _drop_left(self) -> None:
+        """Drop the snapshots from before the keeper was lost."""
+        if self._left is not None:
+            self._vault.remove(self._left)
+        self._left = None
 
     def shut(self) -> None:
         """Free threads that wait for buddy or protected rank. From any thread."""
@@ -168,6 +177,7 @@ class SnapshotManager:
     def committed(self, generation: int, step: int, votes_tell: bool) -> dict[str, int]:
         """Report fields of what is held twice: each member had its buddy's acknowledgement before it voted."""
         if self._protection is None:
+            self._drop_left()  # not earlier: if the step had failed, they would have been the newest state
             return {"committed": step, "settled": generation, "unkept": self._lost_keeper}
         if not votes_tell:
             return {}

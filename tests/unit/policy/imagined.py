@@ -271,7 +271,8 @@ class Life:
         if any(peer in self.lost for peer in order.next.involved):
             if report.transition.failed_generation < generation:
                 holdings = self.held_by(worker)
-                phase = Phase.STRANDED if holdings else Phase.STANDBY
+                is_stranded = order.next.source is not None and worker in order.next.source.world
+                phase = Phase.STRANDED if is_stranded else Phase.STANDBY
                 self.say(worker, phase=phase, failed_generation=generation, holdings=holdings)
         elif worker in order.next.involved:
             if order.next.source is None or order.next.source.step is not None:

@@ -13,6 +13,7 @@ from orchestrator.protocol.messages import GenerationPlan, StateSource, StoreAdd
 from orchestrator.protocol.worker_report import Phase
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot_store import RankSnapshots
 from orchestrator.worker.runtime.abort import AbortHandle
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
@@ -21,6 +22,7 @@ from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.training_loop import LiveShard
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.snapshots import SnapshotManager
+from tests.unit.worker.keeper_pair import layout_of
 
 AT = TrainingProgress(5, 6, "order")
 LOST = AbortedGeneration("a peer is gone")
@@ -202,6 +204,20 @@ def test_a_failed_transition_is_abandoned(plan: PreparedTransition, then: str) -
     assert run.phases[:2] == ["moving", then]
     assert run.mailbox.state.transition.failed_generation == plan.plan.generation
     assert run.replays == [True, then == "standby"]
+
+
+def test_a_keeper_whose_transition_fails_stands_by_again_and_reports_what_it_keeps() -> None:
+    layout = layout_of(("a",))
+    kept = RankSnapshots(4, 0, layout, shared_only=True)
+    kept.finish(kept.begin(5, ""))
+    old = StateSource(World(4, ("a",)), ExpertPlacement.balanced(2, 1), ("a",))
+    plan = GenerationPlan(1, World(5, ("a", "w0")), ExpertPlacement.balanced(2, 2), old, "1/5", StoreAddress("", 0))
+    run = _Run([PreparedTransition(plan, store=None), _to(6, "w0", first=True)], [LOST, True], [6], [None])  # type: ignore[arg-type]
+    run.trainer._snapshots.keep(kept)
+    reported = []
+    run.mailbox.checks[Phase.STANDBY] = lambda: reported.append(run.mailbox.state.protection.holdings)
+    assert run.phases[:2] == ["moving", "standby"]
+    assert reported == [(Holding(4, 5, 0),)] and run.replays == [True, True]
 
 
 def test_a_first_shard_that_cannot_be_built_fails_the_worker() -> None:

@@ -2,12 +2,13 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from orchestrator.comm.transport.stream import FramedStream, Listener, StreamClosed, dial
+from orchestrator.comm.transport.stream import PART, FramedStream, Listener, StreamClosed, dial
 
 
 @pytest.fixture
@@ -68,6 +69,28 @@ def test_whoever_waits_is_freed_when_an_end_is_shut(ends: tuple[FramedStream, Fr
     ends[which].shut()
     assert failed.wait(5.0)
     waiter.join(5.0)
+
+
+def test_a_sender_with_a_limit_waits_for_a_slow_peer_but_not_for_a_silent_one() -> None:
+    listener, length = Listener("127.0.0.1"), 8 * PART
+    with dial(listener.address, 5.0, answer_s=1.0) as ours, listener.accept(5.0) as theirs:
+        memory, began_s = bytearray(length), time.monotonic()
+
+        def receive_slowly() -> None:
+            time.sleep(0.6)
+            theirs.receive(lambda header, length: memoryview(memory))
+            time.sleep(0.6)
+            theirs.acknowledge()
+
+        receiver = threading.Thread(target=receive_slowly)
+        receiver.start()
+        ours.send({}, memoryview(bytes(length)))
+        receiver.join(5.0)
+        assert time.monotonic() - began_s > 1.2
+        for body in (b"abc", bytes(length)):  # not acknowledged, not taken
+            with pytest.raises(StreamClosed, match="timed out"):
+                ours.send({}, memoryview(body))
+    listener.close()
 
 
 def test_a_stranger_is_turned_away() -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from orchestrator.policy.lifecycle import decide
 from orchestrator.policy.rescale.keeper import AGAIN_S
+from orchestrator.policy.state.requests import begun_again
+from orchestrator.policy.state.run_parts import KeeperState
 from orchestrator.protocol.messages import Keeper
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase
@@ -153,6 +155,47 @@ def test_recovery_waits_for_what_the_keeper_reports_but_not_for_ever() -> None:
     assert not life.state.wants_restore
     life.run_until(lambda: life.state.wants_restore)
     assert life.now_s - began_s >= 2
+
+
+def test_a_keeper_without_a_report_is_waited_for_until_it_is_lost() -> None:
+    life = _alone()
+    life.keeper = None
+    life.kill("w0")
+    life.run_until(lambda: life.state.is_recovering)
+    life.say("w1", unkept=0, holdings=life.held_by("w1"))
+    life.now_s += 60  # a restarted controller has no report yet
+    unheard = decide(life.limits, life.state, life.seen(reports={}, lost={})).state
+    assert not unheard.wants_restore and unheard.next is None
+    heard = decide(life.limits, life.state, life.seen()).state
+    assert heard.next is not None and heard.next.world.members == ("w1",)
+    lost = decide(life.limits, life.state, life.seen(reports={}, lost={"w1": "gone"})).state
+    assert lost.wants_restore
+
+
+def test_a_recovery_from_memory_seeks_no_checkpoint_any_more() -> None:
+    life = _alone()
+    life.keeper, life.unreadable = None, "storage does not answer"
+    life.kill("w0")
+    life.run_until(lambda: life.state.wants_restore)
+    life.say("w1", unkept=0, holdings=life.held_by("w1"))
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.recoveries[0].source == "memory" and not life.state.wants_restore
+    life.run_to_the_end()
+    _trained(life)
+
+
+def test_numbers_of_keepers_are_not_used_again_after_the_run_begins_anew() -> None:
+    life = _alone()
+    assert begun_again(life.state, None).keeping == KeeperState(count=1)
+
+
+def test_the_only_state_is_used_although_its_keeper_is_to_leave() -> None:
+    life = _alone()
+    life.say("w1", leaving=True)
+    life.frozen = {"w2", "w3"}  # no other worker becomes warm
+    life.kill("w0")
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.members == ("w1",) and life.state.recoveries[0].source == "memory"
 
 
 @pytest.mark.parametrize("nodes", [{"w0": "a", "w1": "a", "w2": "b"}, {"w0": "b", "w1": "b", "w2": "a"}])

@@ -10,7 +10,9 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.messages import Keeper, StateSource, StoreAddress
 from orchestrator.spec.fault_tolerance import ProtectionSpec
+from orchestrator.worker.shard import snapshot_replicator
 from orchestrator.worker.shard.shard import TrainingProgress
+from orchestrator.worker.shard.snapshot_receiver import SnapshotReceiver
 from orchestrator.worker.transition.snapshots import SnapshotManager
 from tests.unit.worker.keeper_pair import KeeperPair, shard_of
 
@@ -63,8 +65,20 @@ def test_training_goes_on_without_a_keeper_that_is_lost(pair: KeeperPair) -> Non
     pair.receiver.shut()
     _take(manager, pair, 6)
     manager.acknowledged()
+    assert manager.holdings() == (Holding(4, 5, 0), Holding(4, 6, 0))  # until the step is finished
     assert manager.committed(4, 7, votes_tell=True) == {"committed": 7, "settled": 4, "unkept": 3}
     assert not manager.due(7) and manager.holdings() == ()
+
+
+def test_training_goes_on_without_a_keeper_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_replicator, "ANSWER_S", 0.3)
+    monkeypatch.setattr(SnapshotReceiver, "start", lambda receiver: None)
+    pair, manager = KeeperPair(), _manager()
+    manager.change_keeper(KEEPER, pair.member)
+    _take(manager, pair, 5)
+    manager.acknowledged()
+    assert manager.committed(4, 6, votes_tell=True)["unkept"] == 3
+    pair.close()
 
 
 def test_a_keeper_hands_over_the_state_and_frees_it(pair: KeeperPair) -> None:
