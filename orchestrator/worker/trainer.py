@@ -164,7 +164,7 @@ class Trainer:
         self._mailbox.publish(
             phase=Phase.STRANDED,
             stopped=interrupted.generation,
-            holdings=self._snapshots.holdings(),
+            holdings=self._snapshots.holdings,
             error=failure,
         )
         return Stranded()
@@ -210,7 +210,7 @@ class Trainer:
         self._mailbox.publish(
             phase=Phase.STRANDED if isinstance(state, Stranded) else Phase.STANDBY,
             failed_generation=plan.generation,
-            holdings=self._snapshots.holdings(),
+            holdings=self._snapshots.holdings,
             error=None if failure.kind == "peer_lost" else failure,
         )
         return state
@@ -237,7 +237,7 @@ class Trainer:
             return Training(self._loop.live(ready.shard))
         self._abort_handle.end()
         gc.collect()  # the old shard, before anybody counts on its memory
-        self._mailbox.publish(phase=Phase.STANDBY, generation=-1, holdings=self._snapshots.holdings())
+        self._mailbox.publish(phase=Phase.STANDBY, generation=-1, holdings=self._snapshots.holdings)
         return Standby()
 
     # -- the end -----------------------------------------------------------------------------------------------

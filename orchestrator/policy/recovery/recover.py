@@ -180,8 +180,8 @@ def _keepers(state: RunState, seen: Observation) -> tuple[str, ...]:
 
 
 def _keeper_is_late(state: RunState, seen: Observation) -> bool:
-    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. One that has reported to this
-    controller is waited for a while, another one until it does or is lost."""
+    """Whether a keeper has yet to report its holdings, and that it gets no more snapshots. One without any report is
+    waited for until it is lost, others for a while."""
     there = [keeper for keeper in state.keeping.chosen if keeper.worker in state.worker_group]
     reports = [(keeper, seen.reports.get(keeper.worker)) for keeper in there]
     if any(report is None for _, report in reports):

@@ -87,8 +87,15 @@ class WorkerMailbox:
             return self._directive
 
     def publish(self, **changes: Any) -> None:
-        """Change fields of the report, or of its parts, and wake threads that wait for it."""
+        """Change fields of the report, or of its parts, and wake threads that wait for it.
+
+        Args:
+            changes: `holdings` may be a function, which is called with the lock: of several threads that publish them,
+                the last one has the newest.
+        """
         with self._changed:
+            if callable(holdings := changes.get("holdings")):
+                changes["holdings"] = holdings()
             self._publish(**changes)
 
     def record(self, record: StepRecord, **changes: Any) -> None:

@@ -136,7 +136,7 @@ class KeeperLink:
         try:
             receiver.receive_all()
         finally:
-            self._mailbox.publish(unkept=keeper.number, holdings=self._snapshots.holdings())
+            self._mailbox.publish(unkept=keeper.number, holdings=self._snapshots.holdings)
 
     def _end_aborted(self, directive: Directive) -> None:
         """Receive no more from a member whose generation is aborted: it may be unreachable."""
@@ -156,7 +156,7 @@ class KeeperLink:
         for snapshots in kept:
             self._snapshots.drop(snapshots)
         if kept:
-            self._mailbox.publish(holdings=self._snapshots.holdings())
+            self._mailbox.publish(holdings=self._snapshots.holdings)
 
     def _has_over(self, directive: Directive) -> bool:
         with self._lock:

@@ -63,7 +63,7 @@ class Rescaler:
             self._mailbox.publish(
                 phase=Phase.READY,
                 generation=plan.generation,
-                holdings=self._snapshots.holdings(),
+                holdings=self._snapshots.holdings,
                 handovers=(*self._mailbox.state.transition.handovers[1 - MOST_HANDOVERS :], handover),
             )
         return shard

@@ -208,10 +208,11 @@ class SnapshotManager:
             self.held = None
 
     def holdings(self) -> tuple[Holding, ...]:
-        held = set(self._vault.holdings())
-        if self.held is not None:
-            held.add(_holding(self.held))
-        return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
+        """All states held here. From any thread."""
+        found, held = set(self._vault.holdings()), self.held
+        if held is not None:
+            found.add(_holding(held))
+        return tuple(sorted(found, key=lambda h: (h.generation, h.step, h.rank)))
 
     def gathered(self, source: StateSource, progress: TrainingProgress) -> Held:
         """All shards of a state that this worker hands over, its own first.

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from orchestrator.elastic.recovery_point import Holding
 from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
@@ -46,6 +47,22 @@ def test_a_report_waits_for_news_and_no_longer() -> None:
     started = time.monotonic()
     assert mailbox.report(None, answers[0].version, 0.05).version == answers[0].version
     assert 0.04 < time.monotonic() - started < 5.0
+
+
+def test_holdings_of_the_last_thread_that_reports_them_are_the_newest() -> None:
+    mailbox, held = WorkerMailbox("w0", 1), [Holding(0, 4, 0)]
+    other = threading.Thread(target=lambda: mailbox.publish(holdings=lambda: tuple(held)))
+
+    def holdings() -> tuple[Holding, ...]:
+        before = tuple(held)
+        held[:] = [Holding(0, 5, 0)]
+        other.start()
+        other.join(0.05)  # it waits
+        return before
+
+    mailbox.publish(holdings=holdings)
+    other.join(10.0)
+    assert mailbox.state.protection.holdings == (Holding(0, 5, 0),)
 
 
 def test_records_come_only_when_asked_for_and_only_the_newer_ones() -> None:
