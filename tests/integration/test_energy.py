@@ -10,6 +10,7 @@ import ray
 
 from orchestrator.cluster.actors import Host
 from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.monitors import EnergyWatch
 from orchestrator.policy.state.config import RunLimits
@@ -60,8 +61,8 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     inbox: Inbox = SimpleQueue()
     storage = StorageThread(SimpleQueue())
     watch = EnergyWatch(0.0, memory, storage, inbox)
-    handles: dict[str, Any] = {name: ray.remote(Metered).remote(str(root)) for name in ("w0", "w1")}
-    ray.get([handle.pid.remote() for handle in handles.values()])  # from now on they count
+    handles: dict[str, Remote[Any]] = {name: Remote(ray.remote(Metered).remote(str(root))) for name in ("w0", "w1")}
+    ray.get([handle.send(Metered.pid) for handle in handles.values()])  # from now on they count
 
     counter.write_text("4000000\n")
     watch.poll(0.0, handles)
@@ -76,14 +77,13 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     assert energy_in(run_dir) == [{"w0": one, "w1": one}]
     assert user_events(run_dir) == []  # bookkeeping
 
-    lost = handles.pop("w1")
-    ray.kill(lost)
+    handles.pop("w1").kill()
     counter.write_text("12000000\n")
     watch.close(handles)
     storage.finish()
     w0_j = energy_in(run_dir)[-1]["w0"]["cpu_j"]
     assert w0_j == pytest.approx(3.0) and energy_in(run_dir)[-1]["w1"] == one
-    ray.kill(handles["w0"])
+    handles["w0"].kill()
 
 
 def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray: None, tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray:
     inbox: Inbox = SimpleQueue()
     storage = StorageThread(SimpleQueue())
     watch = EnergyWatch(0.0, memory, storage, inbox)
-    handles: dict[str, Any] = {"w0": ray.remote(Metered).remote(str(tmp_path / "nowhere"))}
+    handles: dict[str, Remote[Any]] = {"w0": Remote(ray.remote(Metered).remote(str(tmp_path / "nowhere")))}
     for now_s in (0.0, 40.0, 80.0):
         watch.poll(now_s, handles)
         answers(inbox, 1)
     watch.close(handles)
     storage.finish()
     assert read_events(run_dir) == []
-    ray.kill(handles["w0"])
+    handles["w0"].kill()
