@@ -18,7 +18,7 @@ from orchestrator.storage.tasks import StorageCall, StorageTask, slow_after_s
 
 
 class StorageThread:
-    """Runs the storage tasks of one run. Methods belong to the loop's thread, unless they say otherwise.
+    """Runs the storage tasks of one run. Methods belong to the loop's thread, unless noted otherwise.
 
     Args:
         inbox: gets an `Arrival` without news whenever `advance` can go on.

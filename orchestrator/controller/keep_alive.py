@@ -1,7 +1,7 @@
 """Calls that keep a run's workers alive while its new controller still opens the run from run storage.
 
 A worker exits when no controller has called it for a while. A controller that Ray has restarted knows nothing until it
-has read the journal, and storage may hang: it only calls meanwhile, and directs nobody.
+has read the journal, and storage may hang: it only calls meanwhile, and directs none of them.
 """
 
 import logging

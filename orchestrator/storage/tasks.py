@@ -7,7 +7,7 @@ A task is a generator. It yields each call to storage that it needs, and gets th
         self.show(entry)
         return entry
 
-Whoever runs a task decides in which thread its calls are made: `run_inline` in the same one. An error of a call is
+The runner of a task decides in which thread its calls are made: `run_inline` in the same one. An error of a call is
 raised where the task yielded it.
 """
 
