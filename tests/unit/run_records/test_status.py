@@ -90,7 +90,7 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
         "MoE layer 1 has collapsed since step 60, most of its tokens go to the same experts: its MaxVio was 2.90 of "
         "3.00 possible, where at most 1.50 is expected. In the job of a new run, raise model.bias_update_speed, which "
     )
-    run_inline(account.enter(_steps(100, 110, violation=2.8), lambda: seen))  # it is told once
+    run_inline(account.enter(_steps(100, 110, violation=2.8), lambda: seen))  # it is an event once
     assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
     run_inline(account.enter(_steps(110, 140, violation=0.1, swing=0.9), lambda: seen))
     told = _warning(tmp_path, memory)

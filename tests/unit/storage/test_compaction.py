@@ -1,4 +1,4 @@
-"""Compaction of a journal: whatever fails in it, whoever races, every event is read once and no past controller writes.
+"""Compaction of a journal: with failing calls and racing controllers every event is read once, and no past one writes.
 
 Limits are tiny here, so a journal of some dozens of entries has merged histories.
 """

@@ -80,16 +80,16 @@ def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, positio
 
 
 @dataclass
-class Told:
+class SentCalls:
     """In place of a tracker's handle: what it was called with."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
-    def call(self) -> "Told":
+    def call(self) -> "SentCalls":
         return self
 
-    def remote(self, *call: Any) -> "Told":
+    def remote(self, *call: Any) -> "SentCalls":
         self.calls.append(call)
         return self
 
@@ -105,8 +105,8 @@ def _has_steps_up_to(step: int) -> "Future[Any]":
 
 def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
     storage = StorageThread(SimpleQueue())
-    link = TrackerClient("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, storage, SimpleQueue())
-    tracker = Told()
+    link = TrackerClient("run", run_dir, JobSpec(name="run"), "package:Tracker", 1, storage, SimpleQueue())
+    tracker = SentCalls()
     link._tracker = Remote(tracker, is_hosted=True)
     path = max((run_dir / "journal").iterdir())
     away = path.rename(run_dir / "away")
