@@ -66,7 +66,7 @@ class Trainer:
             mailbox.state.process.numerics,
             mailbox.add_shard,
             mailbox.refuse_shard,
-            mailbox.fail_checkpoint,
+            self._fail_checkpoint,
         )
         self._mailbox = mailbox
         self._snapshots = SnapshotManager(factory.me, spec.protection, spec.train.max_steps - 1)
@@ -240,6 +240,10 @@ class Trainer:
         self._mailbox.publish(phase=Phase.STANDBY, generation=-1, holdings=self._snapshots.holdings)
         return Standby()
 
+    def _fail_checkpoint(self, error: Exception) -> None:
+        """Report that a shard could not be written. From the thread that tried."""
+        self._mailbox.publish(phase=Phase.FAILED, error=_failure(error, "a checkpoint could not be written: "))
+
     # -- the end -----------------------------------------------------------------------------------------------
 
     def _fail(self, error: Exception) -> None:
@@ -252,8 +256,8 @@ class Trainer:
         self._mailbox.publish(phase=Phase.FAILED, error=failure)
 
 
-def _failure(error: Exception) -> WorkerError:
-    return WorkerError(kind_of(error), str(error), "".join(traceback.format_exception(error)))
+def _failure(error: Exception, what: str = "") -> WorkerError:
+    return WorkerError(kind_of(error), f"{what}{error}", "".join(traceback.format_exception(error)))
 
 
 def _free_peers(error: BaseException) -> None:

@@ -30,7 +30,7 @@ from tests.support.simulated_worker import simulated_parts
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,8 +25,10 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def on(tmp_path: Path) -> Cluster:
-    return Cluster(tmp_path)
+def on(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.end_all()
 
 
 def _job(workers: str, priority: int = 0, cpus: int = 1, **changes: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ published. The training thread waits for the controller only when it has nothing
 """
 
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase, ProcessReport, Report, ShardWritten, WorkerError
-from orchestrator.worker.runtime.errors import kind_of
+from orchestrator.protocol.worker_report import Phase, ProcessReport, Report, ShardWritten
 
 MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
 
@@ -115,12 +113,6 @@ class WorkerMailbox:
         with self._changed:
             if why != self._report.unsaved:  # news of a worker count as progress
                 self._publish(unsaved=why)
-
-    def fail_checkpoint(self, error: Exception) -> None:
-        """Report that a shard could not be written. From the thread that tried."""
-        message = f"a checkpoint could not be written: {error}"
-        failure = WorkerError(kind_of(error), message, "".join(traceback.format_exception(error)))
-        self.publish(phase=Phase.FAILED, error=failure)
 
     @property
     def records(self) -> tuple[StepRecord, ...]:
