@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from orchestrator.cluster.inbox import Arrival, Inbox
+from orchestrator.storage.calls import Caller, call_here
 from orchestrator.storage.tasks import StorageCall, StorageTask, slow_after_s
 
 
@@ -22,10 +23,11 @@ class StorageThread:
 
     Args:
         inbox: gets an `Arrival` without news whenever `advance` can go on.
+        caller: makes the calls for those that have no access to it otherwise.
     """
 
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
+    def __init__(self, inbox: Inbox, caller: Caller = call_here) -> None:
+        self._inbox, self.caller = inbox, caller
         self._waiting: dict[str, Callable[[], StorageTask[None]]] = {}
         self._task: StorageTask[None] | None = None
         self._name = ""  # of the current task

@@ -2,7 +2,8 @@
 
     loop.RunLoop                  the run from beginning to end, in its own thread
     decisions.DecisionMaker       one decision: observe, ask `policy.lifecycle`, journal, carry out
-    storage_thread.StorageThread  all calls to run storage, which may be slow or hang
+    storage_thread.StorageThread  orders the calls to run storage, which may be slow or hang
+    process.StorageProcess        makes them, in a process of its own
 
 A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after
 a crash the next incarnation takes a new term and continues, while the workers have kept training.
@@ -39,6 +40,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRe
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.live_changes import check_priority
+from orchestrator.storage.process import StorageProcess
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
@@ -61,10 +63,11 @@ class RunController:
         since_s: float | None = None,
     ) -> None:
         name_process(self)
+        process = StorageProcess(f"controller {run_id}")
         with keeping_workers_alive(run_id):
-            run = open_run(run_id, Path(run_dir), order, since_s)
+            run = open_run(run_id, Path(run_dir), order, since_s, process.call)
         inbox = Inbox()
-        storage = StorageThread(inbox)
+        storage = StorageThread(inbox, process.call)
         self._run, self._memory = run, run.memory
         self._requests = PendingRequests(run_id, run.memory, storage, inbox)
         self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)

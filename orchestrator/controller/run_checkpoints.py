@@ -26,7 +26,8 @@ class RunCheckpoints:
 
     def __init__(self, run: OpenedRun) -> None:
         self._run, self._memory = run, run.memory
-        self._finder = CheckpointFinder(run.run_dir)
+        self._caller = run.caller
+        self._finder = CheckpointFinder(run.run_dir, run.caller)
         self._faults: list[str] = []
         self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
         self.trouble = ""  # why a checkpoint of which all parts are written isn't complete
@@ -56,9 +57,8 @@ class RunCheckpoints:
         if time.monotonic() - self._refused_s < COMMIT_AGAIN_S:
             return None
         try:
-            path: Path = yield partial(
-                commit_checkpoint, self._run.run_id, self._run.run_dir, self._memory.term, action
-            )
+            run_id, run_dir = self._run.run_id, self._run.run_dir
+            path: Path = yield partial(self._caller, commit_checkpoint, run_id, run_dir, self._memory.term, action)
         except TermSuperseded:
             raise
         except OSError as error:
@@ -78,11 +78,12 @@ class RunCheckpoints:
             plans = (self._memory.state.previous, self._memory.state.current, self._memory.state.next)
             with suppress(OSError):
                 keep = {(p.term, p.generation) for p in plans if p is not None}
-                yield Lengthy(partial(discard_unfinished, self._run.run_dir, keep))
+                yield Lengthy(partial(self._caller, discard_unfinished, self._run.run_dir, keep))
 
     def drop_old(self) -> StorageTask[tuple[int, ...]]:
         """Delete checkpoints that the job doesn't keep. Returns their steps."""
         validations = self._memory.progress.validations
-        drop = partial(drop_old_checkpoints, self._run.run_dir, self._run.job.checkpoint, validations)
+        run_dir, keep = self._run.run_dir, self._run.job.checkpoint
+        drop = partial(self._caller, drop_old_checkpoints, run_dir, keep, validations)
         dropped: tuple[int, ...] = yield Lengthy(drop)
         return dropped

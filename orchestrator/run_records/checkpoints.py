@@ -15,6 +15,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.fault_tolerance import CheckpointSpec
+from orchestrator.storage.calls import Caller, call_here
 
 log = logging.getLogger("orchestrator.control")
 
@@ -78,10 +79,14 @@ def discard_unfinished(run_dir: Path, keep: Collection[tuple[int, int]]) -> None
 
 
 class CheckpointFinder:
-    """Finds the checkpoint that a run may restore, which is unknown while run storage can't be read."""
+    """Finds the checkpoint that a run may restore, which is unknown while run storage can't be read.
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    Args:
+        caller: makes the calls to run storage.
+    """
+
+    def __init__(self, run_dir: Path, caller: Caller = call_here) -> None:
+        self._run_dir, self._caller = run_dir, caller
         self._looked_s = 0.0
         self.trouble = ""  # why it is unknown now
 
@@ -92,7 +97,7 @@ class CheckpointFinder:
             return None
         self._looked_s, before = now_s, self.trouble
         try:
-            found = newest_good(self._run_dir)
+            found = self._caller(newest_good, self._run_dir)
         except OSError as error:
             where = error.filename or self._run_dir
             self.trouble = (

@@ -12,8 +12,8 @@ from typing import Any
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.compaction import CompactionLimits, compact, merge_histories
-from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
+from orchestrator.storage.objects import Objects
 from orchestrator.storage.reserve import FULL, SpaceReserve
 from orchestrator.storage.tasks import Lengthy, StorageCall, StorageTask
 
@@ -26,6 +26,7 @@ class JournalCompactor:
     """Compacts the journal of one run.
 
     Args:
+        objects: the run's, in run storage.
         compacted: number of the newest entry that a state includes; -1 for none.
     """
 
@@ -34,12 +35,13 @@ class JournalCompactor:
         run_dir: Path,
         limits: RunLimits,
         journal: Journal,
+        objects: Objects,
         reserve: SpaceReserve,
         compacted: int,
         compaction: CompactionLimits,
     ) -> None:
         self._run_dir, self._run_limits, self._limits = run_dir, limits, compaction
-        self._journal, self._reserve = journal, reserve
+        self._journal, self._objects, self._reserve = journal, objects, reserve
         self._compacted, self._compacted_bytes = compacted, 0
         self._task: StorageTask[Any] | None = None
         self._result: Any = None  # of its last call
@@ -69,14 +71,14 @@ class JournalCompactor:
             self._trouble = repr(error)
 
     def _compact(self) -> StorageTask[None]:
-        objects, own, num_bytes = DirectoryObjects(self._run_dir), self._journal.last, self._journal.num_bytes
-        compacted = yield from compact(objects, own, self._fold, self._limits)
+        own, num_bytes = self._journal.last, self._journal.num_bytes
+        compacted = yield from compact(self._objects, own, self._fold, self._limits)
         self._compacted = compacted
         if compacted == own.number:
             self._compacted_bytes = num_bytes
         self._trouble = ""
         log.info("the journal of %s is compacted up to entry %d", self._run_dir, compacted)
-        yield from merge_histories(objects, self._limits)
+        yield from merge_histories(self._objects, self._limits)
 
     def _fold(self, stored: bytes | None) -> RunHistory:
         fold = RunHistory(self._run_dir, self._run_limits, is_read=False)

@@ -20,6 +20,7 @@ from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
 from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.calls import CalledObjects, Caller, call_here
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
@@ -43,6 +44,7 @@ class JournaledRun(RunHistory):
         run_dir: the run's directory in run storage.
         journal: by `open_journal`; None for one that takes the next term now.
         compaction: when the journal is compacted.
+        caller: makes the calls to run storage.
     """
 
     def __init__(
@@ -51,14 +53,18 @@ class JournaledRun(RunHistory):
         limits: RunLimits,
         journal: Journal | None = None,
         compaction: CompactionLimits = LIMITS,
+        caller: Caller = call_here,
     ) -> None:
         self.trouble: str | None = None
-        self._journal = journal or open_journal(run_dir)
+        self._journal = journal or open_journal(run_dir, caller=caller)
         self.term = self._journal.term
-        self._reserve = SpaceReserve(run_dir)
+        self._reserve = SpaceReserve(run_dir, caller)
         self._reserve.tend()
-        super().__init__(run_dir, limits)
-        self.compactor = JournalCompactor(run_dir, limits, self._journal, self._reserve, self.compacted, compaction)
+        super().__init__(run_dir, limits, caller=caller)
+        self._caller = caller
+        self.compactor = JournalCompactor(
+            run_dir, limits, self._journal, self._objects, self._reserve, self.compacted, compaction
+        )
 
     def decided(self, state: RunState, events: Sequence[Event]) -> StorageTask[list[JournalEntry]]:
         """Journal a decision with its events for users. Returns the events' journal entries."""
@@ -67,7 +73,7 @@ class JournaledRun(RunHistory):
         progress = Progress()
         if resumed is not None:
             known = self._journal.last.next_seq  # an attempt before this one may be there all the same
-            progress = yield Lengthy(partial(progress_up_to, self._run_dir, self.progress, resumed.step, known))
+            progress = yield Lengthy(partial(progress_up_to, self._objects, self.progress, resumed.step, known))
         written = yield from self._append([*events, *changed])
         self._become(state)
         if resumed is not None:
@@ -104,7 +110,7 @@ class JournaledRun(RunHistory):
 
     def _conclude(self, status_text: str) -> None:
         self._reserve.give_up()
-        write_atomically(self._run_dir / STATUS_FILE, status_text)
+        self._caller(write_atomically, self._run_dir / STATUS_FILE, status_text)
 
     def _append(self, events: Sequence[Event]) -> StorageTask[list[JournalEntry]]:
         if not events:
@@ -142,18 +148,20 @@ class JournaledRun(RunHistory):
         return written
 
 
-def open_journal(run_dir: Path, holder: str = "") -> Journal:
+def open_journal(run_dir: Path, holder: str = "", caller: Caller = call_here) -> Journal:
     """Take the next term of a run; on a full file system, in the space that was kept for its journal.
 
     Args:
         holder: who takes it, for people that read the journal.
+        caller: makes the calls to run storage.
     """
+    objects = CalledObjects(DirectoryObjects(run_dir), caller)
     try:
-        return Journal(DirectoryObjects(run_dir), holder)
+        return Journal(objects, holder)
     except OSError as error:
-        if error.errno not in FULL or not SpaceReserve(run_dir).give_up():
+        if error.errno not in FULL or not SpaceReserve(run_dir, caller).give_up():
             raise
-        return Journal(DirectoryObjects(run_dir), holder)
+        return Journal(objects, holder)
 
 
 def retry_until_written(write: Callable[[], T]) -> T:

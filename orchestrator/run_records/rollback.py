@@ -4,7 +4,6 @@ A long journal isn't read whole for them.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from orchestrator.policy.state.progress import RECENT_STEPS, Progress
 from orchestrator.protocol.events.reading import entry_of
@@ -12,14 +11,15 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.storage.chain_reader import ChainReader
-from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.objects import Objects
 
 
-def progress_up_to(run_dir: Path, progress: Progress, step: int, before: int | None = None) -> Progress:
+def progress_up_to(objects: Objects, progress: Progress, step: int, before: int | None = None) -> Progress:
     """Progress without the steps after this one.
 
     Args:
-        progress: by the run's journal.
+        objects: the run's, in run storage.
+        progress: by its journal.
         before: read only events with a `seq` below; None for all.
     """
     if step >= progress.watermark:
@@ -28,7 +28,7 @@ def progress_up_to(run_dir: Path, progress: Progress, step: int, before: int | N
         return Progress()
     undone: list[StepRecord] = []
     recent: list[StepRecord] = []
-    for record in committed_backwards(run_dir, progress.watermark, before):
+    for record in committed_backwards(objects, progress.watermark, before):
         if len(recent) == RECENT_STEPS:
             break
         (undone if record.step > step else recent).append(record)
@@ -48,14 +48,14 @@ def progress_up_to(run_dir: Path, progress: Progress, step: int, before: int | N
     )
 
 
-def committed_backwards(run_dir: Path, watermark: int, before: int | None = None) -> Iterator[StepRecord]:
+def committed_backwards(objects: Objects, watermark: int, before: int | None = None) -> Iterator[StepRecord]:
     """Records of committed steps up to the watermark, the newest first, each step once.
 
     Args:
         before: read only events with a `seq` below; None for all.
     """
     above = watermark + 1
-    for entry in ChainReader(DirectoryObjects(run_dir)).backwards():
+    for entry in ChainReader(objects).backwards():
         if above == 0:
             return
         for plain in reversed(entry.events):

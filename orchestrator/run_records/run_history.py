@@ -30,6 +30,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
+from orchestrator.storage.calls import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.directory import DirectoryObjects
@@ -68,10 +69,12 @@ class RunHistory:
 
     Args:
         is_read: False for that of no events, which `restore` and `take` change.
+        caller: makes the calls to run storage.
     """
 
-    def __init__(self, run_dir: Path, limits: RunLimits, is_read: bool = True) -> None:
+    def __init__(self, run_dir: Path, limits: RunLimits, is_read: bool = True, caller: Caller = call_here) -> None:
         self._run_dir = run_dir
+        self._objects = CalledObjects(DirectoryObjects(run_dir), caller)
         self.state = first_state(limits)
         self.progress = Progress()
         self.data: PreparedData | None = None
@@ -91,7 +94,7 @@ class RunHistory:
 
     def _read(self) -> None:
         """Recall the newest state, and the entries after it."""
-        reader = ChainReader(DirectoryObjects(self._run_dir))
+        reader = ChainReader(self._objects)
         state = reader.newest_state()
         if state is not None:
             self.compacted = state.link.number
@@ -153,7 +156,7 @@ class RunHistory:
             case GradientSaturated(worker, step):
                 self.saturated.add((worker, step))
             case Resumed() as resumed:
-                self._go_back(resumed, progress_up_to(self._run_dir, self.progress, resumed.step, before=entry.seq))
+                self._go_back(resumed, progress_up_to(self._objects, self.progress, resumed.step, before=entry.seq))
             case StorageFails() | StorageWorks():
                 self.storage_fails = isinstance(entry.event, StorageFails)
             case event:

@@ -20,6 +20,7 @@ from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after, read_status
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
@@ -73,6 +74,12 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     return tracker.describe()
 
 
+def missing_after(run_dir: Path, job: JobSpec, position: TrackerPosition, data: PreparedData | None) -> list[Call]:
+    """Calls for everything that the run's tracker at `position` lacks."""
+    history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))
+    return list(missing_calls(run_dir, position, history.progress, data))
+
+
 def missing_calls(
     run_dir: Path, position: TrackerPosition, progress: Progress, data: PreparedData | None
 ) -> Iterator[Call]:
@@ -89,7 +96,7 @@ def missing_calls(
         if not entry.event.is_internal:
             yield Tracker.event, (entry, points_of_event(entry), before)
             before = entry.seq
-    newest_first = committed_backwards(run_dir, progress.watermark)
+    newest_first = committed_backwards(DirectoryObjects(run_dir), progress.watermark)
     steps = list(takewhile(lambda record: record.step > position.step, newest_first))[::-1]
     points, loads, after = _points_of(progress, steps), shown_loads(steps), position.step
     while points:

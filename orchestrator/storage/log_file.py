@@ -10,13 +10,19 @@ from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
+from orchestrator.storage.calls import Caller, call_here
+
 MOST_WAITING = 10_000
 
 
-def log_to(path: Path) -> None:
-    """Send the package's log lines to a file, one line per change of state. Its directory is made when needed."""
+def log_to(path: Path, caller: Caller = call_here) -> None:
+    """Send the package's log lines to a file, one line per change of state. Its directory is made when needed.
+
+    Args:
+        caller: makes the calls to the file system.
+    """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
-    handler = _LogFile(path)
+    handler = _LogFile(path, caller)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     QueueListener(lines, handler).start()
     logger = logging.getLogger("orchestrator")
@@ -42,16 +48,21 @@ class _Waiting(QueueHandler):
             self.queue.put_nowait(record)
 
 
-class _LogFile(logging.FileHandler):
-    """A file that is opened with its first line, and again if that fails."""
+class _LogFile(logging.Handler):
+    """A file to which lines are appended."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, delay=True)
+    def __init__(self, path: Path, caller: Caller) -> None:
+        super().__init__()
+        self._path, self._caller = path.absolute(), caller
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if self.stream is None:
-                Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-            super().emit(record)
+            self._caller(_append, self._path, self.format(record) + "\n")
         except OSError:
             self.handleError(record)
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(text)

@@ -6,6 +6,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from orchestrator.storage.calls import Caller, call_here
+
 RESERVE_BYTES = 4 * 2**20  # about 1,000 entries of a journal, each a file
 TAKE_AGAIN_S = 5.0
 ROOM = 4  # reserves that must be free before one is taken again: the run's checkpoints come first
@@ -18,12 +20,16 @@ def reserve_in(directory: Path) -> Path:
 
 
 class SpaceReserve:
-    """A hidden file of `RESERVE_BYTES` in `directory`. None is made where the file system is nearly full."""
+    """A hidden file of `RESERVE_BYTES` in `directory`. None is made where the file system is nearly full.
 
-    def __init__(self, directory: Path) -> None:
-        self._file = reserve_in(directory)
+    Args:
+        caller: makes the calls to the file system.
+    """
+
+    def __init__(self, directory: Path, caller: Caller = call_here) -> None:
+        self._file, self._caller = reserve_in(directory), caller
         self._looked_s = -TAKE_AGAIN_S
-        self.is_taken = self._file.exists()  # by an earlier controller of the run
+        self.is_taken = caller(self._file.exists)  # by an earlier controller of the run
 
     def tend(self) -> None:
         """Reserve the space again once there is room, which is looked for every few seconds."""
@@ -32,11 +38,7 @@ class SpaceReserve:
             return
         self._looked_s = now_s
         try:
-            space = os.statvfs(self._file.parent)
-            if space.f_bavail * space.f_frsize >= ROOM * RESERVE_BYTES:
-                with self._file.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
-                self.is_taken = True
+            self.is_taken = self._caller(_take, self._file)
         except OSError:
             self.give_up()
 
@@ -44,6 +46,16 @@ class SpaceReserve:
         """Free the space. Returns whether there was any."""
         self.is_taken = False
         with suppress(OSError):
-            self._file.unlink()
+            self._caller(self._file.unlink)
             return True
         return False
+
+
+def _take(file: Path) -> bool:
+    """Make the file if there is room for it. Returns whether there was."""
+    space = os.statvfs(file.parent)
+    if space.f_bavail * space.f_frsize < ROOM * RESERVE_BYTES:
+        return False
+    with file.open("wb") as reserve:
+        os.posix_fallocate(reserve.fileno(), 0, RESERVE_BYTES)
+    return True

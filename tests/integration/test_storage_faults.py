@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.checkpoint.read import CheckpointReader
@@ -17,14 +18,17 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
+from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import reserve_in
 from tests.support.disk import ext4_disk, fill, frozen, small_disk
+from tests.support.hosts import until as await_event
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
 DISK_MB = 34
+PROCESS = "orchestrator.storage.process"
 HANGS_S = 75.0  # longer than a worker waits for its controller
 
 
@@ -150,5 +154,53 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
         assert _longest_gap_s(records, began, ended) < 10.0  # training did not wait, also on a busy machine
+        calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
+        assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))
+
+
+def _controllers(run: str) -> list[psutil.Process]:
+    """Processes of the run's controller, found by their children for storage calls: titles change during calls."""
+    found = (p.parent() for p in psutil.process_iter() if _command(p)[-2:] == [PROCESS, f"controller {run}"])
+    return [p for p in found if p is not None and _command(p)[0].startswith("ray::")]
+
+
+def _workers(run: str) -> set[int]:
+    return {p.pid for p in psutil.process_iter() if _command(p)[0].startswith(f"ray::worker {run}/")}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline() or [""]
+    except psutil.Error:
+        return [""]
+
+
+def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(texts: Path, tmp_path: Path) -> None:
+    """Its process ends at once, as another one is in the call that hangs; so the next one keeps the workers alive."""
+    with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
+        run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant")
+        until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
+        workers = _workers(run)
+        assert len(workers) == 2
+        began, began_s = time.time(), time.monotonic()
+        with frozen(disk):
+            until(client, run, lambda s: "has not answered" in str(s.warning))
+            for _ in range(2):  # the second one has not read the journal yet
+                (controller,) = _controllers(run)
+                controller.kill()
+                controller.wait(20.0)
+                await_event(lambda: len(_controllers(run)) == 1, 60.0, "another controller")
+            while time.monotonic() - began_s < HANGS_S:
+                assert _workers(run) == workers
+                time.sleep(1.0)
+        ended = time.time()
+        until(client, run, lambda s: s.warning is None and s.workers_now == 2)
+        client.stop(run)
+        status = client.wait(run, timeout_s=60.0)
+        assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
+        assert newest_term(Path(status.run_dir)) >= 2
+        records = read_steps(Path(status.run_dir))
+        assert [record.step for record in records] == list(range(status.step))
+        assert _longest_gap_s(records, began, ended) < 10.0
         calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
         assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))

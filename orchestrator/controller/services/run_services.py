@@ -7,6 +7,7 @@ time and come back; a service that can't be provided shows as a fault.
 import logging
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -65,7 +66,7 @@ class RunServices:
 
     def start(self, data: PreparedData | None) -> StorageTask[None]:
         """Start what isn't running. `data`, prepared by an earlier controller, is made anew if it is gone."""
-        is_there = data is not None and (yield Path(data.store_dir).is_dir)
+        is_there = data is not None and (yield partial(self._storage.caller, Path(data.store_dir).is_dir))
         self._known_data, self.data = data, data if is_there else None
         if self.data is not None:
             self.tracker.prepared(self.data)

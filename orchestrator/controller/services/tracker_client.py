@@ -17,13 +17,11 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import JournalCorrupt, OrchestratorError, ProtocolError
 from orchestrator.policy.health.expert_load import Loads
-from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import retry_until_written
-from orchestrator.run_records.run_history import RunHistory
 from orchestrator.run_records.tracker_setup import tracker_setup
-from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_calls
+from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_after
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
@@ -130,7 +128,7 @@ class TrackerClient:
         try:
             for _ in range(LAST_TRIES):
                 position = tracker.ask(Tracker.position)
-                for method, args in retry_until_written(partial(self._missing, position, self._data)):
+                for method, args in retry_until_written(self._missing(position, self._data)):
                     tracker.ask(method, self._term, *args)
                 arrived = tracker.within(FINISH_S + 5.0).ask(Tracker.finish, self._term, outcome, why, FINISH_S)
                 state = tracker.within(5.0).ask(Tracker.describe)
@@ -148,7 +146,7 @@ class TrackerClient:
     def _catch_up(self, position: TrackerPosition) -> StorageTask[None]:
         data = self._data
         try:
-            missing = yield Lengthy(partial(self._missing, position, data))
+            missing = yield Lengthy(self._missing(position, data))
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
         except (JournalCorrupt, ProtocolError) as error:  # the run itself doesn't need what is damaged
@@ -162,9 +160,9 @@ class TrackerClient:
             self._newest_event = max(seqs, default=position.event)
             self._send(missing)
 
-    def _missing(self, position: TrackerPosition, data: PreparedData | None) -> list[Call]:
-        history = RunHistory(self._run_dir, RunLimits.of(self._run_id, self._job))
-        return list(missing_calls(self._run_dir, position, history.progress, data))
+    def _missing(self, position: TrackerPosition, data: PreparedData | None) -> Callable[[], list[Call]]:
+        """The call that reads what a tracker at `position` lacks."""
+        return partial(self._storage.caller, missing_after, self._run_dir, self._job, position, data)
 
     def _failed(self, method: Callable[..., Any], why: str) -> None:
         """Warn users only of a tracker that can't report its position: it is down, and may be restarting."""

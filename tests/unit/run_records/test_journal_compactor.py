@@ -62,7 +62,7 @@ def compact(memory: JournaledRun) -> int:
 
 def known(history: RunHistory) -> dict[str, Any]:
     """All that a history holds."""
-    left_out = ("_run_dir", "compacted")
+    left_out = ("_run_dir", "_objects", "compacted")
     return {name: value for name, value in vars(history).items() if name not in left_out}
 
 

@@ -1,0 +1,161 @@
+"""Child process that makes storage calls, so that its parent can be killed whatever storage does.
+
+A thread in a call that can't be interrupted (a hung NFS server, a frozen disk) keeps its process from ending: a
+controller that is killed then would be restarted only once storage answers. A thread that waits for a child doesn't.
+
+Requests and answers are pickles, through the child's standard input and output. A child whose parent has ended ends
+too, after the call that it is in.
+"""
+
+import errno
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
+from typing import Any, BinaryIO, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MOST_STARTS = 3  # for one call
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Outcome of a call: its result or error, and the lines that it logged."""
+
+    result: Any
+    error: Exception | None
+    lines: tuple[logging.LogRecord, ...]
+
+
+class StorageProcess:
+    """Makes calls in a child process, one after the other. Its methods may be called from any thread.
+
+    Args:
+        title: what the child shows itself as in a list of processes, after its command.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._lock = threading.Lock()  # held during a call
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child; None before its first call."""
+        return None if self._child is None else self._child.pid
+
+    def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The result of `function` in the child. What it logs is logged in this process.
+
+        A call is repeated if the child ends during it, so it must be one that may be made twice.
+
+        Args:
+            function: picklable, like its arguments, result and errors.
+
+        Raises:
+            OSError: the child could not be started, or ended whenever it made this call.
+            Exception: whatever `function` raises.
+        """
+        request = pickle.dumps((function, args, kwargs))
+        with self._lock:
+            answer = self._answer_to(request)
+        for line in answer.lines:
+            logging.getLogger(line.name).handle(line)
+        if answer.error is not None:
+            raise answer.error
+        result: R = answer.result
+        return result
+
+    def close(self) -> None:
+        """End the child, once its call has returned. Doesn't wait for that."""
+        if self._child is not None:
+            _input_of(self._child).close()
+
+    def _answer_to(self, request: bytes) -> _Answer:
+        for _ in range(MOST_STARTS):
+            if self._child is None:
+                self._child = self._start()
+            try:
+                pickle.dump(request, _input_of(self._child))
+                _input_of(self._child).flush()
+                answer: _Answer = pickle.loads(pickle.load(_output_of(self._child)))
+            except (EOFError, BrokenPipeError):
+                self._child.wait()
+                self._child = None
+            else:
+                return answer
+        raise OSError(errno.EIO, f"the process for storage calls has ended {MOST_STARTS} times during one")
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "orchestrator.storage.process", self._title]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # whatever made modules known here
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _input_of(child: "subprocess.Popen[bytes]") -> Any:
+    assert child.stdin is not None, "started with pipes"
+    return child.stdin
+
+
+def _output_of(child: "subprocess.Popen[bytes]") -> Any:
+    assert child.stdout is not None, "started with pipes"
+    return child.stdout
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    logging.getLogger().addHandler(QueueHandler(lines))
+    logging.getLogger("orchestrator").setLevel(logging.INFO)
+    with suppress(EOFError, BrokenPipeError):  # the parent has ended
+        while True:
+            request = pickle.load(requests)
+            result, error = _outcome_of(request)
+            said = tuple(lines.get() for _ in range(lines.qsize()))
+            pickle.dump(_pickled(_Answer(result, error, said)), answers)
+            answers.flush()
+
+
+def _outcome_of(request: bytes) -> tuple[Any, Exception | None]:
+    try:
+        function, args, kwargs = pickle.loads(request)
+        return function(*args, **kwargs), None
+    except Exception as error:
+        return None, error
+
+
+def _pickled(answer: _Answer) -> bytes:
+    """The answer; an error in its place if it can't be pickled, or its error not unpickled."""
+    try:
+        pickled = pickle.dumps(answer)
+        if answer.error is not None:
+            pickle.loads(pickled)
+    except Exception:
+        what = f"its error {answer.error!r}" if answer.error is not None else "its result"
+        error = RuntimeError(f"of a storage call {what} can't be sent: {traceback.format_exc()}")
+        return pickle.dumps(_Answer(None, error, answer.lines))
+    return pickled
+
+
+def main() -> None:
+    """Serve the parent until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a call prints is no answer
+    _serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    from orchestrator.storage.process import main as serve  # answers are pickled under the module's own name
+
+    serve()
