@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from dashboards.queries import mean, newest, rise
 from orchestrator.policy.health.expert_collapse import COLLAPSED, LASTING_STEPS, SETTLED_STEPS, SWINGING
 from orchestrator.protocol.status import RunPhase
+from orchestrator.storage.condition import StorageCondition
 
 # One of the cluster's runs that has its workers: whoever waits for room is not to be woken up for.
 STARTING = f'phase=~"{RunPhase.QUEUED}|{RunPhase.STARTING}"'
 STARTED = f"(1 - {newest('run/phase', STARTING)})"
+WELL = f'condition="{StorageCondition.WELL}"'
 LOSS = newest("train/loss")
 # Bounds are those of the warnings of `orchestrator status`, so that the two say the same of a run.
 SETTLED = f"({newest('run/committed_steps')} > bool {SETTLED_STEPS + LASTING_STEPS})"
@@ -125,5 +127,15 @@ ALERTS = (
         "page",
         "{{ $value | humanizeDuration }} of finished steps are not on record and could be lost",
         "The run storage may be full or not writable; `orchestrator status` shows a warning then.",
+    ),
+    Alert(
+        "StorageFails",
+        f"1 - {newest('run/storage', WELL)}",
+        0.0,
+        "1m",
+        "page",
+        "the run storage refuses writes or doesn't answer: the run trains on, but nothing is recorded or published",
+        "`orchestrator status` names the reason. Make room, make it writable, or repair the mount: what waits is "
+        "written then. A worker that nobody holds the state of loses what waits if it fails now.",
     ),
 )

@@ -232,6 +232,14 @@ DECLARED = (
         label="phase",
         live=True,
     ),
+    Metric(
+        "run/storage",
+        "1",
+        MetricKind.GAUGE,
+        "condition of the run storage: 1 for the current one, 0 for the others",
+        label="condition",
+        live=True,
+    ),
 )
 
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in DECLARED})

@@ -14,7 +14,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from orchestrator.cluster.inbox import Arrival, Inbox
-from orchestrator.storage.calls import Caller, call_here
+from orchestrator.storage.caller import Caller, call_here
+from orchestrator.storage.condition import StorageTrouble, unanswered
 from orchestrator.storage.tasks import StorageCall, StorageTask, slow_after_s
 
 
@@ -69,12 +70,12 @@ class StorageThread:
             self.finish()
         self._waiting.clear()
 
-    def trouble(self) -> str | None:
-        """What is wrong with a call that has been open for long. May be called from any thread."""
+    def trouble(self) -> StorageTrouble | None:
+        """That of a call that has been open for long. May be called from any thread."""
         taken_s = time.monotonic() - self._since_s
         if self._open is None or taken_s < self._patience_s:
             return None
-        return f"run storage has not answered for {taken_s:.0f} s"
+        return unanswered(taken_s)
 
     def _begin(self, name: str) -> None:
         self._name, self._task = name, self._waiting.pop(name)()

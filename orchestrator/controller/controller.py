@@ -3,7 +3,7 @@
     loop.RunLoop                  the run from beginning to end, in its own thread
     decisions.DecisionMaker       one decision: observe, ask `policy.lifecycle`, journal, carry out
     storage_thread.StorageThread  orders the calls to run storage, which may be slow or hang
-    process.StorageProcess        makes them, in a process of its own
+    storage_process.StorageProcess  makes them, in a process of its own
 
 A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after
 a crash the next incarnation takes a new term and continues, while the workers have kept training.
@@ -40,7 +40,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRe
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.live_changes import check_priority
-from orchestrator.storage.process import StorageProcess
+from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")

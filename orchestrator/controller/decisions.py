@@ -55,10 +55,10 @@ class DecisionMaker:
         self._requests.turned()
         commits = [action for action in decision.actions if isinstance(action, Commit)]
         if not commits:
-            self._checkpoints.trouble = ""  # what was refused is no longer to be committed
+            self._checkpoints.trouble = None  # what was refused is no longer to be committed
         for commit in commits:
             yield from self._commit(commit)
-        if any(report.unsaved for report in seen.reports.values()):
+        if any(report.unsaved is not None for report in seen.reports.values()):
             yield from self._checkpoints.make_room()
 
     def _commit(self, action: Commit) -> StorageTask[None]:

@@ -13,6 +13,7 @@ from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.status import status_of
+from orchestrator.storage.condition import StorageCondition, StorageTrouble
 
 
 class Observer:
@@ -56,7 +57,7 @@ class Observer:
             priority=self._requests.priority,
         )
 
-    def storage_trouble(self) -> str | None:
+    def storage_trouble(self) -> StorageTrouble | None:
         """What is wrong with run storage now: it doesn't answer, or refuses entries of the journal or a checkpoint,
         which are tried again meanwhile."""
         unsaved = (report.unsaved for report in tuple(self._worker_group.reports.values()))
@@ -65,7 +66,7 @@ class Observer:
 
     def status(self, closed: bool) -> RunStatus:
         """The run's status. `closed`: everything of the run has ended."""
-        seen = self.observe()
+        seen, trouble = self.observe(), self.storage_trouble()
         return status_of(
             self._run.limits,
             self._run.job.model,
@@ -73,7 +74,8 @@ class Observer:
             seen,
             run_dir=self._run.run_dir,
             tracking_url=self._services.tracker.url,
-            warning=self.storage_trouble() or seen.unreadable or self._services.tracker.warning,
+            storage=trouble.condition if trouble is not None else StorageCondition.WELL,
+            warning=(trouble.why if trouble is not None else seen.unreadable) or self._services.tracker.warning,
             preparing=self._services.preparing,
             resources=self._worker_group.request,
             closed=closed,

@@ -83,7 +83,7 @@ class Polls:
         trouble = self._observer.storage_trouble()
         if self._recorder.storage_changed(trouble) and not self._storage.is_pending("trouble"):
             self._storage.add("trouble", partial(self._recorder.note_storage, trouble))
-        self._recorder.show_run(seen, now_s)
+        self._recorder.show_run(seen, trouble, now_s)
 
     def _hear(self, worker: str, report: Report) -> None:
         """Have what is new in a worker's report recorded."""

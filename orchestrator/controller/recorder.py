@@ -32,6 +32,7 @@ from orchestrator.protocol.events.notices import (
 )
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Report, Saturation
+from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.prometheus import Exporter
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
@@ -50,7 +51,7 @@ class StepRecorder:
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last requested; inf while a request is open
         self._numerics: dict[str, str] = {}  # by worker, as journalled
-        self._tracking_fails, self._storage_fails = False, run.memory.storage_fails  # as journalled
+        self._tracking_fails, self._storage = False, run.memory.storage  # as journalled
 
     def ask(self, seen: Observation, now_s: float) -> None:
         """Request records at intervals, and at once when a checkpoint waits for them."""
@@ -135,11 +136,11 @@ class StepRecorder:
         self._tracker.publish(readings)
         self._exporter.show(readings)
 
-    def show_run(self, seen: Observation, now_s: float) -> None:
-        """Show the run's live metrics, at intervals."""
+    def show_run(self, seen: Observation, trouble: StorageTrouble | None, now_s: float) -> None:
+        """Show the run's live metrics, at intervals. `trouble` is that of its storage."""
         if self._exporter.is_due(now_s):
             values = values_of_run(self._run.limits, self._run.job.model, self._memory, seen)
-            self._exporter.show_run(now_s, values, phase_of(self._memory.state, seen))
+            self._exporter.show_run(now_s, values, phase_of(self._memory.state, seen), _condition(trouble))
 
     def tracking_changed(self) -> bool:
         """Whether metrics began to wait, or arrive again, since that was journalled."""
@@ -153,13 +154,18 @@ class StepRecorder:
                 yield from self.note(TrackingWorks() if warning is None else TrackingFails(warning))
                 self._tracking_fails = warning is not None
 
-    def storage_changed(self, trouble: str | None) -> bool:
+    def storage_changed(self, trouble: StorageTrouble | None) -> bool:
         """Whether run storage began to fail, or works again, since that was journalled."""
-        return (trouble is not None) != self._storage_fails
+        return (trouble is None) != (self._storage is StorageCondition.WELL)
 
-    def note_storage(self, trouble: str | None) -> StorageTask[None]:
+    def note_storage(self, trouble: StorageTrouble | None) -> StorageTask[None]:
         """Journal when run storage begins to fail, and when it works again."""
         if self.storage_changed(trouble):
             with suppress(StorageError):  # retried at the next call
-                yield from self.note(StorageWorks() if trouble is None else StorageFails(trouble))
-                self._storage_fails = trouble is not None
+                event = StorageWorks() if trouble is None else StorageFails(trouble.condition, trouble.why)
+                yield from self.note(event)
+                self._storage = _condition(trouble)
+
+
+def _condition(trouble: StorageTrouble | None) -> StorageCondition:
+    return StorageCondition.WELL if trouble is None else trouble.condition

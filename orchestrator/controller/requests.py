@@ -89,7 +89,8 @@ class PendingRequests:
 
     def _await(self, is_journalled: Callable[[], bool]) -> None:
         if not self._turned.wait_for(is_journalled, PATIENCE_S):
-            why = self._storage.trouble() or self._memory.trouble or "its controller is busy"
+            trouble = self._storage.trouble() or self._memory.trouble
+            why = trouble.why if trouble is not None else "its controller is busy"
             raise NotFinished(
                 f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
                 remedy="It takes effect once it is recorded; a controller that is restarted before that drops it.",

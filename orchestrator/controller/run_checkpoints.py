@@ -15,6 +15,7 @@ from orchestrator.run_records.checkpoints import (
     discard_unfinished,
     drop_old_checkpoints,
 )
+from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.tasks import Lengthy, StorageTask
 
 COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
@@ -30,7 +31,7 @@ class RunCheckpoints:
         self._finder = CheckpointFinder(run.run_dir, run.caller)
         self._faults: list[str] = []
         self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
-        self.trouble = ""  # why a checkpoint of which all parts are written isn't complete
+        self.trouble: StorageTrouble | None = None  # why a checkpoint of which all parts are written isn't complete
         self.newest = run.memory.state.checkpoint_done  # step of the newest complete checkpoint; -1 for none
 
     @property
@@ -63,12 +64,12 @@ class RunCheckpoints:
             raise
         except OSError as error:
             self._refused_s = time.monotonic()
-            self.trouble = f"a checkpoint can't be written: {error.strerror or error}"
+            self.trouble = refusal("a checkpoint can't be written", error)
             return None
         except OrchestratorError as error:
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return None
-        self.trouble = ""
+        self.trouble = None
         return path
 
     def make_room(self) -> StorageTask[None]:

@@ -15,7 +15,7 @@ from orchestrator.run_records.checkpoints import leave_behind
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.run_records.run_history import STATUS_FILE
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.calls import Caller, call_here
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import log_to
 from orchestrator.storage.tasks import run_inline
 
@@ -29,7 +29,7 @@ class OpenedRun:
     job: JobSpec
     limits: RunLimits
     memory: JournaledRun
-    caller: Caller  # makes the calls to run storage
+    caller: Caller = call_here  # makes the calls to run storage
 
 
 def open_run(

@@ -6,6 +6,7 @@ from enum import StrEnum
 from orchestrator.errors import NotFinished, RunFailed, RunStopped
 from orchestrator.protocol.usage import Traffic
 from orchestrator.protocol.worker_report import Phase
+from orchestrator.storage.condition import StorageCondition
 
 
 class RunPhase(StrEnum):
@@ -122,6 +123,7 @@ class RunStatus:
     priority: int = 0
     resources: dict[str, float] = field(default_factory=dict)  # that each worker reserves; gpus: auto is decided
     held_by: int = 0
+    storage: StorageCondition = StorageCondition.WELL  # after the end: as it was then
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.messages import StepFingerprint
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.storage.condition import StorageTrouble
 
 
 class Phase(StrEnum):
@@ -198,7 +199,7 @@ class Report:
         step: last finished step; -1 before the first.
         seen: seq of the newest directive.
         shards: the newest ones that it has written for checkpoints.
-        unsaved: why storage refuses its part of a checkpoint, which it goes on trying to write; empty if it doesn't.
+        unsaved: why storage refuses its part of a checkpoint, which it goes on trying to write; None if it doesn't.
         micro_batches: memory that its micro-batches use, if measured.
         checked: result of the requested replay check.
     """
@@ -216,6 +217,6 @@ class Report:
     health: HealthReport = field(default_factory=HealthReport)
     process: ProcessReport = field(default_factory=ProcessReport)
     shards: tuple[ShardWritten, ...] = ()
-    unsaved: str = ""
+    unsaved: StorageTrouble | None = None
     micro_batches: MicroBatchMemory | None = None
     checked: ReplayResult | None = None

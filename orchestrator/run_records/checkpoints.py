@@ -15,7 +15,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.fault_tolerance import CheckpointSpec
-from orchestrator.storage.calls import Caller, call_here
+from orchestrator.storage.caller import Caller, call_here
 
 log = logging.getLogger("orchestrator.control")
 

@@ -20,8 +20,9 @@ from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
 from orchestrator.storage.atomic import write_atomically
-from orchestrator.storage.calls import CalledObjects, Caller, call_here
+from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
+from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.reserve import FULL, SpaceReserve
@@ -55,7 +56,7 @@ class JournaledRun(RunHistory):
         compaction: CompactionLimits = LIMITS,
         caller: Caller = call_here,
     ) -> None:
-        self.trouble: str | None = None
+        self.trouble: StorageTrouble | None = None
         self._journal = journal or open_journal(run_dir, caller=caller)
         self.term = self._journal.term
         self._reserve = SpaceReserve(run_dir, caller)
@@ -140,7 +141,7 @@ class JournaledRun(RunHistory):
         except OSError as error:
             if self.trouble is None:
                 log.error("run storage %s can't be written: %s", self._run_dir, error)
-            self.trouble = f"run storage can't be written: {error.strerror or error}"
+            self.trouble = refusal("run storage can't be written", error)
             raise storage_error(error, self._run_dir) from error
         if self.trouble is not None:
             log.info("run storage %s can be written again", self._run_dir)

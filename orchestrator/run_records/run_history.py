@@ -30,9 +30,10 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
-from orchestrator.storage.calls import CalledObjects, Caller, call_here
+from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
+from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import events_after
 
@@ -61,7 +62,7 @@ class StoredHistory:
     saturated: tuple[tuple[str, int], ...]
     troubles: Troubles
     resumed_by: str
-    storage_fails: bool
+    storage: StorageCondition
 
 
 class RunHistory:
@@ -87,7 +88,7 @@ class RunHistory:
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were reported
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
-        self.storage_fails = False  # by the newest event
+        self.storage = StorageCondition.WELL  # by the newest event
         self.compacted = -1  # number of the newest journal entry that a state included when it was read
         if is_read:
             self._read()
@@ -114,7 +115,7 @@ class RunHistory:
         self.counts = Counter({_type_of(kind): count for kind, count in found.counts.items()})
         self.numerics, self.differing, self.first_steps = found.numerics, found.differing, found.first_steps
         self.saturated, self.troubles = set(found.saturated), found.troubles
-        self.resumed_by, self.storage_fails = found.resumed_by, found.storage_fails
+        self.resumed_by, self.storage = found.resumed_by, found.storage
 
     def stored(self) -> bytes:
         """The history as a line of JSON."""
@@ -131,7 +132,7 @@ class RunHistory:
             saturated=tuple(sorted(self.saturated)),
             troubles=self.troubles,
             resumed_by=self.resumed_by,
-            storage_fails=self.storage_fails,
+            storage=self.storage,
         )
         return json.dumps(to_plain(plain), separators=(",", ":")).encode()
 
@@ -157,8 +158,10 @@ class RunHistory:
                 self.saturated.add((worker, step))
             case Resumed() as resumed:
                 self._go_back(resumed, progress_up_to(self._objects, self.progress, resumed.step, before=entry.seq))
-            case StorageFails() | StorageWorks():
-                self.storage_fails = isinstance(entry.event, StorageFails)
+            case StorageFails(condition):
+                self.storage = condition
+            case StorageWorks():
+                self.storage = StorageCondition.WELL
             case event:
                 self.troubles = self.troubles.after(event)
 

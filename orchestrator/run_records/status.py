@@ -24,6 +24,7 @@ from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.condition import StorageCondition
 
 
 def status_of(
@@ -35,6 +36,7 @@ def status_of(
     run_dir: Path,
     tracking_url: str | None = None,
     warning: str | None = None,
+    storage: StorageCondition = StorageCondition.WELL,
     preparing: str = "",
     resources: Mapping[str, float] = MappingProxyType({}),
     closed: bool,
@@ -42,6 +44,7 @@ def status_of(
     """The current status. A run that has ended is still finishing until everything of it is `closed`.
 
     Args:
+        storage: condition of run storage.
         preparing: progress of the data that the first step waits for; empty once it is prepared.
         resources: that each worker reserves.
     """
@@ -75,6 +78,7 @@ def status_of(
             if text
         )
         or None,
+        storage=storage,
         error=state.why if state.outcome is RunPhase.FAILED else None,
         traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
         submitted_time=memory.times.get(Submitted),

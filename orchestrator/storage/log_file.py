@@ -10,7 +10,7 @@ from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
-from orchestrator.storage.calls import Caller, call_here
+from orchestrator.storage.caller import Caller, call_here
 
 MOST_WAITING = 10_000
 

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.storage.calls import Caller, call_here
+from orchestrator.storage.caller import Caller, call_here
 
 RESERVE_BYTES = 4 * 2**20  # about 1,000 entries of a journal, each a file
 TAKE_AGAIN_S = 5.0

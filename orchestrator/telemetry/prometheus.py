@@ -16,6 +16,7 @@ from ray.util.metrics import Gauge
 
 from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
 from orchestrator.protocol.status import RunPhase
+from orchestrator.storage.condition import StorageCondition
 from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
@@ -64,8 +65,8 @@ class Exporter:
         """Whether `show_run` is due again."""
         return now_s - self._shown_s >= EVERY_S
 
-    def show_run(self, now_s: float, values: Mapping[str, float], phase: RunPhase) -> None:
-        """Set the run's current values, by metric name, and its phase."""
+    def show_run(self, now_s: float, values: Mapping[str, float], phase: RunPhase, storage: StorageCondition) -> None:
+        """Set the run's current values, by metric name, its phase, and the condition of its storage."""
         self._shown_s = now_s
         with self._harmless():
             for name, value in values.items():
@@ -73,6 +74,8 @@ class Exporter:
             for each in RunPhase:
                 if not each.ended:
                     self._set(metric("run/phase"), each is phase, each)
+            for condition in StorageCondition:
+                self._set(metric("run/storage"), condition is storage, condition)
 
     def _enter(self, point: MetricPoint) -> None:
         declared, value = metric(point.name), point.value

@@ -88,12 +88,12 @@ def test_a_last_checkpoint_that_can_not_be_written_is_tried_again(texts: Path, s
     checkpoints.write_text("a file where a directory is needed")
     with Crew(small_job(texts), store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
-        worker_group.await_all(worker_group.ids, lambda r: "can't be written: Not a directory" in r.unsaved)
+        worker_group.await_all(worker_group.ids, lambda r: r.unsaved is not None and "Not a directory" in r.unsaved.why)
         for worker in worker_group.ids:  # no error, and nothing made good of it
             report = _report_of(worker_group, worker)
             assert (report.step, report.phase, report.health.error) == (STEPS - 1, Phase.TRAINING, None)
         checkpoints.unlink()
-        worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FINISHED and r.unsaved == "")
+        worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FINISHED and r.unsaved is None)
 
 
 def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(

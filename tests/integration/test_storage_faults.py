@@ -18,6 +18,7 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
+from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import reserve_in
 from tests.support.disk import ext4_disk, fill, frozen, small_disk
@@ -28,7 +29,7 @@ from tests.support.texts import small_job
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
 DISK_MB = 34
-PROCESS = "orchestrator.storage.process"
+PROCESS = "orchestrator.storage.storage_process"
 HANGS_S = 75.0  # longer than a worker waits for its controller
 
 
@@ -71,7 +72,7 @@ def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) ->
         before = until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         full = _fill(client, run, disk)
         later = until(client, run, lambda s: s.step > full.step + 25)  # over three checkpoints that were due
-        assert later.phase is RunPhase.TRAINING and later.recoveries == ()
+        assert later.phase is RunPhase.TRAINING and later.recoveries == () and later.storage is StorageCondition.FULL
         assert later.checkpoint_step is not None and later.checkpoint_step < later.step - 15
         (disk / "filler").unlink()
         until(client, run, lambda s: s.warning is None and (s.checkpoint_step or 0) > later.step)
@@ -134,7 +135,7 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         began, began_s = time.time(), time.monotonic()
         with frozen(disk):
             warned = until(client, run, lambda s: "has not answered" in str(s.warning))
-            assert warned.phase is RunPhase.TRAINING
+            assert warned.phase is RunPhase.TRAINING and warned.storage is StorageCondition.SLOW
             asked_s = time.monotonic()
             with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet: run storage"):
                 client.scale(run, 1)

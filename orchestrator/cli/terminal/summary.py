@@ -53,6 +53,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
         ("each worker", resources(status.resources)),
         ("traffic", traffic(status.traffic)),
         ("held", _held(status)),
+        ("run storage", status.storage.replace("_", " ")),
         ("generation", str(status.generation) if status.generation >= 0 else NONE),
         ("submitted", moment(status.submitted_time)),
         ("started", moment(status.started_time)),

@@ -204,7 +204,7 @@ def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
         return False
     generations = {plan.generation for plan in (state.previous, state.current) if plan is not None}
     pending = (s for s in report.shards if s.step > state.checkpoint_done and s.generation in generations)
-    return report.unsaved != "" or any(pending)
+    return report.unsaved is not None or any(pending)
 
 
 def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:

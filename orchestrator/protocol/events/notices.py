@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.protocol.events.base import Event
+from orchestrator.storage.condition import StorageCondition
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,10 @@ class GradientSaturated(Event):
 
 @dataclass(frozen=True)
 class StorageFails(Event):
-    """Run storage refuses checkpoints or entries of the journal. They are tried again; training goes on meanwhile."""
+    """Run storage refuses checkpoints or entries of the journal, or doesn't answer. Calls are repeated; training goes
+    on meanwhile."""
 
+    condition: StorageCondition
     why: str
 
 

@@ -13,6 +13,7 @@ from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Phase, ProcessReport, Report, ShardWritten
+from orchestrator.storage.condition import StorageTrouble
 
 MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
 
@@ -106,10 +107,10 @@ class WorkerMailbox:
     def add_shard(self, written: ShardWritten) -> None:
         """Report a shard of a checkpoint. From the thread that wrote it."""
         with self._changed:
-            self._publish(shards=(*self._report.shards[-3:], written), unsaved="")
+            self._publish(shards=(*self._report.shards[-3:], written), unsaved=None)
 
-    def refuse_shard(self, why: str) -> None:
-        """Report that storage refuses a shard, which is tried again; empty: no longer. From the thread that tried."""
+    def refuse_shard(self, why: StorageTrouble | None) -> None:
+        """Report that storage refuses a shard, which is tried again; None: no longer. From the thread that tried."""
         with self._changed:
             if why != self._report.unsaved:  # news of a worker count as progress
                 self._publish(unsaved=why)

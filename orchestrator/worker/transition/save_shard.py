@@ -22,6 +22,7 @@ from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL
+from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
@@ -51,7 +52,7 @@ class ShardSaver:
         keeps: str,
         numerics: str,
         done: Callable[[ShardWritten], None],
-        refused: Callable[[str], None],
+        refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._shapes, self._keeps, self._numerics = shapes, keeps, numerics
@@ -112,7 +113,7 @@ class ShardSaver:
     def _give_up(self, write: "_Write") -> None:
         write.given_up.set()
         if write.was_refused.is_set():
-            self._refused("")
+            self._refused(None)
 
 
 class _Write(threading.Thread):
@@ -124,7 +125,7 @@ class _Write(threading.Thread):
         checkpoints: Path,
         num_bytes: int,
         done: Callable[[ShardWritten], None],
-        refused: Callable[[str], None],
+        refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -159,7 +160,7 @@ class _Write(threading.Thread):
         except OSError as error:
             self.was_refused.set()
             if not self.given_up.is_set():
-                self._refused(f"a checkpoint can't be written: {error.strerror or error}")
+                self._refused(refusal("a checkpoint can't be written", error))
             return False
         except Exception as error:  # of any kind: the end of the run waits for every shard
             self._failed(error)

@@ -31,6 +31,7 @@ from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory, committed_steps, read_entries, read_steps
 from orchestrator.storage.chain import list_names
 from orchestrator.storage.compaction import CompactionLimits
+from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
 from orchestrator.storage.tasks import run_inline
@@ -108,7 +109,7 @@ def some_event(chance: random.Random, memory: JournaledRun) -> Event:
         GradientSaturated("w0", step, ("head",)),
         ExpertsCollapsed(step, 1, 3.5),
         LoadsSwing(step, 0.5),
-        StorageFails("full"),
+        StorageFails(StorageCondition.FULL, "full"),
         StorageWorks(),
         Ended("paused", "paused"),
     )
@@ -162,7 +163,7 @@ def test_progress_up_to_a_step_is_that_of_its_steps(tmp_path: Path) -> None:
     assert newest == 760
     for step in (-1, 0, 5, 100, 511, 512, 650, 700, 701, newest - 1, newest, newest + 9):
         steps = [record for record in read_steps(tmp_path) if record.step <= step]
-        assert progress_up_to(tmp_path, memory.progress, step) == absorb(Progress(), steps)
+        assert progress_up_to(DirectoryObjects(tmp_path), memory.progress, step) == absorb(Progress(), steps)
 
 
 def test_progress_before_an_event_is_that_of_the_events_before_it(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_progress_before_an_event_is_that_of_the_events_before_it(tmp_path: Path
     compact(memory)
     before = [entry for entry in read_entries(tmp_path) if entry.seq < seq]
     expected = absorb(Progress(), [record for record in committed_steps(before) if record.step <= 12])
-    assert progress_up_to(tmp_path, then, 12, before=seq) == expected
+    assert progress_up_to(DirectoryObjects(tmp_path), then, 12, before=seq) == expected
 
 
 def test_a_compaction_makes_one_storage_call_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

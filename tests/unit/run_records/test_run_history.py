@@ -24,6 +24,7 @@ from orchestrator.run_records.run_history import STATUS_FILE, read_status, read_
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
 from orchestrator.storage.tasks import run_inline
@@ -228,8 +229,8 @@ def test_a_term_is_taken_in_the_reserve_of_a_full_disk(tmp_path: Path, monkeypat
 
 def test_a_successor_knows_that_storage_refused_something(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    run_inline(memory.note(StorageFails("full")))
-    assert remembered(tmp_path).storage_fails
+    run_inline(memory.note(StorageFails(StorageCondition.FULL, "full")))
+    assert remembered(tmp_path).storage is StorageCondition.FULL
     memory = remembered(tmp_path)
     run_inline(memory.note(StorageWorks()))
-    assert not remembered(tmp_path).storage_fails
+    assert remembered(tmp_path).storage is StorageCondition.WELL

@@ -20,6 +20,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.prometheus import EVERY_S, Exporter
 from orchestrator.telemetry.step_metrics import points_of_steps
@@ -66,16 +67,18 @@ def test_every_node_has_its_own_value_and_shares_are_of_one() -> None:
     assert values["system/cpu_percent", "a"] == 0.5 and values["system/cpu_percent", "b"] == 0.75
 
 
-def test_a_run_is_in_one_phase(tmp_path: Path) -> None:
+def test_a_run_is_in_one_phase_and_its_storage_in_one_condition(tmp_path: Path) -> None:
     values: Values = {}
     exporter = Exporter("r1", recorder(values))
     assert exporter.is_due(100.0)
-    exporter.show_run(100.0, {"run/wanted_steps": 12}, RunPhase.TRAINING)
-    exporter.show_run(101.0, {"run/wanted_steps": 12}, RunPhase.RECOVERING)
+    exporter.show_run(100.0, {"run/wanted_steps": 12}, RunPhase.TRAINING, StorageCondition.FULL)
+    exporter.show_run(101.0, {"run/wanted_steps": 12}, RunPhase.RECOVERING, StorageCondition.WELL)
     assert not exporter.is_due(101.0 + 0.9 * EVERY_S) and exporter.is_due(101.0 + EVERY_S)
     phases = {label: value for (name, label), value in values.items() if name == "run/phase"}
     assert phases == {phase: float(phase == "recovering") for phase in RunPhase if not phase.ended}
     assert values["run/wanted_steps", ""] == 12.0
+    conditions = {label: value for (name, label), value in values.items() if name == "run/storage"}
+    assert conditions == {condition: float(condition == "well") for condition in StorageCondition}
 
 
 def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
@@ -85,7 +88,7 @@ def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.ERROR):
         exporter = Exporter("r1", broken)
         exporter.show([MetricPoint("train/loss", 1.0, 1, 0.0)])
-        exporter.show_run(0.0, {"run/wanted_steps": 12}, RunPhase.TRAINING)
+        exporter.show_run(0.0, {"run/wanted_steps": 12}, RunPhase.TRAINING, StorageCondition.FULL)
     assert len(caplog.records) == 1 and "no agent" in caplog.text
 
 

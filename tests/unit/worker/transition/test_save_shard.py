@@ -21,6 +21,7 @@ from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
@@ -116,7 +117,7 @@ class Scene:
 
     def __init__(self, checkpoints: Path) -> None:
         self.written: list[ShardWritten] = []
-        self.reasons: SimpleQueue[str] = SimpleQueue()
+        self.reasons: SimpleQueue[StorageTrouble | None] = SimpleQueue()
         self.failures: list[Exception] = []
         report = (self.written.append, self.reasons.put, self.failures.append)
         self.saver = ShardSaver(checkpoints, SHAPES, "", "", *report)
@@ -135,7 +136,7 @@ def refusing(tmp_path: Path) -> Path:
     return checkpoints
 
 
-REFUSED = "a checkpoint can't be written: Not a directory"
+REFUSED = StorageTrouble(StorageCondition.AWAY, "a checkpoint can't be written: Not a directory")
 
 
 def test_what_storage_refuses_is_written_later(refusing: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_late_shard_is_given_up_with_the_generation_after_the_next(refusing: P
     scene.saver.begin(6)
     assert scene.saver.wait(10.0) and scene.written == []
     reasons = [scene.reasons.get() for _ in range(scene.reasons.qsize())]
-    assert reasons[-1] == ""  # it waits for nothing any more
+    assert reasons[-1] is None  # it waits for nothing any more
 
 
 @pytest.mark.parametrize("free", ["none", "what was reserved"])
@@ -197,7 +198,8 @@ def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.Mon
     scene = Scene(tmp_path / "checkpoints")
     scene.save(3)
     for _ in range(3):
-        assert "No space left" in scene.reasons.get(timeout=10.0)
+        trouble = scene.reasons.get(timeout=10.0)
+        assert trouble is not None and trouble.condition is StorageCondition.FULL and "No space left" in trouble.why
     assert not (tmp_path / "checkpoints").exists()
     left.free = 2**29
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from orchestrator.storage.calls import CalledObjects, call_here
+from orchestrator.storage.caller import CalledObjects, call_here
 from orchestrator.storage.directory import DirectoryObjects
 
 P = ParamSpec("P")

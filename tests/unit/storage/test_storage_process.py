@@ -13,16 +13,16 @@ import psutil
 import pytest
 
 from orchestrator.errors import StorageError
-from orchestrator.storage.calls import CalledObjects
+from orchestrator.storage.caller import CalledObjects
 from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.process import MOST_STARTS, StorageProcess
+from orchestrator.storage.storage_process import MOST_STARTS, StorageProcess
 from tests.support.disk import ext4_disk, frozen
 
 PATIENCE_S = 20.0
 WRITER = """
 import sys
 from pathlib import Path
-from orchestrator.storage.process import StorageProcess
+from orchestrator.storage.storage_process import StorageProcess
 process = StorageProcess("test")
 process.call(Path(sys.argv[1]).exists)
 print(process.pid, flush=True)

@@ -98,7 +98,7 @@ class StorageProcess:
         raise OSError(errno.EIO, f"the process for storage calls has ended {MOST_STARTS} times during one")
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "orchestrator.storage.process", self._title]
+        command = [sys.executable, "-m", "orchestrator.storage.storage_process", self._title]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # whatever made modules known here
         return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -156,6 +156,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from orchestrator.storage.process import main as serve  # answers are pickled under the module's own name
+    from orchestrator.storage.storage_process import main as serve  # answers are pickled under the module's own name
 
     serve()
