@@ -1,8 +1,8 @@
 """Controller of one run: the actor that journals what is asked of the run, and decides.
 
-    loop.RunLoop                  the run from beginning to end, in its own thread
-    decisions.DecisionMaker       one decision: observe, ask `policy.lifecycle`, journal, carry out
-    storage_thread.StorageThread  orders the calls to run storage, which may be slow or hang
+    loop.RunLoop                    the run from beginning to end, in its own thread
+    decisions.DecisionMaker         one decision: observe, ask `policy.lifecycle`, journal, carry out
+    storage_thread.StorageThread    orders the calls to run storage, which may be slow or hang
     storage_process.StorageProcess  makes them, in a process of its own
 
 A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after

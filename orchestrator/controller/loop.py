@@ -7,7 +7,6 @@ from contextlib import suppress
 
 import ray
 
-from orchestrator.cluster.actors import find
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.observer import Observer
@@ -135,8 +134,6 @@ class RunLoop:
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 
     def _exit(self) -> None:
-        """Exit for good: Ray restarts an actor that merely exits."""
-        me = find(f"{self._run_id}/controller")
-        if me is not None:
-            flush_logs(FLUSH_S)
-            ray.kill(me, no_restart=True)
+        """Exit for good, as Ray restarts an actor that merely exits. Another one may have its name by now."""
+        flush_logs(FLUSH_S)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

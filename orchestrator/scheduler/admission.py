@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
@@ -126,15 +127,17 @@ def check_admissible(run: ScalingView, now: Autoscaler | None = None) -> None:
             free = list(free_on_nodes(pool_of(selector, labels)).values())
             raise JobDoesNotFit(
                 f"{run_id}, whose workers take {_amounts(request)}, would have to wait: {share.grant.why}; free are "
-                + "; ".join(_amounts(node) for node in free),
+                + "; ".join(_amounts(node, request) for node in free),
                 remedy="Omit --timeout to let it wait in the queue, raise its priority, or request less.",
                 unchanged="Nothing was started.",
             )
         time.sleep(0.2)
 
 
-def _amounts(resources: Mapping[str, float]) -> str:
-    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+def _amounts(resources: Mapping[str, float], asked: Mapping[str, float] = MappingProxyType({})) -> str:
+    """The amounts in words; none of what is asked for is worth a word too."""
+    named = [name for name in ("CPU", "GPU") if resources.get(name) or asked.get(name)]
+    parts = [f"{resources.get(name, 0.0):g} {name}" for name in named]
     if resources.get("memory"):
         parts.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
     return ", ".join(parts) or "nothing"

@@ -77,7 +77,7 @@ def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
     on.ask("kill_worker", "pooled")
     on.until("pooled", lambda s: bool(s.recoveries) and s.workers_now == 3)
     assert _pools("pooled") == ["a"] * 3
-    with pytest.raises(JobDoesNotFit, match=r"there is no room for 3 workers; free are [^;,]* memory\."):
+    with pytest.raises(JobDoesNotFit, match=r"there is no room for 3 workers; free are 0 CPU, [^;,]* memory\."):
         on.submit("second", **_job({}, workers={"min": 3, "label_selector": {"zone": "in(east,west)"}}))
     with pytest.raises(JobDoesNotFit, match=r"room for 2 if nothing else runs: its nodes of \{pool: b\} have 2 CPU"):
         on.submit("second", **_job({}, workers={"min": 3, "label_selector": {"pool": "b"}}))
