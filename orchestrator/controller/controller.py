@@ -21,6 +21,7 @@ from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.keep_alive import keeping_workers_alive
+from orchestrator.controller.kept_requests import ClusterRequestStore
 from orchestrator.controller.loop import RunLoop
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
@@ -69,7 +70,7 @@ class RunController:
         inbox = Inbox()
         storage = StorageThread(inbox, process.call)
         self._run, self._memory = run, run.memory
-        self._requests = PendingRequests(run_id, run.memory, storage, inbox)
+        self._requests = PendingRequests(run_id, run.memory, storage, inbox, ClusterRequestStore(run_id))
         self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
         services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, storage, inbox)
         checkpoints = RunCheckpoints(run)

@@ -35,6 +35,10 @@ class DecisionMaker:
         self._recorder, self._checkpoints = recorder, checkpoints
         self._worker_group, self._requests, self._inbox = worker_group, requests, inbox
 
+    def close(self) -> None:
+        """Drop the requests that no decision has answered: the run has ended."""
+        self._requests.close()
+
     def turn(self) -> StorageTask[None]:
         """Make one decision: journal it first, then carry it out. If that fails, the next turn decides again."""
         with suppress(StorageError):

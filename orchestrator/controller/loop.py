@@ -130,6 +130,7 @@ class RunLoop:
         self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
         retry_until_written(lambda: run_inline(self._memory.conclude(to_json(self._observer.status(closed=True)))))
+        self._decisions.close()
         self.has_closed = True  # only once run storage shows it too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.controller.kept_requests import KeptRequests, RequestStore
 from orchestrator.errors import NotFinished, UsageError
+from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
@@ -25,14 +27,26 @@ def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str
 
 
 class PendingRequests:
-    """Newest requests of any thread, which wait until a turn of the controller has journalled them."""
+    """Newest requests of any thread, which wait until a turn of the controller has journalled them.
 
-    def __init__(self, run_id: str, memory: JournaledRun, storage: StorageThread, inbox: Inbox) -> None:
+    Args:
+        kept: where requests are kept that could not be journalled in time, for the controller's successor.
+    """
+
+    def __init__(
+        self, run_id: str, memory: JournaledRun, storage: StorageThread, inbox: Inbox, kept: RequestStore
+    ) -> None:
         self._run_id, self._memory, self._storage, self._inbox = run_id, memory, storage, inbox
         self._turned = threading.Condition()
         self.newest = memory.state.target
         self.grant = memory.state.queue.grant
         self.priority = memory.state.priority
+        self._kept = kept
+        found = kept.read()
+        self._are_kept = found is not None
+        if found is not None and (found.submitted_time, found.token) == self._attempt:
+            self.newest = max(self.newest, found.target, key=lambda target: target.seq)
+            self.priority = found.priority
 
     def aim(
         self,
@@ -88,13 +102,30 @@ class PendingRequests:
             self._await(lambda: self._memory.state.queue.grant == self.grant)
 
     def _await(self, is_journalled: Callable[[], bool]) -> None:
-        if not self._turned.wait_for(is_journalled, PATIENCE_S):
-            trouble = self._storage.trouble() or self._memory.trouble
-            why = trouble.why if trouble is not None else "its controller is busy"
-            raise NotFinished(
-                f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
-                remedy="It takes effect once it is recorded; a controller that is restarted before that drops it.",
-            )
+        """Wait until the newest requests are journalled, or keep them. Raises NotFinished then."""
+        if self._turned.wait_for(is_journalled, PATIENCE_S):
+            if self._are_kept:
+                self._kept.clear()
+                self._are_kept = False
+            return
+        self._kept.write(KeptRequests(*self._attempt, self.newest, self.priority))
+        self._are_kept = True
+        trouble = self._storage.trouble() or self._memory.trouble
+        why = trouble.why if trouble is not None else "its controller is busy"
+        raise NotFinished(
+            f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
+            remedy="It takes effect once it is recorded, also if the run's controller is restarted before that.",
+        )
+
+    @property
+    def _attempt(self) -> tuple[float | None, str]:
+        """What distinguishes this attempt at a run from others that had its name."""
+        return self._memory.times.get(Submitted), self._memory.resumed_by
+
+    def close(self) -> None:
+        """Drop what is kept: the run has ended."""
+        with self._turned:
+            self._kept.clear()
 
     def _refuse_ending(self, finish: FinishMode) -> None:
         is_other = self.newest.finish not in (FinishMode.NO, finish) and finish is not FinishMode.STOP_NOW

@@ -177,7 +177,8 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(texts: Path, tmp_path: Path) -> None:
-    """Its process ends at once, as another one is in the call that hangs; so the next one keeps the workers alive."""
+    """Its process ends at once, as another one is in the call that hangs; so the next one keeps the workers alive, and
+    takes up what the first one had accepted."""
     with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
         run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant")
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
@@ -186,16 +187,21 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
         began, began_s = time.time(), time.monotonic()
         with frozen(disk):
             until(client, run, lambda s: "has not answered" in str(s.warning))
+            with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet"):
+                client.scale(run, 1)
             for _ in range(2):  # the second one has not read the journal yet
                 (controller,) = _controllers(run)
                 controller.kill()
                 controller.wait(20.0)
                 await_event(lambda: len(_controllers(run)) == 1, 60.0, "another controller")
             while time.monotonic() - began_s < HANGS_S:
+                if _workers(run) != workers:
+                    import subprocess
+                    print(subprocess.run("ps -eo pid,ppid,stat,lstart,wchan:20,args | grep -v grep | grep 'ray::'; for p in " + " ".join(map(str, _workers(run)-workers)) + "; do echo == $p; cat /proc/$p/status | head -12; for t in /proc/$p/task/*; do cat $t/comm $t/wchan; echo; done; done", shell=True, capture_output=True, text=True).stdout)
                 assert _workers(run) == workers
                 time.sleep(1.0)
         ended = time.time()
-        until(client, run, lambda s: s.warning is None and s.workers_now == 2)
+        until(client, run, lambda s: s.workers_now == 1 and s.warning is None)  # as the killed one had accepted
         client.stop(run)
         status = client.wait(run, timeout_s=60.0)
         assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status

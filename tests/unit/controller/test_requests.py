@@ -8,13 +8,30 @@ import pytest
 
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.controller.kept_requests import KeptRequests
 from orchestrator.controller.requests import PendingRequests
-from orchestrator.errors import UsageError
+from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import run_inline
+
+
+class Kept:
+    """A `RequestStore` in memory."""
+
+    def __init__(self, requests: KeptRequests | None = None) -> None:
+        self.requests = requests
+
+    def read(self) -> KeptRequests | None:
+        return self.requests
+
+    def write(self, requests: KeptRequests) -> None:
+        self.requests = requests
+
+    def clear(self) -> None:
+        self.requests = None
 
 
 @pytest.fixture
@@ -39,7 +56,7 @@ def _aim(
 
 
 def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: JournaledRun) -> None:
-    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox())
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), Kept())
     assert _aim(requests, memory, FinishMode.NO, 3).workers == 3
     paused = _aim(requests, memory, FinishMode.PAUSE)
     assert (paused.seq, paused.workers, paused.finish) == (2, 3, FinishMode.PAUSE)
@@ -47,7 +64,7 @@ def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(
 
 
 def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:
-    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox())
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), Kept())
     _aim(requests, memory, FinishMode.PAUSE)
     for finish in (FinishMode.NO, FinishMode.STOP):
         with pytest.raises(UsageError, match="run run is ending"):
@@ -57,8 +74,39 @@ def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRu
 
 
 def test_a_priority_is_refused_once_the_run_is_to_end(memory: JournaledRun) -> None:
-    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox())
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), Kept())
     _aim(requests, memory, FinishMode.PAUSE)
     with pytest.raises(UsageError, match="run run is ending"):
         requests.prioritise(5)
     assert requests.priority is None
+
+
+def test_what_is_not_journalled_in_time_is_kept_until_it_is(
+    memory: JournaledRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept()
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.controller.requests.PATIENCE_S", 0.01)
+        with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet"):
+            requests.aim(FinishMode.NO, "asked for", 3)
+        with pytest.raises(NotFinished):
+            requests.prioritise(7)
+    successor = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
+    assert (successor.newest.workers, successor.priority) == (3, 7)
+    assert _aim(successor, memory, FinishMode.NO, 2).seq == 2 and kept.requests is None
+
+
+@pytest.mark.parametrize("attempt", [(None, "resumed"), (1.0, "")])
+def test_requests_to_another_attempt_are_void(memory: JournaledRun, attempt: tuple[float | None, str]) -> None:
+    kept = Kept(KeptRequests(*attempt, DesiredRunState(5, 1, FinishMode.STOP), 7))
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
+    assert (requests.newest, requests.priority) == (memory.state.target, None)
+
+
+def test_what_was_journalled_before_the_controller_was_lost_is_not_requested_again(memory: JournaledRun) -> None:
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), Kept())
+    _aim(requests, memory, FinishMode.NO, 3)
+    newest = _aim(requests, memory, FinishMode.NO, 2)
+    kept = Kept(KeptRequests(None, "", replace(newest, seq=1, workers=3), None))
+    assert PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept).newest == newest
