@@ -50,8 +50,9 @@ METRICS_HEAD = """\
 *Written by `python docs/generate.py` from `orchestrator/metrics.py`; change the code, not this page.*
 
 A run has one MLflow run for its whole life, and one process that writes to it. Each metric has one value per step;
-nothing is published before its step is committed. A gauge's values stand alone, a counter only grows within a run, an
-amount is that of one step, so those of several add up.
+nothing is published before its step is committed, or finished where no second worker holds it
+([operating.md](operating.md#protection-snapshots-in-memory)). A gauge's values stand alone, a counter only grows within
+a run, an amount is that of one step, so those of several add up.
 
 Prometheus has the newest value of each, under the name in the third column, with the label `run`; of an amount it has
 the sum since the start of the run's controller ([operating.md](operating.md#prometheus-and-grafana)).

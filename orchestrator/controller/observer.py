@@ -43,6 +43,7 @@ class Observer:
             progress=self._memory.progress,
             reports=dict(self._worker_group.reports),
             lost=dict(self._worker_group.lost),
+            gone=self._worker_group.gone,
             checkpointed=self._checkpoints.newest,
             restorable=restorable,
             unreadable=self._checkpoints.unreadable,

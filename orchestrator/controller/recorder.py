@@ -17,9 +17,10 @@ from orchestrator.errors import StorageError
 from orchestrator.policy.health.expert_collapse import routing_news
 from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.lifecycle import phase_of
+from orchestrator.policy.publication import publishable
 from orchestrator.policy.replay_check import differences
 from orchestrator.policy.state.run_state import Observation
-from orchestrator.policy.termination import complete_checkpoints, publishable
+from orchestrator.policy.termination import complete_checkpoints
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
 from orchestrator.protocol.events.notices import (
     GradientSaturated,
@@ -55,8 +56,8 @@ class StepRecorder:
 
     def ask(self, seen: Observation, now_s: float) -> None:
         """Request records at intervals, and at once when a checkpoint waits for them."""
-        state, watermark = self._memory.state, self._memory.progress.watermark
-        if not state.members or publishable(state, seen) <= watermark or self._asked_s == float("inf"):
+        limits, state, watermark = self._run.limits, self._memory.state, self._memory.progress.watermark
+        if not state.members or publishable(limits, state, seen) <= watermark or self._asked_s == float("inf"):
             return
         if complete_checkpoints(state, seen) or now_s - self._asked_s >= RECORDS_EVERY_S:
             record_source = self._worker_group.record_source(state.members, watermark)
@@ -69,9 +70,10 @@ class StepRecorder:
         self._asked_s = time.monotonic()
 
     def enter(self, records: Sequence[StepRecord], observe: Callable[[], Observation]) -> StorageTask[None]:
-        """Journal and publish the steps that can no longer be lost, by what `observe` returns then."""
+        """Journal and publish the steps that may be, by what `observe` returns then."""
         with suppress(StorageError):  # they are requested again
-            before, up_to = self._memory.progress, publishable(self._memory.state, observe())
+            before = self._memory.progress
+            up_to = publishable(self._run.limits, self._memory.state, observe())
             fresh, begun = yield from self._memory.absorb(records, up_to)
             points = points_of_steps(before, fresh)
             self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))

@@ -20,6 +20,7 @@ from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.worker_env import env_of_worker
 from orchestrator.protocol.actors import WorkerApi
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.messages import Directive, WorkerJob
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
@@ -31,6 +32,7 @@ log = logging.getLogger("orchestrator.control")
 POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next poll, unless a rescale waits for it
 SILENCE_S = 60.0  # a cold worker that answered before counts as failed if a poll hangs this long
+MAX_GONE = 64  # workers that are gone whose last reports are kept
 QUIET_S = 1.0  # without an answer or news: from then on, time alone may change a decision
 
 
@@ -61,6 +63,7 @@ class WorkerGroup:
         self.on_report: Callable[[str, Report], None] = lambda worker, report: None
         self.stirred_s = time.monotonic()  # when any worker last reported something new
         self.lost: dict[str, str] = {}
+        self.gone: dict[str, Report] = {}  # the last reports of workers that are gone, with their newest shards
         self.causes: dict[str, str] = {}  # the class of each failure, as far as Ray reports it
         self.nodes: dict[str, str] = {}  # by worker, once it has reported its node
 
@@ -245,7 +248,9 @@ class WorkerGroup:
     def _dismiss(self, worker: str) -> None:
         """Kill a worker's process, whatever it is doing, and free its reservation."""
         host = self._handles.pop(worker)
-        self.reports.pop(worker, None)
+        if (report := self.reports.pop(worker, None)) is not None:
+            earlier = list(self.gone.items())[1 - MAX_GONE :]
+            self.gone = dict([*earlier, (worker, changed(report, shards=report.shards[-1:]))])
         host.kill()
         remove_group(f"{self._run_id}/worker/{worker}")
 

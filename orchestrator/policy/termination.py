@@ -101,20 +101,15 @@ def _fail_while_beginning(state: RunState, seen: Observation) -> Decision:
     return ended(state, RunPhase.FAILED, why, traceback_of(seen, failed[0]))
 
 
-def publishable(state: RunState, seen: Observation) -> int:
-    """The newest step that can't be lost any more, by members' votes or by a checkpoint with all shards written."""
-    written = (commit.step for commit in complete_checkpoints(state, seen))
-    return max([seen.committed, *written])
-
-
 def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
     """Checkpoints of the current and previous generation with the shards of all ranks written, oldest first."""
     plans = {plan.generation: plan for plan in (state.previous, state.current) if plan}
     shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}
-    for report in seen.reports.values():
-        for shard in report.shards:
-            if shard.step > state.checkpoint_done and shard.generation in plans:
-                shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
+    current = state.current.generation if state.current else -1
+    of_gone = (shard for report in seen.gone.values() for shard in report.shards if shard.generation == current)
+    for shard in (*of_gone, *(shard for report in seen.reports.values() for shard in report.shards)):
+        if shard.step > state.checkpoint_done and shard.generation in plans:
+            shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
     return [
         Commit(step, plans[generation].term, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))
         for (step, generation), by_rank in sorted(shards.items())

@@ -88,7 +88,8 @@ class RunStatus:
     """Status of a run at one moment. Steps and losses are shown up to the watermark.
 
     `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds. `held_by` is the number
-    of failure domains that hold the newest of them: nodes where the run has several, else workers.
+    of failure domains that hold the newest of them: nodes where the run has several, else workers. `uncommitted` counts
+    finished steps that neither two domains nor a checkpoint hold.
     """
 
     run_id: str
@@ -124,6 +125,7 @@ class RunStatus:
     resources: dict[str, float] = field(default_factory=dict)  # that each worker reserves; gpus: auto is decided
     held_by: int = 0
     storage: StorageCondition = StorageCondition.WELL  # after the end: as it was then
+    uncommitted: int = 0
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

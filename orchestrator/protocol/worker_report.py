@@ -132,7 +132,9 @@ class ProtectionReport:
     """State that survives a failure.
 
     Args:
-        committed: newest step of which the votes have shown that two workers hold its state.
+        committed: newest step of which the votes have shown that two workers hold its state; the newest finished one
+            while no other worker gets this one's snapshots.
+        held: newest step of which the votes have shown that two workers hold its state.
         settled: newest generation with such a step.
         holdings: states in this worker's memory, reported once it has stopped.
         kept_by: number of the newest keeper that has acknowledged a snapshot of this member.
@@ -140,6 +142,7 @@ class ProtectionReport:
     """
 
     committed: int = -1
+    held: int = -1
     settled: int = -1
     holdings: tuple[Holding, ...] = ()
     kept_by: int = -1

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.policy.health.expert_collapse import routing_warnings
 from orchestrator.policy.lifecycle import explain, phase_of
+from orchestrator.policy.publication import num_uncommitted
 from orchestrator.policy.recovery.holders import num_holders
 from orchestrator.policy.replay_check import shown
 from orchestrator.policy.rescale.generation_plan import warm_standbys
@@ -90,6 +91,7 @@ def status_of(
         worker_group=_worker_group(state, seen),
         priority=limits.priority_of(state.priority),
         held_by=num_holders(state, seen),
+        uncommitted=num_uncommitted(limits, state, seen),
     )
 
 

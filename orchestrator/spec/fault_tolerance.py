@@ -1,12 +1,15 @@
 """The sections `protection`, `recovery`, `checkpoint` and `verify`: what a failure may cost, and the response to it."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Section, refuse
+from orchestrator.spec.section import Broken, Section, refuse
 
 AUTO, NONE = "auto", "none"
+FINISHED, COMMITTED = "finished", "committed"
+MAX_UNPUBLISHED = 2000  # steps whose records members keep, and hand over in a rescale, until a checkpoint includes them
 
 
 def _every(value: Any) -> Any:
@@ -28,6 +31,13 @@ class ProtectionSpec(Section):
         default=1,
         description="Steps between two snapshots. auto: as few as cost under 3 % of a step. none: no snapshots; a "
         "failure sends the run back to its newest checkpoint.",
+    )
+    publish: Literal["finished", "committed"] = Field(
+        default="finished",
+        description="Steps that users and MLflow see where no second worker holds the state: without snapshots, or "
+        "with one worker and no warm standby. finished: all that are finished; after a failure some are done again. "
+        "committed: those that a checkpoint includes, so that a failure repeats no published step; a second worker on "
+        "the same node doesn't count then where the run has several nodes.",
     )
 
     @property
@@ -120,6 +130,15 @@ class CheckpointSpec(Section):
         ge=0,
         description="Number of further checkpoints to keep, by lowest validation loss. Needs eval.every.",
     )
+
+
+def unpublishable(protection: ProtectionSpec, checkpoint: CheckpointSpec, max_steps: int) -> Iterator[Broken]:
+    """The rule that steps can't wait for too long for the checkpoint with which they are published."""
+    steps = max_steps if checkpoint.every == NONE else checkpoint.every
+    if protection.publish == COMMITTED and isinstance(steps, int) and steps > MAX_UNPUBLISHED:
+        rule = f"checkpoint.every must be at most {MAX_UNPUBLISHED}, or auto, where protection.publish is {COMMITTED}: "
+        why = f"steps may wait for a checkpoint to be published; got {checkpoint.every}"
+        yield Broken((("checkpoint", "every"), ("protection", "publish"), ("train", "max_steps")), rule + why)
 
 
 # -- The `verify` section: replay of a run's steps during training, and comparison -------------------------------------

@@ -15,7 +15,14 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import DataSpec
-from orchestrator.spec.fault_tolerance import CheckpointSpec, Protection, ProtectionSpec, RecoverySpec, VerifySpec
+from orchestrator.spec.fault_tolerance import (
+    CheckpointSpec,
+    Protection,
+    ProtectionSpec,
+    RecoverySpec,
+    VerifySpec,
+    unpublishable,
+)
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.tracking import TrackingSpec
@@ -154,6 +161,7 @@ class JobSpec(Section):
                 rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
                 got = f"{getattr(self.communication, key)} and {self.model.n_group}"
                 yield Broken((("communication", key), ("model", "n_group")), rule + got)
+        yield from unpublishable(self.protection, self.checkpoint, self.train.max_steps)
         if self.train.is_exact:
             yield from self._inexact()
         if self.verify.every is not None:

@@ -8,6 +8,7 @@ from orchestrator.policy.health.loss_spike import explosion
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.messages import FinishMode
 from orchestrator.protocol.worker_report import Phase, Saturation
+from orchestrator.spec.fault_tolerance import COMMITTED, MAX_UNPUBLISHED
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
@@ -91,7 +92,8 @@ class TrainingLoop:
     ) -> None:
         self._spec, self._mailbox, self._train_step, self._preparer = spec, mailbox, train_step, preparer
         self._snapshots, self._position, self._saver, self._link = snapshots, position, saver, link
-        self._timer = CheckpointTimer(spec.checkpoint.every, spec.train.max_steps)
+        most_steps = MAX_UNPUBLISHED if spec.protection.publish == COMMITTED else None
+        self._timer = CheckpointTimer(spec.checkpoint.every, spec.train.max_steps, at_least_every=most_steps)
 
     def live(self, shard: Shard) -> LiveShard:
         """A newly activated shard, whose state is that of the run's position."""

@@ -101,6 +101,21 @@ def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
     assert after.recoveries[0].source == "checkpoint" and f"step-{after.recoveries[0].step:08d}" < newest.name
 
 
+def test_a_lone_worker_publishes_what_a_checkpoint_includes_and_its_loss_repeats_no_published_step(on: Cluster) -> None:
+    name, every = "alone", 25
+    protection, checkpoint = {"publish": "committed"}, {"every": every}
+    on.submit(name, workers=1, train=_steps(200), envs=UNHURRIED, protection=protection, checkpoint=checkpoint)
+    status = on.until(name, lambda s: s.uncommitted > 10)
+    assert (status.step, status.loss, status.held_by) == (0, None, 1)
+    status = on.until(name, lambda s: s.step > 0 and s.uncommitted > 10)
+    assert status.step % every == 0 and status.checkpoint_step == status.step - 1
+    os.kill(on.pid_of(f"{name}/worker/w0"), signal.SIGKILL)
+    (recovery,) = on.until(name, lambda s: bool(s.recoveries)).recoveries
+    assert recovery.source == "checkpoint" and recovery.step >= status.step - 1
+    assert recovery.steps_replayed > 10 and recovery.steps_lost == 0
+    assert _ended_well(on, name, 200).uncommitted == 0
+
+
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:
     workers = {"min": 3, "max": 3, "initial": 3}
     on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 2.5}, envs=UNHURRIED)

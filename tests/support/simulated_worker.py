@@ -234,6 +234,7 @@ class SimulatedWorker:
             ),
             committed=self._step - 1 if plan.buddies else self._step,
             settled=plan.generation,
+            **({"held": self._step - 1} if plan.buddies else {}),
         )
 
     # -- moves -------------------------------------------------------------------------------------------------

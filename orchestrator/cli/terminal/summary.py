@@ -80,7 +80,8 @@ def _from_to(first: float | None, last: float | None) -> str:
 
 def _held(status: RunStatus) -> str:
     held = {0: NONE, 1: "once: a lost worker sends the run back to a checkpoint"}
-    return held.get(status.held_by, "twice: in two workers' memory")
+    waiting = f"; finished, not committed: {status.uncommitted}" * (status.uncommitted > 0)
+    return held.get(status.held_by, "twice: in two workers' memory") + waiting
 
 
 def _took(status: RunStatus) -> str:

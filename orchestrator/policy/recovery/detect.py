@@ -50,8 +50,9 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
         transition=None,
     )
     if gone or stopped:
-        note = GenerationAborted(current.generation, seen.step, why)
-        account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
+        step = max([seen.step, *(seen.gone[member].step for member in state.members if member in seen.gone)])
+        note = GenerationAborted(current.generation, step, why)
+        account = Recovery(current.generation, (), "network", current.world.size, 0, step, why)
         return Decision(replace(over, abort=replace(over.abort, account=account), traceback=""), (note,))
     return _abandoned(over, seen, newest, why)
 

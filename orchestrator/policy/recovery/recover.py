@@ -21,6 +21,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.health.budget import PLACE, exceeded_budget, held_back_s
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import STOP_S, has_stopped
+from orchestrator.policy.recovery.holders import newest_held
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
@@ -31,6 +32,7 @@ from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import FinishMode, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
 from orchestrator.protocol.worker_report import Phase
+from orchestrator.spec.fault_tolerance import COMMITTED
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
 MAX_FRUITLESS = 5  # recoveries in a row with no step between them
@@ -95,7 +97,7 @@ def _planned_from(
         held = placement_at_recovery_point(origin.placement, point.holders)
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = StateSource(origin.world, origin.placement, point.holders, point.step)
-    abort = replace(state.abort, account=_account(state, seen, point.step, "memory"))
+    abort = replace(state.abort, account=_account(limits, state, seen, point.step, "memory"))
     state = replace(_blamed(state, seen), abort=abort, wants_restore=False)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
     return with_plan(limits, state, seen, world, placement, source, change, why)
@@ -110,7 +112,7 @@ def _blamed(state: RunState, seen: Observation) -> RunState:
     return replace(state, failures=state.failures.with_new([failure]))
 
 
-def _account(state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
+def _account(limits: RunLimits, state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
     """The recovery's cost as far as it is known; None if only a transition failed and no worker."""
     account = state.abort.account
     if account is None:
@@ -125,12 +127,14 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
         why=state.why,
         source=source,
         steps_replayed=max(0, max(account.step, seen.step) - step),
-        steps_lost=max(0, _committed(state, seen) - step),
+        steps_lost=max(0, _committed(limits, state, seen) - step),
     )
 
 
-def _committed(state: RunState, seen: Observation) -> int:
+def _committed(limits: RunLimits, state: RunState, seen: Observation) -> int:
     """The newest step that members' reports show as committed; without any, the newest that was published."""
+    if limits.publish == COMMITTED:
+        return max(seen.progress.watermark, newest_held(state, seen))
     known = [report.protection.committed for w in state.members if (report := seen.reports.get(w)) is not None]
     return max(known, default=seen.progress.watermark)
 
@@ -143,7 +147,7 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         return Decision(state)
     restore = seen.restorable
     done = restore.step if restore else -1
-    account = _account(state, seen, done, "checkpoint")
+    account = _account(limits, state, seen, done, "checkpoint")
     note = RolledBack(done, restore.path if restore else None, state.why)
     begun = replace(
         state,

@@ -8,7 +8,7 @@ from orchestrator.errors import UsageError
 from orchestrator.sampling.micro_batches import ONE_ROW, MicroBatchSize
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
-from orchestrator.spec.fault_tolerance import RecoverySpec, VerifySpec
+from orchestrator.spec.fault_tolerance import FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec
 
@@ -28,8 +28,9 @@ class ScheduledSize:
 @dataclass(frozen=True)
 class RunLimits:
     """The part of a job that its lifecycle depends on. `steps` are numbered from 0; `protected`: workers keep
-    snapshots. `micro_batch` is the micro-batch size, with `fits_memory` only the first one. `memory_bytes` is per
-    worker, None if the job sets none. `by_document`: rows are of unequal length."""
+    snapshots; `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory`
+    only the first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal
+    length."""
 
     run_id: str
     steps: int
@@ -40,6 +41,7 @@ class RunLimits:
     num_experts: int
     schedule: tuple[ScheduledSize, ...] = ()
     protected: bool = True
+    publish: str = FINISHED
     recovery: RecoverySpec = DEFAULT_RECOVERY
     micro_batch: MicroBatchSize = ONE_ROW
     fits_memory: bool = False
@@ -63,6 +65,7 @@ class RunLimits:
             standby=job.workers.standby,
             num_experts=job.model.n_routed_experts,
             protected=job.protection.interval is not None,
+            publish=job.protection.publish,
             recovery=job.recovery,
             micro_batch=micro_batch_of(job),
             fits_memory=job.train.fits_memory,

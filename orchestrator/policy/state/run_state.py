@@ -159,9 +159,9 @@ class Observation:
     `wants_restore` asked for it; `unreadable` is why it can't be read now. `nodes` maps workers to nodes, `silence_s`
     to the time since their last answer; `idle_s` is the time since any worker reported something new. `store_address`
     is the rendezvous store's, None while there is none: no generation can be planned then. `faults` are failures
-    outside the workers that end the run. `draining` maps nodes that will be removed from the cluster to `time.time()`
-    of the deadline, 0 without one. `grant` is the newest one of the Scheduler, `priority` the newest one that was
-    requested, None for the job's.
+    outside the workers that end the run. `draining` maps nodes that will be removed from the cluster to
+    `time.time()` of the deadline, 0 without one. `gone` holds the last reports of workers that are gone. `grant` is
+    the newest one of the Scheduler, `priority` the newest one that was requested, None for the job's.
     """
 
     term: int
@@ -170,6 +170,7 @@ class Observation:
     progress: Progress
     reports: Mapping[str, Report] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
+    gone: Mapping[str, Report] = field(default_factory=dict)
     checkpointed: int = -1
     restorable: Restore | None = None
     unreadable: str = ""
@@ -190,7 +191,8 @@ class Observation:
 
     @property
     def committed(self) -> int:
-        """The newest step that can't be lost any more, by votes or by a checkpoint's marker."""
+        """The newest committed step, by members' reports or a checkpoint's marker; without a second holder, the newest
+        finished one."""
         return max(
             [self.progress.watermark, self.checkpointed, *(r.protection.committed for r in self.reports.values())]
         )

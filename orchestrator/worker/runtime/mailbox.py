@@ -134,7 +134,8 @@ class WorkerMailbox:
         with self._changed:
             records = {record.step: record for record in (*self._records, *known) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
-            self._publish(step=step, committed=min(step, self._report.protection.committed))
+            protection = self._report.protection
+            self._publish(step=step, committed=min(step, protection.committed), held=min(step, protection.held))
 
     def _publish(self, **changes: Any) -> None:
         if self._report.phase is Phase.FAILED:  # final: a later success in another thread must not hide it

@@ -14,10 +14,18 @@ class CheckpointTimer:
     Args:
         every: value of the job's `checkpoint.every` key.
         max_steps: of the run; after its last step a checkpoint is written anyway.
+        at_least_every: the most steps between two checkpoints with `every: auto`; None: no limit.
     """
 
-    def __init__(self, every: int | str, max_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        every: int | str,
+        max_steps: int,
+        clock: Callable[[], float] = time.monotonic,
+        at_least_every: int | None = None,
+    ) -> None:
         self._every, self._max_steps, self._clock = every, max_steps, clock
+        self._by_number = every if isinstance(every, int) else at_least_every if every == AUTO else None
         self._since_s: float | None = None  # the newest checkpoint, or the first step here
         self._step = -1  # the newest one that ended here
 
@@ -42,5 +50,5 @@ class CheckpointTimer:
             agreed: result of the vote: any member wants one.
         """
         self._step, done = step, step + 1
-        by_number = isinstance(self._every, int) and done % self._every == 0
+        by_number = self._by_number is not None and done % self._by_number == 0
         return done < self._max_steps and (agreed or by_number)

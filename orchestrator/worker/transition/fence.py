@@ -11,7 +11,7 @@ from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
 ASK_AGAIN_S = 0.01
-SENT_RECORDS = 256  # finished steps sent to newcomers, in case only they are left to report them
+SENT_RECORDS = 256  # finished steps sent to newcomers at least, in case only they are left to report them
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,20 @@ class FenceState:
     records: tuple[StepRecord, ...]
 
 
-def announce(prepared: PreparedTransition, progress: TrainingProgress, records: Sequence[StepRecord]) -> None:
-    """Publish to newcomers that the fence is reached, and the progress. Raises RuntimeError if the store failed."""
-    message = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-SENT_RECORDS:]]}
+def announce(
+    prepared: PreparedTransition, progress: TrainingProgress, records: Sequence[StepRecord], journalled: int
+) -> None:
+    """Publish to newcomers that the fence is reached, and the progress.
+
+    Args:
+        journalled: a step up to which the controller has the records. Later ones are all sent.
+
+    Raises:
+        RuntimeError: the store failed.
+    """
+    first = min(journalled, progress.step - SENT_RECORDS) + 1
+    sent = [to_plain(record) for record in records if record.step >= first]
+    message = {"progress": progress.to_json(), "records": sent}
     prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(message))
 
 

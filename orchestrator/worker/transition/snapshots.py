@@ -182,7 +182,8 @@ class SnapshotManager:
         if not votes_tell:
             return {}
         self.settle(generation)
-        return {"committed": self._protection.sender.begun, "settled": generation, "kept_by": self._keeper}
+        held = self._protection.sender.begun
+        return {"committed": held, "held": held, "settled": generation, "kept_by": self._keeper}
 
     # -- for another worker ------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ from typing import Any
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
+from orchestrator.policy.publication import publishable
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
-from orchestrator.policy.termination import publishable
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import Event
@@ -87,6 +87,7 @@ class Life:
     holds_still: bool = False  # no step gets done
     nodes: dict[str, str] = field(default_factory=dict)
     causes: dict[str, str] = field(default_factory=dict)
+    gone: dict[str, Report] = field(default_factory=dict)  # last reports of workers that were killed
     draining: dict[str, float] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)  # times the others' time for a step
     store: StoreAddress | None = FIRST_STORE
@@ -112,6 +113,7 @@ class Life:
             lost={w: why for w, why in self.lost.items() if w in self.state.worker_group},
             nodes=dict(self.nodes),
             causes=dict(self.causes),
+            gone=dict(self.gone),
             checkpointed=self.committed,
             restorable=self._restorable(),
             unreadable=self.unreadable if self.state.wants_restore else "",
@@ -171,6 +173,7 @@ class Life:
     def kill(self, worker: str) -> None:
         """It is gone at once; peers that train or move with it notice."""
         self.lost[worker] = "killed by signal 9"
+        self.gone |= {worker: self.reports[worker]} if worker in self.reports else {}
         self._part(worker)
         for peer in self.state.involved:
             report = self.reports.get(peer)
@@ -314,7 +317,7 @@ class Life:
 
     def _publish(self) -> None:
         """What can't be lost any more, and comes next, becomes known."""
-        safe = publishable(self.state, self.seen())
+        safe = publishable(self.limits, self.state, self.seen())
         while (step := self.progress.watermark + 1) <= safe and step in self.pending:
             self.progress = absorb(self.progress, [self.pending.pop(step)])
 
@@ -362,6 +365,7 @@ class Life:
         for worker in members:
             micro_batches = self.measured(worker, current) if self.measured else None
             fields = {"committed": committed, "settled": current.generation, "kept_by": kept_by}
+            fields |= {"held": committed} if is_held_twice else {}
             self.say(worker, micro_batches=micro_batches, **fields)
             self._snapshot(worker)
         self._publish()

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import pytest
+
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.elastic.expert_placement import ExpertPlacement
@@ -113,3 +115,15 @@ def test_a_run_that_goes_back_before_a_collapse_is_not_warned_of_it(tmp_path: Pa
         run_inline(memory.decided(memory.state, [Resumed("t", step, None, 2)]))
         for remembered in (memory, RunHistory(tmp_path, limits_of())):
             assert (_warning(tmp_path, remembered) is not None) is has_collapsed
+
+
+@pytest.mark.parametrize(("publish", "shown"), [("finished", 4), ("committed", 1)])
+def test_finished_steps_that_are_not_committed_are_counted(tmp_path: Path, publish: str, shown: int) -> None:
+    limits = limits_of(publish=publish)
+    memory = JournaledRun(tmp_path, limits)
+    run_inline(memory.decided(replace(memory.state, worker_group=("w0",), current=_plan("w0")), []))
+    run_inline(memory.absorb([record(step) for step in range(3)], up_to=2))
+    reports = {"w0": Report("w0", 1, 0, Phase.TRAINING, 0, 3, 0)}
+    seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress, reports=reports)
+    status = status_of(limits, MODEL, memory, seen, run_dir=tmp_path, closed=False)
+    assert (status.step, status.uncommitted) == (3, shown)

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.fault_tolerance import ProtectionSpec
+from orchestrator.spec.fault_tolerance import MAX_UNPUBLISHED, ProtectionSpec
 from orchestrator.spec.loading import parse_job
 
 HEAD = "schema: v1\nname: try\n"
@@ -42,3 +42,34 @@ def test_intervals_that_make_no_sense(section: str, value: str) -> None:
 def test_protection_as_it_was_written_before_is_refused_with_the_present_form(value: str) -> None:
     with pytest.raises(SpecError, match=r"3:1: protection: must be a mapping: \{every: N\}"):
         parse_job(f"{HEAD}protection: {value}\n")
+
+
+@pytest.mark.parametrize("value", ["all", "true", "null", "1"])
+def test_what_may_be_published(value: str) -> None:
+    assert parse_job(HEAD).protection.publish == "finished"
+    assert parse_job(f"{HEAD}protection: {{publish: committed}}\n").protection.publish == "committed"
+    with pytest.raises(SpecError, match=r"3:\d+: protection.publish: must be .*finished.*committed"):
+        parse_job(f"{HEAD}protection: {{publish: {value}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "is_refused"),
+    [
+        ("auto", 5000, False),
+        (MAX_UNPUBLISHED, 5000, False),
+        (MAX_UNPUBLISHED + 1, 5000, True),
+        ("none", 5000, True),
+        ("none", MAX_UNPUBLISHED, False),
+    ],
+)
+def test_steps_do_not_wait_for_ever_for_a_checkpoint(every: int | str, steps: int, is_refused: bool) -> None:
+    text = f"{HEAD}train: {{max_steps: {steps}}}\ncheckpoint: {{every: {every}}}\n"
+    parse_job(f"{text}protection: {{publish: finished}}\n")
+    text += "protection: {publish: committed}\n"
+    if not is_refused:
+        parse_job(text)
+        return
+    with pytest.raises(
+        SpecError, match=rf"checkpoint.every: .*must be at most {MAX_UNPUBLISHED}, or auto.*; got {every}"
+    ):
+        parse_job(text)

@@ -53,3 +53,18 @@ def test_metrics_are_opened_by_a_command_or_a_page(monkeypatch: pytest.MonkeyPat
 
 def test_values_are_aligned() -> None:
     assert summary.aligned([("run", "a"), ("", "b"), ("speed", "c")]) == "run    a\n       b\nspeed  c"
+
+
+@pytest.mark.parametrize(
+    ("held_by", "uncommitted", "shown"),
+    [
+        (0, 0, "-"),
+        (1, 41, "once: a lost worker sends the run back to a checkpoint; finished, not committed: 41"),
+        (2, 0, "twice: in two workers' memory"),
+        (2, 1, "twice: in two workers' memory; finished, not committed: 1"),
+    ],
+)
+def test_holders_of_the_newest_step_and_steps_that_are_not_committed(
+    held_by: int, uncommitted: int, shown: str
+) -> None:
+    assert dict(summary.details(status(held_by=held_by, uncommitted=uncommitted)))["held"] == shown

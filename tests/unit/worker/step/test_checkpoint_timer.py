@@ -64,3 +64,10 @@ def test_a_worker_that_comes_back_does_not_count_the_time_without_it() -> None:
     assert timer.wanted
     timer.begin(70)
     assert not timer.wanted
+
+
+@pytest.mark.parametrize(("every", "wanted"), [("auto", [2, 5, 8]), (4, [3, 7]), ("none", [])])
+def test_auto_has_a_largest_number_of_steps_where_there_is_one(every: int | str, wanted: list[int]) -> None:
+    timer = CheckpointTimer(every, max_steps=10, clock=Clock(), at_least_every=3)
+    timer.begin(-1)
+    assert [step for step in range(10) if timer.due(step, timer.wanted)] == wanted

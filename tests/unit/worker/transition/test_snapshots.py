@@ -42,6 +42,7 @@ def test_without_a_keeper_a_finished_step_is_reported() -> None:
     assert not manager.due(5) and manager.interval == 0
     reported = manager.committed(4, 5, votes_tell=False)
     assert (reported["committed"], reported["settled"], reported["unkept"]) == (5, 4, -1)
+    assert "held" not in reported
 
 
 def test_with_a_keeper_a_step_is_committed_once_it_is_acknowledged(pair: KeeperPair) -> None:
@@ -52,7 +53,7 @@ def test_with_a_keeper_a_step_is_committed_once_it_is_acknowledged(pair: KeeperP
         _take(manager, pair, step)
         manager.acknowledged()
         reported = manager.committed(4, step + 1, votes_tell=True)
-        assert (reported["committed"], reported["settled"], reported["kept_by"]) == (step, 4, 3)
+        assert reported == {"committed": step, "held": step, "settled": 4, "kept_by": 3}
     assert pair.kept.steps() == (5, 6)
     assert manager.holdings() == (Holding(4, 5, 0), Holding(4, 6, 0))
 
