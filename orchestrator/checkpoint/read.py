@@ -1,6 +1,5 @@
 """Reading of checkpoints: listing, element ranges of tensors, verification of digests, deletion of old ones."""
 
-import hashlib
 import shutil
 from bisect import bisect_right
 from collections.abc import Collection
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from orchestrator.checkpoint.block_digests import digests_of, first_difference
 from orchestrator.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -134,11 +134,9 @@ class CheckpointReader:
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():
-                return f"{name} is missing; it had {entry.num_bytes} bytes and sha256 {entry.sha256}"
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry.sha256:
-                return f"{name} has sha256 {found}, it was written with {entry.sha256}"
+                return f"{name} is missing; it had {entry.num_bytes} bytes"
+            if difference := first_difference(digests_of(path), entry.sha256):
+                return f"{name}: {difference}"
         return ""
 
 

@@ -1,5 +1,7 @@
 """Writing of checkpoints: every rank writes its shard (`write_shard`), then the controller the marker (`commit`).
 
+Files are read back from the device before they get their names: a write that was lost or changed on the way fails.
+
 The shards of a step stay in a hidden directory until every rank has reported its own; `commit` adds the manifest and
 renames the directory. So a checkpoint is complete, or does not exist.
 
@@ -8,7 +10,7 @@ The safetensors format is eight bytes of header length, a JSON header and the ra
 digests in one pass, without a second copy of the shard in memory.
 """
 
-import hashlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.checkpoint.block_digests import BlockDigests, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
@@ -60,7 +63,7 @@ def write_shard(
     rank: int,
     meta: str = "{}",
 ) -> ShardWritten:
-    """Write one rank's part of a checkpoint and flush it to the device.
+    """Write one rank's part of a checkpoint, flush it to the device and read it back.
 
     Arrays are read in place, so they must not change until this returns. Empty pieces are left out. A repeat
     replaces the file.
@@ -72,7 +75,8 @@ def write_shard(
 
     Raises:
         ValueError: an array's length or dtype doesn't fit.
-        OSError: run storage can't be written; complete checkpoints stay unchanged.
+        OSError: run storage can't be written, or holds something else than was written; complete checkpoints stay
+            unchanged.
     """
     directory = checkpoints / incomplete_name(step, term, generation)
     directory.mkdir(parents=True, exist_ok=True)
@@ -191,12 +195,21 @@ def _safetensors_chunks(pieces: Sequence[ShardPiece]) -> Iterator[bytes | memory
         yield array.view(np.uint8).data
 
 
-def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[str, int]:
-    """Write, flush and rename into place; returns (sha256, size in bytes)."""
-    digest = hashlib.sha256()
+def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[tuple[str, ...], int]:
+    """Write, flush, read back and rename into place; returns (sha256 of each block, size in bytes)."""
+    digests = BlockDigests()
     with replacing(path) as file:
         for chunk in chunks:
-            digest.update(chunk)
+            digests.update(chunk)
             file.write(chunk)
         num_bytes = file.tell()
-    return digest.hexdigest(), num_bytes
+        file.flush()
+        _read_back(Path(file.name), path.name, digests.all())
+    return digests.all(), num_bytes
+
+
+def _read_back(written: Path, name: str, sha256: tuple[str, ...]) -> None:
+    """Raise OSError if the device holds anything else."""
+    flush(written)
+    if difference := first_difference(digests_on_device(written), sha256):
+        raise OSError(errno.EIO, f"{name} reads back changed: {difference}", str(written))
