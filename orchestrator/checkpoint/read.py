@@ -165,8 +165,11 @@ def choose(checkpoints: Path, step: int | None = None) -> Path | None:
     return found[-1]
 
 
-def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]:
-    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run resumes from an earlier step.
+def set_aside(checkpoints: Path, after_step: int, mark: str, before: tuple[int, int] | None = None) -> tuple[Path, ...]:
+    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run went back to an earlier step.
+
+    Args:
+        before: only those by a lower (term, generation), or with a manifest that can't be trusted; None for all.
 
     Returns:
         their new paths; nothing is deleted.
@@ -174,7 +177,7 @@ def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]
     hidden = []
     for path in list_checkpoints(checkpoints):
         step = parse_step_name(path.name)
-        if step is not None and step > after_step:
+        if step is not None and step > after_step and (before is None or _age(path)[:2] < before):
             hidden.append(path.rename(path.with_name(f".superseded-{mark}-{path.name}")))
     return tuple(hidden)
 

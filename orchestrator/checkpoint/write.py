@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from orchestrator.checkpoint.block_digests import BlockDigests, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
-from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
+from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest, set_aside
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.atomic import flush, replacing
@@ -98,7 +98,8 @@ def write_shard(
 def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Path:
     """Mark the shards of `manifest` a complete checkpoint. Only the run's controller calls this; it is idempotent.
 
-    A checkpoint of the same step is replaced if its (term, generation) is lower: the step was trained again.
+    A checkpoint of the same step is replaced if its (term, generation) is lower: the step was trained again. Those of
+    later steps by lower ones are hidden, as `set_aside` does: their steps were given up.
 
     Args:
         term: the controller's own. It may be higher than the manifest's: a restarted controller commits the shards
@@ -113,6 +114,7 @@ def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Pat
     existing = _manifest_or_none(final)
     _refuse_the_past(checkpoints, manifest, existing, term)
     if existing == manifest:
+        _hide_abandoned(checkpoints, manifest)
         return final
     source = checkpoints / incomplete_name(manifest.step, manifest.term, manifest.generation)
     for name, entry in manifest.files.items():
@@ -126,8 +128,15 @@ def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Pat
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         source.rename(final)
+    _hide_abandoned(checkpoints, manifest)
     flush(checkpoints)
     return final
+
+
+def _hide_abandoned(checkpoints: Path, manifest: CheckpointManifest) -> None:
+    """Hide checkpoints of later steps that the run went back behind, so that the newest step is the newest state."""
+    now = (manifest.term, manifest.generation)
+    set_aside(checkpoints, manifest.step, f"{now[0]:06d}-{now[1]:06d}", before=now)
 
 
 def _refuse_the_past(

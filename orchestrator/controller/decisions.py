@@ -66,7 +66,7 @@ class DecisionMaker:
         if path is None:
             return
         yield from self._recorder.note(CheckpointCommitted(action.step, str(path)))
-        self._checkpoints.newest = action.step
+        self._checkpoints.newest = (action.generation, action.step)
         wake(self._inbox)
         deleted = yield from self._checkpoints.drop_old()
         if deleted:

@@ -30,7 +30,7 @@ class RunCheckpoints:
         self._faults: list[str] = []
         self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
         self.trouble = ""  # why a checkpoint of which all parts are written isn't complete
-        self.newest = run.memory.state.checkpoint_done  # step of the newest complete checkpoint; -1 for none
+        self.newest = run.memory.state.checkpoint  # (generation, step) of the newest complete checkpoint
 
     @property
     def faults(self) -> tuple[str, ...]:

@@ -64,8 +64,9 @@ def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> 
     """Commit the oldest checkpoint whose shards are all written, once the records of its steps are journalled: a run
     that goes back to it needs the records of the steps before.
     """
-    if seen.checkpointed > state.checkpoint_done:
-        return Decision(replace(state, checkpoint_done=seen.checkpointed))
+    if seen.checkpointed > state.checkpoint:
+        generation, step = seen.checkpointed
+        return Decision(replace(state, checkpoint_done=step, checkpoint_generation=generation))
     complete = complete_checkpoints(state, seen)
     if not complete or complete[0].step > seen.progress.watermark:
         return Decision(state)
@@ -78,7 +79,8 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if not reports or len(reports) < len(state.members) or any(r.phase is not Phase.FINISHED for r in reports):
         return Decision(state)
     last_step = max(report.step for report in reports)
-    if state.checkpoint_done < last_step or seen.progress.watermark < last_step:
+    assert state.current is not None
+    if state.checkpoint < (state.current.generation, last_step) or seen.progress.watermark < last_step:
         return Decision(state)
     if last_step + 1 >= limits.steps:
         return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
@@ -113,7 +115,7 @@ def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
     shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}
     for report in seen.reports.values():
         for shard in report.shards:
-            if shard.step > state.checkpoint_done and shard.generation in plans:
+            if (shard.generation, shard.step) > state.checkpoint and shard.generation in plans:
                 shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
     return [
         Commit(step, plans[generation].term, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))

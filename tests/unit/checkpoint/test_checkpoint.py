@@ -318,6 +318,21 @@ def test_checkpoints_of_an_abandoned_future_are_hidden_but_not_lost(tmp_path: Pa
     assert_same(read_all(again), state_of(9))
 
 
+def test_a_commit_hides_later_steps_of_the_past_that_was_abandoned(tmp_path: Path) -> None:
+    """The run went back from step 30 to 10, twice, and did step 20 again."""
+    first = save(tmp_path, state_of(1), 10, generation=0)
+    for generation in (1, 3):
+        late = save(tmp_path, state_of(3), 30, generation=generation)
+        kept = write(tmp_path, state_of(2), 20, generation=generation + 1)
+        again = commit(tmp_path, kept, term=1)
+        assert list_checkpoints(tmp_path) == (first, again) and choose(tmp_path) == again
+        hidden = tmp_path / f".superseded-000001-{generation + 1:06d}-{late.name}"
+        assert (hidden / MANIFEST_FILE).is_file()  # nothing is deleted
+        assert commit(tmp_path, kept, term=1) == again
+    later = save(tmp_path, state_of(4), 40, generation=4)
+    assert commit(tmp_path, kept, term=2) == again and list_checkpoints(tmp_path) == (first, again, later)
+
+
 def test_a_part_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

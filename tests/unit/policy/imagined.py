@@ -76,6 +76,9 @@ class Life:
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[Event] = field(default_factory=list)
     committed: int = -1  # newest marked checkpoint
+    committed_by: int = -1  # its generation
+    marked: list[int] = field(default_factory=list)  # steps with a checkpoint of this past
+    spoilt: set[int] = field(default_factory=set)  # steps whose checkpoint has other digests now
     unreadable: str = ""  # why checkpoints can't be read
     now_s: float = 0.0
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
@@ -112,7 +115,7 @@ class Life:
             lost={w: why for w, why in self.lost.items() if w in self.state.worker_group},
             nodes=dict(self.nodes),
             causes=dict(self.causes),
-            checkpointed=self.committed,
+            checkpointed=(self.committed_by, self.committed),
             restorable=self._restorable(),
             unreadable=self.unreadable if self.state.wants_restore else "",
             store_address=self.store,
@@ -123,8 +126,8 @@ class Life:
         return replace(plain, **changes)  # type: ignore[arg-type]
 
     def _restorable(self) -> Restore | None:
-        there = self.committed >= 0 and not self.unreadable
-        return Restore(self.committed, f"step-{self.committed}") if there else None
+        good = [step for step in self.marked if step not in self.spoilt and not self.unreadable]
+        return Restore(good[-1], f"step-{good[-1]}") if good else None
 
     def tick(self) -> None:
         """The controller decides, then every worker does one thing."""
@@ -136,7 +139,9 @@ class Life:
         assert self.state.num_generations >= before.num_generations
         for action in decision.actions:
             if isinstance(action, Commit):
-                self.committed = action.step
+                self.committed, self.committed_by = action.step, action.generation
+                self.marked = [*(step for step in self.marked if step < action.step), action.step]
+                self.spoilt -= {action.step}
             elif isinstance(action, KillWorker):
                 self.lost[action.worker] = "killed by its controller"
             else:
