@@ -22,6 +22,7 @@ from orchestrator.checkpoint.manifest import (
 from orchestrator.errors import CheckpointCorrupt, NotFound
 
 DISCARDED_PREFIX = ".discarded-"  # renamed before deletion, so that a half-deleted checkpoint is never listed
+SUPERSEDED_PREFIX = ".superseded-"  # complete, of steps that a run went back behind
 
 
 def list_checkpoints(checkpoints: Path) -> tuple[Path, ...]:
@@ -178,7 +179,7 @@ def set_aside(checkpoints: Path, after_step: int, mark: str, before: tuple[int, 
     for path in list_checkpoints(checkpoints):
         step = parse_step_name(path.name)
         if step is not None and step > after_step and (before is None or _age(path)[:2] < before):
-            hidden.append(path.rename(path.with_name(f".superseded-{mark}-{path.name}")))
+            hidden.append(path.rename(path.with_name(f"{SUPERSEDED_PREFIX}{mark}-{path.name}")))
     return tuple(hidden)
 
 

@@ -122,3 +122,19 @@ def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
         for (step, generation), by_rank in sorted(shards.items())
         if sorted(by_rank) == list(range(plans[generation].world.size))
     ]
+
+
+def can_complete(state: RunState, seen: Observation, step: int, term: int, generation: int) -> bool:
+    """Whether a checkpoint of which some parts may be written can still be completed. It can't if a rank without a part
+    is lost, or has gone on to a later checkpoint."""
+    plans = (state.previous, state.current, state.next)
+    plan = next((plan for plan in plans if plan and (plan.term, plan.generation) == (term, generation)), None)
+    if plan is None or (generation, step) <= state.checkpoint:
+        return False
+    for worker in plan.world.members:
+        report = seen.reports.get(worker)
+        written = [(s.generation, s.step) for s in report.shards] if report else []
+        is_gone = worker in seen.lost or worker not in state.worker_group
+        if (generation, step) not in written and (is_gone or max(written, default=(-1, -1)) > (generation, step)):
+            return False
+    return True
