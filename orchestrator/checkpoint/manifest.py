@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
 from orchestrator.protocol.worker_report import ShardWritten
 
-FORMAT = "orchestrator-checkpoint-v1"
+FORMAT = "orchestrator-checkpoint-v2"
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")  # numpy's names; bf16 is never stored
 
@@ -53,7 +53,9 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    sha256: str
+    """A file; `sha256` are the digests of its blocks (`orchestrator.checkpoint.block_digests`)."""
+
+    sha256: tuple[str, ...]
     num_bytes: int
 
 
@@ -99,7 +101,7 @@ class CheckpointManifest:
             if (found := _digest(body)) != claimed:
                 raise CheckpointCorrupt(f"{MANIFEST_FILE} has digest {found}, its content was written as {claimed}")
             tensors = {name: _tensor_from(fields) for name, fields in body.pop("tensors").items()}
-            files = {name: FileEntry(**fields) for name, fields in body.pop("files").items()}
+            files = {name: _file_from(**fields) for name, fields in body.pop("files").items()}
             manifest = cls(tensors=tensors, files=files, **body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{MANIFEST_FILE} is not a checkpoint manifest: {error!r}") from error
@@ -190,6 +192,10 @@ def _tensor_from(fields: dict[str, object]) -> TensorEntry:
     if not isinstance(shape, list) or not isinstance(pieces, list):
         raise TypeError("shape and pieces are lists")
     return TensorEntry(shape=tuple(shape), pieces=tuple(ShardPart(**piece) for piece in pieces), **fields)  # type: ignore[arg-type]
+
+
+def _file_from(sha256: Sequence[str], num_bytes: int) -> FileEntry:
+    return FileEntry(tuple(sha256), num_bytes)
 
 
 def _coverage_fault(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str:

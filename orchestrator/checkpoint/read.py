@@ -1,6 +1,5 @@
 """Reading of checkpoints: listing, element ranges of tensors, verification of digests, deletion of old ones."""
 
-import hashlib
 import shutil
 from bisect import bisect_right
 from collections.abc import Collection
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from orchestrator.checkpoint.block_digests import digests_of, first_difference
 from orchestrator.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -22,6 +22,7 @@ from orchestrator.checkpoint.manifest import (
 from orchestrator.errors import CheckpointCorrupt, NotFound
 
 DISCARDED_PREFIX = ".discarded-"  # renamed before deletion, so that a half-deleted checkpoint is never listed
+SUPERSEDED_PREFIX = ".superseded-"  # complete, of steps that a run went back behind
 
 
 def list_checkpoints(checkpoints: Path) -> tuple[Path, ...]:
@@ -134,11 +135,9 @@ class CheckpointReader:
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():
-                return f"{name} is missing; it had {entry.num_bytes} bytes and sha256 {entry.sha256}"
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry.sha256:
-                return f"{name} has sha256 {found}, it was written with {entry.sha256}"
+                return f"{name} is missing; it had {entry.num_bytes} bytes"
+            if difference := first_difference(digests_of(path), entry.sha256):
+                return f"{name}: {difference}"
         return ""
 
 
@@ -167,8 +166,11 @@ def choose(checkpoints: Path, step: int | None = None) -> Path | None:
     return found[-1]
 
 
-def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]:
-    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run resumes from an earlier step.
+def set_aside(checkpoints: Path, after_step: int, mark: str, before: tuple[int, int] | None = None) -> tuple[Path, ...]:
+    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run went back to an earlier step.
+
+    Args:
+        before: only those by a lower (term, generation), or with a manifest that can't be trusted; None for all.
 
     Returns:
         their new paths; nothing is deleted.
@@ -176,8 +178,8 @@ def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]
     hidden = []
     for path in list_checkpoints(checkpoints):
         step = parse_step_name(path.name)
-        if step is not None and step > after_step:
-            hidden.append(path.rename(path.with_name(f".superseded-{mark}-{path.name}")))
+        if step is not None and step > after_step and (before is None or _age(path)[:2] < before):
+            hidden.append(path.rename(path.with_name(f"{SUPERSEDED_PREFIX}{mark}-{path.name}")))
     return tuple(hidden)
 
 

@@ -1,5 +1,7 @@
 """Writing of checkpoints: every rank writes its shard (`write_shard`), then the controller the marker (`commit`).
 
+Files are read back from the device before they get their names: a write that was lost or changed on the way fails.
+
 The shards of a step stay in a hidden directory until every rank has reported its own; `commit` adds the manifest and
 renames the directory. So a checkpoint is complete, or does not exist.
 
@@ -8,7 +10,7 @@ The safetensors format is eight bytes of header length, a JSON header and the ra
 digests in one pass, without a second copy of the shard in memory.
 """
 
-import hashlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,8 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.checkpoint.block_digests import BlockDigests, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
-from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
+from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest, set_aside
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.atomic import flush, replacing
@@ -60,7 +63,7 @@ def write_shard(
     rank: int,
     meta: str = "{}",
 ) -> ShardWritten:
-    """Write one rank's part of a checkpoint and flush it to the device.
+    """Write one rank's part of a checkpoint, flush it to the device and read it back.
 
     Arrays are read in place, so they must not change until this returns. Empty pieces are left out. A repeat
     replaces the file.
@@ -72,7 +75,8 @@ def write_shard(
 
     Raises:
         ValueError: an array's length or dtype doesn't fit.
-        OSError: run storage can't be written; complete checkpoints stay unchanged.
+        OSError: run storage can't be written, or holds something else than was written; complete checkpoints stay
+            unchanged.
     """
     directory = checkpoints / incomplete_name(step, term, generation)
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,8 @@ def write_shard(
 def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Path:
     """Mark the shards of `manifest` a complete checkpoint. Only the run's controller calls this; it is idempotent.
 
-    A checkpoint of the same step is replaced if its (term, generation) is lower: the step was trained again.
+    A checkpoint of the same step is replaced if its (term, generation) is lower: the step was trained again. Those of
+    later steps by lower ones are hidden, as `set_aside` does: their steps were given up.
 
     Args:
         term: the controller's own. It may be higher than the manifest's: a restarted controller commits the shards
@@ -109,6 +114,7 @@ def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Pat
     existing = _manifest_or_none(final)
     _refuse_the_past(checkpoints, manifest, existing, term)
     if existing == manifest:
+        _hide_abandoned(checkpoints, manifest)
         return final
     source = checkpoints / incomplete_name(manifest.step, manifest.term, manifest.generation)
     for name, entry in manifest.files.items():
@@ -122,8 +128,15 @@ def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Pat
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         source.rename(final)
+    _hide_abandoned(checkpoints, manifest)
     flush(checkpoints)
     return final
+
+
+def _hide_abandoned(checkpoints: Path, manifest: CheckpointManifest) -> None:
+    """Hide checkpoints of later steps that the run went back behind, so that the newest step is the newest state."""
+    now = (manifest.term, manifest.generation)
+    set_aside(checkpoints, manifest.step, f"{now[0]:06d}-{now[1]:06d}", before=now)
 
 
 def _refuse_the_past(
@@ -191,12 +204,21 @@ def _safetensors_chunks(pieces: Sequence[ShardPiece]) -> Iterator[bytes | memory
         yield array.view(np.uint8).data
 
 
-def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[str, int]:
-    """Write, flush and rename into place; returns (sha256, size in bytes)."""
-    digest = hashlib.sha256()
+def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[tuple[str, ...], int]:
+    """Write, flush, read back and rename into place; returns (sha256 of each block, size in bytes)."""
+    digests = BlockDigests()
     with replacing(path) as file:
         for chunk in chunks:
-            digest.update(chunk)
+            digests.update(chunk)
             file.write(chunk)
         num_bytes = file.tell()
-    return digest.hexdigest(), num_bytes
+        file.flush()
+        _read_back(Path(file.name), path.name, digests.all())
+    return digests.all(), num_bytes
+
+
+def _read_back(written: Path, name: str, sha256: tuple[str, ...]) -> None:
+    """Raise OSError if the device holds anything else."""
+    flush(written)
+    if difference := first_difference(digests_on_device(written), sha256):
+        raise OSError(errno.EIO, f"{name} reads back changed: {difference}", str(written))

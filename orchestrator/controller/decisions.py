@@ -14,6 +14,8 @@ from orchestrator.errors import StorageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.generations import RolledBack
+from orchestrator.protocol.events.run import Suspended
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.storage.tasks import StorageTask
 
@@ -62,15 +64,18 @@ class DecisionMaker:
             self._checkpoints.trouble = None  # what was refused is no longer to be committed
         for commit in commits:
             yield from self._commit(commit)
-        if any(report.unsaved is not None for report in seen.reports.values()):
-            yield from self._checkpoints.make_room()
+        for event in events:
+            if isinstance(event, RolledBack | Suspended):
+                yield from self._checkpoints.went_back(event.step)
+        if self._checkpoints.trouble or any(report.unsaved is not None for report in seen.reports.values()):
+            yield from self._checkpoints.make_room(decision.state, seen)
 
     def _commit(self, action: Commit) -> StorageTask[None]:
         path = yield from self._checkpoints.commit(action)
         if path is None:
             return
         yield from self._recorder.note(CheckpointCommitted(action.step, str(path)))
-        self._checkpoints.newest = action.step
+        self._checkpoints.newest = (action.generation, action.step)
         wake(self._inbox)
         deleted = yield from self._checkpoints.drop_old()
         if deleted:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.errors import OrchestratorError, TermSuperseded
-from orchestrator.policy.state.run_state import Commit
+from orchestrator.policy.state.run_state import Commit, Observation, RunState
+from orchestrator.policy.termination import can_complete
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoints import (
     CheckpointFinder,
     commit_checkpoint,
     discard_unfinished,
     drop_old_checkpoints,
+    drop_superseded,
+    leave_behind,
 )
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.tasks import Lengthy, StorageTask
@@ -32,7 +35,7 @@ class RunCheckpoints:
         self._faults: list[str] = []
         self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
         self.trouble: StorageTrouble | None = None  # why a checkpoint of which all parts are written isn't complete
-        self.newest = run.memory.state.checkpoint_done  # step of the newest complete checkpoint; -1 for none
+        self.newest = run.memory.state.checkpoint  # (generation, step) of the newest complete checkpoint
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -72,14 +75,22 @@ class RunCheckpoints:
         self.trouble = None
         return path
 
-    def make_room(self) -> StorageTask[None]:
-        """Delete what no checkpoint needs any more, at intervals, while storage refuses some rank's part."""
+    def went_back(self, step: int) -> StorageTask[None]:
+        """Set aside the checkpoints after `step`, which the run goes back to; else the next commit does it."""
+        state = self._memory.state
+        with suppress(OSError):
+            yield partial(self._caller, leave_behind, self._run.run_dir, step, self._memory.term, state.num_generations)
+
+    def make_room(self, state: RunState, seen: Observation) -> StorageTask[None]:
+        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or markers: parts that
+        can't be completed, and on a full disk checkpoints that were set aside."""
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
-            plans = (self._memory.state.previous, self._memory.state.current, self._memory.state.next)
             with suppress(OSError):
-                keep = {(p.term, p.generation) for p in plans if p is not None}
-                yield Lengthy(partial(self._caller, discard_unfinished, self._run.run_dir, keep))
+                yield Lengthy(
+                    partial(self._caller, discard_unfinished, self._run.run_dir, partial(can_complete, state, seen))
+                )
+                yield Lengthy(partial(self._caller, drop_superseded, self._run.run_dir))
 
     def drop_old(self) -> StorageTask[tuple[int, ...]]:
         """Delete checkpoints that the job doesn't keep. Returns their steps."""

@@ -56,7 +56,8 @@ def open_run(
     elif Submitted not in memory.times:
         retry_until_written(lambda: run_inline(memory.decided(queued(memory.state, since_s), [])))
     if memory.state.current is None:  # an earlier incarnation may have crashed before this
-        retry_until_written(lambda: caller(leave_behind, run_dir, memory.state.checkpoint_done, memory.term))
+        done, generation = memory.state.checkpoint_done, memory.state.num_generations
+        retry_until_written(lambda: caller(leave_behind, run_dir, done, memory.term, generation))
     return run
 
 

@@ -115,6 +115,7 @@ def directive_of(state: RunState, term: int, seq: int | None = None) -> Directiv
         settled=state.settled,
         finish=state.finish,
         checkpoint_done=state.checkpoint_done,
+        checkpoint_generation=state.checkpoint_generation,
         stages=state.curriculum.stages,
         stages_version=state.curriculum.version,
         check=state.replay.task,

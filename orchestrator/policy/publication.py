@@ -33,4 +33,4 @@ def num_uncommitted(limits: RunLimits, state: RunState, seen: Observation) -> in
 def _checkpointed(state: RunState, seen: Observation) -> tuple[int, ...]:
     """Steps of complete checkpoints, and of those with all shards written."""
     written = (commit.step for commit in complete_checkpoints(state, seen))
-    return (state.checkpoint_done, seen.checkpointed, *written)
+    return (state.checkpoint_done, seen.checkpointed[1], *written)

@@ -64,8 +64,9 @@ def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> 
     """Commit the oldest checkpoint whose shards are all written, once the records of its steps are journalled: a run
     that goes back to it needs the records of the steps before.
     """
-    if seen.checkpointed > state.checkpoint_done:
-        return Decision(replace(state, checkpoint_done=seen.checkpointed))
+    if seen.checkpointed > state.checkpoint:
+        generation, step = seen.checkpointed
+        return Decision(replace(state, checkpoint_done=step, checkpoint_generation=generation))
     complete = complete_checkpoints(state, seen)
     if not complete or complete[0].step > seen.progress.watermark:
         return Decision(state)
@@ -78,7 +79,8 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if not reports or len(reports) < len(state.members) or any(r.phase is not Phase.FINISHED for r in reports):
         return Decision(state)
     last_step = max(report.step for report in reports)
-    if state.checkpoint_done < last_step or seen.progress.watermark < last_step:
+    assert state.current is not None
+    if state.checkpoint < (state.current.generation, last_step) or seen.progress.watermark < last_step:
         return Decision(state)
     if last_step + 1 >= limits.steps:
         return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
@@ -108,10 +110,26 @@ def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
     current = state.current.generation if state.current else -1
     of_gone = (shard for report in seen.gone.values() for shard in report.shards if shard.generation == current)
     for shard in (*of_gone, *(shard for report in seen.reports.values() for shard in report.shards)):
-        if shard.step > state.checkpoint_done and shard.generation in plans:
+        if (shard.generation, shard.step) > state.checkpoint and shard.generation in plans:
             shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
     return [
         Commit(step, plans[generation].term, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))
         for (step, generation), by_rank in sorted(shards.items())
         if sorted(by_rank) == list(range(plans[generation].world.size))
     ]
+
+
+def can_complete(state: RunState, seen: Observation, step: int, term: int, generation: int) -> bool:
+    """Whether a checkpoint of which some parts may be written can still be completed. It can't if a rank without a part
+    is lost, or has gone on to a later checkpoint."""
+    plans = (state.previous, state.current, state.next)
+    plan = next((plan for plan in plans if plan and (plan.term, plan.generation) == (term, generation)), None)
+    if plan is None or (generation, step) <= state.checkpoint:
+        return False
+    for worker in plan.world.members:
+        report = seen.reports.get(worker)
+        written = [(s.generation, s.step) for s in report.shards] if report else []
+        is_gone = worker in seen.lost or worker not in state.worker_group
+        if (generation, step) not in written and (is_gone or max(written, default=(-1, -1)) > (generation, step)):
+            return False
+    return True

@@ -208,7 +208,8 @@ class Directive:
     worker that is ready for a generation waits until it is activated. `aborted` is the newest generation that must
     stop training because a member failed; workers that wait for a peer in it close the connection. `settled` is the
     newest generation that has committed a step of its own: state of older ones may be freed. `finish` requests a fence,
-    a checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
+    a checkpoint and the end. `checkpoint_done` is the step of the newest checkpoint that the controller has marked
+    complete, `checkpoint_generation` the generation that wrote it.
     `stages` are all decisions so far, in order, and `stages_version` counts them: members apply a decision once all of
     them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
     `keepers` are standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
@@ -225,10 +226,16 @@ class Directive:
     settled: int = -1
     finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
+    checkpoint_generation: int = -1
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     check: ReplayTask | None = None
     keepers: tuple[Keeper, ...] = ()
+
+    def has_checkpoint(self, generation: int, step: int) -> bool:
+        """Whether a checkpoint of this step or a later one, by this generation or a later one, is complete. Those of
+        earlier generations don't count: the run may have gone back to a step before theirs."""
+        return (self.checkpoint_generation, self.checkpoint_done) >= (generation, step)
 
 
 @dataclass(frozen=True)

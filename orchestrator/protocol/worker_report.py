@@ -47,7 +47,7 @@ class ShardWritten:
     generation: int
     rank: int
     file: str  # name within the checkpoint directory
-    sha256: str
+    sha256: tuple[str, ...]  # of each block of the file
     entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
     num_bytes: int
     meta: str  # JSON of state that is not a tensor (sampler position, optimizer step); equal on all ranks

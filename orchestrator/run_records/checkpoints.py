@@ -4,11 +4,20 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.checkpoint.manifest import manifest_of, parse_incomplete_name, parse_step_name, step_name
-from orchestrator.checkpoint.read import CheckpointReader, list_steps, prune, set_aside
+from orchestrator.checkpoint.read import (
+    DISCARDED_PREFIX,
+    SUPERSEDED_PREFIX,
+    CheckpointReader,
+    discard,
+    list_steps,
+    prune,
+    read_manifest,
+    set_aside,
+)
 from orchestrator.checkpoint.retention import best_checkpoints
 from orchestrator.checkpoint.write import commit
 from orchestrator.errors import OrchestratorError
@@ -16,6 +25,7 @@ from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.storage.caller import Caller, call_here
+from orchestrator.storage.reserve import RESERVE_BYTES
 
 log = logging.getLogger("orchestrator.control")
 
@@ -67,15 +77,36 @@ def drop_old_checkpoints(
     return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
 
 
-def discard_unfinished(run_dir: Path, keep: Collection[tuple[int, int]]) -> None:
-    """Delete parts of checkpoints that were never completed, but for those of the (term, generation) in `keep`. What
-    can't be deleted stays."""
+def discard_unfinished(run_dir: Path, can_complete: Callable[[int, int, int], bool]) -> None:
+    """Delete parts of checkpoints that can't be completed any more, by step, term and generation, and what interrupted
+    deletions have left. What can't be deleted stays."""
     checkpoints = run_dir / DIRECTORY
-    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+    for path in tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ():
         unfinished = parse_incomplete_name(path.name)
-        if unfinished is not None and unfinished[1:] not in keep:
+        if path.name.startswith(DISCARDED_PREFIX) or (unfinished is not None and not can_complete(*unfinished)):
             log.info("deleting %s, which can't be completed any more", path)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_superseded(run_dir: Path) -> None:
+    """Delete checkpoints that were set aside, the oldest first, until another one like the newest good one fits: none
+    without a good one.
+
+    Raises:
+        OSError: run storage can't be read, or something can't be deleted.
+    """
+    checkpoints = run_dir / DIRECTORY
+    there = tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    hidden = sorted(path for path in there if path.name.startswith(SUPERSEDED_PREFIX))
+    good = newest_good(run_dir) if hidden else None
+    if good is None:
+        return
+    needed = RESERVE_BYTES + sum(entry.num_bytes for entry in read_manifest(Path(good.path)).files.values())
+    for path in hidden:
+        if shutil.disk_usage(checkpoints).free >= needed:
+            return
+        log.info("deleting %s, of steps that were given up: the disk is full", path)
+        discard(path)
 
 
 class CheckpointFinder:
@@ -132,7 +163,8 @@ def newest_good(run_dir: Path) -> Restore | None:
     return None
 
 
-def leave_behind(run_dir: Path, after_step: int, term: int) -> None:
-    """Hide the checkpoints after `after_step`, from which the run continues: their steps were discarded."""
-    for path in set_aside(run_dir / DIRECTORY, after_step, f"{term:06d}"):
+def leave_behind(run_dir: Path, after_step: int, term: int, generation: int) -> None:
+    """Hide the checkpoints after `after_step`, from which the run continues with `generation`: their steps were
+    discarded."""
+    for path in set_aside(run_dir / DIRECTORY, after_step, f"{term:06d}-{generation:06d}"):
         log.info("a checkpoint after the step that the run continues from is kept as %s", path)

@@ -16,6 +16,7 @@ from orchestrator.errors import ProtocolError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry, plain_of_entry
+from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
@@ -231,7 +232,7 @@ class Outbox:
                 return [Checkpoint(entry.seq, step, path, points)]
             case CheckpointsDeleted(steps):
                 return [CheckpointMark(Fate.DELETED, steps=steps)]
-            case Resumed(step=step):
+            case Resumed(step=step) | RolledBack(step=step):
                 return [CheckpointMark(Fate.SUPERSEDED, after=step)]
         return []
 

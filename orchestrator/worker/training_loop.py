@@ -141,8 +141,10 @@ class TrainingLoop:
                 )
         self._mailbox.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", step)
-        directive = self._mailbox.wait(lambda d: d.checkpoint_done >= step or d.aborted >= live.generation)
-        if directive.checkpoint_done < step:
+        directive = self._mailbox.wait(
+            lambda d: d.has_checkpoint(live.generation, step) or d.aborted >= live.generation
+        )
+        if not directive.has_checkpoint(live.generation, step):
             raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was complete")
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
 from orchestrator.protocol.status import RunPhase, RunStatus
 from tests.support.control import UNHURRIED, Cluster, local_ray
 
@@ -82,22 +83,27 @@ def test_without_a_whole_state_in_memory_the_newest_checkpoint_serves(on: Cluste
     assert "rolled_back" in on.kinds(name)
 
 
-@pytest.mark.slow
-def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
-    pids = _four(on, "corrupt", checkpoint={"every": 10})
-    status = on.until("corrupt", lambda s: s.checkpoint_step is not None and s.checkpoint_step >= 19)
+def _back_behind_a_checkpoint(on: Cluster, name: str, every: int) -> Path:
+    """Let a run lose all its memory and its newest checkpoint, the second one at least. Returns that checkpoint."""
+    pids = _four(on, name, checkpoint={"every": every})
+    on.until(name, lambda s: s.checkpoint_step is not None and s.checkpoint_step >= 2 * every - 1)
     for pid in pids.values():
         os.kill(pid, signal.SIGSTOP)  # no newer one is written meanwhile
-    newest = max((on.storage / "corrupt" / "checkpoints").glob("step-*"))
+    newest = max((on.storage / name / "checkpoints").glob("step-*"))
     shard = next(newest.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     for pid in pids.values():
         os.kill(pid, signal.SIGKILL)
-    on.until("corrupt", lambda s: bool(s.recoveries))
+    on.until(name, lambda s: bool(s.recoveries))
+    return newest
+
+
+@pytest.mark.slow
+def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
+    newest = _back_behind_a_checkpoint(on, "corrupt", every=10)
     after = _ended_well(on, "corrupt")
-    assert status.checkpoint_step is not None
     assert after.recoveries[0].source == "checkpoint" and f"step-{after.recoveries[0].step:08d}" < newest.name
 
 
@@ -114,6 +120,20 @@ def test_a_lone_worker_publishes_what_a_checkpoint_includes_and_its_loss_repeats
     assert recovery.source == "checkpoint" and recovery.step >= status.step - 1
     assert recovery.steps_replayed > 10 and recovery.steps_lost == 0
     assert _ended_well(on, name, 200).uncommitted == 0
+
+
+@pytest.mark.slow
+def test_a_pause_behind_a_checkpoint_of_the_abandoned_past_writes_one(on: Cluster) -> None:
+    newest = _back_behind_a_checkpoint(on, "behind", every=40)
+    on.ask("pause", "behind")
+    status = on.end_of("behind")
+    assert status.phase is RunPhase.PAUSED and status.recoveries[0].source == "checkpoint", status
+    checkpoint = Path(str(status.checkpoint))
+    assert checkpoint < newest and list_checkpoints(newest.parent)[-1] == checkpoint
+    with CheckpointReader(checkpoint) as reader:
+        reader.verify()
+        assert reader.manifest.generation == 1 and f"after {reader.manifest.step + 1} of 300 steps" in status.why
+    assert len(list(newest.parent.glob(f".superseded-*-{newest.name}"))) == 1
 
 
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:

@@ -147,8 +147,9 @@ class SimulatedWorker:
         """Write the last checkpoint and wait until it is marked."""
         self._save(plan)
         self._mailbox.publish(phase=Phase.FINISHED)
-        order = self._mailbox.wait(lambda d: d.checkpoint_done >= self._step or d.aborted >= plan.generation)
-        if order.checkpoint_done < self._step:
+        generation = plan.generation
+        order = self._mailbox.wait(lambda d: d.has_checkpoint(generation, self._step) or d.aborted >= generation)
+        if not order.has_checkpoint(generation, self._step):
             raise PeerLost("the generation was aborted")
         return True
 

@@ -408,7 +408,7 @@ class Crew:
             for member in self.members.values():
                 member.kill()
             return
-        self.send(checkpoint_done=10**9)  # lets the training threads of those who have finished end
+        self.send(checkpoint_generation=10**9)  # lets the training threads of those who have finished end
         for member in self.members.values():
             if not member.process.is_alive():
                 continue

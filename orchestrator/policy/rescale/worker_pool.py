@@ -203,7 +203,7 @@ def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
     if report is None:
         return False
     generations = {plan.generation for plan in (state.previous, state.current) if plan is not None}
-    pending = (s for s in report.shards if s.step > state.checkpoint_done and s.generation in generations)
+    pending = (s for s in report.shards if (s.generation, s.step) > state.checkpoint and s.generation in generations)
     return report.unsaved is not None or any(pending)
 
 

@@ -56,6 +56,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         num_generations=state.num_generations,
         activated=state.activated,
         checkpoint_done=done,
+        checkpoint_generation=state.num_generations - 1,
         rescales=tuple(r for r in state.rescales if r.step < done),
         restore=restore,
         replay=ReplayState(differences=state.replay.up_to(done).differences),

@@ -49,7 +49,7 @@ class RunState:
         previous: the generation before `current`, whose checkpoint shards or snapshots may still be needed.
         activated, settled: newest generation that was activated; that has committed a step of its own.
         finish: how the fence ends the run, once it is raised.
-        checkpoint_done: newest step with a complete checkpoint.
+        checkpoint_done, checkpoint_generation: of the newest complete checkpoint, its step and who wrote it.
         draining: nodes that are being drained. `leaving`: workers that are to leave.
         straggler: a worker that is much slower than the others; empty for none.
         priority: set for this run; None for the job's.
@@ -74,6 +74,7 @@ class RunState:
     settled: int = -1
     finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
+    checkpoint_generation: int = -1
     abort: AbortState = field(default_factory=AbortState)
     failures: FailureState = field(default_factory=FailureState)
     micro_batch: MicroBatchState = field(default_factory=MicroBatchState)
@@ -119,6 +120,12 @@ class RunState:
         return self.current is not None and self.target.finish is FinishMode.NO and stops
 
     @property
+    def checkpoint(self) -> tuple[int, int]:
+        """(generation, step) of the newest complete checkpoint. Later generations count as newer whatever the step:
+        the run may have gone back to a step before that of a checkpoint."""
+        return self.checkpoint_generation, self.checkpoint_done
+
+    @property
     def members(self) -> tuple[str, ...]:
         return self.current.world.members if self.current else ()
 
@@ -155,13 +162,13 @@ class Observation:
     """A controller's view: the newest report of every worker that answered, failed workers with reasons, and the rest.
 
     `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
-    known. `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good checkpoint, if
-    `wants_restore` asked for it; `unreadable` is why it can't be read now. `nodes` maps workers to nodes, `silence_s`
-    to the time since their last answer; `idle_s` is the time since any worker reported something new. `store_address`
-    is the rendezvous store's, None while there is none: no generation can be planned then. `faults` are failures
-    outside the workers that end the run. `draining` maps nodes that will be removed from the cluster to
-    `time.time()` of the deadline, 0 without one. `gone` holds the last reports of workers that are gone. `grant` is
-    the newest one of the Scheduler, `priority` the newest one that was requested, None for the job's.
+    known. `checkpointed` is (generation, step) of the newest checkpoint's marker, `restorable` the newest good
+    checkpoint, if `wants_restore` asked for it; `unreadable` is why it can't be read now. `nodes` maps workers to
+    nodes, `silence_s` to the time since their last answer; `idle_s` is the time since any worker reported something
+    new. `store_address` is the rendezvous store's, None while there is none: no generation can be planned then.
+    `faults` are failures outside the workers that end the run. `draining` maps nodes that will be removed from the
+    cluster to `time.time()` of the deadline, 0 without one. `gone` holds the last reports of workers that are gone.
+    `grant` is the newest one of the Scheduler, `priority` the newest one that was requested, None for the job's.
     """
 
     term: int
@@ -171,7 +178,7 @@ class Observation:
     reports: Mapping[str, Report] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
     gone: Mapping[str, Report] = field(default_factory=dict)
-    checkpointed: int = -1
+    checkpointed: tuple[int, int] = (-1, -1)
     restorable: Restore | None = None
     unreadable: str = ""
     causes: Mapping[str, str] = field(default_factory=dict)
@@ -194,7 +201,7 @@ class Observation:
         """The newest committed step, by members' reports or a checkpoint's marker; without a second holder, the newest
         finished one."""
         return max(
-            [self.progress.watermark, self.checkpointed, *(r.protection.committed for r in self.reports.values())]
+            [self.progress.watermark, self.checkpointed[1], *(r.protection.committed for r in self.reports.values())]
         )
 
     @property

@@ -165,7 +165,8 @@ class _Write(threading.Thread):
         except Exception as error:  # of any kind: the end of the run waits for every shard
             self._failed(error)
             return True
-        self._done(written)
+        if not self.given_up.is_set():  # else its checkpoint may have been deleted already
+            self._done(written)
         return True
 
     def _check_room(self) -> None:

@@ -96,7 +96,7 @@ def test_the_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> Non
     np.testing.assert_array_equal(loaded["buffer/count[3:5]"], np.array([1, -2], np.int64), strict=True)
     np.testing.assert_array_equal(loaded["buffer/mask[0:4]"], np.array([True, False, True, True]), strict=True)
     np.testing.assert_array_equal(loaded["buffer/strided[0:3]"], np.array([0, 2, 4], np.float32), strict=True)
-    assert (shard.sha256, shard.num_bytes) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    assert (shard.sha256, shard.num_bytes) == ((hashlib.sha256(path.read_bytes()).hexdigest(),), path.stat().st_size)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_verify_names_the_file_both_digests_and_the_previous_good_checkpoint(tmp
     for path in paths[1:]:
         flip_byte(path / "shard-00001.safetensors")
     reader = CheckpointReader(paths[2])
-    written = reader.manifest.files["shard-00001.safetensors"].sha256
+    written = reader.manifest.files["shard-00001.safetensors"].sha256[0]
     found = hashlib.sha256((paths[2] / "shard-00001.safetensors").read_bytes()).hexdigest()
     with pytest.raises(CheckpointCorrupt) as raised:
         reader.verify()
@@ -316,6 +316,21 @@ def test_checkpoints_of_an_abandoned_future_are_hidden_but_not_lost(tmp_path: Pa
     assert [path.is_dir() for path in hidden] == [True, True]
     again = save(tmp_path, state_of(9), 2, term=2)
     assert_same(read_all(again), state_of(9))
+
+
+def test_a_commit_hides_later_steps_of_the_past_that_was_abandoned(tmp_path: Path) -> None:
+    """The run went back from step 30 to 10, twice, and did step 20 again."""
+    first = save(tmp_path, state_of(1), 10, generation=0)
+    for generation in (1, 3):
+        late = save(tmp_path, state_of(3), 30, generation=generation)
+        kept = write(tmp_path, state_of(2), 20, generation=generation + 1)
+        again = commit(tmp_path, kept, term=1)
+        assert list_checkpoints(tmp_path) == (first, again) and choose(tmp_path) == again
+        hidden = tmp_path / f".superseded-000001-{generation + 1:06d}-{late.name}"
+        assert (hidden / MANIFEST_FILE).is_file()  # nothing is deleted
+        assert commit(tmp_path, kept, term=1) == again
+    later = save(tmp_path, state_of(4), 40, generation=4)
+    assert commit(tmp_path, kept, term=2) == again and list_checkpoints(tmp_path) == (first, again, later)
 
 
 def test_a_part_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def shard(rank: int, *entries: tuple[str, int, int], step: int = 120, meta: str 
         generation=2,
         rank=rank,
         file=f"shard-{rank:05d}.safetensors",
-        sha256="ab" * 32,
+        sha256=("ab" * 32,),
         entries=tuple((name, f"{name}[{start}:{stop}]", start, stop) for name, start, stop in entries),
         num_bytes=8,
         meta=meta,
@@ -113,7 +113,7 @@ def test_json_that_was_changed_is_refused(text: str) -> None:
     ("change", "rule"),
     [
         pytest.param({"format": "orchestrator-checkpoint-v9"}, "this version reads", id="format"),
-        pytest.param({"files": {"../../etc/passwd": FileEntry("", 0)}}, "no folder", id="file-outside"),
+        pytest.param({"files": {"../../etc/passwd": FileEntry((), 0)}}, "no folder", id="file-outside"),
         pytest.param({"files": {}}, "which is not listed", id="file-not-listed"),
         pytest.param({"tensors": {"t": TensorEntry("bfloat16", (1,), ())}}, "stored are float32", id="dtype"),
         pytest.param(

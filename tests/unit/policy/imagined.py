@@ -76,6 +76,9 @@ class Life:
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[Event] = field(default_factory=list)
     committed: int = -1  # newest marked checkpoint
+    committed_by: int = -1  # its generation
+    marked: list[int] = field(default_factory=list)  # steps with a checkpoint of this past
+    spoilt: set[int] = field(default_factory=set)  # steps whose checkpoint has other digests now
     unreadable: str = ""  # why checkpoints can't be read
     now_s: float = 0.0
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
@@ -114,7 +117,7 @@ class Life:
             nodes=dict(self.nodes),
             causes=dict(self.causes),
             gone=dict(self.gone),
-            checkpointed=self.committed,
+            checkpointed=(self.committed_by, self.committed),
             restorable=self._restorable(),
             unreadable=self.unreadable if self.state.wants_restore else "",
             store_address=self.store,
@@ -125,8 +128,8 @@ class Life:
         return replace(plain, **changes)  # type: ignore[arg-type]
 
     def _restorable(self) -> Restore | None:
-        there = self.committed >= 0 and not self.unreadable
-        return Restore(self.committed, f"step-{self.committed}") if there else None
+        good = [step for step in self.marked if step not in self.spoilt and not self.unreadable]
+        return Restore(good[-1], f"step-{good[-1]}") if good else None
 
     def tick(self) -> None:
         """The controller decides, then every worker does one thing."""
@@ -138,7 +141,9 @@ class Life:
         assert self.state.num_generations >= before.num_generations
         for action in decision.actions:
             if isinstance(action, Commit):
-                self.committed = action.step
+                self.committed, self.committed_by = action.step, action.generation
+                self.marked = [*(step for step in self.marked if step < action.step), action.step]
+                self.spoilt -= {action.step}
             elif isinstance(action, KillWorker):
                 self.lost[action.worker] = "killed by its controller"
             else:
@@ -350,7 +355,7 @@ class Life:
             return
         if self.step + 1 == self.limits.steps:  # a loss after the last step: only its checkpoint is missing
             for rank, worker in enumerate(members):
-                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", "", (), 0, "{}")
+                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", (), (), 0, "{}")
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
         self._meet_keeper()
@@ -375,6 +380,6 @@ class Life:
             shards = self.reports[worker].shards
             if write:
                 name = f"rank-{rank}"
-                shards += (ShardWritten(self.step, current.generation, rank, name, "", (), 0, "{}"),)
+                shards += (ShardWritten(self.step, current.generation, rank, name, (), (), 0, "{}"),)
             phase = Phase.FINISHED if last else Phase.MOVING if self._fenced() else Phase.TRAINING
             self.say(worker, step=self.step, phase=phase, shards=shards)

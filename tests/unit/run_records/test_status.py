@@ -82,7 +82,9 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
     memory = JournaledRun(tmp_path, limits_of())
     tracker = Mock()
     account = StepRecorder(_run(tmp_path, memory), Mock(), tracker, Mock())
-    seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress, checkpointed=10_000)
+    seen = Observation(
+        term=1, now_s=0.0, target=memory.state.target, progress=memory.progress, checkpointed=(0, 10_000)
+    )
 
     run_inline(account.enter(_steps(0, 60, violation=0.2), lambda: seen))
     assert _warning(tmp_path, memory) is None

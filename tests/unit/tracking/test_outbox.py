@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.outbox import Outbox
@@ -139,8 +140,9 @@ def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Pa
     loss, validation, checkpoint, mark = rest(outbox)
     assert checkpoint == Checkpoint(4, 2, "/c/2", (loss, validation))  # type: ignore[arg-type]
     assert mark == CheckpointMark(Fate.DELETED, steps=(2,))
-    outbox.put_event(JournalEntry(6, 1, 9.0, Resumed("t", 1, None, 2)))
-    assert rest(outbox) == [CheckpointMark(Fate.SUPERSEDED, after=1)]
+    for seq, event in ((6, Resumed("t", 1, None, 2)), (7, RolledBack(1, "/c/1", "all were lost"))):
+        outbox.put_event(JournalEntry(seq, 1, 9.0, event))
+        assert rest(outbox) == [CheckpointMark(Fate.SUPERSEDED, after=1)]
 
 
 def test_the_end_is_told_once_and_not_if_the_run_goes_on(tmp_path: Path) -> None:

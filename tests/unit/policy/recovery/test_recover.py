@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.policy.lifecycle import decide, explain, phase_of
 from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.policy.state.run_state import KillWorker
+from orchestrator.protocol.messages import FinishMode
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase, WorkerError
 from tests.unit.policy.imagined import Life, limits_of
@@ -91,6 +92,22 @@ def test_the_loss_of_everybody_sends_the_run_back_to_a_checkpoint() -> None:
     life.run_to_the_end()
     _trained(life)
     assert life.state.recoveries[0].step == 7
+
+
+@pytest.mark.parametrize("how", [FinishMode.STOP, FinishMode.PAUSE])
+@pytest.mark.parametrize("steps_on", [2, 4, 6])
+def test_a_checkpoint_of_the_abandoned_past_does_not_end_a_run(how: FinishMode, steps_on: int) -> None:
+    """The run went back to step 7, as the checkpoint of step 11 was damaged, and ends before, at and after step 11."""
+    life = Life(limits_of(steps=40), checkpoint_every=4)
+    life.run_until(lambda: life.committed == 11)
+    life.spoilt.add(11)
+    for worker in life.state.members:
+        life.kill(worker)
+    life.run_until(lambda: life.state.activated == 1 and life.step == 7 + steps_on - 1)
+    life.stop_run(how)
+    life.run_to_the_end()
+    assert [recovery.step for recovery in life.state.recoveries] == [7]
+    assert life.marked[-1] == life.step == 7 + steps_on and life.marked[-1] not in life.spoilt
 
 
 def _without_anybody_or_checkpoints() -> Life:

@@ -1,6 +1,7 @@
 """What the ranks of a world save: each element of the state once, whoever holds it."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,35 @@ def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "checkpoints").exists()
     left.free = 2**29
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
+
+
+def test_a_shard_that_changes_before_it_is_read_back_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte of the real file is flipped at the moment between write and read-back."""
+    attempts = []
+    drop = os.posix_fadvise
+
+    def damage_first(descriptor: int, *args: int) -> None:
+        attempts.append([path.name for path in tmp_path.rglob("*") if path.is_file()])
+        if len(attempts) == 1:
+            with Path(f"/proc/self/fd/{descriptor}").open("r+b") as file:
+                file.seek(-3, os.SEEK_END)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 1]))
+                os.fsync(file.fileno())
+        drop(descriptor, *args)
+
+    monkeypatch.setattr(os, "posix_fadvise", damage_first)
+    scene = Scene(tmp_path)
+    scene.save(3)
+    assert "reads back changed: block 0 has sha256" in scene.reasons.get(timeout=10.0)
+    assert scene.written == [] and [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert scene.saver.wait(10.0) and scene.failures == [] and len(attempts) == 2
+    assert all(name.endswith(".partial") for names in attempts for name in names)
+    with CheckpointReader(commit(tmp_path, manifest_of(scene.written, run_id="r", term=2, shapes=SHAPES), term=2)) as r:
+        r.verify()
 
 
 def test_an_error_that_is_not_of_storage_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
