@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from orchestrator.errors import NotFinished, RunFailed, RunStopped
 from orchestrator.protocol.usage import Traffic
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 
 
 class RunPhase(StrEnum):
@@ -122,6 +122,7 @@ class RunStatus:
     priority: int = 0
     resources: dict[str, float] = field(default_factory=dict)  # that each worker reserves; gpus: auto is decided
     held_by: int = 0
+    as_of_time: float | None = field(default=None, compare=False)  # when its controller answered; None from run storage
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

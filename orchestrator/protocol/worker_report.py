@@ -1,25 +1,11 @@
 """A worker's report to its controller, by concern: identity, transition, protection, records, health, process."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.messages import StepFingerprint
 from orchestrator.protocol.step_record import StepRecord
-
-
-class Phase(StrEnum):
-    """Phase of a worker."""
-
-    COLD = "cold"
-    WARMING = "warming"
-    STANDBY = "standby"  # warm, holds no shard
-    TRAINING = "training"
-    MOVING = "moving"  # past a fence: transfer and rebuild
-    READY = "ready"  # holds its shard of the next generation, waits for activation
-    STRANDED = "stranded"  # its generation or the transition from it failed; holds state, waits for a plan
-    FINISHED = "finished"  # the last step is done; the final checkpoint is written
-    FAILED = "failed"
+from orchestrator.protocol.worker_phase import Phase
 
 
 @dataclass(frozen=True)

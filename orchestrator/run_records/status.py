@@ -86,6 +86,7 @@ def status_of(
         worker_group=_worker_group(state, seen),
         priority=limits.priority_of(state.priority),
         held_by=num_holders(state, seen),
+        as_of_time=seen.now_s or None,
     )
 
 

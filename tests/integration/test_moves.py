@@ -14,7 +14,8 @@ from orchestrator.checkpoint.write import commit
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.estimate.worker_memory import StatePlan, plan_memory
 from orchestrator.protocol.messages import Fence
-from orchestrator.protocol.worker_report import Phase, Report
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec

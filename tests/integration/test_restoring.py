@@ -12,7 +12,7 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job

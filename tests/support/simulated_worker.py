@@ -31,7 +31,8 @@ from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan, WorkerJob
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
-from orchestrator.protocol.worker_report import Handover, Phase, Report, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import TrackerPosition, TrackerSetup

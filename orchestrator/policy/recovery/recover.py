@@ -30,7 +30,7 @@ from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import FinishMode, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
 MAX_FRUITLESS = 5  # recoveries in a row with no step between them

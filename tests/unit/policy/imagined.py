@@ -29,7 +29,8 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
-from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Phase, Report, ShardWritten, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Report, ShardWritten, WorkerError
 
 FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
