@@ -26,16 +26,24 @@ class Handover:
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards."""
+    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards.
+
+    Reports carry the newest ones, so it names no tensors: those are in the file's header.
+
+    Args:
+        file: name within the checkpoint directory.
+        header_sha256: digest of the file's header.
+        meta_sha256: digest of the state that is not a tensor; equal on all ranks. It is in the header of rank 0.
+    """
 
     step: int
     generation: int
     rank: int
-    file: str  # name within the checkpoint directory
+    file: str
     sha256: str
-    entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
     num_bytes: int
-    meta: str  # JSON of state that is not a tensor (sampler position, optimizer step); equal on all ranks
+    header_sha256: str
+    meta_sha256: str
 
 
 @dataclass(frozen=True)

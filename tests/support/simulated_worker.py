@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from orchestrator.checkpoint.write import ShardPiece, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece
+from orchestrator.checkpoint.write import write_shard
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain

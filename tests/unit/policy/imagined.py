@@ -348,7 +348,7 @@ class Life:
             return
         if self.step + 1 == self.limits.steps:  # a loss after the last step: only its checkpoint is missing
             for rank, worker in enumerate(members):
-                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", "", (), 0, "{}")
+                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", "", 0, "", "")
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
         self._meet_keeper()
@@ -372,6 +372,6 @@ class Life:
             shards = self.reports[worker].shards
             if write:
                 name = f"rank-{rank}"
-                shards += (ShardWritten(self.step, current.generation, rank, name, "", (), 0, "{}"),)
+                shards += (ShardWritten(self.step, current.generation, rank, name, "", 0, "", ""),)
             phase = Phase.FINISHED if last else Phase.MOVING if self._fenced() else Phase.TRAINING
             self.say(worker, step=self.step, phase=phase, shards=shards)
