@@ -36,7 +36,8 @@ from orchestrator.cluster.actors import find, names_of
 from orchestrator.cluster.calls import ask
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.hangs import SILENT_S
-from orchestrator.protocol.worker_report import Phase, Report
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report
 from orchestrator.storage.journal import read_events
 
 ALARMS = ("generation_aborted", "worker_lost", "transition_abandoned")

@@ -6,6 +6,7 @@ A checkpoint is a directory of run storage, `step-00000120`, with one safetensor
     step-00000120/shard-00000.safetensors
     .incomplete-00000120-000003-000007/  the same before its commit: step, term, generation
 
+The manifest is made from the headers of the files, so ranks report nothing of them but digests.
 A manifest lists tensors and pieces, never ranks or a world size, so any world can read the checkpoint of any other.
 Tensors are named as in the layout: `master/NAME` (fp32 weights), `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`.
 """
@@ -36,6 +37,14 @@ class ShardPart:
     key: str
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """Header of a rank's file: the tensor of each of its pieces, and from rank 0 all state that is not a tensor."""
+
+    parts: tuple[tuple[str, ShardPart], ...]
+    meta: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class CheckpointManifest:
 
 
 def manifest_of(
-    shards: Sequence[ShardWritten],
+    shards: Sequence[tuple[ShardWritten, ShardHeader]],
     *,
     run_id: str,
     term: int,
@@ -131,7 +140,7 @@ def manifest_of(
         ProtocolError: the shards are not of one step and generation, or disagree on `meta` or on the tensors.
         CheckpointCorrupt: the pieces don't cover every tensor exactly once.
     """
-    moments = {(shard.step, shard.generation, shard.meta) for shard in shards}
+    moments = {(shard.step, shard.generation, shard.meta_sha256) for shard, _ in shards}
     if len(moments) != 1:
         raise ProtocolError(
             f"{len(shards)} shards disagree on (step, generation, meta): {sorted(moments)}",
@@ -139,23 +148,26 @@ def manifest_of(
             unchanged="No checkpoint was marked complete.",
         )
     pieces: dict[str, list[ShardPart]] = {name: [] for name in shapes}
-    for shard in shards:
-        for name, key, start, stop in shard.entries:
+    for shard, header in shards:
+        for name, part in header.parts:
             if name not in pieces:
                 raise ProtocolError(f"rank {shard.rank} wrote the tensor {name!r}, of which no shape is known")
-            pieces[name].append(ShardPart(shard.file, key, start, stop))
-    ((step, generation, meta),) = moments
+            pieces[name].append(part)
+    ((step, generation, _),) = moments
+    meta = next((header.meta for _, header in shards if header.meta is not None), None)
+    if meta is None:
+        raise ProtocolError(f"none of {len(shards)} shards holds the state that is not a tensor")
     manifest = CheckpointManifest(
         run_id=run_id,
         step=step,
         term=term,
         generation=generation,
         tensors={name: _tensor_of(shapes[name], (dtypes or {}).get(name), found) for name, found in pieces.items()},
-        files={shard.file: FileEntry(shard.sha256, shard.num_bytes) for shard in shards},
-        meta=json.loads(meta),
+        files={shard.file: FileEntry(shard.sha256, shard.num_bytes) for shard, _ in shards},
+        meta=meta,
     )
     if len(manifest.files) != len(shards):
-        raise ProtocolError(f"two of {len(shards)} shards name the same file: {sorted(s.file for s in shards)}")
+        raise ProtocolError(f"two of {len(shards)} shards name the same file: {sorted(s.file for s, _ in shards)}")
     manifest.check()
     return manifest
 

@@ -4,53 +4,24 @@ Files are read back from the device before they get their names: a write that wa
 
 The shards of a step stay in a hidden directory until every rank has reported its own; `commit` adds the manifest and
 renames the directory. So a checkpoint is complete, or does not exist.
-
-The safetensors format is eight bytes of header length, a JSON header and the raw little-endian arrays
-(https://github.com/huggingface/safetensors#format). It is written here, not by the library, because this writes and
-digests in one pass, without a second copy of the shard in memory.
 """
 
 import errno
-import json
+import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from orchestrator.checkpoint.block_digests import BlockDigests, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest, set_aside
+from orchestrator.checkpoint.shard_file import ShardPiece, shard_chunks
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.atomic import flush, replacing
 
 _FENCE_FILE = ".term"  # holds the highest term that has committed here
-_SAFETENSORS_DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-
-
-@dataclass(frozen=True)
-class ShardPiece:
-    """Elements [start, stop) of a flattened tensor, stored by this rank. `array` has stop - start elements."""
-
-    tensor: str
-    start: int
-    stop: int
-    array: npt.NDArray[Any]
-
-    @property
-    def key(self) -> str:
-        return f"{self.tensor}[{self.start}:{self.stop}]"
 
 
 def write_shard(
@@ -71,7 +42,7 @@ def write_shard(
     Args:
         checkpoints: the run's directory of checkpoints.
         term: term of the generation's plan: it gives all ranks the same directory, even if the controller changes.
-        meta: JSON of the state that is not a tensor; equal on all ranks.
+        meta: JSON of the state that is not a tensor; equal on all ranks, so only rank 0 stores it.
 
     Raises:
         ValueError: an array's length or dtype doesn't fit.
@@ -82,16 +53,18 @@ def write_shard(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard-{rank:05d}.safetensors"
     filled = [piece for piece in pieces if piece.stop > piece.start]
-    sha256, num_bytes = _write_file(path, _safetensors_chunks(filled))
+    chunks = shard_chunks(filled, meta if rank == 0 else None)
+    header = bytes(next(chunks))
+    sha256, num_bytes = _write_file(path, chain([header], chunks))
     return ShardWritten(
         step=step,
         generation=generation,
         rank=rank,
         file=path.name,
         sha256=sha256,
-        entries=tuple((piece.tensor, piece.key, piece.start, piece.stop) for piece in filled),
         num_bytes=num_bytes,
-        meta=meta,
+        header_sha256=hashlib.sha256(header).hexdigest(),
+        meta_sha256=hashlib.sha256(meta.encode()).hexdigest(),
     )
 
 
@@ -175,33 +148,6 @@ def _check_size(path: Path, num_bytes: int) -> None:
             f"{path} has {'no file' if found is None else f'{found} bytes'}, its rank wrote {num_bytes} bytes",
             unchanged="No checkpoint was marked complete; the earlier ones stay.",
         )
-
-
-def _safetensors_chunks(pieces: Sequence[ShardPiece]) -> Iterator[bytes | memoryview]:
-    header: dict[str, object] = {}
-    arrays = []
-    offset = 0
-    for piece in pieces:
-        array = np.ascontiguousarray(piece.array).reshape(-1)
-        if array.size != piece.stop - piece.start or array.dtype.name not in _SAFETENSORS_DTYPES:
-            raise ValueError(
-                f"{piece.key} got {array.size} elements of {array.dtype}; "
-                f"it needs {piece.stop - piece.start} of one of {', '.join(_SAFETENSORS_DTYPES)}"
-            )
-        header[piece.key] = {
-            "dtype": _SAFETENSORS_DTYPES[array.dtype.name],
-            "shape": [array.size],
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-        arrays.append(array)
-    if len(header) != len(pieces):
-        raise ValueError(f"a range is named twice among {[piece.key for piece in pieces]}")
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # arrays start at a multiple of 8, aligned for readers that map the file
-    yield len(encoded).to_bytes(8, "little") + encoded
-    for array in arrays:
-        yield array.view(np.uint8).data
 
 
 def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[tuple[str, ...], int]:

@@ -31,7 +31,7 @@ def check_head(address: str) -> None:
     import grpc  # type: ignore[import-untyped]  # Ray's Jobs API and dashboard need it too
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-    if _is_allowed():
+    if is_open_allowed():
         return
     question: Any = gcs_service_pb2.GetAllNodeInfoRequest()  # type: ignore[attr-defined]
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -54,7 +54,7 @@ def check_jobs_port(url: str) -> None:
     """Check the same for a Jobs API. Raises NotAllowed, and RequestException if nothing answers."""
     import requests
 
-    if _is_allowed() or is_loopback(urlsplit(url).hostname or ""):
+    if is_open_allowed() or is_loopback(urlsplit(url).hostname or ""):
         return
     bare = {"auth": lambda request: request, "allow_redirects": False}  # nothing from ~/.netrc either
     if requests.get(f"{url.rstrip('/')}/api/version", timeout=ANSWER_TIMEOUT_S, **bare).ok:  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def check_token_file() -> None:
     """
     if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    path = _token_path()
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
@@ -82,6 +82,14 @@ def check_token_file() -> None:
             f"the token in {path} may be read by others (mode {mode:04o})",
             remedy=f"`chmod 600 {path}`, and have the cluster ask for another one if others may have seen it.",
         )
+
+
+def read_token() -> str | None:
+    """This process's token; None if it uses none. Raises NotAllowed as `check_token_file`."""
+    check_token_file()
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return None
+    return (os.environ.get("RAY_AUTH_TOKEN") or _token_path().read_text()).strip()
 
 
 def reread_environment() -> None:
@@ -110,8 +118,13 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(info[4][0]).partition("%")[0]).is_loopback for info in found)
 
 
-def _is_allowed() -> bool:
+def is_open_allowed() -> bool:
+    """Whether this process accepts clusters that ask for no token."""
     return os.environ.get(ALLOW_NO_TOKEN) == "1"
+
+
+def _token_path() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
 def _asks_for_none(address: str) -> NotAllowed:

@@ -31,16 +31,26 @@ def connect(address: str | None = None) -> str:
     if "ray" in sys.modules and (joined := _connected_to()) is not None:
         check_head(joined)
         return joined
+    wanted = find_cluster(address)
+    probe(wanted)
+    check_token_file()
+    check_head(wanted)
+    _join(wanted)
+    return wanted
+
+
+def find_cluster(address: str | None) -> str:
+    """The address to connect to, as of `connect`. For the local cluster it sets the environment with its token.
+
+    Raises:
+        ClusterUnreachable: no cluster is named, and there is no local one.
+    """
     record = local.status()
     wanted = address or os.environ.get("RAY_ADDRESS") or (record.address if record is not None else None)
     if wanted is None:
         raise ClusterUnreachable("there is no cluster on this machine, and none was named", remedy=START_ONE)
-    probe(wanted)
     if record is not None and wanted == record.address:
         os.environ.update(local.environment(record))
-    check_token_file()
-    check_head(wanted)
-    _join(wanted)
     return wanted
 
 

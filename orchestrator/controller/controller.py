@@ -18,6 +18,7 @@ from pathlib import Path
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
+from orchestrator.cluster.published.status_publisher import StatusPublisher
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.keep_alive import keeping_workers_alive
@@ -79,7 +80,8 @@ class RunController:
         self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, monitors, storage)
         decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests, inbox)
         polls = Polls(inbox, storage, run.memory, self._worker_group, services, monitors, recorder, self._observer)
-        self._loop = RunLoop(run, polls, storage, decisions, self._worker_group, services, self._observer)
+        publisher = StatusPublisher(run_id, self.status)
+        self._loop = RunLoop(run, polls, storage, decisions, self._worker_group, services, self._observer, publisher)
         resources = run.job.resources
         log.info("each worker reserves %g CPUs and %g GPUs", resources.cpus, resources.num_gpus)
         log.info("run %s: controller of term %d, pid %d", run_id, run.memory.term, os.getpid())

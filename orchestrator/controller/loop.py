@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import ray
 
+from orchestrator.cluster.published.status_publisher import StatusPublisher
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.observer import Observer
@@ -43,15 +44,17 @@ class RunLoop:
         worker_group: WorkerGroup,
         services: RunServices,
         observer: Observer,
+        publisher: StatusPublisher,
     ) -> None:
         self._run_id, self._limits, self._memory = run.run_id, run.limits, run.memory
         self._polls, self._storage, self._decisions, self._observer = polls, storage, decisions, observer
-        self._worker_group, self._services = worker_group, services
+        self._worker_group, self._services, self._publisher = worker_group, services, publisher
         self._has_begun = False
         self.has_closed = False  # everything of the run has ended
 
     def live(self) -> None:
         """Control the run to its end, then end this process."""
+        self._publisher.start()
         try:
             try:
                 self._adopt()
@@ -88,6 +91,7 @@ class RunLoop:
             if self._memory.compactor.is_due() and not self._storage.is_pending("compaction"):
                 self._storage.add("compaction", self._memory.compactor.advance)
             self._storage.advance()
+            self._publisher.note(self._memory.state)
 
     def _begin(self) -> StorageTask[None]:
         with suppress(StorageError, OSError):  # the loop tries again
@@ -127,6 +131,7 @@ class RunLoop:
         self._polls.collect_last()
         self._worker_group.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
+        self._publisher.close()
         self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
         retry_until_written(lambda: run_inline(self._memory.conclude(to_json(self._observer.status(closed=True)))))

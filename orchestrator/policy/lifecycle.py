@@ -48,7 +48,7 @@ from orchestrator.policy.termination import ask_finish, commit_checkpoint, end_r
 from orchestrator.protocol.messages import DesiredRunState, Directive, FinishMode
 from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 
 Rule = Callable[[RunLimits, RunState, Observation], Decision]
 

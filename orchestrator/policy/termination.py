@@ -9,7 +9,8 @@ from orchestrator.policy.state.requests import suspended
 from orchestrator.policy.state.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
 from orchestrator.protocol.messages import FinishMode
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase, ShardWritten
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ShardWritten
 
 MAX_FAILED_SPAWNS = 3  # in a row
 OUTCOMES = {FinishMode.STOP: RunPhase.STOPPED, FinishMode.STOP_NOW: RunPhase.STOPPED, FinishMode.PAUSE: RunPhase.PAUSED}

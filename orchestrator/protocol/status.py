@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from orchestrator.errors import NotFinished, RunFailed, RunStopped
 from orchestrator.protocol.usage import Traffic
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.storage.condition import StorageCondition
 
 
@@ -126,6 +126,7 @@ class RunStatus:
     held_by: int = 0
     storage: StorageCondition = StorageCondition.WELL  # after the end: as it was then
     uncommitted: int = 0
+    as_of_time: float | None = field(default=None, compare=False)  # when its controller answered; None from run storage
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

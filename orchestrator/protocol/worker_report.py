@@ -1,26 +1,12 @@
 """A worker's report to its controller, by concern: identity, transition, protection, records, health, process."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.messages import StepFingerprint
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.storage.condition import StorageTrouble
-
-
-class Phase(StrEnum):
-    """Phase of a worker."""
-
-    COLD = "cold"
-    WARMING = "warming"
-    STANDBY = "standby"  # warm, holds no shard
-    TRAINING = "training"
-    MOVING = "moving"  # past a fence: transfer and rebuild
-    READY = "ready"  # holds its shard of the next generation, waits for activation
-    STRANDED = "stranded"  # its generation or the transition from it failed; holds state, waits for a plan
-    FINISHED = "finished"  # the last step is done; the final checkpoint is written
-    FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -41,16 +27,25 @@ class Handover:
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards."""
+    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards.
+
+    Reports carry the newest ones, so it names no tensors: those are in the file's header.
+
+    Args:
+        file: name within the checkpoint directory.
+        sha256: digests of the file's blocks (`orchestrator.checkpoint.block_digests`).
+        header_sha256: digest of its header.
+        meta_sha256: digest of the state that is not a tensor; equal on all ranks. It is in the header of rank 0.
+    """
 
     step: int
     generation: int
     rank: int
-    file: str  # name within the checkpoint directory
-    sha256: tuple[str, ...]  # of each block of the file
-    entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
+    file: str
+    sha256: tuple[str, ...]
     num_bytes: int
-    meta: str  # JSON of state that is not a tensor (sampler position, optimizer step); equal on all ranks
+    header_sha256: str
+    meta_sha256: str
 
 
 @dataclass(frozen=True)

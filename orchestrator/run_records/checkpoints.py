@@ -1,11 +1,11 @@
 """Checkpoints as the controller handles them: the marker that completes the ranks' shards, retention and search."""
 
 import errno
-import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checkpoint.manifest import manifest_of, parse_incomplete_name, parse_step_name, step_name
 from orchestrator.checkpoint.read import (
@@ -19,6 +19,7 @@ from orchestrator.checkpoint.read import (
     set_aside,
 )
 from orchestrator.checkpoint.retention import best_checkpoints
+from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.run_state import Commit
@@ -45,13 +46,14 @@ def commit_checkpoint(run_id: str, run_dir: Path, term: int, action: Commit) -> 
     Raises:
         CheckpointCorrupt: the shards don't cover every tensor, or a file differs from what its rank wrote.
     """
+    shards = read_shards(run_dir / DIRECTORY, action.shards, term=action.term)
     shapes: dict[str, tuple[int, ...]] = {}
-    for shard in action.shards:
-        for name, _, _, stop in shard.entries:
-            shapes[name] = (max(stop, *shapes.get(name, (0,))),)
-    listed = json.loads(action.shards[0].meta).get("shapes", {})
+    for _, header in shards:
+        for name, part in header.parts:
+            shapes[name] = (max(part.stop, *shapes.get(name, (0,))),)
+    listed: Any = next((header.meta for _, header in shards if header.meta is not None), {}).get("shapes", {})
     shapes |= {name: tuple(shape) for name, shape in listed.items() if name in shapes}
-    manifest = manifest_of(action.shards, run_id=run_id, term=action.term, shapes=shapes)
+    manifest = manifest_of(shards, run_id=run_id, term=action.term, shapes=shapes)
     return commit(run_dir / DIRECTORY, manifest, term=term)
 
 

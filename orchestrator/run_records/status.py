@@ -92,6 +92,7 @@ def status_of(
         priority=limits.priority_of(state.priority),
         held_by=num_holders(state, seen),
         uncommitted=num_uncommitted(limits, state, seen),
+        as_of_time=seen.now_s or None,
     )
 
 

@@ -25,7 +25,8 @@ from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.dry_run import rehearse
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.messages import Directive, WorkerJob
-from orchestrator.protocol.worker_report import Phase, Report, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.log_file import flush_logs

@@ -3,8 +3,7 @@
 `Trainer.run` is a worker's life, a walk through the states of `orchestrator.worker.states`. A rescale happens in
 `Trainer._rescale`: between the fence at which `Trainer._train` ends one generation and the activation for which
 `Trainer._activate` waits. When a peer fails, or the step fails here, the generation is over (`Trainer._interrupt`,
-`Trainer._strand`): the thread releases everything that peers may wait for, keeps its state, and waits for the plan of
-the next generation.
+`Trainer._strand`): the thread releases what peers may wait for, keeps its state, and waits for the next plan.
 """
 
 import gc
@@ -15,7 +14,8 @@ from pathlib import Path
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.protocol.messages import GenerationPlan
-from orchestrator.protocol.worker_report import Phase, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import WorkerError
 from orchestrator.worker.plan_wait import PlanWaiter
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle

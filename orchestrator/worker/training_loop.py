@@ -7,7 +7,8 @@ from orchestrator.comm import collective_stats
 from orchestrator.policy.health.loss_spike import explosion
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.messages import FinishMode
-from orchestrator.protocol.worker_report import Phase, Saturation
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Saturation
 from orchestrator.spec.fault_tolerance import COMMITTED, MAX_UNPUBLISHED
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded

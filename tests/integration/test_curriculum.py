@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.protocol.messages import StageStart
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.client import OrchestratorClient
 from orchestrator.elastic.expert_placement import ExpertPlacement
@@ -57,7 +58,8 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
     wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
     wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
     directory = Path(worker_group.job.storage_dir) / "checkpoints"
-    path = commit(directory, manifest_of(shards, run_id="test", term=1, shapes=wanted), term=1)
+    written = read_shards(directory, shards, term=1)
+    path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted), term=1)
     with CheckpointReader(path) as reader:
         return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
 

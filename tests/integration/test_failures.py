@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.worker_report import Phase, Report
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 

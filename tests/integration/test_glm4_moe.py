@@ -12,7 +12,8 @@ from orchestrator.checkpoint.hf import export
 from orchestrator.checkpoint.hf.export import export_hf
 from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.manifest import manifest_of
-from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, UsageError
@@ -130,7 +131,8 @@ def _checkpoint_of(model: MoELanguageModel, directory: Path) -> Path:
                 pieces.append(ShardPiece(name, start, stop, flat[start:stop]))
         shards.append(write_shard(directory, pieces, step=7, term=1, generation=0, rank=rank, meta="{}"))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return commit(directory, manifest_of(shards, run_id="run", term=1, shapes=shapes), term=1)
+    written = read_shards(directory, shards, term=1)
+    return commit(directory, manifest_of(written, run_id="run", term=1, shapes=shapes), term=1)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-5), ("bf16", 0.2)])

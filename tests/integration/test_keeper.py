@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.worker_report import Phase, ProtectionReport
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ProtectionReport
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job

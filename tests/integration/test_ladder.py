@@ -14,7 +14,8 @@ import pytest
 
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import GenerationPlan
-from orchestrator.protocol.worker_report import Phase, Report, ShardWritten
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report, ShardWritten
 from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
 from orchestrator.sampling.sample_ledger import audit
 from tests.support.faults import Fault, Moment

@@ -10,11 +10,13 @@ import pytest
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.estimate.worker_memory import StatePlan, plan_memory
 from orchestrator.protocol.messages import Fence
-from orchestrator.protocol.worker_report import Phase, Report
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec
@@ -199,7 +201,8 @@ def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
         params, buffers, shapes = catalogue(small_job(texts).model, VOCAB)
         wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
         wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
-        path = commit(directory, manifest_of(shards, run_id="test", term=1, shapes=wanted), term=1)
+        written = read_shards(directory, shards, term=1)
+        path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted), term=1)
         readers.append(CheckpointReader(path))
     ours, alone = readers
     ours.verify()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.worker.runtime.errors import NO_MEMORY

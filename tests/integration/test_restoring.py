@@ -1,18 +1,17 @@
 """Real workers that begin from a checkpoint of another world: the same bits, the same steps after it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.checkpoint.write import commit
+from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job
@@ -31,10 +30,8 @@ def _train(worker_group: Crew, restore: Restore | None = None) -> None:
 def _commit(worker_group: Crew, step: int) -> Path:
     """Mark the checkpoint of `step` complete, as a controller does."""
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
-    shapes = {name: (stop,) for shard in shards for name, _, start, stop in shard.entries if start == 0}
-    shapes |= {name: tuple(shape) for name, shape in json.loads(shards[0].meta)["shapes"].items()}
-    manifest = manifest_of(shards, run_id="test", term=1, shapes=shapes)
-    return commit(Path(worker_group.job.storage_dir) / "checkpoints", manifest, term=1)
+    complete = Commit(step, 1, shards[0].generation, tuple(shards))
+    return commit_checkpoint("test", Path(worker_group.job.storage_dir), 1, complete)
 
 
 def _job(texts: Path, compression: str = "none", **train: Any) -> JobSpec:

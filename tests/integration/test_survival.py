@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support.texts import STEPS, small_job

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support import pools
 from tests.support.texts import small_job

@@ -16,7 +16,8 @@ from orchestrator.protocol.changes import changed
 from orchestrator.protocol.messages import PastWorld, ReplayTask, StepFingerprint
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase, ReplayResult
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ReplayResult
 from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.fault_tolerance import CheckpointSpec, VerifySpec

@@ -24,14 +24,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from orchestrator.checkpoint.write import ShardPiece, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece
+from orchestrator.checkpoint.write import write_shard
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan, WorkerJob
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
-from orchestrator.protocol.worker_report import Handover, Phase, Report, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import TrackerPosition, TrackerSetup

@@ -36,7 +36,8 @@ from orchestrator.protocol.messages import (
     WorkerJob,
 )
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase, Report
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from tests.support import forks
 

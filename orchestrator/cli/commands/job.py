@@ -5,15 +5,17 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.terminal.format import NONE, counted, pool, size
+from orchestrator.cli.terminal.format import NONE, counted, size
 from orchestrator.cli.terminal.options import GROUPS, JobFile, Output
 from orchestrator.cli.terminal.output import Format, narrate, show, show_json, show_table
 from orchestrator.errors import UsageError
+from orchestrator.policy.cluster.node_pools import shown
 from orchestrator.policy.estimate.job_plan import JobPlan, WorldPlan
 from orchestrator.policy.estimate.memory_check import check_memory, crowding
 from orchestrator.protocol.codec import to_plain
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 
 LINK_BYTES_PER_S = 125e6
 NOTES = (
@@ -41,7 +43,7 @@ def validate(job: JobFile, output: Output = Format.TEXT) -> None:
     workers = spec.workers
     narrate(
         f"{job} is valid: run {spec.name}, {spec.train.max_steps} steps, {counted(workers.initial, 'worker')} at first "
-        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.n_routed_experts} experts"
+        f"({workers.min} to {workers.max}){_pool(workers)}, {spec.model.n_routed_experts} experts"
     )
 
 
@@ -93,9 +95,14 @@ def plan(
         narrate(f"Warning: {warning}")
 
 
+def _pool(workers: WorkersSpec) -> str:
+    """A suffix that names the nodes on which workers may live; empty for all nodes."""
+    return f" on nodes with labels {shown(workers.label_selector)}" if workers.label_selector else ""
+
+
 def _notes(spec: JobSpec) -> Iterator[str]:
     if spec.workers.label_selector:
-        yield f"Workers live{pool(spec.workers)} only."
+        yield f"Workers live{_pool(spec.workers)} only."
     if spec.train.fits_memory:
         yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to fit memory."
     if spec.data.row_format == BY_DOCUMENT:

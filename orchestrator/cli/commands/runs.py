@@ -1,11 +1,11 @@
 """`submit`, `ls`, `status`, `wait`: runs and their status."""
 
+import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.commands.remote import submit_by_url
-from orchestrator.cli.terminal.answers import NamedRun
 from orchestrator.cli.terminal.format import NONE, moment, number, progress
 from orchestrator.cli.terminal.options import (
     RUNS,
@@ -24,6 +24,7 @@ from orchestrator.cli.terminal.options import (
 from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json, show_line, show_table
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.status import RunStatus
 
 
 def submit(
@@ -41,6 +42,8 @@ def submit(
 
     overrides = overrides_of(settings, workers)
     if is_url(address):
+        from orchestrator.cli.commands.remote import submit_by_url
+
         run_id, _ = submit_by_url(str(address), job, name, overrides, dry_run)
         show_name(run_id, output)
         return
@@ -93,23 +96,32 @@ def status(
     run: RunId, watch: Watch = False, storage: Storage = None, address: Address = None, output: Output = Format.TEXT
 ) -> None:
     """Show a run's progress and state, or how it ended. Watching ends with the run."""
+    from orchestrator.cluster.published.status_reader import published_status
+
+    found = published_status(run, address) if storage is None and not watch else None
+    if found is None:
+        found = _looked_up(run, watch, storage, address, output)
+    if output is Format.JSON:
+        if not watch:
+            show_json(to_plain(found))
+        return
+    from orchestrator.cli.terminal.summary import aligned, details
+
+    if found.traceback:
+        show(found.traceback.rstrip())
+    show(aligned(details(found, time.time())))
+
+
+def _looked_up(run: str, watch: bool, storage: Path | None, address: str | None, output: Format) -> RunStatus:
+    """The run's status from its cluster or from run storage, with `watch` at its end."""
     from orchestrator.cli.terminal.progress import watch_runs
     from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.cli.terminal.summary import aligned, details
 
     place = find_run(run, storage, address)
     if watch:
         on_change = (lambda s: show_line(to_plain(s))) if output is Format.JSON else None
         watch_runs(lambda: (place.status(),), on_change, place.is_over)
-        if output is Format.JSON:
-            return
-    found = place.status()
-    if output is Format.JSON:
-        show_json(to_plain(found))
-        return
-    if found.traceback:
-        show(found.traceback.rstrip())
-    show(aligned(details(found)))
+    return place.status()
 
 
 def wait(
@@ -135,6 +147,8 @@ def wait(
 
 def show_name(run_id: str, output: Format) -> None:
     if output is Format.JSON:
+        from orchestrator.cli.terminal.answers import NamedRun
+
         show_json(to_plain(NamedRun(run_id)))
     else:
         show(run_id)

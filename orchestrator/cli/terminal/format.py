@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from orchestrator.policy.cluster.node_pools import shown
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.protocol.usage import Traffic
-from orchestrator.spec.workers import WorkersSpec
 
 NONE = "-"
 STAMPS = ("seq", "term", "time", "kind")  # of an event
@@ -19,11 +17,6 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def pool(workers: WorkersSpec) -> str:
-    """A suffix that names the nodes on which workers may live; empty for all nodes."""
-    return f" on nodes with labels {shown(workers.label_selector)}" if workers.label_selector else ""
 
 
 def rate(tokens_per_second: float | None) -> str:

@@ -43,11 +43,13 @@ def summary(status: RunStatus) -> list[tuple[str, str]]:
     return lines
 
 
-def details(status: RunStatus) -> list[tuple[str, str]]:
-    """The summary of a run, and its current state."""
+def details(status: RunStatus, now_s: float) -> list[tuple[str, str]]:
+    """The summary of a run, and its current state; while it is active also how long ago its controller reported it."""
+    as_of = [] if status.as_of_time is None or status.phase.ended else [("as of", _ago(now_s - status.as_of_time))]
     return [
         *summary(status),
         ("state", status.why or NONE),
+        *as_of,
         ("priority", str(status.priority)),
         ("workers", workers(status) if status.workers_now else NONE),
         ("each worker", resources(status.resources)),
@@ -76,6 +78,10 @@ def tracking_command(url: str) -> str:
 
 def _from_to(first: float | None, last: float | None) -> str:
     return NONE if last is None else f"{number(first)} -> {number(last)}"
+
+
+def _ago(seconds: float) -> str:
+    return f"{duration(max(0.0, seconds))} ago"
 
 
 def _held(status: RunStatus) -> str:

@@ -18,7 +18,7 @@ from orchestrator.policy.state.progress import NOISE, gain_of, speeds, typical_s
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size, workers_to_hold
 from orchestrator.protocol.scaling import ScalingView
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.workers import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
 STALL_S = 1.0  # assumed cost of a rescale before one was measured

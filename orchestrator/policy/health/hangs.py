@@ -7,7 +7,7 @@ in the next one: the member that has entered the fewest collectives.
 
 from orchestrator.policy.state.progress import typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 
 SILENT_S = 2.25  # without an answer from a warm worker
 SILENT_WHEN_STOPPING_S = 1.0  # likewise, after its peers complained and it should have stopped

@@ -19,7 +19,8 @@ from orchestrator.policy.state.run_state import Decision, KillWorker, Observatio
 from orchestrator.protocol.events.generations import GenerationAborted, TransitionAbandoned
 from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.protocol.status import Recovery
-from orchestrator.protocol.worker_report import Phase, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import WorkerError
 
 OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of the worker that reports them
 STOP_S = 3.0  # a member of an aborted generation that does not stop within this counts as hung

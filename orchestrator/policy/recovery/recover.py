@@ -31,7 +31,7 @@ from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import FinishMode, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import COMMITTED
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic

@@ -13,7 +13,7 @@ from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.events.generations import GenerationPlanned
 from orchestrator.protocol.messages import GenerationPlan, StateSource
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
 BLAME_S = 1.0  # a dead process or rendezvous store is identified within this after its peers notice

@@ -13,7 +13,8 @@ from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.workers import KeeperConnected, KeeperLost
 from orchestrator.protocol.messages import Keeper
-from orchestrator.protocol.worker_report import Phase, ProtectionReport
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ProtectionReport
 
 AGAIN_S = 10.0  # after a connection to a keeper has ended, until another one is chosen
 NONE = ProtectionReport()

@@ -35,7 +35,8 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled, TransitionAbandoned
 from orchestrator.protocol.messages import Fence, GenerationPlan
 from orchestrator.protocol.status import Recovery, Rescale
-from orchestrator.protocol.worker_report import Handover, Phase
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Handover
 from orchestrator.sampling.micro_batches import UNSAID
 
 Change = TypeVar("Change", Rescale, Recovery)
@@ -227,8 +228,7 @@ def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Cha
     if change.stall_s is not None:
         return change
     is_past = change.generation != state.activated or seen.progress.watermark + 1 >= limits.steps
-    stall = stall_s(seen.progress, change.generation, is_past)
-    return change if stall is None else replace(change, stall_s=stall)
+    return replace(change, stall_s=stall_s(seen.progress, change.generation, is_past))
 
 
 def _is_ready(seen: Observation, worker: str, generation: int) -> bool:

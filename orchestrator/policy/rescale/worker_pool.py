@@ -28,7 +28,7 @@ from orchestrator.protocol.events.workers import (
     WorkersSpawned,
 )
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 
 
 def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

@@ -33,7 +33,8 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
-from orchestrator.protocol.worker_report import Phase, Report, ShardWritten
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report, ShardWritten
 
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 

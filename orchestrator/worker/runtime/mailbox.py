@@ -12,7 +12,8 @@ from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase, ProcessReport, Report, ShardWritten
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ProcessReport, Report, ShardWritten
 from orchestrator.storage.condition import StorageTrouble
 
 MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable

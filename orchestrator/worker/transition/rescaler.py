@@ -2,7 +2,7 @@
 
 import logging
 
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import COMMITTED
 from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.runtime.mailbox import WorkerMailbox

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from orchestrator.checkpoint.write import ShardPiece, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece
+from orchestrator.checkpoint.write import write_shard
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL

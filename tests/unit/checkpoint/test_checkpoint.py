@@ -10,9 +10,16 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, manifest_of
+from orchestrator.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    ShardPart,
+    incomplete_name,
+    manifest_of,
+)
 from orchestrator.checkpoint.read import CheckpointReader, choose, list_checkpoints, prune, set_aside
-from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.errors import CheckpointCorrupt, NotFound, ProtocolError, TermSuperseded
 
 State = dict[str, npt.NDArray[np.float32]]
@@ -39,7 +46,7 @@ def write(
                 checkpoints, pieces, step=step, term=term, generation=generation, rank=rank, meta='{"position": 64}'
             )
         )
-    return manifest_of(shards, run_id="r", term=term, shapes=SHAPES)
+    return manifest_of(read_shards(checkpoints, shards, term=term), run_id="r", term=term, shapes=SHAPES)
 
 
 def save(checkpoints: Path, state: State, step: int, world_size: int = 2, term: int = 1, generation: int = 0) -> Path:
@@ -97,6 +104,45 @@ def test_the_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> Non
     np.testing.assert_array_equal(loaded["buffer/mask[0:4]"], np.array([True, False, True, True]), strict=True)
     np.testing.assert_array_equal(loaded["buffer/strided[0:3]"], np.array([0, 2, 4], np.float32), strict=True)
     assert (shard.sha256, shard.num_bytes) == ((hashlib.sha256(path.read_bytes()).hexdigest(),), path.stat().st_size)
+
+
+def test_headers_name_the_pieces_and_rank_0_has_the_rest(tmp_path: Path) -> None:
+    pieces = [ShardPiece("master/a[1]", 3, 5, np.zeros(2, np.float32)), ShardPiece("b", 0, 1, np.zeros(1, np.uint8))]
+    shards = [
+        write_shard(tmp_path, pieces[rank : rank + 1], step=1, term=2, generation=3, rank=rank, meta='{"position": 64}')
+        for rank in range(2)
+    ]
+    first, second = (header for _, header in read_shards(tmp_path, shards, term=2))
+    assert first.parts == (("master/a[1]", ShardPart(shards[0].file, "master/a[1][3:5]", 3, 5)),)
+    assert second.parts == (("b", ShardPart(shards[1].file, "b[0:1]", 0, 1)),)
+    assert (first.meta, second.meta) == ({"position": 64}, None)
+    assert shards[0].meta_sha256 == shards[1].meta_sha256
+
+
+def test_headers_are_read_of_a_committed_checkpoint_too(tmp_path: Path) -> None:
+    piece = ShardPiece("w", 0, 4, np.arange(4, dtype=np.float32))
+    shards = [write_shard(tmp_path, [piece], step=3, term=1, generation=0, rank=0)]
+    before = read_shards(tmp_path, shards, term=1)
+    commit(tmp_path, manifest_of(before, run_id="r", term=1, shapes={"w": (4,)}), term=1)
+    assert read_shards(tmp_path, shards, term=1) == before
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 20])
+def test_a_changed_header_is_refused(tmp_path: Path, at: int) -> None:
+    piece = ShardPiece("w", 0, 4, np.arange(4, dtype=np.float32))
+    shard = write_shard(tmp_path, [piece], step=3, term=1, generation=0, rank=0)
+    path = tmp_path / incomplete_name(3, 1, 0) / shard.file
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointCorrupt, match="has a header with sha256"):
+        read_shards(tmp_path, [shard], term=1)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointCorrupt, match="has a header with sha256"):
+        read_shards(tmp_path, [shard], term=1)
+    path.unlink()
+    with pytest.raises(CheckpointCorrupt, match="has no file"):
+        read_shards(tmp_path, [shard], term=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from orchestrator.checkpoint.manifest import (
     CheckpointManifest,
     FileEntry,
+    ShardHeader,
     ShardPart,
     TensorEntry,
     incomplete_name,
@@ -19,21 +20,30 @@ from orchestrator.checkpoint.manifest import (
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
 from orchestrator.protocol.worker_report import ShardWritten
 
+Shard = tuple[ShardWritten, ShardHeader]
 
-def shard(rank: int, *entries: tuple[str, int, int], step: int = 120, meta: str = '{"position": 9}') -> ShardWritten:
-    return ShardWritten(
-        step=step,
+
+def shard(rank: int, *pieces: tuple[str, int, int]) -> Shard:
+    file = f"shard-{rank:05d}.safetensors"
+    parts = tuple((name, ShardPart(file, f"{name}[{start}:{stop}]", start, stop)) for name, start, stop in pieces)
+    written = ShardWritten(
+        step=120,
         generation=2,
         rank=rank,
-        file=f"shard-{rank:05d}.safetensors",
+        file=file,
         sha256=("ab" * 32,),
-        entries=tuple((name, f"{name}[{start}:{stop}]", start, stop) for name, start, stop in entries),
         num_bytes=8,
-        meta=meta,
+        header_sha256="cd" * 32,
+        meta_sha256="ef" * 32,
     )
+    return written, ShardHeader(parts, {"position": 9} if rank == 0 else None)
 
 
-def joined(*shards: ShardWritten) -> CheckpointManifest:
+def changed(shard: Shard, **changes: object) -> Shard:
+    return replace(shard[0], **changes), shard[1]  # type: ignore[arg-type]
+
+
+def joined(*shards: Shard) -> CheckpointManifest:
     return manifest_of(shards, run_id="r", term=3, shapes={"master/w": (2, 3), "buffer/n": ()})
 
 
@@ -67,7 +77,7 @@ def test_shards_of_any_order_make_one_manifest() -> None:
         pytest.param([shard(0, ("master/w", 0, 9), ("buffer/n", 0, 1))], "up to element 9 of 6", id="too-long"),
     ],
 )
-def test_pieces_must_cover_each_tensor_once(shards: list[ShardWritten], rule: str) -> None:
+def test_pieces_must_cover_each_tensor_once(shards: list[Shard], rule: str) -> None:
     with pytest.raises(CheckpointCorrupt, match=rule):
         joined(*shards)
 
@@ -76,14 +86,15 @@ def test_pieces_must_cover_each_tensor_once(shards: list[ShardWritten], rule: st
     ("shards", "rule"),
     [
         pytest.param([], "0 shards disagree", id="none"),
-        pytest.param([WHOLE[0], replace(WHOLE[1], step=121)], "disagree", id="two-steps"),
-        pytest.param([WHOLE[0], replace(WHOLE[1], generation=3)], "disagree", id="two-generations"),
-        pytest.param([WHOLE[0], replace(WHOLE[1], meta="{}")], "disagree", id="two-metas"),
+        pytest.param([WHOLE[0], changed(WHOLE[1], step=121)], "disagree", id="two-steps"),
+        pytest.param([WHOLE[0], changed(WHOLE[1], generation=3)], "disagree", id="two-generations"),
+        pytest.param([WHOLE[0], changed(WHOLE[1], meta_sha256="")], "disagree", id="two-metas"),
+        pytest.param([WHOLE[0]], "none of 1 shards holds the state that is not a tensor", id="no-meta"),
         pytest.param([*WHOLE, shard(2, ("master/v", 0, 6))], "no shape is known", id="unknown-tensor"),
-        pytest.param([WHOLE[0], replace(WHOLE[1], file=WHOLE[0].file)], "the same file", id="one-file-twice"),
+        pytest.param([WHOLE[0], changed(WHOLE[1], file=WHOLE[0][0].file)], "the same file", id="one-file-twice"),
     ],
 )
-def test_shards_must_belong_together(shards: list[ShardWritten], rule: str) -> None:
+def test_shards_must_belong_together(shards: list[Shard], rule: str) -> None:
     with pytest.raises(ProtocolError, match=rule):
         joined(*shards)
 
@@ -117,7 +128,7 @@ def test_json_that_was_changed_is_refused(text: str) -> None:
         pytest.param({"files": {}}, "which is not listed", id="file-not-listed"),
         pytest.param({"tensors": {"t": TensorEntry("bfloat16", (1,), ())}}, "stored are float32", id="dtype"),
         pytest.param(
-            {"tensors": {"t": TensorEntry("float32", (0,), (ShardPart(WHOLE[0].file, "t", 0, 0),))}},
+            {"tensors": {"t": TensorEntry("float32", (0,), (ShardPart(WHOLE[0][0].file, "t", 0, 0),))}},
             "empty piece",
             id="empty-piece",
         ),

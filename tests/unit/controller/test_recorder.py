@@ -9,7 +9,8 @@ import pytest
 
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.startup import OpenedRun
-from orchestrator.protocol.worker_report import HealthReport, Phase, ProcessReport, Report, Saturation
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import HealthReport, ProcessReport, Report, Saturation
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import user_events
 from orchestrator.spec.job import JobSpec

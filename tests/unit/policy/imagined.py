@@ -29,7 +29,8 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
-from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Phase, Report, ShardWritten, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Report, ShardWritten, WorkerError
 
 FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
@@ -355,7 +356,7 @@ class Life:
             return
         if self.step + 1 == self.limits.steps:  # a loss after the last step: only its checkpoint is missing
             for rank, worker in enumerate(members):
-                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", (), (), 0, "{}")
+                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", (), 0, "", "")
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
         self._meet_keeper()
@@ -380,6 +381,6 @@ class Life:
             shards = self.reports[worker].shards
             if write:
                 name = f"rank-{rank}"
-                shards += (ShardWritten(self.step, current.generation, rank, name, (), (), 0, "{}"),)
+                shards += (ShardWritten(self.step, current.generation, rank, name, (), 0, "", ""),)
             phase = Phase.FINISHED if last else Phase.MOVING if self._fenced() else Phase.TRAINING
             self.say(worker, step=self.step, phase=phase, shards=shards)

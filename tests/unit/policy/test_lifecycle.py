@@ -15,7 +15,8 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.workers import WorkersSpawned
 from orchestrator.protocol.messages import Fence, FinishMode, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Handover, Phase, Report, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from tests.unit.policy.imagined import Life, limits_of
 
 

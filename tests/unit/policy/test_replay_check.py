@@ -12,7 +12,8 @@ from orchestrator.policy.state.requests import begun_again
 from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
 from orchestrator.protocol.messages import PastWorld, ReplayTask, Restore, StepFingerprint
-from orchestrator.protocol.worker_report import Phase, ReplayResult
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ReplayResult
 from orchestrator.spec.fault_tolerance import VerifySpec
 from tests.unit.policy.imagined import Life, limits_of, record
 

@@ -3,7 +3,7 @@
 from orchestrator.policy.lifecycle import explain
 from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from tests.unit.policy.imagined import Life, limits_of
 
 ELSEWHERE = StoreAddress("10.0.0.1", 2)

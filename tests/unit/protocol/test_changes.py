@@ -4,7 +4,8 @@ import pytest
 
 from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
-from orchestrator.protocol.worker_report import Phase, Report, TransitionReport
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report, TransitionReport
 
 REPORT = Report("w0", 1, 0, Phase.COLD, -1, -1, -1)
 RECORD = StepRecord(0, 0, 1, 4.0, BatchRecord(8, 0, 1), UpdateRecord(0.1, 1.0, applied=True), StepTiming(0.5, 9.0))

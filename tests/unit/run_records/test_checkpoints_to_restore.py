@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.run_records.checkpoints import DIRECTORY, LOOK_AGAIN_S, CheckpointFinder
 
 
@@ -18,7 +19,8 @@ def _checkpoint(run_dir: Path, step: int) -> Path:
     directory = run_dir / DIRECTORY
     piece = ShardPiece("w", 0, 2, np.full(2, step, np.float32))
     shard = write_shard(directory, [piece], step=step, term=1, generation=0, rank=0, meta="{}")
-    return commit(directory, manifest_of([shard], run_id="r", term=1, shapes={"w": (2,)}), term=1)
+    shards = read_shards(directory, [shard], term=1)
+    return commit(directory, manifest_of(shards, run_id="r", term=1, shapes={"w": (2,)}), term=1)
 
 
 def _raises(error: OSError) -> Callable[[CheckpointReader], None]:

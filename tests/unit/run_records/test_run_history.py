@@ -17,7 +17,7 @@ from orchestrator.protocol.events.run import Ended, Submitted, TargetChanged
 from orchestrator.protocol.events.training import StageBegan
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import STATUS_FILE, read_status, read_steps, user_events

@@ -17,7 +17,8 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase, ProcessReport, Report
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import ProcessReport, Report
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import RunHistory, user_events
 from orchestrator.run_records.status import status_of

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from orchestrator.checkpoint.manifest import manifest_of
-from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.errors import UsageError
 from orchestrator.protocol.messages import Restore
 from orchestrator.scheduler.admission import check_residuals
@@ -18,7 +19,8 @@ from orchestrator.spec.job import JobSpec
 def _checkpoint(directory: Path, meta: dict[str, str]) -> str:
     piece = ShardPiece("w", 0, 2, np.zeros(2, np.float32))
     shard = write_shard(directory, [piece], step=3, term=1, generation=0, rank=0, meta=json.dumps(meta))
-    return str(commit(directory, manifest_of([shard], run_id="r", term=1, shapes={"w": (2,)}), term=1))
+    shards = read_shards(directory, [shard], term=1)
+    return str(commit(directory, manifest_of(shards, run_id="r", term=1, shapes={"w": (2,)}), term=1))
 
 
 def _job(scheme: str) -> JobSpec:

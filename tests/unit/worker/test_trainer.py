@@ -10,7 +10,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import GenerationPlan, StateSource, StoreAddress
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot_store import RankSnapshots

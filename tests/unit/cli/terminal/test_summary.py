@@ -26,9 +26,16 @@ def test_the_end_of_a_run() -> None:
 
 
 def test_what_is_not_known_is_a_dash() -> None:
-    told = dict(summary.details(status(loss=None, validation_loss=None, tokens_per_second=None, workers_now=0)))
+    told = dict(summary.details(status(loss=None, validation_loss=None, tokens_per_second=None, workers_now=0), 0.0))
     assert {told[key] for key in ("train loss", "validation loss", "speed", "workers", "ended")} == {"-"}
     assert told["rescales"] == "none"
+
+
+def test_an_active_run_shows_how_old_its_status_is() -> None:
+    assert ("as of", "0.8 s ago") in summary.details(status(as_of_time=1000.0), now_s=1000.8)
+    assert ("as of", "0.0 s ago") in summary.details(status(as_of_time=1000.0), now_s=999.9)  # another machine's clock
+    over = status(phase=RunPhase.STOPPED, as_of_time=1000.0)
+    assert "as of" not in dict(summary.details(over, 1000.8)) | dict(summary.details(status(), 1000.8))
 
 
 def test_a_failure_shows_its_cause() -> None:

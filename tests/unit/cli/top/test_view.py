@@ -11,7 +11,7 @@ from orchestrator.cli.top.view import columns, event_line, in_order, remarks, ro
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import Recovery, RunPhase, WorkerStatus
 from orchestrator.protocol.usage import Traffic
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from tests.unit.cli.recorded_client import (
     AFTER_A_LOSS,
     ENDED,

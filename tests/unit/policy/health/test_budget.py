@@ -16,7 +16,8 @@ from orchestrator.policy.lifecycle import explain
 from orchestrator.policy.recovery.respond import largest_proper_divisor
 from orchestrator.policy.state.run_parts import WorkerFailure
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import WorkerError
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.fault_tolerance import BudgetsSpec, RecoverySpec
 from tests.unit.policy.imagined import Life, limits_of

@@ -11,7 +11,8 @@ from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.policy.state.run_state import KillWorker
 from orchestrator.protocol.messages import FinishMode
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import WorkerError
 from tests.unit.policy.imagined import Life, limits_of
 
 

@@ -11,7 +11,7 @@ from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.workers import NodeDraining
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from tests.unit.policy.imagined import Life, limits_of
 
 

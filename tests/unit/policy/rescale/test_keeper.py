@@ -11,7 +11,7 @@ from orchestrator.policy.state.requests import begun_again
 from orchestrator.policy.state.run_parts import KeeperState
 from orchestrator.protocol.messages import Keeper
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from tests.unit.policy.imagined import Life, limits_of
 
 

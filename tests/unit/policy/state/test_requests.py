@@ -16,7 +16,8 @@ from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
-from orchestrator.protocol.worker_report import Phase, WorkerError
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import WorkerError
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from tests.unit.policy.imagined import Life, limits_of
 

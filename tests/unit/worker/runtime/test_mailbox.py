@@ -9,7 +9,7 @@ from orchestrator.elastic.recovery_point import Holding
 from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.worker.runtime.mailbox import MAX_RECORDS, WorkerMailbox
 
 

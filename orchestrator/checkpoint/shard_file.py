@@ -1,0 +1,119 @@
+"""File of a rank's shard: what it holds, its content in the safetensors format, and its header.
+
+The format is eight bytes of header length, a JSON header and the raw little-endian arrays
+(https://github.com/huggingface/safetensors#format). It is written here, not by the library, because this writes and
+digests in one pass, without a second copy of the shard in memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoint.manifest import ShardHeader, ShardPart, incomplete_name, step_name
+from orchestrator.errors import CheckpointCorrupt
+from orchestrator.protocol.worker_report import ShardWritten
+
+_DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_METADATA, _META = "__metadata__", "meta"  # the format's key for texts, and ours among them
+
+
+@dataclass(frozen=True)
+class ShardPiece:
+    """Elements [start, stop) of a flattened tensor, stored by this rank. `array` has stop - start elements."""
+
+    tensor: str
+    start: int
+    stop: int
+    array: npt.NDArray[Any]
+
+    @property
+    def key(self) -> str:
+        return f"{self.tensor}[{self.start}:{self.stop}]"
+
+
+def shard_chunks(pieces: Sequence[ShardPiece], meta: str | None) -> Iterator[bytes | memoryview]:
+    """The content of the file: its header, then each array. Raises ValueError for an array that doesn't fit.
+
+    Args:
+        meta: JSON of the state that is not a tensor; None for none.
+    """
+    header: dict[str, object] = {} if meta is None else {_METADATA: {_META: meta}}
+    arrays: list[npt.NDArray[Any]] = []
+    offset = 0
+    for piece in pieces:
+        array = np.ascontiguousarray(piece.array).reshape(-1)
+        if array.size != piece.stop - piece.start or array.dtype.name not in _DTYPES:
+            raise ValueError(
+                f"{piece.key} got {array.size} elements of {array.dtype}; "
+                f"it needs {piece.stop - piece.start} of one of {', '.join(_DTYPES)}"
+            )
+        if piece.key in header:
+            raise ValueError(f"the range {piece.key} is named twice")
+        header[piece.key] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": [array.size],
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+        arrays.append(array)
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # arrays start at a multiple of 8, aligned for readers that map the file
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for array in arrays:
+        yield array.view(np.uint8).data
+
+
+def read_shards(
+    checkpoints: Path, shards: Sequence[ShardWritten], *, term: int
+) -> list[tuple[ShardWritten, ShardHeader]]:
+    """The shards that ranks wrote under `term`, with the headers of their files, also if they are committed already.
+
+    Raises:
+        CheckpointCorrupt: a file is missing, or its header has changed since it was written.
+        OSError: run storage can't be read.
+    """
+    return [(shard, _read_header(_path_of(checkpoints, shard, term), shard)) for shard in shards]
+
+
+def _path_of(checkpoints: Path, shard: ShardWritten, term: int) -> Path:
+    path = checkpoints / incomplete_name(shard.step, term, shard.generation) / shard.file
+    committed = checkpoints / step_name(shard.step) / shard.file
+    return committed if committed.exists() and not path.exists() else path
+
+
+def _read_header(path: Path, shard: ShardWritten) -> ShardHeader:
+    try:
+        with path.open("rb") as file:
+            length = file.read(8)
+            content = file.read(min(int.from_bytes(length, "little"), shard.num_bytes))
+    except FileNotFoundError as error:
+        raise _corrupt(f"{path} has no file, its rank wrote {shard.num_bytes} bytes") from error
+    if (found := hashlib.sha256(length + content).hexdigest()) != shard.header_sha256:
+        raise _corrupt(f"{path} has a header with sha256 {found}, it was written with {shard.header_sha256}")
+    header: Mapping[str, Any] = json.loads(content)
+    meta = header.get(_METADATA, {}).get(_META)
+    parts = tuple(_part_of(shard.file, key) for key in header if key != _METADATA)
+    return ShardHeader(parts, None if meta is None else json.loads(meta))
+
+
+def _part_of(file: str, key: str) -> tuple[str, ShardPart]:
+    tensor, _, span = key.rpartition("[")
+    start, stop = map(int, span.removesuffix("]").split(":"))
+    return tensor, ShardPart(file, key, start, stop)
+
+
+def _corrupt(fault: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(fault, unchanged="No checkpoint was marked complete; the earlier ones stay.")

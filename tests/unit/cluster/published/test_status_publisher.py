@@ -1,0 +1,101 @@
+"""A run's status is published at intervals and at changes, until the run ends."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from ray.experimental import internal_kv
+
+from orchestrator.cluster.published import status_publisher
+from orchestrator.cluster.published.status_publisher import StatusPublisher
+from tests.unit.cli.statuses import status
+
+PATIENCE_S = 10.0
+
+
+class Store:
+    """Ray's internal key-value store, which may be unreachable."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+        self.num_puts, self.is_reachable = 0, True
+
+    def put(self, key: bytes, value: bytes, **_: object) -> None:
+        self.num_puts += 1
+        if not self.is_reachable:
+            raise ConnectionError
+        self.values[key] = value
+
+    def remove(self, key: bytes, **_: object) -> None:
+        self.values.pop(key, None)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    store = Store()
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", store.put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", store.remove)
+    return store
+
+
+@pytest.fixture
+def publisher(store: Store) -> Iterator[StatusPublisher]:
+    publisher = StatusPublisher("try", lambda: status(step=store.num_puts))
+    yield publisher
+    publisher.close()
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_it_is_published_again_and_again(
+    store: Store, publisher: StatusPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
+    publisher.start()
+    await_true(lambda: store.num_puts >= 3)
+    assert json.loads(store.values[b"try"])["step"] >= 1
+
+
+def test_a_change_of_the_state_is_published_at_once(
+    store: Store, publisher: StatusPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_publisher, "EVERY_S", 10 * PATIENCE_S)
+    first, second = object(), object()
+    publisher.note(first)
+    publisher.start()
+    await_true(lambda: store.num_puts == 2)  # at the start, and for the state that was noted before
+    publisher.note(first)
+    time.sleep(0.1)
+    assert store.num_puts == 2
+    publisher.note(second)
+    await_true(lambda: store.num_puts == 3)
+
+
+def test_after_the_end_nothing_is_published(
+    store: Store, publisher: StatusPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
+    publisher.start()
+    await_true(lambda: store.num_puts >= 1)
+    publisher.close()
+    num_puts = store.num_puts
+    time.sleep(0.1)
+    assert store.values == {} and store.num_puts == num_puts
+
+
+def test_it_goes_on_after_an_outage_of_the_head(
+    store: Store, publisher: StatusPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
+    store.is_reachable = False
+    publisher.start()
+    await_true(lambda: store.num_puts >= 3)
+    assert store.values == {}
+    store.is_reachable = True
+    await_true(lambda: b"try" in store.values)

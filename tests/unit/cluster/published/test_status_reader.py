@@ -1,0 +1,112 @@
+"""A run's status is read from the head only if it is fresh, and only with the token of a cluster that asks for one."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc  # type: ignore[import-untyped]
+import pytest
+from ray.core.generated import gcs_service_pb2
+
+from orchestrator.cluster.auth import ALLOW_NO_TOKEN
+from orchestrator.cluster.published.status_reader import FRESH_S, KV_NAMESPACE, METHOD, published_status
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.status import RunStatus
+from tests.unit.cli.statuses import status
+
+SECRET = "s" * 40
+
+
+@dataclass
+class Head(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Answers as a head of Ray does, from `values`."""
+
+    address: str = ""
+    asks_for_token: bool = True
+    values: dict[bytes, bytes] = field(default_factory=dict)
+    tokens: list[str | None] = field(default_factory=list)  # of all requests
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        token = dict(details.invocation_metadata).get("authorization")
+        self.tokens.append(token)
+        if details.method != METHOD:
+            return None
+        is_allowed = not self.asks_for_token or token == f"Bearer {SECRET}"
+        return grpc.unary_unary_rpc_method_handler(self._get if is_allowed else _refuse)
+
+    def _get(self, content: bytes, _: grpc.ServicerContext) -> bytes:
+        request = gcs_service_pb2.InternalKVGetRequest.FromString(content)  # type: ignore[attr-defined]
+        reply = gcs_service_pb2.InternalKVGetReply()  # type: ignore[attr-defined]
+        if request.namespace == KV_NAMESPACE and request.key in self.values:
+            reply.value = self.values[request.key]
+        else:
+            reply.status.code, reply.status.message = 17, "Failed to find the key"
+        return bytes(reply.SerializeToString())
+
+    def publish(self, found: RunStatus) -> None:
+        self.values[found.run_id.encode()] = json.dumps(to_plain(found)).encode()
+
+
+def _refuse(_: bytes, context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Head]:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", SECRET)
+    head = Head()
+    server = grpc.server(ThreadPoolExecutor(2), handlers=(head,))
+    head.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield head
+    server.stop(None)
+
+
+def test_a_fresh_status_is_read(head: Head) -> None:
+    now = status(as_of_time=time.time(), why="ü" * 300)  # its length takes several bytes
+    head.publish(now)
+    found = published_status("try", head.address)
+    assert found == now and found.as_of_time == now.as_of_time
+    assert head.tokens == [None, f"Bearer {SECRET}"]
+
+
+@pytest.mark.parametrize("age_s", [None, FRESH_S + 1, -FRESH_S - 1])
+def test_an_old_one_is_not(head: Head, age_s: float | None) -> None:
+    head.publish(status(as_of_time=None if age_s is None else time.time() - age_s))
+    assert published_status("try", head.address) is None
+
+
+def test_a_run_that_publishes_nothing_has_none(head: Head) -> None:
+    assert published_status("other", head.address) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"run_id": "try"}'])
+def test_what_another_version_published_is_left_to_the_scheduler(head: Head, content: bytes) -> None:
+    head.values[b"try"] = content
+    assert published_status("try", head.address) is None
+
+
+def test_a_wrong_token_shows_nothing(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    head.publish(status(as_of_time=time.time()))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    assert published_status("try", head.address) is None
+
+
+def test_a_cluster_that_asks_for_no_token_gets_none(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    head.asks_for_token = False
+    head.publish(status(as_of_time=time.time()))
+    assert published_status("try", head.address) is None
+    monkeypatch.setenv(ALLOW_NO_TOKEN, "1")
+    assert published_status("try", head.address) is not None
+    assert head.tokens == [None, None]
+
+
+@pytest.mark.parametrize("address", [None, "127.0.0.1:1", "nothing"])
+def test_without_a_cluster_there_is_none(head: Head, monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert published_status("try", address) is None
