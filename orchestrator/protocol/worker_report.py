@@ -50,6 +50,7 @@ class ShardWritten:
     entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
     num_bytes: int
     meta: str  # JSON of state that is not a tensor (sampler position, optimizer step); equal on all ranks
+    cost_s: float = 0.0  # training time that it took at most: the copy, and processor time of the write
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
+    assert all(0.0 < shard.cost_s < 60.0 for shard in written)
     meta = json.loads(written[0].meta)
     assert (meta.pop("shapes"), meta.pop("compression"), meta.pop("world_size")) != (None, None, None)
     assert written[0].meta == written[1].meta and TrainingProgress(**meta) == progress
