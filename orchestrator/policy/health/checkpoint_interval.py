@@ -14,6 +14,7 @@ from statistics import median
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.training import CheckpointIntervalChosen
+from orchestrator.protocol.worker_report import Phase
 
 PRIOR_S = 6 * 3600.0  # one failure in this time is assumed besides the run's own
 SHORTEST_S, LONGEST_S = 120.0, 2400.0  # an alert asks for a checkpoint within an hour
@@ -36,13 +37,13 @@ def best_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 
 def choose_checkpoint_interval(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Choose anew after each complete checkpoint. A rule of `lifecycle`."""
+    """Choose anew after each complete checkpoint but the last one. A rule of `lifecycle`."""
     now = state.checkpoint_interval
     if not limits.checkpoints_by_time or state.current is None:
         return Decision(state)
     if now.since_s is None:
         return Decision(replace(state, checkpoint_interval=replace(now, since_s=seen.now_s)))
-    if now.measured >= state.checkpoint:
+    if now.measured >= state.checkpoint or all(seen.phase(worker) is Phase.FINISHED for worker in state.members):
         return Decision(state)
     measured = replace(now, measured=state.checkpoint, costs_s=(*now.costs_s, *_cost_s(state, seen))[-MEASURED:])
     if not measured.costs_s:

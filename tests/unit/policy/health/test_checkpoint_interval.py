@@ -77,3 +77,9 @@ def test_other_runs_choose_nothing() -> None:
     life = Life(limits_of(), checkpoint_every=4)
     life.run_to_the_end()
     assert life.of_kind("checkpoint_interval_chosen") == [] and life.state.checkpoint_interval.since_s is None
+
+
+def test_the_last_checkpoint_changes_nothing() -> None:
+    life = Life(limits_of(checkpoints_by_time=True))
+    life.run_to_the_end()
+    assert life.committed == life.limits.steps - 1 and life.of_kind("checkpoint_interval_chosen") == []
