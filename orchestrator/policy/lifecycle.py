@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from orchestrator.policy.curriculum import decide_stages
 from orchestrator.policy.health.budget import held_back_s
+from orchestrator.policy.health.checkpoint_interval import choose_checkpoint_interval
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.health.stragglers import watch_stragglers
 from orchestrator.policy.recovery.detect import hear_errors, notice_failures, remove_lost_members, restart_first
@@ -60,6 +61,7 @@ RULES: tuple[Rule, ...] = (
     fail_run,
     measure_stalls,
     commit_checkpoint,
+    choose_checkpoint_interval,
     end_run,
     settle,
     notice_failures,
@@ -116,6 +118,7 @@ def directive_of(state: RunState, term: int, seq: int | None = None) -> Directiv
         finish=state.finish,
         checkpoint_done=state.checkpoint_done,
         checkpoint_generation=state.checkpoint_generation,
+        checkpoint_interval_s=state.checkpoint_interval.seconds,
         stages=state.curriculum.stages,
         stages_version=state.curriculum.version,
         check=state.replay.task,

@@ -36,6 +36,9 @@ class DesiredRunState:
     by_hand: bool = False
 
 
+FIRST_INTERVAL_S = 600.0  # of training between two checkpoints with `checkpoint.every: auto`, until their cost is known
+
+
 @dataclass(frozen=True)
 class Restore:
     """A complete checkpoint to restore from: its last finished step, and its directory.
@@ -209,7 +212,8 @@ class Directive:
     stop training because a member failed; workers that wait for a peer in it close the connection. `settled` is the
     newest generation that has committed a step of its own: state of older ones may be freed. `finish` requests a fence,
     a checkpoint and the end. `checkpoint_done` is the step of the newest checkpoint that the controller has marked
-    complete, `checkpoint_generation` the generation that wrote it.
+    complete, `checkpoint_generation` the generation that wrote it. `checkpoint_interval_s` is the training
+    time between two checkpoints with `checkpoint.every: auto`.
     `stages` are all decisions so far, in order, and `stages_version` counts them: members apply a decision once all of
     them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
     `keepers` are standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
@@ -227,6 +231,7 @@ class Directive:
     finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
     checkpoint_generation: int = -1
+    checkpoint_interval_s: float = FIRST_INTERVAL_S
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     check: ReplayTask | None = None

@@ -122,7 +122,8 @@ class CheckpointSpec(Section):
 
     every: Every = Field(
         default=AUTO,
-        description="Steps between two checkpoints. auto: about ten minutes of training. none: only the final one.",
+        description="Steps between two checkpoints. auto: 2 to 40 minutes of training, as their cost and the run's "
+        "failures make best; ten until the cost is known. none: only the final one.",
     )
     keep_last: int | None = Field(default=3, ge=1, description="Number of newest checkpoints to keep. null: all.")
     keep_best: int = Field(

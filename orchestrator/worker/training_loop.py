@@ -74,7 +74,8 @@ class TrainingHooks:
         if self.snapshots.due(step) or finish or fence != NO_FENCE:
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
-        return RankProposal(fence, finish, interval, stages, self.timer.wanted, self.saver.is_late)
+        is_due = self.timer.wants(directive.checkpoint_interval_s)
+        return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_late)
 
 
 class TrainingLoop:

@@ -8,7 +8,7 @@ from orchestrator.errors import UsageError
 from orchestrator.sampling.micro_batches import ONE_ROW, MicroBatchSize
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
-from orchestrator.spec.fault_tolerance import FINISHED, RecoverySpec, VerifySpec
+from orchestrator.spec.fault_tolerance import AUTO, FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec
 
@@ -30,7 +30,7 @@ class RunLimits:
     """The part of a job that its lifecycle depends on. `steps` are numbered from 0; `protected`: workers keep
     snapshots; `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory`
     only the first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal
-    length."""
+    length. `checkpoints_by_time`: at intervals that are chosen."""
 
     run_id: str
     steps: int
@@ -53,6 +53,7 @@ class RunLimits:
     priority: int = 0
     label_selector: Mapping[str, str] = field(default_factory=dict)
     verify: VerifySpec = DEFAULT_VERIFY
+    checkpoints_by_time: bool = False
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -77,6 +78,7 @@ class RunLimits:
             priority=job.priority,
             label_selector=job.workers.label_selector,
             verify=job.verify,
+            checkpoints_by_time=job.checkpoint.every == AUTO,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

@@ -57,6 +57,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         activated=state.activated,
         checkpoint_done=done,
         checkpoint_generation=state.num_generations - 1,
+        checkpoint_interval=replace(state.checkpoint_interval, since_s=None),
         rescales=tuple(r for r in state.rescales if r.step < done),
         restore=restore,
         replay=ReplayState(differences=state.replay.up_to(done).differences),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.protocol.messages import (
+    FIRST_INTERVAL_S,
     Fence,
     GenerationPlan,
     Keeper,
@@ -150,6 +151,23 @@ class MicroBatchState:
     ceiling_tokens: int = 0
     ceiling_workers: int = 0
     probes: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointInterval:
+    """Interval of checkpoints with `checkpoint.every: auto`.
+
+    Args:
+        seconds: of training between two checkpoints.
+        costs_s: training time that each of the newest checkpoints took.
+        measured: (generation, step) of the newest one of them.
+        since_s: the time from which on the run's failures count; None before its first world.
+    """
+
+    seconds: float = FIRST_INTERVAL_S
+    costs_s: tuple[float, ...] = ()
+    measured: tuple[int, int] = (-1, -1)
+    since_s: float | None = None
 
 
 @dataclass(frozen=True)

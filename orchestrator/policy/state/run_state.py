@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_parts import (
     AbortState,
+    CheckpointInterval,
     CurriculumDecisions,
     FailureState,
     KeeperState,
@@ -76,6 +77,7 @@ class RunState:
     finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
     checkpoint_generation: int = -1
+    checkpoint_interval: CheckpointInterval = field(default_factory=CheckpointInterval)
     abort: AbortState = field(default_factory=AbortState)
     failures: FailureState = field(default_factory=FailureState)
     micro_batch: MicroBatchState = field(default_factory=MicroBatchState)

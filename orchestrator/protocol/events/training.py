@@ -22,6 +22,22 @@ class CheckpointCommitted(Event, kind="checkpoint"):
 
 
 @dataclass(frozen=True)
+class CheckpointIntervalChosen(Event):
+    """With `checkpoint.every: auto`, checkpoints follow each other after `interval_s` of training from now on.
+
+    Args:
+        cost_s: training time that a checkpoint takes.
+        mtbf_s: estimated mean time between failures that send the run back to a checkpoint.
+        failures: number of such failures so far.
+    """
+
+    interval_s: float
+    cost_s: float
+    mtbf_s: float
+    failures: int
+
+
+@dataclass(frozen=True)
 class CheckpointsDeleted(Event):
     """Retention deleted the checkpoints of these steps."""
 

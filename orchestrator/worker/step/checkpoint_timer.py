@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 from orchestrator.spec.fault_tolerance import AUTO
 
-AUTO_S = 600.0  # of training between two checkpoints with `every: auto`
-
 
 class CheckpointTimer:
     """Clocks of members differ, so with `every: auto` each votes by its own, and all follow the first one that is due.
@@ -38,10 +36,13 @@ class CheckpointTimer:
         """Start the clock anew: a checkpoint is being written."""
         self._since_s = self._clock()
 
-    @property
-    def wanted(self) -> bool:
-        """This member's vote for a checkpoint after the step."""
-        return self._every == AUTO and self._since_s is not None and self._clock() - self._since_s >= AUTO_S
+    def wants(self, interval_s: float) -> bool:
+        """This member's vote for a checkpoint after the step.
+
+        Args:
+            interval_s: training time between two checkpoints with `every: auto`.
+        """
+        return self._every == AUTO and self._since_s is not None and self._clock() - self._since_s >= interval_s
 
     def due(self, step: int, agreed: bool) -> bool:
         """Whether a checkpoint follows `step`. The same on all members.

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +79,7 @@ class ShardSaver:
         """
         if self._newest == (progress.step, shard.world.generation):
             return
+        began_s = time.monotonic()
         if self._write is not None and not self._write.settle():
             self._give_up(self._write)
         self._write = None  # with its copy of the shard, before the next one is made
@@ -101,8 +102,8 @@ class ShardSaver:
             rank=shard.rank,
             meta=json.dumps(meta, sort_keys=True),
         )
-        num_bytes = sum(piece.array.nbytes for piece in pieces)
-        self._write = _Write(attempt, self._checkpoints, num_bytes, self._done, self._refused, self._failed)
+        num_bytes, stall_s = sum(piece.array.nbytes for piece in pieces), time.monotonic() - began_s
+        self._write = _Write(attempt, self._checkpoints, num_bytes, stall_s, self._done, self._refused, self._failed)
         self._write.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -125,13 +126,14 @@ class _Write(threading.Thread):
         attempt: Callable[[], ShardWritten],
         checkpoints: Path,
         num_bytes: int,
+        stall_s: float,
         done: Callable[[ShardWritten], None],
         refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._checkpoints, self._num_bytes = checkpoints, num_bytes
+        self._checkpoints, self._num_bytes, self._stall_s = checkpoints, num_bytes, stall_s
         self._began_s = time.monotonic()
         self.was_refused = threading.Event()
         self.given_up = threading.Event()
@@ -157,7 +159,9 @@ class _Write(threading.Thread):
         """Make one attempt. Returns whether it was the last one."""
         try:
             self._check_room()
+            began_s = time.thread_time()
             written = self._attempt()
+            cost_s = self._stall_s + time.thread_time() - began_s
         except OSError as error:
             self.was_refused.set()
             if not self.given_up.is_set():
@@ -167,7 +171,7 @@ class _Write(threading.Thread):
             self._failed(error)
             return True
         if not self.given_up.is_set():  # else its checkpoint may have been deleted already
-            self._done(written)
+            self._done(replace(written, cost_s=cost_s))
         return True
 
     def _check_room(self) -> None:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from orchestrator.worker.step.checkpoint_timer import AUTO_S, CheckpointTimer
+from orchestrator.worker.step.checkpoint_timer import CheckpointTimer
+
+AUTO_S = 600.0
 
 
 class Clock:
@@ -17,7 +19,7 @@ class Clock:
 def test_by_number_and_never_after_the_last_step(every: int | str, wanted: list[int]) -> None:
     timer = CheckpointTimer(every, max_steps=6, clock=Clock())
     timer.begin(-1)
-    assert [step for step in range(6) if timer.due(step, timer.wanted)] == wanted
+    assert [step for step in range(6) if timer.due(step, timer.wants(AUTO_S))] == wanted
 
 
 @pytest.mark.parametrize("every", ["none", 1000])
@@ -26,7 +28,7 @@ def test_time_matters_to_auto_only(every: int | str) -> None:
     timer = CheckpointTimer(every, max_steps=100, clock=clock)
     timer.begin(-1)
     clock.now_s += 10 * AUTO_S
-    assert not timer.wanted and not timer.due(3, agreed=False)
+    assert not timer.wants(AUTO_S) and not timer.due(3, agreed=False)
 
 
 def test_all_members_follow_the_first_one_that_is_due() -> None:
@@ -40,7 +42,7 @@ def test_all_members_follow_the_first_one_that_is_due() -> None:
     for step in range(30):
         clock.now_s += AUTO_S / 10
         first.begin(step - 1)  # a generation begins: no reason to wait longer
-        agreed = first.wanted or second.wanted
+        agreed = first.wants(AUTO_S) or second.wants(AUTO_S)
         due = {member.due(step, agreed) for member in (first, second)}
         assert len(due) == 1
         if due.pop():
@@ -51,23 +53,23 @@ def test_all_members_follow_the_first_one_that_is_due() -> None:
 
 
 def test_none_is_wanted_before_the_clock_runs() -> None:
-    assert not CheckpointTimer("auto", max_steps=9, clock=Clock()).wanted
+    assert not CheckpointTimer("auto", max_steps=9, clock=Clock()).wants(AUTO_S)
 
 
 def test_a_worker_that_comes_back_does_not_count_the_time_without_it() -> None:
     clock = Clock()
     timer = CheckpointTimer("auto", max_steps=1000, clock=clock)
     timer.begin(-1)
-    assert not timer.due(0, timer.wanted)
+    assert not timer.due(0, timer.wants(AUTO_S))
     clock.now_s += 2 * AUTO_S
     timer.begin(0)  # of the same members
-    assert timer.wanted
+    assert timer.wants(AUTO_S)
     timer.begin(70)
-    assert not timer.wanted
+    assert not timer.wants(AUTO_S)
 
 
 @pytest.mark.parametrize(("every", "wanted"), [("auto", [2, 5, 8]), (4, [3, 7]), ("none", [])])
 def test_auto_has_a_largest_number_of_steps_where_there_is_one(every: int | str, wanted: list[int]) -> None:
     timer = CheckpointTimer(every, max_steps=10, clock=Clock(), at_least_every=3)
     timer.begin(-1)
-    assert [step for step in range(10) if timer.due(step, timer.wanted)] == wanted
+    assert [step for step in range(10) if timer.due(step, timer.wants(AUTO_S))] == wanted

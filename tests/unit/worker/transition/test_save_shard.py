@@ -103,6 +103,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
+    assert all(0.0 < shard.cost_s < 60.0 for shard in written)
     shards = read_shards(tmp_path, written, term=2)
     meta: dict[str, Any] = dict(shards[0][1].meta or {})
     assert (meta.pop("shapes"), meta.pop("compression"), meta.pop("world_size")) != (None, None, None)
