@@ -123,11 +123,40 @@ def buddies_of(nodes: Sequence[str]) -> tuple[int, ...]:
     size = len(nodes)
     if size < 2:
         return ()
+    fullest = max(nodes.count(node) for node in set(nodes))
+    return _shifted(_by_node(nodes), fullest if 2 * fullest <= size else max(size - fullest, 1))
+
+
+def second_buddies_of(nodes: Sequence[str], buddies: Sequence[int]) -> tuple[int, ...]:
+    """For each rank another rank than its buddy that keeps its snapshot too. Of all shifts in the ring of ranks the one
+    with which ranks, buddies and second buddies are on most nodes. Empty in a world of fewer than three.
+
+    Args:
+        nodes: by rank.
+        buddies: by rank, from `buddies_of`.
+    """
+    size = len(nodes)
+    if size < 3:
+        return ()
+    order = _by_node(nodes)
+    first = order.index(buddies[order[0]])
+    rings = (_shifted(order, shift) for shift in range(1, size) if shift != first)
+
+    def num_nodes(ring: tuple[int, ...]) -> int:
+        return sum(len({nodes[rank], nodes[buddies[rank]], nodes[ring[rank]]}) for rank in range(size))
+
+    return max(rings, key=num_nodes)
+
+
+def _by_node(nodes: Sequence[str]) -> list[int]:
+    """The ranks ordered by node, the fullest node first."""
     count = {node: nodes.count(node) for node in dict.fromkeys(nodes)}
-    order = sorted(range(size), key=lambda rank: (-count[nodes[rank]], nodes[rank], rank))
-    fullest = max(count.values())
-    shift = fullest if 2 * fullest <= size else max(size - fullest, 1)
-    buddy = [0] * size
+    return sorted(range(len(nodes)), key=lambda rank: (-count[nodes[rank]], nodes[rank], rank))
+
+
+def _shifted(order: Sequence[int], shift: int) -> tuple[int, ...]:
+    """For each rank the one `shift` places further in a ring."""
+    buddy = [0] * len(order)
     for place, rank in enumerate(order):
-        buddy[rank] = order[(place + shift) % size]
+        buddy[rank] = order[(place + shift) % len(order)]
     return tuple(buddy)

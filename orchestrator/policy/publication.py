@@ -1,7 +1,7 @@
 """Steps that may be journalled, and so published, and steps that are finished but not committed.
 
 A step is committed once two failure domains hold its state, by the members' votes, or a checkpoint that includes it.
-Where there is no second domain steps are only finished; `protection.publish` says whether those are published.
+Where there is no second domain steps are only finished; `protection.publish` decides whether those are published.
 """
 
 from orchestrator.policy.recovery.holders import newest_held

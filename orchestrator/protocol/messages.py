@@ -115,14 +115,14 @@ class StoreAddress:
 class GenerationPlan:
     """Plan of a generation: its members, the placement of experts on ranks, and the source of its state.
 
-    `source` is None for a state that is initialized from the seed, or read from the checkpoint `restore`. Workers of
-    the source that are not in `world` send their shards and become standbys. `buddies` lists by rank the rank that
-    keeps its snapshots; empty without snapshots. `store_prefix` prefixes the generation's keys in the rendezvous store:
-    it contains term and generation, so that processes of earlier generations can't join this world. All members meet
-    in the store at `store_address`; a connected world no longer needs it. `micro_batch` is the size of micro-batches,
-    by default the job's; `skips` are steps whose batches are left out. `nodes` lists the node of each rank; empty if
-    unknown. `replayed`: worlds whose steps this one replays for comparison; digests of its steps are then by their
-    ranks.
+    `source` is None for a state that is initialized from the seed, or read from the checkpoint `restore`. Workers
+    of the source that are not in `world` send their shards and become standbys. `buddies` lists by rank the rank
+    that keeps its snapshots, `second_buddies` another one; empty without snapshots, or with one copy.
+    `store_prefix` prefixes the generation's keys in the rendezvous store: it contains term and generation, so that
+    processes of earlier generations can't join this world. All members meet in the store at `store_address`; a
+    connected world no longer needs it. `micro_batch` is the size of micro-batches, by default the job's; `skips`
+    are steps whose batches are left out. `nodes` lists the node of each rank; empty if unknown. `replayed`: worlds
+    whose steps this one replays for comparison; digests of its steps are then by their ranks.
     """
 
     term: int
@@ -132,6 +132,7 @@ class GenerationPlan:
     store_prefix: str
     store_address: StoreAddress
     buddies: tuple[int, ...] = ()
+    second_buddies: tuple[int, ...] = ()
     verify_digests: bool = True
     restore: Restore | None = None
     micro_batch: MicroBatchSize = UNSAID
@@ -142,6 +143,11 @@ class GenerationPlan:
     @property
     def generation(self) -> int:
         return self.world.generation
+
+    @property
+    def rings(self) -> tuple[tuple[int, ...], ...]:
+        """Assignments of buddies, one for each copy of the snapshots."""
+        return tuple(ring for ring in (self.buddies, self.second_buddies) if ring)
 
     @property
     def involved(self) -> tuple[str, ...]:

@@ -32,6 +32,13 @@ class ProtectionSpec(Section):
         description="Steps between two snapshots. auto: as few as cost under 3 % of a step. none: no snapshots; a "
         "failure sends the run back to its newest checkpoint.",
     )
+    copies: int = Field(
+        default=1,
+        ge=1,
+        le=2,
+        description="Number of other workers that keep each worker's snapshots, on other nodes where possible. With 2 "
+        "a worker may fail together with one of them; snapshots take more memory then, and twice the traffic.",
+    )
     publish: Literal["finished", "committed"] = Field(
         default="finished",
         description="Steps that users and MLflow see where no second worker holds the state: without snapshots, or "
@@ -133,8 +140,22 @@ class CheckpointSpec(Section):
     )
 
 
-def unpublishable(protection: ProtectionSpec, checkpoint: CheckpointSpec, max_steps: int) -> Iterator[Broken]:
-    """The rule that steps can't wait for too long for the checkpoint with which they are published."""
+def broken_protection(
+    protection: ProtectionSpec, checkpoint: CheckpointSpec, max_steps: int, min_workers: int
+) -> Iterator[Broken]:
+    """Rules of `protection`: there must be enough workers for the copies, and steps must not wait for too long for the
+    checkpoint with which they are published."""
+    if protection.copies > 1 and min_workers <= protection.copies:
+        rule = (
+            f"protection.copies {protection.copies} needs at least {protection.copies + 1} workers: raise workers.min, "
+        )
+        got = f"or leave protection.copies 1; got workers.min {min_workers}"
+        yield Broken((("protection", "copies"), ("workers", "min")), rule + got)
+    if protection.copies > 1 and protection.interval is None:
+        rule = (
+            f"protection.copies {protection.copies} needs snapshots: leave it out, or set protection.every; got {NONE}"
+        )
+        yield Broken((("protection", "copies"), ("protection", "every")), rule)
     steps = max_steps if checkpoint.every == NONE else checkpoint.every
     if protection.publish == COMMITTED and isinstance(steps, int) and steps > MAX_UNPUBLISHED:
         rule = f"checkpoint.every must be at most {MAX_UNPUBLISHED}, or auto, where protection.publish is {COMMITTED}: "

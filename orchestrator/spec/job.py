@@ -21,7 +21,7 @@ from orchestrator.spec.fault_tolerance import (
     ProtectionSpec,
     RecoverySpec,
     VerifySpec,
-    unpublishable,
+    broken_protection,
 )
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
@@ -161,7 +161,7 @@ class JobSpec(Section):
                 rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
                 got = f"{getattr(self.communication, key)} and {self.model.n_group}"
                 yield Broken((("communication", key), ("model", "n_group")), rule + got)
-        yield from unpublishable(self.protection, self.checkpoint, self.train.max_steps)
+        yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()
         if self.verify.every is not None:

@@ -209,7 +209,7 @@ class RankSnapshots:
 
 
 class SnapshotStore:
-    """All snapshots in this process, by generation: its own rank's, and its protected rank's or lone member's."""
+    """All snapshots in this process, by generation: its own rank's, and its protected ranks' or lone member's."""
 
     def __init__(self) -> None:
         self._shelves: tuple[RankSnapshots, ...] = ()

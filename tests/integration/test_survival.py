@@ -11,6 +11,7 @@ import pytest
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.fault_tolerance import ProtectionSpec
+from orchestrator.spec.workers import WorkersSpec
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
@@ -55,6 +56,28 @@ def test_killed_members_cost_no_committed_step(worker_group: Crew, undisturbed: 
     assert committed <= plan.source.step == newest
     assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
     worker_group.await_finished()
+    _same_training(worker_group, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_rank_killed_with_its_buddy_costs_no_committed_step_where_there_are_two_copies(
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, rank: int
+) -> None:
+    changes = {"protection": ProtectionSpec(copies=2), "workers": WorkersSpec(min=3, max=4, initial=4)}
+    job = small_job(texts, determinism="exact").model_copy(update=changes)
+    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+        plan = worker_group.plan(worker_group.ids)
+        worker_group.start(plan)
+        worker_group.await_step(5)
+        for victim in (rank, plan.buddies[rank]):
+            worker_group.members[worker_group.ids[victim]].kill()
+        survivors = [worker for i, worker in enumerate(worker_group.ids) if i not in (rank, plan.buddies[rank])]
+        worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
+        committed = max(worker_group.members[w].report().protection.committed for w in survivors)
+        plan = worker_group.recover(survivors)
+        assert plan.source is not None and plan.source.step is not None and plan.source.step >= committed
+        assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+        worker_group.await_finished()
     _same_training(worker_group, undisturbed)
 
 

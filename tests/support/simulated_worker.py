@@ -170,7 +170,7 @@ class SimulatedWorker:
     def _keep(self, plan: GenerationPlan, votes: dict[str, dict[str, Any]]) -> None:
         """Snapshots of this worker and of its ward after the newest step; two steps are kept."""
         mine = plan.world.rank_of(self._me)
-        ranks = [mine] + ([plan.buddies.index(mine)] if plan.buddies else [])
+        ranks = [mine, *(ring.index(mine) for ring in plan.rings)]
         for rank in ranks:
             counters = votes[plan.world.members[rank]]["counters"]
             self._kept[Holding(plan.generation, self._step, rank)] = {int(e): n for e, n in counters.items()}

@@ -22,7 +22,7 @@ from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.controller.worker_env import EXACT_ENV
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import find_recovery_point, placement_at_recovery_point, world_of
-from orchestrator.elastic.snapshot_layout import buddies_of
+from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
     Directive,
@@ -183,6 +183,7 @@ class Crew:
             orphan_s=orphan_s,
         )
         self.num_experts, self.is_exact = job.model.n_routed_experts, job.train.is_exact
+        self._copies = job.protection.copies
         self.members: dict[str, Member] = {}
         self.directive = Directive(term=1, seq=0)
         self.newest_generation = -1  # of all that were planned
@@ -241,10 +242,16 @@ class Crew:
             source=StateSource(source.world, source.placement, source.world.members, step) if source else None,
             store_prefix=f"1/{generation}",
             store_address=self.store_address,
-            buddies=buddies_of(["node"] * world.size),
+            **self._buddies(world.size),
             restore=restore,
             **more,
         )
+
+    def _buddies(self, size: int) -> dict[str, tuple[int, ...]]:
+        nodes = ["node"] * size
+        first = buddies_of(nodes)
+        second = second_buddies_of(nodes, first) if self._copies > 1 else ()
+        return {"buddies": first, "second_buddies": second}
 
     def send(self, to: list[str] | None = None, **changes: Any) -> None:
         fields = {**vars(self.directive), **changes, "seq": self.directive.seq + 1}
@@ -367,7 +374,7 @@ class Crew:
             source=StateSource(origin.world, origin.placement, cut.holders, cut.step),
             store_prefix=f"1/{world.generation}",
             store_address=self.store_address,
-            buddies=buddies_of(["node"] * world.size),
+            **self._buddies(world.size),
             **more,
         )
         self.send(next=plan)

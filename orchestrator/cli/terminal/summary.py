@@ -85,7 +85,7 @@ def _ago(seconds: float) -> str:
 
 
 def _held(status: RunStatus) -> str:
-    held = {0: NONE, 1: "once: a lost worker sends the run back to a checkpoint"}
+    held = {0: NONE, 1: "once: a lost worker sends the run back to a checkpoint", 3: "in three workers' memory"}
     waiting = f"; finished, not committed: {status.uncommitted}" * (status.uncommitted > 0)
     return held.get(status.held_by, "twice: in two workers' memory") + waiting
 

@@ -106,7 +106,7 @@ def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
     ranks, every = range(layout.world.size), job.protection.whole_every(job.recovery.whole_every)
     whole = sum(SnapshotFormat.of(layout, rank).shared_bytes for rank in ranks)
     deltas = sum(SnapshotFormat.of_delta(layout, rank).shared_bytes for rank in ranks) if every > 1 else 0
-    return (whole + (every - 1) * deltas) // (every * interval)
+    return job.protection.copies * (whole + (every - 1) * deltas) // (every * interval)
 
 
 # -- rescale -----------------------------------------------------------------------------------------------------------

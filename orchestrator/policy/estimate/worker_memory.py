@@ -39,7 +39,7 @@ class MemoryPlan:
         kept: state of gradient compression.
         activations, loss: None for a model that isn't ours.
         fence: the largest second shard during a transition to a neighbouring size, or a recovery at the same size.
-        snapshots: two of its own and two of its protected rank's. In a world of one with standbys two, of the member
+        snapshots: two of its own and two of each protected rank's. In a world of one with standbys two, of the member
             in its own memory, or in that of its keeper.
         deltas: those between them.
     """
@@ -85,7 +85,7 @@ class MemoryPlan:
 
     @property
     def first_snapshots(self) -> int:
-        """One whole snapshot of its own, and one of its protected rank's."""
+        """One whole snapshot of its own, and one of each protected rank's."""
         return self.snapshots // 2
 
     @property
@@ -165,20 +165,22 @@ def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
 
 
 def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
-    """Bytes of two whole snapshots of a rank's own and two of the largest protected rank possible, and of deltas. A
+    """Bytes of two whole snapshots of a rank's own and two of the largest protected ranks possible, and of deltas. A
     lone rank protects none, and takes snapshots only beside a standby."""
     if job.protection.interval is None or (layout.world.size < 2 and not job.workers.standby):
         return 0, 0
     every = job.protection.whole_every(job.recovery.whole_every)
-    whole = 2 * _kept_bytes([SnapshotFormat.of(layout, other) for other in range(layout.world.size)], rank)
+    ranks, copies = range(layout.world.size), job.protection.copies
+    whole = 2 * _kept_bytes([SnapshotFormat.of(layout, other) for other in ranks], rank, copies)
     if every == 1:
         return whole, 0
-    return whole, every * _kept_bytes([SnapshotFormat.of_delta(layout, r) for r in range(layout.world.size)], rank)
+    return whole, every * _kept_bytes([SnapshotFormat.of_delta(layout, other) for other in ranks], rank, copies)
 
 
-def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
-    others = formats if len(formats) > 1 else ()
-    return formats[rank].total_bytes + max((form.shared_bytes for form in others), default=0)
+def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int, copies: int) -> int:
+    """Bytes of a rank's own snapshot and of the largest ones that it may keep for others."""
+    others = sorted(form.shared_bytes for form in formats) if len(formats) > 1 else []
+    return formats[rank].total_bytes + sum(others[-copies:])
 
 
 def _is_shared(param: ParamSpec, rank: int, placement: ExpertPlacement) -> bool:

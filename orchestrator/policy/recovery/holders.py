@@ -6,13 +6,11 @@ from orchestrator.protocol.messages import GenerationPlan, Keeper
 
 
 def num_holders(state: RunState, seen: Observation) -> int:
-    """2 where every rank's snapshots are in another domain as well, 1 where a failure sends the run back to a
-    checkpoint, 0 without a world."""
+    """The fewest domains that any rank's snapshots are in: 1 where a failure sends the run back to a checkpoint, 0
+    without a world."""
     if state.current is None or state.outcome is not None:
         return 0
-    keeper = state.keeping.connected
-    pairs = _pairs(state.current, keeper)
-    return 2 if pairs and _are_apart(state, seen, pairs) else 1
+    return _num_domains(state, seen, _holders(state.current, state.keeping.connected))
 
 
 def newest_held(state: RunState, seen: Observation) -> int:
@@ -32,20 +30,19 @@ def _has_two_holders(state: RunState, seen: Observation, plan: GenerationPlan) -
     report = seen.reports.get(plan.world.members[0])
     kept_by = report.protection.kept_by if report is not None else -1
     keeper = next((keeper for keeper in state.keeping.chosen if keeper.number == kept_by), None)
-    pairs = _pairs(plan, keeper)
-    return bool(pairs) and _are_apart(state, seen, pairs)
+    return _num_domains(state, seen, _holders(plan, keeper)) > 1
 
 
-def _pairs(plan: GenerationPlan, keeper: Keeper | None) -> list[tuple[str, str]]:
-    """Each member and the worker that keeps its snapshots; none where they have no other holder."""
+def _holders(plan: GenerationPlan, keeper: Keeper | None) -> list[tuple[str, ...]]:
+    """Each member with the other workers that keep its snapshots."""
     members = plan.world.members
     if keeper is not None and keeper.generation == plan.generation:
         return [(members[0], keeper.worker)]
-    return [(member, members[buddy]) for member, buddy in zip(members, plan.buddies, strict=False)]
+    return [(member, *(members[ring[rank]] for ring in plan.rings)) for rank, member in enumerate(members)]
 
 
-def _are_apart(state: RunState, seen: Observation, pairs: list[tuple[str, str]]) -> bool:
-    """Whether both of each pair are in different domains."""
+def _num_domains(state: RunState, seen: Observation, holders: list[tuple[str, ...]]) -> int:
+    """The fewest domains that any of these groups of workers are in."""
     workers = {*state.worker_group, *seen.reports}
     has_nodes = len({seen.nodes[worker] for worker in workers if worker in seen.nodes}) > 1
-    return not has_nodes or all(len(set(nodes_of(seen, pair))) == 2 for pair in pairs)
+    return min(len(set(nodes_of(seen, group) if has_nodes else group)) for group in holders)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.snapshot_layout import buddies_of
+from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.state.config import RunLimits
@@ -128,6 +128,7 @@ def with_plan(
     """The state with this generation as the next one. Requires a rendezvous store."""
     assert seen.store_address is not None
     nodes = nodes_of(seen, world.members)
+    buddies = buddies_of(nodes) if limits.protected else ()
     plan = GenerationPlan(
         term=seen.term,
         world=world,
@@ -135,7 +136,8 @@ def with_plan(
         source=source,
         store_prefix=f"{seen.term}/{world.generation}",
         store_address=seen.store_address,
-        buddies=buddies_of(nodes) if limits.protected else (),
+        buddies=buddies,
+        second_buddies=second_buddies_of(nodes, buddies) if buddies and limits.copies > 1 else (),
         restore=state.restore if source is None else None,
         micro_batch=micro_batch_for(limits, state, world),
         skips=state.failures.skips,

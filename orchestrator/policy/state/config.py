@@ -27,10 +27,13 @@ class ScheduledSize:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """The part of a job that its lifecycle depends on. `steps` are numbered from 0; `protected`: workers keep
-    snapshots; `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory`
-    only the first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal
-    length. `checkpoints_by_time`: at intervals that are chosen."""
+    """The part of a job that its lifecycle depends on.
+
+    `steps` are numbered from 0; `protected`: workers keep snapshots, each in the memory of `copies` others;
+    `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory` only the
+    first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal length.
+    `checkpoints_by_time`: at intervals that are chosen.
+    """
 
     run_id: str
     steps: int
@@ -41,6 +44,7 @@ class RunLimits:
     num_experts: int
     schedule: tuple[ScheduledSize, ...] = ()
     protected: bool = True
+    copies: int = 1
     publish: str = FINISHED
     recovery: RecoverySpec = DEFAULT_RECOVERY
     micro_batch: MicroBatchSize = ONE_ROW
@@ -66,6 +70,7 @@ class RunLimits:
             standby=job.workers.standby,
             num_experts=job.model.n_routed_experts,
             protected=job.protection.interval is not None,
+            copies=job.protection.copies,
             publish=job.protection.publish,
             recovery=job.recovery,
             micro_batch=micro_batch_of(job),

@@ -133,16 +133,17 @@ class ShardFactory:
         return PendingGroups(store, prefix, rank, plan.placement, backend, address=self.address)
 
     def protect(self, store: Store, plan: GenerationPlan) -> SnapshotReplicator | None:
-        """Connect to buddy and protected rank; None without buddies. Collective over the generation's members."""
+        """Connect to buddies and protected ranks; None without buddies. Collective over the generation's members."""
         if not plan.buddies:
             return None
         rank = plan.world.rank_of(self.me)
         self._snapshot_memory.drop_idle()
         own = self._snapshots(plan, rank, shared_only=False)
-        kept = self._snapshots(plan, plan.buddies.index(rank), shared_only=True)
-        to_buddy, from_protected_rank = meet_buddies(store, plan, rank, self.address)
-        sender = SnapshotSender(own, to_buddy, self._whole_every)
-        return SnapshotReplicator(sender, SnapshotReceiver(kept, from_protected_rank), self.device.type != "cuda")
+        kept = [self._snapshots(plan, ring.index(rank), shared_only=True) for ring in plan.rings]
+        met = meet_buddies(store, plan, rank, self.address)
+        sender = SnapshotSender(own, [to_buddy for to_buddy, _ in met], self._whole_every)
+        receivers = [SnapshotReceiver(each, stream) for each, (_, stream) in zip(kept, met, strict=True)]
+        return SnapshotReplicator(sender, receivers, self.device.type != "cuda")
 
     def protect_alone(
         self, store: Store, plan: GenerationPlan, keeper: Keeper, new_records: NewRecords
@@ -150,8 +151,8 @@ class ShardFactory:
         """Connect the only member of a generation to its keeper. Collective over both."""
         self._snapshot_memory.drop_idle()
         own = self._snapshots(plan, 0, shared_only=False)
-        sender = SnapshotSender(own, meet_keeper(store, keeper.store_prefix), self._whole_every, new_records)
-        return SnapshotReplicator(sender, None, self.device.type != "cuda")
+        sender = SnapshotSender(own, [meet_keeper(store, keeper.store_prefix)], self._whole_every, new_records)
+        return SnapshotReplicator(sender, (), self.device.type != "cuda")
 
     def keep(
         self, store: Store, plan: GenerationPlan, keeper: Keeper, is_wanted: Callable[[], bool], records: KeepRecords

@@ -1,10 +1,10 @@
-"""Protection of a member in one generation: sends its snapshots, and receives those of its protected rank.
+"""Protection of a member in one generation: sends its snapshots, and receives those of the ranks that it protects.
 
-In a world of several, each rank's snapshots go to a *buddy*, another rank. In a world of one they go to a *keeper*, a
-standby, once one has connected, and no rank is protected in return.
+In a world of several, each rank's snapshots go to a *buddy*, another rank, and with two copies to a second one. In
+a world of one they go to a *keeper*, a standby, once one has connected, and no rank is protected in return.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch._C._distributed_c10d import Store
 
@@ -24,33 +24,33 @@ class SnapshotReplicator:
 
     Args:
         sender: of its own snapshots.
-        receiver: of its protected rank's; None in a world of one.
+        receivers: of its protected ranks'; none in a world of one.
         takes_cores: training needs the same processors as the threads of both.
     """
 
-    def __init__(self, sender: SnapshotSender, receiver: SnapshotReceiver | None, takes_cores: bool) -> None:
-        self.sender, self._receiver, self._takes_cores = sender, receiver, takes_cores
+    def __init__(self, sender: SnapshotSender, receivers: Sequence[SnapshotReceiver], takes_cores: bool) -> None:
+        self.sender, self._receivers, self._takes_cores = sender, receivers, takes_cores
         self.generation = sender.own.generation
 
     def start(self, vault: SnapshotStore) -> None:
         """Keep the generation's snapshots in `vault`, and start the threads."""
         vault.add(self.sender.own)
         self.sender.start()
-        if self._receiver is not None:
-            vault.add(self._receiver.kept)
-            self._receiver.start()
+        for receiver in self._receivers:
+            vault.add(receiver.kept)
+            receiver.start()
 
     def cost_s(self) -> float:
         """Seconds that snapshots have cost training so far: its waits and, where training needs the same processors,
         the work of the threads."""
-        busy_s = self.sender.busy_s + (self._receiver.busy_s if self._receiver is not None else 0.0)
+        busy_s = self.sender.busy_s + sum(receiver.busy_s for receiver in self._receivers)
         return self.sender.waited_s + (busy_s if self._takes_cores else 0.0)
 
     def shut(self) -> None:
         """Shut all connections, also under threads that wait for them. Whole snapshots stay in the store."""
         self.sender.shut()
-        if self._receiver is not None:
-            self._receiver.shut()
+        for receiver in self._receivers:
+            receiver.shut()
 
     def close(self) -> None:
         """End the protection of this generation."""
@@ -58,19 +58,36 @@ class SnapshotReplicator:
         self.shut()
 
 
-def meet_buddies(store: Store, plan: GenerationPlan, rank: int, address: str) -> tuple[FramedStream, FramedStream]:
-    """Connections to a rank's buddy and from its protected rank. Collective over the generation's members.
+def meet_buddies(
+    store: Store, plan: GenerationPlan, rank: int, address: str
+) -> list[tuple[FramedStream, FramedStream]]:
+    """Connections to each of a rank's buddies, and from the rank that it protects in the same ring. Collective over the
+    generation's members.
 
     Args:
         address: where this worker can be reached.
 
     Raises:
-        StreamClosed: buddy or protected rank did not connect.
+        StreamClosed: a buddy or protected rank did not connect.
     """
-    prefix, listener = f"{plan.store_prefix}/protection", Listener(address)
+    met: list[tuple[FramedStream, FramedStream]] = []
+    try:
+        for number, ring in enumerate(plan.rings):
+            met.append(_meet_in_ring(store, f"{plan.store_prefix}/protection/{number}", ring, rank, address))
+    except BaseException:
+        for stream in (stream for pair in met for stream in pair):
+            stream.close()
+        raise
+    return met
+
+
+def _meet_in_ring(
+    store: Store, prefix: str, ring: Sequence[int], rank: int, address: str
+) -> tuple[FramedStream, FramedStream]:
+    listener = Listener(address)
     try:
         store.set(f"{prefix}/{rank}", listener.address)
-        to_buddy = dial(store.get(f"{prefix}/{plan.buddies[rank]}").decode(), MEET_S)
+        to_buddy = dial(store.get(f"{prefix}/{ring[rank]}").decode(), MEET_S)
         return to_buddy, listener.accept(MEET_S)
     finally:
         listener.close()

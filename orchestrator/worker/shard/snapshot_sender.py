@@ -1,4 +1,4 @@
-"""One direction of protection: this rank's snapshots, copied and sent to the worker that keeps them.
+"""One direction of protection: this rank's snapshots, copied and sent to the workers that keep them.
 
 A thread beside the one that trains copies the shard (all that the training thread ever waits for before it changes the
 state) and sends the shared part. Bytes go from memory to memory over a separate socket: they are neither pickled nor
@@ -35,15 +35,19 @@ class SnapshotSender:
 
     Args:
         own: this rank's snapshots.
-        stream: to the worker that keeps them.
+        streams: to the workers that keep them.
         whole_every: one of so many snapshots is whole, the others are deltas.
         new_records: gives the records up to a step that were not sent yet; sent with its snapshot.
     """
 
     def __init__(
-        self, own: RankSnapshots, stream: FramedStream, whole_every: int, new_records: NewRecords = no_records
+        self,
+        own: RankSnapshots,
+        streams: Sequence[FramedStream],
+        whole_every: int,
+        new_records: NewRecords = no_records,
     ) -> None:
-        self.own, self._stream, self._new_records = own, stream, new_records
+        self.own, self._streams, self._new_records = own, streams, new_records
         self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
         self._copied: Future[None] = _done()
         self._acknowledged: Future[None] = _done()
@@ -61,17 +65,16 @@ class SnapshotSender:
     @property
     def whole_bytes(self) -> int:
         """Bytes copied and sent for a whole snapshot: its work."""
-        return self.own.copied_bytes(whole=True) + self.own.shared_bytes(whole=True)
+        return self._bytes_of(whole=True)
 
     @property
     def mean_bytes(self) -> float:
         """Mean bytes copied and sent for a snapshot, if one follows each step."""
-        deltas = (self._whole_every - 1) * self._delta_bytes
+        deltas = (self._whole_every - 1) * self._bytes_of(whole=False)
         return (self.whole_bytes + deltas) / self._whole_every
 
-    @property
-    def _delta_bytes(self) -> int:
-        return self.own.copied_bytes(whole=False) + self.own.shared_bytes(whole=False)
+    def _bytes_of(self, whole: bool) -> int:
+        return self.own.copied_bytes(whole) + len(self._streams) * self.own.shared_bytes(whole)
 
     def start(self) -> None:
         """Start the thread."""
@@ -88,7 +91,7 @@ class SnapshotSender:
         self._copied, self._acknowledged = Future(), Future()
         snapshot = self.own.begin(step, note, update)
         self._since_whole = 0 if update is None else self._since_whole + 1
-        self.begun, self.begun_bytes = step, self.whole_bytes if update is None else self._delta_bytes
+        self.begun, self.begun_bytes = step, self._bytes_of(whole=update is None)
         self._orders.put((snapshot, ranges, self._copied, self._acknowledged))
 
     def copied(self) -> None:
@@ -109,8 +112,9 @@ class SnapshotSender:
             self.waited_s += time.perf_counter() - began_s
 
     def shut(self) -> None:
-        """Shut the connection, also under a thread that waits for it."""
-        self._stream.shut()
+        """Shut the connections, also under a thread that waits for one."""
+        for stream in self._streams:
+            stream.shut()
 
     def close(self) -> None:
         """End the thread and the connection."""
@@ -134,14 +138,17 @@ class SnapshotSender:
                 if closed is not None:
                     raise closed
                 shared = self.own.shared(snapshot)
-                self._stream.send(_header(snapshot, self._new_records(snapshot.holding.step)), shared)
-                traffic_meter.enter(TrafficKind.PROTECTION, shared.nbytes)
+                header = _header(snapshot, self._new_records(snapshot.holding.step))
+                for stream in self._streams:
+                    stream.send(header, shared)
+                    traffic_meter.enter(TrafficKind.PROTECTION, shared.nbytes)
                 self.busy_s = time.thread_time()
                 acknowledged.set_result(None)
             except StreamClosed as error:
                 closed = error
                 acknowledged.set_exception(error)
-        self._stream.close()
+        for stream in self._streams:
+            stream.close()
 
 
 def _header(snapshot: Snapshot, records: Sequence[StepRecord]) -> dict[str, Any]:

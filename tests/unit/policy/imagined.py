@@ -332,7 +332,7 @@ class Life:
         plan = self.state.current
         assert plan is not None
         rank = plan.world.rank_of(worker)
-        keepers = [worker] + ([plan.world.members[plan.buddies[rank]]] if plan.buddies else [])
+        keepers = [worker, *(plan.world.members[ring[rank]] for ring in plan.rings)]
         keepers += [self.keeper.worker] if self.keeper is not None else []
         for keeper in keepers:
             self.snapshots[(keeper, Holding(plan.generation, self.step, rank))] = True

@@ -73,3 +73,29 @@ def test_steps_do_not_wait_for_ever_for_a_checkpoint(every: int | str, steps: in
         SpecError, match=rf"checkpoint.every: .*must be at most {MAX_UNPUBLISHED}, or auto.*; got {every}"
     ):
         parse_job(text)
+
+
+@pytest.mark.parametrize(
+    ("copies", "rule"),
+    [
+        ("{copies: 2}", None),
+        ("{copies: 3}", "protection.copies: must be"),
+        ("{copies: 0}", "protection.copies: must be"),
+        ("{copies: true}", "protection.copies: must be"),
+        ("{copies: 2, every: none}", "protection.copies: .*protection.copies 2 needs snapshots.*; got none"),
+    ],
+)
+def test_copies_of_snapshots(copies: str, rule: str | None) -> None:
+    text = f"{HEAD}workers: {{min: 3, max: 4}}\nprotection: {copies}\n"
+    if rule is None:
+        assert parse_job(text).protection.copies == 2
+        return
+    with pytest.raises(SpecError, match=rule):
+        parse_job(text)
+
+
+def test_two_copies_need_three_workers() -> None:
+    with pytest.raises(
+        SpecError, match=r"copies 2 needs at least 3 workers: raise workers.min, or .* got workers.min 2"
+    ):
+        parse_job(f"{HEAD}workers: {{min: 2, max: 4}}\nprotection: {{copies: 2}}\n")

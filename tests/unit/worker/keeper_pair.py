@@ -52,8 +52,8 @@ class KeeperPair:
             from_member, to_keeper = there.result(WAIT_S), here.result(WAIT_S)
         self.kept = RankSnapshots(4, 0, self.layout, shared_only=True)
         self.receiver = SnapshotReceiver(self.kept, from_member, self.records.extend)
-        sender = SnapshotSender(RankSnapshots(4, 0, self.layout, False), to_keeper, 1, self._new_records)
-        self.member = SnapshotReplicator(sender, None, takes_cores=True)
+        sender = SnapshotSender(RankSnapshots(4, 0, self.layout, False), [to_keeper], 1, self._new_records)
+        self.member = SnapshotReplicator(sender, (), takes_cores=True)
         self.receiver.start()
 
     def _new_records(self, step: int) -> Sequence[StepRecord]:

@@ -68,6 +68,7 @@ def test_values_are_aligned() -> None:
         (0, 0, "-"),
         (1, 41, "once: a lost worker sends the run back to a checkpoint; finished, not committed: 41"),
         (2, 0, "twice: in two workers' memory"),
+        (3, 0, "in three workers' memory"),
         (2, 1, "twice: in two workers' memory; finished, not committed: 1"),
     ],
 )

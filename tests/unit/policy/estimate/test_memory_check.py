@@ -84,3 +84,11 @@ def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:
     assert crowding(job, plan, needed) == ""
     assert "3 workers need 14.48 GB, and this machine has 14.48 GB" in crowding(job, plan, needed - 1)
     assert crowding(*_job("1GB"), GIB) == ""
+
+
+def test_a_second_copy_of_each_snapshot_takes_memory_and_traffic() -> None:
+    one, two = (_job(None, workers="3..4", protection={"copies": copies})[1].worlds for copies in (1, 2))
+    for once, twice in zip(one, two, strict=True):
+        assert 1.2 * once.memory.snapshots < twice.memory.snapshots < 2 * once.memory.snapshots
+        assert once.memory.deltas < twice.memory.deltas and once.memory.peak < twice.memory.peak
+        assert once.traffic.snapshots > 0 and abs(twice.traffic.snapshots - 2 * once.traffic.snapshots) <= 1

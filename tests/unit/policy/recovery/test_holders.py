@@ -26,8 +26,21 @@ def _life(workers: int, until: Callable[[Life], bool] = lambda life: life.step >
         (2, {"nodes": {"w0": "a", "w1": "a"}}, 2),
         (2, {"nodes": {"w0": "a", "w1": "b"}}, 2),
         (2, {"nodes": {"w0": "a", "w1": "a", "w2": "b"}, "standby": 1}, 1),
+        (3, {"copies": 2}, 3),
+        (3, {"copies": 2, "nodes": {"w0": "a", "w1": "a", "w2": "b"}}, 2),
+        (3, {"copies": 2, "nodes": {"w0": "a", "w1": "b", "w2": "c"}}, 3),
     ],
-    ids=["buddies", "no protection", "alone", "one node", "two nodes", "buddies on one node of two"],
+    ids=[
+        "buddies",
+        "no protection",
+        "alone",
+        "one node",
+        "two nodes",
+        "buddies on one node of two",
+        "two copies",
+        "two copies on two nodes",
+        "two copies on three nodes",
+    ],
 )
 def test_members_hold_each_others_state(workers: int, changes: dict[str, Any], holders: int) -> None:
     life = _life(workers, **changes)

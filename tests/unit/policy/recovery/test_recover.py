@@ -63,6 +63,25 @@ def test_two_that_are_no_buddies_may_be_lost_at_once() -> None:
     _trained(life)
 
 
+@pytest.mark.parametrize("workers", [3, 4])
+@pytest.mark.parametrize("rank", range(3))
+def test_a_rank_lost_with_its_buddy_costs_a_step_at_most_where_there_are_two_copies(workers: int, rank: int) -> None:
+    life = Life(limits_of(steps=40, initial_workers=workers, copies=2, min_workers=3))
+    life.run_until(lambda: life.step == 9)
+    current = life.state.current
+    assert current is not None
+    lost = {current.world.members[rank], current.world.members[current.buddies[rank]]}
+    for worker in lost:
+        life.kill(worker)
+    life.run_until(lambda: life.state.activated == 1)
+    (recovery,) = life.state.recoveries
+    assert set(recovery.lost) == lost and recovery.source == "memory"
+    assert recovery.steps_lost == 0 and recovery.steps_replayed <= 1
+    life.run_to_the_end()
+    _trained(life)
+    assert life.replayed <= 1 and not life.of_kind("rolled_back")
+
+
 @pytest.mark.parametrize("with_checkpoint", [True, False])
 def test_a_rank_lost_with_its_buddy_sends_the_run_back_to_a_checkpoint(with_checkpoint: bool) -> None:
     life = Life(limits_of(steps=40, initial_workers=4), checkpoint_every=4 if with_checkpoint else None)

@@ -74,7 +74,7 @@ def test_records_come_only_when_asked_for_and_only_the_newer_ones() -> None:
     assert [r.step for r in report.history.records] == [2, 3] and report.step == 3
 
 
-def test_steps_after_the_one_that_a_worker_goes_back_to_are_held_by_nobody() -> None:
+def test_a_worker_that_goes_back_holds_no_later_step() -> None:
     mailbox = WorkerMailbox("w0", 1)
     mailbox.record(_record(7), committed=7, held=6)
     mailbox.go_back_to(4)

@@ -60,10 +60,10 @@ def test_buddies_exchange_the_parts_that_only_one_of_them_has() -> None:
     plan = GenerationPlan(1, layout.world, placement, None, "1/4", StoreAddress("", 0), buddies=(1, 0))
 
     def protect(rank: int) -> tuple[SnapshotReplicator, SnapshotStore]:
-        to_buddy, from_protected_rank = meet_buddies(store, plan, rank, LOOPBACK)
+        ((to_buddy, from_protected_rank),) = meet_buddies(store, plan, rank, LOOPBACK)
         kept = RankSnapshots(4, 1 - rank, layout, shared_only=True)
-        sender = SnapshotSender(RankSnapshots(4, rank, layout, False), to_buddy, 1)
-        replicator = SnapshotReplicator(sender, SnapshotReceiver(kept, from_protected_rank), takes_cores=True)
+        sender = SnapshotSender(RankSnapshots(4, rank, layout, False), [to_buddy], 1)
+        replicator = SnapshotReplicator(sender, [SnapshotReceiver(kept, from_protected_rank)], takes_cores=True)
         vault = SnapshotStore()
         replicator.start(vault)
         return replicator, vault
@@ -77,5 +77,40 @@ def test_buddies_exchange_the_parts_that_only_one_of_them_has() -> None:
         assert members[1 - rank][1].find(Holding(4, 7, rank)).note == "note"
     everywhere = {"param/dense", "buffer/bias"}
     assert everywhere.isdisjoint(members[0][1].find(Holding(4, 7, 1)).ranges.names())
+    for replicator, _ in members:
+        replicator.close()
+
+
+def test_two_copies_of_each_snapshot_are_with_two_others() -> None:
+    layout, store = layout_of(("a", "b", "c")), HashStore()
+    first, second = (1, 2, 0), (2, 0, 1)
+    placement = ExpertPlacement.balanced(2, 3)
+    plan = GenerationPlan(
+        1, layout.world, placement, None, "1/4", StoreAddress("", 0), buddies=first, second_buddies=second
+    )
+
+    def protect(rank: int) -> tuple[SnapshotReplicator, SnapshotStore]:
+        met = meet_buddies(store, plan, rank, LOOPBACK)
+        own = RankSnapshots(4, rank, layout, False)
+        kept = [RankSnapshots(4, ring.index(rank), layout, shared_only=True) for ring in (first, second)]
+        sender = SnapshotSender(own, [to_buddy for to_buddy, _ in met], 1)
+        assert sender.whole_bytes == own.copied_bytes(whole=True) + 2 * own.shared_bytes(whole=True)
+        receivers = [SnapshotReceiver(each, stream) for each, (_, stream) in zip(kept, met, strict=True)]
+        replicator, vault = SnapshotReplicator(sender, receivers, takes_cores=True), SnapshotStore()
+        replicator.start(vault)
+        return replicator, vault
+
+    with ThreadPoolExecutor(3) as pool:
+        members = [each.result(WAIT_S) for each in [pool.submit(protect, rank) for rank in range(3)]]
+    for rank, (replicator, _) in enumerate(members):
+        replicator.sender.begin(7, shard_of(layout, rank, 7.0), f"note {rank}")
+    for replicator, _ in members:
+        replicator.sender.acknowledged()
+    for _, vault in members:
+        assert vault.holdings() == tuple(Holding(4, 7, rank) for rank in range(3))
+    members[0][0].shut()  # a rank without one of its buddies has lost it
+    members[1][0].sender.begin(8, shard_of(layout, 1, 8.0), "note")
+    with pytest.raises(StreamClosed):
+        members[1][0].sender.acknowledged()
     for replicator, _ in members:
         replicator.close()

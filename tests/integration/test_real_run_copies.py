@@ -1,0 +1,73 @@
+"""A run with two copies of each snapshot: a worker and its buddy are killed at once, and nothing published is lost."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.client import OrchestratorClient
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
+from orchestrator.elastic.snapshot_layout import buddies_of
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.worker_report import Report
+from orchestrator.spec.fault_tolerance import ProtectionSpec
+from orchestrator.spec.workers import WorkersSpec
+from tests.support.real_runs import own_cluster, until
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
+
+STEPS, SIZE = 150, 3
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
+        yield client
+
+
+def _submitted(client: OrchestratorClient, texts: Path, tmp_path: Path, name: str) -> str:
+    job = small_job(texts, max_steps=STEPS, determinism="exact")
+    changes = {
+        "name": name,
+        "workers": WorkersSpec(min=SIZE, max=SIZE, initial=SIZE),
+        "protection": ProtectionSpec(copies=2),
+        "storage": str(tmp_path / "runs"),
+    }
+    return client.submit(job.model_copy(update=changes))
+
+
+def _ended(client: OrchestratorClient, run: str) -> RunStatus:
+    ended = client.wait(run, timeout_s=300.0)
+    assert ended.phase is RunPhase.SUCCEEDED and client.audit(run).ok, ended
+    return ended
+
+
+def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    run = _submitted(client, texts, tmp_path, "copies")
+    status = until(client, run, lambda s: s.step > 10 and s.held_by == SIZE)
+    members = {member.rank: member.worker for member in status.worker_group if member.rank is not None}
+    victims = [members[rank] for rank in (0, buddies_of(["node"] * SIZE)[0])]
+    reports: list[Report] = [ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0) for w in victims]
+    for report in reports:
+        os.kill(report.process.pid, signal.SIGKILL)
+    status = until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
+    recovery = status.recoveries[-1]
+    print(f"killed {victims} after step {reports[0].step}: {recovery}")
+    assert set(recovery.lost) == set(victims) and recovery.source == "memory" and recovery.state_identical
+    assert recovery.steps_replayed <= 1 and recovery.steps_lost == 0
+    assert recovery.step >= max(report.protection.committed for report in reports)
+    killed, plain = _ended(client, run), _ended(client, _submitted(client, texts, tmp_path, "plain"))
+    with CheckpointReader(Path(str(killed.checkpoint))) as ours, CheckpointReader(Path(str(plain.checkpoint))) as other:
+        names = sorted(ours.manifest.tensors)
+        assert names == sorted(other.manifest.tensors)
+        for name in names:
+            numel = ours.manifest.tensors[name].numel
+            assert np.array_equal(ours.read(name, 0, numel), other.read(name, 0, numel)), name
