@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator import secrets
-from orchestrator.cluster.actors import log_to
 from orchestrator.errors import UsageError
 from orchestrator.secrets import redacted, take_secrets, without
+from orchestrator.storage.log_file import flush_logs, log_to
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,7 @@ def test_a_secret_is_set_and_kept_out_of_logs(tmp_path: Path) -> None:
         raise RuntimeError("no access with hunter22")
     except RuntimeError:
         log.exception("refused")
+    flush_logs(20.0)
     text = (tmp_path / "worker.log").read_text()
     assert "hunter22" not in text and "the key is ***" in text and "no access with ***" in text
     assert redacted("hunter22!") == "***!"

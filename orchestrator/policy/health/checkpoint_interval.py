@@ -14,7 +14,7 @@ from statistics import median
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.training import CheckpointIntervalChosen
-from orchestrator.protocol.worker_report import Phase
+from orchestrator.protocol.worker_phase import Phase
 
 PRIOR_S = 6 * 3600.0  # one failure in this time is assumed besides the run's own
 SHORTEST_S, LONGEST_S = 120.0, 2400.0  # an alert asks for a checkpoint within an hour

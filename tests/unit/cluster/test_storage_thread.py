@@ -118,7 +118,8 @@ def test_a_call_that_takes_long_is_trouble(
     storage.advance()
     assert storage.trouble() is None
     storage._since_s -= slow_s + 37.0
-    assert storage.trouble() == f"run storage has not answered for {slow_s + 37.0:.0f} s"
+    trouble = storage.trouble()
+    assert trouble is not None and trouble.why == f"run storage has not answered for {slow_s + 37.0:.0f} s"
     hangs.open()
     storage.finish()
     assert storage.trouble() is None

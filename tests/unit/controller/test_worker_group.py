@@ -7,7 +7,8 @@ import pytest
 
 from orchestrator.controller import worker_group
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.protocol.worker_report import Phase, Report, ShardWritten
+from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import Report, ShardWritten
 from orchestrator.spec.job import JobSpec
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from orchestrator.checkpoint.manifest import incomplete_name, manifest_of
 from orchestrator.checkpoint.read import SUPERSEDED_PREFIX, discard, list_checkpoints, list_steps
-from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.run_records.checkpoints import (
     DIRECTORY,
     discard_unfinished,
@@ -29,7 +30,8 @@ def _write(run_dir: Path, step: int, generation: int = 0, megabytes: int = 3) ->
     size = megabytes * MB // 4
     piece = ShardPiece("w", 0, size, np.full(size, step, np.float32))
     shard = write_shard(checkpoints, [piece], step=step, term=1, generation=generation, rank=0)
-    return commit(checkpoints, manifest_of([shard], run_id="r", term=1, shapes={"w": (size,)}), term=1)
+    shards = read_shards(checkpoints, [shard], term=1)
+    return commit(checkpoints, manifest_of(shards, run_id="r", term=1, shapes={"w": (size,)}), term=1)
 
 
 def _superseded(run_dir: Path) -> list[str]:

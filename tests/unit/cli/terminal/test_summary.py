@@ -75,4 +75,4 @@ def test_values_are_aligned() -> None:
 def test_holders_of_the_newest_step_and_steps_that_are_not_committed(
     held_by: int, uncommitted: int, shown: str
 ) -> None:
-    assert dict(summary.details(status(held_by=held_by, uncommitted=uncommitted)))["held"] == shown
+    assert dict(summary.details(status(held_by=held_by, uncommitted=uncommitted), 0.0))["held"] == shown
