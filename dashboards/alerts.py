@@ -136,6 +136,6 @@ ALERTS = (
         "page",
         "the run storage refuses writes or doesn't answer: the run trains on, but nothing is recorded or published",
         "`orchestrator status` names the reason. Make room, make it writable, or repair the mount: what waits is "
-        "written then. A worker that nobody holds the state of loses what waits if it fails now.",
+        "written then. What waits is lost with a worker whose state no other one holds.",
     ),
 )

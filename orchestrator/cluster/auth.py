@@ -73,10 +73,7 @@ def check_token_file() -> None:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
-        raise NotAllowed(
-            f"the cluster's token can't be read from {path}: {error.strerror}",
-            remedy="Point RAY_AUTH_TOKEN_PATH at the file with it.",
-        ) from None
+        raise _is_unreadable(path, error) from None
     if mode & 0o077:
         raise NotAllowed(
             f"the token in {path} may be read by others (mode {mode:04o})",
@@ -89,7 +86,11 @@ def read_token() -> str | None:
     check_token_file()
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return None
-    return (os.environ.get("RAY_AUTH_TOKEN") or _token_path().read_text()).strip()
+    path = _token_path()
+    try:
+        return (os.environ.get("RAY_AUTH_TOKEN") or path.read_text()).strip()
+    except OSError as error:
+        raise _is_unreadable(path, error) from None
 
 
 def reread_environment() -> None:
@@ -125,6 +126,13 @@ def is_open_allowed() -> bool:
 
 def _token_path() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _is_unreadable(path: Path, error: OSError) -> NotAllowed:
+    return NotAllowed(
+        f"the cluster's token can't be read from {path}: {error.strerror}",
+        remedy="Point RAY_AUTH_TOKEN_PATH at the file with it.",
+    )
 
 
 def _asks_for_none(address: str) -> NotAllowed:

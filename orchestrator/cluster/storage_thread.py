@@ -72,10 +72,9 @@ class StorageThread:
 
     def trouble(self) -> StorageTrouble | None:
         """That of a call that has been open for long. May be called from any thread."""
+        is_open, patience_s = self._open is not None, self._patience_s  # before the time that belongs to it
         taken_s = time.monotonic() - self._since_s
-        if self._open is None or taken_s < self._patience_s:
-            return None
-        return unanswered(taken_s)
+        return unanswered(taken_s, patience_s) if is_open and taken_s >= patience_s else None
 
     def _begin(self, name: str) -> None:
         self._name, self._task = name, self._waiting.pop(name)()

@@ -19,8 +19,8 @@ from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.lifecycle import phase_of
 from orchestrator.policy.publication import publishable
 from orchestrator.policy.replay_check import differences
+from orchestrator.policy.state.checkpoint_parts import complete_checkpoints
 from orchestrator.policy.state.run_state import Observation
-from orchestrator.policy.termination import complete_checkpoints
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
 from orchestrator.protocol.events.notices import (
     GradientSaturated,

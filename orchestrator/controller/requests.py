@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.kept_requests import KeptRequests, RequestStore
 from orchestrator.errors import NotFinished, UsageError
-from orchestrator.protocol.events.run import Submitted
+from orchestrator.protocol.events.run import PriorityChanged, Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
@@ -41,12 +42,12 @@ class PendingRequests:
         self.newest = memory.state.target
         self.grant = memory.state.queue.grant
         self.priority = memory.state.priority
-        self._kept = kept
+        self._kept, self._keeping = kept, threading.Lock()  # the controller's loop never takes this lock
         found = kept.read()
-        self._are_kept = found is not None
         if found is not None and (found.submitted_time, found.token) == self._attempt:
             self.newest = max(self.newest, found.target, key=lambda target: target.seq)
-            self.priority = found.priority
+            if found.num_priorities == memory.counts[PriorityChanged]:
+                self.priority = found.priority
 
     def aim(
         self,
@@ -72,9 +73,9 @@ class PendingRequests:
             name = self.newest.stage if stage is None else stage
             by_hand = self.newest.by_hand if by_hand is None else by_hand
             target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
-            wake(self._inbox)
-            self._await(lambda: self._memory.state.target.seq >= target.seq)
-            return target
+            is_journalled = self._await(lambda: self._memory.state.target.seq >= target.seq)
+        self._keep_unless(is_journalled)
+        return target
 
     def prioritise(self, priority: int) -> int:
         """Request this priority. Returns it when it is journalled.
@@ -86,9 +87,9 @@ class PendingRequests:
         with self._turned:
             self._refuse_ending(FinishMode.NO)
             self.priority = priority
-            wake(self._inbox)
-            self._await(lambda: self._memory.state.priority == self.priority)
-            return priority
+            is_journalled = self._await(lambda: self._memory.state.priority == self.priority)
+        self._keep_unless(is_journalled)
+        return priority
 
     def granted(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled.
@@ -98,18 +99,23 @@ class PendingRequests:
         """
         with self._turned:
             self.grant = grant
-            wake(self._inbox)
-            self._await(lambda: self._memory.state.queue.grant == self.grant)
+            is_journalled = self._await(lambda: self._memory.state.queue.grant == self.grant)
+        self._keep_unless(is_journalled)
 
-    def _await(self, is_journalled: Callable[[], bool]) -> None:
-        """Wait until the newest requests are journalled, or keep them. Raises NotFinished then."""
-        if self._turned.wait_for(is_journalled, PATIENCE_S):
-            if self._are_kept:
-                self._kept.clear()
-                self._are_kept = False
+    def _await(self, is_journalled: Callable[[], bool]) -> bool:
+        """Let the controller decide, and wait until it has. Returns whether the newest requests are journalled."""
+        wake(self._inbox)
+        return self._turned.wait_for(is_journalled, PATIENCE_S)
+
+    def _keep_unless(self, is_journalled: bool) -> None:
+        """Keep requests that could not be journalled in time, for a successor. Raises NotFinished then."""
+        if is_journalled:
             return
-        self._kept.write(KeptRequests(*self._attempt, self.newest, self.priority))
-        self._are_kept = True
+        submitted_time, token = self._attempt
+        if submitted_time is not None:
+            with self._keeping, suppress(Exception):  # without Ray's head there is no successor either
+                num_priorities = self._memory.counts[PriorityChanged]
+                self._kept.write(KeptRequests(submitted_time, token, num_priorities, self.newest, self.priority))
         trouble = self._storage.trouble() or self._memory.trouble
         why = trouble.why if trouble is not None else "its controller is busy"
         raise NotFinished(
@@ -124,7 +130,7 @@ class PendingRequests:
 
     def close(self) -> None:
         """Drop what is kept: the run has ended."""
-        with self._turned:
+        with self._keeping, suppress(Exception):
             self._kept.clear()
 
     def _refuse_ending(self, finish: FinishMode) -> None:

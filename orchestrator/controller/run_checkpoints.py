@@ -7,8 +7,8 @@ from pathlib import Path
 
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.errors import OrchestratorError, TermSuperseded
+from orchestrator.policy.state.checkpoint_parts import can_complete
 from orchestrator.policy.state.run_state import Commit, Observation, RunState
-from orchestrator.policy.termination import can_complete
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoints import (
     CheckpointFinder,
@@ -78,6 +78,7 @@ class RunCheckpoints:
     def went_back(self, step: int) -> StorageTask[None]:
         """Set aside the checkpoints after `step`, which the run goes back to; else the next commit does it."""
         state = self._memory.state
+        self.newest = state.checkpoint
         with suppress(OSError):
             yield partial(self._caller, leave_behind, self._run.run_dir, step, self._memory.term, state.num_generations)
 
@@ -87,9 +88,8 @@ class RunCheckpoints:
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
             with suppress(OSError):
-                yield Lengthy(
-                    partial(self._caller, discard_unfinished, self._run.run_dir, partial(can_complete, state, seen))
-                )
+                run_dir, needed = self._run.run_dir, partial(can_complete, state, seen)
+                yield Lengthy(partial(self._caller, discard_unfinished, run_dir, self._memory.term, needed))
                 yield Lengthy(partial(self._caller, drop_superseded, self._run.run_dir))
 
     def drop_old(self) -> StorageTask[tuple[int, ...]]:

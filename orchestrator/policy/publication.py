@@ -5,9 +5,9 @@ Where there is no second domain steps are only finished; `protection.publish` de
 """
 
 from orchestrator.policy.recovery.holders import newest_held
+from orchestrator.policy.state.checkpoint_parts import complete_checkpoints
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Observation, RunState
-from orchestrator.policy.termination import complete_checkpoints
 from orchestrator.spec.fault_tolerance import COMMITTED
 
 

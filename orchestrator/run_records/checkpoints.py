@@ -15,7 +15,6 @@ from orchestrator.checkpoint.read import (
     discard,
     list_steps,
     prune,
-    read_manifest,
     set_aside,
 )
 from orchestrator.checkpoint.retention import best_checkpoints
@@ -79,19 +78,21 @@ def drop_old_checkpoints(
     return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
 
 
-def discard_unfinished(run_dir: Path, can_complete: Callable[[int, int, int], bool]) -> None:
+def discard_unfinished(run_dir: Path, term: int, can_complete: Callable[[int, int, int], bool]) -> None:
     """Delete parts of checkpoints that can't be completed any more, by step, term and generation, and what interrupted
-    deletions have left. What can't be deleted stays."""
+    deletions have left. What can't be deleted stays, and what is of a later term than the controller's `term`."""
     checkpoints = run_dir / DIRECTORY
     for path in tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ():
         unfinished = parse_incomplete_name(path.name)
-        if path.name.startswith(DISCARDED_PREFIX) or (unfinished is not None and not can_complete(*unfinished)):
+        if path.name.startswith(DISCARDED_PREFIX) or (
+            unfinished is not None and unfinished[1] <= term and not can_complete(*unfinished)
+        ):
             log.info("deleting %s, which can't be completed any more", path)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def drop_superseded(run_dir: Path) -> None:
-    """Delete checkpoints that were set aside, the oldest first, until another one like the newest good one fits: none
+    """Delete checkpoints that were set aside, the oldest first, until another one like the newest one fits: none
     without a good one.
 
     Raises:
@@ -100,10 +101,13 @@ def drop_superseded(run_dir: Path) -> None:
     checkpoints = run_dir / DIRECTORY
     there = tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ()
     hidden = sorted(path for path in there if path.name.startswith(SUPERSEDED_PREFIX))
-    good = newest_good(run_dir) if hidden else None
-    if good is None:
+    steps = list_steps(checkpoints) if hidden else ()
+    if not steps:
         return
-    needed = RESERVE_BYTES + sum(entry.num_bytes for entry in read_manifest(Path(good.path)).files.values())
+    newest = (checkpoints / step_name(steps[-1])).iterdir()
+    needed = RESERVE_BYTES + sum(path.stat().st_size for path in newest)
+    if shutil.disk_usage(checkpoints).free >= needed or newest_good(run_dir) is None:  # the latter reads much
+        return
     for path in hidden:
         if shutil.disk_usage(checkpoints).free >= needed:
             return
@@ -168,5 +172,6 @@ def newest_good(run_dir: Path) -> Restore | None:
 def leave_behind(run_dir: Path, after_step: int, term: int, generation: int) -> None:
     """Hide the checkpoints after `after_step`, from which the run continues with `generation`: their steps were
     discarded."""
-    for path in set_aside(run_dir / DIRECTORY, after_step, f"{term:06d}-{generation:06d}"):
+    mark = f"{term:06d}-{generation:06d}"
+    for path in set_aside(run_dir / DIRECTORY, after_step, mark, before=(term, generation)):
         log.info("a checkpoint after the step that the run continues from is kept as %s", path)

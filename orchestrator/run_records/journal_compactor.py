@@ -81,7 +81,7 @@ class JournalCompactor:
         yield from merge_histories(self._objects, self._limits)
 
     def _fold(self, stored: bytes | None) -> RunHistory:
-        fold = RunHistory(self._run_dir, self._run_limits, is_read=False)
+        fold = RunHistory(self._run_dir, self._run_limits, is_read=False, objects=self._objects)
         if stored is not None:
             fold.restore(stored)
         return fold

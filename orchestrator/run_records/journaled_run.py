@@ -61,7 +61,7 @@ class JournaledRun(RunHistory):
         self.term = self._journal.term
         self._reserve = SpaceReserve(run_dir, caller)
         self._reserve.tend()
-        super().__init__(run_dir, limits, caller=caller)
+        super().__init__(run_dir, limits, objects=CalledObjects(DirectoryObjects(run_dir), caller))
         self._caller = caller
         self.compactor = JournalCompactor(
             run_dir, limits, self._journal, self._objects, self._reserve, self.compacted, compaction

@@ -30,12 +30,12 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
-from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import events_after
+from orchestrator.storage.objects import Objects
 
 log = logging.getLogger("orchestrator.control")
 
@@ -70,12 +70,12 @@ class RunHistory:
 
     Args:
         is_read: False for that of no events, which `restore` and `take` change.
-        caller: makes the calls to run storage.
+        objects: the run's, in run storage; None for those in its directory.
     """
 
-    def __init__(self, run_dir: Path, limits: RunLimits, is_read: bool = True, caller: Caller = call_here) -> None:
+    def __init__(self, run_dir: Path, limits: RunLimits, is_read: bool = True, objects: Objects | None = None) -> None:
         self._run_dir = run_dir
-        self._objects = CalledObjects(DirectoryObjects(run_dir), caller)
+        self._objects = objects or DirectoryObjects(run_dir)
         self.state = first_state(limits)
         self.progress = Progress()
         self.data: PreparedData | None = None

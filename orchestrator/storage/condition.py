@@ -4,7 +4,7 @@ import errno
 from dataclasses import dataclass
 from enum import StrEnum
 
-AWAY_AFTER_S = 30.0  # without an answer, by when slow storage counts as away
+AWAY_AFTER_S = 25.0  # beyond the patience with a call, by when slow storage counts as away
 
 _CONDITIONS = {
     errno.ENOSPC: "full",
@@ -39,7 +39,7 @@ def refusal(what: str, error: OSError) -> StorageTrouble:
     return StorageTrouble(condition, f"{what}: {error.strerror or error}")
 
 
-def unanswered(open_s: float) -> StorageTrouble:
-    """The trouble of storage that has not answered a call for `open_s` seconds."""
-    condition = StorageCondition.SLOW if open_s < AWAY_AFTER_S else StorageCondition.AWAY
+def unanswered(open_s: float, patience_s: float) -> StorageTrouble:
+    """The trouble of storage that has not answered a call for `open_s` seconds, more than the patience with it."""
+    condition = StorageCondition.SLOW if open_s < patience_s + AWAY_AFTER_S else StorageCondition.AWAY
     return StorageTrouble(condition, f"run storage has not answered for {open_s:.0f} s")

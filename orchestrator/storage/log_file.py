@@ -58,7 +58,7 @@ class _LogFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._caller(_append, self._path, self.format(record) + "\n")
-        except OSError:
+        except Exception:  # of any kind: the thread must write later lines
             self.handleError(record)
 
 

@@ -4,13 +4,14 @@ A thread in a call that can't be interrupted (a hung NFS server, a frozen disk) 
 controller that is killed then would be restarted only once storage answers. A thread that waits for a child doesn't.
 
 Requests and answers are pickles, through the child's standard input and output. A child whose parent has ended ends
-too, after the call that it is in.
+too, within a call: it must not go on beside the parent's successor.
 """
 
 import errno
 import logging
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class StorageProcess:
         return result
 
     def close(self) -> None:
-        """End the child, once its call has returned. Doesn't wait for that."""
+        """End the child. Doesn't wait for that."""
         if self._child is not None:
             _input_of(self._child).close()
 
@@ -89,11 +90,12 @@ class StorageProcess:
             try:
                 pickle.dump(request, _input_of(self._child))
                 _input_of(self._child).flush()
-                answer: _Answer = pickle.loads(pickle.load(_output_of(self._child)))
-            except (EOFError, BrokenPipeError):
+                pickled = pickle.load(_output_of(self._child))
+            except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # it has ended, perhaps within an answer
                 self._child.wait()
                 self._child = None
             else:
+                answer: _Answer = pickle.loads(pickled)
                 return answer
         raise OSError(errno.EIO, f"the process for storage calls has ended {MOST_STARTS} times during one")
 
@@ -147,11 +149,21 @@ def _pickled(answer: _Answer) -> bytes:
     return pickled
 
 
+def _end_with_parent() -> None:
+    """End this process once the other end of its standard input is closed. In a system call that can't be interrupted
+    it ends when that returns, and makes no other."""
+    parent = select.poll()
+    parent.register(sys.stdin.fileno(), 0)  # an end that is closed is reported all the same
+    parent.poll()
+    os._exit(0)
+
+
 def main() -> None:
     """Serve the parent until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a call prints is no answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _serve(sys.stdin.buffer, answers)
 
 

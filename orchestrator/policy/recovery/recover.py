@@ -23,6 +23,7 @@ from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import STOP_S, has_stopped
 from orchestrator.policy.recovery.holders import newest_held
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
+from orchestrator.policy.state.checkpoint_parts import complete_checkpoints
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
 from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observation, RunState, ended
@@ -53,7 +54,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if hopeless := _hopeless(limits, state, seen):
         return ended(state, RunPhase.FAILED, hopeless, state.traceback)
     point = find_recovery_point(_worlds(state), _held(state, seen))
-    if point is None:
+    if point is None or (limits.publish == COMMITTED and point.step < state.checkpoint_done):  # it was published
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
     leaving = leavers(state, seen)  # members again only where others are too few; their state is used anyway
@@ -140,7 +141,10 @@ def _committed(limits: RunLimits, state: RunState, seen: Observation) -> int:
 
 
 def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Begin again from a checkpoint, or from the seed if there is none: no live workers hold a whole state."""
+    """Begin again from a checkpoint, or from the seed if there is none: no live workers hold a whole state. One that
+    lacks only its marker comes first, as its steps may be published."""
+    if any(commit.step <= seen.progress.watermark for commit in complete_checkpoints(state, seen)):
+        return Decision(state)
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
     if seen.unreadable:  # a good one may exist
@@ -154,6 +158,8 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         previous=state.current,
         current=None,
         restore=restore,
+        checkpoint_done=done,
+        checkpoint_generation=state.num_generations - 1,
         abort=replace(state.abort, account=account),
         wants_restore=False,
         replay=state.replay.up_to(done),

@@ -12,6 +12,7 @@ from orchestrator.controller.kept_requests import KeptRequests
 from orchestrator.controller.requests import PendingRequests
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.protocol.events.run import PriorityChanged, Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.job import JobSpec
@@ -85,6 +86,7 @@ def test_what_is_not_journalled_in_time_is_kept_until_it_is(
     memory: JournaledRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Kept()
+    run_inline(memory.note(Submitted("run", 2)))
     requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
     with monkeypatch.context() as patched:
         patched.setattr("orchestrator.controller.requests.PATIENCE_S", 0.01)
@@ -94,19 +96,27 @@ def test_what_is_not_journalled_in_time_is_kept_until_it_is(
             requests.prioritise(7)
     successor = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
     assert (successor.newest.workers, successor.priority) == (3, 7)
-    assert _aim(successor, memory, FinishMode.NO, 2).seq == 2 and kept.requests is None
+    assert _aim(successor, memory, FinishMode.NO, 2).seq == 2
+    run_inline(memory.note(PriorityChanged(7, 0)))  # and what is kept counts no more
+    run_inline(memory.decided(replace(memory.state, priority=9), []))
+    third = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
+    assert (third.newest.workers, third.priority) == (2, 9)
+    third.close()
+    assert kept.requests is None
 
 
-@pytest.mark.parametrize("attempt", [(None, "resumed"), (1.0, "")])
-def test_requests_to_another_attempt_are_void(memory: JournaledRun, attempt: tuple[float | None, str]) -> None:
-    kept = Kept(KeptRequests(*attempt, DesiredRunState(5, 1, FinishMode.STOP), 7))
+@pytest.mark.parametrize("attempt", [(0.0, "resumed"), (1.0, "")])
+def test_requests_to_another_attempt_are_void(memory: JournaledRun, attempt: tuple[float, str]) -> None:
+    run_inline(memory.note(Submitted("run", 2)))
+    kept = Kept(KeptRequests(*attempt, 0, DesiredRunState(5, 1, FinishMode.STOP), 7))
     requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
     assert (requests.newest, requests.priority) == (memory.state.target, None)
 
 
 def test_what_was_journalled_before_the_controller_was_lost_is_not_requested_again(memory: JournaledRun) -> None:
+    run_inline(memory.note(Submitted("run", 2)))
     requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), Kept())
     _aim(requests, memory, FinishMode.NO, 3)
     newest = _aim(requests, memory, FinishMode.NO, 2)
-    kept = Kept(KeptRequests(None, "", replace(newest, seq=1, workers=3), None))
+    kept = Kept(KeptRequests(memory.times[Submitted], "", 0, replace(newest, seq=1, workers=3), None))
     assert PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept).newest == newest

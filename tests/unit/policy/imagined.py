@@ -79,6 +79,7 @@ class Life:
     committed: int = -1  # newest marked checkpoint
     committed_by: int = -1  # its generation
     marked: list[int] = field(default_factory=list)  # steps with a checkpoint of this past
+    refuses_markers: bool = False  # storage does
     spoilt: set[int] = field(default_factory=set)  # steps whose checkpoint has other digests now
     unreadable: str = ""  # why checkpoints can't be read
     now_s: float = 0.0
@@ -141,7 +142,7 @@ class Life:
         assert self.state == decision.state
         assert self.state.num_generations >= before.num_generations
         for action in decision.actions:
-            if isinstance(action, Commit):
+            if isinstance(action, Commit) and not self.refuses_markers:
                 self.committed, self.committed_by = action.step, action.generation
                 self.marked = [*(step for step in self.marked if step < action.step), action.step]
                 self.spoilt -= {action.step}

@@ -130,6 +130,23 @@ def test_a_worker_that_dies_after_the_records_of_its_checkpoint_came_does_not_ta
     _trained(life)
 
 
+def test_a_run_that_lost_its_worker_waits_for_the_marker_of_a_checkpoint_that_was_published() -> None:
+    life = _life(1)
+    life.run_until(lambda: life.committed == 9)
+    life.refuses_markers = True
+    life.run_until(lambda: life.progress.watermark == 19)
+    life.kill("w0")
+    for _ in range(50):
+        life.tick()
+    assert life.state.activated == 0 and life.committed == 9
+    life.refuses_markers = False
+    life.run_until(lambda: life.state.activated == 1)
+    (recovery,) = life.state.recoveries
+    assert life.committed == 19 and recovery.step == 19
+    life.run_to_the_end()
+    _trained(life)
+
+
 @given(
     workers=st.integers(1, 3),
     standby=st.integers(0, 1),

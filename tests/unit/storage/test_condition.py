@@ -27,6 +27,7 @@ def test_an_error_without_a_number_is_storage_that_is_away() -> None:
 
 
 def test_storage_that_does_not_answer_is_slow_and_then_away() -> None:
-    assert unanswered(6.0).condition is unanswered(AWAY_AFTER_S - 1).condition is StorageCondition.SLOW
-    assert unanswered(AWAY_AFTER_S).condition is StorageCondition.AWAY
-    assert unanswered(75.0).why == "run storage has not answered for 75 s"
+    assert unanswered(6.0, 5.0).condition is unanswered(4.0 + AWAY_AFTER_S, 5.0).condition is StorageCondition.SLOW
+    assert unanswered(5.0 + AWAY_AFTER_S, 5.0).condition is StorageCondition.AWAY
+    assert unanswered(140.0, 120.0).condition is StorageCondition.SLOW  # a call that may be lengthy
+    assert unanswered(75.0, 5.0).why == "run storage has not answered for 75 s"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from orchestrator.policy.termination import can_complete
+from orchestrator.policy.state.checkpoint_parts import can_complete, complete_checkpoints
 from orchestrator.protocol.worker_report import ShardWritten
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -20,7 +20,7 @@ def _can_complete(life: Life, step: int, term: int = 1, generation: int = 0) -> 
 
 def _wrote(life: Life, rank: int, step: int) -> None:
     worker = life.state.members[rank]
-    shard = ShardWritten(step, 0, rank, f"rank-{rank}", (), (), 0, "{}")
+    shard = ShardWritten(step, 0, rank, f"rank-{rank}", (), 0, "", "")
     life.say(worker, shards=(*life.reports[worker].shards, shard))
 
 
@@ -44,6 +44,15 @@ def test_parts_are_void_once_a_rank_without_one_has_written_a_later_one() -> Non
     _wrote(life, 0, 9)
     _wrote(life, 1, 14)
     assert not _can_complete(life, 9) and _can_complete(life, 14)
+
+
+def test_a_part_of_a_rank_that_is_lost_since_counts() -> None:
+    life = _life()
+    _wrote(life, 1, 9)
+    life.kill(life.state.members[1])
+    assert _can_complete(life, 9)
+    _wrote(life, 0, 9)
+    assert _can_complete(life, 9) and [c.step for c in complete_checkpoints(life.state, life.seen())] == [9]
 
 
 def test_parts_are_void_once_a_rank_without_one_is_lost() -> None:
