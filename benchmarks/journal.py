@@ -21,6 +21,7 @@ from benchmarks.harness import ROOT, Result, Spread, alternate, at_most, median_
 from benchmarks.support.journals import LIMITS, JournalMaker
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
+from orchestrator.storage.directory import DirectoryObjects
 
 SIZES, QUICK_SIZES = (10**3, 10**4, 10**5, 10**6), (10**3, 3 * 10**3)
 MOST_ENTRIES = 10**5  # that are read uncompacted
@@ -81,7 +82,7 @@ def start(run_dir: Path) -> dict[str, float]:
 def go_back(run_dir: Path) -> float:
     progress = RunHistory(run_dir, LIMITS).progress
     began_s = time.perf_counter()
-    progress_up_to(run_dir, progress, progress.watermark - BACK_STEPS)
+    progress_up_to(DirectoryObjects(run_dir), progress, progress.watermark - BACK_STEPS)
     return time.perf_counter() - began_s
 
 

@@ -70,11 +70,16 @@ class StorageThread:
             self.finish()
         self._waiting.clear()
 
+    @property
+    def open_s(self) -> float:
+        """How long the current call has been open; 0 if there is none. May be read from any thread."""
+        is_open = self._open is not None  # before the time that belongs to it
+        return time.monotonic() - self._since_s if is_open else 0.0
+
     def trouble(self) -> StorageTrouble | None:
         """That of a call that has been open for long. May be called from any thread."""
-        is_open, patience_s = self._open is not None, self._patience_s  # before the time that belongs to it
-        taken_s = time.monotonic() - self._since_s
-        return unanswered(taken_s, patience_s) if is_open and taken_s >= patience_s else None
+        patience_s, open_s = self._patience_s, self.open_s
+        return unanswered(open_s, patience_s) if open_s > 0.0 and open_s >= patience_s else None
 
     def _begin(self, name: str) -> None:
         self._name, self._task = name, self._waiting.pop(name)()

@@ -1,6 +1,7 @@
 """Requests to a run, from the call until the run's controller has journalled them."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -13,7 +14,8 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
 
-PATIENCE_S = 1.5  # of a call, which should be answered within 2 s
+PATIENCE_S = 1.5  # of a call while storage doesn't answer: it should be answered within 2 s
+BUSY_S = 15.0  # of a call to a controller whose node is busy
 
 
 def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str:
@@ -105,7 +107,12 @@ class PendingRequests:
     def _await(self, is_journalled: Callable[[], bool]) -> bool:
         """Let the controller decide, and wait until it has. Returns whether the newest requests are journalled."""
         wake(self._inbox)
-        return self._turned.wait_for(is_journalled, PATIENCE_S)
+        deadline_s = time.monotonic() + BUSY_S
+        while not self._turned.wait_for(is_journalled, PATIENCE_S):
+            storage_waits = self._storage.open_s >= PATIENCE_S / 2 or self._memory.trouble is not None
+            if storage_waits or time.monotonic() > deadline_s:
+                return False
+        return True
 
     def _keep_unless(self, is_journalled: bool) -> None:
         """Keep requests that could not be journalled in time, for a successor. Raises NotFinished then."""

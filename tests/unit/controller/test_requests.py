@@ -1,6 +1,7 @@
 """When a request is accepted, and when it is taken back to who had it."""
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,14 @@ import pytest
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.kept_requests import KeptRequests
-from orchestrator.controller.requests import PendingRequests
+from orchestrator.controller.requests import BUSY_S, PendingRequests
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.run import PriorityChanged, Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.tasks import run_inline
+from orchestrator.storage.tasks import StorageTask, run_inline
 
 
 class Kept:
@@ -41,14 +42,19 @@ def memory(tmp_path: Path) -> JournaledRun:
 
 
 def _aim(
-    requests: PendingRequests, memory: JournaledRun, finish: FinishMode, workers: int | None = None
+    requests: PendingRequests,
+    memory: JournaledRun,
+    finish: FinishMode,
+    workers: int | None = None,
+    after_s: float = 0.0,
 ) -> DesiredRunState:
-    """Request from another thread, and be the controller that takes it in."""
+    """Request from another thread, and be the controller that takes it in, after some time."""
     found: list[DesiredRunState] = []
     asker = threading.Thread(target=lambda: found.append(requests.aim(finish, "asked for", workers)), daemon=True)
     inbox = requests._inbox
     asker.start()
     inbox.get(timeout=20.0)
+    time.sleep(after_s)
     assert not found  # it waits until it is written down
     run_inline(memory.decided(replace(memory.state, target=requests.newest), []))
     requests.turned()
@@ -90,6 +96,7 @@ def test_what_is_not_journalled_in_time_is_kept_until_it_is(
     requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept)
     with monkeypatch.context() as patched:
         patched.setattr("orchestrator.controller.requests.PATIENCE_S", 0.01)
+        patched.setattr("orchestrator.controller.requests.BUSY_S", 0.0)
         with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet"):
             requests.aim(FinishMode.NO, "asked for", 3)
         with pytest.raises(NotFinished):
@@ -120,3 +127,29 @@ def test_what_was_journalled_before_the_controller_was_lost_is_not_requested_aga
     newest = _aim(requests, memory, FinishMode.NO, 2)
     kept = Kept(KeptRequests(memory.times[Submitted], "", 0, replace(newest, seq=1, workers=3), None))
     assert PendingRequests("run", memory, StorageThread(Inbox()), Inbox(), kept).newest == newest
+
+
+def test_a_request_to_a_busy_controller_waits_longer_than_one_that_storage_holds_up(
+    memory: JournaledRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.controller.requests.PATIENCE_S", 0.05)
+    storage, hangs, made = StorageThread(Inbox()), threading.Event(), threading.Event()
+    requests = PendingRequests("run", memory, storage, Inbox(), Kept())
+    assert _aim(requests, memory, FinishMode.NO, 3, after_s=0.3).workers == 3
+
+    def call() -> None:
+        made.set()
+        hangs.wait(20.0)
+
+    def task() -> StorageTask[None]:
+        yield call
+
+    storage.add("task", task)
+    storage.advance()
+    assert made.wait(20.0)
+    began_s = time.monotonic()
+    with pytest.raises(NotFinished, match="has not recorded it yet"):
+        requests.aim(FinishMode.NO, "asked for", 2)
+    assert time.monotonic() - began_s < BUSY_S / 2
+    hangs.set()
+    storage.finish()
