@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
 from orchestrator.policy.replay_check import Difference, first_difference
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.changes import changed
@@ -180,13 +182,15 @@ FLIPS = """
         return self.head(self.embedding(tokens))
 """
 FLIP = """
+import os
 from pathlib import Path
 
 MARKS = Path("{marks}")
 
-def claimed(name):  # by one process only
+def claimed(name):  # once, by the member whose mark it is: a standby that does steps again runs this too
+    mark = MARKS / f"{{name}}-{{os.getpid()}}"
     try:
-        (MARKS / name).rename(MARKS / (name + ".done"))
+        mark.rename(mark.with_suffix(".done"))
     except FileNotFoundError:
         return False
     return True
@@ -219,15 +223,20 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
         def told(kind: str, after: int = -1) -> list[dict[str, Any]]:
             return [event for event in client.events(run, after=after) if event["kind"] == kind]
 
+        def flip(what: str) -> None:
+            worker = next(w.worker for w in client.get(run).worker_group if w.rank == 0)
+            pid = ask(find(f"{run}/worker/{worker}"), "pid")
+            (marks / f"{what}-{pid}").touch()
+
         until(client, run, lambda s: bool(told("checked")))
-        (marks / "rest").touch()
+        flip("rest")
         until(client, run, lambda s: bool(told("worker_lost")) and not s.phase.ended and s.workers_now == 2)
         (lost,) = told("worker_lost")
         assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
         until(client, run, lambda s: bool(told("checked", after=lost["seq"])))
         assert all(event["equal"] for event in told("checked")) and told("state_differs") == []
 
-        (marks / "gradient").touch()
+        flip("gradient")
         until(client, run, lambda s: bool(told("state_differs")))
         client.stop(run)
         status = client.wait(run, timeout_s=60.0)
