@@ -118,16 +118,19 @@ class PendingRequests:
         """Keep requests that could not be journalled in time, for a successor. Raises NotFinished then."""
         if is_journalled:
             return
-        submitted_time, token = self._attempt
+        (submitted_time, token), are_kept = self._attempt, False
         if submitted_time is not None:
-            with self._keeping, suppress(Exception):  # without Ray's head there is no successor either
+            with self._keeping, suppress(Exception):  # of Ray's head: the request is accepted all the same
                 num_priorities = self._memory.counts[PriorityChanged]
                 self._kept.write(KeptRequests(submitted_time, token, num_priorities, self.newest, self.priority))
+                are_kept = True
         trouble = self._storage.trouble() or self._memory.trouble
         why = trouble.why if trouble is not None else "its controller is busy"
         raise NotFinished(
             f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
-            remedy="It takes effect once it is recorded, also if the run's controller is restarted before that.",
+            remedy="It takes effect once it is recorded"
+            + (", also if" if are_kept else "; repeat it if")
+            + " the run's controller is restarted before that.",
         )
 
     @property

@@ -6,17 +6,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.workers import WorkersSpec
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import assert_same_tensors, own_cluster, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
@@ -74,9 +72,4 @@ def test_a_killed_lone_worker_costs_a_step_at_most_and_no_bit(
     run = _submitted(client, texts, tmp_path, "alone", standby=1)
     assert _kill_when_kept(client, run) != _kill_when_kept(client, run)  # the replacement keeps in turn
     killed, plain = _ended(client, run), _ended(client, _submitted(client, texts, tmp_path, "plain", standby=0))
-    with CheckpointReader(Path(str(killed.checkpoint))) as ours, CheckpointReader(Path(str(plain.checkpoint))) as other:
-        names = sorted(ours.manifest.tensors)
-        assert names == sorted(other.manifest.tensors)
-        for name in names:
-            numel = ours.manifest.tensors[name].numel
-            assert np.array_equal(ours.read(name, 0, numel), other.read(name, 0, numel)), name
+    assert_same_tensors(killed, plain)

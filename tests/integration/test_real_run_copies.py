@@ -5,10 +5,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
@@ -17,7 +15,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.spec.workers import WorkersSpec
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import assert_same_tensors, own_cluster, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
@@ -65,9 +63,4 @@ def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
     assert recovery.steps_replayed <= 1 and recovery.steps_lost == 0
     assert recovery.step >= max(report.protection.committed for report in reports)
     killed, plain = _ended(client, run), _ended(client, _submitted(client, texts, tmp_path, "plain"))
-    with CheckpointReader(Path(str(killed.checkpoint))) as ours, CheckpointReader(Path(str(plain.checkpoint))) as other:
-        names = sorted(ours.manifest.tensors)
-        assert names == sorted(other.manifest.tensors)
-        for name in names:
-            numel = ours.manifest.tensors[name].numel
-            assert np.array_equal(ours.read(name, 0, numel), other.read(name, 0, numel)), name
+    assert_same_tensors(killed, plain)

@@ -43,6 +43,7 @@ class StatusPublisher:
         """Withdraw the status: from now on the Scheduler is asked, which knows a run's end."""
         with self._lock:
             self._is_closed = True
+            self._changed.set()  # its thread ends
             with suppress(Exception):  # without Ray's head nothing is read, either
                 internal_kv._internal_kv_del(self._key, namespace=KV_NAMESPACE)
 

@@ -1,5 +1,6 @@
 """Which finished steps are published: all, or those that two failure domains or a checkpoint hold."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.publication import num_uncommitted
+from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.fault_tolerance import COMMITTED, FINISHED
 from tests.unit.policy.imagined import Life, limits_of
@@ -145,6 +147,18 @@ def test_a_run_that_lost_its_worker_waits_for_the_marker_of_a_checkpoint_that_wa
     assert life.committed == 19 and recovery.step == 19
     life.run_to_the_end()
     _trained(life)
+
+
+@pytest.mark.parametrize("publish", [COMMITTED, FINISHED])
+def test_a_checkpoint_that_was_published_comes_before_an_older_state_in_memory(publish: str) -> None:
+    life = _at_step(_life(2, publish=publish), 14)
+    newest = life.step + 5
+    life.state = replace(life.state, checkpoint_done=newest)
+    life.committed, life.marked = newest, [*life.marked, newest]
+    life.kill("w1")
+    life.run_until(lambda: life.state.next is not None)
+    went_back = [note.step for note in life.notes if isinstance(note, RolledBack)]
+    assert went_back == ([newest] if publish == COMMITTED else [])
 
 
 @given(

@@ -26,9 +26,9 @@ def test_the_end_of_a_run() -> None:
 
 
 def test_what_is_not_known_is_a_dash() -> None:
-    told = dict(summary.details(status(loss=None, validation_loss=None, tokens_per_second=None, workers_now=0), 0.0))
-    assert {told[key] for key in ("train loss", "validation loss", "speed", "workers", "ended")} == {"-"}
-    assert told["rescales"] == "none"
+    lines = dict(summary.details(status(loss=None, validation_loss=None, tokens_per_second=None, workers_now=0), 0.0))
+    assert {lines[key] for key in ("train loss", "validation loss", "speed", "workers", "ended")} == {"-"}
+    assert lines["rescales"] == "none"
 
 
 def test_an_active_run_shows_how_old_its_status_is() -> None:

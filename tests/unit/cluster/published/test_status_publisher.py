@@ -1,6 +1,7 @@
 """A run's status is published at intervals and at changes, until the run ends."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -71,8 +72,7 @@ def test_a_change_of_the_state_is_published_at_once(
     publisher.start()
     await_true(lambda: store.num_puts == 2)  # at the start, and for the state that was noted before
     publisher.note(first)
-    time.sleep(0.1)
-    assert store.num_puts == 2
+    assert not publisher._changed.is_set()
     publisher.note(second)
     await_true(lambda: store.num_puts == 3)
 
@@ -83,10 +83,11 @@ def test_after_the_end_nothing_is_published(
     monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
     publisher.start()
     await_true(lambda: store.num_puts >= 1)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "status")
     publisher.close()
     num_puts = store.num_puts
-    time.sleep(0.1)
-    assert store.values == {} and store.num_puts == num_puts
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive() and store.values == {} and store.num_puts == num_puts
 
 
 def test_it_goes_on_after_an_outage_of_the_head(
