@@ -12,12 +12,15 @@ from typing import Any
 
 from benchmarks.harness import Result, Spread, alternate, at_most, median_interval, run
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_spec import ParamSpec, inventory
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.train import TrainSpec
 
 WANTED_S = 2.0
+JOB = JobSpec(name="planning", train=TrainSpec(precision="bf16"))
 HIDDEN_SIZE, EXPERT_SIZE, VOCAB_SIZE = 2048, 1024, 65_536
 SIZES = {"ranks": 1024, "fewer_ranks": 1000, "experts": 64, "layers": 60}
 QUICK_SIZES = {"ranks": 16, "fewer_ranks": 13, "experts": 8, "layers": 4}
@@ -63,7 +66,7 @@ def measure(quick: bool) -> Result:
 
 
 def layout(params: list[ParamSpec], placement: ExpertPlacement, world: World) -> StateLayout:
-    return training_layout(params, placement, world, mixed_precision=True, buffers=[])
+    return training_layout(inventory(params, JOB, []), placement, world, JOB.communication)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,16 +77,16 @@ def seconds(work: Callable[[], object]) -> float:
 
 def parameters(num_layers: int, num_experts: int) -> list[ParamSpec]:
     """Those of a model of our kind, all layers with experts."""
-    params = [ParamSpec("embedding", VOCAB_SIZE * HIDDEN_SIZE, None), ParamSpec("head", VOCAB_SIZE * HIDDEN_SIZE, None)]
+    params = [ParamSpec(name, (VOCAB_SIZE, HIDDEN_SIZE), None) for name in ("embedding", "head")]
     for layer in range(num_layers):
         for name in ("query", "key", "value", "output"):
-            params.append(ParamSpec(f"layers.{layer}.attention.{name}", HIDDEN_SIZE * HIDDEN_SIZE, None))
-        params.append(ParamSpec(f"layers.{layer}.norm", HIDDEN_SIZE, None))
-        params.append(ParamSpec(f"layers.{layer}.router", num_experts * HIDDEN_SIZE, None))
+            params.append(ParamSpec(f"layers.{layer}.attention.{name}", (HIDDEN_SIZE, HIDDEN_SIZE), None))
+        params.append(ParamSpec(f"layers.{layer}.norm", (HIDDEN_SIZE,), None))
+        params.append(ParamSpec(f"layers.{layer}.router", (num_experts, HIDDEN_SIZE), None))
         for expert in range(num_experts):
             stem = f"layers.{layer}.experts.{expert}"
-            params.append(ParamSpec(f"{stem}.gate_up", 2 * EXPERT_SIZE * HIDDEN_SIZE, expert))
-            params.append(ParamSpec(f"{stem}.down", EXPERT_SIZE * HIDDEN_SIZE, expert))
+            params.append(ParamSpec(f"{stem}.gate_up", (2 * EXPERT_SIZE, HIDDEN_SIZE), expert))
+            params.append(ParamSpec(f"{stem}.down", (EXPERT_SIZE, HIDDEN_SIZE), expert))
     return params
 
 

@@ -25,6 +25,7 @@ from benchmarks.support.data import data_spec, prepared, stores_dir
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.elastic.state_layout import training_layout
+from orchestrator.elastic.state_spec import inventory
 from orchestrator.elastic.world import World
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.health.snapshot_interval import MEASURED
@@ -123,10 +124,10 @@ def compare(
 
 def plain_bytes(job: JobSpec, vocab_size: int) -> dict[str, int]:
     """Bytes of both shards, and of what each rank alone has: the part that its buddy needs."""
-    params, buffers, _ = catalogue(job.model, vocab_size)
+    params, buffers = catalogue(job.model, vocab_size)
     world = World(0, tuple(f"w{rank}" for rank in range(WORLD_SIZE)))
     placement = ExpertPlacement.balanced(job.model.n_routed_experts, WORLD_SIZE)
-    layout = training_layout(params, placement, world, job.train.precision == "bf16", buffers)
+    layout = training_layout(inventory(params, job, buffers), placement, world, job.communication)
     formats = [SnapshotFormat.of(layout, rank) for rank in range(WORLD_SIZE)]
     return {
         "state_bytes": sum(f.total_bytes for f in formats),

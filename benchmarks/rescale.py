@@ -14,6 +14,7 @@ in the journal by `benchmarks.support.minimum`.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -232,13 +233,13 @@ def result_of(
     quick: bool, size: Size, store: TokenStore, elastic: Elastic, fixed: Fixed, ray_train: list[dict[str, float]]
 ) -> Result:
     model = job_of("count", INITIAL, DataSpec(), Path("."), quick).model
-    params, buffers, _ = catalogue(model, store.vocab_size)
+    params, buffers = catalogue(model, store.vocab_size)
     transitions = []
     for request in elastic.requests:
         plan = elastic.plans[request.rescale.generation]
         assert plan.source is not None
         sides = (plan.source.world, plan.source.placement, plan.world, plan.placement)
-        least_bytes = minimum_bytes(params, sum(numel for _, numel in buffers), *sides)
+        least_bytes = minimum_bytes(params, sum(math.prod(shape) for _, shape in buffers), *sides)
         transitions.append(transition_of(request, elastic.votes, plan, least_bytes))
     warm_s = [
         effect_time(elastic.votes, request) - request.asked_time

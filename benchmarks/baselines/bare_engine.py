@@ -46,7 +46,8 @@ def main() -> None:
     engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), job.communication)
     if job.model.init_from is None:
         model.init_weights(train.seed)
-    else:
+    engine.on_weights_initialized()
+    if job.model.init_from is not None:
         read_pretrained(job.model.model_copy(update={"vocab_size": store.vocab_size}), engine.ranges())
     engine.on_state_loaded(0)
     sampler = SamplerState(

@@ -6,23 +6,15 @@ reduce-scatter of the bucket gives each rank exactly what it updates.
 
 from collections.abc import Sequence
 
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.spec.communication import BLOCK, CommunicationSpec, CompressionSpec
+from orchestrator.spec.communication import BLOCK, CommunicationSpec
 
 UNDER_WAY = 4  # buckets in flight: enough to keep a link busy, few enough to bound the memory
 MANY_RANKS = 64
-SMALL = 1024  # elements; smaller tensors aren't worth compressing
 
 # Elements: every piece is a multiple of it. On a CPU, torch's fused AdamW processes this many at once, 64 bytes, and
 # the remainder of a piece one by one, with different rounding: with no remainder, an element's update doesn't depend on
 # its position in a piece.
 PIECE_MULTIPLE = 16
-
-
-def is_compressed(param: ParamSpec, compression: CompressionSpec) -> bool:
-    """Whether its gradients are compressed. Norms, biases, routers, small tensors and experts are not."""
-    is_large = param.rows > 1 and param.numel >= SMALL
-    return compression.is_active and param.expert is None and is_large and ".router." not in f".{param.name}"
 
 
 def piece_multiple(compressed: bool) -> int:
@@ -50,10 +42,3 @@ def capacity(communication: CommunicationSpec, num_ranks: int) -> int:
     """Largest number of elements of a bucket, unless one parameter is larger. Exceeds the job's setting on very many
     ranks, as in Megatron, where pieces would become too small."""
     return max(1, int(communication.bucket_mb * 2**20) // 4) * max(1, num_ranks // MANY_RANKS)
-
-
-def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:
-    """Columns of the two matrices that PowerSGD sends instead of a parameter's gradient. Both are summed over the
-    ranks, which sends them twice."""
-    columns = param.numel // param.rows
-    return max(1, int(compression.share * param.numel / (2 * (param.rows + columns))))

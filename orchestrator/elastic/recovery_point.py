@@ -5,12 +5,13 @@ is a step for which reachable workers still hold every rank's shard: training ca
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import StateLayout, TensorKind
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import Sharing
 from orchestrator.elastic.world import World
 
 
@@ -96,22 +97,13 @@ def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> Sta
     for ranks in layout.holder_sets:
         counted = own if len(ranks) == layout.world.size else ranks
         sets.append(tuple(sorted({int(rank_of[rank]) for rank in counted})))
-    partial = layout.kind == TensorKind.PARTIAL  # each rank has its own part
+    partial = layout.sharing == Sharing.PARTIAL  # each rank has its own part
     holder_set = np.where(partial, len(sets), layout.holder_set)
     if partial.any():
         sets.append(tuple(sorted({int(rank) for rank in rank_of})))
     shards = layout.shards.copy()
     shards[:, 3] = rank_of[shards[:, 3]]
-    return StateLayout(
-        world=world,
-        names=layout.names,
-        numel=layout.numel,
-        itemsize=layout.itemsize,
-        kind=layout.kind,
-        holder_sets=tuple(sets),
-        holder_set=holder_set,
-        shards=shards,
-    )
+    return replace(layout, world=world, holder_sets=tuple(sets), holder_set=holder_set, shards=shards)
 
 
 def placement_at_recovery_point(placement: ExpertPlacement, holders: Sequence[str]) -> ExpertPlacement:

@@ -9,18 +9,17 @@ can be repeated, and the state that this rank's updates don't produce (weights o
 compression).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind
+from orchestrator.elastic.state_layout import IntArray, StateLayout
+from orchestrator.elastic.state_spec import ITEM_BYTES, Origin, Sharing
 
 ALIGNMENT = 64  # bytes; every range starts at a multiple, so any number format may be read in place
-GRADIENT_BYTES = 4  # per element; masters and moments have as many
-AS_THEY_ARE = ("buffer", "residual", "velocity", "powersgd")  # kinds of tensors that no update computes from gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +27,18 @@ class SnapshotFormat:
     """Positions of n ranges in a snapshot.
 
     Args:
-        names: [n], tensors; in a delta `grad/NAME` where a whole snapshot has `exp_avg/NAME`.
+        names: [n], tensors; in a delta `grad/NAME` for what the rank updates of the parameter NAME.
+        dtypes: [n], torch's names.
         start, stop: [n], elements of the flattened tensor.
-        itemsize: [n], bytes per element.
         offset: [n], bytes from the beginning of the snapshot.
         num_shared: number of ranges, the first ones, that are sent to the buddy.
         shared_bytes, total_bytes: length of the buddy's part and of the whole snapshot.
     """
 
     names: tuple[str, ...]
+    dtypes: tuple[str, ...]
     start: IntArray
     stop: IntArray
-    itemsize: IntArray
     offset: IntArray
     num_shared: int
     shared_bytes: int
@@ -48,47 +47,43 @@ class SnapshotFormat:
     @classmethod
     def of(cls, layout: StateLayout, rank: int) -> Self:
         """The format of one rank's whole snapshot in a layout."""
-        tensor, start, stop = layout.ranges_of(layout.world.members[rank]).T
-        names = [layout.names[t] for t in tensor.tolist()]
-        return cls._of_ranges(names, start, stop, layout.itemsize[tensor], _is_everywhere(layout)[tensor])
+        everywhere = _is_everywhere(layout)
+        rows = []
+        for tensor, start, stop in layout.ranges_of(layout.world.members[rank]).tolist():
+            name = layout.names[tensor]
+            rows.append((name, layout.tensors[name].dtype, start, stop, bool(everywhere[tensor])))
+        return cls._of_rows(rows)
 
     @classmethod
     def of_delta(cls, layout: StateLayout, rank: int) -> Self:
         """The format of one rank's delta in a layout."""
-        ranges = layout.ranges_of(layout.world.members[rank])
-        names = [layout.names[t] for t in ranges[:, 0].tolist()]
-        owned = {
-            name.removeprefix("exp_avg/"): (start, stop)
-            for name, (_, start, stop) in zip(names, ranges.tolist(), strict=True)
-            if name.startswith("exp_avg/")
-        }
-        everywhere = _is_everywhere(layout)
-        rows = [(f"grad/{name}", *here, GRADIENT_BYTES, False) for name, here in owned.items()]
-        for name, (tensor, start, stop) in zip(names, ranges.tolist(), strict=True):
-            kind, _, plain = name.partition("/")
-            if kind in ("param", *AS_THEY_ARE):
-                mine = owned.get(plain, (start, start)) if kind == "param" else (start, start)
-                item = int(layout.itemsize[tensor])
-                rest = ((start, mine[0]), (mine[1], stop))
-                rows += [(name, low, high, item, bool(everywhere[tensor])) for low, high in rest if low < high]
-        columns: Iterable[tuple[int, ...]] = list(zip(*(row[1:] for row in rows), strict=True)) or [()] * 4
-        start, stop, itemsize, there = (np.array(column, dtype=np.int64) for column in columns)
-        return cls._of_ranges([row[0] for row in rows], start, stop, itemsize, there.astype(bool))
+        everywhere, updates = _is_everywhere(layout), layout.updates_of(rank)
+        rows = [(f"grad/{name}", "float32", *here, False) for name, here in updates.items()]
+        for tensor, start, stop in layout.ranges_of(layout.world.members[rank]).tolist():
+            spec = layout.tensors[layout.names[tensor]]
+            remade = (start, stop) if spec.origin is Origin.UPDATE else (start, start)
+            if spec.origin is Origin.GATHER and spec.like is not None:
+                remade = updates.get(spec.like.name, remade)
+            rest = ((start, remade[0]), (remade[1], stop))
+            rows += [(spec.name, spec.dtype, low, high, bool(everywhere[tensor])) for low, high in rest if low < high]
+        return cls._of_rows(rows)
 
     @classmethod
-    def _of_ranges(
-        cls, names: list[str], start: IntArray, stop: IntArray, itemsize: IntArray, everywhere: NDArray[np.bool_]
-    ) -> Self:
-        """Ranges back to back, first those that not every rank has."""
-        order = np.argsort(everywhere, kind="stable")
-        num_bytes = (stop - start) * itemsize
-        offset = np.append(0, np.cumsum(-(-num_bytes[order] // ALIGNMENT) * ALIGNMENT))
-        num_shared = int(np.sum(~everywhere))
+    def _of_rows(cls, rows: list[tuple[str, str, int, int, bool]]) -> Self:
+        """Ranges back to back, first those that not every rank has.
+
+        Args:
+            rows: (name, dtype, start, stop, whether every rank has it).
+        """
+        rows = sorted(rows, key=lambda row: row[4])
+        num_bytes = np.array([(stop - start) * ITEM_BYTES[dtype] for _, dtype, start, stop, _ in rows], dtype=np.int64)
+        offset = np.append(0, np.cumsum(-(-num_bytes // ALIGNMENT) * ALIGNMENT))
+        num_shared = sum(not everywhere for *_, everywhere in rows)
         return cls(
-            names=tuple(names[nth] for nth in order.tolist()),
-            start=start[order],
-            stop=stop[order],
-            itemsize=itemsize[order],
+            names=tuple(name for name, *_ in rows),
+            dtypes=tuple(dtype for _, dtype, *_ in rows),
+            start=np.array([start for _, _, start, _, _ in rows], dtype=np.int64),
+            stop=np.array([stop for _, _, _, stop, _ in rows], dtype=np.int64),
             offset=offset[:-1],
             num_shared=num_shared,
             shared_bytes=int(offset[num_shared]),
@@ -100,7 +95,7 @@ def _is_everywhere(layout: StateLayout) -> NDArray[np.bool_]:
     """[T], bool: every rank of the world has all of the tensor, and there are several."""
     size = layout.world.size
     full = np.array([len(ranks) == size > 1 for ranks in layout.holder_sets] + [False])
-    answer: NDArray[np.bool_] = (layout.kind == TensorKind.REPLICATED) & full[layout.holder_set]
+    answer: NDArray[np.bool_] = (layout.sharing == Sharing.REPLICATED) & full[layout.holder_set]
     return answer
 
 

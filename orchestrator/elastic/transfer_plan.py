@@ -14,7 +14,8 @@ from typing import Self
 
 import numpy as np
 
-from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind
+from orchestrator.elastic.state_layout import IntArray, StateLayout
+from orchestrator.elastic.state_spec import Sharing
 from orchestrator.elastic.world import union
 
 
@@ -73,7 +74,7 @@ class TransferPlan:
             workers=workers,
             names=old.names,
             itemsize=old.itemsize,
-            accumulates=tuple((old.kind == TensorKind.PARTIAL).tolist()),
+            accumulates=tuple((old.sharing == Sharing.PARTIAL).tolist()),
             moves=_stacked(found.moves, 5),
             keeps=_stacked(found.keeps, 4),
             zeros=_stacked(found.zeros, 4),
@@ -116,7 +117,7 @@ def _check_same_tensors(old: StateLayout, new: StateLayout) -> None:
     if old.names != new.names:
         differing = sorted(set(old.names) ^ set(new.names))
         raise ValueError(f"a plan needs the same tensors in the same order on both sides; differing: {differing[:5]}")
-    for what in ("numel", "itemsize", "kind"):
+    for what in ("numel", "itemsize", "sharing"):
         (differs,) = np.nonzero(getattr(old, what) != getattr(new, what))
         if len(differs):
             raise ValueError(
@@ -142,22 +143,22 @@ def _plan_shards(old: StateLayout, new: StateLayout, new_workers: IntArray, foun
 
 
 def _plan_whole(old: StateLayout, new: StateLayout, new_workers: IntArray, found: _Found) -> None:
-    """Replicated and partial tensors, by class: those with the same kind and the same holders before and after."""
-    (whole,) = np.nonzero(old.kind != TensorKind.SHARDED)
+    """Replicated and partial tensors, by class: those with the same sharing and the same holders before and after."""
+    (whole,) = np.nonzero(old.sharing != Sharing.SHARDED)
     if not len(whole):
         return
-    keys = np.stack([old.kind[whole], old.holder_set[whole], new.holder_set[whole]], axis=1)
+    keys = np.stack([old.sharing[whole], old.holder_set[whole], new.holder_set[whole]], axis=1)
     classes, class_of = np.unique(keys, axis=0, return_inverse=True)
     order = np.argsort(class_of.ravel(), kind="stable")
     starts = np.searchsorted(class_of.ravel()[order], np.arange(1, len(classes)))
-    for (kind, before, after), members in zip(classes.tolist(), np.split(whole[order], starts), strict=True):
+    for (sharing, before, after), members in zip(classes.tolist(), np.split(whole[order], starts), strict=True):
         holders = old.holder_sets[before]
         wanted = new_workers[list(new.holder_sets[after])].tolist()
         had = set(holders)
         staying = [worker for worker in wanted if worker in had]
         joining = [worker for worker in wanted if worker not in had]
         found.keeps.append(_of_each(old, members, staying))
-        if kind == TensorKind.REPLICATED:
+        if sharing == Sharing.REPLICATED:
             found.moves.append(_spread(old, members, holders, joining))
         else:
             leaving = [worker for worker in holders if worker not in set(wanted)]

@@ -14,7 +14,7 @@ from orchestrator.comm.gradients.buckets import Buckets
 from orchestrator.comm.gradients.codecs import codec_of
 from orchestrator.comm.gradients.powersgd import Matrix, PowerSGD, first_thin
 from orchestrator.comm.gradients.reduce_scatter import Compressed, Reducer, ReduceScatter
-from orchestrator.elastic.bucket_partition import rank_of_product
+from orchestrator.elastic.state_spec import RESIDUAL, THIN, VELOCITY, rank_of_product
 from orchestrator.engine.param_groups import ParamGroup
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -126,12 +126,12 @@ class Gradients:
     def add_to(self, ranges: NamedRanges) -> None:
         """Add kept state to `ranges`, as views."""
         for bucket in self._buckets:
-            for kind, kept in (("residual", bucket.residual), ("velocity", bucket.velocity)):
+            for kind, kept in ((RESIDUAL, bucket.residual), (VELOCITY, bucket.velocity)):
                 for param, span in bucket.spans() if kept is not None else ():
                     ranges.add(f"{kind}/{self._names[id(param)]}", 0, kept[span])  # type: ignore[index]
         for bucket, reducer in self._thin():
             for param, thin_MK in zip(bucket.params, reducer.thin_MK, strict=True):
-                ranges.add(f"powersgd/{self._names[id(param)]}", 0, thin_MK.view(-1))
+                ranges.add(f"{THIN}/{self._names[id(param)]}", 0, thin_MK.view(-1))
 
     def close(self) -> None:
         self._all.close()

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.elastic.bucket_partition import buckets, is_compressed, piece_multiple
+from orchestrator.elastic.bucket_partition import buckets, piece_multiple
+from orchestrator.elastic.state_spec import is_compressed
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, expert_of, spec_of
 from orchestrator.spec.communication import CommunicationSpec

@@ -14,6 +14,7 @@ import torch
 
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.elastic.state_spec import BUFFER, MASTER
 from orchestrator.errors import CheckpointCorrupt, OrchestratorError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
@@ -46,8 +47,8 @@ def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> Tra
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = build_model(job.model, job.model.vocab_size or tokenizer_vocab_size, single_rank(job.model))
-    tensors: dict[str, torch.Tensor] = {f"master/{name}": p for name, p in model.named_parameters()}
-    tensors |= {f"buffer/{name}": b for name, b in model.state_buffers()}
+    tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
+    tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:
         for name, tensor in tensors.items():
             entry = reader.manifest.tensors.get(name)

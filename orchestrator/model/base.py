@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.spec.model import ModelSpec
@@ -97,7 +97,7 @@ def expert_of(name: str) -> int | None:
 
 def spec_of(name: str, param: Tensor) -> ParamSpec:
     """The parameter's description for layouts."""
-    return ParamSpec(name, param.numel(), expert_of(name), param.shape[0] if param.dim() > 1 else 1)
+    return ParamSpec(name, tuple(param.shape), expert_of(name))
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
     """The first fault that would keep the job's model from being trained, as far as this process can check."""
     vocab_size = job.model.vocab_size or job.data.vocab_size
     try:
-        params, _, _ = catalogue(job.model, vocab_size)
+        params, _ = catalogue(job.model, vocab_size)
         if sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
             rehearse(job, vocab_size, torch.device("cpu"))
     except EntrypointError as error:

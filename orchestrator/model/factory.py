@@ -3,7 +3,7 @@
 import torch
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
@@ -30,13 +30,11 @@ def single_rank(spec: ModelSpec) -> ExpertParallelContext:
     return ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
 
 
-def catalogue(
-    spec: ModelSpec, vocab_size: int
-) -> tuple[list[ParamSpec], list[tuple[str, int]], dict[str, tuple[int, ...]]]:
-    """Every parameter of the whole model in order, its buffers, and all shapes, without allocating memory.
+def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tuple[str, tuple[int, ...]]]]:
+    """Every parameter of the whole model in order, and its persistent buffers, without allocating memory.
 
     Returns:
-        parameters (all experts included), buffers as (name, elements), and shape by name.
+        parameters (all experts included), and buffers as (name, shape).
 
     Raises:
         EntrypointError: as `build_model`.
@@ -44,6 +42,4 @@ def catalogue(
     with torch.device("meta"):
         model = build_model(spec, vocab_size, single_rank(spec))
     params = [spec_of(name, p) for name, p in model.named_parameters()]
-    buffers = [(name, b.numel()) for name, b in model.state_buffers()]
-    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.state_buffers()]}
-    return params, buffers, shapes
+    return params, [(name, tuple(buffer.shape)) for name, buffer in model.state_buffers()]

@@ -2,7 +2,7 @@
 
     python -m orchestrator.model.param_listing < job.json
 
-Prints `{"params": [[name, elements, expert, rows], ...], "buffers": ...}`.
+Prints `{"params": [[name, shape, expert], ...], "buffers": ...}`.
 """
 
 import json
@@ -14,8 +14,8 @@ from orchestrator.spec.job import JobSpec
 
 def main() -> None:
     job = JobSpec.model_validate_json(sys.stdin.read())
-    params, buffers, _ = catalogue(job.model, job.model.vocab_size or job.data.vocab_size)
-    print(json.dumps({"params": [[p.name, p.numel, p.expert, p.rows] for p in params], "buffers": buffers}))
+    params, buffers = catalogue(job.model, job.model.vocab_size or job.data.vocab_size)
+    print(json.dumps({"params": [[p.name, p.shape, p.expert] for p in params], "buffers": buffers}))
 
 
 if __name__ == "__main__":

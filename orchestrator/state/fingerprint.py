@@ -1,8 +1,9 @@
 """Fingerprint of the state of each rank of a world after every step: what a replay of the step is compared with.
 
-A rank accounts for what it updates: its ranges of the weights, fp32 where there are masters, and of both moments. A
-number is a sum of digests modulo 2^64, each times an odd key of its tensor's name, so it adds up over parts. Ranks of
-any other world can compute it together, each from the parts it holds, and the sum over all ranks depends on no world.
+A rank accounts for what it updates: its ranges of the weights, fp32 where there are masters, and of what is sharded
+like them. A number is a sum of digests modulo 2^64, each times an odd key of its tensor's name, so it adds up over
+parts. Ranks of any other world can compute it together, each from the parts it holds, and the sum over all ranks
+depends on no world.
 """
 
 import hashlib
@@ -16,7 +17,6 @@ from orchestrator.state.digest import digest
 from orchestrator.state.ranges import NamedRanges, Range
 
 MODULUS = 1 << 64
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StateFingerprint:
@@ -41,18 +41,18 @@ class StateFingerprint:
 
 def _parts(ranges: NamedRanges, layout: StateLayout) -> Iterator[tuple[int, str, Range]]:
     """(accountable rank, tensor, elements) of all that this rank updates, split as in the layout."""
-    index = {name: i for i, name in enumerate(layout.names)}
-    tensor, starts, stops, ranks = layout.shards.T
-    for moment in (name for name in ranges.names() if name.startswith(f"{MOMENTS[0]}/")):
-        parameter = moment.partition("/")[2]
-        master = f"master/{parameter}"
-        names = (master if ranges.spans(master) else f"param/{parameter}", *(f"{kind}/{parameter}" for kind in MOMENTS))
-        low, high = np.searchsorted(tensor, [index[moment], index[moment] + 1])
-        for mine in ranges.spans(moment):
+    names: dict[str, list[str]] = {}
+    for name, tensor in layout.tensors.items():
+        if tensor.like is not None and not tensor.is_copy:
+            names.setdefault(tensor.like.name, []).append(name)
+    shard_tensor, starts, stops, ranks = layout.shards.T
+    for parameter, cut in layout.cuts.items():
+        low, high = np.searchsorted(shard_tensor, [cut, cut + 1])
+        for mine in ranges.spans(layout.names[cut]):
             for start, stop, rank in zip(starts[low:high], stops[low:high], ranks[low:high], strict=True):
                 begin, end = max(int(start), mine[0]), min(int(stop), mine[1])
-                if begin < end:
-                    yield from ((int(rank), name, Range(begin, end, ranges.view(name, begin, end))) for name in names)
+                for name in names[parameter] if begin < end else ():
+                    yield int(rank), name, Range(begin, end, ranges.view(name, begin, end))
 
 
 class MemoryGuard:

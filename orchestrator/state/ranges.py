@@ -1,8 +1,7 @@
 """Training state as named ranges: the only form in which an engine exposes its state.
 
-A tensor's name gives its kind (`param/…`, `master/…`, `exp_avg/…`, `exp_avg_sq/…`, `buffer/…`, as in
-`orchestrator.elastic.state_layout`); a range is a run of its elements, in the order of the flattened tensor, lying in
-this process's memory. The tensors are views: writing to them writes the engine's state.
+Tensors are those of `orchestrator.elastic.state_spec`; a range is a run of a tensor's elements, in the order of the
+flattened tensor, lying in this process's memory. The tensors are views: writing to them writes the engine's state.
 """
 
 from collections.abc import Iterator

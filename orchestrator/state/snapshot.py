@@ -12,10 +12,8 @@ from torch import Tensor
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
+from orchestrator.elastic.state_spec import ITEM_BYTES, Inventory, Sharing
 from orchestrator.state.ranges import NamedRanges
-
-PARTIAL = ("residual/", "velocity/")  # of these each rank has a part, and the tensor is their sum
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -63,22 +61,22 @@ def views(form: SnapshotFormat, buffer: Tensor, shared_only: bool) -> NamedRange
     """The ranges of a snapshot in its buffer."""
     ranges = NamedRanges()
     count = form.num_shared if shared_only else len(form.names)
-    places = np.stack([form.start, form.stop, form.itemsize, form.offset], axis=1)[:count]
-    for name, (start, stop, itemsize, offset) in zip(form.names[:count], places.tolist(), strict=True):
-        data = buffer[offset : offset + (stop - start) * itemsize].view(DTYPES[itemsize])
+    places = np.stack([form.start, form.stop, form.offset], axis=1)[:count].tolist()
+    for name, dtype, (start, stop, offset) in zip(form.names[:count], form.dtypes[:count], places, strict=True):
+        data = buffer[offset : offset + (stop - start) * ITEM_BYTES[dtype]].view(getattr(torch, dtype))
         ranges.add(name, start, data)
     return ranges
 
 
 @torch.no_grad()
-def merge_ranges(parts: Collection[NamedRanges]) -> NamedRanges:
+def merge_ranges(parts: Collection[NamedRanges], tensors: Inventory) -> NamedRanges:
     """Ranges of several shards as one; elements that two of them hold are taken from the first, or added up where they
     are parts of a sum."""
     result = NamedRanges()
     sums: dict[str, Tensor] = {}
     for part in parts:
         for name, held in part:
-            if name.startswith(PARTIAL):  # each holds all elements
+            if tensors[name].sharing is Sharing.PARTIAL:  # each holds all elements
                 sums[name] = held.data if name not in sums else sums[name] + held.data.to(sums[name].device)
             elif not any(start < held.stop and held.start < stop for start, stop in result.spans(name)):
                 result.add(name, held.start, held.data)

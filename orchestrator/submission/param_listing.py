@@ -3,7 +3,7 @@
 import json
 from functools import cache
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
 from orchestrator.policy.estimate.worker_memory import StatePlan
@@ -24,8 +24,8 @@ def state_of(job: JobSpec) -> StatePlan:
     """
     found = json.loads(_listed(job.name, job.model_dump_json(by_alias=True)))
     vocab_size = job.model.vocab_size or job.data.vocab_size
-    params = tuple(ParamSpec(*entry) for entry in found["params"])
-    return StatePlan(params, tuple((name, numel) for name, numel in found["buffers"]), vocab_size)
+    params = tuple(ParamSpec(name, tuple(shape), expert) for name, shape, expert in found["params"])
+    return StatePlan(params, tuple((name, tuple(shape)) for name, shape in found["buffers"]), vocab_size)
 
 
 @cache  # a command checks a job before it connects to a cluster, and again as it submits it

@@ -61,7 +61,7 @@ class Trainer:
         preparer = TransitionPreparer(factory, mailbox)
         saver = ShardSaver(
             Path(factory.job.storage_dir) / "checkpoints",
-            factory.saved_shapes(),
+            factory.tensors,
             spec.communication.compression.keeps,
             mailbox.state.process.numerics,
             mailbox.add_shard,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import TensorKind
+from orchestrator.elastic.state_spec import Sharing
 from orchestrator.policy.estimate.compression_choice import CANDIDATES
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_report import Handover
@@ -157,7 +157,7 @@ def _held(rank: int, world_size: int, store: Store, prefix: str, compression: di
 @pytest.mark.parametrize("compression", LOSSY[3:], ids=IDS[3:])
 def test_the_engine_holds_what_the_layout_says(ranks: Ranks, compression: dict[str, Any]) -> None:
     layout = small.layout_of(ExpertPlacement.balanced(4, 3), "fp32", compression=compression, bucket_mb=0.02)
-    assert TensorKind.PARTIAL in layout.kind
+    assert Sharing.PARTIAL in layout.sharing
     for rank, spans in enumerate(ranks.run(_held, 3, compression)):
         wanted = [(layout.names[t], start, stop) for t, start, stop in layout.ranges_of(f"w{rank}").tolist()]
         assert spans == sorted(wanted)

@@ -54,9 +54,9 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
     """Every tensor of the checkpoint after the last step."""
     members = worker_group.directive.current.world.members if worker_group.directive.current else ()
     shards = [worker_group.final[w].shards[-1] for w in members]
-    params, buffers, shapes = catalogue(job.model, VOCAB)
-    wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
-    wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
+    params, buffers = catalogue(job.model, VOCAB)
+    wanted = {f"{kind}/{p.name}": p.shape for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
+    wanted |= {f"buffer/{name}": shape for name, shape in buffers}
     directory = Path(worker_group.job.storage_dir) / "checkpoints"
     written = read_shards(directory, shards, term=1)
     path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted), term=1)

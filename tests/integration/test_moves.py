@@ -80,7 +80,7 @@ def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations
                 )  # what is older than this generation is let go by then
             found.append(worker_group.members["w0"].call("memory"))
         worker_group.finish()
-    params, buffers, _ = catalogue(job.model, VOCAB)
+    params, buffers = catalogue(job.model, VOCAB)
     plans = [plan_memory(job, StatePlan(tuple(params), tuple(buffers), VOCAB), size) for size in (2, 3)]
     most = max(plan.snapshots + plan.deltas for plan in plans)
     assert all(0 < memory.kept_for_snapshots <= 2 * MOST_SPARE * most for memory in found)
@@ -198,9 +198,9 @@ def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
         members = written_by.directive.current.world.members if written_by.directive.current else ()
         reports = [written_by.final[w] for w in members]
         shards = [report.shards[-1] for report in reports]
-        params, buffers, shapes = catalogue(small_job(texts).model, VOCAB)
-        wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
-        wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
+        params, buffers = catalogue(small_job(texts).model, VOCAB)
+        wanted = {f"{kind}/{p.name}": p.shape for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
+        wanted |= {f"buffer/{name}": shape for name, shape in buffers}
         written = read_shards(directory, shards, term=1)
         path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted), term=1)
         readers.append(CheckpointReader(path))

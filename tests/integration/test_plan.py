@@ -25,7 +25,7 @@ def _plan(world_size: int, precision: str, stage: int, determinism: str) -> Worl
     train = small.train_spec(precision, stage, determinism=determinism)
     workers = WorkersSpec(min=world_size, max=world_size)
     job = JobSpec(name="planned", model=small.model_spec(), train=train, workers=workers)
-    params, buffers, _ = catalogue(job.model, small.VOCAB)
+    params, buffers = catalogue(job.model, small.VOCAB)
     return plan_job(job, StatePlan(tuple(params), tuple(buffers), small.VOCAB)).worlds[0]
 
 

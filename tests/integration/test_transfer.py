@@ -10,28 +10,29 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import Absent, Origin, ParamSpec, Sharing, StateTensor
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World, union
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import CHUNK_BYTES, chunks, execute_transfer
+from tests.support.layouts import layout_of_state
 from tests.support.ranks import Ranks
 
-PARAMS = [ParamSpec("embedding", 4099, None), ParamSpec("norm", 7, None)] + [
-    ParamSpec(f"layers.{layer}.experts.{e}.{w}", 1001, e)
+PARAMS = [ParamSpec("embedding", (4099,), None), ParamSpec("norm", (7,), None)] + [
+    ParamSpec(f"layers.{layer}.experts.{e}.{w}", (1001,), e)
     for layer in range(2)
     for e in range(5)
     for w in ("up", "down")
 ]
-BUFFERS = [("bias", 5)]
+BUFFERS = [("bias", (5,))]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def _layout(generation: int, members: tuple[str, ...]) -> StateLayout:
     placement = ExpertPlacement.balanced(5, len(members))
-    return training_layout(PARAMS, placement, World(generation, members), True, BUFFERS)
+    return layout_of_state(PARAMS, placement, World(generation, members), True, BUFFERS)
 
 
 def _value(layout: StateLayout, tensor: int) -> torch.Tensor:
@@ -59,7 +60,7 @@ def _move(
     peers = PeerGroup(store, prefix, workers, me)
     held = _memory(old, me, fill=True) if me in old.world else None
     memory = _memory(new, me, fill=False) if me in new.world else None
-    replicated = frozenset(n for n, k in zip(old.names, old.kind, strict=True) if k == TensorKind.REPLICATED)
+    replicated = frozenset(n for n, t in old.tensors.items() if t.sharing is Sharing.REPLICATED)
     digests = StateDigests(old.names, replicated, held)
     execute_transfer(plan, me, held, memory, peers)
     if flip and memory is not None and me == after[0]:
@@ -91,7 +92,7 @@ def test_every_tensor_arrives_whole(ranks: Ranks, before: str, after: str) -> No
     for tensor, name in enumerate(layout.names):
         wanted = hashlib.sha256(_value(layout, tensor).view(torch.uint8).numpy().tobytes()).hexdigest()
         pieces = [piece for found, *_ in results for piece in found.get(name, ())]
-        if layout.kind[tensor] == TensorKind.SHARDED:
+        if layout.sharing[tensor] == Sharing.SHARDED:
             pieces = [(0, b"".join(data for _, data in sorted(pieces)))]
         assert pieces
         for _, data in pieces:
@@ -107,9 +108,9 @@ def test_one_flipped_bit_is_named(ranks: Ranks) -> None:
 
 def _peak_bytes(rank: int, world_size: int, store: Store, prefix: str, numel: int) -> tuple[int, int]:
     """What a transfer needs beside the two shards, and the size of the shards."""
-    params = [ParamSpec("w", numel, None)]
+    params = [ParamSpec("w", (numel,), None)]
     worlds = (World(0, ("a", "b")), World(1, ("b", "c")))
-    old, new = (training_layout(params, ExpertPlacement.balanced(1, 2), world, False, []) for world in worlds)
+    old, new = (layout_of_state(params, ExpertPlacement.balanced(1, 2), world, False, []) for world in worlds)
     me = union(*worlds)[rank]
 
     def memory(layout: StateLayout) -> NamedRanges | None:
@@ -138,13 +139,13 @@ def test_a_transfer_needs_no_more_memory_than_a_message_per_pair(ranks: Ranks) -
 def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[float]:
     """A partial tensor through 3 -> 2: what the leaver had is added to a staying member's."""
 
+    name = "residual/w"
+    residual = StateTensor(name, (6,), "float32", Sharing.PARTIAL, None, Origin.COPY, Absent.FIRST, name)
+
     def layout(generation: int, members: tuple[str, ...]) -> StateLayout:
         return StateLayout(
             world=World(generation, members),
-            names=("residual/w",),
-            numel=np.array([6]),
-            itemsize=np.array([4]),
-            kind=np.array([TensorKind.PARTIAL]),
+            tensors={name: residual},
             holder_sets=(tuple(range(len(members))),),
             holder_set=np.array([0]),
             shards=np.zeros((0, 4), dtype=np.int64),

@@ -6,7 +6,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine, StepOutcome
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
@@ -19,6 +19,7 @@ from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.train import OptimizerSpec, TrainSpec
+from tests.support.layouts import layout_of_state
 from tests.support.reference_engine import ReferenceEngine
 
 VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
@@ -124,6 +125,6 @@ def train_step(
 
 def layout_of(placement: ExpertPlacement, precision: str, **communication: Any) -> StateLayout:
     world = World(0, tuple(f"w{r}" for r in range(placement.world_size)))
-    params, buffers, _ = catalogue(model_spec(placement.num_experts), VOCAB)
+    params, buffers = catalogue(model_spec(placement.num_experts), VOCAB)
     spec = CommunicationSpec(**communication)
-    return training_layout(params, placement, world, precision == "bf16", buffers, spec)
+    return layout_of_state(params, placement, world, precision == "bf16", buffers, spec)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.elastic.state_spec import MASTER, of_model
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.atomic import new_directory
@@ -58,7 +59,7 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
     with new_directory(to) as partial:
         with CheckpointReader(checkpoint) as reader:
             reader.verify()
-            _check_sizes(reader, {"master/head": (vocab_size, job.model.hidden_size)})
+            _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
             num_bytes = _write_weights(_tensors(reader, job.model.embedding_scale), DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_tokenizer(tokenizer, library, job.train.sequence_length, partial)
@@ -76,8 +77,8 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
 def _tensors(reader: CheckpointReader, embedding_scale: float) -> Iterator[tuple[str, Array]]:
     """Weights and buffers in fp32, under the names of transformers."""
     for key, entry in reader.manifest.tensors.items():
-        kind, _, name = key.partition("/")
-        if kind in ("master", "buffer"):
+        name = of_model(key)
+        if name is not None:
             yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.tokens import link_priority
+from orchestrator.elastic.state_spec import BUFFER, MASTER, MOMENTS, PARAM
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.deepspeed.process_setup import config_of, set_up, unregister
@@ -168,15 +169,15 @@ class DeepSpeedEngineAdapter:
         ranges = self._ranges.detached()
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             for name, start, here in [] if self._mixed else self._owned[index]:
-                ranges.add(f"master/{name}", start, master.detach()[here])
+                ranges.add(f"{MASTER}/{name}", start, master.detach()[here])
         return ranges
 
     @torch.no_grad()
     def on_weights_initialized(self) -> None:
         self._copy_weights_to_masters()
         for moments in self._zero.optimizer.state.values():
-            moments["exp_avg"].zero_()
-            moments["exp_avg_sq"].zero_()
+            for kind in MOMENTS:
+                moments[kind].zero_()
         self._gradients.on_weights_initialized()
 
     @torch.no_grad()
@@ -205,8 +206,7 @@ class DeepSpeedEngineAdapter:
         for master in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),  # where the fused kernel reads it
-                "exp_avg": torch.empty_like(master),
-                "exp_avg_sq": torch.empty_like(master),
+                **{kind: torch.empty_like(master) for kind in MOMENTS},
             }
 
     def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
@@ -228,14 +228,14 @@ class DeepSpeedEngineAdapter:
         ranges = NamedRanges()
         for name, param in self._model.named_parameters():
             if not is_filler(name):
-                ranges.add(f"param/{name}", 0, param.data.view(-1))
+                ranges.add(f"{PARAM}/{name}", 0, param.data.view(-1))
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             moments = self._zero.optimizer.state[master]
             for name, start, here in self._owned[index]:
                 if self._mixed:
-                    ranges.add(f"master/{name}", start, master.detach()[here])
-                ranges.add(f"exp_avg/{name}", start, moments["exp_avg"][here])
-                ranges.add(f"exp_avg_sq/{name}", start, moments["exp_avg_sq"][here])
+                    ranges.add(f"{MASTER}/{name}", start, master.detach()[here])
+                for kind in MOMENTS:
+                    ranges.add(f"{kind}/{name}", start, moments[kind][here])
         for name, buffer in self._model.state_buffers():
-            ranges.add(f"buffer/{name}", 0, buffer.view(-1))
+            ranges.add(f"{BUFFER}/{name}", 0, buffer.view(-1))
         return ranges

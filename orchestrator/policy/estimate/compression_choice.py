@@ -7,7 +7,7 @@ coding is not hidden where it needs the same processor.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.policy.estimate.traffic import sent_share
 from orchestrator.spec.communication import CompressionSpec
 
@@ -53,4 +53,4 @@ def choose(measured: Measured) -> str:
     return next(scheme for scheme, predicted in seconds.items() if predicted <= best * (1 + WORTH))
 
 
-ANY, MANY = ParamSpec("any", 1 << 16, None, 256), 1 << 20
+ANY, MANY = ParamSpec("any", (256, 256), None), 1 << 20

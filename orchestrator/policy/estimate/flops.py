@@ -10,7 +10,7 @@ grow with the row length, are separate: 12 x layers x heads x head size x length
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.job import JobSpec
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from orchestrator.elastic.bucket_partition import is_compressed, rank_of_product
 from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec, is_compressed, rank_of_product
 from orchestrator.policy.estimate.activations import item_bytes
 from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
 from orchestrator.policy.state.config import micro_batch_of

@@ -4,6 +4,7 @@ Exact: weights, masters, moments and buffers, which follow from the layout. Esti
 and the loss, from the memory that buckets and autograd were measured to keep.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ import numpy as np
 
 from orchestrator.elastic.bucket_partition import UNDER_WAY, capacity
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
-from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import IntArray, StateLayout, training_layout
+from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, inventory, of_model
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.estimate.curriculum_stages import longest_row
@@ -24,10 +25,10 @@ PROCESS_BYTES = 320_000_000  # its own memory and its share of libraries' pages,
 
 @dataclass(frozen=True)
 class StatePlan:
-    """The parameters of a model in the engine's order, and its buffers as (name, elements)."""
+    """The parameters of a model in the engine's order, and its buffers as (name, shape)."""
 
     params: tuple[ParamSpec, ...]
-    buffers: tuple[tuple[str, int], ...]
+    buffers: tuple[tuple[str, tuple[int, ...]], ...]
     vocab_size: int
 
 
@@ -120,11 +121,12 @@ def _memory(
     job: JobSpec, state: StatePlan, layout: StateLayout, placement: ExpertPlacement, fence: int, ours: bool
 ) -> MemoryPlan:
     fullest = int(layout.bytes_per_rank().argmax())
-    held = {part: int(ranks[fullest]) for part, ranks in bytes_by_part(layout).items()}
-    partition = held["exp_avg"]  # fp32, as masters are
-    weights = held["param"] // item_bytes(job.train)  # elements
+    held = _bytes_by_origin(layout, fullest)
+    weights = held[Origin.GATHER, True]
+    elements = weights // item_bytes(job.train)
+    partition = 4 * sum(stop - start for start, stop in layout.updates_of(fullest).values())  # fp32, as masters are
     item = 8 if job.train.is_exact else 4
-    own = item * weights  # in buckets, in fp32 or fp64; the last one of a step, or each micro-batch's, travels
+    own = item * elements  # in buckets, in fp32 or fp64; the last one of a step, or each micro-batch's, travels
     shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
     under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
     gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
@@ -134,11 +136,11 @@ def _memory(
     if deltas:  # the newest step's gradients stay until they are copied
         deltas += partition
     return MemoryPlan(
-        weights=held["param"],
-        masters=held.get("master", partition),  # fp32 weights are their own; ZeRO keeps its partition once more
-        moments=held["exp_avg"] + held["exp_avg_sq"],
-        buffers=held.get("buffer", 0),
-        kept=sum(held.get(part, 0) for part in ("residual", "velocity", "powersgd")),
+        weights=weights,
+        masters=partition,  # fp32 weights are their own; ZeRO keeps its partition once more
+        moments=held[Origin.UPDATE, False],
+        buffers=held[Origin.COPY, True],
+        kept=held[Origin.COPY, False],
         gradients=gradients,
         activations=activation_bytes(job.model, job.train, crowding) if ours else None,
         loss=loss_bytes(job.model, job.train, state.vocab_size) if ours else None,
@@ -149,7 +151,7 @@ def _memory(
 
 
 def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
-    """[world size] bytes held by each rank, by part: `param/`, `master/` and so on."""
+    """[world size] bytes held by each rank, by the tensors' kind."""
     parts = np.array([name.partition("/")[0] for name in layout.names])
     tensor, start, stop, rank = layout.shards.T
     held: dict[str, IntArray] = {}
@@ -158,9 +160,18 @@ def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
         mine = parts[tensor] == part
         np.add.at(ranks, rank[mine], ((stop - start) * layout.itemsize[tensor])[mine])
         for index, holders in enumerate(layout.holder_sets):
-            whole = (parts == part) & (layout.kind != TensorKind.SHARDED) & (layout.holder_set == index)
+            whole = (parts == part) & (layout.sharing != Sharing.SHARDED) & (layout.holder_set == index)
             ranks[list(holders)] += int(np.sum(layout.numel[whole] * layout.itemsize[whole]))
         held[part] = ranks
+    return held
+
+
+def _bytes_by_origin(layout: StateLayout, rank: int) -> Counter[tuple[Origin, bool]]:
+    """Bytes that a rank holds, by origin and whether they are of the model."""
+    held: Counter[tuple[Origin, bool]] = Counter()
+    for index, start, stop in layout.ranges_of(layout.world.members[rank]).tolist():
+        tensor = layout.tensors[layout.names[index]]
+        held[tensor.origin, of_model(tensor.name) is not None] += (stop - start) * tensor.item_bytes
     return held
 
 
@@ -205,8 +216,7 @@ def _second_shard(old: StateLayout, new: StateLayout) -> int:
 
 
 def layout_at(job: JobSpec, state: StatePlan, placement: ExpertPlacement, world: World) -> StateLayout:
-    mixed = job.train.precision == "bf16"
-    return training_layout(state.params, placement, world, mixed, state.buffers, job.communication)
+    return training_layout(inventory(state.params, job, state.buffers), placement, world, job.communication)
 
 
 def imagined_world(generation: int, size: int) -> World:

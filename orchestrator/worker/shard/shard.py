@@ -9,8 +9,8 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import local_address
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_spec import ParamSpec, inventory
 from orchestrator.elastic.world import World
 from orchestrator.engine.adamw import Replayer
 from orchestrator.engine.base import Engine
@@ -103,22 +103,13 @@ class ShardFactory:
         self.vocab_size, self.device = vocab_size, device
         self.address = local_address(job.head_host)
         self.params: Sequence[ParamSpec]
-        self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
+        self.params, self.buffers = catalogue(spec.model, vocab_size)
+        self.tensors = inventory(self.params, spec, self.buffers)
         self._snapshot_memory = Buffers()
-
-    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor in a checkpoint, by name."""
-        of_params = {
-            f"{kind}/{spec.name}": self.shapes[spec.name]
-            for kind in ("master", "exp_avg", "exp_avg_sq")
-            for spec in self.params
-        }
-        return of_params | {f"buffer/{name}": self.shapes[name] for name, _ in self.buffers}
 
     def layout(self, world: World, placement: ExpertPlacement) -> StateLayout:
         """Which rank holds which state in a world; every worker computes the same."""
-        mixed = self.spec.train.precision == "bf16"
-        return training_layout(self.params, placement, world, mixed, self.buffers, self.spec.communication)
+        return training_layout(self.tensors, placement, world, self.spec.communication)
 
     def planned_memory(self) -> MemoryPlan:
         """Memory of a worker in the run's first world; in a smaller one it may need more."""

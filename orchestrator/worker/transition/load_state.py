@@ -14,32 +14,32 @@ from torch import Tensor
 
 from orchestrator.checkpoint.hf.pretrained import Part, Pretrained, open_pretrained
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, of_model
 from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.snapshot import PARTIAL
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import part_of
 
 CHUNK = 1 << 22  # elements read at once, which keeps the copy small
-PARAM, MASTER, THIN = "param/", "master/", "powersgd/"
 
 
 @torch.no_grad()
 def read_state(
     restore: Restore,
     ranges: NamedRanges,
+    tensors: Inventory,
     sampler: str,
     rank: int,
     world_size: int,
     between: Callable[[], None] = noop,
 ) -> TrainingProgress:
-    """Fill this rank's ranges. State of compression keeps its first values where the checkpoint has none, or it is to
-    be reset.
+    """Fill this rank's ranges. State that the checkpoint may lack keeps its first values if it does, or is to be reset.
 
     Args:
+        tensors: of the state.
         sampler: the sample order that follows from the job and its data; the checkpoint must have the same, except for
             stages of a curriculum, which may have been decided while it trained.
         between: called before each piece is read.
@@ -67,17 +67,17 @@ def read_state(
             )
         saved_size = 0 if restore.reset_residuals else int(str(meta.get("world_size", 0)))
         for name, held in ranges:
-            if name.startswith(PARTIAL):
-                _read_parts(reader, name, held.data, range(rank, saved_size, world_size))
+            tensor = tensors[name]
+            if tensor.absent is Absent.FIRST and not saved_size:
                 continue
-            if name.startswith(THIN) and not saved_size:
+            if tensor.sharing is Sharing.PARTIAL:
+                _read_parts(reader, tensor.stored, held.data, range(rank, saved_size, world_size))
                 continue
-            stored = MASTER + name.removeprefix(PARAM) if name.startswith(PARAM) else name
             for start in range(held.start, held.stop, CHUNK):
                 between()
                 stop = min(start + CHUNK, held.stop)
                 try:
-                    values = reader.read(stored, start, stop)
+                    values = reader.read(tensor.stored, start, stop)
                 except (NotFound, ValueError) as error:
                     raise CheckpointCorrupt(
                         f"{checkpoint} is of another model: {error}",
@@ -104,12 +104,10 @@ def _without_stages(sampler: str) -> object:
 
 # -- First weights of a run, read from a pretrained model's directory into a rank's shard ------------------------------
 
-MOMENTS = ("exp_avg/", "exp_avg_sq/")
-
 
 @torch.no_grad()
 def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
-    """Fill this rank's ranges: weights, masters and router biases from `spec.init_from`, moments with zeros.
+    """Fill this rank's weights, masters and router biases from `spec.init_from`. State of training keeps its values.
 
     Raises:
         UsageError, CheckpointCorrupt: the directory no longer exists, or isn't of this model.
@@ -119,11 +117,8 @@ def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
     source.check(spec)
     with _Weights(source) as weights:
         for name, held in ranges:
-            if name.startswith(MOMENTS):
-                held.data.zero_()
-                continue
-            _, _, ours = name.partition("/")
-            for start, values in weights.read(ours, held.start, held.stop):
+            ours = of_model(name)
+            for start, values in weights.read(ours, held.start, held.stop) if ours is not None else ():
                 held.data[start - held.start : start - held.start + len(values)].copy_(values)
 
 

@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.comm.transport.rendezvous import connect_store
 from orchestrator.elastic.recovery_point import layout_at_recovery_point
-from orchestrator.elastic.state_layout import TensorKind
+from orchestrator.elastic.state_spec import Sharing
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.engine.process_groups import PendingGroups
 from orchestrator.policy.estimate.worker_memory import bytes_by_part
@@ -83,5 +83,5 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     if factory.me in plan.world and factory.device.type == "cpu" and not factory.spec.train.fits_memory:
         rank = plan.world.rank_of(factory.me)
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
-    replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == TensorKind.REPLICATED)
+    replicated = frozenset(name for name, tensor in old.tensors.items() if tensor.sharing is Sharing.REPLICATED)
     return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated)

@@ -45,7 +45,7 @@ class Rescaler:
                 self._mailbox.go_back_to(progress.step)
         else:
             mine = self._factory.me in source.holders
-            held = self._snapshots.gathered(source, position.progress) if mine else None
+            held = self._snapshots.gathered(source, position.progress, self._factory.tensors) if mine else None
             if held is not None:
                 position.follow(held.progress)
                 self._mailbox.go_back_to(held.progress.step)

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,13 @@ from torch import Tensor
 
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.write import write_shard
+from orchestrator.elastic.state_spec import Inventory, Sharing, StateTensor, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.snapshot import PARTIAL
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
-MOMENT = "exp_avg/"
 LATE_AFTER_S = 5.0  # of a write: training waits that long for one before it goes on without the next checkpoint
 AGAIN_S = 1.0  # until a refused write is repeated
 SETTLE_EVERY_S = 0.05
@@ -38,7 +37,7 @@ class ShardSaver:
 
     Args:
         checkpoints: the run's directory of checkpoints.
-        shapes: of every tensor in a checkpoint, for its readers.
+        tensors: of the state.
         keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
         numerics: as in a worker's report.
         done: called from the writing thread with the written shard.
@@ -49,14 +48,14 @@ class ShardSaver:
     def __init__(
         self,
         checkpoints: Path,
-        shapes: Mapping[str, tuple[int, ...]],
+        tensors: Inventory,
         keeps: str,
         numerics: str,
         done: Callable[[ShardWritten], None],
         refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._shapes, self._keeps, self._numerics = shapes, keeps, numerics
+        self._tensors, self._keeps, self._numerics = tensors, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
         self._write: _Write | None = None
         self._newest = (-1, -1)  # step and generation of the newest save
@@ -84,10 +83,10 @@ class ShardSaver:
             self._give_up(self._write)
         self._write = None  # with its copy of the shard, before the next one is made
         self._newest = (progress.step, shard.world.generation)
-        pieces = pieces_of(shard.engine.ranges(), shard.rank)
+        pieces = pieces_of(shard.engine.ranges(), self._tensors, shard.rank)
         meta = {
             **asdict(progress),
-            "shapes": self._shapes,
+            "shapes": saved_shapes(self._tensors),
             "compression": self._keeps,
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
             "world_size": shard.world.size,
@@ -184,24 +183,28 @@ class _Write(threading.Thread):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:
+def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:
     """Copies of all pieces that this rank saves."""
-    pieces = []
-    for name, held in ranges:
-        kind = name.partition("/")[0]
-        if kind in ("master", "exp_avg", "exp_avg_sq") or (rank == 0 and kind in ("buffer", "powersgd")):
-            pieces.append(_piece(name, held.start, held.data))
-        elif name.startswith(PARTIAL):
-            pieces.append(_piece(part_of(name, rank), held.start, held.data))
-    if any(name.startswith("master/") for name in ranges.names()):
-        return pieces
-    # In fp32 the weights are their own masters; a rank saves those elements whose moments it owns.
+    saved: list[tuple[str, str, list[tuple[int, int]]]] = []  # name in the checkpoint, name here, elements
+    updated: dict[str, list[tuple[int, int]]] = {}
+    replicated: dict[str, list[StateTensor]] = {}
     for name in ranges.names():
-        if name.startswith(MOMENT):
-            param = name.removeprefix(MOMENT)
-            for start, stop in ranges.spans(name):
-                pieces.append(_piece(f"master/{param}", start, ranges.view(f"param/{param}", start, stop)))
-    return pieces
+        tensor, spans = tensors[name], ranges.spans(name)
+        if tensor.sharing is Sharing.PARTIAL:
+            saved.append((part_of(tensor.stored, rank), name, spans))
+        elif tensor.like is None:
+            saved += [(tensor.stored, name, spans)] if rank == 0 else []
+        elif tensor.sharing is Sharing.SHARDED:
+            saved.append((tensor.stored, name, spans))
+            updated[tensor.like.name] = spans
+        elif not tensor.is_copy:
+            replicated.setdefault(tensor.like.name, []).append(tensor)
+    # Of what several ranks hold like a parameter, each saves the elements that it updates.
+    for parameter, spans in updated.items():
+        saved += [(tensor.stored, tensor.name, spans) for tensor in replicated.get(parameter, ())]
+    return [
+        _piece(stored, start, ranges.view(name, start, stop)) for stored, name, spans in saved for start, stop in spans
+    ]
 
 
 def part_of(name: str, rank: int) -> str:

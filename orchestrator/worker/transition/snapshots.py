@@ -11,6 +11,7 @@ import logging
 
 from orchestrator.comm.transport.stream import StreamClosed
 from orchestrator.elastic.recovery_point import Holding
+from orchestrator.elastic.state_spec import Inventory
 from orchestrator.policy.health.snapshot_interval import IntervalChoice
 from orchestrator.protocol.messages import Keeper, StateSource
 from orchestrator.spec.fault_tolerance import AUTO, ProtectionSpec
@@ -215,11 +216,12 @@ class SnapshotManager:
             found.add(_holding(held))
         return tuple(sorted(found, key=lambda h: (h.generation, h.step, h.rank)))
 
-    def gathered(self, source: StateSource, progress: TrainingProgress) -> Held:
+    def gathered(self, source: StateSource, progress: TrainingProgress, tensors: Inventory) -> Held:
         """All shards of a state that this worker hands over, its own first.
 
         Args:
             progress: training progress here; the state is that of its step where the source names none.
+            tensors: of the state.
 
         Raises:
             KeyError: one of them isn't here.
@@ -236,7 +238,7 @@ class SnapshotManager:
                 snapshot = self._vault.find(wanted)
                 parts.append(snapshot.ranges)
                 progress = TrainingProgress.from_json(snapshot.note)
-        return Held(generation, mine, progress, merge_ranges(parts))
+        return Held(generation, mine, progress, merge_ranges(parts, tensors))
 
 
 def _holding(held: Held) -> Holding:

@@ -74,18 +74,20 @@ def _fill_first(
     factory: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
 ) -> TrainingProgress:
     progress = TrainingProgress(-1, 0, sampler)
+    engine, rank, size = shard.engine, shard.rank, plan.world.size
     if plan.restore is not None:
-        shard.engine.on_weights_initialized()  # for state that the checkpoint lacks
-        progress = read_state(plan.restore, shard.engine.ranges(), sampler, shard.rank, plan.world.size, between)
+        engine.on_weights_initialized()  # for state that the checkpoint lacks
+        progress = read_state(plan.restore, engine.ranges(), factory.tensors, sampler, rank, size, between)
     elif factory.spec.model.init_from is not None:
-        read_pretrained(factory.spec.model, shard.engine.ranges())
+        engine.on_weights_initialized()  # for state that isn't of the model
+        read_pretrained(factory.spec.model, engine.ranges())
     else:
         shard.model.init_weights(factory.spec.train.seed)
         if factory.spec.model.entrypoint is not None:
             check_agreement(shard.model, shard.groups.exchange)
-        shard.engine.on_weights_initialized()
+        engine.on_weights_initialized()
         return progress
-    shard.engine.on_state_loaded(progress.num_updates)
+    engine.on_state_loaded(progress.num_updates)
     return progress
 
 

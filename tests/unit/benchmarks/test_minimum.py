@@ -4,12 +4,12 @@ import pytest
 
 from benchmarks.support.minimum import holdings, minimum_bytes
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import training_layout
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
+from tests.support.layouts import layout_of_state
 
-DENSE, FIRST, SECOND = ParamSpec("dense", 20, None), ParamSpec("a", 3, 0), ParamSpec("b", 5, 1)
+DENSE, FIRST, SECOND = ParamSpec("dense", (20,), None), ParamSpec("a", (3,), 0), ParamSpec("b", (5,), 1)
 PARAMS = [DENSE, FIRST, SECOND]
 ONE, TWO = World(0, ("w0",)), World(1, ("w0", "w1"))
 
@@ -40,13 +40,13 @@ def test_nothing_moves_where_nothing_changes() -> None:
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 3), (3, 1), (1, 2), (5, 7)], ids=str)
 def test_the_planner_moves_no_more(sizes: tuple[int, int]) -> None:
-    params = [ParamSpec("head", 101, None)]
+    params = [ParamSpec("head", (101,), None)]
     for expert in range(5):
-        params += [ParamSpec(f"0.{expert}", 17, expert), ParamSpec(f"1.{expert}", 6, expert)]
+        params += [ParamSpec(f"0.{expert}", (17,), expert), ParamSpec(f"1.{expert}", (6,), expert)]
     old, new = (World(n, tuple(f"w{i}" for i in range(size))) for n, size in enumerate(sizes))
     placed = ExpertPlacement.balanced(5, old.size)
     placed_anew = ExpertPlacement.rebalanced(placed, old, new)
-    before = training_layout(params, placed, old, False, [("bias", 9)])
-    after = training_layout(params, placed_anew, new, False, [("bias", 9)])
+    before = layout_of_state(params, placed, old, False, [("bias", (9,))])
+    after = layout_of_state(params, placed_anew, new, False, [("bias", (9,))])
     wanted = minimum_bytes(params, 9, old, placed, new, placed_anew)
     assert TransferPlan.between(before, after).moved_bytes == wanted

@@ -4,33 +4,39 @@ import numpy as np
 from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import Absent, Origin, ParamSpec, Sharing, StateTensor
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
+from tests.support.layouts import layout_of_state
 
 Memory = dict[str, dict[int, np.ndarray]]  # worker -> tensor -> its values, NaN where it holds nothing
 
 
-def whole(kinds: list[TensorKind], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> StateLayout:
+def tensor_of(name: str, sharing: Sharing, numel: int, dtype: str = "float32") -> StateTensor:
+    """A tensor that no update makes."""
+    like = ParamSpec("like", (numel,), None) if sharing is Sharing.SHARDED else None
+    return StateTensor(name, (numel,), dtype, sharing, like, Origin.COPY, Absent.REFUSE, name)
+
+
+def whole(kinds: list[Sharing], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> StateLayout:
     """A layout of tensors that are held whole, with holders each, or sharded evenly over their holders."""
-    names = tuple(f"t{i}" for i in range(len(kinds)))
+    dtypes = ("bfloat16", "float32")
+    rows = enumerate(zip(kinds, numel, strict=True))
+    tensors = [tensor_of(f"t{i}", sharing, size, dtypes[i % 2]) for i, (sharing, size) in rows]
     sets = sorted({tuple(sorted(ranks)) for ranks in holders})
     holder_set = [
-        -1 if k == TensorKind.SHARDED else sets.index(tuple(sorted(ranks)))
+        -1 if k == Sharing.SHARDED else sets.index(tuple(sorted(ranks)))
         for k, ranks in zip(kinds, holders, strict=True)
     ]
     shards = []
     for tensor, (kind, size, ranks) in enumerate(zip(kinds, numel, holders, strict=True)):
-        if kind == TensorKind.SHARDED:
+        if kind == Sharing.SHARDED:
             cuts = [size * i // len(ranks) for i in range(len(ranks) + 1)]
             shards += [(tensor, a, b, r) for r, a, b in zip(ranks, cuts[:-1], cuts[1:], strict=True) if a < b]
     return StateLayout(
         world=world,
-        names=names,
-        numel=np.array(numel, dtype=np.int64),
-        itemsize=np.array([2 + 2 * (i % 2) for i in range(len(kinds))], dtype=np.int64),
-        kind=np.array(kinds, dtype=np.int64),
+        tensors={tensor.name: tensor for tensor in tensors},
         holder_sets=tuple(sets),
         holder_set=np.array(holder_set, dtype=np.int64),
         shards=np.array(shards, dtype=np.int64).reshape(-1, 4),
@@ -46,7 +52,7 @@ def worlds(draw: st.DrawFn, generation: int) -> World:
 @st.composite
 def free_pairs(draw: st.DrawFn) -> tuple[StateLayout, StateLayout]:
     """Any kinds, any holders, in any order of ranks."""
-    kinds = draw(st.lists(st.sampled_from(TensorKind), max_size=5))
+    kinds = draw(st.lists(st.sampled_from(Sharing), max_size=5))
     numel = [draw(st.integers(1, 12)) for _ in kinds]
     pair = []
     for generation in (0, 1):
@@ -62,7 +68,7 @@ def training_pairs(draw: st.DrawFn) -> tuple[StateLayout, StateLayout]:
     """Training states before and after a rescale: balanced placements, or uneven ones with ranks that hold nothing."""
     num_experts = draw(st.integers(1, 4))
     params = [
-        ParamSpec(f"p{i}", draw(st.integers(1, 9)), draw(st.none() | st.integers(0, num_experts - 1)))
+        ParamSpec(f"p{i}", (draw(st.integers(1, 9)),), draw(st.none() | st.integers(0, num_experts - 1)))
         for i in range(draw(st.integers(1, 6)))
     ]
     mixed_precision = draw(st.booleans())
@@ -72,8 +78,8 @@ def training_pairs(draw: st.DrawFn) -> tuple[StateLayout, StateLayout]:
     before = draw(st.just(ExpertPlacement.balanced(num_experts, old.size)) | uneven)
     after = ExpertPlacement.rebalanced(before, old, new)
     return (
-        training_layout(params, before, old, mixed_precision, [("bias", 2)]),
-        training_layout(params, after, new, mixed_precision, [("bias", 2)]),
+        layout_of_state(params, before, old, mixed_precision, [("bias", (2,))]),
+        layout_of_state(params, after, new, mixed_precision, [("bias", (2,))]),
     )
 
 
@@ -98,7 +104,7 @@ def fill(layout: StateLayout) -> Memory:
         for tensor, start, stop in layout.ranges_of(worker).tolist():
             values = memory[worker].setdefault(tensor, np.full(layout.numel[tensor], np.nan))
             values[start:stop] = line[tensor] + np.arange(start, stop)
-            if layout.kind[tensor] == TensorKind.PARTIAL:
+            if layout.sharing[tensor] == Sharing.PARTIAL:
                 values[start:stop] *= 10.0**rank
     return memory
 

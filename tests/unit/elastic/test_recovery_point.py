@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.recovery_point import (
     Holding,
     RecoveryPoint,
@@ -16,9 +15,12 @@ from orchestrator.elastic.recovery_point import (
     world_of,
 )
 from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat, buddies_of
-from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_spec import ITEM_BYTES, ParamSpec, Sharing
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
+from orchestrator.spec.communication import CommunicationSpec
+from tests.support.layouts import layout_of_state
 
 WORLD = World(3, ("a", "b", "c"))
 
@@ -51,9 +53,9 @@ def test_snapshots_of_others_alone_are_not_enough() -> None:
 
 def test_the_snapshot_of_a_lone_rank_is_enough() -> None:
     """It has all that the rank had."""
-    world, params = World(3, ("a",)), [ParamSpec("w", 4, None), ParamSpec("expert0", 6, 0)]
+    world, params = World(3, ("a",)), [ParamSpec("w", (4,), None), ParamSpec("expert0", (6,), 0)]
     assert find_recovery_point([world], {"c": (Holding(3, 7, 0),)}) == RecoveryPoint(3, 7, ("c",))
-    layout = training_layout(params, ExpertPlacement.balanced(1, 1), world, True, [("bias", 3)])
+    layout = layout_of_state(params, ExpertPlacement.balanced(1, 1), world, True, [("bias", (3,))])
     form = SnapshotFormat.of(layout, 0)
     assert form.num_shared == len(form.names) and form.shared_bytes == form.total_bytes
     point = layout_at_recovery_point(layout, ["c"])
@@ -74,9 +76,9 @@ def _lost(draw: st.DrawFn) -> tuple[StateLayout, ExpertPlacement, list[str], tup
     world = World(0, tuple(f"w{i}" for i in range(size)))
     placement = ExpertPlacement.balanced(experts, size)
     numels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
-    params = [ParamSpec(f"dense{i}", n, None) for i, n in enumerate(numels)]
-    params += [ParamSpec(f"expert{e}", draw(st.integers(1, 30)), e) for e in range(experts)]
-    layout = training_layout(params, placement, world, draw(st.booleans()), [("bias", 5)])
+    params = [ParamSpec(f"dense{i}", (n,), None) for i, n in enumerate(numels)]
+    params += [ParamSpec(f"expert{e}", (draw(st.integers(1, 30)),), e) for e in range(experts)]
+    layout = layout_of_state(params, placement, world, draw(st.booleans()), [("bias", (5,))])
     buddies, gone = buddies_of(["n"] * size), set[int]()
     for rank in draw(st.lists(st.integers(0, size - 1), max_size=3)):
         if buddies[rank] not in gone and all(buddies[other] != rank for other in gone) and len(gone) < size - 1:
@@ -96,17 +98,7 @@ def test_survivors_have_all_that_any_new_world_needs(
     new_world = World(1, survivors)
     before = placement_at_recovery_point(placement, holders)
     again = ExpertPlacement.rebalanced(before, world_of(0, holders), new_world)
-    params = [
-        ParamSpec(
-            name.removeprefix("param/"),
-            int(numel),
-            int(name.removeprefix("param/expert")) if name.startswith("param/expert") else None,
-        )
-        for name, numel in zip(layout.names, layout.numel, strict=True)
-        if name.startswith("param/")
-    ]
-    mixed = any(name.startswith("master/") for name in layout.names)
-    new = training_layout(params, again, new_world, mixed, [("bias", 5)])
+    new = training_layout(layout.tensors, again, new_world, CommunicationSpec())
     plan = TransferPlan.between(point, new)
     held = {worker: _really_held(layout, holders, worker) for worker in survivors}
     for tensor, start, stop, source, _ in plan.moves.tolist():
@@ -138,17 +130,19 @@ def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
         rows = sorted(zip(form.names, form.start.tolist(), form.stop.tolist(), strict=True))
         wanted = sorted((layout.names[t], start, stop) for t, start, stop in layout.ranges_of(worker).tolist())
         assert rows == wanted
-        ends = form.offset + (form.stop - form.start) * form.itemsize
+        ends = form.offset + (form.stop - form.start) * np.array([ITEM_BYTES[dtype] for dtype in form.dtypes])
         assert (form.offset % ALIGNMENT == 0).all() and (ends[:-1] <= form.offset[1:]).all()
         assert form.shared_bytes <= form.total_bytes and (ends[: form.num_shared] <= form.shared_bytes).all()
         for name in form.names[form.num_shared :]:
             tensor = layout.names.index(name)
-            assert layout.kind[tensor] == TensorKind.REPLICATED
+            assert layout.sharing[tensor] == Sharing.REPLICATED
             assert len(layout.holder_sets[layout.holder_set[tensor]]) == layout.world.size
 
 
 def test_nobody_stands_for_himself() -> None:
-    layout = training_layout([ParamSpec("w", 4, None)], ExpertPlacement.balanced(1, 2), World(0, ("a", "b")), False, [])
+    layout = layout_of_state(
+        [ParamSpec("w", (4,), None)], ExpertPlacement.balanced(1, 2), World(0, ("a", "b")), False, []
+    )
     assert np.array_equal(layout_at_recovery_point(layout, ["a", "a"]).bytes_per_rank(), [4 * 4 + 2 * 4 * 4])
     with pytest.raises(ValueError, match="hold only others' shards"):
         layout_at_recovery_point(layout, ["b", "a"])

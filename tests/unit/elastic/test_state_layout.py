@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
+from tests.support.layouts import layout_of_state
+from tests.unit.elastic.layouts import tensor_of
 
 
 def plain_owners(params: list[ParamSpec], placement: ExpertPlacement, bucket: float) -> dict[tuple[str, int], int]:
@@ -41,7 +43,7 @@ def models(draw: st.DrawFn) -> tuple[list[ParamSpec], ExpertPlacement]:
     uneven = st.tuples(*[ranks] * num_experts).map(lambda holders: ExpertPlacement(num_experts, world_size, holders))
     placement = draw(uneven | st.just(ExpertPlacement.balanced(num_experts, world_size)))
     shapes = draw(st.lists(st.tuples(st.integers(1, 9), st.none() | st.integers(0, num_experts - 1)), max_size=8))
-    return [ParamSpec(f"p{i}", numel, expert) for i, (numel, expert) in enumerate(shapes)], placement
+    return [ParamSpec(f"p{i}", (numel,), expert) for i, (numel, expert) in enumerate(shapes)], placement
 
 
 def world_of(size: int) -> World:
@@ -56,7 +58,7 @@ def test_every_element_lies_where_zero_puts_it(
     params, placement = model
     world = world_of(placement.world_size)
     communication = CommunicationSpec(bucket_mb=bucket * 4 / 2**20)
-    layout = training_layout(params, placement, world, mixed_precision, [("bias", 3)], communication)
+    layout = layout_of_state(params, placement, world, mixed_precision, [("bias", (3,))], communication)
     owner = plain_owners(params, placement, bucket)
 
     held: dict[str, set[tuple[str, int]]] = {}
@@ -83,36 +85,37 @@ def test_every_element_lies_where_zero_puts_it(
 
 
 def test_item_sizes_and_kinds() -> None:
-    params = [ParamSpec("w", 4, None), ParamSpec("e", 2, 0)]
-    mixed = training_layout(params, ExpertPlacement.balanced(1, 2), world_of(2), True, [("bias", 1)])
+    params = [ParamSpec("w", (4,), None), ParamSpec("e", (2,), 0)]
+    mixed = layout_of_state(params, ExpertPlacement.balanced(1, 2), world_of(2), True, [("bias", (1,))])
     seen = {
-        n: (i, TensorKind(k)) for n, i, k in zip(mixed.names, mixed.itemsize.tolist(), mixed.kind.tolist(), strict=True)
+        n: (i, Sharing(k)) for n, i, k in zip(mixed.names, mixed.itemsize.tolist(), mixed.sharing.tolist(), strict=True)
     }
-    assert seen["param/e"] == (2, TensorKind.REPLICATED)
-    assert seen["master/e"] == seen["exp_avg/w"] == seen["exp_avg_sq/w"] == (4, TensorKind.SHARDED)
-    assert seen["buffer/bias"] == (4, TensorKind.REPLICATED)
-    full = training_layout(params, ExpertPlacement.balanced(1, 2), world_of(2), False, [])
+    assert seen["param/e"] == (2, Sharing.REPLICATED)
+    assert seen["master/e"] == seen["exp_avg/w"] == seen["exp_avg_sq/w"] == (4, Sharing.SHARDED)
+    assert seen["buffer/bias"] == (4, Sharing.REPLICATED)
+    full = layout_of_state(params, ExpertPlacement.balanced(1, 2), world_of(2), False, [])
     assert set(full.itemsize.tolist()) == {4}
     assert not any(name.startswith("master/") for name in full.names)
 
 
 def test_names_do_not_depend_on_the_world() -> None:
-    params = [ParamSpec("e0", 2, 0), ParamSpec("w", 4, None), ParamSpec("e1", 2, 1)]
+    params = [ParamSpec("e0", (2,), 0), ParamSpec("w", (4,), None), ParamSpec("e1", (2,), 1)]
     names = {
-        training_layout(params, ExpertPlacement.balanced(2, n), world_of(n), True, [("b", 1)]).names for n in (1, 2, 5)
+        layout_of_state(params, ExpertPlacement.balanced(2, n), world_of(n), True, [("b", (1,))]).names
+        for n in (1, 2, 5)
     }
     assert len(names) == 1
 
 
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="placement is for 2 ranks; the world has 3"):
-        training_layout([], ExpertPlacement.balanced(2, 2), world_of(3), False, [])
+        layout_of_state([], ExpertPlacement.balanced(2, 2), world_of(3), False, [])
     with pytest.raises(ValueError, match="e belongs to expert 2"):
-        training_layout([ParamSpec("e", 1, 2)], ExpertPlacement.balanced(2, 2), world_of(2), False, [])
+        layout_of_state([ParamSpec("e", (1,), 2)], ExpertPlacement.balanced(2, 2), world_of(2), False, [])
     with pytest.raises(ValueError, match="w has 0 elements"):
-        ParamSpec("w", 0, None)
+        ParamSpec("w", (0,), None)
     with pytest.raises(ValueError, match=r"\['param/w'"):
-        training_layout([ParamSpec("w", 1, None)] * 2, ExpertPlacement.balanced(1, 1), world_of(1), False, [])
+        layout_of_state([ParamSpec("w", (1,), None)] * 2, ExpertPlacement.balanced(1, 1), world_of(1), False, [])
 
 
 @pytest.mark.parametrize(
@@ -131,10 +134,7 @@ def test_shards_that_do_not_cover_are_refused(shards: list[tuple[int, int, int, 
     with pytest.raises(ValueError, match=message):
         StateLayout(
             world=world_of(2),
-            names=("t",),
-            numel=np.array([4]),
-            itemsize=np.array([4]),
-            kind=np.array([TensorKind.SHARDED]),
+            tensors={"t": tensor_of("t", Sharing.SHARDED, 4)},
             holder_sets=(),
             holder_set=np.array([-1]),
             shards=np.array(shards),

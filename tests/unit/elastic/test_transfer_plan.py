@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
+from tests.support.layouts import layout_of_state
 from tests.unit.elastic.layouts import elements, execute, fill, pairs, whole
 
 
@@ -29,7 +30,7 @@ def test_executing_a_plan_gives_the_new_layout(pair: tuple[StateLayout, StateLay
     line = np.append(0, np.cumsum(old.numel))
     for tensor in range(len(new.names)):
         values = [mine[tensor] for mine in after.values() if tensor in mine]
-        if new.kind[tensor] == TensorKind.PARTIAL:
+        if new.sharing[tensor] == Sharing.PARTIAL:
             total = sum(mine[tensor] for mine in before.values() if tensor in mine)
             assert np.array_equal(sum(values), total)
         else:
@@ -67,9 +68,9 @@ def test_moved_bytes_are_the_minimum(pair: tuple[StateLayout, StateLayout]) -> N
     held, needed = elements(old), elements(new)
     minimum_bytes = 0
     for tensor, _, _ in needed - held:  # whoever lacks an element must receive it
-        minimum_bytes += 0 if old.kind[tensor] == TensorKind.PARTIAL else int(old.itemsize[tensor])
+        minimum_bytes += 0 if old.sharing[tensor] == Sharing.PARTIAL else int(old.itemsize[tensor])
     for tensor, _, _ in held - needed:  # whoever gives up a part of a sum must send it
-        minimum_bytes += int(old.itemsize[tensor]) if old.kind[tensor] == TensorKind.PARTIAL else 0
+        minimum_bytes += int(old.itemsize[tensor]) if old.sharing[tensor] == Sharing.PARTIAL else 0
     assert TransferPlan.between(old, new).moved_bytes == minimum_bytes
 
 
@@ -102,7 +103,7 @@ def test_every_move_lies_in_one_held_range_at_both_ends_and_runs_are_merged(
 def test_holders_of_a_replicated_tensor_share_the_load(num_old: int, num_joining: int) -> None:
     olds = tuple(f"o{i}" for i in range(num_old))
     old, new = World(0, olds), World(1, olds + tuple(f"n{i}" for i in range(num_joining)))
-    kinds, numel = [TensorKind.REPLICATED] * 4, [1000, 1, 70, 333]
+    kinds, numel = [Sharing.REPLICATED] * 4, [1000, 1, 70, 333]
     plan = TransferPlan.between(
         whole(kinds, numel, old, [tuple(range(old.size))] * 4), whole(kinds, numel, new, [tuple(range(new.size))] * 4)
     )
@@ -117,11 +118,11 @@ def test_holders_of_a_replicated_tensor_share_the_load(num_old: int, num_joining
 
 def test_layouts_of_different_tensors_are_refused() -> None:
     world = World(0, ("a",))
-    one = whole([TensorKind.REPLICATED], [3], world, [(0,)])
+    one = whole([Sharing.REPLICATED], [3], world, [(0,)])
     with pytest.raises(ValueError, match="same tensors"):
-        TransferPlan.between(one, whole([TensorKind.REPLICATED] * 2, [3, 3], world, [(0,), (0,)]))
+        TransferPlan.between(one, whole([Sharing.REPLICATED] * 2, [3, 3], world, [(0,), (0,)]))
     with pytest.raises(ValueError, match="numel of t0"):
-        TransferPlan.between(one, whole([TensorKind.REPLICATED], [4], world, [(0,)]))
+        TransferPlan.between(one, whole([Sharing.REPLICATED], [4], world, [(0,)]))
     with pytest.raises(ValueError):
         TransferPlan.between(one, one).for_worker("stranger")
 
@@ -129,7 +130,7 @@ def test_layouts_of_different_tensors_are_refused() -> None:
 def test_a_partial_goes_to_those_who_stay_and_newcomers_start_from_zero() -> None:
     old, new = World(0, ("a", "b", "c", "d")), World(1, ("e", "d", "c"))
     plan = TransferPlan.between(
-        whole([TensorKind.PARTIAL], [5], old, [(0, 1, 2, 3)]), whole([TensorKind.PARTIAL], [5], new, [(0, 1, 2)])
+        whole([Sharing.PARTIAL], [5], old, [(0, 1, 2, 3)]), whole([Sharing.PARTIAL], [5], new, [(0, 1, 2)])
     )
     heirs = {plan.workers[s]: plan.workers[d] for *_, s, d in plan.moves.tolist()}
     assert heirs == {"a": "d", "b": "c"}
@@ -139,11 +140,11 @@ def test_a_partial_goes_to_those_who_stay_and_newcomers_start_from_zero() -> Non
 
 
 def test_a_worker_s_rows_are_sorted_and_the_same_at_both_ends() -> None:
-    params = [ParamSpec(f"p{i}", 10 + i, None) for i in range(6)]
+    params = [ParamSpec(f"p{i}", (10 + i,), None) for i in range(6)]
     old, new = World(0, ("a", "b", "c")), World(1, ("d", "c", "b", "e", "f"))
     plan = TransferPlan.between(
-        training_layout(params, ExpertPlacement.balanced(1, 3), old, True, []),
-        training_layout(params, ExpertPlacement.balanced(1, 5), new, True, []),
+        layout_of_state(params, ExpertPlacement.balanced(1, 3), old, True, []),
+        layout_of_state(params, ExpertPlacement.balanced(1, 5), new, True, []),
     )
     parts = {worker: plan.for_worker(worker) for worker in plan.workers}
     num_rows = 0
@@ -157,8 +158,8 @@ def test_a_worker_s_rows_are_sorted_and_the_same_at_both_ends() -> None:
 
 def test_nothing_moves_when_nothing_changes() -> None:
     world = World(0, ("a", "b", "c"))
-    params = [ParamSpec("w", 100, None), ParamSpec("e0", 9, 0), ParamSpec("e1", 9, 1)]
-    layout = training_layout(params, ExpertPlacement.balanced(2, 3), world, True, [("bias", 4)])
+    params = [ParamSpec("w", (100,), None), ParamSpec("e0", (9,), 0), ParamSpec("e1", (9,), 1)]
+    layout = layout_of_state(params, ExpertPlacement.balanced(2, 3), world, True, [("bias", (4,))])
     plan = TransferPlan.between(layout, layout)
     assert (plan.moved_bytes, len(plan.moves), len(plan.zeros)) == (0, 0, 0)
 
@@ -174,9 +175,9 @@ def test_a_thousand_ranks_are_planned_in_two_seconds(first: int, last: int) -> N
     """
     params = []
     for layer in range(60):
-        params += [ParamSpec(f"{layer}.dense.{i}", 1_000_003 if i < 6 else 1024, None) for i in range(10)]
-        params += [ParamSpec(f"{layer}.{e}.{i}", 500_001, e) for e in range(64) for i in range(3)]
-    buffers = [(f"{layer}.{what}", 64) for layer in range(60) for what in ("bias", "load")]
+        params += [ParamSpec(f"{layer}.dense.{i}", (1_000_003 if i < 6 else 1024,), None) for i in range(10)]
+        params += [ParamSpec(f"{layer}.{e}.{i}", (500_001,), e) for e in range(64) for i in range(3)]
+    buffers = [(f"{layer}.{what}", (64,)) for layer in range(60) for what in ("bias", "load")]
     workers = tuple(f"w{i}" for i in range(2048))
     old, new = World(0, workers[:1024]), World(1, workers[first:last])
 
@@ -184,7 +185,7 @@ def test_a_thousand_ranks_are_planned_in_two_seconds(first: int, last: int) -> N
     before = ExpertPlacement.balanced(64, old.size)
     after = ExpertPlacement.rebalanced(before, old, new)
     plan = TransferPlan.between(
-        training_layout(params, before, old, True, buffers), training_layout(params, after, new, True, buffers)
+        layout_of_state(params, before, old, True, buffers), layout_of_state(params, after, new, True, buffers)
     )
     plan.for_worker(new.members[-1])
     assert time.process_time() - start_s < 2.0

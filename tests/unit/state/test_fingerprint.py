@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.world import World
 from orchestrator.state.fingerprint import MODULUS, MemoryGuard, StateFingerprint, whole
 from orchestrator.state.ranges import NamedRanges
+from tests.support.layouts import layout_of_state
 
 PARAMS = [
-    ParamSpec("head", 101, None),
-    ParamSpec("bias", 3, None),
-    *(ParamSpec(f"expert.{e}", 37 + e, e) for e in range(3)),
+    ParamSpec("head", (101,), None),
+    ParamSpec("bias", (3,), None),
+    *(ParamSpec(f"expert.{e}", (37 + e,), e) for e in range(3)),
 ]
 
 
 def _layout(size: int, mixed: bool) -> StateLayout:
     world = World(0, tuple(f"w{rank}" for rank in range(size)))
-    return training_layout(PARAMS, ExpertPlacement.balanced(3, size), world, mixed, [("counts", 5)])
+    return layout_of_state(PARAMS, ExpertPlacement.balanced(3, size), world, mixed, [("counts", (5,))])
 
 
 def _values(layout: StateLayout) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ def test_a_flipped_bit_changes_the_digest_of_the_rank_that_updates_it_and_no_oth
     weights = "master" if mixed else "param"
     for prefix in (weights, "exp_avg", "exp_avg_sq"):
         for index, name in enumerate(layout.names):
-            if layout.kind[index] != TensorKind.SHARDED or not name.startswith("exp_avg/"):
+            if layout.sharing[index] != Sharing.SHARDED or not name.startswith("exp_avg/"):
                 continue
             for _, start, stop, rank in layout.shards[layout.shards[:, 0] == index]:
                 tensor = values[f"{prefix}/{name.partition('/')[2]}"]

@@ -8,28 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.recovery_point import Holding
-from orchestrator.elastic.state_layout import training_layout
+from orchestrator.elastic.state_spec import Absent, Origin, ParamSpec, Sharing, StateTensor
 from orchestrator.elastic.world import World
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update, copy_into, merge_ranges
 from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
+from tests.support.layouts import layout_of_state
 
-PARAMS = [ParamSpec("dense", 40, None), ParamSpec("expert0", 6, 0), ParamSpec("expert1", 6, 1)]
-LAYOUT = training_layout(PARAMS, ExpertPlacement.balanced(2, 2), World(4, ("a", "b")), True, [("bias", 3)])
+PARAMS = [ParamSpec("dense", (40,), None), ParamSpec("expert0", (6,), 0), ParamSpec("expert1", (6,), 1)]
+LAYOUT = layout_of_state(PARAMS, ExpertPlacement.balanced(2, 2), World(4, ("a", "b")), True, [("bias", (3,))])
 EVERY = 4
 UPDATE = Update(1, 0.1)
 
 
-def _shard(rank: int, value: float) -> NamedRanges:
+def _held(rank: int, value: float) -> NamedRanges:
     ranges = NamedRanges()
     for tensor, start, stop in LAYOUT.ranges_of(LAYOUT.world.members[rank]).tolist():
-        dtype = torch.bfloat16 if LAYOUT.itemsize[tensor] == 2 else torch.float32
+        dtype = getattr(torch, LAYOUT.tensors[LAYOUT.names[tensor]].dtype)
         ranges.add(LAYOUT.names[tensor], start, torch.full((stop - start,), value, dtype=dtype))
-        if LAYOUT.names[tensor].startswith("exp_avg/"):
-            ranges.add("grad/" + LAYOUT.names[tensor].removeprefix("exp_avg/"), start, torch.ones(stop - start))
+    return ranges
+
+
+def _shard(rank: int, value: float) -> NamedRanges:
+    """With gradients of 1."""
+    ranges = _held(rank, value)
+    for name, (start, stop) in LAYOUT.updates_of(rank).items():
+        ranges.add(f"grad/{name}", start, torch.ones(stop - start))
     return ranges
 
 
@@ -217,13 +223,16 @@ def test_parts_of_a_sum_are_added_up() -> None:
     parts = [NamedRanges(), NamedRanges()]
     for number, part in enumerate(parts, 1):
         part.add("residual/dense", 0, torch.full((40,), float(number)))
-    both = merge_ranges(parts)
+    residual = StateTensor(
+        "residual/dense", (40,), "float32", Sharing.PARTIAL, None, Origin.COPY, Absent.FIRST, "residual/dense"
+    )
+    both = merge_ranges(parts, {residual.name: residual})
     assert both.spans("residual/dense") == [(0, 40)] and both.view("residual/dense", 0, 40).tolist() == [3.0] * 40
     assert parts[0].view("residual/dense", 0, 1).tolist() == [1.0]
 
 
 def test_shards_are_joined_and_the_first_one_counts_twice_held() -> None:
-    both = merge_ranges([_shard(0, 1.0), _shard(1, 2.0)])
+    both = merge_ranges([_held(0, 1.0), _held(1, 2.0)], LAYOUT.tensors)
     assert len(both.spans("exp_avg/dense")) == 2
     assert both.spans("param/dense") == [(0, 40)] and float(both.view("param/dense", 0, 1)) == 1.0
     assert float(both.view("param/expert1", 0, 1)) == 2.0

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import Piece, chunks, execute_transfer
+from tests.support.layouts import layout_of_state
 from tests.unit.comm.threads import on_peers
 
 ITEMSIZE = np.array([1, 2, 8])
-PARAMS = [ParamSpec("dense", 101, None), ParamSpec("experts.0", 33, 0), ParamSpec("experts.1", 33, 1)]
+PARAMS = [ParamSpec("dense", (101,), None), ParamSpec("experts.0", (33,), 0), ParamSpec("experts.1", (33,), 1)]
 
 some_moves = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 50), st.integers(1, 90)), max_size=8).map(
     lambda moves: np.array([(t, start, start + length) for t, start, length in moves], dtype=np.int64).reshape(-1, 3)
@@ -54,7 +55,7 @@ def test_no_moves_are_no_messages() -> None:
 
 def _layout(generation: int, members: str) -> StateLayout:
     world = World(generation, tuple(members))
-    return training_layout(PARAMS, ExpertPlacement.balanced(2, world.size), world, True, [("bias", 3)])
+    return layout_of_state(PARAMS, ExpertPlacement.balanced(2, world.size), world, True, [("bias", (3,))])
 
 
 def _memory(layout: StateLayout, worker: str, fill: bool) -> NamedRanges:

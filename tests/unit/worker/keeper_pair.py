@@ -7,8 +7,8 @@ import torch
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 from orchestrator.state.ranges import NamedRanges
@@ -16,14 +16,15 @@ from orchestrator.state.snapshot_store import RankSnapshots
 from orchestrator.worker.shard.snapshot_receiver import SnapshotReceiver
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator, meet_keeper, meet_member
 from orchestrator.worker.shard.snapshot_sender import SnapshotSender
+from tests.support.layouts import layout_of_state
 
-PARAMS = [ParamSpec("dense", 40, None), ParamSpec("expert0", 6, 0), ParamSpec("expert1", 6, 1)]
+PARAMS = [ParamSpec("dense", (40,), None), ParamSpec("expert0", (6,), 0), ParamSpec("expert1", (6,), 1)]
 LOOPBACK = "127.0.0.1"
 WAIT_S = 10.0
 
 
 def layout_of(members: tuple[str, ...]) -> StateLayout:
-    return training_layout(PARAMS, ExpertPlacement.balanced(2, len(members)), World(4, members), True, [("bias", 3)])
+    return layout_of_state(PARAMS, ExpertPlacement.balanced(2, len(members)), World(4, members), True, [("bias", (3,))])
 
 
 def shard_of(layout: StateLayout, rank: int, value: float) -> NamedRanges:

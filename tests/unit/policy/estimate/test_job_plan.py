@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
 from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.spec.job import JobSpec
 
-EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", 1000, expert) for expert in range(8))
-STATE = StatePlan((ParamSpec("dense", 4000, None), *EXPERTS), (("bias", 8),), 512)
+EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", (1000,), expert) for expert in range(8))
+STATE = StatePlan((ParamSpec("dense", (4000,), None), *EXPERTS), (("bias", (8,)),), 512)
 
 
 def _plan(ours: bool = True, **train: Any) -> JobPlan:

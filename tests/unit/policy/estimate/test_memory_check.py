@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
 from orchestrator.policy.estimate.memory_check import GIB, check_memory, crowding
@@ -13,8 +13,8 @@ from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.spec.job import JobSpec
 
 MILLION = 1_000_000
-EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", 10 * MILLION, expert) for expert in range(8))
-STATE = StatePlan((ParamSpec("dense", 10 * MILLION, None), *EXPERTS), (), 512)
+EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", (10 * MILLION,), expert) for expert in range(8))
+STATE = StatePlan((ParamSpec("dense", (10 * MILLION,), None), *EXPERTS), (), 512)
 
 
 def _job(memory: str | None, workers: str = "1..4", **changes: Any) -> tuple[JobSpec, JobPlan]:

@@ -3,13 +3,13 @@
 import pytest
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.policy.estimate.traffic import gradient_bytes, ranks_visited, sent_share
 from orchestrator.spec.communication import CompressionSpec
 
-MATRIX, NORM = ParamSpec("layers.0.attention.query", 64 * 256, None, 64), ParamSpec("layers.0.norm", 64, None)
-ROUTER = ParamSpec("layers.1.router.weight", 64 * 64, None, 64)
-EXPERT = ParamSpec("layers.1.experts.0.down", 64 * 64, 0, 64)
+MATRIX, NORM = ParamSpec("layers.0.attention.query", (64, 256), None), ParamSpec("layers.0.norm", (64,), None)
+ROUTER = ParamSpec("layers.1.router.weight", (64, 64), None)
+EXPERT = ParamSpec("layers.1.experts.0.down", (64, 64), 0)
 
 
 @pytest.mark.parametrize(

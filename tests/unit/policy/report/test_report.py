@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.estimate.flops import ModelSize, size_of
 from orchestrator.policy.report.energy import EnergyMethod
@@ -256,8 +256,8 @@ def test_operations_follow_from_active_parameters_and_tokens() -> None:
         "head_dim": 32,
     }
     job = JobSpec.model_validate({"schema": "v1", "name": "try", "model": model, "train": {"sequence_length": 64}})
-    experts = [ParamSpec(f"experts.{expert}", 1000, expert) for expert in range(8)]
-    params = [ParamSpec("embedding.weight", 5000, None), ParamSpec("head", 5000, None), *experts]
+    experts = [ParamSpec(f"experts.{expert}", (1000,), expert) for expert in range(8)]
+    params = [ParamSpec("embedding.weight", (5000,), None), ParamSpec("head", (5000,), None), *experts]
     size = size_of(job, params)
     assert (size.parameters, size.active_parameters) == (18_000, 5000 + 2 * 1000)
     story = Story()

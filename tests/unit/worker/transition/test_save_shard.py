@@ -18,8 +18,8 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
@@ -27,9 +27,13 @@ from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
+from tests.support.layouts import layout_of_state
 
-PARAMS = [ParamSpec("norm", 3, None), ParamSpec("up", 50, None)] + [ParamSpec(f"experts.{e}", 20, e) for e in range(3)]
-SHAPES = {f"{kind}/{p.name}": (p.numel,) for p in PARAMS for kind in ("master", "exp_avg", "exp_avg_sq")} | {
+PARAMS = [ParamSpec("norm", (3,), None), ParamSpec("up", (50,), None)] + [
+    ParamSpec(f"experts.{e}", (20,), e) for e in range(3)
+]
+BUFFERS = [("bias", (4,))]
+SHAPES = {f"{kind}/{p.name}": p.shape for p in PARAMS for kind in ("master", "exp_avg", "exp_avg_sq")} | {
     "buffer/bias": (4,)
 }
 PLACEMENTS = [
@@ -52,7 +56,7 @@ def _value(layout: StateLayout, tensor: int) -> torch.Tensor:
 def _state(placement: ExpertPlacement, mixed: bool) -> tuple[StateLayout, list[NamedRanges]]:
     """What every rank holds, as an engine would show it."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
-    layout = training_layout(PARAMS, placement, world, mixed, [("bias", 4)])
+    layout = layout_of_state(PARAMS, placement, world, mixed, BUFFERS)
     ranks = []
     for worker in world.members:
         ranges = NamedRanges()
@@ -71,7 +75,7 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: ExpertPlaceme
         values |= {n: _value(layout, t) for t, n in enumerate(layout.names) if n.startswith("master/")}
     times: Counter[tuple[str, int]] = Counter()
     for rank, ranges in enumerate(ranks):
-        for piece in pieces_of(ranges, rank):
+        for piece in pieces_of(ranges, layout.tensors, rank):
             times.update((piece.tensor, i) for i in range(piece.start, piece.stop))
             assert piece.array.dtype == np.float32
             assert np.array_equal(piece.array, values[piece.tensor][piece.start : piece.stop].numpy())
@@ -79,8 +83,8 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: ExpertPlaceme
 
 
 def test_pieces_are_copies_that_training_does_not_change() -> None:
-    _, (ranges,) = _state(ExpertPlacement.balanced(3, 1), False)
-    pieces = pieces_of(ranges, 0)
+    layout, (ranges,) = _state(ExpertPlacement.balanced(3, 1), False)
+    pieces = pieces_of(ranges, layout.tensors, 0)
     before = [piece.array.copy() for piece in pieces]
     for _, held in ranges:
         held.data.fill_(9.0)
@@ -99,7 +103,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     progress = TrainingProgress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
-        saver = ShardSaver(tmp_path, SHAPES, "", "", written.append, pytest.fail, pytest.fail)
+        saver = ShardSaver(tmp_path, layout.tensors, "", "", written.append, pytest.fail, pytest.fail)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
@@ -125,9 +129,9 @@ class Scene:
         self.reasons: SimpleQueue[StorageTrouble | None] = SimpleQueue()
         self.failures: list[Exception] = []
         report = (self.written.append, self.reasons.put, self.failures.append)
-        self.saver = ShardSaver(checkpoints, SHAPES, "", "", *report)
         self._placement = ExpertPlacement.balanced(3, 1)
-        _, (self.ranges,) = _state(self._placement, False)
+        layout, (self.ranges,) = _state(self._placement, False)
+        self.saver = ShardSaver(checkpoints, layout.tensors, "", "", *report)
 
     def save(self, step: int) -> None:
         self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"))

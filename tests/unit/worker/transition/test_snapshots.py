@@ -89,7 +89,7 @@ def test_a_keeper_hands_over_the_state_and_frees_it(pair: KeeperPair) -> None:
     _take(member, pair, 5)
     member.acknowledged()
     source = StateSource(pair.layout.world, ExpertPlacement.balanced(2, 1), ("b",), 5)
-    held = keeper.gathered(source, TrainingProgress(-1, 0, ""))
+    held = keeper.gathered(source, TrainingProgress(-1, 0, ""), pair.layout.tensors)
     assert held.progress == TrainingProgress(5, 6, "{}")
     assert set(held.ranges.names()) == set(shard_of(pair.layout, 0, 0.0).names())
     keeper.drop(pair.kept)
