@@ -1,14 +1,16 @@
 """Inventory of the training state: every tensor of it, with the properties by which all others treat it.
 
-A technique that adds state adds its entries to `inventory`, and its engine provides the memory in `Engine.ranges` under
-the same names. Rescales then move the tensors, snapshots keep them, checkpoints save and restore them. Pure.
+A technique that adds state adds its entries to `inventory`, and the engine provides their memory in `Engine.ranges`
+under the same names. Rescales then move the tensors, snapshots keep them, checkpoints save and restore them. What an
+update makes (`Origin.UPDATE`) must be made by its replay too (`engine.adamw.Replayer`). Pure.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from itertools import product
 
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
@@ -59,18 +61,18 @@ class Sharing(IntEnum):
 
 
 class Origin(Enum):
-    """What makes a tensor's values of the next step, and so which of them a delta holds (`elastic.snapshot_layout`)."""
+    """What makes a tensor's values in a step, and so which of them a delta holds (`elastic.snapshot_layout`)."""
 
-    UPDATE = "update"  # its rank's update: remade from the gradients, so none of them
-    GATHER = "gather"  # the updates of all its holders: those that other ranks update
+    UPDATE = "update"  # the update of the rank that holds them: none, since gradients remake them
+    GATHER = "gather"  # the updates of all holders, who send each other theirs: those that other ranks update
     COPY = "copy"  # anything else: all
 
 
 class Absent(Enum):
     """What a tensor is after a restore from a checkpoint that lacks it."""
 
-    REFUSE = "refuse"  # every checkpoint has it
-    FIRST = "first"  # as before the first update (`Engine.on_weights_initialized`)
+    REFUSE = "refuse"  # every checkpoint has it; another one is refused
+    FIRST = "first"  # as before the first update (`Engine.on_weights_initialized`); also if residuals are to be reset
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class StateTensor:
 
     Args:
         name: `KIND/PARAMETER` or `KIND/BUFFER`, distinct.
-        dtype: torch's name of it.
         like: the parameter whose holders it has, or whose cut if it is sharded; None: all ranks hold it.
-        stored: its name in checkpoints.
+        dtype: torch's name of it.
+        stored_as: its name in checkpoints, if that is another one.
         is_copy: it is the tensor `stored`, rounded to `dtype`: no checkpoint and no fingerprint contains it.
 
     Raises:
@@ -90,17 +92,22 @@ class StateTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
     sharing: Sharing
-    like: ParamSpec | None
     origin: Origin
-    absent: Absent
-    stored: str
+    like: ParamSpec | None = None
+    dtype: str = "float32"
+    absent: Absent = Absent.REFUSE
+    stored_as: str = ""
     is_copy: bool = False
 
     def __post_init__(self) -> None:
         if self.sharing is Sharing.SHARDED and (self.like is None or self.like.numel != self.numel):
             raise ValueError(f"{self.name} of {self.numel} elements is sharded like {self.like}; sizes must be equal")
+
+    @property
+    def stored(self) -> str:
+        """Its name in checkpoints."""
+        return self.stored_as or self.name
 
     @property
     def numel(self) -> int:
@@ -130,51 +137,37 @@ def inventory(
     mixed = job.train.precision == "bf16"
     tensors = [_weights(param, mixed) for param in params]
     for kind in (MASTER, *MOMENTS) if mixed else MOMENTS:
-        tensors += [_sharded(f"{kind}/{param.name}", param) for param in params]
-    tensors += [_on_all_ranks(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Absent.REFUSE) for name, shape in buffers]
+        tensors += [StateTensor(f"{kind}/{p.name}", p.shape, Sharing.SHARDED, Origin.UPDATE, p) for p in params]
+    tensors += [StateTensor(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Origin.COPY) for name, shape in buffers]
     tensors += _of_compression(params, job.communication.compression)
-    found = {tensor.name: tensor for tensor in tensors}
-    if len(found) < len(tensors):
-        twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+    twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+    if twice:
         raise ValueError(f"tensors {twice} are named twice in a state; names are distinct")
-    return found
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _weights(param: ParamSpec, mixed: bool) -> StateTensor:
     return StateTensor(
-        name=f"{PARAM}/{param.name}",
-        shape=param.shape,
+        f"{PARAM}/{param.name}",
+        param.shape,
+        Sharing.REPLICATED,
+        Origin.GATHER,
+        param,
         dtype="bfloat16" if mixed else "float32",
-        sharing=Sharing.REPLICATED,
-        like=param,
-        origin=Origin.GATHER,
-        absent=Absent.REFUSE,
-        stored=f"{MASTER}/{param.name}",
+        stored_as=f"{MASTER}/{param.name}",
         is_copy=mixed,
     )
 
 
-def _sharded(name: str, param: ParamSpec) -> StateTensor:
-    """State of the optimizer, fp32, whose elements are updated with those of a parameter."""
-    return StateTensor(name, param.shape, "float32", Sharing.SHARDED, param, Origin.UPDATE, Absent.REFUSE, name)
-
-
-def _on_all_ranks(name: str, shape: tuple[int, ...], sharing: Sharing, absent: Absent) -> StateTensor:
-    """State in fp32 that no update makes."""
-    return StateTensor(name, shape, "float32", sharing, None, Origin.COPY, absent, name)
-
-
-def _of_compression(params: Sequence[ParamSpec], compression: CompressionSpec) -> list[StateTensor]:
+def _of_compression(params: Sequence[ParamSpec], compression: CompressionSpec) -> Iterator[StateTensor]:
     """State that gradient compression keeps between steps."""
     compressed = [param for param in params if is_compressed(param, compression)]
-    tensors = []
-    for kind, is_kept in ((RESIDUAL, compression.error_feedback), (VELOCITY, compression.momentum > 0)):
-        for param in compressed if is_kept else ():
-            tensors.append(_on_all_ranks(f"{kind}/{param.name}", param.shape, Sharing.PARTIAL, Absent.FIRST))
-    for param in compressed if compression.scheme == "powersgd" else ():
-        shape = (param.numel // param.rows, rank_of_product(param, compression))
-        tensors.append(_on_all_ranks(f"{THIN}/{param.name}", shape, Sharing.REPLICATED, Absent.FIRST))
-    return tensors
+    kinds = [RESIDUAL] * compression.error_feedback + [VELOCITY] * (compression.momentum > 0)
+    for kind, p in product(kinds, compressed):
+        yield StateTensor(f"{kind}/{p.name}", p.shape, Sharing.PARTIAL, Origin.COPY, absent=Absent.FIRST)
+    for p in compressed if compression.scheme == "powersgd" else ():
+        shape = (p.numel // p.rows, rank_of_product(p, compression))
+        yield StateTensor(f"{THIN}/{p.name}", shape, Sharing.REPLICATED, Origin.COPY, absent=Absent.FIRST)
 
 
 # -- What follows from it ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from orchestrator.engine.process_groups import connect
 from orchestrator.model.factory import catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.worker.transition.load_state import read_pretrained
 from tests.support.ranks import Ranks
@@ -81,7 +82,8 @@ def _begin(
     placement = ExpertPlacement.balanced(spec.n_routed_experts, world_size)
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
-    engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"))
+    communication = CommunicationSpec(compression=CompressionSpec(scheme="topk"))  # its residuals begin at zero
+    engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"), communication)
     engine.on_weights_initialized()
     read_pretrained(spec, engine.ranges())
     engine.on_state_loaded(0)

@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import StateLayout
-from orchestrator.elastic.state_spec import Absent, Origin, ParamSpec, Sharing, StateTensor
+from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, StateTensor
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World, union
 from orchestrator.state.digest import StateDigests, differing
@@ -140,7 +140,7 @@ def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[floa
     """A partial tensor through 3 -> 2: what the leaver had is added to a staying member's."""
 
     name = "residual/w"
-    residual = StateTensor(name, (6,), "float32", Sharing.PARTIAL, None, Origin.COPY, Absent.FIRST, name)
+    residual = StateTensor(name, (6,), Sharing.PARTIAL, Origin.COPY)
 
     def layout(generation: int, members: tuple[str, ...]) -> StateLayout:
         return StateLayout(

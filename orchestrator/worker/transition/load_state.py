@@ -65,13 +65,16 @@ def read_state(
                 remedy="Resume with the corpus, the batch size, the sequence length and the seed that it began with.",
                 unchanged="The checkpoint is as it was.",
             )
-        saved_size = 0 if restore.reset_residuals else int(str(meta.get("world_size", 0)))
+        others = range(rank, int(str(meta.get("world_size", 0))), world_size)  # ranks whose parts this one reads
         for name, held in ranges:
             tensor = tensors[name]
-            if tensor.absent is Absent.FIRST and not saved_size:
+            is_partial = tensor.sharing is Sharing.PARTIAL
+            key = part_of(tensor.stored, 0) if is_partial else tensor.stored
+            is_lacking = restore.reset_residuals or key not in reader.manifest.tensors
+            if tensor.absent is Absent.FIRST and is_lacking:
                 continue
-            if tensor.sharing is Sharing.PARTIAL:
-                _read_parts(reader, tensor.stored, held.data, range(rank, saved_size, world_size))
+            if is_partial:
+                _read_parts(reader, tensor.stored, held.data, others)
                 continue
             for start in range(held.start, held.stop, CHUNK):
                 between()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.write import write_shard
-from orchestrator.elastic.state_spec import Inventory, Sharing, StateTensor, saved_shapes
+from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.condition import StorageTrouble, refusal
@@ -185,26 +185,21 @@ class _Write(threading.Thread):
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:
     """Copies of all pieces that this rank saves."""
-    saved: list[tuple[str, str, list[tuple[int, int]]]] = []  # name in the checkpoint, name here, elements
-    updated: dict[str, list[tuple[int, int]]] = {}
-    replicated: dict[str, list[StateTensor]] = {}
-    for name in ranges.names():
-        tensor, spans = tensors[name], ranges.spans(name)
+    held = [tensors[name] for name in ranges.names() if not tensors[name].is_copy]
+    updated = {tensor.like: ranges.spans(tensor.name) for tensor in held if tensor.sharing is Sharing.SHARDED}
+    pieces = []
+    for tensor in held:
+        name, spans = tensor.stored, ranges.spans(tensor.name)
         if tensor.sharing is Sharing.PARTIAL:
-            saved.append((part_of(tensor.stored, rank), name, spans))
-        elif tensor.like is None:
-            saved += [(tensor.stored, name, spans)] if rank == 0 else []
-        elif tensor.sharing is Sharing.SHARDED:
-            saved.append((tensor.stored, name, spans))
-            updated[tensor.like.name] = spans
-        elif not tensor.is_copy:
-            replicated.setdefault(tensor.like.name, []).append(tensor)
-    # Of what several ranks hold like a parameter, each saves the elements that it updates.
-    for parameter, spans in updated.items():
-        saved += [(tensor.stored, tensor.name, spans) for tensor in replicated.get(parameter, ())]
-    return [
-        _piece(stored, start, ranges.view(name, start, stop)) for stored, name, spans in saved for start, stop in spans
-    ]
+            name = part_of(name, rank)
+        elif tensor.sharing is Sharing.REPLICATED and tensor.like is not None:
+            spans = updated.get(
+                tensor.like, []
+            )  # several ranks hold it: each element is saved by the one that updates it
+        elif tensor.sharing is Sharing.REPLICATED and rank > 0:
+            continue
+        pieces += [_piece(name, start, ranges.view(tensor.name, start, stop)) for start, stop in spans]
+    return pieces
 
 
 def part_of(name: str, rank: int) -> str:

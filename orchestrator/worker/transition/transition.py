@@ -73,20 +73,17 @@ def first_shard(
 def _fill_first(
     factory: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
 ) -> TrainingProgress:
-    progress = TrainingProgress(-1, 0, sampler)
-    engine, rank, size = shard.engine, shard.rank, plan.world.size
-    if plan.restore is not None:
-        engine.on_weights_initialized()  # for state that the checkpoint lacks
-        progress = read_state(plan.restore, engine.ranges(), factory.tensors, sampler, rank, size, between)
-    elif factory.spec.model.init_from is not None:
-        engine.on_weights_initialized()  # for state that isn't of the model
-        read_pretrained(factory.spec.model, engine.ranges())
-    else:
+    progress, model, engine = TrainingProgress(-1, 0, sampler), factory.spec.model, shard.engine
+    if plan.restore is None and model.init_from is None:
         shard.model.init_weights(factory.spec.train.seed)
-        if factory.spec.model.entrypoint is not None:
+        if model.entrypoint is not None:
             check_agreement(shard.model, shard.groups.exchange)
-        engine.on_weights_initialized()
-        return progress
+    engine.on_weights_initialized()  # also for state that the files lack
+    if plan.restore is not None:
+        ranges, rank, size = engine.ranges(), shard.rank, plan.world.size
+        progress = read_state(plan.restore, ranges, factory.tensors, sampler, rank, size, between)
+    elif model.init_from is not None:
+        read_pretrained(model, engine.ranges())
     engine.on_state_loaded(progress.num_updates)
     return progress
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import StateLayout
-from orchestrator.elastic.state_spec import Absent, Origin, ParamSpec, Sharing, StateTensor
+from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, StateTensor
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from tests.support.layouts import layout_of_state
@@ -16,7 +16,7 @@ Memory = dict[str, dict[int, np.ndarray]]  # worker -> tensor -> its values, NaN
 def tensor_of(name: str, sharing: Sharing, numel: int, dtype: str = "float32") -> StateTensor:
     """A tensor that no update makes."""
     like = ParamSpec("like", (numel,), None) if sharing is Sharing.SHARDED else None
-    return StateTensor(name, (numel,), dtype, sharing, like, Origin.COPY, Absent.REFUSE, name)
+    return StateTensor(name, (numel,), sharing, Origin.COPY, like, dtype)
 
 
 def whole(kinds: list[Sharing], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> StateLayout:

