@@ -61,7 +61,7 @@ class Sharing(IntEnum):
 
 
 class Origin(Enum):
-    """What makes a tensor's values in a step, and so which of them a delta holds (`elastic.snapshot_layout`)."""
+    """Source of a tensor's values in a step, and so the part of them that a delta holds (`elastic.snapshot_layout`)."""
 
     UPDATE = "update"  # the update of the rank that holds them: none, since gradients remake them
     GATHER = "gather"  # the updates of all holders, who send each other theirs: those that other ranks update
@@ -69,7 +69,7 @@ class Origin(Enum):
 
 
 class Absent(Enum):
-    """What a tensor is after a restore from a checkpoint that lacks it."""
+    """Value of a tensor after a restore from a checkpoint that lacks it."""
 
     REFUSE = "refuse"  # every checkpoint has it; another one is refused
     FIRST = "first"  # as before the first update (`Engine.on_weights_initialized`); also if residuals are to be reset
@@ -170,7 +170,7 @@ def _of_compression(params: Sequence[ParamSpec], compression: CompressionSpec) -
         yield StateTensor(f"{THIN}/{p.name}", shape, Sharing.REPLICATED, Origin.COPY, absent=Absent.FIRST)
 
 
-# -- What follows from it ----------------------------------------------------------------------------------------------
+# -- Names in checkpoints ----------------------------------------------------------------------------------------------
 
 
 def saved_shapes(tensors: Inventory) -> dict[str, tuple[int, ...]]:

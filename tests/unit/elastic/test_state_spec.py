@@ -1,4 +1,4 @@
-"""The inventory of the state: what it lists, and that a tensor added to it is moved, kept, saved and restored."""
+"""The inventory of the state: its entries, and that a tensor added to it is moved, kept, saved and restored."""
 
 from collections.abc import Mapping
 from dataclasses import replace
