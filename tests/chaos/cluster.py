@@ -137,12 +137,12 @@ class Cluster:
         return {match[1]: process for match, process in found if match}
 
     def titled(self, title: str) -> list[psutil.Process]:
-        """Processes whose title begins with this."""
-        return [process for process in self.processes() if title_of(process).startswith(title)]
+        """Processes whose title begins with this, in any case: until its first call an actor has its class's name."""
+        return [process for process in self.processes() if title_of(process).lower().startswith(title.lower())]
 
     def actor(self, title: str) -> psutil.Process:
         """The process with this title, such as `ray::scheduler`; waits for one that is being replaced."""
-        return self._await(lambda process: title_of(process).startswith(title), title)
+        return self._await(lambda: self.titled(title), title)
 
     def controller(self, run: str) -> psutil.Process:
         """Found by its child, as its own title changes during calls."""
@@ -153,22 +153,13 @@ class Cluster:
     def storage_process(self, run: str) -> psutil.Process:
         """That of the run's controller."""
         end = f"{STORAGE_PROCESS} controller {run}"
+        return self._await(lambda: [process for process in self.processes() if _serves(process, end)], end)
 
-        def fits(process: psutil.Process) -> bool:
-            parent = process.parent()
-            return title_of(process).endswith(end) and parent is not None and title_of(parent).startswith("ray::")
-
-        return self._await(fits, end)
-
-    def _await(self, fits: Callable[[psutil.Process], bool], what: str) -> psutil.Process:
+    def _await(self, look: Callable[[], list[psutil.Process]], what: str) -> psutil.Process:
         deadline_s = time.monotonic() + COMMAND_S
         while time.monotonic() < deadline_s:
-            for process in self.processes():
-                try:
-                    if fits(process):
-                        return process
-                except psutil.Error:  # it has ended meanwhile
-                    continue
+            if found := look():
+                return found[0]
             time.sleep(0.2)
         raise RuntimeError(f"no process {what!r} in the cluster within {COMMAND_S} s")
 
@@ -182,6 +173,14 @@ def own_cluster(home: Path, cpus: int) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.down()
+
+
+def _serves(process: psutil.Process, end: str) -> bool:
+    """Whether it is a storage process with this title, of a parent that lives."""
+    try:
+        return title_of(process).endswith(end) and title_of(psutil.Process(process.ppid())).startswith("ray::")
+    except psutil.Error:
+        return False
 
 
 def title_of(process: psutil.Process) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.cluster import Cluster
+from tests.chaos.cluster import Cluster, title_of
 from tests.chaos.observer import Observer
 from tests.chaos.schedule import Fault, Kind
 from tests.support.disk import fill, frozen, read_only
 
-FILL_EVERY_S = 0.2  # what the run frees meanwhile is filled too
+FILL_EVERY_S = 0.05  # what the run frees meanwhile is filled too
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Faults:
         hit = []
         for process in processes:
             with suppress(psutil.NoSuchProcess):
-                hit.append(f"{process.pid} ({' '.join(process.cmdline())[-40:].strip()})")
+                hit.append(f"{process.pid} ({title_of(process).split(' -m ')[-1]})")
                 process.kill()  # psutil compares the start time: never another process with a reused pid
                 self.num_killed += 1
         return ", ".join(hit) or "no such process now"

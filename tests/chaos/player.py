@@ -112,8 +112,8 @@ class Player:
             for other in within:
                 self._strike(other, killed)
             self._scale(fault, is_timed=fault.kind.is_of_storage and not _steering(killed))
-            answer = self._status()
             self.faults.keep_up(fault.kind, fault.seconds - (time.monotonic() - began_s))
+            answer = self._status()
         storage = (answer.value or {}).get("storage")
         self.checks.say(f"step {self.observer.step}: over after {time.monotonic() - began_s:.1f} s; storage: {storage}")
         self._check_answer(str(fault.number), answer, killed)

@@ -53,6 +53,14 @@ def test_another_loss_is_found() -> None:
     assert loss_faults(_steps(0, 1, 2, 3), other) == ["1 steps differ, the first is step 2"]
 
 
+def test_another_validation_loss_is_found_but_not_one_that_is_in_one_run_only() -> None:
+    validated, others = _steps(0, 1), _steps(0, 1)
+    validated[0]["records"][1]["validation_loss"] = 2.0
+    assert loss_faults(validated, others) == [] == loss_faults(others, validated)
+    others[0]["records"][1]["validation_loss"] = 2.5
+    assert loss_faults(validated, others) == ["1 steps differ, the first is step 1"]
+
+
 def test_a_failed_check_is_counted_and_shown() -> None:
     lines: list[str] = []
     checks = Checks(lines.append)
