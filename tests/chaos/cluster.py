@@ -56,7 +56,7 @@ class Cluster:
         """End it. Returns what is left of its processes, by title."""
         processes = self.processes()
         self._end_verbs()
-        self("cluster", "down")
+        self("cluster", "down", "--force")
         _, alive = psutil.wait_procs(processes, timeout=10.0)
         return [title_of(process) for process in alive]
 
