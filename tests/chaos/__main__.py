@@ -9,6 +9,7 @@ repeats the run.
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -38,7 +39,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         place = args.place or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        run_chaos(schedule, checks, place, args.patience)
+        try:
+            run_chaos(schedule, checks, place, args.patience)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            checks.check("the suite gets to its end", [repr(error)])
     for failure in checks.failures:
         print(f"failed: {failure}")
     print(checks.summary())

@@ -22,6 +22,7 @@ class Faults:
 
     Attributes:
         num_killed: processes so far.
+        num_missed: faults that hit no process.
     """
 
     cluster: Cluster
@@ -29,6 +30,7 @@ class Faults:
     disk: Path
     observer: Observer
     num_killed: int = 0
+    num_missed: int = 0
 
     def make(self, fault: Fault) -> str:
         """A fault that happens at once. Returns what was hit."""
@@ -64,8 +66,7 @@ class Faults:
                 case Kind.READ_ONLY:
                     stack.enter_context(read_only(self.disk))
                 case _:
-                    (member,) = self._members(fault.pick, 1)
-                    hit = stack.enter_context(_stopped(member))
+                    hit = stack.enter_context(_stopped(self._members(fault.pick, 1)))
             yield hit
 
     @contextmanager
@@ -86,10 +87,11 @@ class Faults:
             time.sleep(min(FILL_EVERY_S, left_s))
 
     def _members(self, pick: int, count: int) -> list[psutil.Process]:
-        """Processes of some members, from this rank on; fewer if there are not as many."""
+        """Processes of some members, from this rank on; after all of them that of a lone member's keeper."""
         workers, members = self.cluster.workers(self.run), self.observer.members()
-        chosen = dict.fromkeys(members[(pick + i) % len(members)] for i in range(count))
-        return [workers[name] for name in chosen if name in workers]
+        first = pick % max(1, len(members))
+        ordered = [*members[first:], *members[:first], *self.observer.keeper()]
+        return [workers[name] for name in ordered[:count] if name in workers]
 
     def _kill(self, *processes: psutil.Process) -> str:
         hit = []
@@ -98,15 +100,18 @@ class Faults:
                 hit.append(f"{process.pid} ({title_of(process).split(' -m ')[-1]})")
                 process.kill()  # psutil compares the start time: never another process with a reused pid
                 self.num_killed += 1
+        self.num_missed += not hit
         return ", ".join(hit) or "no such process now"
 
 
 @contextmanager
-def _stopped(process: psutil.Process) -> Iterator[str]:
-    with suppress(psutil.NoSuchProcess):
-        process.suspend()
+def _stopped(processes: list[psutil.Process]) -> Iterator[str]:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
     try:
-        yield str(process.pid)
+        yield ", ".join(f"{process.pid} ({title_of(process)})" for process in processes)
     finally:
-        with suppress(psutil.NoSuchProcess):  # taken for lost, and killed
-            process.resume()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # taken for lost, and killed
+                process.resume()

@@ -50,6 +50,11 @@ class Observer:
         activated = [event for event in self.events if event["kind"] == "activated"]
         return tuple(activated[-1]["members"]) if activated else ()
 
+    def keeper(self) -> tuple[str, ...]:
+        """The standby that keeps a lone member's snapshots, if there is one."""
+        known = [event for event in self.events if event["kind"] in ("keeper_connected", "keeper_lost", "activated")]
+        return (known[-1]["worker"],) if known and known[-1]["kind"] == "keeper_connected" else ()
+
     def new_faults(self) -> list[str]:
         """What it has found since the last call."""
         with self._lock:

@@ -67,7 +67,8 @@ def _play(schedule: Schedule, checks: Checks, cluster: Cluster, place: Path, dis
             checks.check("the run goes on and ends", [str(lost)])
             _show_logs(checks, run_dir)
             return
-        checks.say(f"step {status['step']}: {status['phase']}; {observer.num_verified} checkpoints were verified")
+        verified = f"{observer.num_verified} checkpoints were verified"
+        checks.say(f"step {status['step']}: {status['phase']}; {verified}; {faults.num_missed} faults hit no process")
         checks.check("the observer found nothing wrong", observer.new_faults())
     ended = [] if status["phase"] == "stopped" else [f"{status['phase']}: {status['why']}"]
     checks.check("the run ends as it was asked to", ended)
