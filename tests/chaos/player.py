@@ -61,7 +61,7 @@ class Player:
         while not any(event["kind"] == "checkpoint" for event in self.observer.events):
             self._await_steps(self.observer.step + GONE_ON)
         self._status()  # connects
-        self.usual_s += (self._status().seconds for _ in range(LAST_ANSWERS))
+        self.usual_s += (self._usual_s() for _ in range(LAST_ANSWERS))
         self.checks.say(f"step {self.observer.step}: begun; a verb must answer within {self.answer_s:.1f} s")
 
     def play(self, schedule: Schedule) -> None:
@@ -141,6 +141,10 @@ class Player:
     def _status(self) -> Answer:
         return self.cluster.ask("status", self.run)
 
+    def _usual_s(self) -> float:
+        """Seconds of an answer that goes through Scheduler and controller, as that to `scale` does."""
+        return self.cluster.ask("get", self.run).seconds
+
     def _check_answer(self, names: str, answer: Answer, killed: Sequence[tuple[Kind, int]]) -> None:
         faults = [] if answer.code == 0 else [f"exit code {answer.code}: {answer.error}"]
         if answer.seconds > self.answer_s and not _steering(killed):
@@ -164,7 +168,7 @@ class Player:
                 self.checks.check(f"{names}: the run goes on", lacks)
                 raise RunLost(f"not well {self.patience_s:.0f} s after fault {names}")
             time.sleep(LOOK_S)
-        self.usual_s.append(self._status().seconds)
+        self.usual_s.append(self._usual_s())
         self.checks.check(f"{names}: the run goes on", [])
         went_s = time.monotonic() - over_s
         self.checks.say(f"step {self.observer.step}: gone on after {went_s:.1f} s with {self.wanted} workers")

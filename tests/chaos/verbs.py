@@ -1,7 +1,9 @@
 """Process that makes requests to a cluster as its users do, so that the time of an answer is not that of starting a
 command. A request is a line of JSON on its standard input, an answer one on its standard output.
 
-    ["status", "RUN"]     ["scale", "RUN", 2]     ["stop", "RUN"]
+    ["status", "RUN"]     ["get", "RUN"]     ["scale", "RUN", 2]     ["stop", "RUN"]
+
+`status` reads what the controller has published, if that is fresh, as the command does; `get` asks the controller.
 """
 
 import json
