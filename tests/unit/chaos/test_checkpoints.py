@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.checkpoint.manifest import manifest_of
-from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
 from tests.chaos.checkpoints import (
     broken_promises,
     checkpoint_dir,
@@ -19,23 +16,7 @@ from tests.chaos.checkpoints import (
     promised_steps,
     tensors_of,
 )
-
-VALUES = np.arange(10, dtype=np.float32)
-
-
-def _write(run_dir: Path, step: int = 20) -> Path:
-    """A checkpoint of two ranks: `master/a` in two pieces, and `buffer/b`."""
-    directory = run_dir / "checkpoints"
-    pieces = [
-        [ShardPiece("master/a", 0, 6, VALUES[:6])],
-        [ShardPiece("master/a", 6, 10, VALUES[6:]), ShardPiece("buffer/b", 0, 2, np.array([1, 2], np.int64))],
-    ]
-    shards = [
-        write_shard(directory, mine, step=step, term=1, generation=0, rank=rank) for rank, mine in enumerate(pieces)
-    ]
-    shapes, dtypes = {"master/a": (2, 5), "buffer/b": (2,)}, {"buffer/b": "int64"}
-    found = read_shards(directory, shards, term=1)
-    return commit(directory, manifest_of(found, run_id="r", term=1, shapes=shapes, dtypes=dtypes), term=1)
+from tests.support.checkpoints import VALUES, write_checkpoint
 
 
 def _flip(path: Path, at: int) -> None:
@@ -45,7 +26,7 @@ def _flip(path: Path, at: int) -> None:
 
 
 def test_a_good_checkpoint_is_read_whole(tmp_path: Path) -> None:
-    assert _write(tmp_path) == checkpoint_dir(tmp_path, 20)
+    assert write_checkpoint(tmp_path) == checkpoint_dir(tmp_path, 20)
     assert broken_promises(tmp_path, [20]) == []
     tensors = tensors_of(checkpoint_dir(tmp_path, 20))
     assert list(tensors) == ["buffer/b", "master/a"]
@@ -82,12 +63,12 @@ def _lose_a_file(checkpoint: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None], fault: str) -> None:
-    damage(_write(tmp_path))
+    damage(write_checkpoint(tmp_path))
     assert any(fault in found for found in broken_promises(tmp_path, [20]))
 
 
 def test_a_lost_checkpoint_is_found(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write_checkpoint(tmp_path)
     (fault,) = broken_promises(tmp_path, [20, 40])
     assert fault.startswith("the checkpoint of step 40")
     with pytest.raises(FileNotFoundError):
@@ -95,7 +76,7 @@ def test_a_lost_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_one_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
-    tensors = tensors_of(_write(tmp_path))
+    tensors = tensors_of(write_checkpoint(tmp_path))
     other = {name: values.copy() for name, values in tensors.items()}
     assert differing(tensors, other) == []
     other["master/a"].view(np.uint32)[3] ^= 1
@@ -122,7 +103,7 @@ def test_deleted_and_given_up_checkpoints_are_not_promised() -> None:
 
 
 def test_garbage_is_found(tmp_path: Path) -> None:
-    _write(tmp_path)
+    write_checkpoint(tmp_path)
     assert garbage_in(tmp_path, num_killed=0) == []
     (tmp_path / "checkpoints" / ".incomplete-00000040-000001-000000").mkdir()
     (tmp_path / "checkpoints" / ".discarded-step-00000020").mkdir()
