@@ -13,7 +13,8 @@ from tests.architecture.imports import Module, chain, cycle, folder_cycles, read
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
 TESTS = Path(__file__).parents[1] / "unit"
-OUTSIDE = ("benchmarks", "cluster_files", "dashboards", "docs")  # test folders of what is no part of the package
+# Test folders of what is no part of the package.
+OUTSIDE = ("benchmarks", "chaos", "cluster_files", "dashboards", "docs")
 
 # From the lowest to the highest. A room imports only rooms of lower lines; rooms of one line do not import each other.
 LAYERS: tuple[frozenset[str], ...] = (

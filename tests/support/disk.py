@@ -57,3 +57,14 @@ def fill(disk: Path) -> Path:
         while file.write(bytes(BLOCK)) == BLOCK:
             pass
     return filler
+
+
+@contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    """Let the file system of `disk` refuse changes while this lasts, but those to files that are open already: a mount
+    that can only be read covers it, as one with open files can't be remounted."""
+    subprocess.run(["mount", "--bind", "-o", "ro", disk, disk], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

@@ -1,0 +1,105 @@
+"""Reader of checkpoints that shares no code with the product, and what retention promises of them.
+
+RUN/checkpoints/step-00000120/manifest.json     {"sha256", "manifest": {tensors, files, step, …}}
+RUN/checkpoints/step-00000120/shard-00000.safetensors
+RUN/checkpoints/.superseded-…                   the same, of steps that the run went back behind
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from tests.chaos.journal import Event
+
+BLOCK_BYTES = 64 * 2**20  # each has a digest
+GARBAGE = (".incomplete-", ".discarded-")
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def faults_of(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint: its manifest's and files' digests, the pieces of its tensors. FileNotFoundError
+    if it, or a file of it, isn't there."""
+    outer = json.loads((checkpoint / "manifest.json").read_bytes())
+    manifest = outer["manifest"]
+    body = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    faults = [] if hashlib.sha256(body).hexdigest() == outer["sha256"] else ["the manifest's digest differs"]
+    for name, entry in manifest["files"].items():
+        if _digests(checkpoint / name) != entry["sha256"]:
+            faults.append(f"{name}: a digest differs")
+    for name, tensor in manifest["tensors"].items():
+        ends = [0, *(piece["stop"] for piece in tensor["pieces"])]
+        starts = [*(piece["start"] for piece in tensor["pieces"]), math.prod(tensor["shape"])]
+        if ends != starts:
+            faults.append(f"{name}: pieces don't cover it once: {starts} and {ends}")
+    return [f"{checkpoint.name}: {fault}" for fault in faults]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, NDArray[Any]]:
+    """All tensors, flat."""
+    tensors = json.loads((checkpoint / "manifest.json").read_bytes())["manifest"]["tensors"]
+    found = {}
+    for name, tensor in tensors.items():
+        pieces = []
+        for piece in tensor["pieces"]:
+            with safe_open(checkpoint / piece["file"], framework="numpy") as file:
+                pieces.append(file.get_tensor(piece["key"]))
+        found[name] = np.concatenate(pieces)
+    return found
+
+
+def differing(tensors: dict[str, NDArray[Any]], others: dict[str, NDArray[Any]]) -> list[str]:
+    """Names of tensors that are not equal bit by bit, or not in both."""
+    return [
+        name
+        for name in sorted(tensors.keys() | others.keys())
+        if name not in tensors or name not in others or tensors[name].tobytes() != others[name].tobytes()
+    ]
+
+
+def promised_steps(events: Iterable[Event], keep_last: int) -> list[int]:
+    """Steps of the checkpoints that must be there, given a journal: the newest ones that were completed, and neither
+    deleted nor given up, because a generation began at an earlier step."""
+    named: list[int] = []
+    for event in events:
+        if event["kind"] == "checkpoint":
+            named = [step for step in named if step != event["step"]] + [event["step"]]
+        elif event["kind"] == "checkpoints_deleted":
+            named = [step for step in named if step not in event["steps"]]
+        elif event["kind"] == "activated":
+            named = [step for step in named if step <= event["step"]]
+    return named[-keep_last:]
+
+
+def broken_promises(run_dir: Path, steps: Iterable[int]) -> list[str]:
+    """Which of these checkpoints are missing or damaged."""
+    faults: list[str] = []
+    for step in steps:
+        try:
+            faults += faults_of(checkpoint_dir(run_dir, step))
+        except FileNotFoundError as error:
+            faults.append(f"the checkpoint of step {step}: {error.filename} is missing")
+    return faults
+
+
+def garbage_in(run_dir: Path, num_killed: int) -> list[str]:
+    """What a run must not leave in its storage: parts of checkpoints, its reserve, and more files that were being
+    written than processes were killed."""
+    left = [path.name for path in run_dir.glob("checkpoints/.*") if path.name.startswith(GARBAGE)]
+    left += [path.name for path in run_dir.glob(".reserve")]
+    partial = [str(path.relative_to(run_dir)) for path in run_dir.rglob(".*.partial")]
+    return left + (partial if len(partial) > num_killed else [])
+
+
+def _digests(path: Path) -> list[str]:
+    data = path.read_bytes()
+    return [hashlib.sha256(data[at : at + BLOCK_BYTES]).hexdigest() for at in range(0, len(data), BLOCK_BYTES)]
