@@ -24,17 +24,14 @@ def top(
             unchanged="Nothing was changed.",
         )
     from orchestrator.cli.top.client_process import ClusterLink
-    from orchestrator.cli.top.feed import Feed
+    from orchestrator.cli.top.look import Look
 
     link = ClusterLink(address)
     try:
-        if run is None:
-            link.list()  # an error at the start ends the command, as in any other
-        else:
-            link.get(run)
+        statuses = link.begin(run)  # an error at the start ends the command, as in any other
         from orchestrator.cli.top.screen import TopApp  # Textual, once there is something to show
 
-        TopApp(Feed(link), run).run()
+        TopApp(link, Look(link.address, statuses, link.is_joining), run).run()
     finally:
         link.close()
 

@@ -2,18 +2,22 @@
 
 Ray joins one cluster in the life of a process and can't leave one that has died; and its output would spoil the screen.
 So a child process calls the cluster, and when the cluster is lost another child replaces it.
+
+Its first answer takes seconds beside a run on all cores. Until then the statuses that runs publish are listed.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from orchestrator.cluster.connection import find_cluster
+from orchestrator.cluster.published.status_reader import published_statuses
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
-from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
 
 PATIENCE_S = 75.0  # a client gives up after 65
@@ -33,16 +37,44 @@ class ClusterLink:
     """Methods of an `OrchestratorClient`, for any thread, one call at a time.
 
     Args:
-        address: as of an `OrchestratorClient`. With None a local cluster that starts later is found, too.
+        address: as of an `OrchestratorClient`; None for the local cluster, also one that starts later.
+
+    Attributes:
+        is_joining: whether the process joins the cluster: until then `list` returns published statuses, and other calls
+            wait.
     """
 
     def __init__(self, address: str | None) -> None:
-        self.address = address or ""
+        self.address, self.is_joining = address or "", False
         self._wanted, self._lock = address, threading.Lock()
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._published: dict[str, RunStatus] = {}
+
+    def begin(self, run_id: str | None) -> tuple[RunStatus, ...]:
+        """Join the cluster. Returns statuses at once if runs publish them, `run_id` among them unless it is None; else
+        those of all runs once the cluster is joined.
+
+        Raises:
+            ClusterUnreachable: there is no cluster, or it doesn't answer.
+            NotAllowed: the cluster refused the token.
+            NotFound: it has no run `run_id`.
+        """
+        self.address = find_cluster(self._wanted)
+        self._read_published()
+        if self._published and (run_id is None or run_id in self._published):
+            self.is_joining = True
+            self._start()
+            threading.Thread(target=self._join, daemon=True).start()
+            return tuple(self._published.values())
+        if run_id is not None:
+            self.get(run_id)
+        return self.list()
 
     def list(self) -> tuple[RunStatus, ...]:
+        if self.is_joining:
+            self._read_published()
+            return tuple(self._published.values())
         found: tuple[RunStatus, ...] = self._ask("list")
         return found
 
@@ -50,24 +82,30 @@ class ClusterLink:
         found: RunStatus = self._ask("get", run_id)
         return found
 
-    def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
-        target: DesiredRunState = self._ask("scale", run_id, workers)
-        return target
+    def scale(self, run_id: str, workers: int | None) -> None:
+        self._ask("scale", run_id, workers)
 
-    def pause(self, run_id: str) -> DesiredRunState:
-        target: DesiredRunState = self._ask("pause", run_id)
-        return target
+    def pause(self, run_id: str) -> None:
+        self._ask("pause", run_id)
 
-    def stop(self, run_id: str) -> DesiredRunState:
-        target: DesiredRunState = self._ask("stop", run_id)
-        return target
+    def stop(self, run_id: str) -> None:
+        self._ask("stop", run_id)
 
     def close(self) -> None:
         """Kill the process, even if it waits for an answer."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.join()
+
+    def _read_published(self) -> None:
+        """Update the published statuses. One that is not read now stays: its controller may be busy, or has ended."""
+        self._published |= {status.run_id: status for status in published_statuses(self._wanted)}
+
+    def _join(self) -> None:
+        with suppress(OrchestratorError):  # raised again by the next call
+            self._ask("list")
+        self.is_joining = False
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Raises what the client's method raises, and ClusterUnreachable if its process does not answer."""
@@ -124,6 +162,8 @@ def serve(address: str | None, pipe: Connection) -> None:
 def _connect(address: str | None) -> Any:
     from orchestrator.client import OrchestratorClient
 
+    if address is None:
+        os.environ.pop("RAY_ADDRESS", None)  # of the local cluster that was found first: there may be another by now
     return OrchestratorClient(address)
 
 

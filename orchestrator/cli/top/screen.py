@@ -18,9 +18,10 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.css.query import NoMatches
 from textual.widgets import DataTable, Footer, Sparkline, Static
 
-from orchestrator.cli.top.feed import Feed, Look
+from orchestrator.cli.top.look import Look
+from orchestrator.cli.top.run_requests import Client, RunRequests
 from orchestrator.cli.top.steering import LookWanted, Steering
-from orchestrator.cli.top.view import RunView, columns, in_order, remarks, row_of, view_of
+from orchestrator.cli.top.view import RunView, columns, in_order, no_steps, remarks, row_of, view_of
 from orchestrator.protocol.status import RunPhase, RunStatus
 
 LOOK_EVERY_S = 1.0
@@ -46,8 +47,8 @@ class RunsScreen(Steering):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Open", priority=True)]
 
-    def __init__(self, feed: Feed) -> None:
-        super().__init__(feed)
+    def __init__(self, requests: RunRequests) -> None:
+        super().__init__(requests)
         self._statuses: tuple[RunStatus, ...] = ()
         self._look: Look | None = None
 
@@ -93,7 +94,7 @@ class RunsScreen(Steering):
 
     def action_open(self) -> None:
         if self.chosen is not None:
-            self.app.push_screen(RunScreen(self._feed, self.chosen))
+            self.app.push_screen(RunScreen(self._requests, self.chosen))
 
     def _remark(self) -> None:
         chosen = next((status for status in self._statuses if status.run_id == self.chosen), None)
@@ -107,8 +108,8 @@ class RunScreen(Steering):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "app.pop_screen", "Back")]
 
-    def __init__(self, feed: Feed, run_id: str) -> None:
-        super().__init__(feed)
+    def __init__(self, requests: RunRequests, run_id: str) -> None:
+        super().__init__(requests)
         self._run_id = run_id
 
     def compose(self) -> ComposeResult:
@@ -152,14 +153,19 @@ class RunScreen(Steering):
         for name, curve, digits in (("loss", view.loss, 3), ("speed", view.speed, 0)):
             line = self.query_one(f"#{name}", Sparkline)
             line.data = list(curve)
-            line.border_subtitle = f"{curve[0]:,.{digits}f} → {curve[-1]:,.{digits}f}" if curve else "no step yet"
+            line.border_subtitle = f"{curve[0]:,.{digits}f} → {curve[-1]:,.{digits}f}" if curve else no_steps(status)
         for name, lines in (("workers", view.workers), ("traffic", view.traffic), ("events", view.events)):
             text = Text("\n".join(lines))
             self.query_one(f"#{name}-text", Static).update(text)
 
 
 class TopApp(App[None]):
-    """The application. `run_id` is opened at once; None for the list of all runs."""
+    """The application.
+
+    Args:
+        first: shown before the first poll.
+        run_id: opened at once; None for the list of all runs.
+    """
 
     TITLE = "orchestrator top"
     ENABLE_COMMAND_PALETTE = False
@@ -184,16 +190,19 @@ class TopApp(App[None]):
     #question { border: round $warning; background: $surface; }
     """
 
-    def __init__(self, feed: Feed, run_id: str | None = None, look_every_s: float = LOOK_EVERY_S) -> None:
+    def __init__(
+        self, client: Client, first: Look, run_id: str | None = None, look_every_s: float = LOOK_EVERY_S
+    ) -> None:
         super().__init__()
-        self._feed, self._opened, self._look_every_s = feed, run_id, look_every_s
+        self._client, self._opened, self._look_every_s = client, run_id, look_every_s
         self._look_now, self._is_over = threading.Event(), False
-        self._newest: Look | None = None
+        self._newest = first
 
     def on_mount(self) -> None:
-        self.push_screen(RunsScreen(self._feed))
+        requests = RunRequests(self._client)
+        self.push_screen(RunsScreen(requests))
         if self._opened is not None:
-            self.push_screen(RunScreen(self._feed, self._opened))
+            self.push_screen(RunScreen(requests, self._opened))
         # Our own, and a daemon: quitting must not wait for a cluster that doesn't answer.
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -204,14 +213,16 @@ class TopApp(App[None]):
     @on(LookWanted)
     def look_soon(self) -> None:
         """Show the newest poll at once, and poll again soon."""
-        if self._newest is not None:
-            self._show(self._newest)
+        self._show(self._newest)
         self._look_now.set()
 
     def _watch(self) -> None:
+        from orchestrator.cli.top.feed import Feed
+
+        feed = Feed(self._client, self._newest.statuses)
         while not self._is_over:
             self._look_now.clear()
-            look = self._feed.look(self._run_on_screen())
+            look = feed.look(self._run_on_screen())
             if not self._is_over:
                 with suppress(RuntimeError):  # the application is ending
                     self.call_from_thread(self._show, look)

@@ -14,7 +14,8 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import Label, Static
 
 from orchestrator.cli.terminal.format import counted
-from orchestrator.cli.top.feed import Answer, Feed, Look
+from orchestrator.cli.top.look import Look
+from orchestrator.cli.top.run_requests import Answer, RunRequests
 
 
 class LookWanted(Message):
@@ -48,9 +49,9 @@ class Steering(Screen[None]):
         Binding("q,ctrl+c", "app.quit", "Quit", key_display="q"),
     ]
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, requests: RunRequests) -> None:
         super().__init__()
-        self._feed = feed
+        self._requests = requests
 
     @property
     def chosen(self) -> str | None:
@@ -63,6 +64,8 @@ class Steering(Screen[None]):
         going_on = [status for status in look.statuses if not status.phase.ended]
         held = sum(status.workers_now + status.standbys for status in going_on)
         totals = f"{counted(len(look.statuses), 'run')}, {len(going_on)} going on, {counted(held, 'worker')}"
+        if look.is_joining:
+            totals = f"joining the cluster, {len(going_on)} going on"
         left, right = f" orchestrator top   {look.address}", f"{totals}   {time.strftime('%H:%M:%S')} "
         self.query_one("#title", Static).update(left + right.rjust(max(0, self.size.width - len(left))))
         trouble = self.query_one("#trouble", Static)
@@ -71,16 +74,16 @@ class Steering(Screen[None]):
 
     def action_scale(self, change: int) -> None:
         if (run := self.chosen) is not None:
-            self._act(lambda: self._feed.scale_by(run, change))
+            self._act(lambda: self._requests.scale_by(run, change))
 
     def action_pause(self) -> None:
         if (run := self.chosen) is not None:
             question = f"Pause {run}? It writes a checkpoint and frees its workers; `orchestrator resume` goes on."
-            self._confirm(question, lambda: self._feed.pause(run))
+            self._confirm(question, lambda: self._requests.pause(run))
 
     def action_stop(self) -> None:
         if (run := self.chosen) is not None:
-            self._confirm(f"Stop {run}? It ends, with a checkpoint.", lambda: self._feed.stop(run))
+            self._confirm(f"Stop {run}? It ends, with a checkpoint.", lambda: self._requests.stop(run))
 
     def _confirm(self, question: str, action: Callable[[], Answer]) -> None:
         self.app.push_screen(Confirmation(question), lambda yes: self._act(action) if yes else None)
@@ -92,4 +95,6 @@ class Steering(Screen[None]):
             with suppress(RuntimeError):  # the screen was closed meanwhile
                 self.app.call_from_thread(self.app.notify, answer.text, severity=severity, markup=False)
 
+        if self._requests.is_waiting:
+            self.app.notify("Sent once the cluster is joined.")
         threading.Thread(target=carry_out, daemon=True).start()

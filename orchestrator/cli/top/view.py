@@ -150,6 +150,11 @@ def view_of(
     )
 
 
+def no_steps(status: RunStatus) -> str:
+    """Text in place of figures of steps, without their records: they are read after the first screen."""
+    return "no step yet" if status.step == 0 else "no step read yet"
+
+
 def event_line(event: Event) -> str:
     """The time of day, and what happened."""
     return f"{datetime.fromtimestamp(event['time']).strftime('%H:%M:%S')}  {_words(event)}"
@@ -231,7 +236,7 @@ def _traffic(status: RunStatus, records: Sequence[StepRecord]) -> tuple[str, ...
     """Duration and waits of a step, over the newest steps, and the bytes that workers send in it."""
     recent = records[-RECENT:]
     if not recent:
-        return ("no step yet",)
+        return (no_steps(status),)
     step_s = fmean(record.timing.step_s for record in recent)
     peers = [record.timing.communication_wait_s for record in recent if record.timing.communication_wait_s is not None]
     waits = {"peers": fmean(peers) if peers else None}

@@ -1,11 +1,13 @@
-"""Status of a run as its controller publishes it, read from the head within milliseconds.
+"""Statuses of runs as their controllers publish them, read from the head within milliseconds.
 
 A client that asks the Scheduler imports Ray and joins the cluster, which takes seconds beside a run on all cores.
-This one sends a single request to the head's key-value store. Whatever prevents it, the client asks the Scheduler.
+This one sends a request or two to the head's key-value store. Whatever prevents it, the client asks the Scheduler.
 """
 
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 from orchestrator.cluster.auth import is_open_allowed, read_token
 from orchestrator.cluster.connection import find_cluster
@@ -16,8 +18,10 @@ from orchestrator.protocol.status import RunStatus
 KV_NAMESPACE = b"orchestrator-status"
 FRESH_S = 3.0  # a controller publishes each second, or later on cores that its workers use
 ANSWER_TIMEOUT_S = 1.0
-METHOD = "/ray.rpc.InternalKVGcsService/InternalKVGet"
-KEY, NAMESPACE, VALUE = 1, 2, 2  # numbers of fields in its request and reply, in Ray's gcs_service.proto
+SERVICE = "/ray.rpc.InternalKVGcsService"
+# Numbers of fields in its requests and replies, in Ray's gcs_service.proto: the key of a get, keys of a multi-get or
+# prefix of a list; the results of any of them; the value of an entry of a multi-get.
+KEY, NAMESPACE, RESULT, VALUE = 1, 2, 2, 2
 
 
 def published_status(run_id: str, address: str | None) -> RunStatus | None:
@@ -26,33 +30,69 @@ def published_status(run_id: str, address: str | None) -> RunStatus | None:
     Args:
         address: as of `connect`.
     """
-    try:
-        content = _read(find_cluster(address), run_id.encode())
-        status = None if content is None else from_plain(RunStatus, json.loads(content))
-    except (OrchestratorError, ValueError):  # of a controller of another version, or the Scheduler's client raises it
-        return None
-    if status is None or status.as_of_time is None or abs(time.time() - status.as_of_time) > FRESH_S:
-        return None
-    return status
+    found = _read(address, lambda head: head.ask("InternalKVGet", run_id.encode()))
+    return found[0] if found else None
 
 
-def _read(address: str, key: bytes) -> bytes | None:
+def published_statuses(address: str | None) -> tuple[RunStatus, ...]:
+    """The status of every run whose controller published it within the last seconds, the newest run last. Empty if
+    they can't be read.
+
+    Args:
+        address: as of `connect`.
+    """
+    found = _read(address, _all_values)
+    return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
+
+
+def _all_values(head: "_Head") -> list[bytes]:
+    keys = head.ask("InternalKVKeys", b"")
+    entries = head.ask("InternalKVMultiGet", *keys) if keys else []
+    return [value for entry in entries for value in _values(entry, VALUE)]
+
+
+def _read(address: str | None, question: Callable[["_Head"], list[bytes]]) -> list[RunStatus]:
+    """The fresh ones of the statuses that the head returns; none if it can't be asked."""
     import grpc  # type: ignore[import-untyped]
 
-    question = _field(KEY, key) + _field(NAMESPACE, KV_NAMESPACE)
-    token = read_token()
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        get = channel.unary_unary(METHOD)
+    try:
+        where = find_cluster(address)
+        with grpc.insecure_channel(where, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            contents = question(_Head(channel))
+    except (OrchestratorError, ValueError, grpc.RpcError):
+        return []
+    found = [status for content in contents if (status := _status_of(content)) is not None]
+    return [s for s in found if s.as_of_time is not None and abs(time.time() - s.as_of_time) <= FRESH_S]
+
+
+def _status_of(content: bytes) -> RunStatus | None:
+    try:
+        return from_plain(RunStatus, json.loads(content))
+    except (OrchestratorError, ValueError):  # of a controller of another version
+        return None
+
+
+class _Head:
+    """The key-value store of a cluster's head. It is sent the token once it has asked for one."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel, self._token = channel, read_token()
+        self._metadata: tuple[tuple[str, str], ...] = ()
+
+    def ask(self, method: str, *keys: bytes) -> list[bytes]:
+        """Results of a request in our namespace. Raises RpcError, and ValueError for a reply of another version."""
+        import grpc
+
+        question = b"".join(_field(KEY, key) for key in keys) + _field(NAMESPACE, KV_NAMESPACE)
+        call = self._channel.unary_unary(f"{SERVICE}/{method}")
         try:
-            reply: bytes = get(question, timeout=ANSWER_TIMEOUT_S)  # the token is for clusters that ask for one
-            return _value(reply) if is_open_allowed() else None
+            reply = call(question, timeout=ANSWER_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED or token is None:
-                return None
-        try:
-            return _value(get(question, timeout=ANSWER_TIMEOUT_S, metadata=(("authorization", f"Bearer {token}"),)))
-        except grpc.RpcError:
-            return None
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED or self._token is None or self._metadata:
+                raise
+            self._metadata = (("authorization", f"Bearer {self._token}"),)
+            reply = call(question, timeout=ANSWER_TIMEOUT_S, metadata=self._metadata)
+        return _values(reply, RESULT) if self._metadata or is_open_allowed() else []
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -65,18 +105,18 @@ def _varint(number: int) -> bytes:
     return bytes([low | 0x80]) + _varint(high) if high else bytes([low])
 
 
-def _value(reply: bytes) -> bytes | None:
-    """The value in a reply, whose fields are all of variable length; None if there is none. Raises ValueError."""
-    at = 0
-    while at < len(reply):
-        tag, at = _read_varint(reply, at)
-        length, at = _read_varint(reply, at)
+def _values(message: bytes, number: int) -> list[bytes]:
+    """Values of a field in a message whose fields are all of variable length. Raises ValueError."""
+    found, at = [], 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        length, at = _read_varint(message, at)
         if tag & 7 != 2:
             raise ValueError(f"reply has a field of wire type {tag & 7}")
-        if tag >> 3 == VALUE:
-            return reply[at : at + length]
+        if tag >> 3 == number:
+            found.append(message[at : at + length])
         at += length
-    return None
+    return found
 
 
 def _read_varint(content: bytes, at: int) -> tuple[int, int]:

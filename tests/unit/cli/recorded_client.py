@@ -34,6 +34,7 @@ class RecordedClient:
     def __init__(self, storage: Path) -> None:
         self._looks = recorded_looks(storage)
         self.now, self.is_gone, self.hides, self.most = THREE_WORKERS, False, False, 4
+        self.is_joining = False
         self.requests: list[tuple[str, str, int | None]] = []
         write_journal(storage / "quickstart", json.loads((RECORDED / "journal.json").read_text())["events"])
 

@@ -25,6 +25,16 @@ def test_the_group_has_every_verb_in_the_order_of_the_table() -> None:
     assert all(command.name == verb for verb, command in commands.items())
 
 
+def test_the_first_live_screen_waits_for_no_big_import() -> None:
+    script = (
+        "import sys, orchestrator.cli.commands.top, orchestrator.cli.top.client_process, orchestrator.cli.top.screen\n"
+        "big = {'ray', 'numpy', 'pydantic'} & sys.modules.keys()\n"
+        "sys.exit(str(big) if big else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("module", ["client", "controller.controller", "scheduler.scheduler", "tracking.tracker"])
 def test_what_few_commands_or_one_thread_use_is_imported_there(module: str) -> None:
     script = (

@@ -1,18 +1,22 @@
 """The live screen, driven by Textual's pilot, over what a real client saw."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Sparkline, Static
 
-from orchestrator.cli.top.feed import Feed
+from orchestrator.cli.top import run_requests
+from orchestrator.cli.top.look import Look
+from orchestrator.cli.top.run_requests import RunRequests
 from orchestrator.cli.top.screen import COLOURS, RunScreen, RunsScreen, TopApp
 from orchestrator.cli.top.steering import Confirmation
-from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.status import RunPhase, RunStatus
 from tests.unit.cli.recorded_client import ENDED, RESCALING, RecordedClient
 
 PATIENCE_S = 20.0
@@ -43,9 +47,15 @@ def client(tmp_path: Path) -> RecordedClient:
     return RecordedClient(tmp_path)
 
 
-def drive(client: RecordedClient, script: Drive, run: str | None = None, size: tuple[int, int] = (80, 24)) -> TopApp:
+def drive(
+    client: RecordedClient,
+    script: Drive,
+    run: str | None = None,
+    size: tuple[int, int] = (80, 24),
+    first: Look | None = None,
+) -> TopApp:
     """Run the screen while the script lasts."""
-    app = TopApp(Feed(client), run, look_every_s=0.05)
+    app = TopApp(client, first or Look(client.address), run, look_every_s=0.05)
 
     async def live() -> None:
         async with app.run_test(size=size) as pilot:
@@ -106,13 +116,13 @@ def test_scaling_is_done_at_once_and_a_refusal_is_told(client: RecordedClient) -
         await pilot.press("plus")
         await until(pilot, lambda: "quickstart: 4 workers wanted" in told(pilot))
         await pilot.press("minus")
-        await until(pilot, lambda: "quickstart: 2 workers wanted" in told(pilot))
+        await until(pilot, lambda: "quickstart: 3 workers wanted" in told(pilot))
         client.most = 3
         await pilot.press("plus")
         await until(pilot, lambda: "4 workers are more than workers.max" in told(pilot))
 
     drive(client, script, "quickstart")
-    assert client.requests == [("scale", "quickstart", 4), ("scale", "quickstart", 2)]
+    assert client.requests == [("scale", "quickstart", 4), ("scale", "quickstart", 3)]
 
 
 @pytest.mark.parametrize(("key", "action"), [("p", "pause"), ("s", "stop")])
@@ -149,6 +159,80 @@ def test_a_cluster_that_is_away_is_a_line_and_is_looked_for_again(client: Record
 
     assert drive(client, script, "quickstart").return_code in (0, None)
     assert client.requests == []
+
+
+class SlowClient(RecordedClient):
+    """A client of a cluster that answers `list` once it `may_answer`."""
+
+    def __init__(self, storage: Path) -> None:
+        super().__init__(storage)
+        self.may_answer = threading.Event()
+
+    def list(self) -> tuple[RunStatus, ...]:
+        self.may_answer.wait(PATIENCE_S)
+        return super().list()
+
+
+@pytest.mark.parametrize("run", [None, "quickstart"])
+def test_the_first_look_is_drawn_before_the_first_poll(tmp_path: Path, run: str | None) -> None:
+    client = SlowClient(tmp_path)
+    first = Look(client.address, RecordedClient.list(client), is_joining=True)
+
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "joining the cluster, 1 going on" in text(pilot, "title"))
+        if run is None:
+            assert str(pilot.app.screen.query_one(DataTable).get_row("quickstart")[2]) == "112/180"
+        else:
+            assert "112/180" in text(pilot, "head") and "no step read yet" in text(pilot, "traffic-text")
+        client.is_gone = True
+        client.may_answer.set()
+        await until(pilot, lambda: "no cluster answers" in text(pilot, "trouble"))
+        assert "2 runs, 1 going on" in text(pilot, "title")  # they are shown further
+
+    drive(client, script, run, first=first)
+
+
+def test_while_the_cluster_is_joined_the_screen_says_so_and_requests_follow(client: RecordedClient) -> None:
+    client.is_joining = True
+
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "joining the cluster, 1 going on" in text(pilot, "title"))
+        await pilot.press("plus")
+        await until(pilot, lambda: "Sent once the cluster is joined" in told(pilot))
+        client.is_joining = False
+        await until(pilot, lambda: "2 runs, 1 going on" in text(pilot, "title"))
+        await pilot.press("minus")
+        await until(pilot, lambda: "3 workers wanted" in told(pilot))
+        assert told(pilot).count("Sent once") == 1
+
+    drive(client, script)
+
+
+class LateClient(RecordedClient):
+    """A client whose cluster takes its time."""
+
+    def get(self, run_id: str) -> RunStatus:
+        time.sleep(0.01)  # another thread may go on
+        return super().get(run_id)
+
+
+def test_requests_that_waited_for_the_cluster_add_up(tmp_path: Path) -> None:
+    client = LateClient(tmp_path)
+    client.most = 100
+    requests = RunRequests(client)
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda _: requests.scale_by("quickstart", 1), range(8))
+    assert {answer.text for answer in answers} == {f"quickstart: {count} workers wanted" for count in range(4, 12)}
+
+
+def test_a_change_is_of_the_runs_status_once_that_shows_the_last_one(
+    client: RecordedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = RunRequests(client)
+    assert requests.scale_by("quickstart", 1).text == "quickstart: 4 workers wanted"
+    assert requests.scale_by("quickstart", -2).text == "quickstart: 2 workers wanted"
+    monkeypatch.setattr(run_requests, "LAG_S", 0.0)
+    assert requests.scale_by("quickstart", 1).text == "quickstart: 4 workers wanted"
 
 
 def test_a_run_that_is_gone_is_said_to_be(client: RecordedClient) -> None:

@@ -12,7 +12,13 @@ import pytest
 from ray.core.generated import gcs_service_pb2
 
 from orchestrator.cluster.auth import ALLOW_NO_TOKEN
-from orchestrator.cluster.published.status_reader import FRESH_S, KV_NAMESPACE, METHOD, published_status
+from orchestrator.cluster.published.status_reader import (
+    FRESH_S,
+    KV_NAMESPACE,
+    SERVICE,
+    published_status,
+    published_statuses,
+)
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunStatus
 from tests.unit.cli.statuses import status
@@ -32,10 +38,23 @@ class Head(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         token = dict(details.invocation_metadata).get("authorization")
         self.tokens.append(token)
-        if details.method != METHOD:
-            return None
+        answers = {"InternalKVGet": self._get, "InternalKVKeys": self._keys, "InternalKVMultiGet": self._multi_get}
+        answer = answers.get(details.method.removeprefix(f"{SERVICE}/"))
         is_allowed = not self.asks_for_token or token == f"Bearer {SECRET}"
-        return grpc.unary_unary_rpc_method_handler(self._get if is_allowed else _refuse)
+        return grpc.unary_unary_rpc_method_handler(answer if is_allowed else _refuse) if answer else None
+
+    def _keys(self, content: bytes, _: grpc.ServicerContext) -> bytes:
+        request = gcs_service_pb2.InternalKVKeysRequest.FromString(content)  # type: ignore[attr-defined]
+        assert (request.namespace, request.prefix) == (KV_NAMESPACE, b"")
+        return bytes(gcs_service_pb2.InternalKVKeysReply(results=self.values).SerializeToString())  # type: ignore[attr-defined]
+
+    def _multi_get(self, content: bytes, _: grpc.ServicerContext) -> bytes:
+        request = gcs_service_pb2.InternalKVMultiGetRequest.FromString(content)  # type: ignore[attr-defined]
+        assert request.namespace == KV_NAMESPACE
+        reply = gcs_service_pb2.InternalKVMultiGetReply()  # type: ignore[attr-defined]
+        for key in request.keys:
+            reply.results.add(key=key, value=self.values[key])
+        return bytes(reply.SerializeToString())
 
     def _get(self, content: bytes, _: grpc.ServicerContext) -> bytes:
         request = gcs_service_pb2.InternalKVGetRequest.FromString(content)  # type: ignore[attr-defined]
@@ -81,6 +100,22 @@ def test_an_old_one_is_not(head: Head, age_s: float | None) -> None:
     assert published_status("try", head.address) is None
 
 
+def test_all_fresh_ones_are_read_in_the_order_of_their_submission(head: Head) -> None:
+    assert published_statuses(head.address) == ()
+    now = time.time()
+    runs = [
+        status(run_id="second", submitted_time=2.0, as_of_time=now),
+        status(run_id="old", submitted_time=1.5, as_of_time=now - FRESH_S - 1),
+        status(run_id="first", submitted_time=1.0, as_of_time=now, why="ü" * 300),
+    ]
+    for run in runs:
+        head.publish(run)
+    head.values[b"foreign"] = b"{"
+    head.tokens.clear()
+    assert published_statuses(head.address) == (runs[2], runs[0])
+    assert head.tokens == [None, f"Bearer {SECRET}", f"Bearer {SECRET}"]  # sent as soon as it was asked for
+
+
 def test_a_run_that_publishes_nothing_has_none(head: Head) -> None:
     assert published_status("other", head.address) is None
 
@@ -94,19 +129,19 @@ def test_what_another_version_published_is_left_to_the_scheduler(head: Head, con
 def test_a_wrong_token_shows_nothing(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     head.publish(status(as_of_time=time.time()))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
-    assert published_status("try", head.address) is None
+    assert published_status("try", head.address) is None and published_statuses(head.address) == ()
 
 
 def test_a_cluster_that_asks_for_no_token_gets_none(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     head.asks_for_token = False
     head.publish(status(as_of_time=time.time()))
-    assert published_status("try", head.address) is None
+    assert published_status("try", head.address) is None and published_statuses(head.address) == ()
     monkeypatch.setenv(ALLOW_NO_TOKEN, "1")
-    assert published_status("try", head.address) is not None
-    assert head.tokens == [None, None]
+    assert published_status("try", head.address) is not None and len(published_statuses(head.address)) == 1
+    assert set(head.tokens) == {None}
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1", "nothing"])
 def test_without_a_cluster_there_is_none(head: Head, monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert published_status("try", address) is None
+    assert published_status("try", address) is None and published_statuses(address) == ()
