@@ -126,13 +126,13 @@ def test_the_first_screen_comes_before_the_cluster_is_joined_and_early_requests_
         until("1 run, 1 going on")
         assert training.get("watched").workers_wanted == 4
         os.write(process.terminal, b"q")
-        assert process.child.wait(timeout=30) == 0
+        assert process.code(30.0) == 0
     with _terminal("top", *opened) as (process, until):
         child = _client_process(process.child.pid)
         child.suspend()
         until("joining the cluster, 1 going on")
         os.write(process.terminal, b"q")
-        assert process.child.wait(timeout=30) == 0 and not child.is_running()
+        assert process.code(30.0) == 0 and not child.is_running()
 
 
 @pytest.mark.journey
@@ -143,14 +143,14 @@ def test_errors_at_the_start_end_the_command(training: OrchestratorClient, tmp_p
     foreign = {"ORCHESTRATOR_HOME": str(tmp_path / "elsewhere"), "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token"}
     refused = foreign | {"RAY_ADDRESS": training.address, "RAY_AUTH_TOKEN_PATH": str(wrong)}
     for arguments, environment, code, words in (
-        (["nobody"], {}, 102, "this cluster has no run 'nobody'"),
+        (["absent"], {}, 102, "this cluster has no run 'absent'"),
         ([], refused, 77, "refused this process: its token is missing or wrong"),
         (["watched"], refused, 77, "refused this process: its token is missing or wrong"),
         ([], foreign, 69, "there is no cluster on this machine, and none was named"),
         (["--address", "127.0.0.1:1"], {}, 69, "no cluster answers at 127.0.0.1:1"),
     ):
         with _terminal("top", *arguments, **environment) as (process, _):
-            assert process.child.wait(timeout=PATIENCE_S) == code
+            assert process.code(PATIENCE_S) == code
             assert words in " ".join(process.seen().split())
 
 
@@ -169,7 +169,7 @@ def test_a_cluster_that_dies_is_a_line_and_its_successor_is_found(
             second = local.up(2)
             until(second.record.address)
             os.write(process.terminal, b"q")
-            process.child.wait(timeout=30)
+            process.code(30.0)
             seen = process.seen()
         assert process.child.returncode == 0 and "Traceback" not in seen and "Error" not in seen
     finally:
@@ -207,6 +207,14 @@ class OnTerminal:
 
     def __init__(self, child: subprocess.Popen[bytes], terminal: int) -> None:
         self.child, self.terminal, self._written = child, terminal, b""
+
+    def code(self, timeout_s: float) -> int:
+        """The command's exit code, once it has ended. Its output is read meanwhile: it waits for that."""
+        deadline_s = time.monotonic() + timeout_s
+        while (code := self.child.poll()) is None:
+            assert time.monotonic() < deadline_s, self.seen()
+            self.seen()
+        return code
 
     def seen(self) -> str:
         while select.select([self.terminal], [], [], 0.1)[0]:
