@@ -7,20 +7,24 @@ renames the directory. So a checkpoint is complete, or does not exist.
 """
 
 import errno
-import hashlib
+import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 from orchestrator.checkpoint.block_digests import BlockDigests, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest, set_aside
-from orchestrator.checkpoint.shard_file import ShardPiece, shard_chunks
+from orchestrator.checkpoint.shard_file import ShardPiece
+from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.atomic import flush, replacing
+from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 
+CHUNK_BYTES = 2**22  # read and written at once
 _FENCE_FILE = ".term"  # holds the highest term that has committed here
 
 
@@ -34,28 +38,35 @@ def write_shard(
     rank: int,
     meta: str = "{}",
 ) -> ShardWritten:
-    """Write one rank's part of a checkpoint, flush it to the device and read it back.
+    """Write one rank's part of a checkpoint, flush it to the device and read it back. Arguments and errors are those of
+    `ShardMemory` and `write_image`."""
+    with ShardMemory(pieces, meta, rank) as memory:
+        return write_image(checkpoints, memory.image, step=step, term=term, generation=generation, rank=rank)
 
-    Arrays are read in place, so they must not change until this returns. Empty pieces are left out. A repeat
-    replaces the file.
+
+def write_image(
+    checkpoints: Path, image: ShardImage, *, step: int, term: int, generation: int, rank: int
+) -> ShardWritten:
+    """Write one rank's part of a checkpoint, flush it to the device and read it back. A repeat replaces the file.
 
     Args:
         checkpoints: the run's directory of checkpoints.
         term: term of the generation's plan: it gives all ranks the same directory, even if the controller changes.
-        meta: JSON of the state that is not a tensor; equal on all ranks, so only rank 0 stores it.
+
+    Returns:
+        the shard; `cost_s` is the processor time that this took.
 
     Raises:
-        ValueError: an array's length or dtype doesn't fit.
-        OSError: run storage can't be written, or holds something else than was written; complete checkpoints stay
-            unchanged.
+        OSError: run storage has no room for it, can't be written, or holds something else than was written; complete
+            checkpoints stay unchanged.
     """
+    began_s = time.thread_time()
+    _check_room(checkpoints.parent, image.num_bytes)
     directory = checkpoints / incomplete_name(step, term, generation)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard-{rank:05d}.safetensors"
-    filled = [piece for piece in pieces if piece.stop > piece.start]
-    chunks = shard_chunks(filled, meta if rank == 0 else None)
-    header = bytes(next(chunks))
-    sha256, num_bytes = _write_file(path, chain([header], chunks))
+    with Path(image.path).open("rb") as memory:
+        sha256, num_bytes = _write_file(path, iter(partial(memory.read, CHUNK_BYTES), b""))
     return ShardWritten(
         step=step,
         generation=generation,
@@ -63,9 +74,19 @@ def write_shard(
         file=path.name,
         sha256=sha256,
         num_bytes=num_bytes,
-        header_sha256=hashlib.sha256(header).hexdigest(),
-        meta_sha256=hashlib.sha256(meta.encode()).hexdigest(),
+        header_sha256=image.header_sha256,
+        meta_sha256=image.meta_sha256,
+        cost_s=time.thread_time() - began_s,
     )
+
+
+def _check_room(run_dir: Path, num_bytes: int) -> None:
+    """Raise OSError if a file of that size doesn't fit. Writing it would take the last room from others until it fails,
+    and one that fits into the space that was given up for the journal isn't meant to have it."""
+    usage = shutil.disk_usage(next(path for path in (run_dir, *run_dir.parents) if path.exists()))
+    needed = num_bytes + (0 if reserve_in(run_dir).exists() else RESERVE_BYTES)
+    if usage.total > 0 and usage.free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Path:

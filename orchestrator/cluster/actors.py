@@ -22,7 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.cluster.process_title import name_process, show_title
 from orchestrator.cluster.remote import Remote
 from orchestrator.protocol.usage import EnergyReading
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import log_to
+from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.telemetry.energy import EnergyMeter
 from orchestrator.telemetry.node import Reading, read_system
 
@@ -39,15 +41,21 @@ class Host:
 
     Args:
         log_file: file for this process's log lines of `orchestrator`; None leaves logging unchanged.
+        storage_process: whether a child process makes the calls to run storage, so that this one can be killed during
+            them. `target` gets their `caller`.
     """
 
-    def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None) -> None:
+    def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None, storage_process: bool) -> None:
         self._title = name_process(self)
+        self._caller: Caller = StorageProcess(self._title.removeprefix("ray::")).call if storage_process else call_here
         if log_file is not None:
-            log_to(Path(log_file))
+            log_to(Path(log_file), self._caller)
         self._energy = EnergyMeter(os.environ.get("CUDA_VISIBLE_DEVICES"))
         module, _, name = target.partition(":")
-        self._object = getattr(importlib.import_module(module), name)(*args)
+        # Another one than for log lines, which shouldn't wait for a checkpoint.
+        process = StorageProcess(f"checkpoints of {self._title.removeprefix('ray::')}")
+        options = {"caller": process.call} if storage_process else {}
+        self._object = getattr(importlib.import_module(module), name)(*args, **options)
         self._lock, self._held = threading.Lock(), threading.Event()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +71,8 @@ class Host:
 
     def read_system(self, directory: str) -> Reading:
         """Load of this node; `directory` is in the file system whose usage is read."""
-        return read_system(str(ray.util.get_node_ip_address()), directory)  # type: ignore[no-untyped-call]
+        node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        return read_system(node, directory, self._caller)
 
     def read_energy(self, gpus: float) -> EnergyReading:
         """Energy that this process has used so far; `gpus` is the number that it reserves."""
@@ -86,7 +95,7 @@ class Host:
 @dataclass(frozen=True)
 class ActorOptions:
     """Placement and options of a hosted process. `group` reserves its resources; without one it needs none, and runs on
-    the cluster's head.
+    the cluster's head. `log_file` and `storage_process` are as of a `Host`.
 
     With `calls_at_once` of 1, calls of one caller run in the order in which they were made.
     """
@@ -99,6 +108,7 @@ class ActorOptions:
     log_file: Path | None = None
     max_restarts: int = 0
     calls_at_once: int = CALLS_AT_ONCE
+    storage_process: bool = False
 
 
 def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: ActorOptions) -> Remote[Host]:
@@ -121,7 +131,7 @@ def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: Act
         "runtime_env": {"env_vars": dict(actor_options.env)} if actor_options.env else None,
     }
     log_file = None if actor_options.log_file is None else str(actor_options.log_file)
-    handle: Any = ray.remote(Host).options(**options).remote(target, args, log_file)
+    handle: Any = ray.remote(Host).options(**options).remote(target, args, log_file, actor_options.storage_process)
     return Remote(handle)
 
 

@@ -1,8 +1,7 @@
 """Thread that makes the storage calls of a controller, so that the loop that keeps workers alive makes none.
 
-Tasks (`orchestrator.storage.tasks`) run one after the other. All of a task but its storage calls runs in the loop's
-thread; while one of its calls is open, no other task runs, so nothing else changes the run meanwhile. A call that hangs
-delays the tasks behind it, and nothing else.
+Tasks (`orchestrator.storage.tasks`) are in lanes, and run one after the other there. A call that hangs delays the tasks
+behind it in its lane, and the calls of others. All of a task but its calls and waits runs in the loop's thread.
 """
 
 import threading
@@ -10,101 +9,79 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from enum import Enum
 from queue import SimpleQueue
 from typing import Any
 
 from orchestrator.cluster.inbox import Arrival, Inbox
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageTrouble, unanswered
-from orchestrator.storage.tasks import StorageCall, StorageTask, slow_after_s
+from orchestrator.storage.tasks import StorageCall, StorageTask, Wait, slow_after_s
+
+Calls = SimpleQueue[tuple[StorageCall, "Future[Any]"]]
+
+
+class Lane(Enum):
+    """What a task waits for, by which it doesn't delay tasks that wait for less."""
+
+    DECISIONS = "decisions"  # for entries of the journal to be recorded
+    RECORDS = "records"  # for them to be in run storage
+    CALLS = "calls"  # for its own calls to storage
 
 
 class StorageThread:
     """Runs the storage tasks of one run. Methods belong to the loop's thread, unless noted otherwise.
 
     Args:
-        inbox: gets an `Arrival` without news whenever `advance` can go on.
+        inbox: gets an `Arrival` without news whenever `advance` can go on because a call has returned.
         caller: makes the calls for those that have no access to it otherwise.
     """
 
     def __init__(self, inbox: Inbox, caller: Caller = call_here) -> None:
         self._inbox, self.caller = inbox, caller
-        self._waiting: dict[str, Callable[[], StorageTask[None]]] = {}
-        self._task: StorageTask[None] | None = None
-        self._name = ""  # of the current task
-        self._open: Future[Any] | None = None
-        self._since_s = 0.0  # when the open call was made
-        self._patience_s = 0.0  # with it, until it counts as trouble
-        self._calls: SimpleQueue[tuple[StorageCall, Future[Any]]] = SimpleQueue()
+        self._calls: Calls = SimpleQueue()
+        self._lanes = {lane: _Tasks(self._calls) for lane in Lane}  # decisions come first
         threading.Thread(target=self._serve, name="storage", daemon=True).start()
 
-    def add(self, name: str, make: Callable[[], StorageTask[None]]) -> None:
-        """Run the task that `make` returns, after those that wait. One that waits under this name is replaced."""
-        self._waiting[name] = make
+    def add(self, name: str, make: Callable[[], StorageTask[None]], lane: Lane = Lane.CALLS) -> None:
+        """Run the task that `make` returns, after those of its lane. One that waits there under this name is
+        replaced."""
+        self._lanes[lane].add(name, make)
 
     def is_pending(self, name: str) -> bool:
         """Whether a task of this name waits or runs."""
-        return name in self._waiting or (self._task is not None and self._name == name)
+        return any(tasks.has(name) for tasks in self._lanes.values())
 
     def advance(self) -> None:
-        """Run tasks until one waits for storage, or all are done. Raises what a task raises, which ends that task."""
-        while self._open is None or self._open.done():
-            if self._open is not None:
-                self._continue(self._open)
-            elif self._waiting:
-                self._begin(next(iter(self._waiting)))
-            else:
-                return
+        """Run tasks until all wait, or are done. Raises what a task raises, which ends that task."""
+        has_run = True
+        while has_run:  # a task may add one to another lane
+            has_run = False
+            for tasks in self._lanes.values():
+                has_run |= tasks.advance()
 
     def finish(self) -> None:
         """Run all tasks to their end, waiting for storage. Raises as `advance`, which leaves later tasks waiting."""
         self.advance()
-        while self._open is not None:
-            self._wait(self._open)
+        while busy := next((tasks for tasks in self._lanes.values() if tasks.is_busy), None):
+            busy.wait()
             self.advance()
 
     def abandon(self) -> None:
-        """Run the current task to its end, whatever it raises, and drop those that wait: no call is made afterwards."""
-        self._waiting.clear()
-        with suppress(Exception):
-            self.finish()
-        self._waiting.clear()
-
-    @property
-    def open_s(self) -> float:
-        """How long the current call has been open; 0 if there is none. May be read from any thread."""
-        is_open = self._open is not None  # before the time that belongs to it
-        return time.monotonic() - self._since_s if is_open else 0.0
+        """Run the current tasks to their end, whatever they raise, and drop those that wait: no call is made
+        afterwards."""
+        for tasks in self._lanes.values():
+            tasks.drop()
+        for _ in self._lanes:
+            with suppress(Exception):
+                self.finish()
+        for tasks in self._lanes.values():
+            tasks.drop()
 
     def trouble(self) -> StorageTrouble | None:
         """That of a call that has been open for long. May be called from any thread."""
-        patience_s, open_s = self._patience_s, self.open_s
-        return unanswered(open_s, patience_s) if open_s > 0.0 and open_s >= patience_s else None
-
-    def _begin(self, name: str) -> None:
-        self._name, self._task = name, self._waiting.pop(name)()
-        self._run(lambda task: next(task))
-
-    def _continue(self, done: "Future[Any]") -> None:
-        self._open = None
-        error = done.exception()
-        self._run(lambda task: task.send(done.result()) if error is None else task.throw(error))
-
-    def _run(self, resume: Callable[[StorageTask[None]], StorageCall]) -> None:
-        """Run the current task up to its next call, or its end."""
-        assert self._task is not None, "no task is running"
-        try:
-            call = resume(self._task)
-        except BaseException as error:
-            self._task = None
-            if not isinstance(error, StopIteration):
-                raise
-        else:
-            self._patience_s, self._since_s, self._open = slow_after_s(call), time.monotonic(), Future()
-            self._calls.put((call, self._open))
-
-    def _wait(self, call: "Future[Any]") -> None:
-        call.exception()  # its result is the task's
+        late = (tasks for tasks in self._lanes.values() if tasks.open_s > max(0.0, tasks.patience_s))
+        return next((unanswered(tasks.open_s, tasks.patience_s) for tasks in late), None)
 
     def _serve(self) -> None:
         while True:
@@ -116,3 +93,84 @@ class StorageThread:
             else:
                 future.set_result(result)
             self._inbox.put(Arrival(lambda: None, is_news=False))
+
+
+class _Tasks:
+    """Tasks of one lane."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._next: dict[str, Callable[[], StorageTask[None]]] = {}
+        self._task: StorageTask[None] | None = None
+        self._name = ""  # of the current task
+        self._open: Future[Any] | Wait | None = None
+        self._since_s = 0.0  # when the current call was made
+        self.patience_s = 0.0  # with it, until it counts as trouble
+
+    def add(self, name: str, make: Callable[[], StorageTask[None]]) -> None:
+        self._next[name] = make
+
+    def drop(self) -> None:
+        self._next.clear()
+
+    def has(self, name: str) -> bool:
+        return name in self._next or (self._task is not None and self._name == name)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._open is not None
+
+    @property
+    def open_s(self) -> float:
+        since_s = self._since_s  # before the call that it belongs to may end
+        return time.monotonic() - since_s if isinstance(self._open, Future) else 0.0
+
+    def advance(self) -> bool:
+        """Run tasks until one waits, or all are done. Returns whether any did something."""
+        has_run = False
+        while self._open is None or self._is_over(self._open):
+            if self._open is None and not self._next:
+                break
+            has_run = True
+            if self._open is not None:
+                self._continue(self._open)
+            else:
+                self._name = next(iter(self._next))
+                self._task = self._next.pop(self._name)()
+                self._run(lambda task: next(task))
+        return has_run
+
+    def wait(self) -> None:
+        """Wait for what is open. Raises what ends the run."""
+        if isinstance(self._open, Future):
+            self._open.exception()  # its result is the task's
+        elif self._open is not None:
+            self._open()
+
+    def _is_over(self, what: "Future[Any] | Wait") -> bool:
+        return what.done() if isinstance(what, Future) else what.is_over()
+
+    def _continue(self, what: "Future[Any] | Wait") -> None:
+        self._open = None
+        if isinstance(what, Wait):
+            self._run(lambda task: next(task))
+        elif (error := what.exception()) is not None:
+            self._run(lambda task: task.throw(error))
+        else:
+            self._run(lambda task: task.send(what.result()))
+
+    def _run(self, resume: Callable[[StorageTask[None]], StorageCall]) -> None:
+        """Run the current task up to its next call or wait, or its end."""
+        assert self._task is not None, "no task is running"
+        try:
+            call = resume(self._task)
+        except BaseException as error:
+            self._task = None
+            if not isinstance(error, StopIteration):
+                raise
+            return
+        if isinstance(call, Wait):
+            self._open = call
+        else:
+            self.patience_s, self._since_s, self._open = slow_after_s(call), time.monotonic(), Future()
+            self._calls.put((call, self._open))

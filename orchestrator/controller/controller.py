@@ -2,8 +2,9 @@
 
     loop.RunLoop                    the run from beginning to end, in its own thread
     decisions.DecisionMaker         one decision: observe, ask `policy.lifecycle`, journal, carry out
-    storage_thread.StorageThread    orders the calls to run storage, which may be slow or hang
-    storage_process.StorageProcess  makes them, in a process of its own
+    journal_writer.JournalWriter    records what is decided: in run storage, else in the cluster until then
+    storage_thread.StorageThread    orders all other calls to run storage, which may be slow or hang
+    storage_process.StorageProcess  makes both, in a process of its own
 
 A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after
 a crash the next incarnation takes a new term and continues, while the workers have kept training.
@@ -15,14 +16,15 @@ import threading
 import time
 from pathlib import Path
 
+from orchestrator.cluster.cluster_objects import ClusterObjects
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
-from orchestrator.cluster.published.status_publisher import StatusPublisher
+from orchestrator.cluster.published.status_publisher import StatusPublisher, publishing_the_last
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
+from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.keep_alive import keeping_workers_alive
-from orchestrator.controller.kept_requests import ClusterRequestStore
 from orchestrator.controller.loop import RunLoop
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
@@ -66,22 +68,27 @@ class RunController:
     ) -> None:
         name_process(self)
         process = StorageProcess(f"controller {run_id}")
-        with keeping_workers_alive(run_id):
-            run = open_run(run_id, Path(run_dir), order, since_s, process.call)
+        with keeping_workers_alive(run_id), publishing_the_last(run_id):
+            run = open_run(run_id, Path(run_dir), order, since_s, process.call, ClusterObjects(run_id))
         inbox = Inbox()
-        storage = StorageThread(inbox, process.call)
+        storage, writer = StorageThread(inbox, process.call), JournalWriter(run.memory, inbox)
+        run.memory.writer = writer
         self._run, self._memory = run, run.memory
-        self._requests = PendingRequests(run_id, run.memory, storage, inbox, ClusterRequestStore(run_id))
+        self._requests = PendingRequests(run_id, run.memory, writer, storage, inbox)
         self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
         services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, storage, inbox)
-        checkpoints = RunCheckpoints(run)
+        checkpoints = RunCheckpoints(run, storage, inbox)
         recorder = StepRecorder(run, self._worker_group, services.tracker, Exporter(run_id))
         monitors = Monitors(run, storage, inbox, recorder.show)
-        self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, monitors, storage)
-        decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests, inbox)
+        self._observer = Observer(
+            run, self._requests, self._worker_group, services, checkpoints, monitors, storage, writer
+        )
+        decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests)
         polls = Polls(inbox, storage, run.memory, self._worker_group, services, monitors, recorder, self._observer)
         publisher = StatusPublisher(run_id, self.status)
-        self._loop = RunLoop(run, polls, storage, decisions, self._worker_group, services, self._observer, publisher)
+        self._loop = RunLoop(
+            run, polls, storage, decisions, self._worker_group, services, self._observer, publisher, writer
+        )
         resources = run.job.resources
         log.info("each worker reserves %g CPUs and %g GPUs", resources.cpus, resources.num_gpus)
         log.info("run %s: controller of term %d, pid %d", run_id, run.memory.term, os.getpid())

@@ -1,8 +1,5 @@
 """Decisions of a controller: observe, ask `policy.lifecycle` what to do, journal it, then carry it out."""
 
-from contextlib import suppress
-
-from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.requests import PendingRequests
@@ -10,13 +7,11 @@ from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.rendezvous_client import head_address
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import StorageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Suspended
-from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.storage.tasks import StorageTask
 
 
@@ -31,24 +26,18 @@ class DecisionMaker:
         checkpoints: RunCheckpoints,
         worker_group: WorkerGroup,
         requests: PendingRequests,
-        inbox: Inbox,
     ) -> None:
         self._limits, self._memory, self._observer = run.limits, run.memory, observer
         self._recorder, self._checkpoints = recorder, checkpoints
-        self._worker_group, self._requests, self._inbox = worker_group, requests, inbox
-
-    def close(self) -> None:
-        """Drop the requests that no decision has answered: the run has ended."""
-        self._requests.close()
+        self._worker_group, self._requests = worker_group, requests
 
     def turn(self) -> StorageTask[None]:
-        """Make one decision: journal it first, then carry it out. If that fails, the next turn decides again."""
-        with suppress(StorageError):
-            yield from self._turn()
-
-    def _turn(self) -> StorageTask[None]:
-        restorable = yield from self._checkpoints.restorable()
-        seen = self._observer.observe(restorable)
+        """Make one decision: journal it first, then carry it out. None is made while checkpoints behind which the run
+        has gone back aren't set aside, which is what a successor would do first."""
+        if self._checkpoints.is_going_back:
+            return
+        self._checkpoints.search()
+        seen = self._observer.observe()
         decision = decide(self._limits, self._memory.state, seen)
         events = [action for action in decision.actions if isinstance(action, Event)]
         for entry in (yield from self._memory.decided(decision.state, events)):
@@ -63,24 +52,12 @@ class DecisionMaker:
         if not commits:
             self._checkpoints.trouble = None  # what was refused is no longer to be committed
         for commit in commits:
-            yield from self._commit(commit)
+            self._checkpoints.commit(commit, self._recorder.note)
         for event in events:
             if isinstance(event, RolledBack | Suspended):
-                yield from self._checkpoints.went_back(event.step)
+                self._checkpoints.went_back(event.step)
         if self._checkpoints.trouble or any(report.unsaved is not None for report in seen.reports.values()):
-            yield from self._checkpoints.make_room(decision.state, seen)
-
-    def _commit(self, action: Commit) -> StorageTask[None]:
-        path = yield from self._checkpoints.commit(action)
-        if path is None:
-            return
-        yield from self._recorder.note(CheckpointCommitted(action.step, str(path)))
-        self._checkpoints.newest = (action.generation, action.step)
-        wake(self._inbox)
-        deleted = yield from self._checkpoints.drop_old()
-        if deleted:
-            with suppress(StorageError):
-                yield from self._recorder.note(CheckpointsDeleted(deleted))
+            self._checkpoints.make_room(self._observer.observe)
 
     def _direct(self, state: RunState, seen: Observation) -> None:
         """Start and end workers as decided, warm the new ones once the data's location is known, direct all."""
@@ -88,4 +65,4 @@ class DecisionMaker:
         data = self._memory.data
         if data is not None:
             self._worker_group.warm(data.store_dir, data.vocab_size, head_address())
-        self._worker_group.direct(directive_of(state, self._memory.term))
+        self._worker_group.direct(directive_of(state, self._memory.term, journalled=self._memory.progress.watermark))

@@ -8,15 +8,18 @@ from contextlib import suppress
 import ray
 
 from orchestrator.cluster.published.status_publisher import StatusPublisher
-from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.decisions import DecisionMaker
+from orchestrator.controller.journal_writer import JournalWriter
+from orchestrator.controller.keep_alive import keeping_workers_alive
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.polling import Polls
+from orchestrator.controller.requests import BEGIN
 from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import await_gone, remove_groups
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import StorageError, TermSuperseded
+from orchestrator.errors import TermSuperseded
 from orchestrator.policy.state.run_state import ended
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import ControllerFailed, Submitted
@@ -45,10 +48,11 @@ class RunLoop:
         services: RunServices,
         observer: Observer,
         publisher: StatusPublisher,
+        writer: JournalWriter,
     ) -> None:
         self._run_id, self._limits, self._memory = run.run_id, run.limits, run.memory
         self._polls, self._storage, self._decisions, self._observer = polls, storage, decisions, observer
-        self._worker_group, self._services, self._publisher = worker_group, services, publisher
+        self._worker_group, self._services, self._publisher, self._writer = worker_group, services, publisher, writer
         self._has_begun = False
         self.has_closed = False  # everything of the run has ended
 
@@ -62,8 +66,10 @@ class RunLoop:
             except TermSuperseded:
                 raise
             except Exception as error:  # the run ends as failed, with this as its reason, and is cleaned up
-                self._fail(error)
-            self._close()
+                with keeping_workers_alive(self._run_id):  # they have the last steps, and storage may hang
+                    self._fail(error)
+            with keeping_workers_alive(self._run_id):
+                self._close()
         except TermSuperseded as error:
             log.error("run %s: %s", self._run_id, error)
         except Exception:
@@ -84,23 +90,23 @@ class RunLoop:
         while self._memory.state.outcome is None:
             has_news = self._polls.listen()
             if not self._has_begun:
-                if not self._storage.is_pending("begin"):
-                    self._storage.add("begin", self._begin)
+                if not self._storage.is_pending(BEGIN):
+                    self._storage.add(BEGIN, self._begin)
             elif has_news or self._waits_for_time() or self._observer.storage_trouble() is not None:
-                self._storage.add("turn", self._turn)
+                self._storage.add("turn", self._turn, Lane.DECISIONS)
             if self._memory.compactor.is_due() and not self._storage.is_pending("compaction"):
                 self._storage.add("compaction", self._memory.compactor.advance)
             self._storage.advance()
             self._publisher.note(self._memory.state)
 
     def _begin(self) -> StorageTask[None]:
-        with suppress(StorageError, OSError):  # the loop tries again
+        with suppress(OSError):  # the loop tries again
             if Submitted not in self._memory.times:
                 entry = yield from self._memory.note(Submitted(self._run_id, self._limits.initial_workers))
                 self._services.tracker.publish_event(entry)
             yield from self._services.start(self._memory.data)
             self._has_begun = True
-            self._storage.add("turn", self._turn)
+            self._storage.add("turn", self._turn, Lane.DECISIONS)
 
     def _waits_for_time(self) -> bool:
         """Whether the next decision may depend on time alone."""
@@ -111,8 +117,7 @@ class RunLoop:
 
     def _turn(self) -> StorageTask[None]:
         if self._services.data not in (None, self._memory.data):
-            with suppress(StorageError):  # the next turn tries again
-                yield from self._memory.prepared(self._services.data)
+            yield from self._memory.prepared(self._services.data)
         yield from self._decisions.turn()
 
     def _fail(self, error: Exception) -> None:
@@ -129,13 +134,13 @@ class RunLoop:
         state = self._memory.state
         self._storage.finish()
         self._polls.collect_last()
+        self._writer.finish()  # what can't be undone follows
         self._worker_group.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
         self._publisher.close()
         self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
         retry_until_written(lambda: run_inline(self._memory.conclude(to_json(self._observer.status(closed=True)))))
-        self._decisions.close()
         self.has_closed = True  # only once run storage shows it too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 

@@ -18,9 +18,8 @@ from orchestrator.cluster.actors import Host
 from orchestrator.cluster.inbox import Inbox, post, wake
 from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.cluster.remote import Remote
-from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.startup import OpenedRun
-from orchestrator.errors import StorageError
 from orchestrator.protocol.events.workers import EnergyRead
 from orchestrator.protocol.usage import EnergyReading
 from orchestrator.run_records.journaled_run import JournaledRun
@@ -142,7 +141,7 @@ class EnergyWatch:
                 post(self._inbox, host.send(Host.read_energy, self._gpus), partial(self._take, worker))
         if self._news and now_s - self._written_s >= WRITE_EVERY_S:
             self._written_s = now_s
-            self._storage.add("energy", self._write)
+            self._storage.add("energy", self._write, Lane.DECISIONS)
 
     def _take(self, worker: str, answer: "Future[EnergyReading]") -> None:
         """Note a worker's reading. A failed worker has none, and is handled elsewhere."""
@@ -157,7 +156,7 @@ class EnergyWatch:
             with suppress(RayError):
                 self._enter(asked[ref], ray.get(ref))
         if self._news:
-            self._storage.add("energy", self._write)
+            self._storage.add("energy", self._write, Lane.DECISIONS)
 
     def _enter(self, worker: str, reading: EnergyReading) -> None:
         if reading.is_measured:
@@ -165,9 +164,8 @@ class EnergyWatch:
 
     def _write(self) -> StorageTask[None]:
         news = dict(self._news)
-        with suppress(StorageError):  # retried with the next readings
-            yield from self._memory.note(EnergyRead(news))
-            self._news = {worker: read for worker, read in self._news.items() if news.get(worker) is not read}
+        yield from self._memory.note(EnergyRead(news))
+        self._news = {worker: read for worker, read in self._news.items() if news.get(worker) is not read}
 
 
 # -- All of them ---------

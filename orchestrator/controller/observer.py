@@ -3,6 +3,7 @@
 import time
 
 from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.requests import PendingRequests
 from orchestrator.controller.run_checkpoints import RunCheckpoints
@@ -10,7 +11,6 @@ from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.policy.state.run_state import Observation
-from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.status import status_of
 from orchestrator.storage.condition import StorageCondition, StorageTrouble
@@ -28,13 +28,14 @@ class Observer:
         checkpoints: RunCheckpoints,
         monitors: Monitors,
         storage: StorageThread,
+        writer: JournalWriter,
     ) -> None:
         self._run, self._memory, self._requests, self._worker_group = run, run.memory, requests, worker_group
         self._services, self._checkpoints, self._monitors = services, checkpoints, monitors
-        self._storage = storage
+        self._storage, self._writer = storage, writer
 
-    def observe(self, restorable: Restore | None = None) -> Observation:
-        """What is known now. `restorable`: the newest good checkpoint, if one is wanted."""
+    def observe(self) -> Observation:
+        """What is known now."""
         now_s = time.monotonic()
         return Observation(
             term=self._memory.term,
@@ -45,7 +46,9 @@ class Observer:
             lost=dict(self._worker_group.lost),
             gone=self._worker_group.gone,
             checkpointed=self._checkpoints.newest,
-            restorable=restorable,
+            recording=self._memory.recording,
+            restorable=self._checkpoints.restorable,
+            is_searching=self._checkpoints.is_searching,
             unreadable=self._checkpoints.unreadable,
             causes=dict(self._worker_group.causes),
             nodes=dict(self._worker_group.nodes),
@@ -62,7 +65,7 @@ class Observer:
         """What is wrong with run storage now: it doesn't answer, or refuses entries of the journal or a checkpoint,
         which are tried again meanwhile."""
         unsaved = (report.unsaved for report in tuple(self._worker_group.reports.values()))
-        own = self._storage.trouble() or self._memory.trouble or self._checkpoints.trouble
+        own = self._memory.trouble or self._writer.trouble() or self._storage.trouble() or self._checkpoints.trouble
         return own or next(filter(None, unsaved), None)
 
     def status(self, closed: bool) -> RunStatus:

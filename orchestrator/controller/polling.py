@@ -6,7 +6,7 @@ from functools import partial
 from queue import Empty
 
 from orchestrator.cluster.inbox import Arrival, Inbox, wake
-from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.recorder import StepRecorder
@@ -79,16 +79,16 @@ class Polls:
         self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
         self._monitors.poll(now_s, self._worker_group.handles)
         if self._recorder.tracking_changed():
-            self._storage.add("tracking", self._recorder.note_tracking)
+            self._storage.add("tracking", self._recorder.note_tracking, Lane.DECISIONS)
         trouble = self._observer.storage_trouble()
         if self._recorder.storage_changed(trouble):  # the newest takes the place of one that waits
-            self._storage.add("trouble", partial(self._recorder.note_storage, trouble))
+            self._storage.add("trouble", partial(self._recorder.note_storage, trouble), Lane.DECISIONS)
         self._recorder.show_run(seen, trouble, now_s)
 
     def _hear(self, worker: str, report: Report) -> None:
         """Have what is new in a worker's report recorded."""
         if self._recorder.are_new(worker, report):
-            self._storage.add(f"report of {worker}", partial(self._recorder.hear, worker, report))
+            self._storage.add(f"report of {worker}", partial(self._recorder.hear, worker, report), Lane.DECISIONS)
         if report.history.records:
             enter = partial(self._recorder.enter, report.history.records, self._observer.observe)
-            self._storage.add("records", enter)
+            self._storage.add("records", enter, Lane.RECORDS)

@@ -1,19 +1,17 @@
 """Recorder of a run's steps and notices: fetched from its members, journalled, then published.
 
-What can't be journalled is fetched, or reported, again.
+Steps are published once run storage has them, notices once they are recorded.
 """
 
 import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from orchestrator.controller.run_metrics import values_of_run
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import StorageError
 from orchestrator.policy.health.expert_collapse import routing_news
 from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.lifecycle import phase_of
@@ -71,16 +69,15 @@ class StepRecorder:
 
     def enter(self, records: Sequence[StepRecord], observe: Callable[[], Observation]) -> StorageTask[None]:
         """Journal and publish the steps that may be, by what `observe` returns then."""
-        with suppress(StorageError):  # they are requested again
-            before = self._memory.progress
-            up_to = publishable(self._run.limits, self._memory.state, observe())
-            fresh, begun = yield from self._memory.absorb(records, up_to)
-            points = points_of_steps(before, fresh)
-            self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
-            self._exporter.show(points)
-            for entry in begun:
-                self.publish(entry)
-            yield from self._judge_routing()
+        before = self._memory.progress
+        up_to = publishable(self._run.limits, self._memory.state, observe())
+        fresh, begun = yield from self._memory.absorb(records, up_to)
+        points = points_of_steps(before, fresh)
+        self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
+        self._exporter.show(points)
+        for entry in begun:
+            self.publish(entry)
+        yield from self._judge_routing()
         self._tracker.look()
 
     def _judge_routing(self) -> StorageTask[None]:
@@ -90,7 +87,7 @@ class StepRecorder:
             self._memory.troubles = self._memory.troubles.after(news)
 
     def note(self, event: Event) -> StorageTask[None]:
-        """Journal and publish an event that no decision made. Raises StorageError."""
+        """Journal and publish an event that no decision made."""
         self.publish((yield from self._memory.note(event)))
 
     def publish(self, entry: JournalEntry) -> None:
@@ -115,23 +112,21 @@ class StepRecorder:
         if not numerics or self._numerics.get(worker) == numerics:
             return
         fingerprint = json.loads(numerics)
-        with suppress(StorageError):  # received again with the worker's next answer
-            if self._memory.numerics is None:
-                yield from self.note(NumericsRecorded(fingerprint))
-                self._memory.numerics = fingerprint
-            differs = differences(self._memory.numerics, fingerprint)
-            if differs and self._memory.differing.get(worker) != differs:
-                yield from self.note(NumericsDiffer(worker, differs))
-                self._memory.differing[worker] = differs
-            self._numerics[worker] = numerics
+        if self._memory.numerics is None:
+            yield from self.note(NumericsRecorded(fingerprint))
+            self._memory.numerics = fingerprint
+        differs = differences(self._memory.numerics, fingerprint)
+        if differs and self._memory.differing.get(worker) != differs:
+            yield from self.note(NumericsDiffer(worker, differs))
+            self._memory.differing[worker] = differs
+        self._numerics[worker] = numerics
 
     def _hear_saturation(self, worker: str, found: Saturation | None) -> StorageTask[None]:
         """Journal a worker's gradient that was too large for an exact sum."""
         if found is None or (worker, found.step) in self._memory.saturated:
             return
-        with suppress(StorageError):  # received again with the worker's next answer
-            yield from self.note(GradientSaturated(worker, found.step, found.parameters))
-            self._memory.saturated.add((worker, found.step))
+        yield from self.note(GradientSaturated(worker, found.step, found.parameters))
+        self._memory.saturated.add((worker, found.step))
 
     def show(self, readings: Sequence[MetricPoint]) -> None:
         """Publish values that are not journalled."""
@@ -152,9 +147,8 @@ class StepRecorder:
         """Journal when metrics begin to wait, and when they arrive again."""
         warning = self._tracker.warning
         if self.tracking_changed():
-            with suppress(StorageError):  # retried at the next call
-                yield from self.note(TrackingWorks() if warning is None else TrackingFails(warning))
-                self._tracking_fails = warning is not None
+            yield from self.note(TrackingWorks() if warning is None else TrackingFails(warning))
+            self._tracking_fails = warning is not None
 
     def storage_changed(self, trouble: StorageTrouble | None) -> bool:
         """Whether run storage began to fail, or works again, since that was journalled."""
@@ -163,10 +157,9 @@ class StepRecorder:
     def note_storage(self, trouble: StorageTrouble | None) -> StorageTask[None]:
         """Journal when run storage begins to fail, and when it works again."""
         if self.storage_changed(trouble):
-            with suppress(StorageError):  # retried at the next call
-                event = StorageWorks() if trouble is None else StorageFails(trouble.condition, trouble.why)
-                yield from self.note(event)
-                self._storage = _condition(trouble)
+            event = StorageWorks() if trouble is None else StorageFails(trouble.condition, trouble.why)
+            yield from self.note(event)
+            self._storage = _condition(trouble)
 
 
 def _condition(trouble: StorageTrouble | None) -> StorageCondition:

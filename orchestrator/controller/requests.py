@@ -3,18 +3,17 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
-from orchestrator.controller.kept_requests import KeptRequests, RequestStore
+from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.errors import NotFinished, UsageError
-from orchestrator.protocol.events.run import PriorityChanged, Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
 
 PATIENCE_S = 1.5  # of a call while storage doesn't answer: it should be answered within 2 s
+BEGIN, GO_BACK = "begin", "go back"  # storage tasks without which no decision is made
 BUSY_S = 15.0  # of a call to a controller whose node is busy
 
 
@@ -30,26 +29,17 @@ def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str
 
 
 class PendingRequests:
-    """Newest requests of any thread, which wait until a turn of the controller has journalled them.
-
-    Args:
-        kept: where requests are kept that could not be journalled in time, for the controller's successor.
-    """
+    """Newest requests of any thread, which wait until a turn of the controller has journalled them."""
 
     def __init__(
-        self, run_id: str, memory: JournaledRun, storage: StorageThread, inbox: Inbox, kept: RequestStore
+        self, run_id: str, memory: JournaledRun, writer: JournalWriter, storage: StorageThread, inbox: Inbox
     ) -> None:
-        self._run_id, self._memory, self._storage, self._inbox = run_id, memory, storage, inbox
+        self._run_id, self._memory, self._inbox = run_id, memory, inbox
+        self._writer, self._storage = writer, storage
         self._turned = threading.Condition()
         self.newest = memory.state.target
         self.grant = memory.state.queue.grant
         self.priority = memory.state.priority
-        self._kept, self._keeping = kept, threading.Lock()  # the controller's loop never takes this lock
-        found = kept.read()
-        if found is not None and (found.submitted_time, found.token) == self._attempt:
-            self.newest = max(self.newest, found.target, key=lambda target: target.seq)
-            if found.num_priorities == memory.counts[PriorityChanged]:
-                self.priority = found.priority
 
     def aim(
         self,
@@ -75,8 +65,7 @@ class PendingRequests:
             name = self.newest.stage if stage is None else stage
             by_hand = self.newest.by_hand if by_hand is None else by_hand
             target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
-            is_journalled = self._await(lambda: self._memory.state.target.seq >= target.seq)
-        self._keep_unless(is_journalled)
+            self._await(lambda: self._memory.state.target.seq >= target.seq)
         return target
 
     def prioritise(self, priority: int) -> int:
@@ -89,8 +78,7 @@ class PendingRequests:
         with self._turned:
             self._refuse_ending(FinishMode.NO)
             self.priority = priority
-            is_journalled = self._await(lambda: self._memory.state.priority == self.priority)
-        self._keep_unless(is_journalled)
+            self._await(lambda: self._memory.state.priority == self.priority)
         return priority
 
     def granted(self, grant: Grant) -> None:
@@ -101,47 +89,22 @@ class PendingRequests:
         """
         with self._turned:
             self.grant = grant
-            is_journalled = self._await(lambda: self._memory.state.queue.grant == self.grant)
-        self._keep_unless(is_journalled)
+            self._await(lambda: self._memory.state.queue.grant == self.grant)
 
-    def _await(self, is_journalled: Callable[[], bool]) -> bool:
-        """Let the controller decide, and wait until it has. Returns whether the newest requests are journalled."""
+    def _await(self, is_journalled: Callable[[], bool]) -> None:
+        """Let the controller decide, and wait until it has. Raises NotFinished."""
         wake(self._inbox)
         deadline_s = time.monotonic() + BUSY_S
         while not self._turned.wait_for(is_journalled, PATIENCE_S):
-            storage_waits = self._storage.open_s >= PATIENCE_S / 2 or self._memory.trouble is not None
-            if storage_waits or time.monotonic() > deadline_s:
-                return False
-        return True
-
-    def _keep_unless(self, is_journalled: bool) -> None:
-        """Keep requests that could not be journalled in time, for a successor. Raises NotFinished then."""
-        if is_journalled:
-            return
-        (submitted_time, token), are_kept = self._attempt, False
-        if submitted_time is not None:
-            with self._keeping, suppress(Exception):  # of Ray's head: the request is accepted all the same
-                num_priorities = self._memory.counts[PriorityChanged]
-                self._kept.write(KeptRequests(submitted_time, token, num_priorities, self.newest, self.priority))
-                are_kept = True
-        trouble = self._storage.trouble() or self._memory.trouble
-        why = trouble.why if trouble is not None else "its controller is busy"
-        raise NotFinished(
-            f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
-            remedy="It takes effect once it is recorded"
-            + (", also if" if are_kept else "; repeat it if")
-            + " the run's controller is restarted before that.",
-        )
-
-    @property
-    def _attempt(self) -> tuple[float | None, str]:
-        """What distinguishes this attempt at a run from others that had its name."""
-        return self._memory.times.get(Submitted), self._memory.resumed_by
-
-    def close(self) -> None:
-        """Drop what is kept: the run has ended."""
-        with self._keeping, suppress(Exception):
-            self._kept.clear()
+            self._refuse_ending(self.newest.finish)  # it has ended meanwhile
+            no_turns = any(self._storage.is_pending(name) for name in (BEGIN, GO_BACK))
+            if no_turns or self._writer.unrecorded_s >= PATIENCE_S / 2 or time.monotonic() > deadline_s:
+                trouble = self._memory.trouble or self._writer.trouble() or self._storage.trouble()
+                why = trouble.why if trouble is not None else "its controller is busy"
+                raise NotFinished(
+                    f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
+                    remedy="It takes effect once it is recorded. Repeat it if the controller is restarted before that.",
+                )
 
     def _refuse_ending(self, finish: FinishMode) -> None:
         is_other = self.newest.finish not in (FinishMode.NO, finish) and finish is not FinishMode.STOP_NOW

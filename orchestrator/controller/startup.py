@@ -17,6 +17,7 @@ from orchestrator.run_records.run_history import STATUS_FILE
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import log_to
+from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import run_inline
 
 
@@ -33,7 +34,12 @@ class OpenedRun:
 
 
 def open_run(
-    run_id: str, run_dir: Path, order: ResumeRequest | None, since_s: float | None, caller: Caller = call_here
+    run_id: str,
+    run_dir: Path,
+    order: ResumeRequest | None,
+    since_s: float | None,
+    caller: Caller = call_here,
+    kept: Objects | None = None,
 ) -> OpenedRun:
     """Take the next term, read the journal, and apply `order` unless an earlier incarnation has.
 
@@ -42,13 +48,14 @@ def open_run(
         order: request to resume from a checkpoint.
         since_s: `time.time()` when the run was requested and entered the queue; None for now.
         caller: makes the calls to run storage.
+        kept: where journal entries are kept that storage doesn't take; None: nowhere.
     """
     since_s = time.time() if since_s is None else since_s
     log_to(run_dir / "logs" / "controller.log", caller)
     job = JobSpec.model_validate_json(retry_until_written(lambda: caller((run_dir / "job.json").read_text)))
     limits = RunLimits.of(run_id, job)
     holder = f"{socket.gethostname()} pid {os.getpid()}"
-    journal = retry_until_written(lambda: open_journal(run_dir, holder, caller))
+    journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept))
     memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal, caller=caller))
     run = OpenedRun(run_id, run_dir, job, limits, memory, caller)
     if order is not None and order.token != memory.resumed_by:

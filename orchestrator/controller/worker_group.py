@@ -228,6 +228,7 @@ class WorkerGroup:
             group=group,
             env=env_of_worker(self._job, self._threads),
             log_file=self._run_dir / "logs" / f"{worker}.log",
+            storage_process=True,
         )
         self._known.add(worker)
         self._handles[worker] = start_host(name, self._target, (worker,), actor_options)

@@ -104,7 +104,7 @@ def decide(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     return decision
 
 
-def directive_of(state: RunState, term: int, seq: int | None = None) -> Directive:
+def directive_of(state: RunState, term: int, seq: int | None = None, journalled: int = -1) -> Directive:
     """The directive for every worker of the run; `seq` is the state's unless given."""
     return Directive(
         term=term,
@@ -123,6 +123,7 @@ def directive_of(state: RunState, term: int, seq: int | None = None) -> Directiv
         stages_version=state.curriculum.version,
         check=state.replay.task,
         keepers=state.keeping.chosen,
+        journalled=journalled,
     )
 
 

@@ -52,7 +52,11 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         outcome = OUTCOMES[state.target.finish]
         done = f"after step {state.restore.step}" if state.restore else "before the first step"
         done = f"while {seen.unreadable}" if is_lost else done
-        return ended(state, outcome, state.target.reason or f"{outcome} {done}")
+        why = state.target.reason or f"{outcome} {done}"
+        lacks = seen.progress.watermark - (state.restore.step if state.restore else -1)
+        if lacks > 0 and not is_lost:
+            why += f", on its way back to a checkpoint that lacks {lacks} published steps: a resume does them again"
+        return ended(state, outcome, why)
     asked = FinishMode.PAUSE if state.gives_way else state.target.finish
     if asked is FinishMode.NO or state.finish is not FinishMode.NO or state.fence is not None:
         return Decision(state)

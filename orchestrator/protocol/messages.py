@@ -224,6 +224,7 @@ class Directive:
     them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
     `keepers` are standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
     last one; the others may free what they have once they are no longer named.
+    `journalled` is a step up to which the records are in the journal: later ones must not get lost.
     """
 
     term: int
@@ -242,6 +243,7 @@ class Directive:
     stages_version: int = 0
     check: ReplayTask | None = None
     keepers: tuple[Keeper, ...] = ()
+    journalled: int = -1
 
     def has_checkpoint(self, generation: int, step: int) -> bool:
         """Whether a checkpoint of this step or a later one, by this generation or a later one, is complete. Those of

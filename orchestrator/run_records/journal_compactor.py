@@ -50,7 +50,7 @@ class JournalCompactor:
 
     def is_due(self) -> bool:
         """Whether `advance` has something to do."""
-        entries = self._journal.last.number - self._compacted
+        entries = self._journal.stored.number - self._compacted
         num_bytes = self._journal.num_bytes - self._compacted_bytes
         is_large = entries >= self._limits.entries or num_bytes >= self._limits.num_bytes
         return self._task is not None or (is_large and time.monotonic() >= self._again_s)
@@ -71,7 +71,7 @@ class JournalCompactor:
             self._trouble = repr(error)
 
     def _compact(self) -> StorageTask[None]:
-        own, num_bytes = self._journal.last, self._journal.num_bytes
+        own, num_bytes = self._journal.stored, self._journal.num_bytes
         compacted = yield from compact(self._objects, own, self._fold, self._limits)
         self._compacted = compacted
         if compacted == own.number:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 from orchestrator.errors import StorageError
 from orchestrator.policy.state.config import RunLimits
@@ -21,12 +21,14 @@ from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
 from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
+from orchestrator.storage.chain import ChainEntry
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
+from orchestrator.storage.objects import Objects
 from orchestrator.storage.reserve import FULL, SpaceReserve
-from orchestrator.storage.tasks import Lengthy, StorageTask
+from orchestrator.storage.tasks import Lengthy, StorageTask, Wait
 
 log = logging.getLogger("orchestrator.control")
 
@@ -35,11 +37,20 @@ WRITE_AGAIN_S = 1.0
 T = TypeVar("T")
 
 
+class EntryWriter(Protocol):
+    """Records journal entries in order, in other threads: stored in run storage, or kept in the cluster until then."""
+
+    def add(self, entry: ChainEntry, stored: bool) -> Wait:
+        """Record an entry, after those added before. Returns the wait for that; `stored`: until run storage has it."""
+        ...
+
+
 class JournaledRun(RunHistory):
     """State and progress of a run; each change is journalled before anything acts on it.
 
-    Changes are storage tasks. One whose write fails raises StorageError and changes nothing, so it can be tried again;
-    `trouble` holds the reason until a write succeeds.
+    Changes are storage tasks. Without a `writer` they store their entries themselves: one whose write fails raises
+    StorageError and changes nothing, so it can be tried again. With one they wait until their entries are recorded.
+    `trouble` holds why storage refused the newest write.
 
     Args:
         run_dir: the run's directory in run storage.
@@ -57,6 +68,8 @@ class JournaledRun(RunHistory):
         caller: Caller = call_here,
     ) -> None:
         self.trouble: StorageTrouble | None = None
+        self.writer: EntryWriter | None = None
+        self.recording = -1  # the newest step that was given to the journal, which may not have it yet
         self._journal = journal or open_journal(run_dir, caller=caller)
         self.term = self._journal.term
         self._reserve = SpaceReserve(run_dir, caller)
@@ -84,15 +97,20 @@ class JournaledRun(RunHistory):
     def absorb(
         self, records: Sequence[StepRecord], up_to: int
     ) -> StorageTask[tuple[list[StepRecord], list[JournalEntry]]]:
-        """Journal steps that are new and no later than `up_to`, and the stages that begin with them. Returns the steps,
-        and the stages' journal entries."""
+        """Journal steps that are new and no later than `up_to`, and the stages that begin with them. They may be
+        published then, which can't be undone, so run storage has them.
+
+        Returns:
+            the steps, and the stages' journal entries.
+        """
         records = [record for record in records if record.step <= up_to]
         progress = absorb(self.progress, records)
         fresh = [record for record in records if record.step > self.progress.watermark]
         if not fresh:
             return [], []
         begun = [StageBegan(r.batch.stage, r.step, r.batch.sequence_length) for r in stages_begun(self.progress, fresh)]
-        _, *written = yield from self._append([StepsCommitted(tuple(fresh)), *begun])
+        self.recording = progress.watermark
+        _, *written = yield from self._append([StepsCommitted(tuple(fresh)), *begun], stored=True)
         self.progress = progress
         return fresh, written
 
@@ -106,63 +124,91 @@ class JournaledRun(RunHistory):
         return entry
 
     def conclude(self, status_text: str) -> StorageTask[None]:
-        """Write the run's final status."""
+        """Write the run's final status. Nothing is kept elsewhere any more."""
+        self._journal.discard_kept()
         yield from self._writing(partial(self._conclude, status_text))
 
     def _conclude(self, status_text: str) -> None:
         self._reserve.give_up()
         self._caller(write_atomically, self._run_dir / STATUS_FILE, status_text)
 
-    def _append(self, events: Sequence[Event]) -> StorageTask[list[JournalEntry]]:
+    def _append(self, events: Sequence[Event], stored: bool = False) -> StorageTask[list[JournalEntry]]:
         if not events:
             return []
-        written = yield from self._writing(partial(self._write, [plain_of(event) for event in events]))
+        plain = [plain_of(event) for event in events]
+        if self.writer is None:
+            written = yield from self._writing(partial(self._in_reserve, partial(self._journal.append, plain)))
+        else:
+            proposed = self._journal.propose(plain)
+            yield self.writer.add(proposed, stored)
+            written = list(proposed.events)
         stamps = ((plain["seq"], plain["term"], plain["time"]) for plain in written)
         entries = [JournalEntry(*stamp, event) for stamp, event in zip(stamps, events, strict=True)]
         for entry in entries:
             self._date(entry)
         return entries
 
-    def _write(self, plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Append to the journal; on a full file system, in the space that was kept for it."""
+    def store(self, entry: ChainEntry) -> None:
+        """Store an entry that a change has given to the `writer`. Raises OSError, TermSuperseded."""
+        self._noted(partial(self._in_reserve, partial(self._journal.store, entry)))
+
+    def keep(self, entry: ChainEntry) -> None:
+        """Keep it in the cluster, where storage hasn't taken it yet. Raises OSError, TermSuperseded."""
+        self._journal.keep(entry)
+
+    def unkeep(self, entry: ChainEntry) -> None:
+        """Delete it there, once it is stored. Raises OSError."""
+        self._journal.unkeep(entry)
+
+    def _in_reserve(self, write: Callable[[], T]) -> T:
+        """The result of `write`; on a full file system, in the space that was kept for the journal."""
         try:
-            written = self._journal.append(plain)
+            written = write()
         except OSError as error:
             if error.errno not in FULL or not self._reserve.give_up():
                 raise
             log.warning("run storage %s is full: the journal goes on in the space reserved for it", self._run_dir)
-            written = self._journal.append(plain)
+            written = write()
         self._reserve.tend()
         return written
 
     def _writing(self, write: Callable[[], T]) -> StorageTask[T]:
         try:
-            written: T = yield write
+            written: T = yield partial(self._noted, write)
+        except OSError as error:
+            raise storage_error(error, self._run_dir) from error
+        return written
+
+    def _noted(self, write: Callable[[], T]) -> T:
+        """The result of `write`; `trouble` is then up to date."""
+        try:
+            written = write()
         except OSError as error:
             if self.trouble is None:
                 log.error("run storage %s can't be written: %s", self._run_dir, error)
             self.trouble = refusal("run storage can't be written", error)
-            raise storage_error(error, self._run_dir) from error
+            raise
         if self.trouble is not None:
             log.info("run storage %s can be written again", self._run_dir)
         self.trouble = None
         return written
 
 
-def open_journal(run_dir: Path, holder: str = "", caller: Caller = call_here) -> Journal:
+def open_journal(run_dir: Path, holder: str = "", caller: Caller = call_here, kept: Objects | None = None) -> Journal:
     """Take the next term of a run; on a full file system, in the space that was kept for its journal.
 
     Args:
         holder: who takes it, for people that read the journal.
         caller: makes the calls to run storage.
+        kept: where entries are kept that storage doesn't take; None: nowhere.
     """
     objects = CalledObjects(DirectoryObjects(run_dir), caller)
     try:
-        return Journal(objects, holder)
+        return Journal(objects, holder, kept)
     except OSError as error:
         if error.errno not in FULL or not SpaceReserve(run_dir, caller).give_up():
             raise
-        return Journal(objects, holder)
+        return Journal(objects, holder, kept)
 
 
 def retry_until_written(write: Callable[[], T]) -> T:

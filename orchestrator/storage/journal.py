@@ -11,8 +11,14 @@ lost is recognised by the entry's bytes. Compaction (`storage.compaction`) keeps
 
 A controller that is about to take a term may believe any number to be the next one, and compaction may have freed it.
 So it lists the journal's objects once its entry is there, and has no term if a state includes that number.
+
+While run storage hangs or refuses, entries are *kept* elsewhere, so that decisions can be made: as objects named by the
+entry that they follow, of which there is one each. They are stored later, in order, by the controller that made them or
+by its successor. The successor offers the entry of its term there first: it either gets what was kept, or no past
+controller can keep anything any more.
 """
 
+import errno
 import json
 import secrets
 import time
@@ -22,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import TermSuperseded
-from orchestrator.storage.chain import ChainEntry, Event, entry_from, entry_key, list_names
+from orchestrator.storage.chain import BEGINNING, ChainEntry, Event, entry_from, entry_key, list_names
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import Objects
@@ -31,34 +37,41 @@ from orchestrator.storage.objects import Objects
 class Journal:
     """Appends events under a term of its own, which it takes when it is made. No two journals get the same.
 
+    `append` writes an entry at once. In its place, entries may be made by `propose` in one thread, and stored in the
+    same order by another one. Entries that were proposed have to be stored before `append` is called.
+
     Args:
         objects: the run's, in run storage.
         holder: who takes the term, for people that read the journal.
+        kept: where entries are kept that storage doesn't take; None: nowhere.
 
     Attributes:
-        last: of the newest entry that it has written.
-        num_bytes: of all entries that it has written.
+        last: of the newest entry that was made.
+        stored: of the newest one that it has stored.
+        num_bytes: of all entries that it has stored.
 
     Raises:
         OSError: storage can't be read or written.
         JournalCorrupt: the newest entry can't be read.
     """
 
-    def __init__(self, objects: Objects, holder: str = "") -> None:
-        self._objects = objects
+    def __init__(self, objects: Objects, holder: str = "", kept: Objects | None = None) -> None:
+        self._objects, self._kept = objects, kept
         self.last = ChainReader(objects).newest_link()
         self._unsettled: bytes | None = None  # an entry of ours that may be there, though its creation failed
+        self._superseded = ""  # why nothing may be written any more
         self.num_bytes = 0
         self.term = 0
         while self.term == 0:
             term = self.last.term + 1
             data = self._bytes_of(term, (), holder)
-            found = self._entry_at_next_number(data)
+            found = self._stored_at_next_number(self._kept_or(data))
             if list_names(objects).newest_state >= found.number:  # the number had been freed
                 self.last = ChainReader(objects).newest_link()
             else:
                 self.last = found.link
                 self.term = term if found.data == data else 0
+        self.stored = self.last
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
         """Write these events as one entry: readers see all of them or none.
@@ -74,7 +87,59 @@ class Journal:
         if not events:
             return []
         self._settle()
-        return list(self._create(self._bytes_of(self.term, events)).events)
+        before, entry = self.last, self.propose(events)
+        try:
+            self.store(entry)
+        except BaseException:
+            self.last, self._unsettled = before, entry.data
+            raise
+        return list(entry.events)
+
+    def propose(self, events: Sequence[Mapping[str, Any]]) -> ChainEntry:
+        """Make the next entry, of these events with their `seq`, `term` and `time`."""
+        number = self.last.number + 1
+        entry = entry_from(number, self._bytes_of(self.term, events), f"journal entry {entry_key(number)}")
+        self.last = entry.link
+        return entry
+
+    def store(self, entry: ChainEntry) -> None:
+        """Store the oldest entry that was proposed. May be repeated until it succeeds.
+
+        Raises:
+            TermSuperseded: a newer controller has taken over; nothing was written, now and in every later call.
+            OSError: storage can't be written, or doesn't show whether it was.
+        """
+        self._refuse_the_past()
+        found = self._objects.create(entry_key(entry.number), entry.data)
+        if found != entry.data:
+            self._superseded_by(entry, found)
+        self.stored = entry.link
+        self.num_bytes += len(entry.data)
+
+    def keep(self, entry: ChainEntry) -> None:
+        """Keep an entry that was proposed, and that storage hasn't taken yet, for a successor.
+
+        Raises:
+            TermSuperseded: a newer controller has taken over; nothing was kept, now and in every later call.
+            OSError: it can't be kept.
+        """
+        if self._kept is None:
+            raise OSError(errno.ENOSYS, "journal entries can only be stored")
+        self._refuse_the_past()
+        found = self._kept.create(_kept_key(entry.number, entry.prev), entry.data)
+        if found != entry.data:
+            self._superseded_by(entry, found)
+
+    def unkeep(self, entry: ChainEntry) -> None:
+        """Delete an entry that was kept and has been stored. Raises OSError."""
+        if self._kept is not None:
+            self._kept.delete([_kept_key(entry.number, entry.prev)])
+
+    def discard_kept(self) -> None:
+        """Delete all that is kept, at the run's end, if it can be: another run has other entries."""
+        if self._kept is not None:
+            with suppress(OSError):
+                self._kept.delete(self._kept.names(""))
 
     def _bytes_of(self, term: int, events: Sequence[Mapping[str, Any]], holder: str = "") -> bytes:
         """The next entry. Stamps come last in an event, which can't forge its own."""
@@ -93,28 +158,41 @@ class Journal:
     def _settle(self) -> None:
         """Find out whether the entry whose creation failed is there: it is then the last one."""
         if self._unsettled is not None:
+            entry = entry_from(self.last.number + 1, self._unsettled, "the entry before")
             with suppress(FileNotFoundError):
-                self._objects.get(entry_key(self.last.number + 1))
-                self._create(self._unsettled)
+                self._objects.get(entry_key(entry.number))
+                self.store(entry)
+                self.last = entry.link
             self._unsettled = None
 
-    def _create(self, data: bytes) -> ChainEntry:
-        """Create the next entry. Raises TermSuperseded if another controller has, now and in every later call."""
-        self._unsettled = data
-        found = self._entry_at_next_number(data)
-        if found.data != data:
-            raise TermSuperseded(
-                f"term {self.term} may not write to the journal: entry {found.number} is of term {found.link.term}",
-                unchanged="Nothing was written.",
-            )
-        self._unsettled, self.last = None, found.link
-        self.num_bytes += len(data)
-        return found
+    def _kept_or(self, data: bytes) -> bytes:
+        """The entry that was kept as the next one; `data` if none was, which is then kept and stays: it fences off past
+        controllers. The first entry of all needs no fence, as no controller has decided anything before it."""
+        if self._kept is None or self.last == BEGINNING:
+            return data
+        return self._kept.create(_kept_key(self.last.number + 1, self.last.digest), data)
 
-    def _entry_at_next_number(self, data: bytes) -> ChainEntry:
-        """The entry that has the next number, once `data` was offered for it."""
+    def _stored_at_next_number(self, data: bytes) -> ChainEntry:
+        """The entry that has the next number in run storage, once `data` was offered for it."""
         key = entry_key(self.last.number + 1)
         return entry_from(self.last.number + 1, self._objects.create(key, data), f"journal entry {key}")
+
+    def _superseded_by(self, entry: ChainEntry, found: bytes) -> None:
+        """Raise TermSuperseded, now and in every later call: what follows an entry that is refused is refused too."""
+        other = entry_from(entry.number, found, entry.where)
+        self._superseded = (
+            f"term {self.term} may not write to the journal: entry {other.number} is of term {other.link.term}"
+        )
+        self._refuse_the_past()
+
+    def _refuse_the_past(self) -> None:
+        if self._superseded:
+            raise TermSuperseded(self._superseded, unchanged="Nothing was written.")
+
+
+def _kept_key(number: int, prev: str) -> str:
+    """Key of the entry of this number that follows the one with the digest `prev`."""
+    return f"{number:010d}-{prev[:32]}"
 
 
 def events_after(run_dir: Path, seq: int = -1) -> Iterator[Event]:

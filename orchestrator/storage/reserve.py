@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,8 @@ def reserve_in(directory: Path) -> Path:
 
 
 class SpaceReserve:
-    """A hidden file of `RESERVE_BYTES` in `directory`. None is made where the file system is nearly full.
+    """A hidden file of `RESERVE_BYTES` in `directory`. None is made where the file system is nearly full. Methods may
+    be called from any thread.
 
     Args:
         caller: makes the calls to the file system.
@@ -29,25 +31,28 @@ class SpaceReserve:
     def __init__(self, directory: Path, caller: Caller = call_here) -> None:
         self._file, self._caller = reserve_in(directory), caller
         self._looked_s = -TAKE_AGAIN_S
+        self._lock = threading.RLock()
         self.is_taken = caller(self._file.exists)  # by an earlier controller of the run
 
     def tend(self) -> None:
         """Reserve the space again once there is room, which is looked for every few seconds."""
         now_s = time.monotonic()
-        if self.is_taken or now_s - self._looked_s < TAKE_AGAIN_S:
-            return
-        self._looked_s = now_s
-        try:
-            self.is_taken = self._caller(_take, self._file)
-        except OSError:
-            self.give_up()
+        with self._lock:
+            if self.is_taken or now_s - self._looked_s < TAKE_AGAIN_S:
+                return
+            self._looked_s = now_s
+            try:
+                self.is_taken = self._caller(_take, self._file)
+            except OSError:
+                self.give_up()
 
     def give_up(self) -> bool:
         """Free the space. Returns whether there was any."""
-        self.is_taken = False
-        with suppress(OSError):
-            self._caller(self._file.unlink)
-            return True
+        with self._lock:
+            self.is_taken = False
+            with suppress(OSError):
+                self._caller(self._file.unlink)
+                return True
         return False
 
 

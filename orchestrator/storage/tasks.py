@@ -8,10 +8,11 @@ A task is a generator. It yields each call to storage that it needs, and gets th
         return entry
 
 The runner of a task decides in which thread its calls are made: `run_inline` in the same one. An error of a call is
-raised where the task yielded it.
+raised where the task yielded it. A task may also yield a `Wait`, for what other threads bring about.
 """
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 R = TypeVar("R")
@@ -30,6 +31,22 @@ class Lengthy(Generic[R]):
 
     def __call__(self) -> R:
         return self._call()
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a task waits for, and no call of its own brings about. Calling it waits in this thread.
+
+    Args:
+        is_over: whether it has come about; raises what ends the run.
+        wait: returns once it has.
+    """
+
+    is_over: Callable[[], bool]
+    wait: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.wait()
 
 
 def slow_after_s(call: StorageCall) -> float:

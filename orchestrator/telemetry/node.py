@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.tracking.sink import MetricPoint
 
 
@@ -38,8 +39,9 @@ def read_processors() -> Processors:
     return Processors(total_s - idle_s, total_s)
 
 
-def read_system(node: str, directory: str) -> Reading:
-    """A reading of this machine, in about a millisecond. `directory` is in the file system whose usage is read."""
+def read_system(node: str, directory: str, caller: Caller = call_here) -> Reading:
+    """A reading of this machine, in about a millisecond. `directory` is in the file system whose usage is read, by
+    `caller`."""
     processors = read_processors()
     network = psutil.net_io_counters()
     return Reading(
@@ -48,7 +50,7 @@ def read_system(node: str, directory: str) -> Reading:
         busy_s=processors.busy_s,
         total_s=processors.total_s,
         memory_bytes=psutil.virtual_memory().used,
-        disk_percent=psutil.disk_usage(directory).percent,
+        disk_percent=caller(psutil.disk_usage, directory).percent,
         sent_bytes=network.bytes_sent if network else 0,
         received_bytes=network.bytes_recv if network else 0,
     )

@@ -29,6 +29,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
@@ -45,10 +46,14 @@ ORPHAN_TICK_S = 1.0
 
 
 class Worker:
-    """One worker of one run."""
+    """One worker of one run.
 
-    def __init__(self, worker_id: str) -> None:
-        self._id = worker_id
+    Args:
+        caller: makes the calls that write to run storage.
+    """
+
+    def __init__(self, worker_id: str, caller: Caller = call_here) -> None:
+        self._id, self._caller = worker_id, caller
         self._process = psutil.Process()
         self._mailbox = WorkerMailbox(worker_id, os.getpid())
         self._last_heard = time.monotonic()
@@ -132,7 +137,7 @@ class Worker:
             rehearse(spec, vocab_size, device)
         warm_up(spec, vocab_size, device, factory.address)
         memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None
-        self._trainer = Trainer(self._mailbox, factory, feed)
+        self._trainer = Trainer(self._mailbox, factory, feed, self._caller)
         self._mailbox.publish(phase=Phase.STANDBY)
         if memory is not None:
             memory.populate_the_rest()

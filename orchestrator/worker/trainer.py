@@ -16,6 +16,7 @@ from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.plan_wait import PlanWaiter
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle
@@ -54,9 +55,12 @@ class Trainer:
         mailbox: source of directives and destination of reports.
         factory: builds shards.
         feed: reads the rows of a step.
+        caller: makes the calls that write to run storage.
     """
 
-    def __init__(self, mailbox: WorkerMailbox, factory: ShardFactory, feed: BatchReader) -> None:
+    def __init__(
+        self, mailbox: WorkerMailbox, factory: ShardFactory, feed: BatchReader, caller: Caller = call_here
+    ) -> None:
         spec, position = factory.spec, RunPosition(feed)
         preparer = TransitionPreparer(factory, mailbox)
         saver = ShardSaver(
@@ -67,6 +71,7 @@ class Trainer:
             mailbox.add_shard,
             mailbox.refuse_shard,
             self._fail_checkpoint,
+            caller,
         )
         self._mailbox = mailbox
         self._snapshots = SnapshotManager(factory.me, spec.protection, spec.train.max_steps - 1)

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, Host, names_of, start_host
+from orchestrator.cluster.cluster_objects import ClusterObjects
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunPhase
@@ -52,6 +54,23 @@ def await_titles(wanted: set[str]) -> None:
             with suppress(OSError):
                 wanted = wanted - {cmdline.read_bytes().rstrip(b"\0 ").decode()}
     assert wanted == set()
+
+
+def test_objects_in_the_cluster_are_created_once() -> None:
+    """The contract of `storage.objects.Objects`."""
+    objects, other = ClusterObjects("run"), ClusterObjects("run2")
+    with ThreadPoolExecutor(16) as threads:
+        found = set(threads.map(lambda i: objects.create("a/b", bytes([i]) * 100_000), range(16)))
+    assert found == {objects.get("a/b")} and objects.create("a/b", b"later") in found
+    assert objects.create("c", b"") == b"" == objects.create("c", b"later")
+    assert other.create("a/b", b"other") == b"other"
+    assert (objects.names(""), objects.names("a"), objects.names("none")) == (("a", "c"), ("b",), ())
+    objects.delete(["a/b", "none"])
+    with pytest.raises(FileNotFoundError):
+        objects.get("a/b")
+    objects.delete(["c"])
+    assert objects.names("") == () and other.names("") == ("a",)
+    other.delete(["a/b"])
 
 
 def test_a_run_from_submission_to_its_end(on: Cluster) -> None:

@@ -29,7 +29,7 @@ class Metered(Host):
     """A host whose process uses a quarter of its node's processor time, and a reading later as much again."""
 
     def __init__(self, root: str) -> None:
-        super().__init__("builtins:dict", (), None)
+        super().__init__("builtins:dict", (), None, False)
         self._readings = 0
         self._energy = EnergyMeter(root=Path(root), processor_time=self._time)
 

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import names_of
-from orchestrator.errors import NotFinished
+from orchestrator.cluster.published.status_reader import published_status
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_steps
@@ -21,7 +21,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.journal import newest_term
-from orchestrator.storage.reserve import reserve_in
+from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from tests.support.disk import ext4_disk, fill, frozen, small_disk
 from tests.support.hosts import until as await_event
 from tests.support.real_runs import own_cluster, until
@@ -59,8 +59,7 @@ def _fill(client: OrchestratorClient, run: str, disk: Path) -> RunStatus:
     it has in reserve."""
 
     def is_full(status: RunStatus) -> bool:
-        if reserve_in(Path(status.run_dir)).exists():
-            fill(disk)
+        fill(disk, leave=0 if reserve_in(Path(status.run_dir)).exists() else RESERVE_BYTES)
         return "can't be written" in str(status.warning)
 
     return until(client, run, is_full)
@@ -80,7 +79,8 @@ def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) ->
         status = client.wait(run, timeout_s=300.0)
         assert (status.phase, status.recoveries, status.warning) == (RunPhase.SUCCEEDED, (), None), status
         kinds = [event["kind"] for event in client.events(run)]
-        assert [kind for kind in kinds if kind.startswith("storage")] == ["storage_fails", "storage_works"]
+        storage = [kind for kind in kinds if kind.startswith("storage")]  # one checkpoint may fit once an old one goes
+        assert storage in (n * ["storage_fails", "storage_works"] for n in (1, 2, 3)), storage
         assert "worker_lost" not in kinds
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(steps))
@@ -138,16 +138,16 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
             warned = until(client, run, lambda s: "has not answered" in str(s.warning))
             assert warned.phase is RunPhase.TRAINING and warned.storage is StorageCondition.SLOW
             asked_s = time.monotonic()
-            with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet: run storage"):
-                client.scale(run, 1)
+            client.scale(run, 1)
             assert time.monotonic() - asked_s < 2.0
+            until(client, run, lambda s: s.workers_now == 1)
             while time.monotonic() - began_s < HANGS_S:
                 asked_s = time.monotonic()
-                assert client.get(run).workers_now == 2
+                assert client.get(run).workers_now == 1
                 assert time.monotonic() - asked_s < 2.0
                 time.sleep(1.0)
         ended = time.time()
-        until(client, run, lambda s: s.workers_now == 1 and s.warning is None)  # as was requested
+        until(client, run, lambda s: s.warning is None)
         client.stop(run)
         status = client.wait(run, timeout_s=60.0)
         assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
@@ -166,8 +166,14 @@ def _controllers(run: str) -> list[psutil.Process]:
     return [p for p in found if p is not None and _command(p)[0].startswith("ray::")]
 
 
-def _workers(run: str) -> set[int]:
-    return {p.pid for p in psutil.process_iter() if _command(p)[0].startswith(f"ray::worker {run}/")}
+def _workers(run: str, worker: str = "") -> set[int]:
+    return {p.pid for p in psutil.process_iter() if _command(p)[0].startswith(f"ray::worker {run}/{worker}")}
+
+
+def _published_warning(run: str) -> str:
+    """The warning of `orchestrator status RUN`, which doesn't wait for the run's controller."""
+    found = published_status(run, None)
+    return "" if found is None else str(found.warning)
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -179,34 +185,42 @@ def _command(process: psutil.Process) -> list[str]:
 
 def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(texts: Path, tmp_path: Path) -> None:
     """Its process ends at once, as another one is in the call that hangs; so the next one keeps the workers alive, and
-    takes up what the first one had accepted."""
+    takes up what the first one had decided: a recovery, and a request."""
     with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
         run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant")
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
-        workers = _workers(run)
-        assert len(workers) == 2
-        began, began_s = time.time(), time.monotonic()
+        assert len(_workers(run)) == 2
+        began_s = time.monotonic()
         with frozen(disk):
             until(client, run, lambda s: "has not answered" in str(s.warning))
-            with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet"):
-                client.scale(run, 1)
+            (killed,) = _workers(run, "w1")
+            process = psutil.Process(killed)
+            process.kill()
+            assert process.wait(20.0) is None  # at once, though it was writing a checkpoint; it is no child of this one
+            recovered = until(client, run, lambda s: len(s.recoveries) == 1 and s.phase is RunPhase.TRAINING)
+            workers, since = _workers(run, "w0"), time.time()
+            client.scale(run, 1)
             for _ in range(2):  # the second one has not read the journal yet
                 (controller,) = _controllers(run)
                 controller.kill()
                 controller.wait(20.0)
                 await_event(lambda: len(_controllers(run)) == 1, 60.0, "another controller")
+            await_event(lambda: "has been restarted" in _published_warning(run), 60.0, "status of one that waits")
             while time.monotonic() - began_s < HANGS_S:
-                assert workers <= _workers(run)
-                assert {name for name in names_of(run) if "/worker/" in name} == {f"{run}/worker/w{i}" for i in (0, 1)}
+                assert workers == _workers(run, "w0")
+                assert f"{run}/worker/w0" in names_of(run)
                 time.sleep(1.0)
         ended = time.time()
-        until(client, run, lambda s: s.workers_now == 1 and s.warning is None)  # as the killed one had accepted
+        until(client, run, lambda s: s.warning is None and s.workers_now == s.workers_wanted == 1)  # as was requested
         client.stop(run)
         status = client.wait(run, timeout_s=60.0)
-        assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
+        (recovery,) = status.recoveries
+        assert status.phase is RunPhase.STOPPED and recovery.step == recovered.recoveries[0].step, status
+        assert (recovery.lost, recovery.source, recovery.steps_lost) == (("w1",), "memory", 0)
+        assert [e["kind"] for e in client.events(run)].count("worker_lost") == 1
         assert newest_term(Path(status.run_dir)) >= 2
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
-        assert _longest_gap_s(records, began, ended) < 10.0
+        assert _longest_gap_s(records, since, ended) < 10.0
         calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
         assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))

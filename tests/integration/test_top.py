@@ -191,7 +191,7 @@ def _client_process(pid: int) -> psutil.Process:
     while True:
         for child in psutil.Process(pid).children():
             with suppress(psutil.Error):
-                if any("spawn_main" in word for word in child.cmdline()):
+                if "orchestrator.cli.top.client_process" in child.cmdline():
                     return child
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

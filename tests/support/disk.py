@@ -1,6 +1,7 @@
 """File systems that fill up, or hang. Need root."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,11 +51,11 @@ def frozen(disk: Path) -> Iterator[None]:
         subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
 
 
-def fill(disk: Path) -> Path:
-    """Add to a file until nothing more fits. Returns it."""
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Add to a file until nothing more fits, or only so many bytes are free. Returns it."""
     filler = disk / "filler"
     with filler.open("ab", buffering=0) as file, suppress(OSError):
-        while file.write(bytes(BLOCK)) == BLOCK:
+        while shutil.disk_usage(disk).free > leave and file.write(bytes(BLOCK)) == BLOCK:
             pass
     return filler
 

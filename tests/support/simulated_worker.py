@@ -36,6 +36,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.tracking.sink import TrackerPosition, TrackerSetup
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 
@@ -64,7 +65,7 @@ class Withdrawn(RuntimeError):
 class SimulatedWorker:
     """Hosted in place of `orchestrator.worker.actor:Worker`."""
 
-    def __init__(self, worker_id: str) -> None:
+    def __init__(self, worker_id: str, caller: Caller = call_here) -> None:
         if "SIM_DEAF" in os.environ:  # not by `signal`, which Python allows in the main thread only
             ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_IGN)))
         self._me = worker_id

@@ -6,13 +6,14 @@ So a child process calls the cluster, and when the cluster is lost another child
 Its first answer takes seconds beside a run on all cores. Until then the statuses that runs publish are listed.
 """
 
-import multiprocessing
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 from orchestrator.cluster.connection import find_cluster
@@ -47,13 +48,14 @@ class ClusterLink:
     def __init__(self, address: str | None) -> None:
         self.address, self.is_joining = address or "", False
         self._wanted, self._lock = address, threading.Lock()
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._published: dict[str, RunStatus] = {}
+        self._joining: threading.Thread | None = None
 
     def begin(self, run_id: str | None) -> tuple[RunStatus, ...]:
-        """Join the cluster. Returns statuses at once if runs publish them, `run_id` among them unless it is None; else
-        those of all runs once the cluster is joined.
+        """Return statuses at once if runs publish them, `run_id` among them unless it is None: the cluster is joined
+        from the first call on, as that takes a core for seconds. Else join it, and return those of all runs.
 
         Raises:
             ClusterUnreachable: there is no cluster, or it doesn't answer.
@@ -64,8 +66,6 @@ class ClusterLink:
         self._read_published()
         if self._published and (run_id is None or run_id in self._published):
             self.is_joining = True
-            self._start()
-            threading.Thread(target=self._join, daemon=True).start()
             return tuple(self._published.values())
         if run_id is not None:
             self.get(run_id)
@@ -73,6 +73,9 @@ class ClusterLink:
 
     def list(self) -> tuple[RunStatus, ...]:
         if self.is_joining:
+            if self._joining is None:
+                self._joining = threading.Thread(target=self._join, daemon=True)
+                self._joining.start()
             self._read_published()
             return tuple(self._published.values())
         found: tuple[RunStatus, ...] = self._ask("list")
@@ -96,16 +99,18 @@ class ClusterLink:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.join()
+            process.wait()
 
     def _read_published(self) -> None:
         """Update the published statuses. One that is not read now stays: its controller may be busy, or has ended."""
         self._published |= {status.run_id: status for status in published_statuses(self._wanted)}
 
     def _join(self) -> None:
-        with suppress(OrchestratorError):  # raised again by the next call
-            self._ask("list")
-        self.is_joining = False
+        try:
+            with suppress(OrchestratorError, OSError):  # raised again by the next call
+                self._ask("list")
+        finally:
+            self.is_joining = False
 
     def _ask(self, method: str, *args: Any) -> Any:
         """Raises what the client's method raises, and ClusterUnreachable if its process does not answer."""
@@ -127,21 +132,21 @@ class ClusterLink:
         return reply.value
 
     def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")  # Ray's threads don't survive a fork, nor do Textual's
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(self._wanted, theirs), daemon=True)
-        process.start()
+        # By no means of `multiprocessing`, which can't start a process where Textual has the terminal.
+        ours, theirs = Pipe()
+        address = [] if self._wanted is None else [self._wanted]
+        command = [sys.executable, "-m", "orchestrator.cli.top.client_process", str(theirs.fileno()), *address]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # whatever made modules known here
+        fds = [theirs.fileno()]  # and nowhere else: Ray's output would spoil the screen
+        self._process = Popen(command, env=env, pass_fds=fds, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
         theirs.close()
-        self._process, self._pipe = process, ours
+        self._pipe = ours
         return ours
 
 
 def serve(address: str | None, pipe: Connection) -> None:
     """Main function of the child process: answers calls until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that draws on the terminal
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
     client: Any = None
     while True:
         try:
@@ -171,3 +176,9 @@ def _has_joined() -> bool:
     import ray
 
     return bool(ray.is_initialized())
+
+
+if __name__ == "__main__":
+    from orchestrator.cli.top import client_process as module  # answers are pickled under the module's own name
+
+    module.serve(next(iter(sys.argv[2:]), None), Connection(int(sys.argv[1])))

@@ -200,11 +200,14 @@ class TopApp(App[None]):
 
     def on_mount(self) -> None:
         requests = RunRequests(self._client)
-        self.push_screen(RunsScreen(requests))
+        screens: list[Steering] = [RunsScreen(requests)]
         if self._opened is not None:
-            self.push_screen(RunScreen(requests, self._opened))
-        # Our own, and a daemon: quitting must not wait for a cluster that doesn't answer.
-        threading.Thread(target=self._watch, daemon=True).start()
+            screens.append(RunScreen(requests, self._opened))
+        for screen in screens:
+            self.push_screen(screen)
+        # Our own, and a daemon: quitting must not wait for a cluster that doesn't answer. What it imports and starts
+        # would delay the first screen.
+        screens[-1].call_after_refresh(threading.Thread(target=self._watch, daemon=True).start)
 
     def on_unmount(self) -> None:
         self._is_over = True

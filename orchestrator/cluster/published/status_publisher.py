@@ -1,20 +1,21 @@
 """Publication of a run's status in the cluster's key-value store, from which `status_reader` reads it."""
 
-import json
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from ray.experimental import internal_kv
 
-from orchestrator.cluster.published.status_reader import KV_NAMESPACE
+from orchestrator.cluster.published.status_reader import KV_NAMESPACE, content_of, status_in
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunStatus
 
 log = logging.getLogger("orchestrator.control")
 
 EVERY_S = 1.0
+RESTARTED_WITHIN_S = 60.0  # after the end of a controller that is lost
 
 
 class StatusPublisher:
@@ -61,7 +62,37 @@ class StatusPublisher:
             self._changed.clear()
 
     def _publish(self) -> None:
-        content = json.dumps(to_plain(self._read())).encode()
+        status = to_plain(self._read())
         with self._lock:
             if not self._is_closed:
-                internal_kv._internal_kv_put(self._key, content, overwrite=True, namespace=KV_NAMESPACE)
+                _put(self._key, status)
+
+
+@contextmanager
+def publishing_the_last(run_id: str) -> Iterator[None]:
+    """Publish the status of the run's last controller again and again while the block runs, with a warning: this one
+    still opens the run, which takes as long as run storage hangs."""
+    done = threading.Event()
+    thread = threading.Thread(target=_publish_the_last, args=(run_id.encode(), done), name="last-status", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()  # it must not replace a status of the block's successor
+
+
+def _publish_the_last(key: bytes, done: threading.Event) -> None:
+    since_s = time.monotonic()
+    while not done.wait(EVERY_S):
+        with suppress(Exception):  # of Ray's head, or there is none: readers ask the Scheduler
+            status, published_time = status_in(internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE))
+            if time.time() - published_time <= RESTARTED_WITHIN_S:  # else it may be of an earlier attempt
+                waits_s = time.monotonic() - since_s
+                warning = f"its controller has been restarted, and has waited {waits_s:.0f} s for run storage"
+                _put(key, {**status, "warning": warning})
+
+
+def _put(key: bytes, status: object) -> None:
+    content = content_of(status, time.time())
+    internal_kv._internal_kv_put(key, content, overwrite=True, namespace=KV_NAMESPACE)

@@ -24,6 +24,20 @@ SERVICE = "/ray.rpc.InternalKVGcsService"
 KEY, NAMESPACE, RESULT, VALUE = 1, 2, 2, 2
 
 
+def content_of(status: Any, published_time: float) -> bytes:
+    """What is stored for a status in plain form, which may be older than its publication in `time.time()` seconds."""
+    return json.dumps({"published_time": published_time, "status": status}).encode()
+
+
+def status_in(content: bytes) -> tuple[Any, float]:
+    """The status in plain form, and when it was published. Raises ValueError for another content."""
+    try:
+        plain = json.loads(content)
+        return plain["status"], float(plain["published_time"])
+    except (KeyError, TypeError) as error:  # of another version
+        raise ValueError(f"no published status: {error!r}") from error
+
+
 def published_status(run_id: str, address: str | None) -> RunStatus | None:
     """The run's status, if its controller published it within the last seconds; else None.
 
@@ -61,15 +75,16 @@ def _read(address: str | None, question: Callable[["_Head"], list[bytes]]) -> li
             contents = question(_Head(channel))
     except (OrchestratorError, ValueError, grpc.RpcError):
         return []
-    found = [status for content in contents if (status := _status_of(content)) is not None]
-    return [s for s in found if s.as_of_time is not None and abs(time.time() - s.as_of_time) <= FRESH_S]
+    return [status for content in contents if (status := _fresh_status(content)) is not None]
 
 
-def _status_of(content: bytes) -> RunStatus | None:
+def _fresh_status(content: bytes) -> RunStatus | None:
     try:
-        return from_plain(RunStatus, json.loads(content))
+        plain, published_time = status_in(content)
+        status = from_plain(RunStatus, plain)
     except (OrchestratorError, ValueError):  # of a controller of another version
         return None
+    return status if abs(time.time() - published_time) <= FRESH_S else None
 
 
 class _Head:

@@ -4,6 +4,7 @@ read from it and published again. Only the run's end waits for the tracker.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -39,6 +40,7 @@ DAMAGED_AGAIN_S = 60.0  # until a journal that is damaged is read again
 LOOK_EVERY_S = 3.0
 MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what would pile up here
 LAST_TRIES = 3
+MOST_HELD = 1_000
 
 
 class TrackerClient:
@@ -52,6 +54,9 @@ class TrackerClient:
         self._tracker: Remote[Tracker] | None = None
         self._data: PreparedData | None = None
         self._is_current = False  # it has, or was sent, everything in the journal
+        self._is_reading = False  # the journal, for what it lacks
+        self._held: list[Call] = []  # values of steps that were published meanwhile
+        self._events: deque[JournalEntry] = deque(maxlen=MOST_HELD)  # the newest: run storage may not have them yet
         self._asked_s: float | None = None  # when its position was last requested
         self._newest_event = -1  # `seq` of the newest event that it has or was sent, while it is current
         self._num_open = 0
@@ -94,13 +99,20 @@ class TrackerClient:
 
     def publish_steps(self, points: Sequence[MetricPoint], after: int, loads: Mapping[int, Loads]) -> None:
         """Publish all values of the steps after `after`, and the loads of their experts."""
+        call = (Tracker.publish, (list(points), after, loads))
         if points and self._is_current:
-            self._send([(Tracker.publish, (list(points), after, loads))])
+            self._send([call])
+        elif points and self._is_reading:
+            self._held.append(call)
 
     def publish_event(self, entry: JournalEntry) -> None:
+        self._events.append(entry)
         if self._is_current:
-            self._send([(Tracker.event, (entry, points_of_event(entry), self._newest_event))])
-            self._newest_event = entry.seq
+            self._send([self._event_call(entry)])
+
+    def _event_call(self, entry: JournalEntry) -> Call:
+        after, self._newest_event = self._newest_event, entry.seq
+        return Tracker.event, (entry, points_of_event(entry), after)
 
     def look(self) -> None:
         """Ask the tracker for its URL and its errors, at intervals."""
@@ -144,7 +156,7 @@ class TrackerClient:
             log.warning(self.warning)
 
     def _catch_up(self, position: TrackerPosition) -> StorageTask[None]:
-        data = self._data
+        data, self._is_reading = self._data, True
         try:
             missing = yield Lengthy(self._missing(position, data))
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
@@ -158,7 +170,11 @@ class TrackerClient:
                 missing += calls_for_data(self._data)
             seqs = [args[0].seq for method, args in missing if method is Tracker.event]
             self._newest_event = max(seqs, default=position.event)
-            self._send(missing)
+            missing += (self._event_call(entry) for entry in tuple(self._events) if entry.seq > self._newest_event)
+            self._send(missing + self._held)  # steps that it has are dropped by the tracker
+        finally:
+            self._is_reading = False
+            self._held.clear()
 
     def _missing(self, position: TrackerPosition, data: PreparedData | None) -> Callable[[], list[Call]]:
         """The call that reads what a tracker at `position` lacks."""

@@ -143,11 +143,12 @@ def _committed(limits: RunLimits, state: RunState, seen: Observation) -> int:
 def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Begin again from a checkpoint, or from the seed if there is none: no live workers hold a whole state. One that
     lacks only its marker comes first, as its steps may be published."""
-    if any(commit.step <= seen.progress.watermark for commit in complete_checkpoints(state, seen)):
+    recorded = max(seen.progress.watermark, seen.recording)
+    if any(commit.step <= recorded for commit in complete_checkpoints(state, seen)):
         return Decision(state)
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
-    if seen.unreadable:  # a good one may exist
+    if seen.unreadable or seen.is_searching:  # a good one may exist
         return Decision(state)
     restore = seen.restorable
     done = restore.step if restore else -1

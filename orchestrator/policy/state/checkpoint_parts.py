@@ -22,7 +22,9 @@ def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
 
 def can_complete(state: RunState, seen: Observation, step: int, term: int, generation: int) -> bool:
     """Whether a checkpoint of which some parts may be written can still be completed. It can't if a rank without a part
-    is lost, or has gone on to a later checkpoint."""
+    is lost, or has gone on to a later checkpoint. Generations that were planned later than this state can."""
+    if generation >= state.num_generations:
+        return True
     plans = (state.previous, state.current, state.next)
     plan = next((plan for plan in plans if plan and (plan.term, plan.generation) == (term, generation)), None)
     if plan is None or (generation, step) <= state.checkpoint:

@@ -113,7 +113,7 @@ def suspended(state: RunState, seen: Observation) -> Decision:
     failures and the micro-batch size are kept."""
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
-    if seen.unreadable:
+    if seen.unreadable or seen.is_searching:
         return Decision(state)
     assert state.current is not None
     step = seen.restorable.step if seen.restorable else -1

@@ -166,7 +166,8 @@ class Observation:
 
     `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
     known. `checkpointed` is (generation, step) of the newest checkpoint's marker, `restorable` the newest good
-    checkpoint, if `wants_restore` asked for it; `unreadable` is why it can't be read now. `nodes` maps workers to
+    checkpoint, if `wants_restore` asked for it, known once `is_searching` ends; `unreadable` is why it can't be read
+    now. `recording` is the newest step whose record is in the journal, or is about to be. `nodes` maps workers to
     nodes, `silence_s` to the time since their last answer; `idle_s` is the time since any worker reported something
     new. `store_address` is the rendezvous store's, None while there is none: no generation can be planned then.
     `faults` are failures outside the workers that end the run. `draining` maps nodes that will be removed from the
@@ -182,7 +183,9 @@ class Observation:
     lost: Mapping[str, str] = field(default_factory=dict)
     gone: Mapping[str, Report] = field(default_factory=dict)
     checkpointed: tuple[int, int] = (-1, -1)
+    recording: int = -1
     restorable: Restore | None = None
+    is_searching: bool = False
     unreadable: str = ""
     causes: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)

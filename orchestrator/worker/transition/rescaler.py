@@ -3,7 +3,6 @@
 import logging
 
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.spec.fault_tolerance import COMMITTED
 from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, ShardFactory
@@ -50,7 +49,7 @@ class Rescaler:
                 position.follow(held.progress)
                 self._mailbox.go_back_to(held.progress.step)
             if source.holders[0] == self._factory.me:
-                announce(prepared, position.progress, self._mailbox.records, self._journalled())
+                announce(prepared, position.progress, self._mailbox.records, self._mailbox.directive.journalled)
             recorded = next((r for r in reversed(self._mailbox.records) if r.step == position.step), None)
             try:
                 shard, handover = make_transition(self._factory, prepared, held, position.progress, recorded)
@@ -68,8 +67,3 @@ class Rescaler:
                 handovers=(*self._mailbox.state.transition.handovers[1 - MOST_HANDOVERS :], handover),
             )
         return shard
-
-    def _journalled(self) -> int:
-        """A step up to which the controller has the records, or will soon."""
-        waits_for_checkpoint = self._factory.spec.protection.publish == COMMITTED
-        return self._mailbox.directive.checkpoint_done if waits_for_checkpoint else self._position.step

@@ -5,10 +5,7 @@ A rank saves its sharded state, each element by the one rank that owns it: fp32 
 are saved by each rank for itself: all parts together are what was never sent.
 """
 
-import errno
 import json
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +16,13 @@ from pathlib import Path
 from torch import Tensor
 
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.write import write_shard
+from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.checkpoint.write import write_image
 from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageTrouble, refusal
-from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
 LATE_AFTER_S = 5.0  # of a write: training waits that long for one before it goes on without the next checkpoint
@@ -43,6 +41,7 @@ class ShardSaver:
         done: called from the writing thread with the written shard.
         refused: called from it with the reason each time that storage refuses the shard.
         failed: called from it with an error of any other kind.
+        caller: makes the calls to run storage.
     """
 
     def __init__(
@@ -54,7 +53,9 @@ class ShardSaver:
         done: Callable[[ShardWritten], None],
         refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
+        caller: Caller = call_here,
     ) -> None:
+        self._caller = caller
         self._tensors, self._keeps, self._numerics = tensors, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
         self._write: _Write | None = None
@@ -91,18 +92,19 @@ class ShardSaver:
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
             "world_size": shard.world.size,
         }
+        memory = ShardMemory(pieces, json.dumps(meta, sort_keys=True), shard.rank)
         attempt = partial(
-            write_shard,
+            self._caller,
+            write_image,
             self._checkpoints,
-            pieces,
+            memory.image,
             step=progress.step,
             term=shard.term,  # of the plan: ranks may learn of a newer controller at different moments
             generation=shard.world.generation,
             rank=shard.rank,
-            meta=json.dumps(meta, sort_keys=True),
         )
-        num_bytes, stall_s = sum(piece.array.nbytes for piece in pieces), time.monotonic() - began_s
-        self._write = _Write(attempt, self._checkpoints, num_bytes, stall_s, self._done, self._refused, self._failed)
+        stall_s = time.monotonic() - began_s
+        self._write = _Write(attempt, memory, stall_s, self._done, self._refused, self._failed)
         self._write.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -123,8 +125,7 @@ class _Write(threading.Thread):
     def __init__(
         self,
         attempt: Callable[[], ShardWritten],
-        checkpoints: Path,
-        num_bytes: int,
+        memory: ShardMemory,
         stall_s: float,
         done: Callable[[ShardWritten], None],
         refused: Callable[[StorageTrouble | None], None],
@@ -132,7 +133,7 @@ class _Write(threading.Thread):
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._checkpoints, self._num_bytes, self._stall_s = checkpoints, num_bytes, stall_s
+        self._memory, self._stall_s = memory, stall_s
         self._began_s = time.monotonic()
         self.was_refused = threading.Event()
         self.given_up = threading.Event()
@@ -152,15 +153,12 @@ class _Write(threading.Thread):
             while not self.given_up.is_set() and not self._is_over():
                 self.given_up.wait(AGAIN_S)
         finally:
-            del self._attempt  # it holds a copy of the shard
+            self._memory.close()
 
     def _is_over(self) -> bool:
         """Make one attempt. Returns whether it was the last one."""
         try:
-            self._check_room()
-            began_s = time.thread_time()
             written = self._attempt()
-            cost_s = self._stall_s + time.thread_time() - began_s
         except OSError as error:
             self.was_refused.set()
             if not self.given_up.is_set():
@@ -170,21 +168,12 @@ class _Write(threading.Thread):
             self._failed(error)
             return True
         if not self.given_up.is_set():  # else its checkpoint may have been deleted already
-            self._done(replace(written, cost_s=cost_s))
+            self._done(replace(written, cost_s=self._stall_s + written.cost_s))
         return True
-
-    def _check_room(self) -> None:
-        """Raise OSError if the shard doesn't fit. An attempt would take the last room from others until it fails, and a
-        shard that fits into the space that was given up for the journal isn't meant to have it."""
-        run_dir = self._checkpoints.parent
-        usage = shutil.disk_usage(next(path for path in (run_dir, *run_dir.parents) if path.exists()))
-        needed = self._num_bytes + (0 if reserve_in(run_dir).exists() else RESERVE_BYTES)
-        if usage.total > 0 and usage.free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:
-    """Copies of all pieces that this rank saves."""
+    """All pieces that this rank saves, in place."""
     held = [tensors[name] for name in ranges.names() if not tensors[name].is_copy]
     updated = {tensor.like: ranges.spans(tensor.name) for tensor in held if tensor.sharing is Sharing.SHARDED}
     pieces = []
@@ -208,5 +197,5 @@ def part_of(name: str, rank: int) -> str:
 
 
 def _piece(name: str, start: int, data: Tensor) -> ShardPiece:
-    copy = data.detach().cpu().numpy().copy()
-    return ShardPiece(tensor=name, start=start, stop=start + len(copy), array=copy)
+    array = data.detach().cpu().numpy()
+    return ShardPiece(tensor=name, start=start, stop=start + len(array), array=array)

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 
 from orchestrator.cluster.inbox import Inbox
-from orchestrator.cluster.storage_thread import StorageThread
-from orchestrator.storage.tasks import LENGTHY_S, SLOW_S, Lengthy, StorageCall, StorageTask
+from orchestrator.cluster.storage_thread import Lane, StorageThread
+from orchestrator.errors import TermSuperseded
+from orchestrator.storage.tasks import LENGTHY_S, SLOW_S, Lengthy, StorageCall, StorageTask, Wait
 
 
 class Gate:
@@ -70,6 +71,42 @@ def test_an_error_of_a_call_is_raised_where_the_task_made_it(storage: StorageThr
     assert done == ["task begins", "task refused", "task written"]
 
 
+def test_a_call_that_hangs_delays_no_task_of_another_lane(storage: StorageThread) -> None:
+    done: list[str] = []
+    hangs, is_recorded = Gate(), threading.Event()
+    wait = Wait(is_recorded.is_set, lambda: done.append(f"waited {is_recorded.wait(20.0)}"))
+    storage.add("call", partial(_task, "call", done, hangs))
+    storage.add("decision", partial(_task, "decision", done, wait), Lane.DECISIONS)
+    storage.add("next", partial(_task, "next", done), Lane.DECISIONS)
+    storage.advance()
+    assert done == ["decision begins", "call begins"]
+    is_recorded.set()
+    storage.advance()
+    assert done[2:] == ["decision None", "next begins"] and storage.is_pending("call")
+    hangs.open()
+    storage.finish()
+    assert done[4:] == ["call written"]
+
+
+def test_finishing_waits_for_what_others_bring_about(storage: StorageThread) -> None:
+    done: list[str] = []
+    is_recorded = threading.Event()
+    storage.add("decision", partial(_task, "decision", done, Wait(is_recorded.is_set, is_recorded.wait)))
+    storage.advance()
+    threading.Timer(0.05, is_recorded.set).start()
+    storage.finish()
+    assert done == ["decision begins", "decision None"]
+
+
+def test_a_wait_that_ends_the_run_raises(storage: StorageThread) -> None:
+    def is_over() -> bool:
+        raise TermSuperseded("another one")
+
+    storage.add("decision", partial(_task, "decision", [], Wait(is_over, lambda: None)))
+    with pytest.raises(TermSuperseded):
+        storage.finish()
+
+
 def test_a_task_that_waits_is_replaced_and_one_that_runs_is_not(storage: StorageThread) -> None:
     done: list[str] = []
     hangs = Gate()
@@ -117,7 +154,7 @@ def test_a_call_that_takes_long_is_trouble(
     storage.add("task", partial(_task, "task", [], wrap(hangs)))
     storage.advance()
     assert storage.trouble() is None
-    storage._since_s -= slow_s + 37.0
+    storage._lanes[Lane.CALLS]._since_s -= slow_s + 37.0
     trouble = storage.trouble()
     assert trouble is not None and trouble.why == f"run storage has not answered for {slow_s + 37.0:.0f} s"
     hangs.open()

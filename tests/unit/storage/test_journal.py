@@ -2,12 +2,15 @@
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
+from orchestrator.storage.chain import ChainEntry
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, has_journal, newest_term, read_events
 
@@ -154,3 +157,95 @@ def test_an_entry_that_is_none_is_named(tmp_path: Path, data: bytes) -> None:
         newest_term(tmp_path)
     with pytest.raises(JournalCorrupt, match="journal/0000000000 can't be read"):
         journal_of(tmp_path)
+
+
+class Controllers:
+    """Controllers of one run, several of which may be alive: what each does, and what it may act on."""
+
+    def __init__(self, root: Path) -> None:
+        self.storage, self.kept = DirectoryObjects(root / "run"), DirectoryObjects(root / "kept")
+        self.journals: list[Journal] = []
+        self.open: list[list[ChainEntry]] = []  # of each, the entries that it has made and not stored, oldest first
+        self.over: set[int] = set()  # those that know that they are superseded
+        self.late: list[ChainEntry] = []  # that storage may still take, from calls of controllers that are gone
+        self.acted: list[tuple[int, str]] = []  # term and event, in the order in which they were recorded
+
+    def begin(self) -> None:
+        self.journals.append(Journal(self.storage, kept=self.kept))
+        self.open.append([])
+
+    def decide(self, number: int) -> None:
+        """Make an entry, behind those that storage hasn't taken."""
+        if number not in self.over:
+            name = f"{self.journals[number].term}-{self.journals[number].last.number}"
+            self.open[number].append(self.journals[number].propose([{"kind": name}]))
+
+    def store(self, number: int) -> None:
+        """Storage takes the oldest entry of a controller."""
+        if self.open[number]:
+            entry = self.open[number][0]
+            self._try(number, self.journals[number].store, entry)
+            if entry in self.open[number]:
+                self.open[number].remove(entry)
+
+    def keep(self, number: int) -> None:
+        """Storage hangs, and all entries of a controller are kept, in order."""
+        for entry in tuple(self.open[number]):
+            self._try(number, self.journals[number].keep, entry)
+
+    def arrive(self) -> None:
+        """The oldest call of a controller that is gone reaches storage."""
+        if self.late:
+            entry = self.late.pop(0)
+            self.storage.create(f"journal/{entry.number:010d}", entry.data)
+
+    def _try(self, number: int, record: Callable[[ChainEntry], None], entry: ChainEntry) -> None:
+        if entry not in self.open[number]:  # superseded
+            return
+        try:
+            record(entry)
+        except TermSuperseded:
+            self.late += self.open[number][:1]  # one at a time is on its way
+            self.open[number] = []
+            self.over.add(number)
+        else:
+            event = (entry.link.term, entry.events[0]["kind"])
+            if event not in self.acted:
+                self.acted.append(event)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    moves=st.lists(st.tuples(st.sampled_from(["begin", "decide", "store", "keep", "arrive"]), st.integers(0, 3))),
+)
+def test_what_any_controller_acted_on_is_in_the_journal_whatever_storage_did(
+    tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[str, int]]
+) -> None:
+    """Controllers decide, have entries stored or kept, and are replaced, also while they live, in any order."""
+    run = Controllers(tmp_path_factory.mktemp("run"))
+    run.begin()
+    run.store(0)
+    for move, number in moves:
+        if move == "begin":
+            run.begin()
+        elif move == "arrive":
+            run.arrive()
+        else:
+            getattr(run, move)(number % len(run.journals))
+    run.begin()
+    while run.late:
+        run.arrive()
+    events = [(event["term"], event["kind"]) for event in read_events(run.storage._root)]
+    assert [event for event in events if event in run.acted] == sorted(run.acted, key=events.index)
+    assert set(run.acted) <= set(events) and len(set(events)) == len(events)
+    assert [term for term, _ in events] == sorted(term for term, _ in events)
+
+
+def test_another_run_of_the_name_gets_nothing_of_what_was_kept(tmp_path: Path) -> None:
+    kept = DirectoryObjects(tmp_path / "kept")
+    old = Journal(DirectoryObjects(tmp_path / "old"), kept=kept)
+    old.keep(old.propose([{"kind": "kept"}]))
+    Journal(DirectoryObjects(tmp_path / "new"), kept=kept)
+    assert kinds(tmp_path / "new") == []
+    Journal(DirectoryObjects(tmp_path / "old"), kept=kept)
+    assert kinds(tmp_path / "old") == ["kept"]

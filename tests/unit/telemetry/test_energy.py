@@ -191,4 +191,4 @@ def test_without_nvml_and_rapl_nothing_is_measured(tmp_path: Path) -> None:
 
 
 def test_every_host_has_a_meter() -> None:
-    assert isinstance(Host("builtins:dict", (), None).read_energy(0.0), EnergyReading)
+    assert isinstance(Host("builtins:dict", (), None, False).read_energy(0.0), EnergyReading)

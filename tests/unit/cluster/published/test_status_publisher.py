@@ -1,6 +1,5 @@
 """A run's status is published at intervals and at changes, until the run ends."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +8,9 @@ import pytest
 from ray.experimental import internal_kv
 
 from orchestrator.cluster.published import status_publisher
-from orchestrator.cluster.published.status_publisher import StatusPublisher
+from orchestrator.cluster.published.status_publisher import StatusPublisher, publishing_the_last
+from orchestrator.cluster.published.status_reader import content_of, status_in
+from orchestrator.protocol.codec import to_plain
 from tests.unit.cli.statuses import status
 
 PATIENCE_S = 10.0
@@ -28,6 +29,9 @@ class Store:
             raise ConnectionError
         self.values[key] = value
 
+    def get(self, key: bytes, **_: object) -> bytes | None:
+        return self.values.get(key)
+
     def remove(self, key: bytes, **_: object) -> None:
         self.values.pop(key, None)
 
@@ -36,6 +40,7 @@ class Store:
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store()
     monkeypatch.setattr(internal_kv, "_internal_kv_put", store.put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", store.get)
     monkeypatch.setattr(internal_kv, "_internal_kv_del", store.remove)
     return store
 
@@ -60,7 +65,7 @@ def test_it_is_published_again_and_again(
     monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
     publisher.start()
     await_true(lambda: store.num_puts >= 3)
-    assert json.loads(store.values[b"try"])["step"] >= 1
+    assert status_in(store.values[b"try"])[0]["step"] >= 1
 
 
 def test_a_change_of_the_state_is_published_at_once(
@@ -100,3 +105,29 @@ def test_it_goes_on_after_an_outage_of_the_head(
     assert store.values == {}
     store.is_reachable = True
     await_true(lambda: b"try" in store.values)
+
+
+def test_the_last_one_is_published_while_another_controller_starts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
+    before = to_plain(status(step=7, as_of_time=5.0))
+    store.values[b"try"] = content_of(before, time.time() - 5.0)
+    began = time.time()
+    with publishing_the_last("try"):
+        await_true(lambda: store.num_puts > 2)
+    puts = store.num_puts
+    found, published_time = status_in(store.values[b"try"])
+    assert published_time >= began and "has waited 0 s for run storage" in found["warning"]
+    assert {**found, "warning": before["warning"]} == before
+    store.values[b"old"] = content_of(before, time.time() - 100.0)
+    for run in ("old", "a run that has published none"):
+        with publishing_the_last(run):
+            time.sleep(0.05)
+    assert store.num_puts == puts
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"no JSON", b'{"published_time": null, "status": {}}'])
+def test_what_is_no_published_status_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError):
+        status_in(content)

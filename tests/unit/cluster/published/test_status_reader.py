@@ -1,6 +1,5 @@
 """A run's status is read from the head only if it is fresh, and only with the token of a cluster that asks for one."""
 
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from orchestrator.cluster.published.status_reader import (
     FRESH_S,
     KV_NAMESPACE,
     SERVICE,
+    content_of,
     published_status,
     published_statuses,
 )
@@ -66,7 +66,8 @@ class Head(grpc.GenericRpcHandler):  # type: ignore[misc]
         return bytes(reply.SerializeToString())
 
     def publish(self, found: RunStatus) -> None:
-        self.values[found.run_id.encode()] = json.dumps(to_plain(found)).encode()
+        assert found.as_of_time is not None
+        self.values[found.run_id.encode()] = content_of(to_plain(found), found.as_of_time)
 
 
 def _refuse(_: bytes, context: grpc.ServicerContext) -> None:
@@ -94,9 +95,9 @@ def test_a_fresh_status_is_read(head: Head) -> None:
     assert head.tokens == [None, f"Bearer {SECRET}"]
 
 
-@pytest.mark.parametrize("age_s", [None, FRESH_S + 1, -FRESH_S - 1])
-def test_an_old_one_is_not(head: Head, age_s: float | None) -> None:
-    head.publish(status(as_of_time=None if age_s is None else time.time() - age_s))
+@pytest.mark.parametrize("age_s", [FRESH_S + 1, -FRESH_S - 1])
+def test_an_old_one_is_not(head: Head, age_s: float) -> None:
+    head.publish(status(as_of_time=time.time() - age_s))
     assert published_status("try", head.address) is None
 
 

@@ -12,6 +12,7 @@ import pytest
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.tracker_client import TrackerClient
+from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted
@@ -24,7 +25,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system
 from orchestrator.tracking.outbox import Outbox
-from orchestrator.tracking.sink import Dataset, TrackerPosition
+from orchestrator.tracking.sink import Dataset, MetricPoint, TrackerPosition
 from orchestrator.tracking.tracker import Tracker
 from tests.unit.policy.imagined import limits_of, record
 
@@ -172,3 +173,27 @@ def test_this_machine_can_be_read(tmp_path: Path) -> None:
     assert -rounding <= second.busy_s - first.busy_s <= second.total_s - first.total_s + rounding
     assert second.total_s - first.total_s <= (second.time - first.time + 1.0) * (os.cpu_count() or 1)
     assert second.memory_bytes > 0 and 0 < second.disk_percent <= 100
+
+
+@pytest.mark.parametrize("when", ["while the journal is read", "before, and only kept in the cluster"])
+def test_what_is_published_to_a_tracker_that_lacks_something_is_not_missed(run_dir: Path, when: str) -> None:
+    storage = StorageThread(SimpleQueue())
+    link = TrackerClient("run", run_dir, JobSpec(name="run"), "package:Tracker", 1, storage, SimpleQueue())
+    tracker = SentCalls()
+    link._tracker = Remote(tracker, is_hosted=True)
+    entry = JournalEntry(10_000, 1, 0.0, CheckpointCommitted(199, "/c/199"))
+    if when.startswith("before"):
+        link.publish_event(entry)
+    link._take(Tracker.position, _has_steps_up_to(-1))
+    storage.advance()  # it is being read
+    if when.startswith("while"):
+        link.publish_event(entry)
+        link.publish_steps([MetricPoint("train/loss", 1.0, STEPS, 0.0)], after=STEPS - 1, loads={})
+    storage.finish()
+    *_, before, (_, _, sent, _, after) = [call for call in tracker.calls if call[0] == "event"]
+    assert sent == entry and after == before[2].seq
+    steps = [(args[-2], args[1][0].step) for method, *args in tracker.calls if method == "publish"]
+    assert ((STEPS - 1, STEPS) in steps) == when.startswith("while")
+    later = JournalEntry(10_002, 1, 0.0, CheckpointCommitted(299, "/c/299"))
+    link.publish_event(later)
+    assert tracker.calls[-1][2] == later and tracker.calls[-1][-1] == entry.seq
