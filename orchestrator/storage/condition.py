@@ -12,6 +12,7 @@ _CONDITIONS = {
     errno.EROFS: "read_only",
     errno.EACCES: "read_only",
     errno.EPERM: "read_only",
+    errno.EBUSY: "slow",
 }
 
 
@@ -19,7 +20,7 @@ class StorageCondition(StrEnum):
     """What run storage is like now."""
 
     WELL = "well"
-    SLOW = "slow"  # it has not answered for some seconds
+    SLOW = "slow"  # it has not answered for some seconds, or asks for fewer requests
     FULL = "full"
     READ_ONLY = "read_only"  # it refuses writes
     AWAY = "away"  # it has not answered for long, or answers with errors

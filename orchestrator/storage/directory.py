@@ -6,13 +6,16 @@ network file systems too, which `O_EXCL` followed by a write can't give (a reade
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.storage.atomic import create_atomically, flush
+from orchestrator.storage.atomic import create_atomically, flush, replacing
+from orchestrator.storage.objects import StoredObject, Written
 
+COPIED_BYTES = 2**20  # at once
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -45,8 +48,19 @@ class DirectoryObjects:
             raise
         return data
 
-    def get(self, key: str) -> bytes:
-        return (self._root / key).read_bytes()
+    def put(self, key: str, file: Path) -> Written:
+        path, digest, num_bytes = self._root / key, sha256(), 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as source, replacing(path) as target:
+            while data := source.read(COPIED_BYTES):
+                digest.update(data)
+                num_bytes += target.write(data)
+        return Written(digest.hexdigest(), num_bytes)
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        with (self._root / key).open("rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
 
     def names(self, folder: str) -> tuple[str, ...]:
         try:
@@ -55,6 +69,23 @@ class DirectoryObjects:
         except FileNotFoundError:
             return ()
 
+    def objects(self, folder: str) -> tuple[StoredObject, ...]:
+        return tuple(sorted(self._walk(folder)))
+
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             (self._root / key).unlink(missing_ok=True)
+
+    def _walk(self, folder: str) -> Iterator[StoredObject]:
+        for directory, folders, names in os.walk(self._root / folder, onerror=_raise_unless_absent):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                path = Path(directory, name)
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    if not name.startswith("."):
+                        yield StoredObject(path.relative_to(self._root).as_posix(), path.stat().st_size)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

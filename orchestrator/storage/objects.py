@@ -5,6 +5,8 @@ seen in part. On this stands a journal that only one controller can append to, w
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -36,4 +38,48 @@ class Objects(Protocol):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; absent ones are skipped. Raises OSError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `put` has stored. `sha256` is in hexadecimal."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, order=True)
+class StoredObject:
+    """An object that is there, by its whole key."""
+
+    key: str
+    num_bytes: int
+
+
+class LargeObjects(Objects, Protocol):
+    """Objects of which some are large: written from files, and read in parts."""
+
+    def put(self, key: str, file: Path) -> Written:
+        """Store a file's content under a key that no other content is ever stored under. May be repeated.
+
+        Args:
+            file: it may be memory, by its path in `/proc/PID/fd`.
+
+        Raises:
+            OSError: it could not be read or stored, or it is not known whether it is.
+        """
+        ...
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The object's bytes from `start` to before `stop`, or to its end if that comes first.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            OSError: it can't be read.
+        """
+        ...
+
+    def objects(self, folder: str) -> tuple[StoredObject, ...]:
+        """All objects below `folder`, at any depth, sorted; none if it doesn't exist. Raises OSError."""
         ...

@@ -13,6 +13,7 @@ from orchestrator.storage.condition import AWAY_AFTER_S, StorageCondition, refus
         (errno.EDQUOT, StorageCondition.FULL),
         (errno.EROFS, StorageCondition.READ_ONLY),
         (errno.EACCES, StorageCondition.READ_ONLY),
+        (errno.EBUSY, StorageCondition.SLOW),
         (errno.EIO, StorageCondition.AWAY),
         (errno.ESTALE, StorageCondition.AWAY),
     ],

@@ -1,54 +1,24 @@
-"""The contract of `Objects`, kept by a directory."""
+"""What a directory does beyond the contract of `Objects`, which `test_objects` holds."""
 
 import errno
 import os
-import threading
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import UsageError
 from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.objects import StoredObject
 
 
-def test_an_object_is_created_once(tmp_path: Path) -> None:
-    objects = DirectoryObjects(tmp_path / "run")
-    assert objects.create("a/b", b"first") == b"first"
-    assert objects.create("a/b", b"second") == b"first"
-    assert objects.create("a/b", b"first") == b"first"  # a repeated call whose reply was lost
-    assert objects.get("a/b") == b"first"
-
-
-def test_one_of_many_concurrent_creations_wins(tmp_path: Path) -> None:
-    objects, found = DirectoryObjects(tmp_path), set[bytes]()
-    barrier = threading.Barrier(32)
-
-    def create(data: bytes) -> None:
-        barrier.wait()
-        found.add(objects.create("journal/0", data))
-
-    threads = [threading.Thread(target=create, args=(bytes([i]) * 1000,)) for i in range(32)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {objects.get("journal/0")}
-
-
-def test_names_are_those_of_objects(tmp_path: Path) -> None:
-    objects = DirectoryObjects(tmp_path)
-    assert objects.names("none") == ()
-    for key in ("x/b", "x/a", "x/deeper/c"):
-        objects.create(key, key.encode())
-    (tmp_path / "x" / ".hidden").write_text("a write that was cut off")
-    assert objects.names("x") == ("a", "b", "deeper")
-
-
-def test_deletion_skips_what_is_absent(tmp_path: Path) -> None:
+def test_hidden_files_are_no_objects(tmp_path: Path) -> None:
     objects = DirectoryObjects(tmp_path)
     objects.create("x/a", b"1")
-    objects.delete(["x/a", "x/b"])
-    assert objects.names("x") == ()
+    (tmp_path / "x" / ".hidden").write_text("a write that was cut off")
+    (tmp_path / ".folder").mkdir()
+    (tmp_path / ".folder" / "b").write_text("a directory that is being removed")
+    assert objects.names("x") == ("a",)
+    assert objects.objects("") == (StoredObject("x/a", 1),)
 
 
 def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

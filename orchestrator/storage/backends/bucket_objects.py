@@ -1,0 +1,232 @@
+"""Objects in a bucket of S3, Google Cloud Storage or Azure, or of a server that has one of their protocols.
+
+An object is created by a request that fails if its name is taken (`If-None-Match: *` or its like). Any answer but a
+success leaves open whether it was stored: a reply may be lost, S3 answers 409 while another request is under way, and
+a request that was sent again finds the success of its first time. So the object is read then: it is this caller's, or
+another's, or absent, and the request is made again.
+
+Credentials come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL and such;
+GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY. Without them those of the machine
+are used, if it is one in the cloud.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import ObjectStore, from_url
+
+from orchestrator.errors import UsageError
+from orchestrator.storage.backends.request_errors import os_error
+from orchestrator.storage.objects import StoredObject, Written
+
+R = TypeVar("R")
+
+PART_BYTES = 8 * 2**20  # of a large object
+MOST_PARTS = 10_000  # that S3 takes
+PARTS_AT_ONCE = 4
+SMALL_BYTES = 2**17
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between attempts
+MOST_RETRIES = 20  # of a request, within the limit of time
+REFUSALS = (errno.EACCES, errno.ENODEV, errno.EINVAL)  # nothing was done, and no other attempt will help
+FINAL = (*REFUSALS, errno.ENOENT, errno.ERANGE)
+LONGEST_READ_S = 3600.0  # of a whole object, whose bytes come one after the other
+
+# What the names of environment variables begin with, by scheme.
+PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Limits of time, in seconds.
+
+    Args:
+        answer_s: for the answer to a small request, and for the next bytes of an object that is read.
+        upload_s: for a part of a large object, or a whole one of no more bytes.
+        retry_s: after which no further attempt is made.
+    """
+
+    answer_s: float = 10.0
+    upload_s: float = 60.0
+    retry_s: float = 30.0
+
+
+class BucketObjects:
+    """Objects below a URL such as `s3://bucket/runs/demo`, as `storage.objects.LargeObjects`. Picklable.
+
+    Parts of a large object whose upload is cut off stay until a lifecycle rule of the bucket deletes them; they are no
+    object.
+    """
+
+    def __init__(self, url: str, patience: Patience = Patience()) -> None:
+        self._url, self._patience = url, patience
+
+    def create(self, key: str, data: bytes) -> bytes:
+        is_small = len(data) < SMALL_BYTES
+        store = partial(self._store, self._patience.answer_s if is_small else self._patience.upload_s)
+
+        def create_or_read() -> bytes:
+            try:
+                with self._os_errors(key):
+                    obstore.put(store(), key, data, mode="create")
+                return data
+            except OSError as error:
+                self._refuse_unconditional(error)
+                if error.errno in REFUSALS:
+                    raise
+                with suppress(FileNotFoundError):
+                    return self.get(key)
+                raise
+
+        return self._repeated(create_or_read)
+
+    def put(self, key: str, file: Path) -> Written:
+        digest, num_bytes, num_read = sha256(), file.stat().st_size, 0
+        part_bytes = max(PART_BYTES, -(-num_bytes // MOST_PARTS))
+
+        def parts() -> Iterator[bytes]:
+            nonlocal num_read
+            with file.open("rb") as source:
+                while part := source.read(part_bytes):
+                    digest.update(part)
+                    num_read += len(part)
+                    yield part
+
+        try:
+            with self._os_errors(key):
+                store = self._store(self._patience.upload_s, retries=True)
+                if num_bytes <= part_bytes:
+                    obstore.put(store, key, b"".join(parts()), use_multipart=False)
+                else:
+                    obstore.put(store, key, parts(), chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
+        except OSError:  # there all the same, if the reply to the last request was lost
+            if num_read < num_bytes or not self._holds(key, num_bytes):
+                raise
+        return Written(digest.hexdigest(), num_read)
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        def get() -> bytes:
+            with self._os_errors(key):
+                store = self._store(LONGEST_READ_S, silence_s=self._patience.answer_s)
+                if stop is not None:
+                    return bytes(obstore.get_range(store, key, start=start, end=stop))
+                if start:
+                    return bytes(obstore.get(store, key, options={"range": {"offset": start}}).bytes())
+                return bytes(obstore.get(store, key).bytes())
+
+        try:
+            return self._repeated(get)
+        except OSError as error:
+            if error.errno == errno.ERANGE:  # it ends at or before `start`
+                return b""
+            raise
+
+    def names(self, folder: str) -> tuple[str, ...]:
+        def names() -> tuple[str, ...]:
+            with self._os_errors(folder):
+                found = obstore.list_with_delimiter(self._store(self._patience.answer_s), folder or None)
+            keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+            return tuple(sorted(key.rpartition("/")[2] for key in keys))
+
+        return self._repeated(names)
+
+    def objects(self, folder: str) -> tuple[StoredObject, ...]:
+        def objects() -> tuple[StoredObject, ...]:
+            with self._os_errors(folder):
+                found = obstore.list(self._store(self._patience.answer_s), folder or None).collect()
+            return tuple(sorted(StoredObject(entry["path"], entry["size"]) for entry in found))
+
+        return self._repeated(objects)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        keys = tuple(keys)
+        if not keys:
+            return
+        try:
+            self._repeated(partial(self._delete_once, keys))
+        except FileNotFoundError:  # which of them, and whether others were deleted, is not known
+            for key in keys:
+                with suppress(FileNotFoundError):
+                    self._repeated(partial(self._delete_once, (key,)))
+
+    def _delete_once(self, keys: tuple[str, ...]) -> None:
+        with self._os_errors(keys[0]):
+            obstore.delete(self._store(self._patience.answer_s), keys)
+
+    def _repeated(self, request: Callable[[], R]) -> R:
+        """The result of a request, which is made again if its failure may pass."""
+        deadline_s, pause_s = time.monotonic() + self._patience.retry_s, FIRST_PAUSE_S
+        while True:
+            try:
+                return request()
+            except OSError as error:
+                if error.errno in FINAL or time.monotonic() + pause_s > deadline_s:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _holds(self, key: str, num_bytes: int) -> bool:
+        with suppress(OSError), self._os_errors(key):
+            return obstore.head(self._store(self._patience.answer_s), key)["size"] == num_bytes
+        return False
+
+    def _refuse_unconditional(self, failure: OSError) -> None:
+        if failure.errno == errno.ENOTSUP:
+            raise UsageError(
+                f"{self._url} can't create an object only if its name is free ({failure.strerror})",
+                remedy="Name run storage on a service with conditional writes.",
+                unchanged="Nothing was written.",
+            ) from failure
+
+    def _store(self, request_s: float, silence_s: float | None = None, retries: bool = False) -> ObjectStore:
+        return _open_store(self._url, request_s, silence_s or request_s, self._patience.retry_s if retries else 0.0)
+
+    def _where(self, key: str) -> str:
+        return f"{self._url}/{key}"
+
+    @contextmanager
+    def _os_errors(self, key: str) -> Iterator[None]:
+        """Raise errors of requests as OSError."""
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as error:
+            raise os_error(error, self._where(key)) from None
+
+
+@lru_cache(maxsize=64)
+def _open_store(url: str, request_s: float, silence_s: float, retry_s: float) -> ObjectStore:
+    """The client of a bucket, with its connections, which all objects of that URL in this process share.
+
+    Args:
+        request_s: limit of a whole request.
+        silence_s: limit of the time without another byte of an answer.
+    """
+    allow_http = os.environ.get(f"{PREFIXES[url.partition(':')[0]]}_ALLOW_HTTP", "")
+    return from_url(
+        url,
+        client_options={
+            "timeout": timedelta(seconds=request_s),
+            "read_timeout": timedelta(seconds=silence_s),
+            "connect_timeout": timedelta(seconds=silence_s),
+            "allow_http": allow_http.lower() in ("true", "1"),
+        },
+        retry_config={
+            "max_retries": MOST_RETRIES if retry_s else 0,
+            "retry_timeout": timedelta(seconds=retry_s),
+            "backoff": {
+                "init_backoff": timedelta(seconds=FIRST_PAUSE_S),
+                "max_backoff": timedelta(seconds=LONGEST_PAUSE_S),
+                "base": 2,
+            },
+        },
+    )
