@@ -31,6 +31,7 @@ from benchmarks.support.host_losses import HostedRun, hosted_run
 from orchestrator.protocol.status import Rescale
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.workers import AutoscaleSpec, WorkersSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 from tests.support.hosts import Hosts, until
 
@@ -115,7 +116,11 @@ def join(hosts: Hosts, live: HostedRun, index: int) -> Join:
     hosts.join(index)
     joined = time.time()
     rescale = _settled(live, known, WORKERS + 1)
-    times = {e["kind"]: e["time"] for e in read_events(live.run_dir) if e["kind"] in ("target", "generation_planned")}
+    times = {
+        e["kind"]: e["time"]
+        for e in read_events(objects_at(live.run_dir))
+        if e["kind"] in ("target", "generation_planned")
+    }
     return Join(
         ray_start_s=joined - started,
         decide_s=times["target"] - joined,

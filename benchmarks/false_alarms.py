@@ -38,6 +38,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.hangs import SILENT_S
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 ALARMS = ("generation_aborted", "worker_lost", "transition_abandoned")
@@ -66,8 +67,8 @@ def measure(quick: bool) -> Result:
                 idle_s, used_s = psutil.cpu_times().idle - idle_s, _cpu_s(busy) - used_s
             steps = live.status().step - begun
             live.stop()
-        alarms = Counter(event["kind"] for event in read_events(live.run_dir) if event["kind"] in ALARMS)
-        for event in read_events(live.run_dir):
+        alarms = Counter(event["kind"] for event in read_events(objects_at(live.run_dir)) if event["kind"] in ALARMS)
+        for event in read_events(objects_at(live.run_dir)):
             if event["kind"] in ALARMS:
                 say(f"false alarm: {event}")
     cores = psutil.cpu_count() or 1

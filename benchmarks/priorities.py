@@ -28,6 +28,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 PLACES = 2
@@ -107,7 +108,7 @@ def round_of(product: Product, low: LiveRun, job: JobSpec) -> Round:
         lambda s: len(s.rescales) >= known + 2 and s.rescales[known + 1].stall_s is not None, "the low run is back"
     )
     shrunk, grown = status.rescales[known : known + 2]
-    of_low, of_high = read_events(low.run_dir), read_events(high.run_dir)
+    of_low, of_high = read_events(objects_at(low.run_dir)), read_events(objects_at(high.run_dir))
     let_in = _time(of_high, "admitted")
     ended = _time(of_high, "ended")
     smaller, larger = (_time(of_low, "activated", generation=change.generation) for change in (shrunk, grown))

@@ -41,6 +41,7 @@ from benchmarks.support.product import LiveRun, Product
 from orchestrator.data.store import TokenStore
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 from tests.support.hosts import Hosts
 
@@ -134,12 +135,12 @@ def sigstop(live: LiveRun, chance: random.Random) -> Fault:
 
 def kill_during_prepare(live: LiveRun, chance: random.Random) -> Fault:
     """A newcomer is warm and its world is planned; then a member dies."""
-    planned = len([e for e in read_events(live.run_dir) if e["kind"] == "generation_planned"])
+    planned = len([e for e in read_events(objects_at(live.run_dir)) if e["kind"] == "generation_planned"])
     size = len(live.members())
     live.ask_for(size + 1)
 
     def is_planned() -> bool:
-        return len([e for e in read_events(live.run_dir) if e["kind"] == "generation_planned"]) > planned
+        return len([e for e in read_events(objects_at(live.run_dir)) if e["kind"] == "generation_planned"]) > planned
 
     victims, strike = signalling(live, [2], signal.SIGKILL)
     fault = after_loss(live, victims, strike, once(is_planned))
@@ -161,7 +162,7 @@ def controller_killed(live: LiveRun, chance: random.Random) -> Fault:
     ]
     steps = [b.timing.vote_time - a.timing.vote_time for a, b in pairwise(votes)]
     around = [b.timing.vote_time - a.timing.vote_time for a, b in pairwise(votes) if b.timing.vote_time > fault_time]
-    published = [r["step"] for e in read_events(live.run_dir) if e["kind"] == "steps" for r in e["records"]]
+    published = [r["step"] for e in read_events(objects_at(live.run_dir)) if e["kind"] == "steps" for r in e["records"]]
     twice = len(published) - len(set(published))
     return Fault(max(0.0, max(around[:10]) - median(steps)), None, twice, 0, True, median(steps))
 

@@ -31,6 +31,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 from tests.support.worker_group import Crew, MemberDied
 
@@ -194,7 +195,7 @@ class WholeProduct(Arm):
             time.sleep(JOURNAL_EVERY_S)
             if self._is_paused.is_set():
                 continue
-            events = read_events(self._run_dir, seq)
+            events = read_events(objects_at(self._run_dir), seq)
             for record in committed_steps(events):
                 self.records[record.step] = record
                 self.tell(record.step, record.timing.vote_time, record.loss)

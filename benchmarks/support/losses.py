@@ -9,6 +9,7 @@ from benchmarks.support.product import LiveRun
 from orchestrator.policy.state.progress import STALL_STEPS
 from orchestrator.protocol.status import Recovery, RunStatus
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 STEADY_STEPS = 6  # in the full world, before a fault
@@ -75,7 +76,7 @@ def once(condition: Callable[[], bool]) -> Callable[[], None]:
 
 def fault_of(live: LiveRun, survivor: str, fault_time: float, recovery: Recovery) -> Fault:
     votes = live.report_of(survivor, after_step=-1).history.records
-    events = read_events(live.run_dir)
+    events = read_events(objects_at(live.run_dir))
     published = max(
         (r["step"] for e in events if e["kind"] == "steps" and e["time"] < fault_time for r in e["records"]), default=-1
     )

@@ -23,6 +23,7 @@ from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.status import Rescale, RunStatus
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 LOOK_EVERY_S = 0.2
@@ -118,7 +119,9 @@ class LiveRun:
 
     def plans(self) -> dict[int, GenerationPlan]:
         """Every generation that was activated, from the journal."""
-        states = (from_plain(RunState, e["state"]) for e in read_events(self.run_dir) if e["kind"] == "state")
+        states = (
+            from_plain(RunState, e["state"]) for e in read_events(objects_at(self.run_dir)) if e["kind"] == "state"
+        )
         return {state.current.generation: state.current for state in states if state.current is not None}
 
     def first_member(self) -> str:

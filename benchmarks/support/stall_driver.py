@@ -30,6 +30,7 @@ from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.cluster.connection import disconnect
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 LOOK_EVERY_S = 0.2
@@ -143,7 +144,7 @@ class Run:
         return ask(find(f"{self._id}/worker/{worker}"), method, *args)
 
     def _events(self) -> list[dict[str, Any]]:
-        return read_events(self._run_dir)
+        return read_events(objects_at(self._run_dir))
 
 
 def typical_s(votes: list[Any]) -> float:

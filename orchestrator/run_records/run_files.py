@@ -15,6 +15,7 @@ from orchestrator.run_records.run_history import read_status, read_steps, user_e
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import has_journal
 
 LOOK_EVERY_S = 0.3
@@ -134,7 +135,7 @@ def run_dir_in(storage: Path, run_id: str) -> Path:
 
 def holds_run(run_dir: Path) -> bool:
     """Whether a run has been submitted to this directory."""
-    return has_journal(run_dir) or (run_dir / "job.json").exists()
+    return has_journal(objects_at(run_dir)) or (run_dir / "job.json").exists()
 
 
 def runs_in(storage: Path) -> list[str]:

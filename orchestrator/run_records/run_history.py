@@ -30,6 +30,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.condition import StorageCondition
@@ -201,7 +202,7 @@ def entries_after(
         leave_out: types to skip: states take long to read.
     """
     wanted, unwanted = {cls.kind for cls in only}, {cls.kind for cls in leave_out}
-    for plain in events_after(run_dir, seq):
+    for plain in events_after(objects_at(run_dir), seq):
         if (not wanted or plain["kind"] in wanted) and plain["kind"] not in unwanted:
             yield entry_of(plain)
 
@@ -234,7 +235,7 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
 
 def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:
     """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
-    return [plain for plain in events_after(run_dir, after) if not is_internal(plain["kind"])]
+    return [plain for plain in events_after(objects_at(run_dir), after) if not is_internal(plain["kind"])]
 
 
 def read_status(run_dir: Path) -> RunStatus:

@@ -20,6 +20,7 @@ from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after, read_status
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
@@ -64,7 +65,7 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
             unchanged="Nothing was changed.",
         ) from error
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
-    term = newest_term(run_dir)
+    term = newest_term(objects_at(run_dir))
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
     history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))
     for method, args in missing_calls(run_dir, tracker.position(), history.progress, history.data):

@@ -22,6 +22,7 @@ from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import has_journal
 
 SETTLE_S = 3.0  # until the resources of an ended run count as free
@@ -33,7 +34,7 @@ def refuse_taken(run_id: str, directory: Path) -> None:
     is_over = (directory / STATUS_FILE).exists()  # its controller may be about to exit
     if ControllerClient(run_id).find() is not None and not is_over:
         raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
-    if has_journal(directory) or (directory / "job.json").exists():
+    if has_journal(objects_at(directory)) or (directory / "job.json").exists():
         raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
 

@@ -24,13 +24,11 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import TermSuperseded
 from orchestrator.storage.chain import BEGINNING, ChainEntry, Event, entry_from, entry_key, list_names
 from orchestrator.storage.chain_reader import ChainReader
-from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import Objects
 
 
@@ -195,13 +193,13 @@ def _kept_key(number: int, prev: str) -> str:
     return f"{number:010d}-{prev[:32]}"
 
 
-def events_after(run_dir: Path, seq: int = -1) -> Iterator[Event]:
+def events_after(objects: Objects, seq: int = -1) -> Iterator[Event]:
     """Every event with a `seq` above this one, in order, read as they are taken. Needs no cluster.
 
     Raises:
         JournalCorrupt: a part of the journal is missing, can't be read, or is not the successor of the one before.
     """
-    reader = ChainReader(DirectoryObjects(run_dir))
+    reader = ChainReader(objects)
     entries = reader.entries() if seq < 0 else _since(reader, seq + 1)
     return (event for entry in entries for event in entry.events if event["seq"] > seq)
 
@@ -216,19 +214,19 @@ def _since(reader: ChainReader, seq: int) -> Iterator[ChainEntry]:
     return reversed(entries)
 
 
-def read_events(run_dir: Path, after: int = -1) -> list[Event]:
+def read_events(objects: Objects, after: int = -1) -> list[Event]:
     """Every event with a `seq` above `after`, in order. Raises as `events_after`."""
-    return list(events_after(run_dir, after))
+    return list(events_after(objects, after))
 
 
-def newest_term(run_dir: Path) -> int:
+def newest_term(objects: Objects) -> int:
     """The highest term taken so far; 0 if none was."""
-    return ChainReader(DirectoryObjects(run_dir)).newest_link().term
+    return ChainReader(objects).newest_link().term
 
 
-def has_journal(run_dir: Path) -> bool:
+def has_journal(objects: Objects) -> bool:
     """Whether any controller has taken a term of this run. Reads no entry."""
     try:
-        return list_names(DirectoryObjects(run_dir)).newest >= 0
+        return list_names(objects).newest >= 0
     except NotADirectoryError:
         return False

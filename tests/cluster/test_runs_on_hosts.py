@@ -21,6 +21,7 @@ from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.fault_tolerance import ProtectionSpec, RecoverySpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support.driver import Driver
@@ -157,7 +158,7 @@ def _sent_by_hosts(hosts: Hosts) -> int:
 
 def _events(driver: Driver, run: str) -> list[dict[str, Any]]:
     status: RunStatus = driver.call(OrchestratorClient.get, run)
-    return read_events(Path(status.run_dir))
+    return read_events(objects_at(Path(status.run_dir)))
 
 
 def _fullest(hosts: Hosts, driver: Driver) -> tuple[int, tuple[str, ...]]:

@@ -25,6 +25,7 @@ from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_status
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
 from tests.support.control import UNHURRIED, Cluster, local_ray
 from tests.support.simulated_worker import simulated_parts
@@ -202,7 +203,7 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     on.until("phoenix", lambda s: s.workers_now == 3)
     status = on.end_of("phoenix", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
-    assert newest_term(on.storage / "phoenix") == 2
+    assert newest_term(objects_at(on.storage / "phoenix")) == 2
     assert status.warning is None
     on.assert_every_step_once("phoenix", 300)
     on.assert_nothing_left("phoenix", workers)

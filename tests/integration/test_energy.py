@@ -17,6 +17,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import user_events
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.energy import EnergyMeter, ProcessorTime
 from tests.support.control import local_ray
@@ -45,7 +46,7 @@ def own_ray() -> Iterator[None]:
 
 
 def energy_in(run_dir: Path) -> list[dict[str, Any]]:
-    return [event["workers"] for event in read_events(run_dir) if event["kind"] == "energy"]
+    return [event["workers"] for event in read_events(objects_at(run_dir)) if event["kind"] == "energy"]
 
 
 def answers(inbox: Inbox, count: int) -> None:
@@ -99,5 +100,5 @@ def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray:
         answers(inbox, 1)
     watch.close(handles)
     storage.finish()
-    assert read_events(run_dir) == []
+    assert read_events(objects_at(run_dir)) == []
     handles["w0"].kill()

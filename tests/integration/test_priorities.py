@@ -12,6 +12,7 @@ from orchestrator.cluster.actors import find
 from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
 from tests.support.control import PATIENCE_S, Cluster, local_ray
 
@@ -87,7 +88,7 @@ def test_a_priority_that_is_set_counts_at_once_and_survives_the_controller_and_a
     assert controller is not None
     ray.kill(controller, no_restart=False)
     on.until("second", lambda s: s.priority == 5 and s.phase is RunPhase.TRAINING)
-    assert newest_term(on.storage / "second") == 2
+    assert newest_term(objects_at(on.storage / "second")) == 2
     on.ask("set_priority", "first", 9)
     on.until("first", lambda s: s.priority == 9)
     for name in ("first", "second"):

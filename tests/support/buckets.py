@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import http.client
+import logging
 import os
 import shutil
 import socket
@@ -42,6 +43,7 @@ def environment(**variables: str) -> Iterator[None]:
 @contextmanager
 def moto_server() -> Iterator[int]:
     """A server with S3 and one bucket, in threads of this process. Yields its port."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

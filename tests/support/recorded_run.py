@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 
@@ -19,6 +20,6 @@ def write_journal(run_dir: Path, events: Sequence[Mapping[str, Any]], term: int 
 
 def rewrite_journal(run_dir: Path, old: str, new: str) -> None:
     """Replace a text in all events of a run, in a journal whose chain is whole again."""
-    events = json.loads(json.dumps(read_events(run_dir)).replace(old, new))
+    events = json.loads(json.dumps(read_events(objects_at(run_dir))).replace(old, new))
     shutil.rmtree(run_dir / "journal")
     write_journal(run_dir, events, term=events[-1]["term"])

@@ -22,6 +22,7 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_entries
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 
 MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest
@@ -39,7 +40,7 @@ class JournalTail:
 
     def read(self) -> None:
         with suppress(OSError, ValueError, ProtocolError):
-            for event in read_events(self._run_dir, self._seq):
+            for event in read_events(objects_at(self._run_dir), self._seq):
                 self._seq = event["seq"]
                 self._enter(event)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.chain import Event as ProductEvent
 from orchestrator.storage.compaction import CompactionLimits, compact
 from orchestrator.storage.directory import DirectoryObjects
@@ -44,7 +45,7 @@ def _compact(run_dir: Path, journal: Journal, entries: int = 3) -> None:
 def test_the_product_s_journal_is_read_as_the_product_reads_it(tmp_path: Path) -> None:
     _write(tmp_path)
     chain = whole_chain(tmp_path)
-    expected: list[ProductEvent] = read_events(tmp_path)
+    expected: list[ProductEvent] = read_events(objects_at(tmp_path))
     assert (chain.faults, chain.number, chain.term) == ([], 7, 2) and chain.events == expected
 
 
@@ -65,7 +66,7 @@ def test_a_follower_reads_on_through_compactions(tmp_path: Path) -> None:
     for _ in range(2):
         _compact(tmp_path, journal)
     follower.look()
-    assert follower.chain.faults == [] and follower.chain.events == read_events(tmp_path)
+    assert follower.chain.faults == [] and follower.chain.events == read_events(objects_at(tmp_path))
 
 
 def _change(number: int, **changes: Any) -> Callable[[Path], None]:

@@ -29,6 +29,7 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory, committed_steps, read_entries, read_steps
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.chain import list_names
 from orchestrator.storage.compaction import CompactionLimits
 from orchestrator.storage.condition import StorageCondition
@@ -70,7 +71,7 @@ def known(history: RunHistory) -> dict[str, Any]:
 def replayed(run_dir: Path) -> RunHistory:
     """The history by all events, whatever states are there."""
     history = RunHistory(run_dir, LIMITS, is_read=False)
-    history.take(read_events(run_dir))
+    history.take(read_events(objects_at(run_dir)))
     return history
 
 
@@ -170,7 +171,7 @@ def test_progress_before_an_event_is_that_of_the_events_before_it(tmp_path: Path
     memory = opened(tmp_path)
     for _ in range(10):
         absorb_steps(memory, 3)
-    seq, then = read_events(tmp_path)[-1]["seq"] + 1, memory.progress
+    seq, then = read_events(objects_at(tmp_path))[-1]["seq"] + 1, memory.progress
     for _ in range(10):
         absorb_steps(memory, 3)
     compact(memory)
@@ -213,7 +214,7 @@ def test_a_failed_compaction_changes_nothing_and_is_tried_again(
     memory = opened(tmp_path)
     for _ in range(4 * 8):
         absorb_steps(memory, 1)
-    expected = read_events(tmp_path)
+    expected = read_events(objects_at(tmp_path))
     calls = [0]
 
     def counted(name: str) -> None:
@@ -232,7 +233,7 @@ def test_a_failed_compaction_changes_nothing_and_is_tried_again(
     compact(memory)
     monkeypatch.undo()
     monkeypatch.setattr(journal_compactor.time, "monotonic", lambda: now_s[0])
-    assert read_events(tmp_path) == expected and memory.trouble is None
+    assert read_events(objects_at(tmp_path)) == expected and memory.trouble is None
     now_s[0] += journal_compactor.COMPACT_AGAIN_S
     compact(memory)
     assert not memory.compactor.is_due()
@@ -259,29 +260,29 @@ def test_a_full_disk_is_compacted_in_the_reserve(tmp_path: Path, monkeypatch: py
     memory = opened(tmp_path)
     for _ in range(9):
         absorb_steps(memory, 1)
-    expected = read_events(tmp_path)
+    expected = read_events(objects_at(tmp_path))
     refused = full_while(monkeypatch, (tmp_path / ".reserve").exists)
     compact(memory)
     assert len(refused) == 1
     assert list_names(DirectoryObjects(tmp_path)).newest_state >= 7
-    assert read_events(tmp_path) == expected
+    assert read_events(objects_at(tmp_path)) == expected
 
 
 def test_a_full_disk_without_a_reserve_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = opened(tmp_path)
     for _ in range(9):
         absorb_steps(memory, 1)
-    expected = read_events(tmp_path)
+    expected = read_events(objects_at(tmp_path))
     with monkeypatch.context() as full:
         assert full_while(full, lambda: True) == []
         compact(memory)
         assert not memory.compactor.is_due()  # for a while
-    assert list_names(DirectoryObjects(tmp_path)).states == () and read_events(tmp_path) == expected
+    assert list_names(DirectoryObjects(tmp_path)).states == () and read_events(objects_at(tmp_path)) == expected
     absorb_steps(memory, 1)
     memory.compactor._again_s = 0.0
     compact(memory)
     assert list_names(DirectoryObjects(tmp_path)).newest_state >= 7
-    assert read_events(tmp_path)[: len(expected)] == expected
+    assert read_events(objects_at(tmp_path))[: len(expected)] == expected
 
 
 def test_a_large_state_makes_a_compaction_due(tmp_path: Path) -> None:

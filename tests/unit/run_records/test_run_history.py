@@ -24,6 +24,7 @@ from orchestrator.run_records.run_history import STATUS_FILE, read_status, read_
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
@@ -69,7 +70,7 @@ def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     run_inline(memory.decided(memory.state, []))
     assert run_inline(memory.absorb([], up_to=10_000)) == ([], [])
-    assert read_events(tmp_path) == []
+    assert read_events(objects_at(tmp_path)) == []
 
 
 def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:

@@ -18,17 +18,16 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
-from orchestrator.storage.chain import BEGINNING, Event, Link, list_names
+from orchestrator.storage.chain import BEGINNING, Event, list_names
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.compacted import state_from, state_to_bytes
-from orchestrator.storage.compaction import CompactionLimits, compact, merge_histories
+from orchestrator.storage.compaction import compact
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, events_after, has_journal, newest_term, read_events
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import StorageTask, run_inline
+from tests.support.journals import DUE, LIMITS, SeqFold, check_journal, compaction, started
 
-LIMITS = CompactionLimits(entries=4, num_bytes=2**20, merged=2)
-DUE = 4  # entries that make a compaction due
 SEEDS = range(40)
 
 
@@ -71,24 +70,6 @@ class WatchedObjects:
         result = call()
         self.after(number, name)
         return result
-
-
-class SeqFold:
-    """Numbers of all events."""
-
-    def __init__(self, stored: bytes | None) -> None:
-        self.seqs: list[int] = [] if stored is None else json.loads(stored)
-
-    def take(self, events: Sequence[Event]) -> None:
-        self.seqs += [event["seq"] for event in events]
-
-    def stored(self) -> bytes:
-        return json.dumps(self.seqs).encode()
-
-
-def compaction(objects: Objects, own: Link) -> StorageTask[None]:
-    yield from compact(objects, own, SeqFold, LIMITS)
-    yield from merge_histories(objects, LIMITS)
 
 
 class Writer:
@@ -138,24 +119,7 @@ def grown(run_dir: Path, entries: int) -> Writer:
 
 
 def check(run_dir: Path, written: Sequence[Event]) -> None:
-    """All ways to read the journal give the events that were written."""
-    written = list(written)
-    assert read_events(run_dir) == written
-    objects = DirectoryObjects(run_dir)
-    assert [e for entry in ChainReader(objects).backwards() for e in reversed(entry.events)] == written[::-1]
-    for seq in {-1, 0, len(written) // 2, len(written) - 2, len(written) - 1, len(written) + 5}:
-        assert read_events(run_dir, seq) == [event for event in written if event["seq"] > seq]
-    assert started(objects).seqs == [event["seq"] for event in written]
-
-
-def started(objects: Objects) -> SeqFold:
-    """What a controller's start reads."""
-    reader = ChainReader(objects)
-    state = reader.newest_state()
-    fold = SeqFold(state.fold if state else None)
-    for entry in reader.entries(state.link if state else BEGINNING):
-        fold.take(entry.events)
-    return fold
+    check_journal(DirectoryObjects(run_dir), written)
 
 
 def names_in(run_dir: Path) -> list[str]:
@@ -172,7 +136,7 @@ def test_a_compacted_journal_reads_as_before(tmp_path: Path) -> None:
         "history-0000000004-0000000007.gz",
         "state-0000000007",
     ]
-    assert has_journal(tmp_path) and newest_term(tmp_path) == 1
+    assert has_journal(DirectoryObjects(tmp_path)) and newest_term(DirectoryObjects(tmp_path)) == 1
 
 
 def test_a_journal_without_entries_after_its_state_goes_on(tmp_path: Path) -> None:
@@ -181,7 +145,7 @@ def test_a_journal_without_entries_after_its_state_goes_on(tmp_path: Path) -> No
         writer.append(2)
     writer.compact()
     assert names_in(tmp_path)[-1] == "state-0000000003"
-    assert newest_term(tmp_path) == 1
+    assert newest_term(DirectoryObjects(tmp_path)) == 1
     check(tmp_path, writer.written)
     successor = Writer(tmp_path, writer.written)
     assert (successor.journal.term, successor.journal.last.number) == (2, 4)
@@ -430,7 +394,7 @@ def test_a_reader_goes_on_while_the_journal_is_compacted(
     grown(template, 5 * DUE)
     for at in count():
         run_dir = shutil.copytree(template, tmp_path / f"{at}")
-        writer = Writer(run_dir, read_events(run_dir))
+        writer = Writer(run_dir, read_events(DirectoryObjects(run_dir)))
         for _ in range(3):
             writer.append()
         expected = [event["seq"] for event in writer.written]
@@ -458,7 +422,7 @@ def test_readers_in_other_threads_see_a_prefix(tmp_path: Path) -> None:
 
     def read() -> None:
         while not ends.is_set():
-            found.append(list(events_after(tmp_path)))
+            found.append(list(events_after(DirectoryObjects(tmp_path))))
 
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
@@ -535,7 +499,7 @@ def test_a_missing_history_names_its_entries(tmp_path: Path) -> None:
     (tmp_path / "journal" / "history-0000000004-0000000007.gz").unlink()
     words = "the history of journal entries 4 to 7 is missing"
     with pytest.raises(JournalCorrupt, match=words):
-        read_events(tmp_path)
+        read_events(DirectoryObjects(tmp_path))
     with pytest.raises(JournalCorrupt, match=words):
         list(ChainReader(DirectoryObjects(tmp_path)).backwards())
     assert len(started(DirectoryObjects(tmp_path)).seqs) == 13  # a start doesn't need it
@@ -565,7 +529,7 @@ def test_a_damaged_history_is_named(tmp_path: Path, change: Callable[[bytes], by
     grown(tmp_path, 14)
     damage(tmp_path / "journal" / "history-0000000004-0000000007.gz", change)
     with pytest.raises(JournalCorrupt, match=words):
-        read_events(tmp_path)
+        read_events(DirectoryObjects(tmp_path))
 
 
 def test_a_damaged_entry_is_not_compacted(tmp_path: Path) -> None:

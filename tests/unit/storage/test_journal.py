@@ -2,24 +2,37 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
 from orchestrator.storage.chain import ChainEntry
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, has_journal, newest_term, read_events
+from orchestrator.storage.objects import Objects
+from tests.support.storages import MakeStorage, storage_of
+
+
+@pytest.fixture(scope="module", params=["directory", "s3"])
+def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeStorage]:
+    with storage_of(request.param, tmp_path_factory.mktemp(request.param) / "at") as make:
+        yield make
+
+
+@pytest.fixture
+def objects(make: MakeStorage) -> Objects:
+    return make()
 
 
 class FailingObjects:
-    """A directory whose next `create` fails: before anything is stored, or after all of it is."""
+    """Objects whose next `create` fails: before anything is stored, or after all of it is."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._inner = DirectoryObjects(run_dir)
+    def __init__(self, inner: Objects) -> None:
+        self._inner = inner
         self.failure = ""
 
     def create(self, key: str, data: bytes) -> bytes:
@@ -41,57 +54,58 @@ class FailingObjects:
         self._inner.delete(keys)
 
 
-def journal_of(run_dir: Path) -> Journal:
-    return Journal(DirectoryObjects(run_dir))
+def kinds(objects: Objects, after: int = -1) -> list[str]:
+    return [event["kind"] for event in read_events(objects, after)]
 
 
-def kinds(run_dir: Path, after: int = -1) -> list[str]:
-    return [event["kind"] for event in read_events(run_dir, after)]
+def damage(objects: Objects, key: str, data: bytes) -> None:
+    objects.delete([key])
+    objects.create(key, data)
 
 
-def test_events_are_read_in_the_order_they_were_written(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path)
+def test_events_are_read_in_the_order_they_were_written(objects: Objects) -> None:
+    journal = Journal(objects)
     journal.append([{"kind": "a"}, {"kind": "b"}])
     journal.append([{"kind": "c"}])
     assert journal.append([]) == []
-    assert kinds(tmp_path) == ["a", "b", "c"]
-    assert [event["seq"] for event in read_events(tmp_path)] == [0, 1, 2]
-    assert [path.name for path in sorted((tmp_path / "journal").iterdir())] == [f"{n:010d}" for n in range(3)]
+    assert kinds(objects) == ["a", "b", "c"]
+    assert [event["seq"] for event in read_events(objects)] == [0, 1, 2]
+    assert objects.names("journal") == tuple(f"{n:010d}" for n in range(3))
 
 
 @pytest.mark.parametrize(("after", "expected"), [(-1, "abc"), (0, "bc"), (1, "c"), (2, ""), (9, "")])
-def test_reading_after_an_event(tmp_path: Path, after: int, expected: str) -> None:
-    journal = journal_of(tmp_path)
+def test_reading_after_an_event(objects: Objects, after: int, expected: str) -> None:
+    journal = Journal(objects)
     journal.append([{"kind": "a"}, {"kind": "b"}])
     journal.append([{"kind": "c"}])
-    assert "".join(kinds(tmp_path, after)) == expected
+    assert "".join(kinds(objects, after)) == expected
 
 
-def test_an_event_can_not_forge_its_number(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path)
+def test_an_event_can_not_forge_its_number(objects: Objects) -> None:
+    journal = Journal(objects)
     journal.append([{"kind": "a"}])
     (event,) = journal.append([{"kind": "b", "seq": 0, "term": 9}])
     assert (event["seq"], event["term"]) == (1, 1)
-    assert kinds(tmp_path) == ["a", "b"]
+    assert kinds(objects) == ["a", "b"]
 
 
-def test_a_successor_continues_and_the_past_is_refused(tmp_path: Path) -> None:
-    old = journal_of(tmp_path)
+def test_a_successor_continues_and_the_past_is_refused(objects: Objects) -> None:
+    old = Journal(objects)
     old.append([{"kind": "a"}])
-    new = journal_of(tmp_path)
+    new = Journal(objects)
     for _ in range(2):
         with pytest.raises(TermSuperseded, match="term 1 may not write to the journal: entry .* is of term 2"):
             old.append([{"kind": "late"}])
     new.append([{"kind": "b"}])
     with pytest.raises(TermSuperseded):
         old.append([{"kind": "later"}])
-    assert kinds(tmp_path) == ["a", "b"]
-    assert (old.term, new.term, newest_term(tmp_path)) == (1, 2, 2)
+    assert kinds(objects) == ["a", "b"]
+    assert (old.term, new.term, newest_term(objects)) == (1, 2, 2)
 
 
-def test_a_term_is_given_once(tmp_path: Path) -> None:
+def test_a_term_is_given_once(objects: Objects) -> None:
     taken: list[int] = []
-    threads = [threading.Thread(target=lambda: taken.append(journal_of(tmp_path).term)) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: taken.append(Journal(objects).term)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -100,70 +114,69 @@ def test_a_term_is_given_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", ["before", "after"])
-def test_an_append_that_failed_may_be_repeated(tmp_path: Path, failure: str) -> None:
+def test_an_append_that_failed_may_be_repeated(objects: Objects, failure: str) -> None:
     """Whether the failed entry was stored or not, the journal goes on behind it."""
-    objects = FailingObjects(tmp_path)
-    journal = Journal(objects)
+    failing = FailingObjects(objects)
+    journal = Journal(failing)
     journal.append([{"kind": "a"}])
-    objects.failure = failure
+    failing.failure = failure
     with pytest.raises(OSError, match="No space|Input/output"):
         journal.append([{"kind": "b"}])
     (event,) = journal.append([{"kind": "c"}])
-    assert kinds(tmp_path) == (["a", "c"] if failure == "before" else ["a", "b", "c"])
-    assert event["seq"] == len(kinds(tmp_path)) - 1
+    assert kinds(objects) == (["a", "c"] if failure == "before" else ["a", "b", "c"])
+    assert event["seq"] == len(kinds(objects)) - 1
 
 
-def test_a_failed_append_does_not_hide_a_successor(tmp_path: Path) -> None:
-    objects = FailingObjects(tmp_path)
-    old = Journal(objects)
-    objects.failure = "before"
+def test_a_failed_append_does_not_hide_a_successor(objects: Objects) -> None:
+    failing = FailingObjects(objects)
+    old = Journal(failing)
+    failing.failure = "before"
     with pytest.raises(OSError, match="No space"):
         old.append([{"kind": "a"}])
-    journal_of(tmp_path).append([{"kind": "b"}])
+    Journal(objects).append([{"kind": "b"}])
     with pytest.raises(TermSuperseded):
         old.append([{"kind": "c"}])
-    assert kinds(tmp_path) == ["b"]
+    assert kinds(objects) == ["b"]
 
 
-def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
-    assert read_events(tmp_path) == [] and newest_term(tmp_path) == 0 and not has_journal(tmp_path)
+def test_no_journal_is_an_empty_one(objects: Objects) -> None:
+    assert read_events(objects) == [] and newest_term(objects) == 0 and not has_journal(objects)
 
 
-def test_a_missing_entry_is_named(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path)
+def test_a_missing_entry_is_named(objects: Objects) -> None:
+    journal = Journal(objects)
     for kind in "abc":
         journal.append([{"kind": kind}])
-    (tmp_path / "journal" / "0000000002").unlink()
+    objects.delete(["journal/0000000002"])
     with pytest.raises(JournalCorrupt, match="journal/0000000002 is missing"):
-        read_events(tmp_path)
-    assert kinds(tmp_path, after=1) == ["c"]  # what is read is whole
+        read_events(objects)
+    assert kinds(objects, after=1) == ["c"]  # what is read is whole
 
 
-def test_a_changed_entry_is_named(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path)
+def test_a_changed_entry_is_named(objects: Objects) -> None:
+    journal = Journal(objects)
     for kind in "abc":
         journal.append([{"kind": kind}])
-    path = tmp_path / "journal" / "0000000002"
-    path.write_text(path.read_text().replace('"b"', '"x"'))
+    damage(objects, "journal/0000000002", objects.get("journal/0000000002").replace(b'"b"', b'"x"'))
     with pytest.raises(JournalCorrupt, match="journal/0000000002 is not the one that entry 3 follows"):
-        read_events(tmp_path)
+        read_events(objects)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", json.dumps({"term": 1}).encode()])
-def test_an_entry_that_is_none_is_named(tmp_path: Path, data: bytes) -> None:
-    journal_of(tmp_path)
-    (tmp_path / "journal" / "0000000000").write_bytes(data)
+def test_an_entry_that_is_none_is_named(objects: Objects, data: bytes) -> None:
+    Journal(objects)
+    damage(objects, "journal/0000000000", data)
     with pytest.raises(JournalCorrupt, match="journal/0000000000 can't be read"):
-        newest_term(tmp_path)
+        newest_term(objects)
     with pytest.raises(JournalCorrupt, match="journal/0000000000 can't be read"):
-        journal_of(tmp_path)
+        Journal(objects)
 
 
 class Controllers:
     """Controllers of one run, several of which may be alive: what each does, and what it may act on."""
 
-    def __init__(self, root: Path) -> None:
-        self.storage, self.kept = DirectoryObjects(root / "run"), DirectoryObjects(root / "kept")
+    def __init__(self, make: MakeStorage) -> None:
+        self.storage, self.kept = make(), make()
         self.journals: list[Journal] = []
         self.open: list[list[ChainEntry]] = []  # of each, the entries that it has made and not stored, oldest first
         self.over: set[int] = set()  # those that know that they are superseded
@@ -214,15 +227,30 @@ class Controllers:
                 self.acted.append(event)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    moves=st.lists(st.tuples(st.sampled_from(["begin", "decide", "store", "keep", "arrive"]), st.integers(0, 3))),
-)
+MOVES = st.lists(st.tuples(st.sampled_from(["begin", "decide", "store", "keep", "arrive"]), st.integers(0, 3)))
+
+
+@settings(max_examples=300)
+@given(moves=MOVES)
 def test_what_any_controller_acted_on_is_in_the_journal_whatever_storage_did(
     tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[str, int]]
 ) -> None:
     """Controllers decide, have entries stored or kept, and are replaced, also while they live, in any order."""
-    run = Controllers(tmp_path_factory.mktemp("run"))
+    act(lambda: DirectoryObjects(tmp_path_factory.mktemp("run")), moves)
+
+
+def test_the_same_in_a_bucket(tmp_path: Path) -> None:
+    @settings(max_examples=30, phases=[Phase.generate], database=None)
+    @given(moves=MOVES)
+    def acts(moves: list[tuple[str, int]]) -> None:
+        act(make, moves)
+
+    with storage_of("s3", tmp_path) as make:
+        acts()
+
+
+def act(make: MakeStorage, moves: list[tuple[str, int]]) -> None:
+    run = Controllers(make)
     run.begin()
     run.store(0)
     for move, number in moves:
@@ -235,17 +263,17 @@ def test_what_any_controller_acted_on_is_in_the_journal_whatever_storage_did(
     run.begin()
     while run.late:
         run.arrive()
-    events = [(event["term"], event["kind"]) for event in read_events(run.storage._root)]
+    events = [(event["term"], event["kind"]) for event in read_events(run.storage)]
     assert [event for event in events if event in run.acted] == sorted(run.acted, key=events.index)
     assert set(run.acted) <= set(events) and len(set(events)) == len(events)
     assert [term for term, _ in events] == sorted(term for term, _ in events)
 
 
-def test_another_run_of_the_name_gets_nothing_of_what_was_kept(tmp_path: Path) -> None:
-    kept = DirectoryObjects(tmp_path / "kept")
-    old = Journal(DirectoryObjects(tmp_path / "old"), kept=kept)
+def test_another_run_of_the_name_gets_nothing_of_what_was_kept(make: MakeStorage) -> None:
+    first, second, kept = make(), make(), make()
+    old = Journal(first, kept=kept)
     old.keep(old.propose([{"kind": "kept"}]))
-    Journal(DirectoryObjects(tmp_path / "new"), kept=kept)
-    assert kinds(tmp_path / "new") == []
-    Journal(DirectoryObjects(tmp_path / "old"), kept=kept)
-    assert kinds(tmp_path / "old") == ["kept"]
+    Journal(second, kept=kept)
+    assert kinds(second) == []
+    Journal(first, kept=kept)
+    assert kinds(first) == ["kept"]

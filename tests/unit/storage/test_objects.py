@@ -2,50 +2,25 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
 
 import pytest
 
-from orchestrator.storage.backends.bucket_objects import PART_BYTES, BucketObjects
-from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.backends.bucket_objects import PART_BYTES
 from orchestrator.storage.objects import LargeObjects, StoredObject
-from tests.support.buckets import azure_bucket, gcs_bucket, s3_bucket
-from tests.support.disk import ext4_disk, small_disk
-
-Make = Callable[[], LargeObjects]
-
-KINDS = ("directory", "tmpfs", "ext4", "s3", "gs", "az")
+from tests.support.storages import KINDS, MakeStorage, storage_of
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
-    """Makes empty storage of a kind."""
-    place, number = tmp_path_factory.mktemp(request.param) / "at", count()
-    match request.param:
-        case "directory":
-            yield lambda: DirectoryObjects(place / str(next(number)))
-        case "tmpfs":
-            with small_disk(place, 256):
-                yield lambda: DirectoryObjects(place / str(next(number)))
-        case "ext4":
-            with ext4_disk(place, 256):
-                yield lambda: DirectoryObjects(place / str(next(number)))
-        case "s3":
-            with s3_bucket() as (url, _):
-                yield lambda: BucketObjects(f"{url}/in s3/{next(number)}")
-        case "gs":
-            with gcs_bucket() as url:
-                yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
-        case "az":
-            with azure_bucket() as url:
-                yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
+def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeStorage]:
+    with storage_of(request.param, tmp_path_factory.mktemp(request.param) / "at") as make:
+        yield make
 
 
 @pytest.fixture
-def objects(make: Make) -> LargeObjects:
+def objects(make: MakeStorage) -> LargeObjects:
     return make()
 
 
@@ -68,7 +43,7 @@ def test_an_object_is_what_was_created(objects: LargeObjects, num_bytes: int) ->
     assert objects.get("x") == data
 
 
-def test_one_of_32_concurrent_creations_wins(make: Make, objects: LargeObjects) -> None:
+def test_one_of_32_concurrent_creations_wins(objects: LargeObjects) -> None:
     found, barrier = list[bytes](), threading.Barrier(32)
 
     def create(data: bytes) -> None:

@@ -1,0 +1,78 @@
+"""Where run storage is: a directory, or a bucket by its URL.
+
+objects_at(location_of("s3://bucket/runs") / "demo").create("job.json", data)
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.errors import UsageError, nearest
+from orchestrator.storage.backends.bucket_objects import PREFIXES, BucketObjects
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.objects import LargeObjects
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class BucketUrl:
+    """A place in a bucket, such as `s3://bucket/runs/demo`, with a path's `/`, `name` and `parent`."""
+
+    text: str
+
+    def __truediv__(self, name: str) -> "BucketUrl":
+        return BucketUrl(f"{self.text}/{name}")
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def name(self) -> str:
+        return self.text.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "BucketUrl":
+        """The place above; the bucket itself has none and returns itself."""
+        above = self.text.rpartition("/")[0]
+        return self if above.endswith("/") else BucketUrl(above)
+
+
+Location = Path | BucketUrl
+
+
+def location_of(text: str) -> Location:
+    """The location that a user names: an absolute path, of one relative to the current directory; or a bucket's URL.
+
+    Raises:
+        UsageError: no storage has URLs of this scheme, or the URL names no bucket.
+    """
+    found = _URL.fullmatch(text)
+    if found is None:
+        return Path(text).expanduser().absolute()
+    scheme, path = found[1], found[2].rstrip("/")
+    if scheme not in PREFIXES:
+        raise _no_storage(text, f"{scheme}:// is none of {_schemes()}", nearest(scheme, PREFIXES))
+    if not re.fullmatch(r"[^/?#\s]+(/[^/?#\s]+)*", path):
+        raise _no_storage(
+            text, f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, without empty names, ? or #", ""
+        )
+    return BucketUrl(f"{scheme}://{path}")
+
+
+def objects_at(location: Location) -> LargeObjects:
+    """The objects below a location."""
+    return DirectoryObjects(location) if isinstance(location, Path) else BucketObjects(str(location))
+
+
+def _schemes() -> str:
+    *others, last = (f"{scheme}://" for scheme in PREFIXES)
+    return f"{', '.join(others)} and {last}"
+
+
+def _no_storage(text: str, rule: str, offer: str) -> UsageError:
+    return UsageError(
+        f"{text} can't be run storage: {rule}",
+        remedy=f"{offer}Name a directory that all nodes share, or a bucket such as s3://bucket/runs.",
+        unchanged="Nothing was started.",
+    )

@@ -1,0 +1,42 @@
+"""Storage of every kind, empty, for tests of what all of them must do."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from orchestrator.storage.backends.bucket_objects import BucketObjects
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.objects import LargeObjects
+from tests.support.buckets import azure_bucket, gcs_bucket, s3_bucket
+from tests.support.disk import ext4_disk, small_disk
+
+KINDS = ("directory", "tmpfs", "ext4", "s3", "gs", "az")
+
+number = count()  # moto's servers in one process share their buckets
+
+MakeStorage = Callable[[], LargeObjects]
+
+
+@contextmanager
+def storage_of(kind: str, place: Path) -> Iterator[MakeStorage]:
+    """A function that makes empty storage of a kind, at `place`, which doesn't exist yet, if it is a file system. Skips
+    the test where there is none."""
+    match kind:
+        case "directory":
+            yield lambda: DirectoryObjects(place / str(next(number)))
+        case "tmpfs":
+            with small_disk(place, 256):
+                yield lambda: DirectoryObjects(place / str(next(number)))
+        case "ext4":
+            with ext4_disk(place, 256):
+                yield lambda: DirectoryObjects(place / str(next(number)))
+        case "s3":
+            with s3_bucket() as (url, _):
+                yield lambda: BucketObjects(f"{url}/in s3/{next(number)}")
+        case "gs":
+            with gcs_bucket() as url:
+                yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
+        case _:
+            with azure_bucket() as url:
+                yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
