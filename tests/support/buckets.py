@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import http.client
+import json
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import formatdate
 
+import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -30,7 +32,7 @@ AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """These environment variables, and no proxy, while this lasts."""
+    """These environment variables while this lasts."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -59,6 +61,26 @@ def s3_bucket() -> Iterator[tuple[str, RequestProxy]]:
     """A bucket on S3 behind a proxy, by the environment."""
     with moto_server() as port, RequestProxy(port) as proxy, environment(**s3_variables(proxy.url)):
         yield f"s3://{BUCKET}", proxy
+
+
+@contextmanager
+def iam_bucket() -> Iterator[str]:
+    """A bucket on S3 that checks access keys and signatures, with good ones in the environment."""
+    with moto_server() as port:
+        url = f"http://127.0.0.1:{port}"
+        iam = boto3.client("iam", "us-east-1", endpoint_url=url, aws_access_key_id="root", aws_secret_access_key="root")
+        iam.create_user(UserName="runs")
+        allowed = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+        iam.put_user_policy(UserName="runs", PolicyName="runs", PolicyDocument=json.dumps(allowed))
+        key = iam.create_access_key(UserName="runs")["AccessKey"]
+        good = dict(s3_variables(url))
+        good |= {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+        _request(port, "POST", "/moto-api/reset-auth", b"0")
+        try:
+            with environment(**good):
+                yield f"s3://{BUCKET}"
+        finally:
+            _request(port, "POST", "/moto-api/reset-auth", b"inf")
 
 
 def s3_variables(url: str) -> Mapping[str, str]:

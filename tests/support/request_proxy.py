@@ -34,6 +34,7 @@ class RequestFault(StrEnum):
     TORN = "carried out; the connection ends after half of the answer's body"
     FORBIDDEN = "not carried out; answered with 403"
     GONE = "not carried out; answered with 404"
+    NOT_IMPLEMENTED = "not carried out; answered with 501"
 
 
 STATUS = {
@@ -41,8 +42,15 @@ STATUS = {
     RequestFault.UNAVAILABLE: 503,
     RequestFault.FORBIDDEN: 403,
     RequestFault.GONE: 404,
+    RequestFault.NOT_IMPLEMENTED: 501,
 }
-CODES = {409: "ConditionalRequestConflict", 503: "SlowDown", 403: "AccessDenied", 404: "NoSuchUpload"}
+CODES = {
+    409: "ConditionalRequestConflict",
+    503: "SlowDown",
+    403: "AccessDenied",
+    404: "NoSuchUpload",
+    501: "NotImplemented",
+}
 
 
 class RequestProxy:

@@ -61,6 +61,9 @@ class Patience:
     retry_s: float = 30.0
 
 
+PATIENCE = Patience()
+
+
 class BucketObjects:
     """Objects below a URL such as `s3://bucket/runs/demo`, as `storage.objects.LargeObjects`. Picklable.
 
@@ -68,7 +71,7 @@ class BucketObjects:
     object.
     """
 
-    def __init__(self, url: str, patience: Patience = Patience()) -> None:
+    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
         self._url, self._patience = url, patience
 
     def create(self, key: str, data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import UsageError, nearest
-from orchestrator.storage.backends.bucket_objects import PREFIXES, BucketObjects
+from orchestrator.storage.backends.bucket_objects import PATIENCE, PREFIXES, BucketObjects, Patience
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import LargeObjects
 
@@ -60,9 +60,13 @@ def location_of(text: str) -> Location:
     return BucketUrl(f"{scheme}://{path}")
 
 
-def objects_at(location: Location) -> LargeObjects:
-    """The objects below a location."""
-    return DirectoryObjects(location) if isinstance(location, Path) else BucketObjects(str(location))
+def objects_at(location: Location, patience: Patience = PATIENCE) -> LargeObjects:
+    """The objects below a location.
+
+    Args:
+        patience: with a bucket. Calls to a directory take as long as its file system does.
+    """
+    return DirectoryObjects(location) if isinstance(location, Path) else BucketObjects(str(location), patience)
 
 
 def _schemes() -> str:

@@ -1,0 +1,66 @@
+"""Check at submission that storage does what a run needs: it creates an object only if its name is free, and objects
+can be read, listed and deleted there."""
+
+import os
+import secrets
+from contextlib import suppress
+
+from orchestrator.errors import NotAllowed, UsageError
+from orchestrator.storage.backends.bucket_objects import PREFIXES, Patience
+from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from orchestrator.storage.objects import LargeObjects
+
+SHORT = Patience(answer_s=3.0, upload_s=3.0, retry_s=1.0)  # someone waits for the answer
+UNCHANGED = "Nothing was started."
+# Variables by which a bucket's credentials are given: those that belong together, in the order in which they are named.
+CREDENTIALS = {
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    "gs": ("GOOGLE_APPLICATION_CREDENTIALS",),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
+}
+
+
+def check_storage(location: Location) -> None:
+    """Create, read, list and delete an object at a location. It is gone afterwards.
+
+    Raises:
+        UsageError: an object that is there is overwritten, or objects can't be created conditionally.
+        NotAllowed: a bucket refuses the credentials, or there are none.
+        OSError: storage doesn't answer, or refuses for another reason.
+    """
+    objects, key = objects_at(location, SHORT), f"probe-{secrets.token_hex(8)}"
+    try:
+        _check(objects, key, location)
+    except PermissionError as error:
+        if isinstance(location, BucketUrl):
+            raise _not_allowed(location, error) from error
+        raise
+    finally:
+        with suppress(OSError):
+            objects.delete([key])
+
+
+def _check(objects: LargeObjects, key: str, location: Location) -> None:
+    objects.create(key, b"first")
+    if objects.create(key, b"second") != b"first" or objects.get(key) != b"first":
+        raise UsageError(
+            f"{location} overwrites an object whose name is taken, though the request forbids it: two controllers "
+            "of a run could both write its journal",
+            remedy="Name run storage on a service with conditional writes (If-None-Match), or a directory that all "
+            "nodes share.",
+            unchanged=UNCHANGED,
+        )
+    objects.names("")
+    objects.delete([key])
+
+
+def _not_allowed(location: BucketUrl, error: PermissionError) -> NotAllowed:
+    scheme = location.text.partition(":")[0]
+    missing = [name for name in CREDENTIALS[scheme] if name not in os.environ]
+    unset = f": {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set" if missing else ""
+    return NotAllowed(
+        f"{location} can't be used: {error.strerror}{unset}",
+        remedy=f"Set {' and '.join(CREDENTIALS[scheme])} where the cluster is started, on all nodes, to credentials "
+        f"that may read, write, list and delete objects there; {PREFIXES[scheme]}_* may give others.",
+        unchanged=UNCHANGED,
+    )
