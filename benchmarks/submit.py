@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Result, Spread, run, say
 from orchestrator.cluster import local
+from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.run_history import read_steps
 from tests.support.hosts import Hosts
 from tests.support.outside import Laptop
@@ -85,7 +86,7 @@ def _round(place: Place, name: str) -> dict[str, float]:
         command("status", name)
         figures[key] = time.perf_counter() - began_s
     place.inside("stop", name)
-    _until((run_dir / "status.json").exists, f"{name} to end")
+    _until(lambda: has_ended(run_dir), f"{name} to end")
     return {key: round(value, 2) for key, value in figures.items()}
 
 

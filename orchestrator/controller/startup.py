@@ -12,9 +12,11 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import ResumeRequest
 from orchestrator.run_records.checkpoints import leave_behind
+from orchestrator.run_records.final_status import drop_statuses
+from orchestrator.run_records.job_files import JOB
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
-from orchestrator.run_records.run_history import STATUS_FILE
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import log_to
 from orchestrator.storage.objects import Objects
@@ -52,7 +54,7 @@ def open_run(
     """
     since_s = time.time() if since_s is None else since_s
     log_to(run_dir / "logs" / "controller.log", caller)
-    job = JobSpec.model_validate_json(retry_until_written(lambda: caller((run_dir / "job.json").read_text)))
+    job = JobSpec.model_validate_json(retry_until_written(lambda: caller(objects_at(run_dir).get, JOB)))
     limits = RunLimits.of(run_id, job)
     holder = f"{socket.gethostname()} pid {os.getpid()}"
     journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept))
@@ -72,4 +74,4 @@ def _resume(run: OpenedRun, order: ResumeRequest, since_s: float) -> None:
     decision = resumed(run.limits, run.memory.state, order)
     events = [action for action in decision.actions if isinstance(action, Event)]
     run_inline(run.memory.decided(queued(decision.state, since_s), events))
-    run.caller((run.run_dir / STATUS_FILE).unlink, missing_ok=True)  # of its previous end
+    run.caller(drop_statuses, objects_at(run.run_dir))

@@ -22,12 +22,13 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request, answering
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import objects_at
 
 
 def answers(request: Request) -> Iterator[Answer]:
     """Answers to the request, the result last."""
     run_dir = Path(request.run_dir)
-    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    job = JobSpec.model_validate_json(objects_at(run_dir).get("job.json"))
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
     model = load_model(Path(request.checkpoint), job, tokenizer.vocab_size)
     if isinstance(request, Evaluation):

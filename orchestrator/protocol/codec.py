@@ -1,6 +1,6 @@
 """Conversion between frozen dataclasses and plain JSON values, by type hints.
 
-The journal and `status.json` are written and read with this one pair of functions, so values of `protocol` and
+The journal and `status-TERM.json` are written and read with this one pair of functions, so values of `protocol` and
 `policy` need no serialization code of their own. Reading is strict: an unknown key or a value of another type is an
 error, because a partly understood state must not be acted on.
 """

@@ -1,4 +1,4 @@
-"""Status of a run for users: the answer to `status`, and the content of `status.json` after the end."""
+"""Status of a run for users: the answer to `status`, and the content of `status-TERM.json` after the end."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum

@@ -3,43 +3,65 @@
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.errors import NotFound, UsageError
+from orchestrator.errors import NameTaken, NotFound, OrchestratorError, UsageError
 from orchestrator.run_records.journaled_run import storage_error
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.atomic import write_atomically
-from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.probe import check_storage
+
+JOB, TEXT = "job.json", "job.yaml"
 
 
-def write_job(directory: Path, job_json: str, job_text: str) -> None:
-    """Create a run's directory with its job, resolved and as its user wrote it; on a StorageError nothing is left."""
+def write_job(location: Location, job_json: str, job_text: str) -> None:
+    """Store a run's job, resolved and as its user wrote it, in storage that was checked; if that fails nothing is left.
+
+    Raises:
+        NameTaken: another run has been submitted there meanwhile.
+        UsageError, NotAllowed, StorageError: the storage can't be used.
+    """
+    objects = objects_at(location)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "job.yaml", job_text)
-        DirectoryObjects(directory).create("job.json", job_json.encode())  # as the journal's entries will be
-    except (OSError, UsageError) as error:
-        remove_job(directory)
-        if isinstance(error, UsageError):
+        check_storage(location)
+        found = objects.create(JOB, job_json.encode())
+        if found == job_json.encode():
+            objects.delete([TEXT])  # of a submission that was cut off
+            objects.create(TEXT, job_text.encode())
+    except (OSError, OrchestratorError) as error:
+        remove_job(location)
+        if isinstance(error, OrchestratorError):
             raise
-        raise storage_error(error, directory) from error
+        raise storage_error(error, location) from error
+    if found != job_json.encode():
+        raise NameTaken(
+            f"{location} holds a run {location.name}", remedy="Choose another name.", unchanged="Nothing was started."
+        )
 
 
-def remove_job(directory: Path) -> None:
+def remove_job(location: Location) -> None:
     """Remove what `write_job` has written: the name must not be taken by a run that never began."""
     with suppress(OSError):
-        for name in ("job.yaml", "job.json"):
-            (directory / name).unlink(missing_ok=True)
-        directory.rmdir()
+        objects_at(location).delete([TEXT, JOB])
+        if isinstance(location, Path):
+            location.rmdir()
 
 
-def read_job(directory: Path) -> JobSpec:
-    """The job of a run. Raises NotFound if the directory holds none, UsageError if its file can't be read."""
+def has_job(location: Location) -> bool:
+    """Whether a run was submitted there. Raises OSError."""
     try:
-        return JobSpec.model_validate_json((directory / "job.json").read_text())
+        return JOB in objects_at(location).names("")
+    except NotADirectoryError:
+        return False
+
+
+def read_job(location: Location) -> JobSpec:
+    """The job of a run. Raises NotFound if the location holds none, UsageError if its file can't be read."""
+    try:
+        return JobSpec.model_validate_json(objects_at(location).get(JOB))
     except FileNotFoundError:
-        raise NotFound(f"{directory} holds no run", unchanged="Nothing was started.") from None
+        raise NotFound(f"{location} holds no run", unchanged="Nothing was started.") from None
     except ValueError as error:
         raise UsageError(
-            f"{directory / 'job.json'} can't be read: {error}",
+            f"{location / JOB} can't be read: {error}",
             remedy="It is written once, at submission; put the original back.",
             unchanged="Nothing was started.",
         ) from error

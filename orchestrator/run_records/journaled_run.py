@@ -16,10 +16,11 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StageBegan, StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
+from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.rollback import progress_up_to
-from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
-from orchestrator.storage.atomic import write_atomically
+from orchestrator.run_records.run_history import RunHistory
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import ChainEntry
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
@@ -130,7 +131,7 @@ class JournaledRun(RunHistory):
 
     def _conclude(self, status_text: str) -> None:
         self._reserve.give_up()
-        self._caller(write_atomically, self._run_dir / STATUS_FILE, status_text)
+        self._objects.create(status_key(self.term), status_text.encode())
 
     def _append(self, events: Sequence[Event], stored: bool = False) -> StorageTask[list[JournalEntry]]:
         if not events:
@@ -224,10 +225,10 @@ def retry_until_written(write: Callable[[], T]) -> T:
             time.sleep(WRITE_AGAIN_S)
 
 
-def storage_error(error: OSError, directory: Path) -> StorageError:
+def storage_error(error: OSError, location: Location) -> StorageError:
     """The error shown to users for a failed write to run storage."""
     return StorageError(
-        f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
+        f"run storage can't be written: {error.strerror or error}: {error.filename or location}",
         remedy="Make it writable and make room, or name another storage in the job file.",
         unchanged="Nothing was written.",
     )

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from orchestrator.errors import NotFound, nearest
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.run_history import read_status, read_steps, user_events
+from orchestrator.run_records.final_status import read_status
+from orchestrator.run_records.job_files import has_job, read_job
+from orchestrator.run_records.run_history import read_steps, user_events
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
@@ -49,7 +51,7 @@ class RunFiles:
 
     def job(self) -> JobSpec:
         """The run's job, with every path absolute."""
-        return JobSpec.model_validate_json((self.run_dir / "job.json").read_text())
+        return read_job(self.run_dir)
 
     def status(self) -> RunStatus:
         """The run's final status; until it has ended, the status from its journal."""
@@ -135,7 +137,7 @@ def run_dir_in(storage: Path, run_id: str) -> Path:
 
 def holds_run(run_dir: Path) -> bool:
     """Whether a run has been submitted to this directory."""
-    return has_journal(objects_at(run_dir)) or (run_dir / "job.json").exists()
+    return has_journal(objects_at(run_dir)) or has_job(run_dir)
 
 
 def runs_in(storage: Path) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.errors import NotFound, ProtocolError
+from orchestrator.errors import ProtocolError
 from orchestrator.policy.health.expert_collapse import Troubles
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.state.config import RunLimits
@@ -26,7 +26,6 @@ from orchestrator.protocol.events.notices import (
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Ended, Resumed
 from orchestrator.protocol.events.training import StepsCommitted
-from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
@@ -41,7 +40,6 @@ from orchestrator.storage.objects import Objects
 log = logging.getLogger("orchestrator.control")
 
 LEDGER = (StepsCommitted, Resumed)  # events that determine the committed steps
-STATUS_FILE = "status.json"
 WRITE_AGAIN_S = 1.0
 
 T = TypeVar("T")
@@ -236,11 +234,3 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
 def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:
     """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
     return [plain for plain in events_after(objects_at(run_dir), after) if not is_internal(plain["kind"])]
-
-
-def read_status(run_dir: Path) -> RunStatus:
-    """The run's final status. Raises NotFound if it has not ended."""
-    try:
-        return from_plain(RunStatus, json.loads((run_dir / STATUS_FILE).read_text()))
-    except FileNotFoundError:
-        raise NotFound(f"{run_dir} holds no {STATUS_FILE}: no run has ended there") from None

@@ -22,8 +22,8 @@ from orchestrator.protocol.events.generations import Activated
 from orchestrator.protocol.events.run import Ended, Submitted
 from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import RunHistory
-from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.condition import StorageCondition
 
@@ -129,7 +129,7 @@ def _worker_group(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...
 
 def status_from_journal(run_dir: Path) -> RunStatus:
     """Status as of the journal's newest entry, for a run that has not ended. Needs no cluster."""
-    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    job = read_job(run_dir)
     limits = RunLimits.of(run_dir.name, job)
     memory = RunHistory(run_dir, limits)
     seen = Observation(term=0, now_s=0.0, target=memory.state.target, progress=memory.progress)

@@ -16,8 +16,10 @@ from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.final_status import read_status
+from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.rollback import committed_backwards
-from orchestrator.run_records.run_history import RunHistory, entries_after, read_status
+from orchestrator.run_records.run_history import RunHistory, entries_after
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import objects_at
@@ -64,7 +66,7 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
             remedy="Its tracker delivers while it goes on; if it lost its cluster, `orchestrator resume` continues it.",
             unchanged="Nothing was changed.",
         ) from error
-    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    job = read_job(run_dir)
     term = newest_term(objects_at(run_dir))
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
     history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))

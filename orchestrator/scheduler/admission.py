@@ -16,14 +16,14 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME, ScalingView
+from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import read_job
-from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
+from orchestrator.run_records.run_files import holds_run
+from orchestrator.run_records.run_history import RunHistory
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
-from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.journal import has_journal
 
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
@@ -31,10 +31,10 @@ SETTLE_S = 3.0  # until the resources of an ended run count as free
 def refuse_taken(run_id: str, directory: Path) -> None:
     """Raise NameTaken if the cluster or the storage has a run of this name."""
     remedy = "Choose another name, or move that run's directory away."
-    is_over = (directory / STATUS_FILE).exists()  # its controller may be about to exit
+    is_over = has_ended(directory)  # its controller may be about to exit
     if ControllerClient(run_id).find() is not None and not is_over:
         raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
-    if has_journal(objects_at(directory)) or (directory / "job.json").exists():
+    if holds_run(directory):
         raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
 

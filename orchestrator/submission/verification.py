@@ -22,6 +22,7 @@ from orchestrator.protocol.events.notices import NumericsDiffer, NumericsRecorde
 from orchestrator.protocol.events.training import StageDecided
 from orchestrator.protocol.messages import PastWorld
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.model_process import store_of
@@ -68,7 +69,7 @@ def what_to_verify(
         CheckpointCorrupt: its files are missing or changed.
         DataError: the token store is gone.
     """
-    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    job = read_job(run_dir)
     if not job.train.is_exact:
         raise UsageError(
             f"train.determinism of run {run_id} is {job.train.determinism}: repeating its steps may give other bits",

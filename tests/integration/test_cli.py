@@ -19,7 +19,8 @@ import pytest
 
 from orchestrator.cluster import local
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.run_history import STATUS_FILE, read_status, user_events
+from orchestrator.run_records.final_status import has_ended, read_status
+from orchestrator.run_records.run_history import user_events
 from tests.support.control import UNHURRIED
 from tests.support.simulated_worker import hurry
 
@@ -74,7 +75,7 @@ class Here:
         self._until(lambda: [event["kind"] for event in user_events(self.run_dir(run))].count(kind) >= count)
 
     def until_ended(self, run: str) -> RunStatus:
-        self._until((self.run_dir(run) / STATUS_FILE).exists)
+        self._until(lambda: has_ended(self.run_dir(run)))
         return read_status(self.run_dir(run))
 
     def hurry(self, run: str) -> None:

@@ -23,7 +23,7 @@ from orchestrator.cluster.cluster_objects import ClusterObjects
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunPhase
-from orchestrator.run_records.run_history import read_status
+from orchestrator.run_records.final_status import read_status
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term

@@ -53,7 +53,7 @@ def test_another_name_takes_the_jobs_place(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"schema: v1\nname: first\nstorage: {tmp_path}\n")
     (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "status.json").write_text("{}")
+    (tmp_path / "first" / "job.json").write_text("{}")
     with pytest.raises(NameTaken):
         check_job(job)
     assert check_job(job, "second").name == "second"

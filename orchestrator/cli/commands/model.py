@@ -57,13 +57,13 @@ def export(
     from orchestrator.checkpoint.read import choose
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import NotFound
-    from orchestrator.spec.job import JobSpec
+    from orchestrator.run_records.job_files import read_job
 
     run_dir = find_run(run, storage, address).files.run_dir
     checkpoint = choose(run_dir / "checkpoints", step)
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
-    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    job = read_job(run_dir)
     num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", out.absolute(), dtype.value)
     narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
     if output is Format.JSON:

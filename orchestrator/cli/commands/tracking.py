@@ -53,12 +53,12 @@ def ui(
 
 def _uri_of(run: str | None, storage: Path | None, address: str | None, place: Path) -> str:
     from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.job_files import read_job
     from orchestrator.run_records.tracker_setup import default_uri, tracker_setup
-    from orchestrator.spec.job import JobSpec
 
     if run is not None:
         run_dir = find_run(run, storage, address).files.run_dir
-        job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+        job = read_job(run_dir)
         return tracker_setup(run, run_dir, job).uri
     if not (place / "mlflow.db").exists():
         raise UsageError(

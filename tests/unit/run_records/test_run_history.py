@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import NotFound, StorageError
+from orchestrator.errors import StorageError
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_parts import ReplayState
@@ -20,10 +20,9 @@ from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerSta
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
-from orchestrator.run_records.run_history import STATUS_FILE, read_status, read_steps, user_events
-from orchestrator.run_records.status import status_of, to_json
+from orchestrator.run_records.run_history import read_steps, user_events
+from orchestrator.run_records.status import status_of
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.directory import DirectoryObjects
@@ -119,8 +118,6 @@ def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
     assert status_after(tmp_path, over, closed=False).phase is RunPhase.FINISHING
     status = status_after(tmp_path / "closed", over, closed=True)
     assert (status.phase, status.error, status.step) == (RunPhase.FAILED, "w1 died", 2)
-    write_atomically(tmp_path / STATUS_FILE, to_json(status))
-    assert read_status(tmp_path) == status
 
 
 def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> None:
@@ -148,11 +145,6 @@ def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_pa
     assert worker_group[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
     assert [worker.worker for worker in worker_group[1:]] == [*others, "w9"]
     assert worker_group[-1] == WorkerStatus("w9", None, Phase.COLD)
-
-
-def test_no_status_before_the_end(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="no run has ended there"):
-        read_status(tmp_path)
 
 
 def test_points_of_steps_count_on() -> None:

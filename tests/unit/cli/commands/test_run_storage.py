@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.run_records.run_history import STATUS_FILE
+from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
 from tests.unit.cli.statuses import status
@@ -37,7 +37,7 @@ def runs(here: Path) -> Path:
 
 def end(storage: Path, phase: RunPhase) -> None:
     ended = replace(status(phase=phase), run_id="books", run_dir=str(storage / "books"), why="it was asked to")
-    (storage / "books" / STATUS_FILE).write_text(to_json(ended))
+    (storage / "books" / status_key(1)).write_text(to_json(ended))
 
 
 def test_runs_are_listed_without_a_cluster(runs: Path, orchestrator: Command) -> None:

@@ -1,0 +1,50 @@
+"""Ends of a run, in a directory and in a bucket."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NotFound
+from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.final_status import drop_statuses, has_ended, read_status, status_key
+from orchestrator.run_records.status import to_json
+from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from tests.support.buckets import s3_bucket
+from tests.unit.cli.statuses import status
+
+number = count()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket() as (url, _):
+        yield url
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> Location:
+    return tmp_path / "demo" if request.param == "directory" else BucketUrl(bucket) / f"ends-{next(number)}" / "demo"
+
+
+def test_a_run_that_has_not_ended_has_no_final_status(location: Location) -> None:
+    objects_at(location).create("journal/0000000000", b"{}")
+    assert not has_ended(location)
+    with pytest.raises(NotFound, match="no run has ended there"):
+        read_status(location)
+
+
+def test_the_newest_end_counts(location: Location) -> None:
+    for term, phase in ((2, RunPhase.PAUSED), (10, RunPhase.SUCCEEDED)):
+        objects_at(location).create(status_key(term), to_json(replace(status(), phase=phase)).encode())
+        assert has_ended(location) and read_status(location).phase is phase
+
+
+def test_a_run_that_was_resumed_has_not_ended(location: Location) -> None:
+    objects_at(location).create(status_key(2), to_json(status()).encode())
+    objects_at(location).create("job.json", b"{}")
+    drop_statuses(objects_at(location))
+    drop_statuses(objects_at(location))
+    assert not has_ended(location) and objects_at(location).names("") == ("job.json",)

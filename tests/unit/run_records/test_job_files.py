@@ -1,0 +1,90 @@
+"""A run's job, stored once, in a directory and in a bucket."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NameTaken, NotAllowed, NotFound, StorageError, UsageError
+from orchestrator.run_records.job_files import has_job, read_job, remove_job, write_job
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from tests.support.buckets import s3_bucket
+from tests.support.request_proxy import RequestFault, RequestProxy
+
+JOB = JobSpec.model_validate({"schema": "v1", "name": "demo"})
+JSON = JOB.model_dump_json(by_alias=True)
+number = count()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, RequestProxy]]:
+    with s3_bucket() as found:
+        yield found
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: tuple[str, RequestProxy]) -> Location:
+    bucket[1].forget()
+    if request.param == "directory":
+        return tmp_path / "runs" / "demo"
+    return BucketUrl(bucket[0]) / f"job-files-{next(number)}" / "demo"
+
+
+def test_a_job_is_read_as_it_was_written(location: Location) -> None:
+    assert not has_job(location)
+    write_job(location, JSON, "name: demo\n")
+    assert has_job(location) and read_job(location) == JOB
+    assert objects_at(location).get("job.yaml") == b"name: demo\n"
+    assert objects_at(location).names("") == ("job.json", "job.yaml")
+
+
+def test_a_location_without_a_job_holds_no_run(location: Location) -> None:
+    with pytest.raises(NotFound, match=f"{location} holds no run"):
+        read_job(location)
+
+
+def test_another_job_of_the_name_is_refused(location: Location) -> None:
+    write_job(location, JSON, "name: demo\n")
+    with pytest.raises(NameTaken, match="holds a run demo"):
+        write_job(location, JSON.replace("demo", "other"), "name: other\n")
+    assert read_job(location) == JOB and objects_at(location).get("job.yaml") == b"name: demo\n"
+
+
+def test_a_text_that_was_left_behind_is_replaced(location: Location) -> None:
+    objects_at(location).create("job.yaml", b"name: cut off\n")
+    write_job(location, JSON, "name: demo\n")
+    assert objects_at(location).get("job.yaml") == b"name: demo\n"
+
+
+def test_a_job_that_was_removed_leaves_nothing(location: Location) -> None:
+    write_job(location, JSON, "name: demo\n")
+    remove_job(location)
+    assert objects_at(location).objects("") == () and not has_job(location)
+    if isinstance(location, Path):
+        assert not location.exists()
+    remove_job(location)
+
+
+def test_a_job_that_can_not_be_read_is_named(location: Location) -> None:
+    objects_at(location).create("job.json", b"{")
+    with pytest.raises(UsageError, match=f"{location}/job.json can't be read"):
+        read_job(location)
+
+
+def test_storage_that_refuses_has_nothing_of_the_job(bucket: tuple[str, RequestProxy]) -> None:
+    location = BucketUrl(bucket[0]) / "refused" / "demo"
+    bucket[1].forget()
+    with bucket[1].failing("PUT", RequestFault.FORBIDDEN), pytest.raises(NotAllowed, match="AWS_SECRET_ACCESS_KEY"):
+        write_job(location, JSON, "name: demo\n")
+    with bucket[1].failing("PUT", RequestFault.UNAVAILABLE), pytest.raises(StorageError, match="503"):
+        write_job(location, JSON, "name: demo\n")
+    assert objects_at(location).objects("") == ()
+
+
+def test_a_file_where_the_directory_should_be_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("")
+    assert not has_job(tmp_path / "demo")
+    with pytest.raises(StorageError, match="can't be written"):
+        write_job(tmp_path / "demo", JSON, "")
