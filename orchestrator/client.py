@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.cluster.connection import connect, probe
@@ -24,10 +23,12 @@ from orchestrator.errors import JobDoesNotFit, NotFinished
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
 from orchestrator.run_records.removal import refuse_active, remove_tracked
-from orchestrator.run_records.run_files import LogLine, RunFiles
+from orchestrator.run_records.run_files import RunFiles
+from orchestrator.run_records.run_logs import LogLine
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.by_url import ask_by_url, refuse_by_url, submit_file
 from orchestrator.submission.resume_request import find_run_dir, resume_request
 from orchestrator.submission.submission import check_job, order_of
@@ -178,7 +179,7 @@ class OrchestratorClient:
             refuse_by_url(self._port, "rm --tracking")
             status = self.get(run_id)
             refuse_active(status)
-            remove_tracked(Path(status.run_dir))
+            remove_tracked(RunFiles(location_of(status.run_dir)).directory)
         return self._ask(Scheduler.remove, run_id)
 
     def resume(
@@ -257,7 +258,7 @@ class OrchestratorClient:
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
         """Log lines of all the run's processes, merged by time; with `follow` until the run has ended."""
         refuse_by_url(self._port, "logs")
-        files = RunFiles(Path(self.get(run_id).run_dir))
+        files = RunFiles(location_of(self.get(run_id).run_dir))
         return files.logs((lambda: self.get(run_id).phase.ended) if follow else None)
 
     def _ask(self, method: Callable[Concatenate[Scheduler, P], R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -22,7 +22,7 @@ from orchestrator.cluster.local import ClusterRecord
 from orchestrator.policy.estimate.job_plan import JobPlan
 from orchestrator.policy.report.report import RunReport
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.run_files import LogLine
+from orchestrator.run_records.run_logs import LogLine
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.spec.job import JobSpec
 

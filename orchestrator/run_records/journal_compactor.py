@@ -6,15 +6,15 @@ Each storage call of a compaction is a task of its own (`storage.tasks`), so no 
 import logging
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.run_history import RunHistory
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.compaction import CompactionLimits, compact, merge_histories
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.objects import Objects
-from orchestrator.storage.reserve import FULL, SpaceReserve
+from orchestrator.storage.reserve import FULL, Reserve
 from orchestrator.storage.tasks import Lengthy, StorageCall, StorageTask
 
 log = logging.getLogger("orchestrator.control")
@@ -32,11 +32,11 @@ class JournalCompactor:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Location,
         limits: RunLimits,
         journal: Journal,
         objects: Objects,
-        reserve: SpaceReserve,
+        reserve: Reserve,
         compacted: int,
         compaction: CompactionLimits,
     ) -> None:

@@ -20,15 +20,14 @@ from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
-from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import ChainEntry
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
 from orchestrator.storage.condition import StorageTrouble, refusal
-from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.objects import Objects
-from orchestrator.storage.reserve import FULL, SpaceReserve
+from orchestrator.storage.reserve import FULL, NoReserve, Reserve, SpaceReserve
 from orchestrator.storage.tasks import Lengthy, StorageTask, Wait
 
 log = logging.getLogger("orchestrator.control")
@@ -62,7 +61,7 @@ class JournaledRun(RunHistory):
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Location,
         limits: RunLimits,
         journal: Journal | None = None,
         compaction: CompactionLimits = LIMITS,
@@ -73,9 +72,9 @@ class JournaledRun(RunHistory):
         self.recording = -1  # the newest step that was given to the journal, which may not have it yet
         self._journal = journal or open_journal(run_dir, caller=caller)
         self.term = self._journal.term
-        self._reserve = SpaceReserve(run_dir, caller)
+        self._reserve = _reserve_at(run_dir, caller)
         self._reserve.tend()
-        super().__init__(run_dir, limits, objects=CalledObjects(DirectoryObjects(run_dir), caller))
+        super().__init__(run_dir, limits, objects=CalledObjects(objects_at(run_dir), caller))
         self._caller = caller
         self.compactor = JournalCompactor(
             run_dir, limits, self._journal, self._objects, self._reserve, self.compacted, compaction
@@ -195,7 +194,9 @@ class JournaledRun(RunHistory):
         return written
 
 
-def open_journal(run_dir: Path, holder: str = "", caller: Caller = call_here, kept: Objects | None = None) -> Journal:
+def open_journal(
+    run_dir: Location, holder: str = "", caller: Caller = call_here, kept: Objects | None = None
+) -> Journal:
     """Take the next term of a run; on a full file system, in the space that was kept for its journal.
 
     Args:
@@ -203,13 +204,17 @@ def open_journal(run_dir: Path, holder: str = "", caller: Caller = call_here, ke
         caller: makes the calls to run storage.
         kept: where entries are kept that storage doesn't take; None: nowhere.
     """
-    objects = CalledObjects(DirectoryObjects(run_dir), caller)
+    objects = CalledObjects(objects_at(run_dir), caller)
     try:
         return Journal(objects, holder, kept)
     except OSError as error:
-        if error.errno not in FULL or not SpaceReserve(run_dir, caller).give_up():
+        if error.errno not in FULL or not _reserve_at(run_dir, caller).give_up():
             raise
         return Journal(objects, holder, kept)
+
+
+def _reserve_at(run_dir: Location, caller: Caller) -> Reserve:
+    return SpaceReserve(run_dir, caller) if isinstance(run_dir, Path) else NoReserve()
 
 
 def retry_until_written(write: Callable[[], T]) -> T:

@@ -10,6 +10,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.storage.backends.location import Location, objects_at
 
 REMOVED_PREFIX = ".removed-"  # no run's name: what an interrupted removal leaves is no run
 UNCHANGED = "Nothing was removed."
@@ -26,12 +27,25 @@ def refuse_active(status: RunStatus) -> None:
         )
 
 
-def remove_files(run_dir: Path) -> None:
-    """Remove a run's directory: at once under its name, then file by file. Prepared texts, which runs share, stay.
+def is_there(run_dir: Location) -> bool:
+    """Whether anything is at a run's location. Raises OSError."""
+    return run_dir.exists() if isinstance(run_dir, Path) else bool(objects_at(run_dir).names(""))
+
+
+def remove_files(run_dir: Location) -> None:
+    """Remove all that is at a run's location. Prepared texts, which runs share, stay.
 
     Raises:
         StorageError: something can't be removed.
     """
+    if isinstance(run_dir, Path):
+        _remove_directory(run_dir)
+    else:
+        _remove_objects(run_dir)
+
+
+def _remove_directory(run_dir: Path) -> None:
+    """Remove a directory: at once under its name, then file by file."""
     hidden = run_dir.with_name(REMOVED_PREFIX + run_dir.name)
     try:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -48,6 +62,23 @@ def remove_files(run_dir: Path) -> None:
         raise StorageError(
             f"run {run_dir.name} is removed, but not all of its files: {error.strerror or error}: {error.filename}",
             remedy=f"Delete {hidden} yourself.",
+        ) from error
+
+
+def _remove_objects(run_dir: Location) -> None:
+    """Remove a run's objects. What shows that it has ended goes last, so that a removal that is cut off is repeated."""
+    objects = objects_at(run_dir)
+    try:
+        keys = [found.key for found in objects.objects("")]
+        status = [key for key in keys if key.startswith("status-")]
+        records = [key for key in keys if key.startswith(("journal/", "job."))]
+        objects.delete(set(keys) - {*status, *records})
+        objects.delete(records)
+        objects.delete(status)
+    except OSError as error:
+        raise StorageError(
+            f"run {run_dir.name} is not removed, or not all of it: {error.strerror or error}: {error.filename}",
+            remedy=f"`orchestrator rm {run_dir.name}` tries again.",
         ) from error
 
 

@@ -1,38 +1,27 @@
 """Records of a run in run storage, read without a cluster: status, events, sample ledger, log lines."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.errors import NotFound, nearest
+from orchestrator.errors import NotFound, UsageError, nearest
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import has_job, read_job
 from orchestrator.run_records.run_history import read_steps, user_events
+from orchestrator.run_records.run_logs import LogLine, log_reader
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.journal import has_journal
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message
 T = TypeVar("T")
-STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3}")  # how a log line begins; others continue the one before
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """A log line, with those that continue it. `source` names its writer: controller, tracker, a worker's id."""
-
-    stamp: str
-    source: str
-    text: str
 
 
 class RunFiles:
@@ -42,12 +31,23 @@ class RunFiles:
         NotFound: the directory holds no run.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Location) -> None:
         if not holds_run(run_dir):
             offer = nearest(run_dir.name, runs_in(run_dir.parent))
             remedy = f"{offer}Name the run storage that the job file names: --storage DIR."
             raise NotFound(f"{run_dir} holds no run", remedy=remedy)
         self.run_dir = run_dir
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory. Raises UsageError if the run is in a bucket."""
+        if isinstance(self.run_dir, Path):
+            return self.run_dir
+        raise UsageError(
+            f"{self.run_dir} is in a bucket, and this is read from a directory",
+            remedy="Copy the run to a directory, and name that: --storage DIR.",
+            unchanged="Nothing was started.",
+        )
 
     def job(self) -> JobSpec:
         """The run's job, with every path absolute."""
@@ -108,15 +108,15 @@ class RunFiles:
         Raises:
             NotFound: no process of that name has written a log.
         """
-        if source is not None and not (self.run_dir / "logs" / f"{source}.log").exists():
-            known = ", ".join(sorted(path.stem for path in self.run_dir.glob("logs/*.log"))) or "no process yet"
+        reader = log_reader(self.run_dir)
+        if source is not None and source not in (found := reader.sources()):
+            known = ", ".join(found) or "no process yet"
             raise NotFound(f"run {self.run_dir.name} has no log of {source!r}", remedy=f"It has logs of {known}.")
-        offsets: dict[Path, int] = {}
         since = datetime.fromtimestamp(since_s).strftime("%Y-%m-%d %H:%M:%S") if since_s > 0 else ""
         while True:
             last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
-            paths = sorted(path for path in self.run_dir.glob("logs/*.log") if source in (None, path.stem))
-            lines = (line for path in paths for line in _read_on(path, offsets) if line.stamp >= since)
+            sources = reader.sources() if source is None else [source]
+            lines = (line for each in sources for line in reader.read_on(each) if line.stamp >= since)
             yield from _newest(sorted(lines, key=lambda line: line.stamp), tail)
             tail = None
             if last_look:
@@ -124,46 +124,30 @@ class RunFiles:
             time.sleep(LOOK_EVERY_S)
 
 
-def run_dir_in(storage: Path, run_id: str) -> Path:
-    """Directory of a run of that name in run storage, existing or not. Raises NotFound for an invalid name, which might
+def run_dir_in(storage: Location, run_id: str) -> Location:
+    """Location of a run of that name in run storage, existing or not. Raises NotFound for an invalid name, which might
     lead out of the storage."""
     if not RUN_NAME.fullmatch(run_id):
         raise NotFound(
             f"no run can be called {run_id!r}",
             remedy=f"{nearest(run_id, runs_in(storage))}A name is of a-z, 0-9 and -; directories go to --storage.",
         )
-    return storage.absolute() / run_id
+    return (storage.absolute() if isinstance(storage, Path) else storage) / run_id
 
 
-def holds_run(run_dir: Path) -> bool:
-    """Whether a run has been submitted to this directory."""
+def holds_run(run_dir: Location) -> bool:
+    """Whether a run has been submitted to this location."""
     return has_journal(objects_at(run_dir)) or has_job(run_dir)
 
 
-def runs_in(storage: Path) -> list[str]:
+def runs_in(storage: Location) -> list[str]:
     """Names of the runs in run storage; none if there is no such directory."""
-    if not storage.is_dir():
+    try:
+        names = objects_at(storage).names("")
+    except NotADirectoryError:
         return []
-    return sorted(path.name for path in storage.iterdir() if RUN_NAME.fullmatch(path.name) and holds_run(path))
+    return [name for name in names if RUN_NAME.fullmatch(name) and holds_run(storage / name)]
 
 
 def _newest(found: list[T], tail: int | None) -> list[T]:
     return found if tail is None else found[len(found) - min(tail, len(found)) :]
-
-
-def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:
-    """Whole lines added to the file since the last call."""
-    with path.open("rb") as file:
-        file.seek(offsets.get(path, 0))
-        added = file.read()
-    whole = added[: added.rfind(b"\n") + 1]
-    offsets[path] = offsets.get(path, 0) + len(whole)
-    lines: list[LogLine] = []
-    for text in whole.decode(errors="replace").splitlines():
-        stamp = STAMP.match(text)
-        if stamp is None and lines:
-            lines[-1] = LogLine(lines[-1].stamp, path.stem, f"{lines[-1].text}\n{text}")
-        else:
-            body = text[stamp.end() :].lstrip() if stamp else text
-            lines.append(LogLine(stamp.group() if stamp else "", path.stem, body))
-    return lines

@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import ProtocolError
@@ -29,11 +28,10 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.condition import StorageCondition
-from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import events_after
 from orchestrator.storage.objects import Objects
 
@@ -69,12 +67,14 @@ class RunHistory:
 
     Args:
         is_read: False for that of no events, which `restore` and `take` change.
-        objects: the run's, in run storage; None for those in its directory.
+        objects: the run's, in run storage; None for those at its location.
     """
 
-    def __init__(self, run_dir: Path, limits: RunLimits, is_read: bool = True, objects: Objects | None = None) -> None:
+    def __init__(
+        self, run_dir: Location, limits: RunLimits, is_read: bool = True, objects: Objects | None = None
+    ) -> None:
         self._run_dir = run_dir
-        self._objects = objects or DirectoryObjects(run_dir)
+        self._objects = objects or objects_at(run_dir)
         self.state = first_state(limits)
         self.progress = Progress()
         self.data: PreparedData | None = None
@@ -191,7 +191,7 @@ def _type_of(kind: str) -> type[Event]:
 
 
 def entries_after(
-    run_dir: Path, seq: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
+    run_dir: Location, seq: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
 ) -> Iterator[JournalEntry]:
     """The events of a run's journal with a `seq` above this one, in order, read as they are taken. Needs no cluster.
 
@@ -206,13 +206,13 @@ def entries_after(
 
 
 def read_entries(
-    run_dir: Path, after: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
+    run_dir: Location, after: int = -1, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
 ) -> list[JournalEntry]:
     """All that `entries_after` reads."""
     return list(entries_after(run_dir, after, only, leave_out))
 
 
-def read_steps(run_dir: Path) -> list[StepRecord]:
+def read_steps(run_dir: Location) -> list[StepRecord]:
     """All committed steps of the run, in order. Needs no cluster."""
     return committed_steps(entries_after(run_dir, only=LEDGER))
 
@@ -231,6 +231,6 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
     return steps
 
 
-def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:
+def user_events(run_dir: Location, after: int = -1) -> list[dict[str, Any]]:
     """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
     return [plain for plain in events_after(objects_at(run_dir), after) if not is_internal(plain["kind"])]

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 from orchestrator.checkpoint.manifest import step_name
@@ -25,6 +24,7 @@ from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.condition import StorageCondition
 
 
@@ -34,7 +34,7 @@ def status_of(
     memory: RunHistory,
     seen: Observation,
     *,
-    run_dir: Path,
+    run_dir: Location,
     tracking_url: str | None = None,
     warning: str | None = None,
     storage: StorageCondition = StorageCondition.WELL,
@@ -127,7 +127,7 @@ def _worker_group(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...
     return tuple(WorkerStatus(w, ranks.get(w), seen.phase(w), seen.nodes.get(w, "")) for w in there)
 
 
-def status_from_journal(run_dir: Path) -> RunStatus:
+def status_from_journal(run_dir: Location) -> RunStatus:
     """Status as of the journal's newest entry, for a run that has not ended. Needs no cluster."""
     job = read_job(run_dir)
     limits = RunLimits.of(run_dir.name, job)

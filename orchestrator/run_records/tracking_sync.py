@@ -23,7 +23,6 @@ from orchestrator.run_records.run_history import RunHistory, entries_after
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
@@ -99,7 +98,7 @@ def missing_calls(
         if not entry.event.is_internal:
             yield Tracker.event, (entry, points_of_event(entry), before)
             before = entry.seq
-    newest_first = committed_backwards(DirectoryObjects(run_dir), progress.watermark)
+    newest_first = committed_backwards(objects_at(run_dir), progress.watermark)
     steps = list(takewhile(lambda record: record.step > position.step, newest_first))[::-1]
     points, loads, after = _points_of(progress, steps), shown_loads(steps), position.step
     while points:

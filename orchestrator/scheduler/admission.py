@@ -24,11 +24,12 @@ from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
+from orchestrator.storage.backends.location import Location
 
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
 
-def refuse_taken(run_id: str, directory: Path) -> None:
+def refuse_taken(run_id: str, directory: Location) -> None:
     """Raise NameTaken if the cluster or the storage has a run of this name."""
     remedy = "Choose another name, or move that run's directory away."
     is_over = has_ended(directory)  # its controller may be about to exit
@@ -79,7 +80,7 @@ def newcomer(
     )
 
 
-def resumed_run(run_id: str, directory: Path, order: ResumeRequest) -> ScalingView:
+def resumed_run(run_id: str, directory: Location, order: ResumeRequest) -> ScalingView:
     """View of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
     if ControllerClient(run_id).find() is not None:
         raise UsageError(

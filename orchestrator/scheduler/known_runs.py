@@ -1,10 +1,9 @@
 """List of all runs that this cluster has seen, with their directories, in Ray's internal key-value store."""
 
-from pathlib import Path
-
 from ray.experimental import internal_kv
 
 from orchestrator.errors import NotFound, nearest
+from orchestrator.storage.backends.location import Location, location_of
 
 KV_NAMESPACE = b"orchestrator-runs"
 
@@ -14,13 +13,13 @@ def known_runs() -> list[str]:
     return [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
 
 
-def directory_of(run_id: str) -> Path:
-    """The run's directory in run storage. Raises NotFound, with the nearest names."""
+def directory_of(run_id: str) -> Location:
+    """The run's location. Raises NotFound, with the nearest names."""
     place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
     if place is None:
         remedy = f"{nearest(run_id, known_runs())}`orchestrator ls` shows its runs."
         raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
-    return Path(place.decode())
+    return location_of(place.decode())
 
 
 def remember_run(run_id: str, run_dir: str) -> None:

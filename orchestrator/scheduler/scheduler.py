@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -26,7 +25,7 @@ from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import remove_job, write_job
-from orchestrator.run_records.removal import refuse_active, remove_files
+from orchestrator.run_records.removal import is_there, refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -36,6 +35,7 @@ from orchestrator.scheduler.claims import RunClaims
 from orchestrator.scheduler.controller_client import PATIENCE_S, ControllerClient
 from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.guard import StorageGuard
 
 log = logging.getLogger("orchestrator.control")
@@ -87,7 +87,7 @@ class Scheduler:
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
             StorageError: the run's directory can't be written.
         """
-        job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
+        job, directory = JobSpec.model_validate_json(job_json), location_of(run_dir)
         with self._claims.claim(run_id):
             self._storage.call(directory.parent, WRITE_S, partial(refuse_taken, run_id, directory))
             job = with_gpus(job)
@@ -115,7 +115,7 @@ class Scheduler:
                 its gradients differently than when it wrote the checkpoint.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
-        directory = Path(run_dir)
+        directory = location_of(run_dir)
         with self._claims.claim(run_id):
             run = self._storage.call(directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order))
             with self._submitting:
@@ -147,7 +147,7 @@ class Scheduler:
                     raise
                 time.sleep(0.1)
 
-    def _final_status(self, run_id: str, directory: Path) -> RunStatus:
+    def _final_status(self, run_id: str, directory: Location) -> RunStatus:
         try:
             status = self._storage.call(directory.parent, STATUS_S, partial(read_status, directory))
         except StorageError:
@@ -195,7 +195,7 @@ class Scheduler:
         """
         with self._claims.claim(run_id):
             directory = directory_of(run_id)
-            if self._storage.call(directory.parent, STATUS_S, directory.exists):
+            if self._storage.call(directory.parent, STATUS_S, partial(is_there, directory)):
                 refuse_active(self.status(run_id))
                 ControllerClient(run_id).await_end()  # it writes its log until then
                 self._storage.call(directory.parent, REMOVE_S, partial(self._remove_files, run_id, directory))
@@ -203,7 +203,7 @@ class Scheduler:
         log.info("run %s: removed from %s", run_id, directory)
         return str(directory)
 
-    def _remove_files(self, run_id: str, directory: Path) -> None:
+    def _remove_files(self, run_id: str, directory: Location) -> None:
         with self._claims.extended(run_id):
             remove_files(directory)
 
@@ -219,7 +219,7 @@ class Scheduler:
         """Audit of the run's sample ledger. Raises NotFound."""
         return self._read(run_id, lambda directory: RunFiles(directory).audit())
 
-    def _read(self, run_id: str, read: Callable[[Path], R]) -> R:
+    def _read(self, run_id: str, read: Callable[[Location], R]) -> R:
         directory = directory_of(run_id)
         return self._storage.call(directory.parent, HISTORY_S, partial(read, directory))
 

@@ -7,9 +7,8 @@ while it has.
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.errors import StorageError
@@ -24,10 +23,10 @@ class StorageGuard:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hung: Counter[Path] = Counter()  # calls that have exceeded the limit and not returned, by storage
+        self._hung: Counter[Hashable] = Counter()  # calls that have exceeded the limit and not returned, by storage
 
     def call(
-        self, storage: Path, patience_s: float, function: Callable[[], R], undo: Callable[[], None] | None = None
+        self, storage: Hashable, patience_s: float, function: Callable[[], R], undo: Callable[[], None] | None = None
     ) -> R:
         """The result of `function`, which reads or writes in `storage`, within `patience_s`.
 
@@ -53,7 +52,7 @@ class StorageGuard:
         self._count(storage, done, undo)
         raise _hangs(storage, f"no answer within {patience_s:g} s", unchanged="")
 
-    def _count(self, storage: Path, done: "Future[R]", undo: Callable[[], None] | None) -> None:
+    def _count(self, storage: Hashable, done: "Future[R]", undo: Callable[[], None] | None) -> None:
         """Count a call as hung until it returns."""
         with self._lock:
             self._hung[storage] += 1
@@ -76,7 +75,7 @@ def _serve(function: Callable[[], R], done: "Future[R]") -> None:
         done.set_result(result)
 
 
-def _hangs(storage: Path, how: str, unchanged: str) -> StorageError:
+def _hangs(storage: Hashable, how: str, unchanged: str) -> StorageError:
     return StorageError(
         f"run storage {storage} hangs: {how}",
         remedy="Try again once it answers; requests to active runs don't need it.",

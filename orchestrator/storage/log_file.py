@@ -1,18 +1,25 @@
-"""Log files in run storage, written by a thread: a process that logs never waits for storage.
+"""Log lines in run storage, written by a thread: a process that logs never waits for storage.
 
-Lines that storage doesn't take wait, `MOST_WAITING` at most; later ones are dropped.
+A directory has a file for each process, to which lines are appended. Other storage has objects with the lines of some
+seconds. Lines that storage doesn't take wait, `MOST_WAITING` at most; later ones are dropped.
 """
 
 import logging
 import queue
+import secrets
+import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
+from orchestrator.errors import UsageError
 from orchestrator.storage.caller import Caller, call_here
+from orchestrator.storage.objects import Objects
 
 MOST_WAITING = 10_000
+PART_LINES, PART_S = 500, 5.0  # of an object with lines, at most
 
 
 def log_to(path: Path, caller: Caller = call_here) -> None:
@@ -21,10 +28,25 @@ def log_to(path: Path, caller: Caller = call_here) -> None:
     Args:
         caller: makes the calls to the file system.
     """
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
     handler = _LogFile(path, caller)
+    _listen(handler, lambda: None)
+
+
+def log_to_objects(objects: Objects, folder: str) -> None:
+    """Send the package's log lines to objects in `folder`, whose names sort by time."""
+    handler = _LogObjects(objects, folder)
+    _listen(handler, handler.store)
+
+
+def _listen(handler: logging.Handler, store: Callable[[], None]) -> None:
+    """Have a thread handle the package's log lines.
+
+    Args:
+        store: stores what the handler has collected.
+    """
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    QueueListener(lines, handler).start()
+    lines: queue.Queue[logging.LogRecord] = queue.Queue(MOST_WAITING)
+    _Listener(lines, handler, store).start()
     logger = logging.getLogger("orchestrator")
     logger.addHandler(_Waiting(lines))
     logger.setLevel(logging.INFO)
@@ -33,9 +55,11 @@ def log_to(path: Path, caller: Caller = call_here) -> None:
 def flush_logs(timeout_s: float) -> None:
     """Wait until the lines logged so far are written, or `timeout_s` are over."""
     deadline_s = time.monotonic() + timeout_s
-    for handler in logging.getLogger("orchestrator").handlers:
-        while isinstance(handler, _Waiting) and handler.queue.unfinished_tasks and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+    waiting = [handler for handler in logging.getLogger("orchestrator").handlers if isinstance(handler, _Waiting)]
+    for handler in waiting:
+        handler.enqueue(STORE)
+    while any(handler.queue.unfinished_tasks for handler in waiting) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
 
 
 class _Waiting(QueueHandler):
@@ -46,6 +70,32 @@ class _Waiting(QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         with suppress(queue.Full):
             self.queue.put_nowait(record)
+
+
+STORE = logging.makeLogRecord({})  # no line: stands for the request to store those before it
+
+
+class _Listener(QueueListener):
+    """Thread that handles lines, and has them stored: those before a `STORE`, and after some time without others."""
+
+    def __init__(
+        self, lines: "queue.Queue[logging.LogRecord]", handler: logging.Handler, store: Callable[[], None]
+    ) -> None:
+        super().__init__(lines, handler)
+        self._lines, self._store = lines, store
+
+    def dequeue(self, block: bool) -> logging.LogRecord:
+        while True:
+            try:
+                return self._lines.get(block, PART_S)
+            except queue.Empty:
+                self._store()
+
+    def handle(self, record: logging.LogRecord) -> None:
+        if record is STORE:
+            self._store()
+        else:
+            super().handle(record)
 
 
 class _LogFile(logging.Handler):
@@ -66,3 +116,41 @@ def _append(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(text)
+
+
+class _LogObjects(logging.Handler):
+    """Objects, each with the lines of some seconds."""
+
+    def __init__(self, objects: Objects, folder: str) -> None:
+        super().__init__()
+        self._objects, self._folder = objects, folder
+        self._lines: list[str] = []  # not stored yet
+        self._part: list[str] = []  # the first of them, as they were offered to storage
+        self._key = ""  # of the object that these will be in: it may be there though its creation failed
+        self._since_s = 0.0  # since when lines wait, or since storage refused them
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if not self._lines:
+                self._since_s = time.monotonic()
+            if len(self._lines) < MOST_WAITING:
+                self._lines.append(self.format(record) + "\n")
+            if len(self._lines) == PART_LINES or time.monotonic() - self._since_s >= PART_S:
+                self.store()
+        except Exception:  # of any kind: the thread must handle later lines
+            self.handleError(record)
+
+    def store(self) -> None:
+        """Store the lines that were handled. Those that storage doesn't take stay."""
+        while self._lines:
+            if not self._part:
+                self._part = self._lines[:PART_LINES]
+                self._key = f"{self._folder}/{time.time_ns():020d}-{secrets.token_hex(4)}"
+            try:
+                self._objects.create(self._key, "".join(self._part).encode())
+            except (OSError, UsageError) as error:
+                print(f"log lines can't be stored: {error}", file=sys.stderr)
+                self._since_s = time.monotonic()
+                return
+            del self._lines[: len(self._part)]
+            self._part = []

@@ -56,6 +56,20 @@ class SpaceReserve:
         return False
 
 
+class NoReserve:
+    """That of storage without a file system to reserve space in."""
+
+    def tend(self) -> None:
+        """Nothing to reserve."""
+
+    def give_up(self) -> bool:
+        """Nothing to free."""
+        return False
+
+
+Reserve = SpaceReserve | NoReserve
+
+
 def _take(file: Path) -> bool:
     """Make the file if there is room for it. Returns whether there was."""
     space = os.statvfs(file.parent)

@@ -15,6 +15,7 @@ from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
 from orchestrator.run_records.data_preparation import DataPrepared
 from orchestrator.run_records.run_history import read_entries
+from orchestrator.storage.backends.location import Location
 from orchestrator.submission.torch_process import TorchProcess
 
 MODULE = "orchestrator.inference.process"
@@ -54,7 +55,7 @@ def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
     return checkpoint
 
 
-def store_of(run_id: str, run_dir: Path) -> str:
+def store_of(run_id: str, run_dir: Location) -> str:
     """Directory of the run's token store. Raises DataError if it no longer exists."""
     entries = read_entries(run_dir, only=(DataPrepared,))
     prepared = [entry.event.data.store_dir for entry in entries if isinstance(entry.event, DataPrepared)]

@@ -1,7 +1,6 @@
 """A run's report from its journal and job in run storage. Needs no cluster."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.flops import ModelSize, size_of
@@ -13,14 +12,15 @@ from orchestrator.run_records.data_preparation import DataPrepared
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries, read_steps
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import Location
 from orchestrator.submission.param_listing import state_of
 
 
-def read_report(run_dir: Path, rates: Rates) -> RunReport:
-    """The report of the run in this directory.
+def read_report(run_dir: Location, rates: Rates) -> RunReport:
+    """The report of the run at this location.
 
     Raises:
-        NotFound: the directory holds no run.
+        NotFound: it holds no run.
         NotFinished: the run has not written anything yet.
     """
     files = RunFiles(run_dir)
@@ -33,7 +33,7 @@ def read_report(run_dir: Path, rates: Rates) -> RunReport:
     return report_of(run_dir.name, entries, gpus_per_worker=gpus, size=size, size_note=note, rates=rates)
 
 
-def read_load_map(run_dir: Path) -> LoadMap | None:
+def read_load_map(run_dir: Location) -> LoadMap | None:
     """The loads of the run's experts over its steps; None if it has none."""
     return load_map(shown_loads(read_steps(run_dir)))
 

@@ -11,14 +11,15 @@ from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
+from orchestrator.storage.backends.location import Location, location_of
 
 
-def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Callable[[str], RunStatus]) -> Path:
-    """The run's directory: in the named storage, else as `get` reports it, else in ./runs. Raises NotFound."""
+def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Callable[[str], RunStatus]) -> Location:
+    """The run's location: in the named storage, else as `get` reports it, else in ./runs. Raises NotFound."""
     if storage is not None:
-        return RunFiles(run_dir_in(Path(storage), run_id)).run_dir
+        return RunFiles(run_dir_in(location_of(os.fspath(storage)), run_id)).run_dir
     try:
-        return Path(get(run_id).run_dir)
+        return location_of(get(run_id).run_dir)
     except NotFound as error:
         try:
             return RunFiles(run_dir_in(Path("runs"), run_id)).run_dir
@@ -27,13 +28,13 @@ def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Calla
             raise error from None
 
 
-def resume_request(run_dir: Path, step: int | None, workers: int | None, reset_residuals: bool) -> ResumeRequest:
+def resume_request(run_dir: Location, step: int | None, workers: int | None, reset_residuals: bool) -> ResumeRequest:
     """Request to resume from the checkpoint of `step` or the newest, digests checked; without any, from the beginning.
 
     Raises:
         NotFound: there is no checkpoint of this step.
         CheckpointCorrupt: its files are missing or changed; the message names the one before.
     """
-    path = choose(run_dir / DIRECTORY, step)
+    path = choose(RunFiles(run_dir).directory / DIRECTORY, step)
     restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
     return ResumeRequest(uuid.uuid4().hex, restore, workers)

@@ -22,7 +22,7 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
     files = find_run(run, storage, address).files
     records = {record.step: record for record in files.steps()}
     found = []
-    for path in list_checkpoints(files.run_dir / "checkpoints"):
+    for path in list_checkpoints(files.directory / "checkpoints"):
         manifest = read_manifest(path)
         record = records.get(manifest.step)
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
@@ -47,7 +47,7 @@ def verify(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.submission.model_process import checkpoint_to_ask
 
-    path = checkpoint_to_ask(run, find_run(run, storage, address).files.run_dir, step)
+    path = checkpoint_to_ask(run, find_run(run, storage, address).files.directory, step)
     manifest = read_manifest(path)
     num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
     tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
@@ -69,7 +69,7 @@ def remove(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.run_records.removal import find_removable, remove_checkpoint
 
-    run_dir = find_run(run, storage, address).files.run_dir
+    run_dir = find_run(run, storage, address).files.directory
     path = find_removable(run_dir, step)
     confirm(f"Remove {path}?", yes)
     remove_checkpoint(path)

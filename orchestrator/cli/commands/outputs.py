@@ -112,8 +112,8 @@ def report(
             remedy="Add -o html, or leave --out out.",
             unchanged="Nothing was written.",
         )
-    directories = [find_run(name, storage, address).files.run_dir for name in (run, other) if name is not None]
-    reports = [read_report(directory, rates) for directory in directories]
+    found = [find_run(name, storage, address).files for name in (run, other) if name is not None]
+    reports = [read_report(files.run_dir, rates) for files in found]
     for line in (line for one in reports for line in warnings(one)):
         narrate(line)
     if output is ReportFormat.JSON:
@@ -123,8 +123,8 @@ def report(
         from orchestrator.cli.report.html import write_page
 
         name = "report.html" if other is None else f"report-with-{other}.html"
-        page = out.absolute() if out is not None else directories[0] / name
-        write_page(page, reports, tables(reports), [read_load_map(directory) for directory in directories])
+        page = out.absolute() if out is not None else found[0].directory / name
+        write_page(page, reports, tables(reports), [read_load_map(files.run_dir) for files in found])
         show(str(page))
     else:
         for table in tables(reports):

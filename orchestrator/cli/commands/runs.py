@@ -1,7 +1,6 @@
 """`submit`, `ls`, `status`, `wait`: runs and their status."""
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -112,7 +111,7 @@ def status(
     show(aligned(details(found, time.time())))
 
 
-def _looked_up(run: str, watch: bool, storage: Path | None, address: str | None, output: Format) -> RunStatus:
+def _looked_up(run: str, watch: bool, storage: str | None, address: str | None, output: Format) -> RunStatus:
     """The run's status from its cluster or from run storage, with `watch` at its end."""
     from orchestrator.cli.terminal.progress import watch_runs
     from orchestrator.cli.terminal.run_lookup import find_run

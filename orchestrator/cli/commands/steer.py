@@ -1,6 +1,5 @@
 """`scale`, `pause`, `resume`, `stop`, `rm`, `set`, `curriculum set`, `fault kill-worker`: changes of a run."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -76,7 +75,7 @@ def resume(
         bool, typer.Option("--reset-residuals", help="Discard gradients that compression has not sent yet.")
     ] = False,
     storage: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster doesn't know it."),
     ] = None,
     timeout: Timeout = None,

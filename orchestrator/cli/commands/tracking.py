@@ -27,7 +27,7 @@ def ui(
         typer.Option("--allow-host", metavar="NAME", help="Another name by which browsers reach it, as by a proxy."),
     ] = None,
     storage: Annotated[
-        Path | None, typer.Option("--storage", metavar="DIR", help="Run storage. Default: ./runs.")
+        str | None, typer.Option("--storage", metavar="DIR", help="Run storage. Default: ./runs.")
     ] = None,
     uri: Annotated[str | None, typer.Option("--uri", metavar="URI", help="Any other MLflow database.")] = None,
     address: Address = None,
@@ -35,7 +35,7 @@ def ui(
     """Serve MLflow's pages on this machine until Ctrl-C. Prints their address."""
     from orchestrator.tracking.mlflow_server import MlflowServer
 
-    place = (storage or Path("runs")).absolute()
+    place = Path(storage or "runs").absolute()
     uri = uri or _uri_of(run, storage, address, place)
     if uri.startswith("http"):
         narrate("A server has these runs already.")
@@ -51,13 +51,13 @@ def ui(
         narrate("The pages are gone; nothing is left behind.")
 
 
-def _uri_of(run: str | None, storage: Path | None, address: str | None, place: Path) -> str:
+def _uri_of(run: str | None, storage: str | None, address: str | None, place: Path) -> str:
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.run_records.job_files import read_job
     from orchestrator.run_records.tracker_setup import default_uri, tracker_setup
 
     if run is not None:
-        run_dir = find_run(run, storage, address).files.run_dir
+        run_dir = find_run(run, storage, address).files.directory
         job = read_job(run_dir)
         return tracker_setup(run, run_dir, job).uri
     if not (place / "mlflow.db").exists():
@@ -80,7 +80,7 @@ def sync(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.run_records.tracking_sync import deliver, waits_for_delivery
 
-    run_dir = find_run(run, storage, address).files.run_dir
+    run_dir = find_run(run, storage, address).files.directory
     waiting = waits_for_delivery(run_dir)
     narrate(f"{counted(waiting, 'item')} of run {run} waiting for MLflow; checking what else it lacks.")
     state = deliver(run_dir, timeout)

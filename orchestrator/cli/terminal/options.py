@@ -62,11 +62,12 @@ Address = Annotated[
     ),
 ]
 Storage = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--storage",
-        metavar="DIR",
-        help="Read run storage in this directory; needs no cluster. Default: ask the cluster; without one, ./runs.",
+        metavar="DIR|URL",
+        help="Read run storage in this directory or bucket; needs no cluster. Default: ask the cluster; without one, "
+        "./runs.",
     ),
 ]
 Output = Annotated[Format, typer.Option("-o", "--output", help="Format of the output.")]

@@ -11,6 +11,7 @@ from orchestrator.errors import ClusterUnreachable, NotFinished, NotFound, Orche
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.removal import remove_files, remove_tracked
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
+from orchestrator.storage.backends.location import Location, location_of
 
 DEFAULT_STORAGE = Path("runs")
 
@@ -41,7 +42,7 @@ class FoundRun:
         if self._client is not None:
             return self._client.remove(self.run_id, tracking=tracking)
         if tracking:
-            remove_tracked(self.files.run_dir)
+            remove_tracked(self.files.directory)
         remove_files(self.files.run_dir)
         return str(self.files.run_dir)
 
@@ -50,16 +51,16 @@ class FoundRun:
         return self._client is None or self._client.get(self.run_id).phase.ended
 
 
-def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun:
+def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
     """Find a run in the named storage; else in the cluster; else, if no cluster knows it, in ./runs.
 
     Raises:
         NotFound: there is no such run; the message gives the nearest names.
-        UsageError: the cluster is named by URL, which shows no files.
+        UsageError: the cluster is named by URL, which shows no files; or no storage has such a URL.
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return FoundRun(run_id, RunFiles(run_dir_in(storage, run_id)), None)
+        return FoundRun(run_id, RunFiles(run_dir_in(location_of(storage), run_id)), None)
     if is_url(named := address or os.environ.get("RAY_ADDRESS")):
         raise UsageError(
             f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
@@ -68,7 +69,7 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         )
     try:
         client = OrchestratorClient(address)
-        return FoundRun(run_id, RunFiles(Path(client.get(run_id).run_dir)), client)
+        return FoundRun(run_id, RunFiles(location_of(client.get(run_id).run_dir)), client)
     except (ClusterUnreachable, NotFound) as error:
         if address is not None:
             raise
@@ -84,7 +85,7 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         raise
 
 
-def find_runs(storage: Path | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:
+def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:
     """A function that reads the status of every run of the named storage; else of the cluster; else, without one, of
     ./runs.
 
@@ -93,9 +94,10 @@ def find_runs(storage: Path | None, address: str | None) -> Callable[[], tuple[R
         ClusterUnreachable: neither storage nor address named one, and ./runs holds no run either.
     """
     if storage is not None:
-        if not storage.is_dir():
+        place = location_of(storage)
+        if isinstance(place, Path) and not place.is_dir():
             raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR.")
-        return lambda: _runs_in_storage(storage)
+        return lambda: _runs_in_storage(place)
     try:
         return OrchestratorClient(address).list
     except ClusterUnreachable:
@@ -105,7 +107,7 @@ def find_runs(storage: Path | None, address: str | None) -> Callable[[], tuple[R
         return lambda: _runs_in_storage(DEFAULT_STORAGE)
 
 
-def _runs_in_storage(storage: Path) -> tuple[RunStatus, ...]:
+def _runs_in_storage(storage: Location) -> tuple[RunStatus, ...]:
     """The newest last. Runs whose records can't be read are left out, with a message."""
     found = []
     for run_id in runs_in(storage):

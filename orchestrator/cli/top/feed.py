@@ -7,7 +7,6 @@ a run on all cores, and the first screen doesn't need it.
 import time
 from collections import deque
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from orchestrator.cli.top.look import Look, RunRecords
@@ -22,7 +21,7 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_entries
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.storage.journal import read_events
 
 MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest
@@ -33,7 +32,7 @@ GOODPUT_REST = 20  # times the duration of the last reading
 class JournalTail:
     """Incremental reader of a run's journal. A journal that can't be read has nothing new."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Location) -> None:
         self._run_dir, self._seq = run_dir, -1
         self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
         self.steps: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
@@ -89,7 +88,7 @@ class Feed:
         return Look(self._client.address, self._last, is_joining, trouble, newest, records)
 
     def _tail(self, status: RunStatus) -> JournalTail:
-        return self._tails.setdefault(status.run_id, JournalTail(Path(status.run_dir)))
+        return self._tails.setdefault(status.run_id, JournalTail(location_of(status.run_dir)))
 
     def _records(self, status: RunStatus) -> RunRecords:
         tail, run_id = self._tail(status), status.run_id
@@ -103,6 +102,6 @@ class Feed:
 
 def _goodput(status: RunStatus) -> float | None:
     try:
-        return report_of(status.run_id, read_entries(Path(status.run_dir), leave_out=(StateDecided,))).goodput
+        return report_of(status.run_id, read_entries(location_of(status.run_dir), leave_out=(StateDecided,))).goodput
     except (OSError, ValueError, OrchestratorError):  # it can't be read from here, or holds nothing yet
         return None

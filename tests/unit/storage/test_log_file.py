@@ -1,12 +1,15 @@
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.storage import log_file
-from orchestrator.storage.log_file import flush_logs, log_to
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.log_file import flush_logs, log_to, log_to_objects
+from orchestrator.storage.objects import Objects
 
 
 @pytest.fixture
@@ -43,3 +46,70 @@ def test_a_line_does_not_wait_for_storage_that_hangs(
         flush_logs(20.0)
     finally:
         logging.getLogger("orchestrator").handlers[:] = before
+
+
+def lines_in(objects: Objects, folder: str) -> list[str]:
+    """The texts of the lines in all objects, in the order of their names."""
+    parts = [objects.get(f"{folder}/{name}").decode() for name in objects.names(folder)]
+    return [line.partition("orchestrator.test ")[2] for line in "".join(parts).splitlines()]
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = list(logging.getLogger("orchestrator").handlers)
+    yield
+    logging.getLogger("orchestrator").handlers[:] = before
+
+
+@pytest.mark.usefixtures("handlers")
+def test_lines_are_in_objects_once_they_are_flushed(tmp_path: Path, logger: logging.Logger) -> None:
+    objects = DirectoryObjects(tmp_path)
+    log_to_objects(objects, "logs/w0")
+    for number in range(1_200):
+        logger.info("line %d", number)
+    flush_logs(20.0)
+    assert lines_in(objects, "logs/w0") == [f"line {number}" for number in range(1_200)]
+    assert 3 <= len(objects.names("logs/w0")) <= 10
+    logger.info("later")
+    flush_logs(20.0)
+    assert lines_in(objects, "logs/w0")[-1] == "later"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_lines_are_stored_after_some_time(
+    tmp_path: Path, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_file, "PART_S", 0.2)
+    objects = DirectoryObjects(tmp_path)
+    log_to_objects(objects, "logs/w0")
+    logger.info("alone")
+    deadline_s = time.monotonic() + 20.0
+    while not objects.names("logs/w0"):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    assert lines_in(objects, "logs/w0") == ["alone"]
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("is_stored", [False, True], ids=["lost", "reply lost"])
+def test_lines_that_storage_refuses_are_stored_once_later(
+    tmp_path: Path, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch, is_stored: bool
+) -> None:
+    monkeypatch.setattr(log_file, "PART_S", 0.05)
+    objects, refused = DirectoryObjects(tmp_path), threading.Event()
+
+    class Refusing:
+        def create(self, key: str, data: bytes) -> bytes:
+            if refused.is_set():
+                return objects.create(key, data)
+            if is_stored:
+                objects.create(key, data)
+            refused.set()
+            raise OSError(5, "Input/output error")
+
+    log_to_objects(Refusing(), "logs/w0")
+    logger.info("first")
+    assert refused.wait(20.0)
+    logger.info("second")
+    flush_logs(20.0)
+    assert lines_in(objects, "logs/w0") == ["first", "second"]
