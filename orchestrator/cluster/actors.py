@@ -11,7 +11,6 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,8 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.cluster.process_title import name_process, show_title
 from orchestrator.cluster.remote import Remote
 from orchestrator.protocol.usage import EnergyReading
+from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.storage.log_file import log_to
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.telemetry.energy import EnergyMeter
 from orchestrator.telemetry.node import Reading, read_system
@@ -40,16 +39,16 @@ class Host:
     """Creates `target` ("package.module:Class") from `args` and forwards calls to it.
 
     Args:
-        log_file: file for this process's log lines of `orchestrator`; None leaves logging unchanged.
+        logs: place of this process's log lines of `orchestrator`; None leaves logging unchanged.
         storage_process: whether a child process makes the calls to run storage, so that this one can be killed during
             them. `target` gets their `caller`.
     """
 
-    def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None, storage_process: bool) -> None:
+    def __init__(self, target: str, args: tuple[Any, ...], logs: LogTarget | None, storage_process: bool) -> None:
         self._title = name_process(self)
         self._caller: Caller = StorageProcess(self._title.removeprefix("ray::")).call if storage_process else call_here
-        if log_file is not None:
-            log_to(Path(log_file), self._caller)
+        if logs is not None:
+            logs.open(self._caller)
         self._energy = EnergyMeter(os.environ.get("CUDA_VISIBLE_DEVICES"))
         module, _, name = target.partition(":")
         # Another one than for log lines, which shouldn't wait for a checkpoint.
@@ -95,7 +94,7 @@ class Host:
 @dataclass(frozen=True)
 class ActorOptions:
     """Placement and options of a hosted process. `group` reserves its resources; without one it needs none, and runs on
-    the cluster's head. `log_file` and `storage_process` are as of a `Host`.
+    the cluster's head. `logs` and `storage_process` are as of a `Host`.
 
     With `calls_at_once` of 1, calls of one caller run in the order in which they were made.
     """
@@ -105,7 +104,7 @@ class ActorOptions:
     memory_bytes: int = 0
     group: PlacementGroup | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    log_file: Path | None = None
+    logs: LogTarget | None = None
     max_restarts: int = 0
     calls_at_once: int = CALLS_AT_ONCE
     storage_process: bool = False
@@ -130,8 +129,9 @@ def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: Act
         "scheduling_strategy": placed,
         "runtime_env": {"env_vars": dict(actor_options.env)} if actor_options.env else None,
     }
-    log_file = None if actor_options.log_file is None else str(actor_options.log_file)
-    handle: Any = ray.remote(Host).options(**options).remote(target, args, log_file, actor_options.storage_process)
+    handle: Any = (
+        ray.remote(Host).options(**options).remote(target, args, actor_options.logs, actor_options.storage_process)
+    )
     return Remote(handle)
 
 

@@ -17,8 +17,8 @@ from orchestrator.run_records.job_files import JOB
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.storage.log_file import log_to
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import run_inline
 
@@ -53,7 +53,7 @@ def open_run(
         kept: where journal entries are kept that storage doesn't take; None: nowhere.
     """
     since_s = time.time() if since_s is None else since_s
-    log_to(run_dir / "logs" / "controller.log", caller)
+    LogTarget(run_dir, "controller").open(caller)
     job = JobSpec.model_validate_json(retry_until_written(lambda: caller(objects_at(run_dir).get, JOB)))
     limits = RunLimits.of(run_id, job)
     holder = f"{socket.gethostname()} pid {os.getpid()}"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
@@ -26,6 +25,8 @@ from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.labels import NODE_ID
 from orchestrator.spec.workers import ResourcesSpec
+from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.log_target import LogTarget
 
 log = logging.getLogger("orchestrator.control")
 
@@ -47,7 +48,7 @@ class WorkerGroup:
         on_report: called with each report of a worker.
     """
 
-    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, threads: int, inbox: Inbox) -> None:
+    def __init__(self, run_id: str, run_dir: Location, job: JobSpec, target: str, threads: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._job_json = job.model_dump_json(by_alias=True)
         self._target, self._threads, self._inbox = target, threads, inbox
@@ -227,7 +228,7 @@ class WorkerGroup:
             memory_bytes=resources.memory_bytes or 0,
             group=group,
             env=env_of_worker(self._job, self._threads),
-            log_file=self._run_dir / "logs" / f"{worker}.log",
+            logs=LogTarget(self._run_dir, worker),
             storage_process=True,
         )
         self._known.add(worker)

@@ -47,10 +47,7 @@ def remove_job(location: Location) -> None:
 
 def has_job(location: Location) -> bool:
     """Whether a run was submitted there. Raises OSError."""
-    try:
-        return JOB in objects_at(location).names("")
-    except NotADirectoryError:
-        return False
+    return JOB in objects_at(location).names("")
 
 
 def read_job(location: Location) -> JobSpec:

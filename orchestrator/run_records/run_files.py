@@ -142,10 +142,7 @@ def holds_run(run_dir: Location) -> bool:
 
 def runs_in(storage: Location) -> list[str]:
     """Names of the runs in run storage; none if there is no such directory."""
-    try:
-        names = objects_at(storage).names("")
-    except NotADirectoryError:
-        return []
+    names = objects_at(storage).names("")
     return [name for name in names if RUN_NAME.fullmatch(name) and holds_run(storage / name)]
 
 

@@ -66,7 +66,7 @@ class DirectoryObjects:
         try:
             with os.scandir(self._root / folder) as entries:
                 return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return ()
 
     def objects(self, folder: str) -> tuple[StoredObject, ...]:
@@ -87,5 +87,5 @@ class DirectoryObjects:
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

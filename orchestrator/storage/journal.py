@@ -226,7 +226,4 @@ def newest_term(objects: Objects) -> int:
 
 def has_journal(objects: Objects) -> bool:
     """Whether any controller has taken a term of this run. Reads no entry."""
-    try:
-        return list_names(objects).newest >= 0
-    except NotADirectoryError:
-        return False
+    return list_names(objects).newest >= 0

@@ -7,7 +7,6 @@ process, which then has another address: every plan names the store it is made w
 import logging
 import time
 from concurrent.futures import Future
-from pathlib import Path
 
 import ray
 
@@ -17,6 +16,8 @@ from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.protocol.actors import RendezvousApi
 from orchestrator.protocol.messages import StoreAddress
+from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.log_target import LogTarget
 
 log = logging.getLogger("orchestrator.control")
 
@@ -32,9 +33,9 @@ class RendezvousClient:
         target: dotted name of the store's class.
     """
 
-    def __init__(self, run_id: str, run_dir: Path, target: str, inbox: Inbox) -> None:
+    def __init__(self, run_id: str, run_dir: Location, target: str, inbox: Inbox) -> None:
         self._name, self._target, self._inbox = f"{run_id}/{NAME}", target, inbox
-        self._log_file = run_dir / "logs" / f"{NAME}.log"
+        self._logs = LogTarget(run_dir, NAME)
         self._host: Remote[Host] | None = None  # while a call to it is open or it is known to be alive
         self._asked_s = 0.0
         self._failing_s: float | None = None  # since when it fails
@@ -45,7 +46,7 @@ class RendezvousClient:
         """Start, find or restart the store, and ask for its address, unless it is known or already asked for."""
         if self._host is None and now_s - self._asked_s >= ASK_AGAIN_S:
             self._asked_s = now_s
-            actor_options = ActorOptions(log_file=self._log_file, max_restarts=-1)
+            actor_options = ActorOptions(logs=self._logs, max_restarts=-1)
             self._host = start_host(self._name, self._target, (head_address(),), actor_options)
             store: Remote[RendezvousApi] = self._host.hosted()
             post(self._inbox, store.send(RendezvousApi.address), self._located)

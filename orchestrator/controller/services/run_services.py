@@ -24,6 +24,7 @@ from orchestrator.controller.services.tracker_client import NAME as TRACKER
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.run_records.data_preparation import Preparation, PreparedData
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import StorageTask
 
 log = logging.getLogger("orchestrator.control")
@@ -72,7 +73,7 @@ class RunServices:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent
         if self.data is None:
-            actor_options = ActorOptions(log_file=self._run_dir / "logs" / f"{PREPARATION}.log")
+            actor_options = ActorOptions(logs=LogTarget(self._run_dir, PREPARATION))
             preparation = start_host(self._name(PREPARATION), self._parts.preparation, (), actor_options)
             self._preparation = preparation.hosted()
             data_dir = str(storage / ".data")

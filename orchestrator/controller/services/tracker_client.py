@@ -24,6 +24,7 @@ from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_after
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
 from orchestrator.tracking.sink import MetricPoint, TrackerPosition
@@ -69,7 +70,7 @@ class TrackerClient:
         if self._tracker is not None:
             return self._tracker
         actor_options = ActorOptions(
-            log_file=self._run_dir / "logs" / f"{NAME}.log",
+            logs=LogTarget(self._run_dir, NAME),
             # One call at once: what was sent before `finish` is published before it. Restarts are unlimited.
             max_restarts=-1,
             calls_at_once=1,

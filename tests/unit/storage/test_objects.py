@@ -87,6 +87,8 @@ def test_names_are_those_of_objects_and_folders(objects: LargeObjects) -> None:
     assert objects.names("x") == ("a", "b", "deeper")
     assert objects.names("") == ("x", "xy", "z")
     assert objects.names("x/deeper") == ("c",)
+    assert objects.names("z") == objects.names("z/a") == ()  # an object is no folder
+    assert objects.objects("z/a") == ()
 
 
 def test_more_names_than_a_page_of_a_listing(objects: LargeObjects) -> None:
