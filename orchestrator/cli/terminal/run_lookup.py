@@ -12,6 +12,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.removal import remove_files, remove_tracked
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.storage.backends.location import Location, location_of
+from orchestrator.storage.backends.probe import access_error
 
 DEFAULT_STORAGE = Path("runs")
 
@@ -57,10 +58,11 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
     Raises:
         NotFound: there is no such run; the message gives the nearest names.
         UsageError: the cluster is named by URL, which shows no files; or no storage has such a URL.
+        NotAllowed, StorageError: the storage can't be read.
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return FoundRun(run_id, RunFiles(run_dir_in(location_of(storage), run_id)), None)
+        return _in_storage(run_id, location_of(storage))
     if is_url(named := address or os.environ.get("RAY_ADDRESS")):
         raise UsageError(
             f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
@@ -83,6 +85,13 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
             ) from error
         error.remedy += " A run that has left its cluster is read from run storage: --storage DIR."
         raise
+
+
+def _in_storage(run_id: str, storage: Location) -> FoundRun:
+    try:
+        return FoundRun(run_id, RunFiles(run_dir_in(storage, run_id)), None)
+    except OSError as error:
+        raise access_error(storage, error) from error
 
 
 def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:
@@ -109,8 +118,12 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
 
 def _runs_in_storage(storage: Location) -> tuple[RunStatus, ...]:
     """The newest last. Runs whose records can't be read are left out, with a message."""
+    try:
+        runs = runs_in(storage)
+    except OSError as error:
+        raise access_error(storage, error) from error
     found = []
-    for run_id in runs_in(storage):
+    for run_id in runs:
         try:
             found.append(RunFiles(run_dir_in(storage, run_id)).status())
         except (OSError, ValueError, OrchestratorError) as error:

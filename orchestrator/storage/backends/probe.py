@@ -4,8 +4,9 @@ can be read, listed and deleted there."""
 import os
 import secrets
 from contextlib import suppress
+from pathlib import Path
 
-from orchestrator.errors import NotAllowed, UsageError
+from orchestrator.errors import NotAllowed, OrchestratorError, StorageError, UsageError
 from orchestrator.storage.backends.bucket_objects import PREFIXES, Patience
 from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
 from orchestrator.storage.objects import LargeObjects
@@ -33,7 +34,7 @@ def check_storage(location: Location) -> None:
         _check(objects, key, location)
     except PermissionError as error:
         if isinstance(location, BucketUrl):
-            raise _not_allowed(location, error) from error
+            raise access_error(location, error) from error
         raise
     finally:
         with suppress(OSError):
@@ -54,7 +55,14 @@ def _check(objects: LargeObjects, key: str, location: Location) -> None:
     objects.delete([key])
 
 
-def _not_allowed(location: BucketUrl, error: PermissionError) -> NotAllowed:
+def access_error(location: Location, error: OSError) -> OrchestratorError:
+    """The error shown to users for storage that can't be used."""
+    if isinstance(location, Path) or not isinstance(error, PermissionError):
+        return StorageError(
+            f"{location} can't be read: {error.strerror or error}: {error.filename or location}",
+            remedy="Try again once it answers.",
+            unchanged=UNCHANGED,
+        )
     scheme = location.text.partition(":")[0]
     missing = [name for name in CREDENTIALS[scheme] if name not in os.environ]
     unset = f": {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set" if missing else ""

@@ -1,7 +1,7 @@
 """`ls`, `status`, `wait`, `rm`, `checkpoint rm` on run storage, without a cluster."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import BucketUrl, objects_at
+from tests.support.buckets import s3_bucket
 from tests.unit.cli.statuses import status
 from tests.unit.cli.test_main import Done, here, orchestrator
 from tests.unit.policy.stories import Story, eventful, write
@@ -33,6 +35,17 @@ def runs(here: Path) -> Path:
     story.train(30)
     write(story, storage / "poems", JOB)
     return storage
+
+
+@pytest.fixture
+def bucket(runs: Path) -> Iterator[str]:
+    """The same runs in a bucket."""
+    with s3_bucket() as (url, _):
+        storage = BucketUrl(f"{url}/of-{runs.parent.name}")
+        for path in runs.rglob("*"):
+            if path.is_file():
+                objects_at(storage).create(path.relative_to(runs).as_posix(), path.read_bytes())
+        yield str(storage)
 
 
 def end(storage: Path, phase: RunPhase) -> None:
@@ -109,3 +122,47 @@ def test_a_checkpoint_is_removed_but_not_the_newest_of_an_active_run(runs: Path,
     refused = orchestrator("checkpoint", "rm", "poems", "--step", "19", "--yes")
     assert refused.returncode == 2 and "has not ended and may need it" in refused.stderr
     assert orchestrator("checkpoint", "rm", "poems", "--step", "9", "--yes").returncode == 0
+
+
+# -- the same in a bucket ----------------------------------------------------------------------------------------------
+
+
+def test_runs_in_a_bucket_are_read_as_those_in_a_directory(runs: Path, bucket: str, orchestrator: Command) -> None:
+    for command in (
+        ["ls", "-o", "json"],
+        ["status", "poems", "-o", "json"],
+        ["wait", "books", "-o", "json"],
+        ["events", "books"],
+        ["check", "data", "books"],
+        ["report", "books", "-o", "json"],
+    ):
+        here, there = orchestrator(*command, "--storage", "runs"), orchestrator(*command, "--storage", bucket)
+        assert here.returncode == there.returncode == 0, there.stderr
+        assert there.stdout.replace(bucket, str(runs)) == here.stdout
+
+
+def test_a_run_in_a_bucket_is_removed_once_it_has_ended(bucket: str, orchestrator: Command) -> None:
+    refused = orchestrator("rm", "poems", "--yes", "--storage", bucket)
+    assert refused.returncode == 2 and "run poems has not ended" in refused.stderr
+    removed = orchestrator("rm", "books", "--yes", "--storage", bucket, "-o", "json")
+    assert json.loads(removed.stdout) == {"run_id": "books", "run_dir": f"{bucket}/books"}
+    assert objects_at(BucketUrl(bucket)).names("") == ("poems",)
+    assert orchestrator("rm", "books", "--yes", "--storage", bucket).returncode == 102
+
+
+def test_what_needs_a_directory_says_so(bucket: str, orchestrator: Command) -> None:
+    for command in (["checkpoint", "ls"], ["checkpoint", "verify"], ["tracking", "sync"], ["check", "replay"]):
+        done = orchestrator(*command, "books", "--storage", bucket)
+        assert done.returncode == 2 and "is in a bucket" in done.stderr and "--storage DIR" in done.stderr, command
+
+
+def test_a_bucket_that_can_not_be_read(bucket: str, orchestrator: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["ls"], ["status", "books"]):
+        done = orchestrator(*command, "--storage", "hdfs://host/runs")
+        assert done.returncode == 2 and "hdfs:// is none of s3://, gs:// and az://" in done.stderr
+        done = orchestrator(*command, "--storage", "s3://absent/runs")
+        assert done.returncode == 104 and "there is no such bucket" in done.stderr
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for command in (["ls"], ["status", "books"]):
+        done = orchestrator(*command, "--storage", f"{bucket}-without-credentials")
+        assert done.returncode == 77 and "AWS_SECRET_ACCESS_KEY is not set" in done.stderr
