@@ -76,7 +76,8 @@ class Polls:
         seen = self._observer.observe()
         if not self._storage.is_pending("records"):
             self._recorder.ask(seen, now_s)
-        self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
+        is_queued = self._memory.state.is_queued
+        self._services.tend(now_s, has_places=bool(self._worker_group.nodes), is_queued=is_queued)
         self._monitors.poll(now_s, self._worker_group.handles)
         if self._recorder.tracking_changed():
             self._storage.add("tracking", self._recorder.note_tracking, Lane.DECISIONS)
