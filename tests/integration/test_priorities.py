@@ -161,6 +161,7 @@ def test_a_run_that_waits_may_be_stopped_and_leaves_nothing(on: Cluster) -> None
 
 
 @pytest.mark.journey
+@pytest.mark.timeout(300)
 def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Cluster) -> None:
     """While it waits it has no process but its controller, and its tracker, the real one, misses nothing."""
     on.submit("low", parts=replace(simulated_parts(), tracker=ActorClasses().tracker), **_job("3..4"))

@@ -449,7 +449,7 @@ class FileTracker:
         return True
 
     def describe(self) -> dict[str, Any]:
-        return {"url": f"file://{self._path}", "error": "", "position": self._position}
+        return {"url": f"file://{self._path}", "waiting": 0, "error": "", "position": self._position}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
