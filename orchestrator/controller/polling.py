@@ -60,8 +60,7 @@ class Polls:
         worker_group.on_report = self._hear
 
     def start(self) -> None:
-        """Start the monitors, and let the first `listen` return at once."""
-        self._monitors.start()
+        """Let the first `listen` return at once."""
         wake(self._inbox)
 
     def listen(self, until_s: float) -> bool:
