@@ -1,6 +1,5 @@
-"""Polls of a run's actors, and their answers."""
+"""Polls of a run's actors, their answers, and the pace at which the controller acts on them."""
 
-import time
 from contextlib import suppress
 from functools import partial
 from queue import Empty
@@ -18,6 +17,28 @@ from orchestrator.run_records.journaled_run import JournaledRun
 
 BEAT_S = 0.05  # poll interval while the world changes
 CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
+ROUNDS_PER_S = 20.0  # each takes time that grows with the number of workers, as does the number of answers
+
+
+class RoundLimiter:
+    """Limits rounds to a number per second on average. After a pause as many may follow each other at once, so that
+    the changes of a small world aren't delayed."""
+
+    def __init__(self, per_s: float) -> None:
+        self._per_s, self._saved, self._since_s = per_s, per_s, 0.0
+
+    def begins(self, now_s: float) -> bool:
+        """Whether a round may begin now; then it has."""
+        self._saved = min(self._per_s, self._saved + (now_s - self._since_s) * self._per_s)
+        self._since_s = now_s
+        if self._saved < 1.0:
+            return False
+        self._saved -= 1.0
+        return True
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until the next round may begin."""
+        return max(0.0, (1.0 - self._saved) / self._per_s - (now_s - self._since_s))
 
 
 class Polls:
@@ -39,24 +60,26 @@ class Polls:
         worker_group.on_report = self._hear
 
     def start(self) -> None:
-        """Start the monitors, and let the first `listen` return at once."""
-        self._monitors.start()
+        """Let the first `listen` return at once."""
         wake(self._inbox)
 
-    def listen(self) -> bool:
-        """Process all answers that have arrived, waiting briefly for the first, then send the polls that are due.
+    def listen(self, until_s: float) -> bool:
+        """Process all answers that have arrived, waiting briefly for the first.
+
+        Args:
+            until_s: wait no longer than for so many seconds, 0 for the usual time.
 
         Returns:
             whether anything arrived but results of storage calls.
         """
         arrivals: list[Arrival] = []
         with suppress(Empty):
-            arrivals.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
+            beat_s = BEAT_S if self._memory.state.is_changing else CALM_BEAT_S
+            arrivals.append(self._inbox.get(timeout=until_s or beat_s))
             while not self._inbox.empty():
                 arrivals.append(self._inbox.get())
         for arrival in arrivals:
             arrival.take()
-        self._ask(time.monotonic())
         return any(arrival.is_news for arrival in arrivals)
 
     def collect_last(self) -> None:
@@ -71,7 +94,8 @@ class Polls:
         arrival.take()
         self._storage.finish()
 
-    def _ask(self, now_s: float) -> None:
+    def send(self, now_s: float) -> None:
+        """Send the polls that are due."""
         self._worker_group.poll(now_s, eager=self._memory.state.is_changing)
         seen = self._observer.observe()
         if not self._storage.is_pending("records"):
