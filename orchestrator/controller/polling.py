@@ -17,28 +17,30 @@ from orchestrator.run_records.journaled_run import JournaledRun
 
 BEAT_S = 0.05  # poll interval while the world changes
 CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
-ROUNDS_PER_S = 20.0  # each takes time that grows with the number of workers, as does the number of answers
+ROUNDS_SHARE = 1 / 9  # of a core; a round of 1,000 workers takes 6 ms: 20 a second
 
 
 class RoundLimiter:
-    """Limits rounds to a number per second on average. After a pause as many may follow each other at once, so that
-    the changes of a small world aren't delayed."""
+    """Limits rounds to a share of a thread's time: after each there is a pause in proportion to what it took. So a
+    small world, whose rounds are short, is hardly delayed, and a large one leaves time for its answers.
 
-    def __init__(self, per_s: float) -> None:
-        self._per_s, self._saved, self._since_s = per_s, per_s, 0.0
+    Args:
+        share: of the time.
+    """
 
-    def begins(self, now_s: float) -> bool:
-        """Whether a round may begin now; then it has."""
-        self._saved = min(self._per_s, self._saved + (now_s - self._since_s) * self._per_s)
-        self._since_s = now_s
-        if self._saved < 1.0:
-            return False
-        self._saved -= 1.0
-        return True
+    def __init__(self, share: float) -> None:
+        self._pause_per_s, self._free_s = 1.0 / share - 1.0, 0.0
+
+    def may_begin(self, now_s: float) -> bool:
+        return now_s >= self._free_s
+
+    def ended(self, now_s: float, took_s: float) -> None:
+        """Note the end of a round that took so much processor time."""
+        self._free_s = now_s + took_s * self._pause_per_s
 
     def wait_s(self, now_s: float) -> float:
         """Seconds until the next round may begin."""
-        return max(0.0, (1.0 - self._saved) / self._per_s - (now_s - self._since_s))
+        return max(0.0, self._free_s - now_s)
 
 
 class Polls:
@@ -63,11 +65,11 @@ class Polls:
         """Let the first `listen` return at once."""
         wake(self._inbox)
 
-    def listen(self, until_s: float) -> bool:
+    def listen(self, timeout_s: float | None) -> bool:
         """Process all answers that have arrived, waiting briefly for the first.
 
         Args:
-            until_s: wait no longer than for so many seconds, 0 for the usual time.
+            timeout_s: of the wait; None for the interval of polls.
 
         Returns:
             whether anything arrived but results of storage calls.
@@ -75,7 +77,7 @@ class Polls:
         arrivals: list[Arrival] = []
         with suppress(Empty):
             beat_s = BEAT_S if self._memory.state.is_changing else CALM_BEAT_S
-            arrivals.append(self._inbox.get(timeout=until_s or beat_s))
+            arrivals.append(self._inbox.get(timeout=beat_s if timeout_s is None else timeout_s))
             while not self._inbox.empty():
                 arrivals.append(self._inbox.get())
         for arrival in arrivals:

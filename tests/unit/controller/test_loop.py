@@ -11,7 +11,7 @@ import pytest
 from orchestrator.cluster.inbox import Arrival, Inbox
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.loop import RunLoop
-from orchestrator.controller.polling import ROUNDS_PER_S, Polls
+from orchestrator.controller.polling import CALM_BEAT_S, ROUNDS_SHARE, Polls
 from orchestrator.storage.tasks import StorageTask
 
 
@@ -23,8 +23,10 @@ class _Run:
         self.state: Any = SimpleNamespace(outcome=None, is_changing=False, is_queued=False, transition=None)
         self.state.is_recovering = self.state.wants_restore = False
         self.answers, self.turns = 0, list[int]()
+        self.turn_s = 0.0  # processor time that a decision takes
         memory: Any = SimpleNamespace(state=self.state, compactor=Mock(is_due=lambda: False), data=None)
         group: Any = Mock(is_quiet=lambda: False)
+        self.group = group
         observer: Any = Mock(storage_trouble=lambda: None)
         recorder: Any = Mock(tracking_changed=lambda: False, storage_changed=lambda trouble: False)
         services: Any = Mock(data=None)
@@ -37,6 +39,9 @@ class _Run:
 
     def _turn(self) -> StorageTask[None]:
         self.turns.append(self.answers)
+        began_s = time.thread_time()
+        while time.thread_time() - began_s < self.turn_s:
+            pass
         yield from ()
 
     def answer(self) -> None:
@@ -66,13 +71,23 @@ def run() -> Any:
     assert not thread.is_alive()
 
 
-def test_turns_do_not_grow_with_the_number_of_answers(run: _Run) -> None:
+def test_turns_take_their_share_of_the_time_whatever_the_number_of_answers(run: _Run) -> None:
+    run.turn_s = 0.005
     began_s = time.monotonic()
     for _ in range(1500):
         run.answer()
         time.sleep(0.001)
     run.await_turn_with(1500)  # the last ones are acted on too
-    assert len(run.turns) <= ROUNDS_PER_S * (1 + time.monotonic() - began_s) + 1
+    assert len(run.turns) * run.turn_s <= ROUNDS_SHARE * (time.monotonic() - began_s) + 2 * run.turn_s
+
+
+def test_without_news_there_are_only_the_rounds_of_the_polls(run: _Run) -> None:
+    run.answer()
+    run.await_turn_with(1)
+    polls = run.group.poll.call_count
+    began_s = time.monotonic()
+    time.sleep(1.0)
+    assert run.group.poll.call_count - polls <= (time.monotonic() - began_s) / CALM_BEAT_S + 1
 
 
 def test_an_answer_after_a_pause_is_acted_on_at_once(run: _Run) -> None:
