@@ -120,17 +120,17 @@ def kills_of(live: LiveRun, disk: Path, rounds: int) -> dict[str, list[Kill]]:
     for number in range(rounds):
         for condition in list(found)[:: 1 if number % 2 == 0 else -1]:
             full(live, WORKERS)
+            survivor, victim = live.members()[:2]
+            target = live.pids()[f"worker/{victim}"]  # of all processes, and the tracker doesn't answer without storage
             with frozen(disk) if condition == "hung" else nullcontext():
-                kill = kill_one(live, chance)
+                kill = kill_one(live, survivor, target, chance)
             found[condition].append(kill)
             say(f"round {number + 1}, storage {condition}: {kill}")
     return found
 
 
-def kill_one(live: LiveRun, chance: random.Random) -> Kill:
-    """Kill the worker of rank 1 within a step, and wait until its survivor has done some steps."""
-    survivor, victim = live.members()[:2]
-    target = live.pids()[f"worker/{victim}"]
+def kill_one(live: LiveRun, survivor: str, target: int, chance: random.Random) -> Kill:
+    """Kill the worker of this process within a step, and wait until the survivor has done some steps."""
     time.sleep(chance.random() * typical_step_s(live, survivor))
     newest, fault_time = votes_of(live, survivor)[-1], time.time()
     os.kill(target, signal.SIGKILL)
@@ -141,7 +141,7 @@ def kill_one(live: LiveRun, chance: random.Random) -> Kill:
         if len(new) >= 2 * STALL_STEPS:
             break
         if time.monotonic() > deadline_s:
-            raise RuntimeError(f"no step {PATIENCE_S:g} s after worker {victim} was killed")
+            raise RuntimeError(f"no step {PATIENCE_S:g} s after the process {target} of a worker was killed")
         time.sleep(0.2)
     known = max(vote.step for vote in votes if vote.generation == newest.generation)
     step_s = median(vote.timing.step_s for vote in new)
