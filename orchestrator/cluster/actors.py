@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster.process_title import name_process, show_title
@@ -165,3 +165,12 @@ def actor_names() -> list[str]:
 def names_of(run_id: str) -> list[str]:
     """Names of all living actors of a run."""
     return [name for name in actor_names() if name.startswith(f"{run_id}/")]
+
+
+def remove_group(name: str) -> None:
+    """Remove the placement group of this name, if there is one."""
+    try:
+        group = get_placement_group(name)
+    except ValueError:
+        return
+    remove_placement_group(group)

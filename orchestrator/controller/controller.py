@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.cluster.cluster_objects import ClusterObjects
@@ -80,9 +81,7 @@ class RunController:
         checkpoints = RunCheckpoints(run, storage, inbox)
         recorder = StepRecorder(run, self._worker_group, services.tracker, Exporter(run_id))
         monitors = Monitors(run, storage, inbox, recorder.show)
-        self._observer = Observer(
-            run, self._requests, self._worker_group, services, checkpoints, monitors, storage, writer
-        )
+        self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, storage, writer)
         decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests)
         polls = Polls(inbox, storage, run.memory, self._worker_group, services, monitors, recorder, self._observer)
         publisher = StatusPublisher(run_id, self.status)
@@ -116,8 +115,13 @@ class RunController:
         self._run.limits.check_size(workers)
         return self._requests.aim(FinishMode.NO, reason, workers, by_hand=by_hand)
 
-    def scaling(self) -> ScalingView | None:
-        """Input for the Scheduler's decision on this run's size; None once the run is over."""
+    def scaling(self, draining: Mapping[str, float]) -> ScalingView | None:
+        """Input for the Scheduler's decision on this run's size; None once the run is over.
+
+        Args:
+            draining: nodes that are being drained, with deadlines in `time.time()` seconds, 0 without one.
+        """
+        self._requests.drained(draining)
         state = self._memory.state
         if state.outcome is not None:
             return None

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import traceback
 from contextlib import suppress
 
@@ -13,7 +14,7 @@ from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.keep_alive import keeping_workers_alive
 from orchestrator.controller.observer import Observer
-from orchestrator.controller.polling import Polls
+from orchestrator.controller.polling import ROUNDS_SHARE, Polls, RoundLimiter
 from orchestrator.controller.requests import BEGIN
 from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import await_gone, remove_groups
@@ -36,7 +37,8 @@ FLUSH_S = 1.0  # for the last lines of the log
 
 
 class RunLoop:
-    """The loop of one run: process answers, then decide, at every change."""
+    """The loop of one run: process answers, then decide, at every change. What takes time that grows with the number of
+    workers is done in rounds, which take a limited share of the time."""
 
     def __init__(
         self,
@@ -87,17 +89,27 @@ class RunLoop:
         self._polls.start()
 
     def _train(self) -> None:
+        limiter, has_news = RoundLimiter(ROUNDS_SHARE), False
         while self._memory.state.outcome is None:
-            has_news = self._polls.listen()
-            if not self._has_begun:
-                if not self._storage.is_pending(BEGIN):
-                    self._storage.add(BEGIN, self._begin)
-            elif has_news or self._waits_for_time() or self._observer.storage_trouble() is not None:
-                self._storage.add("turn", self._turn, Lane.DECISIONS)
-            if self._memory.compactor.is_due() and not self._storage.is_pending("compaction"):
-                self._storage.add("compaction", self._memory.compactor.advance)
+            has_news |= self._polls.listen(limiter.wait_s(time.monotonic()) if has_news else None)
+            begins, began_s = limiter.may_begin(time.monotonic()), time.thread_time()
+            if begins:
+                self._round(has_news)
+                has_news = False
             self._storage.advance()
             self._publisher.note(self._memory.state)
+            if begins:
+                limiter.ended(time.monotonic(), time.thread_time() - began_s)
+
+    def _round(self, has_news: bool) -> None:
+        self._polls.send(time.monotonic())
+        if not self._has_begun:
+            if not self._storage.is_pending(BEGIN):
+                self._storage.add(BEGIN, self._begin)
+        elif has_news or self._waits_for_time() or self._observer.storage_trouble() is not None:
+            self._storage.add("turn", self._turn, Lane.DECISIONS)
+        if self._memory.compactor.is_due() and not self._storage.is_pending("compaction"):
+            self._storage.add("compaction", self._memory.compactor.advance)
 
     def _begin(self) -> StorageTask[None]:
         with suppress(OSError):  # the loop tries again

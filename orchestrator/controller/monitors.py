@@ -1,11 +1,8 @@
-"""Periodic readings of nodes, of drains and of energy, for the controller's inbox.
+"""Periodic readings of nodes and of energy, for the controller's inbox.
 
-`Monitors` holds the three watches of a run.
+`Monitors` holds the two watches of a run.
 """
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,8 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.cluster.actors import Host
-from orchestrator.cluster.inbox import Inbox, post, wake
-from orchestrator.cluster.nodes import draining_nodes
+from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.startup import OpenedRun
@@ -26,8 +22,6 @@ from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.node import Reading, points_of_readings
 from orchestrator.tracking.sink import MetricPoint
-
-log = logging.getLogger("orchestrator.control")
 
 NODES_EVERY_S = 10.0
 
@@ -73,43 +67,6 @@ class NodeWatch:
         self._readings[reading.node] = reading
         if before is not None and step >= 0:
             self._show(list(points_of_readings(before, reading, step)))
-
-
-# -- Draining nodes: drained by an operator, an autoscaler, or a cloud provider that reclaims them ---------------------
-
-DRAINS_EVERY_S = 0.25  # a poll costs Ray's head half a millisecond
-
-
-class DrainWatch:
-    """Polls in its own thread, since Ray's head may be slow to answer. A change wakes the controller's loop."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-        self._nodes: dict[str, float] = {}
-
-    @property
-    def nodes(self) -> Mapping[str, float]:
-        """All nodes ever seen draining, gone ones included: a drain can't be undone."""
-        return self._nodes
-
-    def start(self) -> None:
-        threading.Thread(target=self._watch, name="drains", daemon=True).start()
-
-    def _watch(self) -> None:
-        has_failed = False
-        while True:
-            time.sleep(DRAINS_EVERY_S)
-            try:
-                known = {**self._nodes, **draining_nodes()}
-                has_failed = False
-            except Exception:  # Ray's head is unreachable, which is detected elsewhere too
-                if not has_failed:
-                    log.exception("draining nodes can't be read from Ray")
-                has_failed = True
-                continue
-            if known != self._nodes:
-                self._nodes = known
-                wake(self._inbox)
 
 
 # -- Energy used by workers, polled and journalled ---------------------------------------------------------------------
@@ -183,15 +140,6 @@ class Monitors:
     ) -> None:
         self._nodes = NodeWatch(run, inbox, show)
         self._energy = EnergyWatch(run.job.resources.num_gpus, run.memory, storage, inbox)
-        self._drains = DrainWatch(inbox)
-
-    @property
-    def draining(self) -> Mapping[str, float]:
-        """Nodes that are being drained or were, with deadlines in `time.time()` seconds, 0 without one."""
-        return self._drains.nodes
-
-    def start(self) -> None:
-        self._drains.start()
 
     def poll(self, now_s: float, handles: Mapping[str, Remote[Host]]) -> None:
         """Ask the workers for the readings that are due."""

@@ -4,7 +4,6 @@ import time
 
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
-from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.requests import PendingRequests
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.run_services import RunServices
@@ -26,12 +25,11 @@ class Observer:
         worker_group: WorkerGroup,
         services: RunServices,
         checkpoints: RunCheckpoints,
-        monitors: Monitors,
         storage: StorageThread,
         writer: JournalWriter,
     ) -> None:
         self._run, self._memory, self._requests, self._worker_group = run, run.memory, requests, worker_group
-        self._services, self._checkpoints, self._monitors = services, checkpoints, monitors
+        self._services, self._checkpoints = services, checkpoints
         self._storage, self._writer = storage, writer
 
     def observe(self) -> Observation:
@@ -56,7 +54,7 @@ class Observer:
             idle_s=now_s - self._worker_group.stirred_s,
             store_address=self._services.store.address,
             faults=(*self._checkpoints.faults, *self._services.faults),
-            draining=self._monitors.draining,
+            draining=self._requests.draining,
             grant=self._requests.grant,
             priority=self._requests.priority,
         )

@@ -1,6 +1,5 @@
-"""Polls of a run's actors, and their answers."""
+"""Polls of a run's actors, their answers, and the pace at which the controller acts on them."""
 
-import time
 from contextlib import suppress
 from functools import partial
 from queue import Empty
@@ -18,6 +17,30 @@ from orchestrator.run_records.journaled_run import JournaledRun
 
 BEAT_S = 0.05  # poll interval while the world changes
 CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
+ROUNDS_SHARE = 1 / 9  # of a core; a round of 1,000 workers takes 6 ms: 20 a second
+
+
+class RoundLimiter:
+    """Limits rounds to a share of a thread's time: after each there is a pause in proportion to what it took. So a
+    small world, whose rounds are short, is hardly delayed, and a large one leaves time for its answers.
+
+    Args:
+        share: of the time.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._pause_per_s, self._free_s = 1.0 / share - 1.0, 0.0
+
+    def may_begin(self, now_s: float) -> bool:
+        return now_s >= self._free_s
+
+    def ended(self, now_s: float, took_s: float) -> None:
+        """Note the end of a round that took so much processor time."""
+        self._free_s = now_s + took_s * self._pause_per_s
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until the next round may begin."""
+        return max(0.0, self._free_s - now_s)
 
 
 class Polls:
@@ -39,24 +62,26 @@ class Polls:
         worker_group.on_report = self._hear
 
     def start(self) -> None:
-        """Start the monitors, and let the first `listen` return at once."""
-        self._monitors.start()
+        """Let the first `listen` return at once."""
         wake(self._inbox)
 
-    def listen(self) -> bool:
-        """Process all answers that have arrived, waiting briefly for the first, then send the polls that are due.
+    def listen(self, timeout_s: float | None) -> bool:
+        """Process all answers that have arrived, waiting briefly for the first.
+
+        Args:
+            timeout_s: of the wait; None for the interval of polls.
 
         Returns:
             whether anything arrived but results of storage calls.
         """
         arrivals: list[Arrival] = []
         with suppress(Empty):
-            arrivals.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
+            beat_s = BEAT_S if self._memory.state.is_changing else CALM_BEAT_S
+            arrivals.append(self._inbox.get(timeout=beat_s if timeout_s is None else timeout_s))
             while not self._inbox.empty():
                 arrivals.append(self._inbox.get())
         for arrival in arrivals:
             arrival.take()
-        self._ask(time.monotonic())
         return any(arrival.is_news for arrival in arrivals)
 
     def collect_last(self) -> None:
@@ -71,12 +96,14 @@ class Polls:
         arrival.take()
         self._storage.finish()
 
-    def _ask(self, now_s: float) -> None:
+    def send(self, now_s: float) -> None:
+        """Send the polls that are due."""
         self._worker_group.poll(now_s, eager=self._memory.state.is_changing)
         seen = self._observer.observe()
         if not self._storage.is_pending("records"):
             self._recorder.ask(seen, now_s)
-        self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
+        is_queued = self._memory.state.is_queued
+        self._services.tend(now_s, has_places=bool(self._worker_group.nodes), is_queued=is_queued)
         self._monitors.poll(now_s, self._worker_group.handles)
         if self._recorder.tracking_changed():
             self._storage.add("tracking", self._recorder.note_tracking, Lane.DECISIONS)

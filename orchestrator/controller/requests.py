@@ -1,8 +1,9 @@
-"""Requests to a run, from the call until the run's controller has journalled them."""
+"""What others ask of a run, or report to it: requests, from the call until the controller has journalled them, and
+nodes that are being drained."""
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
@@ -40,6 +41,7 @@ class PendingRequests:
         self.newest = memory.state.target
         self.grant = memory.state.queue.grant
         self.priority = memory.state.priority
+        self.draining: Mapping[str, float] = {}
 
     def aim(
         self,
@@ -90,6 +92,15 @@ class PendingRequests:
         with self._turned:
             self.grant = grant
             self._await(lambda: self._memory.state.queue.grant == self.grant)
+
+    def drained(self, nodes: Mapping[str, float]) -> None:
+        """Note nodes that are being drained, with deadlines in `time.time()` seconds, 0 without one. They stay noted
+        once they are gone: a drain can't be undone."""
+        with self._turned:
+            known = {**self.draining, **nodes}
+            is_new, self.draining = known != self.draining, known
+        if is_new:
+            wake(self._inbox)
 
     def _await(self, is_journalled: Callable[[], bool]) -> None:
         """Let the controller decide, and wait until it has. Raises NotFinished."""

@@ -7,9 +7,9 @@ from contextlib import suppress
 from functools import partial
 from queue import Empty
 
-from orchestrator.cluster.actors import names_of
+from orchestrator.cluster.actors import names_of, remove_group
 from orchestrator.cluster.inbox import Arrival, Inbox
-from orchestrator.controller.worker_group import WorkerGroup, remove_group
+from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import ProtocolError
 
 log = logging.getLogger("orchestrator.control")

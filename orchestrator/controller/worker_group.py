@@ -11,16 +11,18 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import placement_group
 
-from orchestrator.cluster.actors import ActorOptions, Host, find, kill_on_node, names_of, start_host
+from orchestrator.cluster.actors import ActorOptions, Host, find, kill_on_node, names_of, remove_group, start_host
 from orchestrator.cluster.calls import cause_of, reason_of
 from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.worker_env import env_of_worker
 from orchestrator.protocol.actors import WorkerApi
 from orchestrator.protocol.changes import changed
-from orchestrator.protocol.messages import Directive, WorkerJob
+from orchestrator.protocol.messages import Directive
+from orchestrator.protocol.sent_directive import SentDirective
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.labels import NODE_ID
@@ -53,9 +55,8 @@ class WorkerGroup:
         self._job_json = job.model_dump_json(by_alias=True)
         self._target, self._threads, self._inbox = target, threads, inbox
         self._handles: dict[str, Remote[Host]] = {}
-        self._known: set[str] = set()  # workers started by this or an earlier controller
-        self._told: dict[str, int] = {}
-        self._warmed: set[str] = set()
+        self._known, self._warmed = set[str](), set[str]()  # workers started by this or an earlier controller; warmed
+        self._told: dict[str, int] = {}  # seq of the directive that was sent last
         self._polled_s: dict[str, float] = {}  # open polls, since when
         self._rested_s: dict[str, float] = {}  # when the last report came
         self.reports: dict[str, Report] = {}
@@ -116,12 +117,13 @@ class WorkerGroup:
             post(self._inbox, self._worker(worker).send(WorkerApi.warm, job), partial(self._reported, worker))
 
     def direct(self, directive: Directive) -> None:
-        """Send the directive to every worker that doesn't have it yet."""
+        """Send the directive to every worker that doesn't have it yet, with the plans that it doesn't know."""
         for worker in self._handles:
             if self._told.get(worker, -1) < directive.seq:
                 self._told[worker] = directive.seq
-                call = self._worker(worker).send(WorkerApi.direct, directive)
-                post(self._inbox, call, partial(self._reported, worker))
+                known = self.reports[worker].plans if worker in self.reports else ()
+                call = self._worker(worker).send(WorkerApi.direct, SentDirective.of(directive, worker, known))
+                post(self._inbox, call, partial(self._directed, worker, (directive.term, directive.seq)))
 
     def poll(self, now_s: float, eager: bool) -> None:
         """Poll every worker without an open poll; count one as failed that has been silent for too long."""
@@ -186,6 +188,13 @@ class WorkerGroup:
         self._rested_s[worker] = time.monotonic()
         self._reported(worker, answer)
 
+    def _directed(self, worker: str, sent: tuple[int, int], answer: "Future[Report]") -> None:
+        """Note a worker's report. One that hasn't accepted the directive of this (term, seq) gets it again."""
+        self._reported(worker, answer)
+        report = self.reports.get(worker)
+        if report is not None and (report.term, report.seen) < sent:  # it lacks a plan that it had
+            self._told.pop(worker, None)
+
     def _reported(self, worker: str, answer: "Future[Report]") -> None:
         """Note a worker's report."""
         if not self._has_answered(worker, answer):
@@ -211,8 +220,7 @@ class WorkerGroup:
         """Whether this is the result of a call to a worker of the group. An error is the worker's failure."""
         if worker not in self._handles:  # dismissed meanwhile
             return False
-        error = answer.exception()
-        if error is not None:
+        if (error := answer.exception()) is not None:
             self.causes[worker] = cause_of(error)
             self._lose(worker, reason_of(error))
         return error is None
@@ -261,12 +269,3 @@ def request_of(resources: ResourcesSpec) -> dict[str, float]:
     """Ray resources of a worker, without those that it doesn't need."""
     amounts = {"CPU": resources.cpus, "GPU": resources.num_gpus, "memory": float(resources.memory_bytes or 0)}
     return {name: amount for name, amount in amounts.items() if amount}
-
-
-def remove_group(name: str) -> None:
-    """Remove the placement group of this name, if there is one."""
-    try:
-        group = get_placement_group(name)
-    except ValueError:
-        return
-    remove_placement_group(group)

@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from orchestrator.protocol.messages import Directive, WorkerJob
+from orchestrator.protocol.sent_directive import SentDirective
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_report import Report
 
 
@@ -12,8 +13,9 @@ class WorkerApi(Protocol):
     def warm(self, job: WorkerJob) -> Report:
         """Become a standby. Idempotent."""
 
-    def direct(self, directive: Directive) -> Report:
-        """Take a directive; the newest wins. Raises TermSuperseded for a directive of a replaced controller."""
+    def direct(self, sent: SentDirective) -> Report:
+        """Accept a directive; the newest wins. One with a plan that isn't known here is not accepted: the report shows
+        an older one as seen. Raises TermSuperseded for a directive of a replaced controller."""
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
         """The worker's state, once it is newer than `known_version` or `timeout_s` has passed.

@@ -12,8 +12,9 @@ from typing import Any
 from orchestrator import errors
 from orchestrator.errors import EntrypointError, OrchestratorError, ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import GenerationPlan, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_job import WorkerJob
 
 # -- Messages to and from a child process: a line of JSON each, on its stdin and on a pipe for answers -----------------
 

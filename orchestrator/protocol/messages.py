@@ -4,11 +4,15 @@
 state, so the newest wins and a repeat is harmless. A worker answers with a `Report`
 (`orchestrator.protocol.worker_report`). Everything carries (term, generation); a receiver refuses a lower term."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
+from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
@@ -133,7 +137,6 @@ class GenerationPlan:
     store_address: StoreAddress
     buddies: tuple[int, ...] = ()
     second_buddies: tuple[int, ...] = ()
-    verify_digests: bool = True
     restore: Restore | None = None
     micro_batch: MicroBatchSize = UNSAID
     skips: tuple[int, ...] = ()
@@ -143,6 +146,11 @@ class GenerationPlan:
     @property
     def generation(self) -> int:
         return self.world.generation
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all fields, 128 bits in hexadecimal digits, by which a worker knows the plan."""
+        return hashlib.blake2b(json.dumps(to_plain(self)).encode(), digest_size=16).hexdigest()
 
     @property
     def rings(self) -> tuple[tuple[int, ...], ...]:
@@ -245,21 +253,11 @@ class Directive:
     keepers: tuple[Keeper, ...] = ()
     journalled: int = -1
 
+    @property
+    def plans(self) -> tuple[GenerationPlan, ...]:
+        return tuple(plan for plan in (self.current, self.next) if plan is not None)
+
     def has_checkpoint(self, generation: int, step: int) -> bool:
         """Whether a checkpoint of this step or a later one, by this generation or a later one, is complete. Those of
         earlier generations don't count: the run may have gone back to a step before theirs."""
         return (self.checkpoint_generation, self.checkpoint_done) >= (generation, step)
-
-
-@dataclass(frozen=True)
-class WorkerJob:
-    """Constant information of a run for its workers, sent once."""
-
-    run_id: str
-    job_json: str  # the JobSpec, as JSON
-    store_dir: str  # the packed token store
-    storage_dir: str  # the run's directory in run storage
-    head_host: str  # address of the cluster's head, where the rendezvous store runs
-    threads: int  # torch threads
-    orphan_s: float = 60.0  # a worker without contact to a controller for this long exits
-    vocab_size: int = 0  # of the trained tokenizer

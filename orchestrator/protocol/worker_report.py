@@ -197,6 +197,7 @@ class Report:
         generation: its present generation; -1 without one.
         step: last finished step; -1 before the first.
         seen: seq of the newest directive.
+        plans: digests of its plans.
         shards: the newest ones that it has written for checkpoints.
         unsaved: why storage refuses its part of a checkpoint, which it goes on trying to write; None if it doesn't.
         micro_batches: memory that its micro-batches use, if measured.
@@ -215,6 +216,7 @@ class Report:
     history: HistoryReport = field(default_factory=HistoryReport)
     health: HealthReport = field(default_factory=HealthReport)
     process: ProcessReport = field(default_factory=ProcessReport)
+    plans: tuple[str, ...] = ()
     shards: tuple[ShardWritten, ...] = ()
     unsaved: StorageTrouble | None = None
     micro_batches: MicroBatchMemory | None = None

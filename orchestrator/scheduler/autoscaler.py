@@ -1,5 +1,5 @@
-"""Background thread of the Scheduler: divides the cluster among its runs, sets their sizes, and requests resources from
-Ray's autoscaler.
+"""Background thread of the Scheduler: divides the cluster among its runs, sets their sizes, reports draining nodes to
+their controllers, and requests resources from Ray's autoscaler.
 
 It holds no state that must survive: its decisions are journalled by the runs' controllers, and its request to Ray's
 autoscaler is repeated or withdrawn by its successor.
@@ -26,6 +26,7 @@ from orchestrator.policy.cluster.grants import FairShare, new_grants
 from orchestrator.policy.cluster.node_pools import confined
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.scheduler.controller_client import ControllerClient, controlled_runs
+from orchestrator.scheduler.drain_watch import DrainWatch
 from orchestrator.spec.workers import MANUAL
 
 log = logging.getLogger("orchestrator.control")
@@ -51,8 +52,10 @@ class Autoscaler:
         self._demand: tuple[Demand, ...] | None = None
         self._has_failed = False
         self._stirred = threading.Event()
+        self._drains = DrainWatch(changed=self.stir)
 
     def start(self) -> None:
+        self._drains.start()
         threading.Thread(target=self._live, name="autoscaler", daemon=True).start()
 
     def stir(self) -> None:
@@ -140,12 +143,14 @@ class Autoscaler:
         self._demand = demand
 
     def _ask_all(self) -> tuple[set[str], set[str]]:
-        """Ask all controllers for views of their runs. Returns the runs that answered, and those of which nothing is
-        known. A run whose controller doesn't answer in time keeps its last view."""
+        """Ask all controllers for views of their runs, and report draining nodes to them. Returns the runs that
+        answered, and those of which nothing is known. A run whose controller doesn't answer in time keeps its last
+        view."""
         expected = dict(self._expected)
         found = {run: ControllerClient(run).find() for run in controlled_runs()}
         controllers = {run: controller for run, controller in found.items() if controller is not None}
-        calls = {controller.send(RunController.scaling): run for run, controller in controllers.items()}
+        draining = self._drains.nodes
+        calls = {controller.send(RunController.scaling, draining): run for run, controller in controllers.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
         views: dict[str, ScalingView | None] = {}
         for call in answered:

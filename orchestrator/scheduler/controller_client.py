@@ -17,7 +17,7 @@ from orchestrator.protocol.messages import ResumeRequest
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
+PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time, except on a very busy node
 SUFFIX = "/controller"
 
 # When the connection to a worker breaks, Ray waits 1 s for news of its end before it fails the call, and checks once a

@@ -6,7 +6,6 @@ internal key-value store; after a restart it finds all controllers by name.
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -23,7 +22,6 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import remove_job, write_job
 from orchestrator.run_records.removal import is_there, refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
@@ -32,8 +30,9 @@ from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_taken, resumed_run, with_gpus
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.claims import RunClaims
-from orchestrator.scheduler.controller_client import PATIENCE_S, ControllerClient
+from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
+from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.guard import StorageGuard
@@ -47,8 +46,8 @@ NAME = "scheduler"
 MAX_CALLS_AT_ONCE = 32
 LATER = "Try again in a moment."
 
-# Limits of calls to run storage: a status, the files of a new run, a journal, the removal of a run.
-STATUS_S, WRITE_S, HISTORY_S, REMOVE_S = 1.5, 10.0, 30.0, 60.0
+# Limits of calls to run storage: the files of a new run, a journal, the removal of a run.
+WRITE_S, HISTORY_S, REMOVE_S = 10.0, 30.0, 60.0
 
 
 class Scheduler:
@@ -59,7 +58,7 @@ class Scheduler:
         self._submitting = threading.Lock()  # never held during a call to storage
         self._claims = RunClaims()
         self._storage = StorageGuard()
-        self._ended: dict[str, RunStatus] = {}  # as read last, for while storage hangs
+        self._statuses = RunStatuses(self._storage)
         self._autoscaler = Autoscaler()
         self._autoscaler.start()
 
@@ -135,27 +134,9 @@ class Scheduler:
         return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
 
     def status(self, run_id: str) -> RunStatus:
-        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound, StorageError."""
-        directory = directory_of(run_id)
-        deadline_s = time.monotonic() + PATIENCE_S
-        while True:
-            controller = ControllerClient(run_id).find()
-            try:
-                return controller.ask(RunController.status) if controller else self._final_status(run_id, directory)
-            except (ClusterUnreachable, NotFound):  # its controller is ending, or restarting
-                if time.monotonic() > deadline_s:
-                    raise
-                time.sleep(0.1)
-
-    def _final_status(self, run_id: str, directory: Location) -> RunStatus:
-        try:
-            status = self._storage.call(directory.parent, STATUS_S, partial(read_status, directory))
-        except StorageError:
-            if run_id not in self._ended:
-                raise
-            return self._ended[run_id]
-        self._ended[run_id] = status
-        return status
+        """The run's status: from its controller, or from run storage if it has ended, or its controller's node is too
+        busy for an answer. Raises NotFound, StorageError, ClusterUnreachable."""
+        return self._statuses.get(run_id)
 
     def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> DesiredRunState:
         """Request another number of workers; None leaves it to the job's `autoscale`. Raises UsageError outside
@@ -226,7 +207,7 @@ class Scheduler:
     def _start_controller(
         self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
     ) -> None:
-        self._ended.pop(run.run_id, None)
+        self._statuses.forget(run.run_id)
         remember_run(run.run_id, run_dir)
         ControllerClient(run.run_id).start(run_dir, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)

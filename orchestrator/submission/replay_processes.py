@@ -11,8 +11,9 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder
-from orchestrator.protocol.messages import GenerationPlan, Restore, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, Restore, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.torch_process import TorchProcess
 from orchestrator.submission.verification import Verification

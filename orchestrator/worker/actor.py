@@ -24,7 +24,8 @@ from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.dry_run import rehearse
 from orchestrator.protocol.changes import changed
-from orchestrator.protocol.messages import Directive, WorkerJob
+from orchestrator.protocol.sent_directive import SentDirective
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
@@ -86,9 +87,13 @@ class Worker:
                     raise
         return self.report(None, -1, 0.0)
 
-    def direct(self, directive: Directive) -> Report:
-        """Accept a directive; the newest wins. Raises TermSuperseded for one from a replaced controller."""
+    def direct(self, sent: SentDirective) -> Report:
+        """Accept a directive; the newest wins. One with a plan that isn't known here is not accepted: the report shows
+        an older one as seen. Raises TermSuperseded for a directive of a replaced controller."""
         self._heard()
+        directive = sent.whole(self._mailbox.directive.plans)
+        if directive is None:
+            return self.report(None, -1, 0.0)
         if self._trainer is not None:  # first, so that it can't shut connections that the new directive asks for
             self._trainer.abort(directive.aborted)
             self._trainer.settle(directive.settled)

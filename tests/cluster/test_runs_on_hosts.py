@@ -222,7 +222,8 @@ def test_a_host_that_is_drained_is_left_before_its_deadline(
     (rescale,) = status.rescales
     assert rescale.why == f"{worker} must leave: its node is drained" and rescale.state_identical
     assert (rescale.from_size, rescale.to_size, rescale.steps_lost) == (3, 2, 0) and not status.recoveries
-    assert status.workers_now == 2 and "no place yet" in status.why
+    assert status.workers_now == 2
+    assert "no place yet" in status.why or "there is room for 2" in status.why  # by then it may be granted no more
 
     spare = hosts.add()
     hosts.join(spare)

@@ -183,6 +183,25 @@ def test_tracking_has_every_value_once() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_that_waits_keeps_its_controller_only() -> None:
+    metrics = quick("head")["metrics"]
+    assert set(metrics) >= {"scheduler_mb", "controller_mb", "controller_child_mb"}
+    assert not set(metrics) & {"tracker_mb", "rendezvous_mb", "preparation_mb"}
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root and a loop device")
+def test_storage_that_hangs_loses_nothing() -> None:
+    met = {bar["name"]: bar["met"] for bar in quick("storage_hangs")["bars"]}
+    assert met["workers_lost_by_the_hang"] and met["every_step_published_once"]
+
+
+@pytest.mark.ray
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(400)

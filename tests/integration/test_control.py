@@ -187,6 +187,21 @@ def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluste
     on.assert_every_step_once("deaf", status.step)
 
 
+def test_status_of_a_run_whose_controller_does_not_answer_is_that_of_its_journal(on: Cluster) -> None:
+    on.submit("mute", train=_steps(100_000), workers={"min": 1, "max": 2, "initial": 2})
+    step = on.until("mute", lambda s: s.step > 5).step
+    pid = _controller_of(on, "mute")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        status = on.status("mute")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert status.why == "its controller has not answered within 15 s; this is the status as of its journal"
+    assert status.phase is RunPhase.TRAINING and status.workers_now == 2 and status.step >= step
+    on.ask("stop", "mute")
+    on.end_of("mute")
+
+
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
@@ -194,8 +209,7 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     on.until("phoenix", lambda s: s.step > 5)
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
-    log = (on.storage / "phoenix/logs/controller.log").read_text()
-    os.kill(int(re.findall(r"controller of term 1, pid (\d+)", log)[0]), signal.SIGKILL)
+    os.kill(_controller_of(on, "phoenix"), signal.SIGKILL)
     killed_at = on.status("phoenix").step
     on.until("phoenix", lambda s: s.step > killed_at)
     assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
@@ -277,3 +291,9 @@ def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
 
 def _steps(steps: int) -> dict[str, Any]:
     return {"max_steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
+
+
+def _controller_of(on: Cluster, name: str) -> int:
+    """Process of the run's newest controller."""
+    log = (on.storage / name / "logs/controller.log").read_text()
+    return int(re.findall(r"controller of term \d+, pid (\d+)", log)[-1])

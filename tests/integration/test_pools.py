@@ -1,9 +1,13 @@
 """A cluster whose nodes have labels, on real Ray with simulated workers: runs stay in their pools."""
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.util import placement_group_table
@@ -16,7 +20,7 @@ from orchestrator.errors import JobDoesNotFit
 from orchestrator.policy.cluster.node_pools import matches
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.labels import NODE_ID
-from tests.support.control import Cluster, another_node, local_ray
+from tests.support.control import Cluster, another_node, drain, local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -42,6 +46,15 @@ def _job(selector: dict[str, str], **changes: Any) -> dict[str, Any]:
         "train": {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
         **changes,
     }
+
+
+def _pid(title: str) -> int:
+    """Of the process of this test's Ray with this title."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # another one that has ended meanwhile
+            if " ".join(process.cmdline()).startswith(title):
+                return process.pid
+    raise AssertionError(f"no process is {title}")
 
 
 def _pools(name: str) -> list[str | None]:
@@ -101,3 +114,21 @@ def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
         assert _pools("early") == ["c"]
         on.ask("stop", "early")
         on.end_of("early")
+
+
+@pytest.mark.journey
+def test_every_run_hears_of_a_drained_node_a_restarted_controller_too(on: Cluster) -> None:
+    with another_node(2, pool="d"):
+        for name in ("first", "second"):
+            on.submit(name, wait=True, **_job({"pool": "d"}))
+            on.until(name, lambda s: s.step > 0)
+        (node,) = (node for node, labels in labels_of_nodes().items() if labels.get("pool") == "d")
+        controller = _pid("ray::controller first")
+        os.kill(controller, signal.SIGSTOP)  # it sees nothing of it before it is restarted
+        drain(node)
+        on.until("second", lambda _: "node_draining" in on.kinds("second"))
+        os.kill(controller, signal.SIGKILL)
+        on.until("first", lambda _: "node_draining" in on.kinds("first"))
+        for name in ("first", "second"):
+            on.ask("stop", name)
+            assert on.end_of(name).phase is RunPhase.STOPPED

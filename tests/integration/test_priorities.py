@@ -1,20 +1,25 @@
 """Several runs on one cluster, on real Ray with simulated workers: who is let in, shrunk, preempted, and comes back."""
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from orchestrator.cluster.actors import find
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
 from tests.support.control import PATIENCE_S, Cluster, local_ray
+from tests.support.hosts import until
+from tests.support.simulated_worker import simulated_parts
 
 pytestmark = pytest.mark.ray
 
@@ -157,8 +162,10 @@ def test_a_run_that_waits_may_be_stopped_and_leaves_nothing(on: Cluster) -> None
 
 
 @pytest.mark.journey
+@pytest.mark.timeout(300)
 def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Cluster) -> None:
-    on.submit("low", **_job("3..4"))
+    """While it waits it has no process but its controller, and its tracker, the real one, misses nothing."""
+    on.submit("low", parts=replace(simulated_parts(), tracker=ActorClasses().tracker), **_job("3..4"))
     on.until("low", lambda s: s.step > 20)
     low = on.ask("events", "low")
     until_preemptible_s = 60.0  # a run that was just let in keeps its places for so long: policy/cluster/fair_share.py
@@ -171,6 +178,7 @@ def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Clu
     assert low and preempted["time"] - admitted["time"] >= until_preemptible_s - 1.0
     waiting = on.status("low")
     assert waiting.phase is RunPhase.QUEUED and waiting.checkpoint_step == waiting.step - 1
+    until(lambda: names_of("low") == ["low/controller"], PATIENCE_S, "the end of all services")
     on.ask("stop", "high")
     on.end_of("high")
     step = on.until("low", lambda s: s.workers_now == 4).step
@@ -178,6 +186,10 @@ def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Clu
     on.ask("stop", "low")
     ended = on.end_of("low")
     on.assert_every_step_once("low", ended.step)
+    store = sqlite3.connect(on.storage / "mlflow.db")
+    losses = store.execute("SELECT step FROM metrics WHERE key = 'train/loss'").fetchall()
+    store.close()
+    assert ended.warning is None and sorted(step for (step,) in losses) == list(range(ended.step))
 
 
 @pytest.mark.journey

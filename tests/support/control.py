@@ -75,6 +75,19 @@ def another_node(num_cpus: int, **labels: str) -> Iterator[None]:
         until(lambda: _living() <= before, PATIENCE_S, "a node's end")
 
 
+def drain(node: str) -> None:
+    """Have Ray drain a node of this process's Ray, as a cloud's notice does; nothing happens to it."""
+    options = {
+        "address": ray.get_runtime_context().gcs_address,
+        "node-id": node,
+        "reason": "DRAIN_NODE_REASON_PREEMPTION",
+        "reason-message": "taken back",
+        "deadline-remaining-seconds": "600",
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+    subprocess.run([*command, *(f"--{key}={value}" for key, value in options.items())], check=True)
+
+
 def _living() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 

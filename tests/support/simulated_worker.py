@@ -30,8 +30,10 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry
-from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan, WorkerJob
+from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan
+from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from orchestrator.run_records.data_preparation import PreparedData
@@ -87,9 +89,11 @@ class SimulatedWorker:
             threading.Thread(target=self._run, daemon=True).start()
         return self.report(None, -1, 0.0)
 
-    def direct(self, directive: Directive) -> Report:
-        self._mailbox.put(directive)
-        self._mailbox.publish(unkept=max((keeper.number for keeper in directive.keepers), default=-1))  # keeps none
+    def direct(self, sent: SentDirective) -> Report:
+        directive = sent.whole(self._mailbox.directive.plans)
+        if directive is not None:
+            self._mailbox.put(directive)
+            self._mailbox.publish(unkept=max((keeper.number for keeper in directive.keepers), default=-1))  # keeps none
         return self.report(None, -1, 0.0)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
@@ -449,7 +453,7 @@ class FileTracker:
         return True
 
     def describe(self) -> dict[str, Any]:
-        return {"url": f"file://{self._path}", "error": "", "position": self._position}
+        return {"url": f"file://{self._path}", "waiting": 0, "error": "", "position": self._position}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -33,9 +33,10 @@ from orchestrator.protocol.messages import (
     Restore,
     StateSource,
     StoreAddress,
-    WorkerJob,
 )
+from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
@@ -260,7 +261,8 @@ class Crew:
         self.newest_generation = max([self.newest_generation, *planned])
         for worker in to if to is not None else self.ids:
             if self.members[worker].process.is_alive():
-                self.members[worker].call("direct", self.directive)
+                known = self.members[worker].report().plans
+                self.members[worker].call("direct", SentDirective.of(self.directive, worker, known))
 
     def await_all(self, workers: list[str], ready: Callable[[Report], bool], patience_s: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + patience_s

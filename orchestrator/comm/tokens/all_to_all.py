@@ -138,12 +138,11 @@ class _End(torch.autograd.Function):
         return grads[0], None
 
 
-def gather_counts(sent_W: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows that each rank sends to each (W, W), gathered from what this rank sends to each (W)."""
-    world_size = dist.get_world_size(group)
-    counts_WW = sent_W.new_empty(world_size, sent_W.numel())
+def exchange_counts(sent_W: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows that each rank sends to this one (W), from those that this rank sends to each (W)."""
+    received_W = torch.empty_like(sent_W)
     collective_stats.enter()
     with collective_stats.waiting():
-        dist.all_gather_single(counts_WW, sent_W[None], group=group)
-    traffic_meter.enter_gathered(TrafficKind.CONTROL, counts_WW, world_size)
-    return counts_WW
+        dist.all_to_all_single(received_W, sent_W, group=group)
+    traffic_meter.enter(TrafficKind.CONTROL, (len(sent_W) - 1) * sent_W.element_size())
+    return received_W

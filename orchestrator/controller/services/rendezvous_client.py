@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 import ray
 
-from orchestrator.cluster.actors import ActorOptions, Host, start_host
+from orchestrator.cluster.actors import ActorOptions, Host, find, start_host
 from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
@@ -37,6 +37,7 @@ class RendezvousClient:
         self._name, self._target, self._inbox = f"{run_id}/{NAME}", target, inbox
         self._logs = LogTarget(run_dir, NAME)
         self._host: Remote[Host] | None = None  # while a call to it is open or it is known to be alive
+        self._was_ended = False
         self._asked_s = 0.0
         self._failing_s: float | None = None  # since when it fails
         self.address: StoreAddress | None = None  # None while it is down
@@ -45,12 +46,19 @@ class RendezvousClient:
     def tend(self, now_s: float) -> None:
         """Start, find or restart the store, and ask for its address, unless it is known or already asked for."""
         if self._host is None and now_s - self._asked_s >= ASK_AGAIN_S:
-            self._asked_s = now_s
+            self._asked_s, self._was_ended = now_s, False
             actor_options = ActorOptions(logs=self._logs, max_restarts=-1)
             self._host = start_host(self._name, self._target, (head_address(),), actor_options)
             store: Remote[RendezvousApi] = self._host.hosted()
             post(self._inbox, store.send(RendezvousApi.address), self._located)
             post(self._inbox, self._host.send(Host.hold), self._held)
+
+    def end(self) -> None:
+        """End the store, also one that an earlier controller started: a run without workers needs none."""
+        if not self._was_ended:
+            self._host, self.address, self._was_ended = None, None, True
+            if (handle := find(self._name)) is not None:
+                ray.kill(handle, no_restart=True)
 
     def _located(self, answer: "Future[tuple[str, int]]") -> None:
         """Note the store's address, or that it failed, unless its failure is already noted."""

@@ -1,7 +1,7 @@
 """Services of a run besides its workers, one process each: data preparation, rendezvous store and tracker.
 
 All start while workers start; the tracker, for which nothing waits, a little later. Tracker and store may fail at any
-time and come back; a service that can't be provided shows as a fault.
+time and come back, and end while the run waits for room; a service that can't be provided shows as a fault.
 """
 
 import logging
@@ -80,13 +80,22 @@ class RunServices:
             job_json = self._job.model_dump_json(by_alias=True)
             call = self._preparation.send(Preparation.prepare, job_json, str(self._run_dir), data_dir)
             post(self._inbox, call, self._ended)
-        self.store.tend(time.monotonic())
 
-    def tend(self, now_s: float, has_places: bool) -> None:
-        """Tend all services, and poll the data's progress at intervals. `has_places`: at least one of the run's workers
-        is placed. Until then another run may be making room, which a tracker's start would slow."""
-        self.store.tend(now_s)
-        if has_places or now_s - self._made_s >= TRACKER_AFTER_S:
+    def tend(self, now_s: float, has_places: bool, is_queued: bool) -> None:
+        """Tend all services, and poll the data's progress at intervals.
+
+        Args:
+            has_places: at least one of the run's workers is placed. Until then another run may be making room, which a
+                tracker's start would slow.
+            is_queued: the run may have no workers now. It has no store then, and no tracker that has nothing to do.
+        """
+        if is_queued:
+            self.store.end()
+            self.tracker.rest()
+        else:
+            self.store.tend(now_s)
+        is_resting = is_queued and self.tracker.is_resting
+        if not is_resting and (has_places or now_s - self._made_s >= TRACKER_AFTER_S):
             self.tracker.start()
         self.tracker.tend(now_s)
         if self._preparation is not None and now_s - self._asked_s >= LOOK_EVERY_S:

@@ -62,6 +62,8 @@ class TrackerClient:
         self._newest_event = -1  # `seq` of the newest event that it has or was sent, while it is current
         self._num_open = 0
         self._looked_s = 0.0  # when its description was last requested
+        self._has_delivered = False  # MLflow has everything that it was sent
+        self.is_resting = False  # it was ended, and has nothing to do
         self.url: str | None = None
         self.warning: str | None = None  # about values that don't arrive
 
@@ -75,6 +77,7 @@ class TrackerClient:
             max_restarts=-1,
             calls_at_once=1,
         )
+        self.is_resting = False
         setup = tracker_setup(self._run_id, self._run_dir, self._job)
         self._tracker = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), actor_options).hosted()
         return self._tracker
@@ -87,9 +90,16 @@ class TrackerClient:
             self._asked_s = now_s
             self._call(Tracker.position)
 
+    def rest(self) -> None:
+        """End a tracker that has delivered everything: `start` starts it again, once there is more to publish."""
+        self.look()
+        if self._tracker is not None and self._is_current and self._has_delivered and self._num_open == 0:
+            self._tracker.kill()
+            self._tracker, self._is_current, self._asked_s, self.is_resting = None, False, None, True
+
     def prepared(self, data: PreparedData) -> None:
         """Note the run's data, which is also sent whenever the tracker has to catch up."""
-        self._data = data
+        self._data, self.is_resting = data, False
         if self._is_current:
             self._send(calls_for_data(data))
 
@@ -108,6 +118,7 @@ class TrackerClient:
 
     def publish_event(self, entry: JournalEntry) -> None:
         self._events.append(entry)
+        self.is_resting = False
         if self._is_current:
             self._send([self._event_call(entry)])
 
@@ -195,6 +206,7 @@ class TrackerClient:
 
     def _described(self, state: Mapping[str, Any]) -> None:
         self.url = state["url"] or self.url
+        self._has_delivered = self._is_current and not state["waiting"]
         if state["error"] or self._is_current:  # else it works, and lacks what waits in the journal
             self.warning = f"metrics wait on disk: {state['error']}" if state["error"] else None
 
@@ -208,4 +220,5 @@ class TrackerClient:
     def _call(self, method: Callable[Concatenate[Tracker, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
         assert self._tracker is not None, "the tracker was not started"
         self._num_open += 1
+        self._has_delivered = False
         post(self._inbox, self._tracker.send(method, *args, **kwargs), partial(self._take, method))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, gather_counts
+from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, exchange_counts
 from orchestrator.model.moe.dispatcher import ExpertInput
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.protocol.usage import TrafficKind
@@ -69,8 +69,8 @@ class RowDispatcher(nn.Module, ABC):
 
     def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> "RowExchange":
         rows, home = self.rows(expert_ids_NK, gates_NK), self.home
-        counts_WW = rows.sent_W[None] if home.group is None else gather_counts(rows.sent_W, home.group).cpu()
-        sent_W, received_W = counts_WW[home.rank].tolist(), counts_WW[:, home.rank].tolist()
+        arriving_W = rows.sent_W if home.group is None else exchange_counts(rows.sent_W, home.group)
+        sent_W, received_W = torch.stack([rows.sent_W, arriving_W]).tolist()
         group, wire, columns, is_far_W = home.group, home.wire, self.num_columns, home.is_far_W
         there = AsyncAllToAll(sent_W, received_W, group, TrafficKind.DISPATCH, wire, columns, is_far_W)
         back = AsyncAllToAll(received_W, sent_W, group, TrafficKind.COMBINE, wire, is_far_W=is_far_W)

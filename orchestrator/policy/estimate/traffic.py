@@ -79,7 +79,7 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
     journeys = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_micro_batches(size, micro_batches) * (1 + again)
-    counts = passes * moe_layers * size * (size - 1) * size * 8
+    counts = passes * moe_layers * size * (size - 1) * 8
     margins = NUM_MARGIN_BINS if model.counts_margins else 0
     vote = (
         2

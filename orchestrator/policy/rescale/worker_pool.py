@@ -63,7 +63,8 @@ def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
 
 def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Drop failed workers from the worker group, except for the world's members, which `recovery` handles."""
-    gone = {w: why for w in state.worker_group if w not in state.members and (why := why_gone(seen, w))}
+    members = set(state.members)
+    gone = {w: why for w in state.worker_group if w not in members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
     # Workers that fail with their node count as one failed spawn; former members and leavers don't count.
@@ -119,7 +120,8 @@ def group_size(limits: RunLimits, state: RunState, seen: Observation) -> int:
 def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Keep new workers off nodes where workers fail; release the nodes once the failures are old enough."""
     after = limits.recovery.quarantine_after
-    nodes = {node for worker, node in seen.nodes.items() if worker in state.worker_group and worker not in seen.lost}
+    living = set(state.worker_group).difference(seen.lost)
+    nodes = {node for worker, node in seen.nodes.items() if worker in living}
     now = (
         quarantined(state.failures.recent, seen.now_s, after, nodes, state.failures.quarantine)
         if state.failures.recent

@@ -55,7 +55,8 @@ class WorkerMailbox:
             if (directive.term, directive.seq) > (self._directive.term, self._directive.seq):
                 self._directive = directive
                 answered = {} if directive.check is not None else {"checked": None}  # no longer requested
-                self._publish(term=directive.term, seen=directive.seq, **answered)
+                plans = tuple(plan.digest for plan in directive.plans)
+                self._publish(term=directive.term, seen=directive.seq, plans=plans, **answered)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
         """The worker's report, as soon as its version is above `known_version` or `timeout_s` have passed.

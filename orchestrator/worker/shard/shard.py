@@ -21,7 +21,8 @@ from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.policy.estimate.worker_memory import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import micro_batch_of
-from orchestrator.protocol.messages import GenerationPlan, Keeper, PastWorld, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, Keeper, PastWorld
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.buffers import Buffers

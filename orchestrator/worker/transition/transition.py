@@ -127,7 +127,7 @@ def make_transition(
     # Sums of ranks' parts are rounded, so a digest of bits can't verify them.
     whole_names = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
     partial = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if adds]
-    before = StateDigests(whole_names, prepared.replicated, old) if plan.verify_digests else None
+    before = StateDigests(whole_names, prepared.replicated, old)
     sums = PartSums(partial, old)
     clock.lap("digest")
     peers.barrier()  # no worker builds before all are past the fence; a failed newcomer makes it fail at once
@@ -136,16 +136,16 @@ def make_transition(
     shard = factory.build(plan, groups) if groups is not None else None
     new = shard.engine.ranges() if shard is not None else None
     clock.lap("build")
-    identical, moved = None, 0.0
+    moved = 0.0
     with closed_on_error(shard):
         execute_transfer(transfer, factory.me, old, new, peers)
         if shard is not None:
             shard.engine.on_state_loaded(progress.num_updates)
         clock.lap("transfer")
-        if before is not None:
-            after = StateDigests(whole_names, prepared.replicated, new)
-            moved = change(sums, PartSums(partial, new), peers) if partial else 0.0
-            identical = not differing(whole_names, before, after, peers) and moved <= ROUNDING
+        after = StateDigests(whole_names, prepared.replicated, new)
+        if partial:
+            moved = change(sums, PartSums(partial, new), peers)
+        identical = not differing(whole_names, before, after, peers) and moved <= ROUNDING
         if factory.spec.train.is_exact:
             _check_record(shard, recorded, peers)
     clock.lap("digest")

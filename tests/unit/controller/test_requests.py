@@ -113,3 +113,13 @@ def test_a_request_to_a_busy_controller_waits_longer_than_one_that_can_not_be_re
         with pytest.raises(NotFinished, match="has not recorded it yet"):
             requests.aim(FinishMode.NO, "asked for", 2)
         assert time.monotonic() - began_s < BUSY_S / 2
+
+
+def test_nodes_that_drain_wake_the_controller_once_and_stay_known(requests: PendingRequests) -> None:
+    requests.drained({})
+    assert requests._inbox.empty()
+    requests.drained({"a": 12.0})
+    requests.drained({"a": 12.0})
+    assert requests._inbox.get(timeout=1.0).is_news and requests._inbox.empty()
+    requests.drained({"b": 0.0})  # of a Scheduler that has never seen a
+    assert requests.draining == {"a": 12.0, "b": 0.0} and requests._inbox.qsize() == 1

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orchestrator.comm import traffic_meter
 from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
-from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, gather_counts
+from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, exchange_counts
 from orchestrator.protocol.usage import TrafficKind
 from tests.unit.comm.threads import on_ranks
 
@@ -104,13 +104,15 @@ def test_a_journey_ends_once() -> None:
     assert len(set(on_ranks(3, run))) == 1
 
 
-def test_every_rank_sees_every_ranks_counts() -> None:
-    def run(rank: int, group: dist.ProcessGroup | None) -> list[list[int]]:
+def test_every_rank_gets_the_counts_that_concern_it() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> list[int]:
         assert group is not None
-        counts: list[list[int]] = gather_counts(torch.tensor([rank, 7 * rank, 0]), group).tolist()
+        counts: list[int] = exchange_counts(torch.tensor(SENT_WW[rank]), group).tolist()
         return counts
 
-    assert on_ranks(3, run) == [[[rank, 7 * rank, 0] for rank in range(3)]] * 3
+    sent = traffic_meter.Since()
+    assert on_ranks(3, run) == [[SENT_WW[source][rank] for source in range(3)] for rank in range(3)]
+    assert sent.look()[TrafficKind.CONTROL].payload == 3 * 2 * 8
 
 
 @pytest.mark.parametrize(("wire", "error"), [("bf16", 2**-8), ("int8", 0.5 / 127)])

@@ -11,7 +11,8 @@ import torch
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, StateSource, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, StateSource, StoreAddress
+from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
