@@ -63,7 +63,7 @@ class RunStatuses:
         """Status as of the journal. Raises `error`, for which the controller isn't asked, if it can't be read."""
         try:
             status = self._storage.call(directory.parent, STATUS_S, partial(status_from_journal, directory))
-        except (StorageError, OSError):
+        except StorageError:
             raise error from None
         why = f"its controller has not answered within {PATIENCE_S:.0f} s; this is the status as of its journal"
         return replace(status, why=why)

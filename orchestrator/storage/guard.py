@@ -35,19 +35,19 @@ class StorageGuard:
 
         Raises:
             StorageError: it has not returned in time, and may still do its work, unless there is an `undo`; or
-                earlier calls hang.
-            Exception: whatever it raises.
+                earlier calls hang; or it has raised an OSError.
+            Exception: whatever else it raises.
         """
         with self._lock:
             if self._hung[storage] >= MOST_HUNG:
                 raise _hangs(storage, "earlier calls have not returned", unchanged="Nothing was read or written.")
         done: Future[R] = Future()
-        thread = threading.Thread(target=_serve, args=(function, done), name="storage call", daemon=True)
+        thread = threading.Thread(target=_serve, args=(storage, function, done), name="storage call", daemon=True)
         thread.start()
         try:
             return done.result(patience_s)
         except TimeoutError:
-            if done.done():  # just now, or with an error of its own of this kind
+            if done.done():  # just now
                 return done.result()
         self._count(storage, done, undo)
         raise _hangs(storage, f"no answer within {patience_s:g} s", unchanged="")
@@ -66,13 +66,24 @@ class StorageGuard:
         done.add_done_callback(returned)
 
 
-def _serve(function: Callable[[], R], done: "Future[R]") -> None:
+def _serve(storage: Hashable, function: Callable[[], R], done: "Future[R]") -> None:
     try:
         result = function()
+    except OSError as error:
+        done.set_exception(_refuses(storage, error))
     except BaseException as error:
         done.set_exception(error)
     else:
         done.set_result(result)
+
+
+def _refuses(storage: Hashable, error: OSError) -> StorageError:
+    refusal = StorageError(
+        f"run storage {storage} can't be read or written: {error.strerror or error}: {error.filename or storage}",
+        remedy="Try again once it can; requests to active runs don't need it.",
+    )
+    refusal.__cause__ = error
+    return refusal
 
 
 def _hangs(storage: Hashable, how: str, unchanged: str) -> StorageError:

@@ -1,3 +1,4 @@
+import errno
 import threading
 import time
 from pathlib import Path
@@ -21,12 +22,23 @@ def test_a_call_returns_or_raises_what_it_does() -> None:
         guard.call(WELL, 20.0, _fails)
 
 
-def test_a_time_limit_of_the_call_itself_is_its_own_error() -> None:
-    def times_out() -> None:
-        raise TimeoutError("its own")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (TimeoutError(errno.ETIMEDOUT, "no answer in time", "s3://runs/x"), "no answer in time: s3://runs/x"),
+        (TimeoutError("its own"), "its own: /well"),
+        (PermissionError(errno.EACCES, "Permission denied", "/well/x"), "Permission denied: /well/x"),
+    ],
+    ids=str,
+)
+def test_an_error_of_the_system_is_one_of_storage(error: OSError, words: str) -> None:
+    def fails() -> None:
+        raise error
 
-    with pytest.raises(TimeoutError, match="its own"):
-        StorageGuard().call(WELL, 20.0, times_out)
+    with pytest.raises(StorageError) as raised:
+        StorageGuard().call(WELL, 20.0, fails)
+    assert raised.value.message == f"run storage /well can't be read or written: {words}"
+    assert raised.value.__cause__ is error
 
 
 def test_a_write_that_comes_too_late_is_undone() -> None:
