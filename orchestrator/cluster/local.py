@@ -15,7 +15,6 @@ since reused is recognised by its start time.
 
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -38,6 +37,7 @@ from orchestrator.cluster.processes import Process, describe, end_session, is_ru
 from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.backends.home import home
 
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
 
@@ -66,9 +66,8 @@ class Up:
 
 
 def state_dir() -> Path:
-    """Directory of the local cluster's record; ORCHESTRATOR_HOME moves it."""
-    home = os.environ.get("ORCHESTRATOR_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".orchestrator").absolute() / "clusters" / "local"
+    """Directory of the local cluster's record."""
+    return home() / "clusters" / "local"
 
 
 def up(num_cpus: int, jobs_port: int | None = None) -> Up:

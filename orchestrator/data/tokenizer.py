@@ -89,9 +89,15 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write `path`, and beside it a `tokenizer_config.json` if the border isn't DOCUMENT_TOKEN."""
-        path.write_bytes(self._saved)
-        if self._border != DOCUMENT_TOKEN:
-            path.with_name(CONFIG).write_text(json.dumps({"bos_token": self._border, "eos_token": self._border}) + "\n")
+        for name, data in self.files(path.name).items():
+            path.with_name(name).write_bytes(data)
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """Content of the files that `save` writes, by name; `name` is that of the tokenizer itself."""
+        if self._border == DOCUMENT_TOKEN:
+            return {name: self._saved}
+        border = json.dumps({"bos_token": self._border, "eos_token": self._border}) + "\n"
+        return {name: self._saved, CONFIG: border.encode()}
 
     def to_bytes(self) -> bytes:
         return self._saved

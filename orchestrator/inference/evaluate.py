@@ -6,20 +6,21 @@ Shape legend: R = rows, T = tokens of a row.
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
 from orchestrator.data.corpus.sources import read_documents
-from orchestrator.data.store import IGNORED_TARGET, Rows, TokenStore
+from orchestrator.data.store import IGNORED_TARGET, Rows
+from orchestrator.data.store_copy import open_store
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.inference.rows import rows_of_documents
 from orchestrator.model.base import TrainableModel
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark, Split
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import location_of
 
 REMARK_EVERY_S = 5.0
 
@@ -67,7 +68,7 @@ def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterat
         return
     assert request.store_dir is not None
     split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
-    store = TokenStore.open(Path(request.store_dir))
+    store = open_store(location_of(request.store_dir))
     if store.manifest.tokenizer_digest != tokenizer.digest:
         raise DataError(
             f"the tokens of {store.directory} are those of another tokenizer than {request.run_dir}/tokenizer.json",

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.sample_order import Orders
+from orchestrator.data.store import TokenStore
+from orchestrator.data.store_copy import node_stores, upload
 from orchestrator.protocol.events.base import Event
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.tracking.sink import Dataset
 
 
@@ -15,9 +19,9 @@ from orchestrator.tracking.sink import Dataset
 class PreparedData:
     """A token store that is complete and large enough for the job."""
 
-    store_dir: str
+    store_dir: str  # its location
     vocab_size: int
-    tokenizer: str  # file in the run's directory
+    tokenizer: str  # file in the run's directory, or on the cluster's head
     datasets: tuple[Dataset, ...] = ()  # the data as a tracker shows it
 
 
@@ -39,19 +43,23 @@ class Preparation:
         return self._progress
 
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
-        """Make or find the job's token store below `data_dir`.
+        """Make or find the job's token store, and save its tokenizer with the run.
+
+        Args:
+            run_dir, data_dir: locations of the run, and of token stores. For a bucket a store is made on this node, and
+                copied there.
 
         Raises:
             DataError: a corpus that can't be read, or is too small for the job.
             StoreCorrupt: a store that doesn't match its digests.
         """
         job = JobSpec.model_validate_json(job_json)
-        data = job.data
+        data, place = job.data, location_of(data_dir)
         store = prepare(
             data.source,
             data.vocab_size,
             data.holdout,
-            Path(data_dir),
+            place if isinstance(place, Path) else node_stores(),
             self._tell,
             text_key=data.text_key,
             tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
@@ -67,8 +75,7 @@ class Preparation:
             by_document=job.data.row_format == BY_DOCUMENT,
         )
         Orders(job, store)  # shows what a curriculum lacks, before any worker has the store
-        tokenizer = Path(run_dir) / "tokenizer.json"
-        store.tokenizer().save(tokenizer)
+        tokenizer, stored = _save(store, location_of(run_dir), place)
         datasets = tuple(
             Dataset(
                 f"{source.name}/{split}", split, source.digest, data.source, counts.num_documents, counts.num_tokens
@@ -76,7 +83,24 @@ class Preparation:
             for source in store.manifest.sources
             for split, counts in store.manifest.splits.items()
         )
-        return PreparedData(str(store.directory), store.vocab_size, str(tokenizer), datasets)
+        return PreparedData(str(stored), store.vocab_size, str(tokenizer), datasets)
 
     def _tell(self, stage: str, fraction: float) -> None:
         self._progress = (stage, fraction)
+
+
+def _save(store: TokenStore, run: Location, place: Location) -> tuple[Path, Location]:
+    """Save the tokenizer with the run, and in a bucket the store too.
+
+    Returns:
+        the tokenizer's file on this node, and the store's location.
+    """
+    if isinstance(run, Path):
+        file = run / TOKENIZER
+        store.tokenizer().save(file)
+        return file, store.directory
+    for name, data in store.tokenizer().files(TOKENIZER).items():
+        objects_at(run).create(name, data)
+    stored = place / store.digest[:32]  # the user may have named the directory
+    upload(store, stored)
+    return store.directory / TOKENIZER, stored

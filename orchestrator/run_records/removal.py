@@ -27,11 +27,6 @@ def refuse_active(status: RunStatus) -> None:
         )
 
 
-def is_there(run_dir: Location) -> bool:
-    """Whether anything is at a run's location. Raises OSError."""
-    return run_dir.exists() if isinstance(run_dir, Path) else bool(objects_at(run_dir).names(""))
-
-
 def remove_files(run_dir: Location) -> None:
     """Remove all that is at a run's location. Prepared texts, which runs share, stay.
 

@@ -23,7 +23,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRe
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import remove_job, write_job
-from orchestrator.run_records.removal import is_there, refuse_active, remove_files
+from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -34,7 +34,7 @@ from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import Location, location_of
+from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.storage.guard import StorageGuard
 
 log = logging.getLogger("orchestrator.control")

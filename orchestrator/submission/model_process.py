@@ -15,7 +15,7 @@ from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
 from orchestrator.run_records.data_preparation import DataPrepared
 from orchestrator.run_records.run_history import read_entries
-from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.submission.torch_process import TorchProcess
 
 MODULE = "orchestrator.inference.process"
@@ -59,7 +59,7 @@ def store_of(run_id: str, run_dir: Location) -> str:
     """Directory of the run's token store. Raises DataError if it no longer exists."""
     entries = read_entries(run_dir, only=(DataPrepared,))
     prepared = [entry.event.data.store_dir for entry in entries if isinstance(entry.event, DataPrepared)]
-    if not prepared or not Path(prepared[-1]).is_dir():
+    if not prepared or not is_there(location_of(prepared[-1])):
         gone = f"is gone: {prepared[-1]}" if prepared else "was never prepared"
         raise DataError(f"the token store of run {run_id} {gone}", remedy="Name a text instead: --corpus SOURCE.")
     return str(prepared[-1])

@@ -11,14 +11,13 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from orchestrator.comm import collective_stats
-from orchestrator.data.store import TokenStore
+from orchestrator.data.store_copy import open_store
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
@@ -30,6 +29,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.worker.runtime.device import device_of
@@ -134,7 +134,7 @@ class Worker:
         if spec.train.is_exact:
             pin(device)
             self._mailbox.publish(numerics=fingerprint(device))
-        store = TokenStore.open(Path(job.store_dir))
+        store = open_store(location_of(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
         factory = ShardFactory(self._id, job, spec, vocab_size, device)
         feed = BatchReader(spec, store, device)

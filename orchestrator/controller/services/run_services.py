@@ -24,6 +24,7 @@ from orchestrator.controller.services.tracker_client import NAME as TRACKER
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.run_records.data_preparation import Preparation, PreparedData
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import is_there, location_of
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import StorageTask
 
@@ -67,8 +68,8 @@ class RunServices:
 
     def start(self, data: PreparedData | None) -> StorageTask[None]:
         """Start what isn't running. `data`, prepared by an earlier controller, is made anew if it is gone."""
-        is_there = data is not None and (yield partial(self._storage.caller, Path(data.store_dir).is_dir))
-        self._known_data, self.data = data, data if is_there else None
+        is_kept = data is not None and (yield partial(self._storage.caller, is_there, location_of(data.store_dir)))
+        self._known_data, self.data = data, data if is_kept else None
         if self.data is not None:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent
@@ -127,7 +128,7 @@ class RunServices:
 
     def _prepared(self, data: PreparedData) -> None:
         known = self._known_data
-        if known is None or Path(known.store_dir).name == Path(data.store_dir).name:  # named by content
+        if known is None or location_of(known.store_dir).name == location_of(data.store_dir).name:  # named by content
             self.data = data
             self.tracker.prepared(data)
         else:

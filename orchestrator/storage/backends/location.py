@@ -69,6 +69,11 @@ def objects_at(location: Location, patience: Patience = PATIENCE) -> LargeObject
     return DirectoryObjects(location) if isinstance(location, Path) else BucketObjects(str(location), patience)
 
 
+def is_there(location: Location) -> bool:
+    """Whether anything is at a location. Raises OSError."""
+    return location.exists() if isinstance(location, Path) else bool(objects_at(location).names(""))
+
+
 def _schemes() -> str:
     *others, last = (f"{scheme}://" for scheme in PREFIXES)
     return f"{', '.join(others)} and {last}"

@@ -9,12 +9,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
-from orchestrator.data.store import TokenStore
+from orchestrator.data.store_copy import open_store
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import OrchestratorError
@@ -23,6 +22,7 @@ from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import location_of
 from orchestrator.worker.replay.replay import replay
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.errors import kind_of
@@ -43,7 +43,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     device = device_of(spec.resources.num_gpus, torch.cuda.device_count())
     pin(device)
     yield Numerics(fingerprint(device))
-    store = TokenStore.open(Path(order.job.store_dir))
+    store = open_store(location_of(order.job.store_dir))
     factory = ShardFactory(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
     yield from replay(factory, BatchReader(spec, store, device), prepare(factory, plan), order.last_step)
 
