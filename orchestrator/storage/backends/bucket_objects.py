@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -27,6 +26,8 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore, from_url
 
 from orchestrator.errors import UsageError
+from orchestrator.storage.backends.bucket_url import PREFIXES
+from orchestrator.storage.backends.patience import PATIENCE, Patience
 from orchestrator.storage.backends.request_errors import os_error
 from orchestrator.storage.objects import StoredObject, Written
 
@@ -41,27 +42,6 @@ MOST_RETRIES = 20  # of a request, within the limit of time
 REFUSALS = (errno.EACCES, errno.ENODEV, errno.EINVAL)  # nothing was done, and no other attempt will help
 FINAL = (*REFUSALS, errno.ENOENT, errno.ERANGE)
 LONGEST_READ_S = 3600.0  # of a whole object, whose bytes come one after the other
-
-# What the names of environment variables begin with, by scheme.
-PREFIXES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Limits of time, in seconds.
-
-    Args:
-        answer_s: for the answer to a small request, and for the next bytes of an object that is read.
-        upload_s: for a part of a large object, or a whole one of no more bytes.
-        retry_s: after which no further attempt is made.
-    """
-
-    answer_s: float = 10.0
-    upload_s: float = 60.0
-    retry_s: float = 30.0
-
-
-PATIENCE = Patience()
 
 
 class BucketObjects:

@@ -4,38 +4,15 @@ objects_at(location_of("s3://bucket/runs") / "demo").create("job.json", data)
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import UsageError, nearest
-from orchestrator.storage.backends.bucket_objects import PATIENCE, PREFIXES, BucketObjects, Patience
+from orchestrator.storage.backends.bucket_url import PREFIXES, BucketUrl
+from orchestrator.storage.backends.patience import PATIENCE, Patience
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import LargeObjects
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class BucketUrl:
-    """A place in a bucket, such as `s3://bucket/runs/demo`, with a path's `/`, `name` and `parent`."""
-
-    text: str
-
-    def __truediv__(self, name: str) -> "BucketUrl":
-        return BucketUrl(f"{self.text}/{name}")
-
-    def __str__(self) -> str:
-        return self.text
-
-    @property
-    def name(self) -> str:
-        return self.text.rpartition("/")[2]
-
-    @property
-    def parent(self) -> "BucketUrl":
-        """The place above; the bucket itself has none and returns itself."""
-        above = self.text.rpartition("/")[0]
-        return self if above.endswith("/") else BucketUrl(above)
 
 
 Location = Path | BucketUrl
@@ -66,7 +43,11 @@ def objects_at(location: Location, patience: Patience = PATIENCE) -> LargeObject
     Args:
         patience: with a bucket. Calls to a directory take as long as its file system does.
     """
-    return DirectoryObjects(location) if isinstance(location, Path) else BucketObjects(str(location), patience)
+    if isinstance(location, Path):
+        return DirectoryObjects(location)
+    from orchestrator.storage.backends.bucket_objects import BucketObjects  # imports obstore, which few runs need
+
+    return BucketObjects(str(location), patience)
 
 
 def is_there(location: Location) -> bool:

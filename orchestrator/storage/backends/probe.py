@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.errors import NotAllowed, OrchestratorError, StorageError, UsageError
-from orchestrator.storage.backends.bucket_objects import PREFIXES, Patience
-from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from orchestrator.storage.backends.bucket_url import PREFIXES, BucketUrl
+from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.objects import LargeObjects
 
 SHORT = Patience(answer_s=3.0, upload_s=3.0, retry_s=1.0)  # someone waits for the answer
@@ -63,7 +64,7 @@ def access_error(location: Location, error: OSError) -> OrchestratorError:
             remedy="Try again once it answers.",
             unchanged=UNCHANGED,
         )
-    scheme = location.text.partition(":")[0]
+    scheme = location.scheme
     missing = [name for name in CREDENTIALS[scheme] if name not in os.environ]
     unset = f": {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set" if missing else ""
     return NotAllowed(

@@ -12,7 +12,8 @@ from orchestrator.data import store_copy
 from orchestrator.data.store import TokenStore
 from orchestrator.data.store_copy import node_stores, open_store, upload
 from orchestrator.errors import DataError, StoreCorrupt
-from orchestrator.storage.backends.location import BucketUrl, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import objects_at
 from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.unit.data.stores import write_store

@@ -9,7 +9,8 @@ from orchestrator.data.store_copy import node_stores, open_store
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.run_records.data_preparation import Preparation
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import BucketUrl, location_of, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import location_of, objects_at
 from tests.support.buckets import s3_bucket
 
 

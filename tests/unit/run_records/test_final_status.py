@@ -11,7 +11,8 @@ from orchestrator.errors import NotFound
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.final_status import drop_statuses, has_ended, read_status, status_key
 from orchestrator.run_records.status import to_json
-from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location, objects_at
 from tests.support.buckets import s3_bucket
 from tests.unit.cli.statuses import status
 

@@ -9,7 +9,8 @@ import pytest
 from orchestrator.errors import NameTaken, NotAllowed, NotFound, StorageError, UsageError
 from orchestrator.run_records.job_files import has_job, read_job, remove_job, write_job
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location, objects_at
 from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 

@@ -15,8 +15,9 @@ from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal
 from orchestrator.run_records.run_history import read_steps, user_events
 from orchestrator.storage.backends import location as locations
-from orchestrator.storage.backends.bucket_objects import Patience
-from orchestrator.storage.backends.location import BucketUrl, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.compaction import CompactionLimits
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.storage_process import StorageProcess

@@ -6,7 +6,8 @@ import pytest
 
 from orchestrator.errors import NotFound
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.storage.backends.location import BucketUrl, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.objects import Objects
 from tests.support.buckets import s3_bucket
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 import pytest
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
-from orchestrator.storage.backends.bucket_objects import BucketObjects, Patience
+from orchestrator.storage.backends.bucket_objects import BucketObjects
+from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.chain import Event, list_names
 from orchestrator.storage.journal import Journal, newest_term, read_events
 from orchestrator.storage.tasks import run_inline

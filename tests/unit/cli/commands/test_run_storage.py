@@ -12,7 +12,8 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import BucketUrl, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import objects_at
 from tests.support.buckets import s3_bucket
 from tests.unit.cli.statuses import status
 from tests.unit.cli.test_main import Done, here, orchestrator

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.storage.backends.bucket_objects import PART_BYTES, BucketObjects, Patience
+from orchestrator.storage.backends.bucket_objects import PART_BYTES, BucketObjects
+from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.condition import StorageCondition, refusal
 from orchestrator.storage.storage_process import StorageProcess
 from tests.support.buckets import s3_bucket

@@ -4,7 +4,8 @@ import pytest
 
 from orchestrator.errors import UsageError
 from orchestrator.storage.backends.bucket_objects import BucketObjects
-from orchestrator.storage.backends.location import BucketUrl, location_of, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import location_of, objects_at
 from orchestrator.storage.directory import DirectoryObjects
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.storage.backends.location import BucketUrl, Location, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.log_file import flush_logs
 from tests.support.buckets import s3_bucket

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import NotAllowed, UsageError
-from orchestrator.storage.backends.location import BucketUrl, objects_at
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.backends.probe import check_storage
 from tests.support.buckets import azure_bucket, environment, iam_bucket, s3_bucket, s3_variables
 from tests.support.request_proxy import RequestFault, RequestProxy
