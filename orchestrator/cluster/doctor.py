@@ -15,6 +15,9 @@ from packaging.requirements import Requirement
 from orchestrator.cluster import local
 from orchestrator.cluster.connection import probe
 from orchestrator.errors import OrchestratorError
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.probe import access_error, check_storage
 
 DISTRIBUTION = "elastic-orchestrator"
 NEEDED_GIB = 4  # two workers of a small model, and Ray
@@ -38,7 +41,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine(storage: Path) -> Iterator[Finding]:
+def examine(storage: Location) -> Iterator[Finding]:
     """Run all checks.
 
     Args:
@@ -47,7 +50,7 @@ def examine(storage: Path) -> Iterator[Finding]:
     yield _python()
     yield _packages()
     yield _memory()
-    yield _storage(storage)
+    yield _directory(storage) if isinstance(storage, Path) else _bucket(storage)
     yield _cluster()
     yield _leftover()
 
@@ -86,7 +89,18 @@ def _memory() -> Finding:
     return Finding("memory", Verdict.OK, f"{free_gib:.1f} GiB free")
 
 
-def _storage(storage: Path) -> Finding:
+def _bucket(storage: BucketUrl) -> Finding:
+    try:
+        check_storage(storage)
+    except OSError as error:
+        refused = access_error(storage, error)
+        return Finding("storage", Verdict.FAULT, refused.message, refused.remedy)
+    except OrchestratorError as error:
+        return Finding("storage", Verdict.FAULT, error.message, error.remedy)
+    return Finding("storage", Verdict.OK, f"{storage}: objects are created once, read, listed and deleted")
+
+
+def _directory(storage: Path) -> Finding:
     place = storage.absolute()
     while not place.exists():
         place = place.parent

@@ -66,15 +66,16 @@ def init(
 
 
 def doctor(
-    storage: Annotated[Path, typer.Option("--storage", metavar="DIR", help="Run storage to check.")] = Path("runs"),
+    storage: Annotated[str, typer.Option("--storage", metavar="DIR|URL", help="Run storage to check.")] = "runs",
     output: Output = Format.TEXT,
 ) -> None:
     """Check this machine for problems. Changes nothing. Exits 3 if something would fail."""
     from orchestrator.cli.terminal.exit_codes import CHECK_FAILED
     from orchestrator.cluster.doctor import Verdict, examine
     from orchestrator.protocol.codec import to_plain
+    from orchestrator.storage.backends.location import location_of
 
-    found = list(examine(storage))
+    found = list(examine(location_of(storage)))
     if output is Format.JSON:
         show_json([to_plain(finding) for finding in found])
     else:

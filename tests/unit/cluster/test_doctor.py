@@ -9,6 +9,10 @@ import pytest
 
 from orchestrator.cluster import doctor
 from orchestrator.cluster.doctor import Finding, Verdict, examine
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location
+from tests.support.buckets import s3_bucket
+from tests.support.request_proxy import RequestFault
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +30,7 @@ def nobody() -> Iterator[str]:
         yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
-def _of(subject: str, storage: Path) -> Finding:
+def _of(subject: str, storage: Location) -> Finding:
     return {finding.subject: finding for finding in examine(storage)}[subject]
 
 
@@ -42,6 +46,18 @@ def test_a_package_out_of_range_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "torch" else real(name))
     found = _of("packages", tmp_path)
     assert found.verdict is Verdict.FAULT and "torch is 1.0, needed is" in found.text
+
+
+def test_a_bucket_is_checked() -> None:
+    with s3_bucket() as (url, proxy):
+        good = _of("storage", BucketUrl(f"{url}/doctor"))
+        assert good.verdict is Verdict.OK and good.text.startswith(f"{url}/doctor: objects are created once")
+        with proxy.failing("PUT", RequestFault.FORBIDDEN):
+            refused = _of("storage", BucketUrl(f"{url}/doctor"))
+        assert refused.verdict is Verdict.FAULT and "403 Forbidden" in refused.text
+        assert "AWS_SECRET_ACCESS_KEY" in refused.remedy
+        absent = _of("storage", BucketUrl("s3://absent/doctor"))
+        assert absent.verdict is Verdict.FAULT and "there is no such bucket" in absent.text
 
 
 def test_storage_that_is_a_file_is_a_fault(tmp_path: Path) -> None:
