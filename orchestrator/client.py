@@ -179,7 +179,7 @@ class OrchestratorClient:
             refuse_by_url(self._port, "rm --tracking")
             status = self.get(run_id)
             refuse_active(status)
-            remove_tracked(RunFiles(location_of(status.run_dir)).directory)
+            remove_tracked(location_of(status.run_dir))
         return self._ask(Scheduler.remove, run_id)
 
     def resume(

@@ -9,7 +9,7 @@ from orchestrator.errors import NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.storage.backends.location import Location, objects_at
 
 REMOVED_PREFIX = ".removed-"  # no run's name: what an interrupted removal leaves is no run
@@ -70,6 +70,7 @@ def _remove_objects(run_dir: Location) -> None:
         objects.delete(set(keys) - {*status, *records})
         objects.delete(records)
         objects.delete(status)
+        shutil.rmtree(outbox_of(run_dir), ignore_errors=True)
     except OSError as error:
         raise StorageError(
             f"run {run_dir.name} is not removed, or not all of it: {error.strerror or error}: {error.filename}",
@@ -77,7 +78,7 @@ def _remove_objects(run_dir: Location) -> None:
         ) from error
 
 
-def remove_tracked(run_dir: Path) -> str | None:
+def remove_tracked(run_dir: Location) -> str | None:
     """Delete the run in MLflow, which keeps it as deleted until `mlflow gc`. Returns its id there; None if there is no
     such run.
 

@@ -1,15 +1,26 @@
 """Setup of a run's tracker, from its job. Needs no cluster: what waits after the end is delivered the same way."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.home import home
+from orchestrator.storage.backends.location import Location
 from orchestrator.tracking.sink import RunInfo, TrackerSetup, flattened, redacted
 
-DIRECTORY = "tracking"  # in the run's directory
+DIRECTORY = "tracking"  # in the run's directory, or this machine's
 
 
-def tracker_setup(run_id: str, run_dir: Path, job: JobSpec) -> TrackerSetup:
-    storage = run_dir.parent
+def outbox_of(run_dir: Location) -> Path:
+    """Directory of what MLflow has not taken yet. Of a run in a bucket it is on this machine; elsewhere it is made again,
+    from the run's journal."""
+    if isinstance(run_dir, Path):
+        return run_dir / DIRECTORY
+    return home() / DIRECTORY / f"{run_dir.name}-{sha256(str(run_dir).encode()).hexdigest()[:8]}"
+
+
+def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
+    storage = run_dir.parent if isinstance(run_dir, Path) else home()
     params = flattened(job.model_dump(mode="json", by_alias=True))
     if job.tracking.uri is not None:
         params["tracking.uri"] = redacted(job.tracking.uri)
@@ -25,11 +36,11 @@ def tracker_setup(run_id: str, run_dir: Path, job: JobSpec) -> TrackerSetup:
         uri=job.tracking.uri or default_uri(storage),
         experiment=job.tracking.experiment,
         run=run,
-        directory=str(run_dir / DIRECTORY),
+        directory=str(outbox_of(run_dir)),
         artifacts=str(storage / "mlflow-artifacts"),
     )
 
 
 def default_uri(storage: Path) -> str:
-    """The SQLite database in run storage."""
+    """The SQLite database in this directory."""
     return f"sqlite:///{storage / 'mlflow.db'}"

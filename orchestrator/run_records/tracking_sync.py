@@ -17,12 +17,13 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.final_status import read_status
-from orchestrator.run_records.job_files import read_job
+from orchestrator.run_records.job_files import TEXT, read_job
 from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after
-from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
@@ -34,21 +35,21 @@ POINTS_PER_CALL = 2000
 Call = tuple[Callable[..., None], tuple[Any, ...]]  # a method of `Tracker`, and what follows the term
 
 
-def waits_for_delivery(run_dir: Path) -> int:
+def waits_for_delivery(run_dir: Location) -> int:
     """Number of values and other items in the run's outbox.
 
     Raises:
         NotFinished: a tracker is using it.
     """
     try:
-        return num_waiting(run_dir / "tracking")
+        return num_waiting(outbox_of(run_dir))
     except sqlite3.OperationalError as error:
         raise NotFinished(
             f"the tracker of run {run_dir.name} is at work: it delivers by itself", unchanged="Nothing was changed."
         ) from error
 
 
-def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
+def deliver(run_dir: Location, timeout_s: float) -> TrackerState:
     """Send everything that MLflow lacks of the run, its end included. Repeats are harmless.
 
     Returns:
@@ -76,21 +77,21 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     return tracker.describe()
 
 
-def missing_after(run_dir: Path, job: JobSpec, position: TrackerPosition, data: PreparedData | None) -> list[Call]:
+def missing_after(run_dir: Location, job: JobSpec, position: TrackerPosition, data: PreparedData | None) -> list[Call]:
     """Calls for everything that the run's tracker at `position` lacks."""
     history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))
     return list(missing_calls(run_dir, position, history.progress, data))
 
 
 def missing_calls(
-    run_dir: Path, position: TrackerPosition, progress: Progress, data: PreparedData | None
+    run_dir: Location, position: TrackerPosition, progress: Progress, data: PreparedData | None
 ) -> Iterator[Call]:
     """Calls for everything that a tracker at `position` lacks.
 
     Args:
         progress: by the run's journal, which is read from its newest entry backwards, as far as is needed.
     """
-    yield Tracker.artifact, (str(run_dir / "job.yaml"),)
+    yield Tracker.artifact, (str(_job_file(run_dir)),)
     if data is not None:
         yield from calls_for_data(data)
     before = position.event
@@ -106,6 +107,16 @@ def missing_calls(
         batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
         yield Tracker.publish, (batch, after, {step: loads[step] for step in loads if after < step <= last})
         points, after = points[len(batch) :], last
+
+
+def _job_file(run_dir: Location) -> Path:
+    """The job as its user wrote it, as a file on this machine."""
+    if isinstance(run_dir, Path):
+        return run_dir / TEXT
+    file = outbox_of(run_dir) / TEXT
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, objects_at(run_dir).get(TEXT).decode())
+    return file
 
 
 def _points_of(progress: Progress, steps: list[StepRecord]) -> list[MetricPoint]:

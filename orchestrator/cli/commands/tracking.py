@@ -57,7 +57,7 @@ def _uri_of(run: str | None, storage: str | None, address: str | None, place: Pa
     from orchestrator.run_records.tracker_setup import default_uri, tracker_setup
 
     if run is not None:
-        run_dir = find_run(run, storage, address).files.directory
+        run_dir = find_run(run, storage, address).files.run_dir
         job = read_job(run_dir)
         return tracker_setup(run, run_dir, job).uri
     if not (place / "mlflow.db").exists():
@@ -78,9 +78,10 @@ def sync(
 ) -> None:
     """Deliver what MLflow has not accepted of a run that has ended. Exits 101 if something remains."""
     from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.tracker_setup import outbox_of
     from orchestrator.run_records.tracking_sync import deliver, waits_for_delivery
 
-    run_dir = find_run(run, storage, address).files.directory
+    run_dir = find_run(run, storage, address).files.run_dir
     waiting = waits_for_delivery(run_dir)
     narrate(f"{counted(waiting, 'item')} of run {run} waiting for MLflow; checking what else it lacks.")
     state = deliver(run_dir, timeout)
@@ -88,7 +89,7 @@ def sync(
         raise NotFinished(
             f"{state['waiting']} of them still wait: {state['error'] or 'there was not enough time'}",
             remedy=f"`orchestrator tracking sync {run}` tries again.",
-            unchanged=f"What waits is kept in {run_dir / 'tracking'}.",
+            unchanged=f"What waits is kept in {outbox_of(run_dir)}.",
         )
     narrate("MLflow has everything.")
     show(state["url"])

@@ -43,7 +43,7 @@ class FoundRun:
         if self._client is not None:
             return self._client.remove(self.run_id, tracking=tracking)
         if tracking:
-            remove_tracked(self.files.directory)
+            remove_tracked(self.files.run_dir)
         remove_files(self.files.run_dir)
         return str(self.files.run_dir)
 

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from orchestrator.cluster.actors import ActorOptions, start_host
@@ -21,9 +20,10 @@ from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import retry_until_written
-from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_after
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
@@ -48,7 +48,7 @@ class TrackerClient:
     """Starts or finds the run's tracker, and ensures that it gets everything once."""
 
     def __init__(
-        self, run_id: str, run_dir: Path, job: JobSpec, target: str, term: int, storage: StorageThread, inbox: Inbox
+        self, run_id: str, run_dir: Location, job: JobSpec, target: str, term: int, storage: StorageThread, inbox: Inbox
     ) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._target, self._term, self._storage, self._inbox = target, term, storage, inbox
@@ -162,7 +162,7 @@ class TrackerClient:
         except OrchestratorError as error:
             self.warning = f"the tracker failed: {error}"
         if not arrived:
-            deliver = f"`orchestrator tracking sync {self._run_id}` delivers what waits in {self._run_dir / 'tracking'}"
+            deliver = f"`orchestrator tracking sync {self._run_id}` delivers what waits in {outbox_of(self._run_dir)}"
             self.warning = f"{self.warning or 'MLflow has not taken everything in time'}; {deliver}"
         if self.warning:
             log.warning(self.warning)

@@ -152,7 +152,7 @@ def test_a_run_in_a_bucket_is_removed_once_it_has_ended(bucket: str, orchestrato
 
 
 def test_what_needs_a_directory_says_so(bucket: str, orchestrator: Command) -> None:
-    for command in (["checkpoint", "ls"], ["checkpoint", "verify"], ["tracking", "sync"], ["check", "replay"]):
+    for command in (["checkpoint", "ls"], ["checkpoint", "verify"], ["check", "replay"]):
         done = orchestrator(*command, "books", "--storage", bucket)
         assert done.returncode == 2 and "is in a bucket" in done.stderr and "--storage DIR" in done.stderr, command
 
@@ -167,3 +167,20 @@ def test_a_bucket_that_can_not_be_read(bucket: str, orchestrator: Command, monke
     for command in (["ls"], ["status", "books"]):
         done = orchestrator(*command, "--storage", f"{bucket}-without-credentials")
         assert done.returncode == 77 and "AWS_SECRET_ACCESS_KEY is not set" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_what_mlflow_lacks_of_a_run_in_a_bucket_is_delivered(
+    bucket: str, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From any machine: what waits is made again from the journal."""
+    objects_at(BucketUrl(bucket)).create("books/job.yaml", b"name: books\n")
+    for machine in ("one", "another"):
+        monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / machine))
+        done = orchestrator("tracking", "sync", "books", "--storage", bucket)
+        assert done.returncode == 0 and "MLflow has everything" in done.stderr, done.stderr
+        artifacts = list((tmp_path / machine / "mlflow-artifacts").rglob("job.yaml"))
+        assert [path.read_text() for path in artifacts] == ["name: books\n"]
+    removed = orchestrator("rm", "books", "--yes", "--tracking", "--storage", bucket)
+    assert removed.returncode == 0 and list((tmp_path / "another" / "tracking").iterdir()) == []
