@@ -12,8 +12,8 @@ DIRECTORY = "tracking"  # in the run's directory, or this machine's
 
 
 def outbox_of(run_dir: Location) -> Path:
-    """Directory of what MLflow has not taken yet. Of a run in a bucket it is on this machine; elsewhere it is made again,
-    from the run's journal."""
+    """Directory of what MLflow has not taken yet. Of a run in a bucket it is on this machine; on another it is made
+    again, from the run's journal."""
     if isinstance(run_dir, Path):
         return run_dir / DIRECTORY
     return home() / DIRECTORY / f"{run_dir.name}-{sha256(str(run_dir).encode()).hexdigest()[:8]}"
