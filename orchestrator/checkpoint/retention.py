@@ -44,12 +44,17 @@ def discard_unnamed(
         those that were deleted.
 
     Raises:
-        OSError: one can't be deleted.
+        OSError: one can't be deleted. All others are, then too.
     """
-    deleted = []
+    deleted, errors = [], []
     for path in tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ():
         writers = parse_checkpoint_name(path.name)
         if writers is not None and path.name not in named and not is_needed(*writers):
-            discard(path)
-            deleted.append(path)
+            try:
+                discard(path)
+                deleted.append(path)
+            except OSError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
     return tuple(deleted)

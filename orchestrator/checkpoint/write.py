@@ -10,6 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def _check_room(run_dir: Path, num_bytes: int) -> None:
 
 def commit(checkpoints: Path, manifest: CheckpointManifest) -> Path:
     """Create the manifest of a checkpoint whose shards are written, and delete what attempts before them have left.
-    A repeat changes nothing. The checkpoint counts once the run's journal names it with the manifest's digest.
+    A repeat changes nothing. The checkpoint counts once the run's journal names it with the manifest's digest; what is
+    named there already isn't committed again.
 
     Returns:
         the checkpoint's directory.
@@ -111,7 +113,8 @@ def commit(checkpoints: Path, manifest: CheckpointManifest) -> Path:
         raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed: {difference}", str(path))
     for other in directory.iterdir():
         if other.name not in manifest.files and other != path:
-            other.unlink()
+            with suppress(OSError):  # it does no harm there
+                other.unlink()
     for parent in (checkpoints, checkpoints.parent):
         flush(parent)
     return directory

@@ -6,7 +6,7 @@ results later decisions see.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
@@ -20,14 +20,12 @@ from orchestrator.policy.state.run_state import Commit, Observation
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.protocol.messages import Restore
-from orchestrator.run_records.checkpoint_records import CheckpointRecord
 from orchestrator.run_records.checkpoints import (
     CheckpointFinder,
     commit_checkpoint,
     discard_garbage,
     discard_unfinished,
     drop_set_aside,
-    list_checkpoints,
     path_of,
     superfluous,
 )
@@ -56,6 +54,8 @@ class RunCheckpoints:
         self.trouble: StorageTrouble | None = None  # why a checkpoint of which all parts are written isn't complete
         self.restorable: Restore | None = None  # the newest good one, if a restore is wanted
         self._is_known, self._num_searches = False, 0  # whether that holds; counts those that became void
+        self._commits: dict[str, Commit] = {}  # the newest ones, by the names of their tasks
+        storage.add("garbage", self._discard_garbage)  # that a controller before this one has left
 
     @property
     def newest(self) -> tuple[int, int]:
@@ -74,8 +74,8 @@ class RunCheckpoints:
 
     @property
     def is_searching(self) -> bool:
-        """Whether a restore is wanted, and `restorable` isn't known yet."""
-        return self._memory.state.wants_restore and not self._is_known
+        """Whether a restore is wanted, and `restorable` isn't known yet, as it isn't while commits are under way."""
+        return self._memory.state.wants_restore and not (self._is_known and not self._under_way())
 
     @property
     def unreadable(self) -> str:
@@ -107,7 +107,12 @@ class RunCheckpoints:
         that fails, unless storage refused it: then it is tried again by a later call."""
         name = f"commit {action.generation}-{action.step}"
         if time.monotonic() - self._refused_s >= COMMIT_AGAIN_S and not self._storage.is_pending(name):
+            self._commits = {name: action, **{n: a for n, a in self._commits.items() if self._storage.is_pending(n)}}
             self._storage.add(name, partial(self._commit, action, note), Lane.RECORDS)
+
+    def _under_way(self) -> list[Commit]:
+        """Checkpoints that are being completed."""
+        return [action for name, action in self._commits.items() if self._storage.is_pending(name)]
 
     def _commit(self, action: Commit, note: Note) -> StorageTask[None]:
         committed = None if self._is_void(action) else (yield from self._complete(action))
@@ -121,18 +126,19 @@ class RunCheckpoints:
         self._storage.add("garbage", self._discard_garbage)
 
     def _drop_old(self, note: Note) -> StorageTask[None]:
-        """Journal which checkpoints the job doesn't keep."""
+        """Journal which checkpoints the job doesn't keep. While one is to be restored, all are kept."""
         memory, keep = self._memory, self._run.job.checkpoint
-        there: tuple[CheckpointRecord, ...] = yield partial(
-            self._caller, list_checkpoints, self._run.run_dir, memory.checkpoints
-        )
-        dropped = superfluous(there, keep, memory.progress.validations)
-        if dropped:
+        call = partial(superfluous, self._run.run_dir, memory.checkpoints, keep, memory.progress.validations)
+        dropped: tuple[int, ...] = yield partial(self._caller, call)
+        if dropped and not memory.state.wants_restore:
             yield from note(CheckpointsDeleted(dropped), stored=True)
+            self._forget()
 
     def _is_void(self, action: Commit) -> bool:
-        """Whether the run has gone back behind this checkpoint meanwhile."""
-        return self._memory.checkpoints.is_left_behind(action.generation, action.step)
+        """Whether the run has gone back behind this checkpoint meanwhile, or has completed it or a later one."""
+        records = self._memory.checkpoints
+        moment = (action.generation, action.step)
+        return moment <= records.newest or records.is_left_behind(*moment)
 
     def _complete(self, action: Commit) -> StorageTask[CheckpointCommitted | None]:
         """Write the checkpoint's manifest. Returns the event that completes it; None if that failed."""
@@ -163,8 +169,22 @@ class RunCheckpoints:
             self._storage.add("room", partial(self._make_room, observe))
 
     def _make_room(self, observe: Callable[[], Observation]) -> StorageTask[None]:
-        run_dir, records = self._run.run_dir, self._memory.checkpoints
-        needed = partial(can_complete, self._memory.state, observe())
+        run_dir, memory = self._run.run_dir, self._memory
+        records, under_way = memory.checkpoints, tuple((a.step, a.term, a.generation) for a in self._under_way())
+        needed = partial(_is_needed, under_way, partial(can_complete, memory.state, observe()))
+        is_stored = memory.is_stored  # that the run has gone back may be on record in the cluster alone
         with suppress(OSError):
-            yield Lengthy(partial(self._caller, discard_unfinished, run_dir, self._memory.term, records, needed))
-            yield Lengthy(partial(self._caller, drop_set_aside, run_dir, records))
+            yield Lengthy(partial(self._caller, discard_garbage, run_dir, records))
+            yield Lengthy(partial(self._caller, discard_unfinished, run_dir, memory.term, records, needed))
+            if is_stored:
+                yield Lengthy(partial(self._caller, drop_set_aside, run_dir, records))
+
+
+def _is_needed(
+    under_way: Sequence[tuple[int, int, int]],
+    can_complete: Callable[[int, int, int], bool],
+    step: int,
+    term: int,
+    generation: int,
+) -> bool:
+    return (step, term, generation) in under_way or can_complete(step, term, generation)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name, manifest_of, parse_checkpoint_name
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, manifest_of, parse_checkpoint_name
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.retention import best_checkpoints, discard, discard_unnamed
 from orchestrator.checkpoint.shard_file import read_shards
@@ -22,6 +22,7 @@ from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.storage.caller import Caller, call_here
+from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import RESERVE_BYTES
 
 log = logging.getLogger("orchestrator.control")
@@ -64,29 +65,29 @@ def commit_checkpoint(run_id: str, run_dir: Path, action: Commit) -> CheckpointC
 
 
 def superfluous(
-    there: Sequence[CheckpointRecord], keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
+    run_dir: Path, records: CheckpointRecords, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
 ) -> tuple[int, ...]:
-    """Steps of those of these checkpoints that the job doesn't keep."""
-    if keep.keep_last is None:
-        return ()
-    steps = [record.step for record in there]
-    best = best_checkpoints(steps, validations, keep.keep_best)
-    return tuple(step for step in steps[: -keep.keep_last] if step not in best)
+    """Steps of the checkpoints that the job doesn't keep, and of those before the newest one that were removed by hand.
+    Raises OSError."""
+    there = [record.step for record in list_checkpoints(run_dir, records)]
+    gone = [record.step for record in records.current[:-1] if record.step not in there]
+    best = best_checkpoints(there, validations, keep.keep_best)
+    old = there[: -keep.keep_last] if keep.keep_last is not None else []
+    return tuple(sorted({*gone, *(step for step in old if step not in best)}))
 
 
 def discard_garbage(run_dir: Path, records: CheckpointRecords) -> None:
-    """Delete what the journal doesn't name, of writers before the newest checkpoint: it isn't completed any more.
-    What can't be deleted is tried again after the next checkpoint.
-
-    Args:
-        records: by a journal that is in run storage.
+    """Delete what the journal doesn't name, of writers before the newest checkpoint: it isn't completed any more. So
+    is what a deletion that was interrupted has left of a checkpoint. What can't be deleted is tried again after the
+    next checkpoint.
     """
-    ages = [_age(record.name) for record in records.current]
-    if not ages:
+    if not records.current:
         return
+    newest = _age(records.current[-1].name)
     try:
+        named = [r.name for r in (*records.current, *records.set_aside) if _has_manifest(path_of(run_dir, r))]
         deleted = discard_unnamed(
-            run_dir / DIRECTORY, records.names, lambda step, term, generation: (term, generation, step) > ages[-1]
+            run_dir / DIRECTORY, named, lambda step, term, generation: (term, generation, step) >= newest
         )
     except OSError as error:
         log.warning("an old checkpoint could not be deleted: %s", error)
@@ -104,17 +105,14 @@ def _age(name: str) -> tuple[int, int, int]:
 def discard_unfinished(
     run_dir: Path, term: int, records: CheckpointRecords, can_complete: Callable[[int, int, int], bool]
 ) -> None:
-    """Delete parts of checkpoints that can't be completed any more, by step, term and generation. What can't be deleted
-    stays, and what is of a later term than the controller's `term`, or has a manifest: another controller may have
-    completed it."""
-    checkpoints = run_dir / DIRECTORY
-
-    def is_needed(step: int, of_term: int, generation: int) -> bool:
-        path = checkpoints / checkpoint_name(step, of_term, generation)
-        return of_term > term or can_complete(step, of_term, generation) or _has_manifest(path)
-
+    """Delete checkpoints that the journal doesn't name and that can't be completed any more, by step, term and
+    generation: parts of them, or what was given up before it was journalled. What can't be deleted stays. Nothing is
+    deleted once another controller has taken a later term than `term`: it may have completed something.
+    """
+    if newest_term(run_dir) != term:
+        return
     try:
-        for path in discard_unnamed(checkpoints, records.names, is_needed):
+        for path in discard_unnamed(run_dir / DIRECTORY, records.names, can_complete):
             log.info("deleted %s, which can't be completed any more", path)
     except OSError as error:
         log.warning("parts of a checkpoint could not be deleted: %s", error)
@@ -152,7 +150,7 @@ def list_checkpoints(run_dir: Path, records: CheckpointRecords) -> tuple[Checkpo
 def _has_manifest(path: Path) -> bool:
     try:
         (path / MANIFEST_FILE).stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

@@ -148,6 +148,11 @@ class JournaledRun(RunHistory):
             self._enter(entry)
         return entries
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether run storage has all entries of this run so far."""
+        return self._journal.stored == self._journal.last
+
     def store(self, entry: ChainEntry) -> None:
         """Store an entry that a change has given to the `writer`. Raises OSError, TermSuperseded."""
         self._noted(partial(self._in_reserve, partial(self._journal.store, entry)))

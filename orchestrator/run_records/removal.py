@@ -70,7 +70,7 @@ def find_removable(run_dir: Path, step: int) -> Path:
         UsageError: it is the newest one of a run that has not ended, which would need it after a failure.
     """
     files = RunFiles(run_dir)
-    there = {record.step: path_of(run_dir, record) for record in files.checkpoints()}
+    there = {record.step: path for record in files.named_checkpoints() if (path := path_of(run_dir, record)).is_dir()}
     if step not in there:
         raise NotFound(
             f"run {run_dir.name} has no checkpoint of step {step}",
@@ -91,4 +91,6 @@ def remove_checkpoint(path: Path) -> None:
     try:
         discard(path)
     except OSError as error:
-        raise StorageError(f"{path} can't be removed: {error.strerror or error}", unchanged=UNCHANGED) from error
+        raise StorageError(
+            f"{path} can't be removed: {error.strerror or error}", remedy="Make run storage writable, and repeat it."
+        ) from error

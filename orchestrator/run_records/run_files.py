@@ -83,6 +83,10 @@ class RunFiles:
         """The complete checkpoints, oldest first."""
         return list_checkpoints(self.run_dir, self._checkpoint_records())
 
+    def named_checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """The same, and those that were removed by hand, in part or whole."""
+        return self._checkpoint_records().current
+
     def choose_checkpoint(self, step: int | None = None) -> Path | None:
         """The checkpoint of `step`, or the newest, with verified digests. None without any. Raises as `choose`."""
         return choose(self.run_dir, self._checkpoint_records(), step)

@@ -106,8 +106,9 @@ def garbage_in(run_dir: Path, events: Iterable[Event], num_killed: int) -> list[
         if event["kind"] == "checkpoint":
             named[_named(event).name] = event["step"]
         elif event["kind"] == "checkpoints_deleted":
+            newest = {step: name for name, step in named.items()}
             for step in event["steps"]:
-                named.pop(next(name for name in reversed(named) if named[name] == step))
+                named.pop(newest.get(step, ""), None)
     left = [path.name for path in run_dir.glob("checkpoints/*") if path.name not in named]
     left += [path.name for path in run_dir.glob(".reserve")]
     partial = [str(path.relative_to(run_dir)) for path in run_dir.rglob(".*.partial")]

@@ -18,6 +18,7 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
     """List a run's complete checkpoints, the oldest first."""
     from orchestrator.checkpoint.read import read_manifest
     from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.errors import CheckpointCorrupt
     from orchestrator.run_records.checkpoints import path_of
 
     files = find_run(run, storage, address).files
@@ -25,7 +26,11 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
     found = []
     for complete in files.checkpoints():
         path = path_of(files.run_dir, complete)
-        manifest = read_manifest(path, complete.sha256)
+        try:
+            manifest = read_manifest(path, complete.sha256)
+        except CheckpointCorrupt as error:  # removed just now, or damaged
+            narrate(f"The checkpoint of step {complete.step} is left out. {error}")
+            continue
         record = records.get(manifest.step)
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
         written_time = (path / "manifest.json").stat().st_mtime

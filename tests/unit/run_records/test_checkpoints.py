@@ -55,8 +55,7 @@ def _shard(run_dir: Path, step: int, generation: int = 0, megabytes: float = 0.0
 def _complete(run: JournaledRun, run_dir: Path, action: Commit, keep_last: int | None = None) -> None:
     """As the controller does it."""
     run_inline(run.note(commit_checkpoint("r", run_dir, action)))
-    there = list_checkpoints(run_dir, run.checkpoints)
-    dropped = superfluous(there, CheckpointSpec(keep_last=keep_last), ())
+    dropped = superfluous(run_dir, run.checkpoints, CheckpointSpec(keep_last=keep_last), ())
     if dropped:
         run_inline(run.note(CheckpointsDeleted(dropped)))
     discard_garbage(run_dir, run.checkpoints)
@@ -217,6 +216,27 @@ def test_one_that_was_removed_by_hand_does_not_count(tmp_path: Path) -> None:
     discard(path_of(tmp_path, record))
     _complete(run, tmp_path, _shard(tmp_path, 40), keep_last=3)
     assert _steps(tmp_path) == [10, 30, 40]
+    assert [record.step for record in run.checkpoints.current] == [10, 30, 40]
+
+
+def test_what_an_interrupted_deletion_has_left_goes_too(tmp_path: Path) -> None:
+    run = JournaledRun(tmp_path, LIMITS)
+    for step in (10, 20):
+        _complete(run, tmp_path, _shard(tmp_path, step))
+    (path_of(tmp_path, run.checkpoints.current[0]) / MANIFEST_FILE).unlink()
+    discard_garbage(tmp_path, run.checkpoints)
+    assert _on_disk(tmp_path) == [checkpoint_name(20, 1, 0)]
+
+
+def test_one_that_can_not_be_deleted_keeps_no_other(tmp_path: Path) -> None:
+    run = JournaledRun(tmp_path, LIMITS)
+    _complete(run, tmp_path, _shard(tmp_path, 50))
+    for step in (10, 20, 30):
+        _shard(tmp_path, step)
+    stuck = tmp_path / DIRECTORY / checkpoint_name(20, 1, 0) / MANIFEST_FILE
+    stuck.mkdir()  # which can't be unlinked
+    discard_garbage(tmp_path, run.checkpoints)
+    assert _on_disk(tmp_path) == [checkpoint_name(20, 1, 0), checkpoint_name(50, 1, 0)]
 
 
 def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
@@ -224,8 +244,8 @@ def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         _complete(run, tmp_path, _shard(tmp_path, step))
     keep = CheckpointSpec(keep_last=1, keep_best=1)
-    assert superfluous(run.checkpoints.current, keep, ((1, 3.0), (2, 1.0), (3, 2.0))) == (1, 3)
-    assert superfluous(run.checkpoints.current, CheckpointSpec(keep_last=None), ()) == ()
+    assert superfluous(tmp_path, run.checkpoints, keep, ((1, 3.0), (2, 1.0), (3, 2.0))) == (1, 3)
+    assert superfluous(tmp_path, run.checkpoints, CheckpointSpec(keep_last=None), ()) == ()
 
 
 def test_garbage_is_what_no_journal_names_and_no_rank_completes(tmp_path: Path) -> None:
@@ -242,14 +262,23 @@ def test_garbage_is_what_no_journal_names_and_no_rank_completes(tmp_path: Path) 
     assert _steps(tmp_path) == [20] and run.checkpoints.newest == (3, 20)
 
 
-def test_parts_that_can_not_be_completed_are_deleted(tmp_path: Path) -> None:
-    names = [checkpoint_name(step, term, g) for step, term, g in ((9, 1, 0), (19, 1, 1), (29, 3, 1), (39, 1, 0))]
-    for name in (*names, "another", checkpoint_name(5, 1, 0)):
+def test_what_can_not_be_completed_is_deleted_with_or_without_a_manifest(tmp_path: Path) -> None:
+    run = JournaledRun(tmp_path, LIMITS)
+    _complete(run, tmp_path, _shard(tmp_path, 5))
+    names = [checkpoint_name(step, 1, g) for step, g in ((9, 0), (19, 1), (29, 0))]
+    for name in (*names, "another"):
         (tmp_path / DIRECTORY / name).mkdir(parents=True)
-    (tmp_path / DIRECTORY / names[3] / MANIFEST_FILE).write_text("{}")  # another controller may have completed it
-    records = CheckpointRecords().after(replace(commit_checkpoint("r", tmp_path, _shard(tmp_path, 5)), step=5))
-    discard_unfinished(tmp_path, 2, records, lambda step, term, generation: (term, generation) == (1, 1))
-    assert set(_on_disk(tmp_path)) == {*names[1:], "another", checkpoint_name(5, 1, 0)}
+    (tmp_path / DIRECTORY / names[2] / MANIFEST_FILE).write_text("{}")  # given up before it was journalled
+    kept = {names[1], "another", checkpoint_name(5, 1, 0)}
+
+    def can_complete(step: int, term: int, generation: int) -> bool:
+        return generation == 1
+
+    successor = JournaledRun(tmp_path, LIMITS)
+    discard_unfinished(tmp_path, run.term, run.checkpoints, can_complete)
+    assert set(_on_disk(tmp_path)) == {*names, *kept}  # a past controller deletes nothing
+    discard_unfinished(tmp_path, successor.term, successor.checkpoints, can_complete)
+    assert set(_on_disk(tmp_path)) == kept
 
 
 @pytest.fixture
