@@ -86,27 +86,29 @@ class ShardSaver:
             return
         self.copied()  # of an earlier step, since which no update was applied
         self._newest = (progress.step, shard.world.generation)
-        meta = {
-            **asdict(progress),
-            "shapes": saved_shapes(self._tensors),
-            "compression": self._keeps,
-            **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
-            "world_size": shard.world.size,
-        }
         where = {
             "step": progress.step,
             "term": shard.term,  # of the plan: ranks may learn of a newer controller at different moments
             "generation": shard.world.generation,
             "rank": shard.rank,
         }
-        ranges = shard.engine.ranges().detached()
 
         def attempt(image: ShardImage) -> ShardWritten:
             return self._caller(write_image, self._checkpoints, image, **where)
 
-        copy = partial(_memory_of, ranges, self._tensors, shard.rank, json.dumps(meta, sort_keys=True))
+        copy = partial(self._copy, shard.engine.ranges().detached(), shard.rank, shard.world.size, progress)
         self._write = _Write(self._write, copy, attempt, self._done, self._refused, self._failed)
         self._write.start()
+
+    def _copy(self, ranges: NamedRanges, rank: int, world_size: int, progress: TrainingProgress) -> ShardMemory:
+        meta = {
+            **asdict(progress),
+            "shapes": saved_shapes(self._tensors),
+            "compression": self._keeps,
+            **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
+            "world_size": world_size,
+        }
+        return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
 
     def copied(self) -> None:
         """Wait until the newest save is copied: then the shard may change. Raises what has failed in copying it."""
@@ -205,10 +207,6 @@ class _Write(threading.Thread):
         if not self.given_up.is_set():  # else its checkpoint may have been deleted already
             self._done(replace(written, cost_s=self._copy_s + written.cost_s))
         return True
-
-
-def _memory_of(ranges: NamedRanges, tensors: Inventory, rank: int, meta: str) -> ShardMemory:
-    return ShardMemory(pieces_of(ranges, tensors, rank), meta, rank)
 
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:
