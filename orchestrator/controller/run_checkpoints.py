@@ -162,7 +162,7 @@ class RunCheckpoints:
             yield Lengthy(partial(self._caller, discard_garbage, self._run.run_dir, self._memory.checkpoints))
 
     def make_room(self, observe: Callable[[], Observation]) -> None:
-        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or markers: parts that
+        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or manifests: parts that
         can't be completed, and on a full disk checkpoints that were set aside."""
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()

@@ -206,7 +206,7 @@ class Observation:
 
     @property
     def committed(self) -> int:
-        """The newest committed step, by members' reports or a checkpoint's marker; without a second holder, the newest
+        """The newest committed step, by members' reports or a complete checkpoint; without a second holder, the newest
         finished one."""
         return max(
             [self.progress.watermark, self.checkpointed[1], *(r.protection.committed for r in self.reports.values())]
