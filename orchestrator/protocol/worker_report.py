@@ -27,7 +27,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards.
+    """A rank's shard of a checkpoint in run storage; the controller completes it once it has all ranks' shards.
 
     Reports carry the newest ones, so it names no tensors: those are in the file's header.
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import NotFound, UsageError, nearest
+from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
+from orchestrator.run_records.checkpoints import choose, list_checkpoints
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import has_job, read_job
-from orchestrator.run_records.run_history import read_steps, user_events
+from orchestrator.run_records.run_history import RunHistory, read_steps, user_events
 from orchestrator.run_records.run_logs import LogLine, log_reader
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
@@ -78,6 +81,21 @@ class RunFiles:
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)
+
+    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """The complete checkpoints, oldest first."""
+        return list_checkpoints(self.directory, self._checkpoint_records())
+
+    def named_checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """The same, and those that were removed by hand, in part or whole."""
+        return self._checkpoint_records().current
+
+    def choose_checkpoint(self, step: int | None = None) -> Path | None:
+        """The checkpoint of `step`, or the newest, with verified digests. None without any. Raises as `choose`."""
+        return choose(self.directory, self._checkpoint_records(), step)
+
+    def _checkpoint_records(self) -> CheckpointRecords:
+        return RunHistory(self.run_dir, RunLimits.of(self.run_dir.name, self.job())).checkpoints
 
     def steps(self) -> list[StepRecord]:
         """Every committed step, in order."""

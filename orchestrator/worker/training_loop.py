@@ -64,6 +64,7 @@ class TrainingHooks:
 
     def before_update(self) -> None:
         self.snapshots.copied()
+        self.saver.copied()
         self.live.progress = None
 
     def propose(self, step: int) -> RankProposal:
@@ -141,6 +142,7 @@ class TrainingLoop:
                 raise AbortedGeneration(
                     f"generation {live.generation} was aborted before its last checkpoint was written"
                 )
+        self._saver.copied()
         self._mailbox.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", step)
         directive = self._mailbox.wait(
@@ -148,6 +150,10 @@ class TrainingLoop:
         )
         if not directive.has_checkpoint(live.generation, step):
             raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was complete")
+
+    def release(self) -> None:
+        """Wait until no checkpoint reads the shard any more."""
+        self._saver.released()
 
     def close(self) -> None:
         self._train_step.close()

@@ -54,13 +54,12 @@ def export(
 ) -> None:
     """Write a run's model as a directory that other libraries load. Prints the directory."""
     from orchestrator.checkpoint.hf.export import export_hf
-    from orchestrator.checkpoint.read import choose
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import NotFound
     from orchestrator.run_records.job_files import read_job
 
-    run_dir = find_run(run, storage, address).files.directory
-    checkpoint = choose(run_dir / "checkpoints", step)
+    files = find_run(run, storage, address).files
+    run_dir, checkpoint = files.directory, files.choose_checkpoint(step)
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = read_job(run_dir)

@@ -1,4 +1,7 @@
-"""Saving of a rank's part of a checkpoint: copied at once, written in the background.
+"""Saving of a rank's part of a checkpoint, in the background: copied from the live shard, then written.
+
+Like a snapshot, it is copied beside the next step's forward and backward passes, which only read the state: the
+training thread waits before an update changes it (`ShardSaver.copied`).
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
@@ -9,6 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.checkpoint.write import write_image
 from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
@@ -25,7 +29,7 @@ from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
-LATE_AFTER_S = 5.0  # of a write: training waits that long for one before it goes on without the next checkpoint
+LATE_AFTER_S = 5.0  # of a write: the next one waits that long for it; then checkpoints are left out until it ends
 AGAIN_S = 1.0  # until a refused write is repeated
 SETTLE_EVERY_S = 0.05
 
@@ -38,9 +42,9 @@ class ShardSaver:
         tensors: of the state.
         keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
         numerics: as in a worker's report.
-        done: called from the writing thread with the written shard.
+        done: called from the saving thread with the written shard.
         refused: called from it with the reason each time that storage refuses the shard.
-        failed: called from it with an error of any other kind.
+        failed: called from it with an error of any other kind in writing.
         caller: makes the calls to run storage.
     """
 
@@ -71,41 +75,51 @@ class ShardSaver:
         """Give up a write of a generation before the last one: its checkpoint can't be completed any more."""
         self._generations = (*self._generations[-1:], generation)
         if self._write is not None and self._newest[1] not in self._generations:
-            self._give_up(self._write)
+            self._write.give_up()
 
     def save(self, shard: Shard, progress: TrainingProgress) -> None:
-        """Copy the shard now and write it in the background. Waits for a write under way until that is late, and gives
-        it up then: all ranks save, or none. A repeat for the same step does nothing.
+        """Copy and write the shard in the background; it must not change until `copied`. It is copied once an earlier
+        write has ended or is late, which is given up then: all ranks save, or none. A repeat for the same step does
+        nothing.
         """
         if self._newest == (progress.step, shard.world.generation):
             return
-        began_s = time.monotonic()
-        if self._write is not None and not self._write.settle():
-            self._give_up(self._write)
-        self._write = None  # with its copy of the shard, before the next one is made
+        self.copied()  # of an earlier step, since which no update was applied
         self._newest = (progress.step, shard.world.generation)
-        pieces = pieces_of(shard.engine.ranges(), self._tensors, shard.rank)
+        where = {
+            "step": progress.step,
+            "term": shard.term,  # of the plan: ranks may learn of a newer controller at different moments
+            "generation": shard.world.generation,
+            "rank": shard.rank,
+        }
+
+        def attempt(image: ShardImage) -> ShardWritten:
+            return self._caller(write_image, self._checkpoints, image, **where)
+
+        copy = partial(self._copy, shard.engine.ranges().detached(), shard.rank, shard.world.size, progress)
+        self._write = _Write(self._write, copy, attempt, self._done, self._refused, self._failed)
+        self._write.start()
+
+    def _copy(self, ranges: NamedRanges, rank: int, world_size: int, progress: TrainingProgress) -> ShardMemory:
         meta = {
             **asdict(progress),
             "shapes": saved_shapes(self._tensors),
             "compression": self._keeps,
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
-            "world_size": shard.world.size,
+            "world_size": world_size,
         }
-        memory = ShardMemory(pieces, json.dumps(meta, sort_keys=True), shard.rank)
-        attempt = partial(
-            self._caller,
-            write_image,
-            self._checkpoints,
-            memory.image,
-            step=progress.step,
-            term=shard.term,  # of the plan: ranks may learn of a newer controller at different moments
-            generation=shard.world.generation,
-            rank=shard.rank,
-        )
-        stall_s = time.monotonic() - began_s
-        self._write = _Write(attempt, memory, stall_s, self._done, self._refused, self._failed)
-        self._write.start()
+        return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
+
+    def copied(self) -> None:
+        """Wait until the newest save is copied: then the shard may change. Raises what has failed in copying it."""
+        if self._write is not None and (error := self._write.copied.exception()) is not None:
+            self._write = None
+            raise error
+
+    def released(self) -> None:
+        """Wait until no shard is read any more, whether or not it could be copied."""
+        if self._write is not None:
+            self._write.copied.exception()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the write under way. Returns whether it has ended."""
@@ -113,28 +127,30 @@ class ShardSaver:
             self._write.join(timeout_s)
         return self._write is None or not self._write.is_alive()
 
-    def _give_up(self, write: "_Write") -> None:
-        write.given_up.set()
-        if write.was_refused.is_set():
-            self._refused(None)
-
 
 class _Write(threading.Thread):
-    """Attempts to write one shard, until one succeeds or it is given up."""
+    """Copies one shard, then attempts to write it, until one attempt succeeds or it is given up.
+
+    Args:
+        earlier: the write before, whose copy of the shard before is freed first.
+        copy: makes the copy.
+        attempt: to write its image.
+    """
 
     def __init__(
         self,
-        attempt: Callable[[], ShardWritten],
-        memory: ShardMemory,
-        stall_s: float,
+        earlier: "_Write | None",
+        copy: Callable[[], ShardMemory],
+        attempt: Callable[[ShardImage], ShardWritten],
         done: Callable[[ShardWritten], None],
         refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
+        self._earlier, self._copy = earlier, copy
         self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._memory, self._stall_s = memory, stall_s
-        self._began_s = time.monotonic()
+        self._copy_s, self._began_s = 0.0, float("inf")  # duration of the copy; when the first attempt began
+        self.copied: Future[None] = Future()
         self.was_refused = threading.Event()
         self.given_up = threading.Event()
 
@@ -148,17 +164,38 @@ class _Write(threading.Thread):
             self.join(SETTLE_EVERY_S)
         return not self.is_alive()
 
+    def give_up(self) -> None:
+        """Make no further attempt."""
+        self.given_up.set()
+        if self.was_refused.is_set():
+            self._refused(None)
+
     def run(self) -> None:
         try:
-            while not self.given_up.is_set() and not self._is_over():
+            memory = self._copied()
+        except Exception as error:
+            self.copied.set_exception(error)
+            return
+        self.copied.set_result(None)
+        self._began_s = time.monotonic()
+        with memory:
+            while not self.given_up.is_set() and not self._is_over(memory.image):
                 self.given_up.wait(AGAIN_S)
-        finally:
-            self._memory.close()
 
-    def _is_over(self) -> bool:
+    def _copied(self) -> ShardMemory:
+        """The copy. Nothing here refers to the shard's memory afterwards."""
+        if self._earlier is not None and not self._earlier.settle():
+            self._earlier.give_up()
+        began_s = time.monotonic()
+        memory = self._copy()
+        self._copy_s = time.monotonic() - began_s
+        del self._earlier, self._copy
+        return memory
+
+    def _is_over(self, image: ShardImage) -> bool:
         """Make one attempt. Returns whether it was the last one."""
         try:
-            written = self._attempt()
+            written = self._attempt(image)
         except OSError as error:
             self.was_refused.set()
             if not self.given_up.is_set():
@@ -168,7 +205,7 @@ class _Write(threading.Thread):
             self._failed(error)
             return True
         if not self.given_up.is_set():  # else its checkpoint may have been deleted already
-            self._done(replace(written, cost_s=self._stall_s + written.cost_s))
+            self._done(replace(written, cost_s=self._copy_s + written.cost_s))
         return True
 
 

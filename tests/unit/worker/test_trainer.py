@@ -91,6 +91,10 @@ class _Run:
         self.trainer.run()
         return [phase.value for phase in self.mailbox.phases[1:]]
 
+    # The loop
+    def release(self) -> None:
+        assert not self.engines[-1].closed
+
     # The waiter
     def await_transition(self, may_replay: bool) -> PreparedTransition:
         self.replays.append(may_replay)

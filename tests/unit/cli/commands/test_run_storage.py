@@ -15,6 +15,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
 from tests.support.buckets import s3_bucket
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.cli.statuses import status
 from tests.unit.cli.test_main import Done, here, orchestrator
 from tests.unit.policy.stories import Story, eventful, write
@@ -115,11 +116,11 @@ def test_files_that_can_not_be_removed_are_a_storage_error(
 def test_a_checkpoint_is_removed_but_not_the_newest_of_an_active_run(runs: Path, orchestrator: Command) -> None:
     for run in ("books", "poems"):
         for step in (9, 19):
-            (runs / run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+            write_checkpoint(runs / run, step)
     assert orchestrator("checkpoint", "rm", "books", "--step", "5", "--yes").returncode == 102
     assert orchestrator("checkpoint", "rm", "books", "--step", "9").returncode == 2  # nothing was confirmed
     assert orchestrator("checkpoint", "rm", "books", "--step", "19", "--yes").returncode == 0
-    assert [path.name for path in (runs / "books" / "checkpoints").iterdir()] == ["step-00000009"]
+    assert [path.name for path in (runs / "books" / "checkpoints").iterdir()] == ["step-00000009-000001-000000"]
     refused = orchestrator("checkpoint", "rm", "poems", "--step", "19", "--yes")
     assert refused.returncode == 2 and "has not ended and may need it" in refused.stderr
     assert orchestrator("checkpoint", "rm", "poems", "--step", "9", "--yes").returncode == 0
@@ -184,3 +185,15 @@ def test_what_mlflow_lacks_of_a_run_in_a_bucket_is_delivered(
         assert [path.read_text() for path in artifacts] == ["name: books\n"]
     removed = orchestrator("rm", "books", "--yes", "--tracking", "--storage", bucket)
     assert removed.returncode == 0 and list((tmp_path / "another" / "tracking").iterdir()) == []
+def test_a_damaged_checkpoint_is_left_out_of_the_list_and_a_removal_can_be_repeated(
+    runs: Path, orchestrator: Command
+) -> None:
+    paths = {step: write_checkpoint(runs / "books", step) for step in (9, 19, 29)}
+    (paths[9] / "manifest.json").write_text("{}")
+    (paths[19] / "manifest.json").unlink()  # as a removal that was interrupted leaves it
+    listed = orchestrator("checkpoint", "ls", "books", "-o", "json")
+    assert listed.returncode == 0 and [found["step"] for found in json.loads(listed.stdout)] == [29]
+    assert "The checkpoint of step 9 is left out" in listed.stderr and "step 19" not in listed.stderr
+    assert orchestrator("checkpoint", "rm", "books", "--step", "19", "--yes").returncode == 0
+    assert not paths[19].exists()
+    assert orchestrator("checkpoint", "rm", "books", "--step", "19", "--yes").returncode == 102

@@ -1,7 +1,11 @@
 """What the ranks of a world save: each element of the state once, whoever holds it."""
 
+import errno
 import os
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,9 +17,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from orchestrator.checkpoint.manifest import incomplete_name, manifest_of
+from orchestrator.checkpoint.manifest import checkpoint_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import read_shards
+from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import StateLayout
@@ -23,9 +28,11 @@ from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import TrainingProgress
+from orchestrator.worker.training_loop import TrainingHooks
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
 from tests.support.layouts import layout_of_state
 
@@ -104,7 +111,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     assert (meta.pop("shapes"), meta.pop("compression"), meta.pop("world_size")) != (None, None, None)
     assert written[0].meta_sha256 == written[1].meta_sha256 and TrainingProgress(**meta) == progress
     assert shards[1][1].meta is None
-    reader = CheckpointReader(commit(tmp_path, manifest_of(shards, run_id="r", term=2, shapes=SHAPES), term=2))
+    reader = CheckpointReader(commit(tmp_path, manifest_of(shards, run_id="r", term=2, shapes=SHAPES)))
     reader.verify()
     for tensor, name in enumerate(layout.names):
         if not name.startswith("param/"):
@@ -115,17 +122,23 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
 class Scene:
     """A saver of one rank, with what it reports."""
 
-    def __init__(self, checkpoints: Path) -> None:
+    def __init__(self, checkpoints: Path, caller: Caller = call_here) -> None:
         self.written: list[ShardWritten] = []
         self.reasons: SimpleQueue[StorageTrouble | None] = SimpleQueue()
         self.failures: list[Exception] = []
         report = (self.written.append, self.reasons.put, self.failures.append)
         self._placement = ExpertPlacement.balanced(3, 1)
         layout, (self.ranges,) = _state(self._placement, False)
-        self.saver = ShardSaver(checkpoints, layout.tensors, "", "", *report)
+        self.saver = ShardSaver(checkpoints, layout.tensors, "", "", *report, caller)
 
     def save(self, step: int) -> None:
         self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"))
+
+
+def _num_copies() -> int:
+    """Shards in memory of this process, to be written."""
+    links = (Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+    return sum("memfd:shard" in str(link.readlink()) for link in links if link.is_symlink())
 
 
 @pytest.fixture
@@ -150,13 +163,119 @@ def test_what_storage_refuses_is_written_later(refusing: Path) -> None:
     refusing.unlink()
     assert scene.saver.wait(10.0) and not scene.saver.is_late
     assert [shard.step for shard in scene.written] == [3] and scene.failures == []
-    assert scene.saver._write is not None and scene.saver._write._memory._file.closed
+    assert _num_copies() == 0
     first.data.copy_(before)
     scene.save(5)
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3, 5]
-    first_file, second_file = (refusing / incomplete_name(w.step, 2, 4) / w.file for w in scene.written)
+    first_file, second_file = (refusing / checkpoint_name(w.step, 2, 4) / w.file for w in scene.written)
     saved, again = load_file(first_file), load_file(second_file)
     assert saved.keys() == again.keys() and all(np.array_equal(saved[key], again[key]) for key in saved)
+
+
+@pytest.fixture
+def may_copy(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Copies are made once it is set."""
+    gate = threading.Event()
+
+    class Gated(ShardMemory):
+        def __init__(self, *args: Any) -> None:
+            assert gate.wait(10.0)
+            super().__init__(*args)
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.ShardMemory", Gated)
+    yield gate
+    gate.set()
+
+
+def _in_thread(work: Callable[[], None]) -> "Future[None]":
+    done: Future[None] = Future()
+    threading.Thread(target=lambda: done.set_result(work()), daemon=True).start()
+    return done
+
+
+def test_training_goes_on_while_its_shard_is_copied_and_waits_before_it_changes(
+    tmp_path: Path, may_copy: threading.Event
+) -> None:
+    scene = Scene(tmp_path)
+    saved = {name: held.data.clone() for name, held in scene.ranges}
+    live = SimpleNamespace(progress=TrainingProgress(3, 4, "{}"))
+    hooks = TrainingHooks(
+        **dict.fromkeys(("mailbox", "preparer", "position", "timer")),  # type: ignore[arg-type]
+        live=live,
+        snapshots=SimpleNamespace(copied=lambda: None),
+        saver=scene.saver,
+    )
+    scene.save(3)  # returns, though nothing is copied yet
+    assert scene.saver._write is not None and not scene.saver._write.copied.done()
+    update = _in_thread(hooks.before_update)
+    held = _in_thread(scene.saver.released)
+    with pytest.raises(TimeoutError):
+        update.result(0.1)
+    assert not held.done() and live.progress is not None  # the state is still that of a finished step
+    may_copy.set()
+    update.result(10.0)
+    held.result(10.0)
+    assert live.progress is None
+    for _, range_ in scene.ranges:
+        range_.data.fill_(9.0)
+    assert scene.saver.wait(10.0)
+    (written,) = scene.written
+    for key, values in load_file(tmp_path / checkpoint_name(3, 2, 4) / written.file).items():
+        name = key.rpartition("[")[0].replace("master/", "param/")
+        assert np.array_equal(values, saved[name].numpy()), key
+
+
+def test_a_step_that_is_due_after_one_without_an_update_is_saved_too(tmp_path: Path, may_copy: threading.Event) -> None:
+    scene = Scene(tmp_path)
+    scene.save(3)
+    second = _in_thread(lambda: scene.save(4))
+    with pytest.raises(TimeoutError):
+        second.result(0.1)
+    may_copy.set()
+    second.result(10.0)
+    scene.saver.copied()
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3, 4]
+
+
+def test_a_copy_that_fails_is_an_error_of_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(name: str) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    scene = Scene(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "memfd_create", no_memory)
+        scene.save(3)
+        scene.saver.released()  # which doesn't care
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            scene.saver.copied()
+    assert scene.written == scene.failures == []
+    scene.saver.copied()
+    scene.save(4)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [4]
+
+
+def test_the_training_thread_waits_no_longer_than_an_earlier_write_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage of the first one hangs."""
+    answers, hangs = threading.Event(), threading.Event()
+
+    def caller(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == 3:
+            hangs.set()
+            assert answers.wait(30.0)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.LATE_AFTER_S", 0.2)
+    scene = Scene(tmp_path, caller)
+    scene.save(3)
+    assert hangs.wait(10.0)
+    scene.save(5)
+    scene.saver.copied()  # once the first one is late, and given up
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [5]
+    answers.set()
+    scene.save(7)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [5, 7]
 
 
 def test_a_newer_shard_takes_the_place_of_a_late_one(refusing: Path) -> None:
@@ -232,9 +351,9 @@ def test_a_shard_that_changes_before_it_is_read_back_is_written_again(
     assert trouble is not None and "reads back changed: block 0 has sha256" in trouble.why
     assert scene.written == [] and [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert scene.saver.wait(10.0) and scene.failures == [] and len(attempts) == 2
-    assert all(name.endswith(".partial") for names in attempts for name in names)
+    assert [len(names) for names in attempts] == [1, 1] and attempts[0] != attempts[1]
     shards = read_shards(tmp_path, scene.written, term=2)
-    with CheckpointReader(commit(tmp_path, manifest_of(shards, run_id="r", term=2, shapes=SHAPES), term=2)) as r:
+    with CheckpointReader(commit(tmp_path, manifest_of(shards, run_id="r", term=2, shapes=SHAPES))) as r:
         r.verify()
 
 
