@@ -2,20 +2,20 @@
 
 from bisect import bisect_right
 from hashlib import sha256
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
-from orchestrator.checkpoint.block_digests import digests_of, first_difference
+from orchestrator.checkpoint.block_digests import first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, ShardPart
+from orchestrator.checkpoint.stored_shard import StoredShard, open_shard, stored_digests
 from orchestrator.errors import CheckpointCorrupt, NotFound
+from orchestrator.storage.backends.location import Location, objects_at
 
 
-def read_manifest(checkpoint: Path, digest: str | None = None) -> CheckpointManifest:
+def read_manifest(checkpoint: Location, digest: str | None = None) -> CheckpointManifest:
     """The manifest of a complete checkpoint.
 
     Args:
@@ -26,7 +26,7 @@ def read_manifest(checkpoint: Path, digest: str | None = None) -> CheckpointMani
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        content = path.read_bytes()
+        content = objects_at(checkpoint).get(MANIFEST_FILE)
         if digest is not None and (found := sha256(content).hexdigest()) != digest:
             raise CheckpointCorrupt(f"it has sha256 {found}, the run's journal names it with {digest}")
         manifest = CheckpointManifest.from_json(content.decode())
@@ -44,7 +44,7 @@ def read_manifest(checkpoint: Path, digest: str | None = None) -> CheckpointMani
 class CheckpointReader:
     """Reads any element range of any tensor, independent of the world that wrote it. A context manager.
 
-    Files are mapped into memory on first use; only the requested ranges are read.
+    Files in a directory are mapped into memory on first use; only the requested ranges are read.
 
     Args:
         digest: as in `read_manifest`.
@@ -53,13 +53,13 @@ class CheckpointReader:
         CheckpointCorrupt: the manifest can't be trusted.
     """
 
-    def __init__(self, checkpoint: Path, digest: str | None = None) -> None:
+    def __init__(self, checkpoint: Location, digest: str | None = None) -> None:
         self.path = checkpoint
         self.manifest = read_manifest(checkpoint, digest)
         self._starts = {
             name: [piece.start for piece in tensor.pieces] for name, tensor in self.manifest.tensors.items()
         }
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, StoredShard] = {}
 
     def read(self, tensor: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements [start, stop) of the flattened tensor, as a new array of its dtype.
@@ -87,10 +87,11 @@ class CheckpointReader:
     def verify(self) -> None:
         """Digest every file. Raises CheckpointCorrupt with the file and both digests."""
         for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise CheckpointCorrupt(f"{self.path}: {name} is missing; it had {entry.num_bytes} bytes")
-            if difference := first_difference(digests_of(path), entry.sha256):
+            try:
+                found = stored_digests(self.path, name)
+            except (FileNotFoundError, IsADirectoryError):
+                raise CheckpointCorrupt(f"{self.path}: {name} is missing; it had {entry.num_bytes} bytes") from None
+            if difference := first_difference(found, entry.sha256):
                 raise CheckpointCorrupt(f"{self.path}: {name}: {difference}")
 
     def close(self) -> None:
@@ -106,18 +107,10 @@ class CheckpointReader:
         self.close()
 
     def _read_piece(self, piece: ShardPart, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
-        try:
-            stored = self._open(piece.file).get_slice(piece.key)  # type: ignore[no-untyped-call]
-            if stored.get_shape() != [piece.stop - piece.start]:
-                raise CheckpointCorrupt(f"{self.path / piece.file}: {piece.key} has shape {stored.get_shape()}")
-            found: npt.NDArray[Any] = stored[start - piece.start : stop - piece.start]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointCorrupt(f"{self.path / piece.file} can't be read: {error}") from error
+        if piece.file not in self._files:
+            self._files[piece.file] = open_shard(self.path, piece.file)
+        shard, length = self._files[piece.file], piece.stop - piece.start
+        found = shard.read(piece.key, length, start - piece.start, stop - piece.start)
         if found.dtype != dtype:
             raise CheckpointCorrupt(f"{self.path / piece.file}: {piece.key} holds {found.dtype}, not {dtype}")
         return found
-
-    def _open(self, file: str) -> safe_open:
-        if file not in self._files:
-            self._files[file] = safe_open(self.path / file, framework="numpy")
-        return self._files[file]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, parse_checkpoint_name
 from orchestrator.storage.atomic import flush
+from orchestrator.storage.backends.location import Location, objects_at
 
 
 def best_checkpoints(steps: Sequence[int], validations: Sequence[tuple[int, float]], count: int) -> tuple[int, ...]:
@@ -24,17 +25,22 @@ def best_checkpoints(steps: Sequence[int], validations: Sequence[tuple[int, floa
     return tuple(-negative for _, negative in sorted(rated)[:count])
 
 
-def discard(checkpoint: Path) -> None:
+def discard(checkpoint: Location) -> None:
     """Delete a checkpoint, or what there is of one. The manifest goes first: nothing is read without it."""
+    if not isinstance(checkpoint, Path):
+        objects = objects_at(checkpoint)
+        objects.delete([MANIFEST_FILE])
+        objects.delete([found.key for found in objects.objects("")])
+        return
     (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
     flush(checkpoint)
     shutil.rmtree(checkpoint)
 
 
 def discard_unnamed(
-    checkpoints: Path, named: Collection[str], is_needed: Callable[[int, int, int], bool]
-) -> tuple[Path, ...]:
-    """Delete directories of checkpoints that are not `named`.
+    checkpoints: Location, named: Collection[str], is_needed: Callable[[int, int, int], bool]
+) -> tuple[Location, ...]:
+    """Delete checkpoints that are not `named`.
 
     Args:
         named: by the run's journal.
@@ -46,13 +52,13 @@ def discard_unnamed(
     Raises:
         OSError: one can't be deleted. All others are, then too.
     """
-    deleted, errors = [], []
-    for path in tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ():
-        writers = parse_checkpoint_name(path.name)
-        if writers is not None and path.name not in named and not is_needed(*writers):
+    deleted, errors = list[Location](), list[OSError]()
+    for name in objects_at(checkpoints).names(""):
+        writers = parse_checkpoint_name(name)
+        if writers is not None and name not in named and not is_needed(*writers):
             try:
-                discard(path)
-                deleted.append(path)
+                discard(checkpoints / name)
+                deleted.append(checkpoints / name)
             except OSError as error:
                 errors.append(error)
     if errors:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from orchestrator.checkpoint.manifest import ShardHeader, ShardPart, checkpoint_name
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
+from orchestrator.storage.backends.location import Location, objects_at
 
 _DTYPES = {
     "float32": "F32",
@@ -77,7 +77,7 @@ def shard_chunks(pieces: Sequence[ShardPiece], meta: str | None) -> Iterator[byt
 
 
 def read_shards(
-    checkpoints: Path, shards: Sequence[ShardWritten], *, term: int
+    checkpoints: Location, shards: Sequence[ShardWritten], *, term: int
 ) -> list[tuple[ShardWritten, ShardHeader]]:
     """The shards that ranks wrote under `term`, that of their generation's plan, with the headers of their files.
 
@@ -86,16 +86,16 @@ def read_shards(
         OSError: run storage can't be read.
     """
     return [
-        (shard, _read_header(checkpoints / checkpoint_name(shard.step, term, shard.generation) / shard.file, shard))
+        (shard, _read_header(checkpoints / checkpoint_name(shard.step, term, shard.generation), shard))
         for shard in shards
     ]
 
 
-def _read_header(path: Path, shard: ShardWritten) -> ShardHeader:
+def _read_header(checkpoint: Location, shard: ShardWritten) -> ShardHeader:
+    path, objects = checkpoint / shard.file, objects_at(checkpoint)
     try:
-        with path.open("rb") as file:
-            length = file.read(8)
-            content = file.read(min(int.from_bytes(length, "little"), shard.num_bytes))
+        length = objects.get(shard.file, 0, 8)
+        content = objects.get(shard.file, 8, 8 + min(int.from_bytes(length, "little"), shard.num_bytes))
     except FileNotFoundError as error:
         raise _corrupt(f"{path} has no file, its rank wrote {shard.num_bytes} bytes") from error
     if (found := hashlib.sha256(length + content).hexdigest()) != shard.header_sha256:

@@ -14,21 +14,22 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from orchestrator.checkpoint.block_digests import BlockDigests, digests_on_device, first_difference
+from orchestrator.checkpoint.block_digests import BlockDigests, digests_of, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
+from orchestrator.checkpoint.stored_shard import stored_digests
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.atomic import flush
-from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 
 CHUNK_BYTES = 2**22  # read and written at once
 
 
 def write_shard(
-    checkpoints: Path,
+    checkpoints: Location,
     pieces: Sequence[ShardPiece],
     *,
     step: int,
@@ -44,12 +45,12 @@ def write_shard(
 
 
 def write_image(
-    checkpoints: Path, image: ShardImage, *, step: int, term: int, generation: int, rank: int
+    checkpoints: Location, image: ShardImage, *, step: int, term: int, generation: int, rank: int
 ) -> ShardWritten:
     """Write one rank's part of a checkpoint, flush it to the device and read it back. A repeat writes another file.
 
     Args:
-        checkpoints: the run's directory of checkpoints.
+        checkpoints: location of the run's checkpoints.
         term: term of the generation's plan: it gives all ranks the same directory, even if the controller changes.
 
     Returns:
@@ -60,23 +61,44 @@ def write_image(
             checkpoints stay unchanged.
     """
     began_s = time.thread_time()
-    _check_room(checkpoints.parent, image.num_bytes)
-    directory = checkpoints / checkpoint_name(step, term, generation)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"shard-{rank:05d}-{secrets.token_hex(4)}.safetensors"
-    with Path(image.path).open("rb") as memory:
-        digests, num_bytes = _write_file(path, iter(partial(memory.read, CHUNK_BYTES), b""))
+    checkpoint = checkpoints / checkpoint_name(step, term, generation)
+    name = f"shard-{rank:05d}-{secrets.token_hex(4)}.safetensors"
+    if isinstance(checkpoint, Path):
+        _check_room(checkpoint.parents[1], image.num_bytes)
+        digests, num_bytes = _write_to_directory(checkpoint, name, image)
+    else:
+        digests, num_bytes = _write_to_bucket(checkpoint, name, image)
     return ShardWritten(
         step=step,
         generation=generation,
         rank=rank,
-        file=path.name,
+        file=name,
         sha256=digests,
         num_bytes=num_bytes,
         header_sha256=image.header_sha256,
         meta_sha256=image.meta_sha256,
         cost_s=time.thread_time() - began_s,
     )
+
+
+def _write_to_directory(directory: Path, name: str, image: ShardImage) -> tuple[tuple[str, ...], int]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with Path(image.path).open("rb") as memory:
+        return _write_file(directory / name, iter(partial(memory.read, CHUNK_BYTES), b""))
+
+
+def _write_to_bucket(checkpoint: Location, name: str, image: ShardImage) -> tuple[tuple[str, ...], int]:
+    """Store an object and read it back; it is deleted if that fails."""
+    objects, digests = objects_at(checkpoint), digests_of(Path(image.path))
+    try:
+        written = objects.put(name, Path(image.path))
+        if difference := first_difference(stored_digests(checkpoint, name), digests):
+            raise OSError(errno.EIO, f"{name} reads back changed: {difference}", str(checkpoint / name))
+    except BaseException:
+        with suppress(OSError):
+            objects.delete([name])
+        raise
+    return digests, written.num_bytes
 
 
 def _check_room(run_dir: Path, num_bytes: int) -> None:
@@ -88,43 +110,50 @@ def _check_room(run_dir: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def commit(checkpoints: Path, manifest: CheckpointManifest) -> Path:
+def commit(checkpoints: Location, manifest: CheckpointManifest) -> Location:
     """Create the manifest of a checkpoint whose shards are written, and delete what attempts before them have left.
     A repeat changes nothing. The checkpoint counts once the run's journal names it with the manifest's digest; what is
     named there already isn't committed again.
 
     Returns:
-        the checkpoint's directory.
+        the checkpoint's location.
 
     Raises:
         CheckpointCorrupt: a shard is missing, or its size has changed since it was written.
         OSError: it can't be written, or storage held another manifest, which is deleted: no journal names it.
     """
-    directory = checkpoints / manifest.name
+    checkpoint = checkpoints / manifest.name
+    objects = objects_at(checkpoint)
+    sizes = {found.key: found.num_bytes for found in objects.objects("")}
     for name, entry in manifest.files.items():
-        _check_size(directory / name, entry.num_bytes)
+        _check_size(checkpoint / name, sizes.get(name), entry.num_bytes)
     content = manifest.to_json().encode()
     written = BlockDigests()
     written.update(content)
-    path = directory / MANIFEST_FILE
-    DirectoryObjects(checkpoints).create(f"{manifest.name}/{MANIFEST_FILE}", content)
-    if difference := first_difference(digests_on_device(path), written.all()):
-        path.unlink()
-        raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed: {difference}", str(path))
-    for other in directory.iterdir():
-        if other.name not in manifest.files and other != path:
-            with suppress(OSError):  # it does no harm there
-                other.unlink()
-    for parent in (checkpoints, checkpoints.parent):
-        flush(parent)
-    return directory
+    objects.create(MANIFEST_FILE, content)
+    if difference := first_difference(_read_back(checkpoint, MANIFEST_FILE), written.all()):
+        objects.delete([MANIFEST_FILE])
+        where = str(checkpoint / MANIFEST_FILE)
+        raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed: {difference}", where)
+    hidden = [file.name for file in checkpoint.glob(".*")] if isinstance(checkpoint, Path) else []
+    for name in {*sizes, *hidden} - {*manifest.files, MANIFEST_FILE}:
+        with suppress(OSError):  # it does no harm there
+            objects.delete([name])
+    if isinstance(checkpoints, Path):
+        for parent in (checkpoints, checkpoints.parent):
+            flush(parent)
+    return checkpoint
 
 
-def _check_size(path: Path, num_bytes: int) -> None:
-    found = path.stat().st_size if path.exists() else None
+def _read_back(checkpoint: Location, name: str) -> tuple[str, ...]:
+    """The digests of a file's blocks, as storage holds them."""
+    return digests_on_device(checkpoint / name) if isinstance(checkpoint, Path) else stored_digests(checkpoint, name)
+
+
+def _check_size(file: Location, found: int | None, num_bytes: int) -> None:
     if found != num_bytes:
         raise CheckpointCorrupt(
-            f"{path} has {'no file' if found is None else f'{found} bytes'}, its rank wrote {num_bytes} bytes",
+            f"{file} has {'no file' if found is None else f'{found} bytes'}, its rank wrote {num_bytes} bytes",
             unchanged="No checkpoint was marked complete; the earlier ones stay.",
         )
 

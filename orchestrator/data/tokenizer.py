@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from orchestrator.errors import DataError
+from orchestrator.storage.backends.location import Location, objects_at
 
 DOCUMENT_TOKEN = "<|document|>"
 CONFIG = "tokenizer_config.json"  # names the document token ("border") if it isn't DOCUMENT_TOKEN
@@ -77,14 +78,14 @@ class TextTokenizer:
         return cls(tokenizer.to_str(pretty=True).encode("utf-8"))
 
     @classmethod
-    def load(cls, path: Path) -> "TextTokenizer":
+    def load(cls, path: Location) -> "TextTokenizer":
         """Read a `tokenizer.json`, our own or imported.
 
         Raises:
             DataError: it is no tokenizer, or it is imported and no file beside it names a token to begin documents.
             OSError: it can't be read.
         """
-        saved = path.read_bytes()
+        saved = objects_at(path.parent).get(path.name)
         return cls(saved, _border_of(path, saved))
 
     def save(self, path: Path) -> None:
@@ -121,7 +122,7 @@ class TextTokenizer:
         return lambda token: stream.step(self._tokenizer, token) or ""
 
 
-def _border_of(path: Path, saved: bytes) -> str:
+def _border_of(path: Location, saved: bytes) -> str:
     try:
         known = tokenizers.Tokenizer.from_str(saved.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception for every malformed file
@@ -130,7 +131,7 @@ def _border_of(path: Path, saved: bytes) -> str:
         return DOCUMENT_TOKEN
     named = [
         _token_named(known, content, kind)
-        for content in (_content(path.with_name(name)) for name in BORDER_FILES)
+        for content in (_content(path.parent / name) for name in BORDER_FILES)
         for kind in ("bos", "eos")
     ]
     border: str | None = next((t for t in named if t is not None and known.token_to_id(t) is not None), None)
@@ -138,7 +139,7 @@ def _border_of(path: Path, saved: bytes) -> str:
         raise DataError(
             f"{path} has no token {DOCUMENT_TOKEN}, and none of {', '.join(BORDER_FILES)} beside it names one of its "
             "tokens as bos_token or eos_token; a document must begin with a token of its own",
-            remedy=f'Write {{"eos_token": "…"}} with one of its special tokens into {path.with_name(CONFIG)}.',
+            remedy=f'Write {{"eos_token": "…"}} with one of its special tokens into {path.parent / CONFIG}.',
             unchanged="Nothing was started.",
         )
     return border
@@ -159,9 +160,9 @@ def _token_named(known: tokenizers.Tokenizer, content: dict[str, Any], kind: str
     return named
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Location) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(objects_at(path.parent).get(path.name))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -8,7 +8,6 @@ checkpoint, but no optimizer moments.
 
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -22,15 +21,15 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request, answering
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, location_of, objects_at
 
 
 def answers(request: Request) -> Iterator[Answer]:
     """Answers to the request, the result last."""
-    run_dir = Path(request.run_dir)
+    run_dir = location_of(request.run_dir)
     job = JobSpec.model_validate_json(objects_at(run_dir).get("job.json"))
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
-    model = load_model(Path(request.checkpoint), job, tokenizer.vocab_size)
+    model = load_model(location_of(request.checkpoint), job, tokenizer.vocab_size)
     if isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model)
     else:
@@ -38,7 +37,7 @@ def answers(request: Request) -> Iterator[Answer]:
 
 
 @torch.no_grad()
-def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> TrainableModel:
+def load_model(checkpoint: Location, job: JobSpec, tokenizer_vocab_size: int) -> TrainableModel:
     """The whole model in fp32, on a GPU if there is one.
 
     Raises:

@@ -45,7 +45,8 @@ def result_of(
     rows = rows_of(Progress(), files.steps(), read_entries(files.run_dir, only=(Rescaled, Recovered)))
     rated = with_validations(rows)
     checkpoints = [
-        (Checkpoint.from_directory(path_of(run_dir, kept)), rated.get(kept.step, {})) for kept in files.checkpoints()
+        (Checkpoint.from_directory(str(path_of(run_dir, kept))), rated.get(kept.step, {}))
+        for kept in files.checkpoints()
     ]
     return Result(
         metrics=next(reversed(rated.values()), None),

@@ -21,7 +21,7 @@ from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
 from orchestrator.spec.fault_tolerance import CheckpointSpec
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, is_there, objects_at
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import RESERVE_BYTES
@@ -36,15 +36,15 @@ LOOK_AGAIN_S = 2.0  # until checkpoints that couldn't be read are tried again
 BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-def path_of(run_dir: Path, record: CheckpointRecord) -> Path:
-    """The checkpoint's directory."""
+def path_of(run_dir: Location, record: CheckpointRecord) -> Location:
+    """The checkpoint's location."""
     return run_dir / DIRECTORY / record.name
 
 
 # -- Completion and retention ------------------------------------------------------------------------------------------
 
 
-def commit_checkpoint(run_id: str, run_dir: Path, action: Commit) -> CheckpointCommitted:
+def commit_checkpoint(run_id: str, run_dir: Location, action: Commit) -> CheckpointCommitted:
     """Write the checkpoint's manifest. A repeat is harmless. The checkpoint is complete once the event is journalled.
 
     Shapes are those in the workers' `meta["shapes"]`; a tensor that is not listed there is flat.
@@ -66,7 +66,7 @@ def commit_checkpoint(run_id: str, run_dir: Path, action: Commit) -> CheckpointC
 
 
 def superfluous(
-    run_dir: Path, records: CheckpointRecords, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
+    run_dir: Location, records: CheckpointRecords, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
 ) -> tuple[int, ...]:
     """Steps of the checkpoints that the job doesn't keep, and of those before the newest one that were removed by hand.
     Raises OSError."""
@@ -77,7 +77,7 @@ def superfluous(
     return tuple(sorted({*gone, *(step for step in old if step not in best)}))
 
 
-def discard_garbage(run_dir: Path, records: CheckpointRecords) -> None:
+def discard_garbage(run_dir: Location, records: CheckpointRecords) -> None:
     """Delete what the journal doesn't name, of writers before the newest checkpoint: it isn't completed any more. So
     is what a deletion that was interrupted has left of a checkpoint. What can't be deleted is tried again after the
     next checkpoint.
@@ -104,7 +104,7 @@ def _age(name: str) -> tuple[int, int, int]:
 
 
 def discard_unfinished(
-    run_dir: Path, term: int, records: CheckpointRecords, can_complete: Callable[[int, int, int], bool]
+    run_dir: Location, term: int, records: CheckpointRecords, can_complete: Callable[[int, int, int], bool]
 ) -> None:
     """Delete checkpoints that the journal doesn't name and that can't be completed any more, by step, term and
     generation: parts of them, or what was given up before it was journalled. What can't be deleted stays. Nothing is
@@ -119,18 +119,21 @@ def discard_unfinished(
         log.warning("parts of a checkpoint could not be deleted: %s", error)
 
 
-def drop_set_aside(run_dir: Path, records: CheckpointRecords) -> None:
+def drop_set_aside(run_dir: Location, records: CheckpointRecords) -> None:
     """Delete checkpoints that were set aside, the oldest first, until another one like the newest one fits: none
     without a good one.
 
     Raises:
         OSError: run storage can't be read, or something can't be deleted.
     """
-    aside = [path for record in records.set_aside if (path := path_of(run_dir, record)).is_dir()]
+    if not isinstance(run_dir, Path):
+        return  # a bucket has room
+    aside = [path for record in records.set_aside if is_there(path := path_of(run_dir, record))]
     current = list_checkpoints(run_dir, records) if aside else ()
     if not current:
         return
-    needed = RESERVE_BYTES + sum(file.stat().st_size for file in path_of(run_dir, current[-1]).iterdir())
+    newest = objects_at(path_of(run_dir, current[-1])).objects("")
+    needed = RESERVE_BYTES + sum(file.num_bytes for file in newest)
     if shutil.disk_usage(run_dir).free >= needed or newest_good(run_dir, records) is None:  # the latter reads much
         return
     for path in aside:
@@ -143,20 +146,16 @@ def drop_set_aside(run_dir: Path, records: CheckpointRecords) -> None:
 # -- Search ------------------------------------------------------------------------------------------------------------
 
 
-def list_checkpoints(run_dir: Path, records: CheckpointRecords) -> tuple[CheckpointRecord, ...]:
+def list_checkpoints(run_dir: Location, records: CheckpointRecords) -> tuple[CheckpointRecord, ...]:
     """The complete checkpoints that weren't removed by hand, oldest first. No file is read. Raises OSError."""
     return tuple(record for record in records.current if _has_manifest(path_of(run_dir, record)))
 
 
-def _has_manifest(path: Path) -> bool:
-    try:
-        (path / MANIFEST_FILE).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+def _has_manifest(path: Location) -> bool:
+    return MANIFEST_FILE in objects_at(path).names("")
 
 
-def choose(run_dir: Path, records: CheckpointRecords, step: int | None = None) -> Path | None:
+def choose(run_dir: Location, records: CheckpointRecords, step: int | None = None) -> Location | None:
     """The checkpoint to resume from, with verified digests: that of `step`, or the newest. None without checkpoints.
 
     Raises:
@@ -186,13 +185,13 @@ def choose(run_dir: Path, records: CheckpointRecords, step: int | None = None) -
     return path_of(run_dir, chosen)
 
 
-def _verify(run_dir: Path, record: CheckpointRecord) -> None:
+def _verify(run_dir: Location, record: CheckpointRecord) -> None:
     """Raises CheckpointCorrupt if a file differs from what was written, OSError if it can't be read."""
     with CheckpointReader(path_of(run_dir, record), record.sha256) as reader:
         reader.verify()
 
 
-def _is_good(run_dir: Path, record: CheckpointRecord) -> bool:
+def _is_good(run_dir: Location, record: CheckpointRecord) -> bool:
     try:
         _verify(run_dir, record)
     except CheckpointCorrupt:
@@ -200,7 +199,7 @@ def _is_good(run_dir: Path, record: CheckpointRecord) -> bool:
     return True
 
 
-def newest_good(run_dir: Path, records: CheckpointRecords) -> Restore | None:
+def newest_good(run_dir: Location, records: CheckpointRecords) -> Restore | None:
     """The newest complete checkpoint with correct digests; bad ones are logged and skipped.
 
     Raises:
@@ -226,7 +225,7 @@ class CheckpointFinder:
         caller: makes the calls to run storage.
     """
 
-    def __init__(self, run_dir: Path, caller: Caller = call_here) -> None:
+    def __init__(self, run_dir: Location, caller: Caller = call_here) -> None:
         self._run_dir, self._caller = run_dir, caller
         self._looked_s = 0.0
         self.trouble = ""  # why it is unknown now

@@ -9,7 +9,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
-from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.location import Location, is_there, objects_at
 
 REMOVED_PREFIX = ".removed-"  # no run's name: what an interrupted removal leaves is no run
 UNCHANGED = "Nothing was removed."
@@ -89,7 +89,7 @@ def remove_tracked(run_dir: Location) -> str | None:
     return delete_run(tracker_setup(run_dir.name, run_dir, RunFiles(run_dir).job()))
 
 
-def find_removable(run_dir: Path, step: int) -> Path:
+def find_removable(run_dir: Location, step: int) -> Location:
     """The checkpoint of `step`.
 
     Raises:
@@ -97,7 +97,8 @@ def find_removable(run_dir: Path, step: int) -> Path:
         UsageError: it is the newest one of a run that has not ended, which would need it after a failure.
     """
     files = RunFiles(run_dir)
-    there = {record.step: path for record in files.named_checkpoints() if (path := path_of(run_dir, record)).is_dir()}
+    named = {record.step: path_of(run_dir, record) for record in files.named_checkpoints()}
+    there = {step: path for step, path in named.items() if is_there(path)}
     if step not in there:
         raise NotFound(
             f"run {run_dir.name} has no checkpoint of step {step}",
@@ -113,7 +114,7 @@ def find_removable(run_dir: Path, step: int) -> Path:
     return there[step]
 
 
-def remove_checkpoint(path: Path) -> None:
+def remove_checkpoint(path: Location) -> None:
     """Raises StorageError if it can't be removed."""
     try:
         discard(path)

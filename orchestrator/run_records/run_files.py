@@ -84,15 +84,15 @@ class RunFiles:
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """The complete checkpoints, oldest first."""
-        return list_checkpoints(self.directory, self._checkpoint_records())
+        return list_checkpoints(self.run_dir, self._checkpoint_records())
 
     def named_checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """The same, and those that were removed by hand, in part or whole."""
         return self._checkpoint_records().current
 
-    def choose_checkpoint(self, step: int | None = None) -> Path | None:
+    def choose_checkpoint(self, step: int | None = None) -> Location | None:
         """The checkpoint of `step`, or the newest, with verified digests. None without any. Raises as `choose`."""
-        return choose(self.directory, self._checkpoint_records(), step)
+        return choose(self.run_dir, self._checkpoint_records(), step)
 
     def _checkpoint_records(self) -> CheckpointRecords:
         return RunHistory(self.run_dir, RunLimits.of(self.run_dir.name, self.job())).checkpoints

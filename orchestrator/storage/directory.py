@@ -83,7 +83,8 @@ class DirectoryObjects:
                 path = Path(directory, name)
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     if not name.startswith("."):
-                        yield StoredObject(path.relative_to(self._root).as_posix(), path.stat().st_size)
+                        found = path.stat()
+                        yield StoredObject(path.relative_to(self._root).as_posix(), found.st_size, found.st_mtime)
 
 
 def _raise_unless_absent(error: OSError) -> None:

@@ -5,7 +5,7 @@ seen in part. On this stands a journal that only one controller can append to, w
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -51,10 +51,11 @@ class Written:
 
 @dataclass(frozen=True, order=True)
 class StoredObject:
-    """An object that is there, by its whole key."""
+    """An object that is there, by its whole key. `written_s` is by the clock of storage, as `time.time()`."""
 
     key: str
     num_bytes: int
+    written_s: float = field(default=0.0, compare=False)
 
 
 class LargeObjects(Objects, Protocol):

@@ -8,7 +8,6 @@ Needs run storage, no cluster.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
@@ -39,7 +38,7 @@ def ask_model(request: Request) -> Iterator[Answer]:
             raise OrchestratorError(f"the process with the model ended by itself ({code}):\n{process.output()}")
 
 
-def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
+def checkpoint_to_ask(run_id: str, run_dir: Location, step: int | None) -> Location:
     """The checkpoint of `step`, or the newest, digests checked.
 
     Raises:

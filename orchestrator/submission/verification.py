@@ -9,7 +9,6 @@ Needs run storage, no cluster. The run is only read, and may be active meanwhile
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NotFinished, UsageError
@@ -24,6 +23,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import Location
 from orchestrator.submission.model_process import store_of
 
 
@@ -41,19 +41,19 @@ class Verification:
     """
 
     run_id: str
-    run_dir: Path
+    run_dir: Location
     job: JobSpec
     records: tuple[StepRecord, ...]
     worlds: tuple[PastWorld, ...]
     workers: int
-    checkpoint: Path | None
+    checkpoint: Location | None
     store_dir: str
     numerics: Mapping[str, Any] | None
     differing: Mapping[str, Differences]
 
 
 def what_to_verify(
-    run_id: str, run_dir: Path, after: int | None = None, steps: int = 20, workers: int | None = None
+    run_id: str, run_dir: Location, after: int | None = None, steps: int = 20, workers: int | None = None
 ) -> Verification:
     """Choose at most `steps` steps after a checkpoint.
 

@@ -9,13 +9,13 @@
 import gc
 import logging
 import traceback
-from pathlib import Path
 
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
+from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.plan_wait import PlanWaiter
 from orchestrator.worker.replay.checker import ReplayChecker
@@ -64,7 +64,7 @@ class Trainer:
         spec, position = factory.spec, RunPosition(feed)
         preparer = TransitionPreparer(factory, mailbox)
         saver = ShardSaver(
-            Path(factory.job.storage_dir) / "checkpoints",
+            location_of(factory.job.storage_dir) / "checkpoints",
             factory.tensors,
             spec.communication.compression.keeps,
             mailbox.state.process.numerics,

@@ -4,7 +4,6 @@ Tensors are read one at a time, so peak memory is that of one weights file.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from orchestrator.elastic.state_spec import MASTER, of_model
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.atomic import new_directory
+from orchestrator.storage.backends.location import Location, objects_at
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FILE_BYTES = 4 * 2**30  # a weights file is closed once it reaches this size
@@ -30,7 +30,7 @@ WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
 Array = npt.NDArray[Any]
 
 
-def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: str = "bf16") -> int:
+def export_hf(checkpoint: Location, job: JobSpec, tokenizer: Location, to: Path, dtype: str = "bf16") -> int:
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
@@ -53,7 +53,8 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
-    library = Tokenizer.from_file(str(tokenizer))
+    saved = objects_at(tokenizer.parent).get(tokenizer.name)
+    library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
     config = configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     with new_directory(to) as partial:
@@ -62,7 +63,9 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
             _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
             num_bytes = _write_weights(_tensors(reader, job.model.embedding_scale), DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_tokenizer(tokenizer, library, job.train.sequence_length, partial)
+        (partial / TOKENIZER).write_bytes(saved)
+        border = _border(tokenizer.parent) or library.get_added_tokens_decoder()[0].content
+        _write_tokenizer_config(border, library, job.train.sequence_length, partial)
     return num_bytes
 
 
@@ -129,13 +132,16 @@ def rounded_to_bf16(values: Array) -> npt.NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _write_tokenizer(tokenizer: Path, library: Tokenizer, sequence_length: int, directory: Path) -> None:
-    """Write the tokenizer and its configuration. The token that separates documents is both BOS and EOS."""
-    shutil.copyfile(tokenizer, directory / TOKENIZER)
-    named = tokenizer.with_name(TOKENIZER_CONFIG)  # an imported tokenizer names its BOS token here
-    border = (
-        json.loads(named.read_text())["bos_token"] if named.exists() else library.get_added_tokens_decoder()[0].content
-    )
+def _border(run: Location) -> str | None:
+    """The token that begins documents, which is named beside an imported tokenizer."""
+    try:
+        return str(json.loads(objects_at(run).get(TOKENIZER_CONFIG))["bos_token"])
+    except FileNotFoundError:
+        return None
+
+
+def _write_tokenizer_config(border: str, library: Tokenizer, sequence_length: int, directory: Path) -> None:
+    """Write the tokenizer's configuration. The token that separates documents is both BOS and EOS."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": border,

@@ -72,7 +72,7 @@ def replay(
     from orchestrator.submission.replay_processes import done_again
     from orchestrator.submission.verification import numerics_here, what_to_verify
 
-    order = what_to_verify(run, find_run(run, storage, address).files.directory, after, steps, workers)
+    order = what_to_verify(run, find_run(run, storage, address).files.run_dir, after, steps, workers)
     first, last = order.records[0].step, order.records[-1].step
     began = order.checkpoint.name if order.checkpoint is not None else "the beginning"
     done_by = ", then ".join(str(past.world.size) for past in order.worlds)

@@ -16,16 +16,18 @@ app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 @app.command("ls")
 def list_all(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
     """List a run's complete checkpoints, the oldest first."""
+    from orchestrator.checkpoint.manifest import MANIFEST_FILE
     from orchestrator.checkpoint.read import read_manifest
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import CheckpointCorrupt
     from orchestrator.run_records.checkpoints import path_of
+    from orchestrator.storage.backends.location import objects_at
 
     files = find_run(run, storage, address).files
     records = {record.step: record for record in files.steps()}
     found = []
     for complete in files.checkpoints():
-        path = path_of(files.directory, complete)
+        path = path_of(files.run_dir, complete)
         try:
             manifest = read_manifest(path, complete.sha256)
         except CheckpointCorrupt as error:  # removed just now, or damaged
@@ -33,7 +35,7 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
             continue
         record = records.get(manifest.step)
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
-        written_time = (path / "manifest.json").stat().st_mtime
+        written_time = next((o.written_s for o in objects_at(path).objects("") if o.key == MANIFEST_FILE), 0.0)
         loss, validation_loss = (record.loss, record.validation_loss) if record else (None, None)
         found.append(ListedCheckpoint(manifest.step, num_bytes, loss, validation_loss, written_time, str(path)))
     if output is Format.JSON:
@@ -54,7 +56,7 @@ def verify(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.submission.model_process import checkpoint_to_ask
 
-    path = checkpoint_to_ask(run, find_run(run, storage, address).files.directory, step)
+    path = checkpoint_to_ask(run, find_run(run, storage, address).files.run_dir, step)
     manifest = read_manifest(path)
     num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
     tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
@@ -76,7 +78,7 @@ def remove(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.run_records.removal import find_removable, remove_checkpoint
 
-    run_dir = find_run(run, storage, address).files.directory
+    run_dir = find_run(run, storage, address).files.run_dir
     path = find_removable(run_dir, step)
     confirm(f"Remove {path}?", yes)
     remove_checkpoint(path)

@@ -59,7 +59,7 @@ def export(
     from orchestrator.run_records.job_files import read_job
 
     files = find_run(run, storage, address).files
-    run_dir, checkpoint = files.directory, files.choose_checkpoint(step)
+    run_dir, checkpoint = files.run_dir, files.choose_checkpoint(step)
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = read_job(run_dir)
@@ -96,7 +96,7 @@ def evaluate(
 
     chosen = _chosen(corpus, text_key, split)
     files = find_run(run, storage, address).files
-    run_dir = files.directory
+    run_dir = files.run_dir
     checkpoint = checkpoint_to_ask(run, run_dir, step)
     where = _absolute(corpus)
     request = Evaluation(
@@ -159,7 +159,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
-    run_dir = find_run(run, storage, address).files.directory
+    run_dir = find_run(run, storage, address).files.run_dir
     checkpoint = checkpoint_to_ask(run, run_dir, step)
     seed = secrets.randbits(31) if seed is None else seed
     request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed)

@@ -13,13 +13,13 @@ are used, if it is one in the cloud.
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError
@@ -127,7 +127,7 @@ class BucketObjects:
         def objects() -> tuple[StoredObject, ...]:
             with self._os_errors(folder):
                 found = obstore.list(self._store(self._patience.answer_s), folder or None).collect()
-            return tuple(sorted(StoredObject(entry["path"], entry["size"]) for entry in found))
+            return tuple(sorted(_stored(entry) for entry in found))
 
         return self._repeated(objects)
 
@@ -184,6 +184,10 @@ class BucketObjects:
             yield
         except (BaseError, FileNotFoundError) as error:
             raise os_error(error, self._where(key)) from None
+
+
+def _stored(entry: Mapping[str, Any]) -> StoredObject:
+    return StoredObject(entry["path"], entry["size"], entry["last_modified"].timestamp())
 
 
 @lru_cache(maxsize=64)

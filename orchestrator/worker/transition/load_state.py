@@ -20,6 +20,7 @@ from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.storage.backends.location import location_of
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import part_of
 
@@ -51,7 +52,7 @@ def read_state(
         CheckpointCorrupt: files are missing or changed, or belong to another model.
         DataError: it was trained on another corpus, or in another order.
     """
-    checkpoint = Path(restore.path)
+    checkpoint = location_of(restore.path)
     with CheckpointReader(checkpoint) as reader:
         meta = reader.manifest.meta
         try:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from orchestrator.checkpoint.write import write_image
 from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
@@ -38,7 +38,7 @@ class ShardSaver:
     """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker.
 
     Args:
-        checkpoints: the run's directory of checkpoints.
+        checkpoints: location of the run's checkpoints.
         tensors: of the state.
         keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
         numerics: as in a worker's report.
@@ -50,7 +50,7 @@ class ShardSaver:
 
     def __init__(
         self,
-        checkpoints: Path,
+        checkpoints: Location,
         tensors: Inventory,
         keeps: str,
         numerics: str,

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -109,10 +110,12 @@ def test_more_names_than_a_page_of_a_listing(objects: LargeObjects) -> None:
 
 def test_all_objects_below_a_folder_have_their_sizes(objects: LargeObjects) -> None:
     assert objects.objects("none") == ()
+    began_s = time.time()
     for key in ("x/b", "x/deeper/and/c", "xy/d"):
         objects.create(key, key.encode())
     assert objects.objects("x") == (StoredObject("x/b", 3), StoredObject("x/deeper/and/c", 14))
     assert [found.key for found in objects.objects("")] == ["x/b", "x/deeper/and/c", "xy/d"]
+    assert all(abs(found.written_s - began_s) < 60.0 for found in objects.objects(""))
 
 
 def test_deletion_skips_what_is_absent(objects: LargeObjects) -> None:

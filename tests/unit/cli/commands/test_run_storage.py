@@ -185,6 +185,8 @@ def test_what_mlflow_lacks_of_a_run_in_a_bucket_is_delivered(
         assert [path.read_text() for path in artifacts] == ["name: books\n"]
     removed = orchestrator("rm", "books", "--yes", "--tracking", "--storage", bucket)
     assert removed.returncode == 0 and list((tmp_path / "another" / "tracking").iterdir()) == []
+
+
 def test_a_damaged_checkpoint_is_left_out_of_the_list_and_a_removal_can_be_repeated(
     runs: Path, orchestrator: Command
 ) -> None:

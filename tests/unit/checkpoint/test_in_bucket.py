@@ -1,0 +1,155 @@
+"""Checkpoints in a bucket, by the same calls as in a directory."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.checkpoint import stored_shard
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name, manifest_of
+from orchestrator.checkpoint.read import CheckpointReader, read_manifest
+from orchestrator.checkpoint.retention import discard, discard_unnamed
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.errors import CheckpointCorrupt
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location, objects_at
+from tests.support.buckets import s3_bucket
+from tests.support.request_proxy import RequestFault, RequestProxy
+
+VALUES = np.arange(5_000, dtype=np.float32)
+COUNTS = np.array([1, -2, 3], np.int64)
+SHAPES, DTYPES = {"master/a": (50, 100), "buffer/b": (3,)}, {"buffer/b": "int64"}
+number = count()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, RequestProxy]]:
+    with s3_bucket() as found:
+        yield found
+
+
+@pytest.fixture
+def proxy(bucket: tuple[str, RequestProxy]) -> RequestProxy:
+    bucket[1].forget()
+    return bucket[1]
+
+
+@pytest.fixture
+def checkpoints(bucket: tuple[str, RequestProxy], monkeypatch: pytest.MonkeyPatch) -> BucketUrl:
+    monkeypatch.setattr(stored_shard, "READ_BYTES", 1_000)
+    return BucketUrl(bucket[0]) / f"checkpoints-{next(number)}"
+
+
+def write(checkpoints: Location, step: int) -> CheckpointManifest:
+    pieces = [
+        [ShardPiece("master/a", 0, 1_234, VALUES[:1_234])],
+        [ShardPiece("master/a", 1_234, 5_000, VALUES[1_234:]), ShardPiece("buffer/b", 0, 3, COUNTS)],
+    ]
+    shards = [
+        write_shard(checkpoints, mine, step=step, term=1, generation=0, rank=rank, meta='{"position": 64}')
+        for rank, mine in enumerate(pieces)
+    ]
+    return manifest_of(read_shards(checkpoints, shards, term=1), run_id="r", term=1, shapes=SHAPES, dtypes=DTYPES)
+
+
+def test_any_range_reads_back(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    path = commit(checkpoints, write(checkpoints, 9))
+    assert path == checkpoints / checkpoint_name(9, 1, 0)
+    with CheckpointReader(path) as reader:
+        reader.verify()
+        assert reader.manifest.meta == {"position": 64}
+        for start, stop in ((0, 5_000), (0, 0), (1_233, 1_236), (1_234, 1_234), (4_999, 5_000), (17, 3_333)):
+            np.testing.assert_array_equal(reader.read("master/a", start, stop), VALUES[start:stop], strict=True)
+        np.testing.assert_array_equal(reader.read("buffer/b", 1, 3), COUNTS[1:], strict=True)
+
+
+def test_it_is_the_checkpoint_that_a_directory_would_hold(
+    checkpoints: BucketUrl, proxy: RequestProxy, tmp_path: Path
+) -> None:
+    there, here = write(checkpoints, 9), write(tmp_path, 9)
+    assert sorted(entry.sha256 for entry in there.files.values()) == sorted(e.sha256 for e in here.files.values())
+
+
+def test_a_part_of_a_range_is_all_that_is_read(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    path = commit(checkpoints, write(checkpoints, 9))
+    with CheckpointReader(path) as reader:
+        reader.read("master/a", 0, 1)
+        proxy.forget()
+        reader.read("master/a", 100, 110)
+    assert proxy.requests == {"GET": 1}
+
+
+def test_what_is_lost_on_the_way_is_sent_again(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    for fault in (RequestFault.LOST_REPLY, RequestFault.LOST_REQUEST, RequestFault.UNAVAILABLE):
+        proxy.fail("PUT", fault, None, fault)
+        proxy.fail("GET", None, fault)
+        step = next(number)
+        with CheckpointReader(commit(checkpoints, write(checkpoints, step))) as reader:
+            reader.verify()
+
+
+def test_a_shard_that_storage_refuses_leaves_nothing(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    with proxy.failing("PUT", RequestFault.FORBIDDEN), pytest.raises(PermissionError, match="403"):
+        write(checkpoints, 9)
+    assert objects_at(checkpoints).objects("") == ()
+
+
+def test_a_shard_that_reads_back_changed_is_an_error(
+    checkpoints: BucketUrl, proxy: RequestProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.checkpoint.write.stored_digests", lambda checkpoint, name: ("0" * 64,))
+    with pytest.raises(OSError, match="reads back changed: block 0 has sha256 000"):
+        write(checkpoints, 9)
+    assert objects_at(checkpoints).objects("") == ()
+
+
+def change(checkpoint: Location, name: str, data: bytes) -> None:
+    objects_at(checkpoint).delete([name])
+    objects_at(checkpoint).create(name, data)
+
+
+def test_damage_is_named(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    manifest = write(checkpoints, 9)
+    path = commit(checkpoints, manifest)
+    name = next(iter(manifest.files))
+    data = objects_at(path).get(name)
+    change(path, name, data[:-1] + bytes([data[-1] ^ 1]))
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name}: block 0 has sha256"):
+        reader.verify()
+    change(path, name, data[:-8])
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} ends within master/a"):
+        reader.read("master/a", 0, 5_000)
+    change(path, name, b"none")
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} can't be read"):
+        reader.read("master/a", 0, 5_000)
+    objects_at(path).delete([name])
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} is missing"):
+        reader.verify()
+    with pytest.raises(CheckpointCorrupt, match=f"{name} has no file, its rank wrote"):
+        commit(checkpoints, manifest)
+    change(path, MANIFEST_FILE, b"{}")
+    with pytest.raises(CheckpointCorrupt, match="manifest.json can't be trusted"):
+        read_manifest(path)
+
+
+def test_what_attempts_have_left_goes_with_the_commit(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    lost, manifest = write(checkpoints, 9), write(checkpoints, 9)
+    path = commit(checkpoints, manifest)
+    assert commit(checkpoints, manifest) == path
+    assert (
+        set(objects_at(path).names("")) == {*manifest.files, MANIFEST_FILE}
+        and lost.files.keys() & manifest.files == set()
+    )
+
+
+def test_checkpoints_are_deleted(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    kept, old = commit(checkpoints, write(checkpoints, 9)), commit(checkpoints, write(checkpoints, 5))
+    write(checkpoints, 7)
+    write(checkpoints, 8)
+    discard(old)
+    deleted = discard_unnamed(checkpoints, [kept.name], lambda step, term, generation: step == 8)
+    assert deleted == (checkpoints / checkpoint_name(7, 1, 0),)
+    assert objects_at(checkpoints).names("") == (checkpoint_name(8, 1, 0), kept.name)
