@@ -15,7 +15,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from orchestrator.cluster.cluster_objects import ClusterObjects
 from orchestrator.cluster.inbox import Inbox
@@ -45,6 +44,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRe
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.live_changes import check_priority
+from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.telemetry.prometheus import Exporter
 
@@ -52,7 +52,7 @@ log = logging.getLogger("orchestrator.control")
 
 
 class RunController:
-    """Controls one run, whose `run_dir` in run storage contains `job.json`. Methods may be called from any thread.
+    """Controls one run, whose location `run_dir` contains `job.json`. Methods may be called from any thread.
 
     Args:
         order: request to resume from a checkpoint; applied once, whichever incarnation reads it.
@@ -70,7 +70,7 @@ class RunController:
         name_process(self)
         process = StorageProcess(f"controller {run_id}")
         with keeping_workers_alive(run_id), publishing_the_last(run_id):
-            run = open_run(run_id, Path(run_dir), order, since_s, process.call, ClusterObjects(run_id))
+            run = open_run(run_id, location_of(run_dir), order, since_s, process.call, ClusterObjects(run_id))
         inbox = Inbox()
         storage, writer = StorageThread(inbox, process.call), JournalWriter(run.memory, inbox)
         run.memory.writer = writer

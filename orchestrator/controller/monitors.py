@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
@@ -37,7 +38,9 @@ class NodeWatch:
     """
 
     def __init__(self, run: OpenedRun, inbox: Inbox, show: Callable[[Sequence[MetricPoint]], None]) -> None:
-        self._directory, self._memory, self._inbox, self._show = str(run.run_dir), run.memory, inbox, show
+        self._memory, self._inbox, self._show = run.memory, inbox, show
+        # Of a bucket there is no usage: a node's own disk holds what is copied from there.
+        self._directory = str(run.run_dir) if isinstance(run.run_dir, Path) else "/"
         self._asked_s: float | None = None
         self._nodes: dict[str, str] = {}  # worker -> node
         self._readings: dict[str, Reading] = {}  # the newest of each node

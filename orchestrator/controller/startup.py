@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
@@ -15,7 +14,7 @@ from orchestrator.run_records.final_status import drop_statuses
 from orchestrator.run_records.job_files import JOB
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.objects import Objects
@@ -27,7 +26,7 @@ class OpenedRun:
     """A run as its new controller finds it."""
 
     run_id: str
-    run_dir: Path
+    run_dir: Location
     job: JobSpec
     limits: RunLimits
     memory: JournaledRun
@@ -36,7 +35,7 @@ class OpenedRun:
 
 def open_run(
     run_id: str,
-    run_dir: Path,
+    run_dir: Location,
     order: ResumeRequest | None,
     since_s: float | None,
     caller: Caller = call_here,
@@ -45,7 +44,7 @@ def open_run(
     """Take the next term, read the journal, and apply `order` unless an earlier incarnation has.
 
     Args:
-        run_dir: the run's directory in run storage, which contains `job.json`.
+        run_dir: the run's location, which contains `job.json`.
         order: request to resume from a checkpoint.
         since_s: `time.time()` when the run was requested and entered the queue; None for now.
         caller: makes the calls to run storage.

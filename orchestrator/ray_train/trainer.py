@@ -47,6 +47,7 @@ from orchestrator.spec.loading import job_from, load_job
 from orchestrator.spec.section import Path as Key
 from orchestrator.spec.workers import AUTO
 from orchestrator.spec.yaml import dotted
+from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.submission import resolved
 
 log = logging.getLogger("orchestrator.ray_train")
@@ -85,13 +86,21 @@ class ElasticTrainer:
             job = {"schema": job.version, **job.model_dump(mode="json", by_alias=True, exclude_unset=True)}
         self.job = job_from(job, "job", settings) if isinstance(job, Mapping) else load_job(job, settings)
         self.scaling_config = scaling_config or ScalingConfig(num_workers=(self.job.workers.min, self.job.workers.max))
+        storage = location_of(self.job.storage)
+        if not isinstance(storage, Path):
+            raise UsageError(
+                f"storage {storage} is a bucket; the checkpoints of a Result are directories",
+                remedy="Name a directory that all nodes share, or submit the job with OrchestratorClient.",
+                unchanged="Nothing was started.",
+            )
         self.run_config = replace(run_config or RunConfig(), name=self.job.name, storage_path=self.job.storage)
+        self._storage = storage
         self._address = address
 
     @property
     def run_dir(self) -> Path:
         """The run's directory in run storage."""
-        return self.job.storage_path / self.job.name
+        return self._storage / self.job.name
 
     def fit(self) -> Result:
         """Run the job and wait for its end. A run of this name in the storage is followed if the cluster is running it,
@@ -144,7 +153,7 @@ class ElasticTrainer:
             if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
-        client.resume(name, storage=self.job.storage_path)
+        client.resume(name, storage=self._storage)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:

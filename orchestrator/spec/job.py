@@ -7,7 +7,6 @@ has no default.
 
 import re
 from collections.abc import Iterator
-from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -68,9 +67,18 @@ class EvalSpec(Section):
     rows: int = Field(default=64, ge=1, description="Largest number of held-out rows that each validation reads.")
 
 
+def _storage(place: str) -> str:
+    """Validate a directory, or the URL of a bucket, whether or not it exists."""
+    if "://" not in place:
+        return directory(place)
+    if not re.fullmatch(r"(s3|gs|az)://[^/?#\s]+(/[^/?#\s]+)*/?", place):
+        raise refuse("must be a path of the file system, or s3://, gs:// or az:// with BUCKET or BUCKET/PATH")
+    return place
+
+
 Storage = Annotated[
     str,
-    AfterValidator(directory),
+    AfterValidator(_storage),
     BeforeValidator(lambda path: "./runs" if path is None else path, json_schema_input_type=str | None),
 ]
 
@@ -114,7 +122,9 @@ class JobSpec(Section):
     verify: VerifySpec = Field(default=VerifySpec(), description="Replay of steps, to compare results.")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(
-        default="./runs", description="Directory of the run storage, relative to the current one. null: ./runs."
+        default="./runs",
+        description="Run storage: a directory, relative to the current one, or the URL of a bucket: s3://BUCKET/PATH, "
+        "gs://BUCKET/PATH or az://CONTAINER/PATH. null: ./runs.",
     )
     envs: dict[str, str] = Field(
         default={},
@@ -127,11 +137,6 @@ class JobSpec(Section):
         description="Environment variables of the workers whose values are read on each worker's node: file:PATH, "
         "absolute, or env:NAME, from Ray's own environment there. The job holds no value, and logs don't show it.",
     )
-
-    @property
-    def storage_path(self) -> FilePath:
-        """The run storage as an absolute path, relative to the current directory."""
-        return FilePath(self.storage).expanduser().absolute()
 
     def broken_rules(self) -> Iterator[Broken]:
         for i, change in enumerate(self.workers.schedule):

@@ -34,6 +34,12 @@ def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
             remedy="Go to the directory that holds it and the code it needs, and name it from there.",
             unchanged=UNCHANGED,
         )
+    if "://" in spec.storage:
+        raise UsageError(
+            f"storage {spec.storage} is a bucket; what is sent by the URL of a Jobs API is kept in a directory there",
+            remedy="Submit inside the cluster, or set storage to a directory that all nodes share.",
+            unchanged=UNCHANGED,
+        )
     if not Path(spec.storage).is_absolute():
         raise UsageError(
             f"storage {spec.storage} is relative; a cluster needs an absolute path that all its nodes share",

@@ -18,6 +18,7 @@ from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.estimate.memory_check import check_memory
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
+from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
 from orchestrator.submission.user_code import check_own_code
 
@@ -31,7 +32,7 @@ class Submission:
 
     @property
     def run_dir(self) -> str:
-        return str(Path(self.spec.storage) / self.spec.name)
+        return str(location_of(self.spec.storage) / self.spec.name)
 
     @property
     def job_json(self) -> str:
@@ -47,8 +48,8 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
         text += "".join(f"\n# --set {override}" for override in overrides)
     if name is not None:
         spec = _renamed(spec, name)
-    run_dir = spec.storage_path / spec.name
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    run_dir = location_of(spec.storage) / spec.name
+    if isinstance(run_dir, Path) and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise NameTaken(
             f"{run_dir} exists already; a run's name must be new in its storage",
             remedy="Choose another name (--name) or storage, or move that directory away.",
@@ -71,7 +72,7 @@ def resolved(spec: JobSpec) -> JobSpec:
     if the corpus doesn't exist."""
     spec = with_pretrained(spec)
     data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
-    changes = {"storage": str(spec.storage_path), "data": data, **_with_absolute_code(spec)}
+    changes = {"storage": str(location_of(spec.storage)), "data": data, **_with_absolute_code(spec)}
     return spec.model_copy(update=changes)
 
 

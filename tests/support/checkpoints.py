@@ -1,6 +1,7 @@
 """A small checkpoint, as two ranks write it and a controller completes it."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,13 +10,16 @@ from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.events.training import CheckpointCommitted
-from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import Journal
+
+Place = TypeVar("Place", Path, BucketUrl)
 
 VALUES = np.arange(10, dtype=np.float32)
 
 
-def write_checkpoint(run_dir: Path, step: int = 20, generation: int = 0, journal: Journal | None = None) -> Path:
+def write_checkpoint(run_dir: Place, step: int = 20, generation: int = 0, journal: Journal | None = None) -> Place:
     """Write `master/a`, which are the `VALUES`, in two pieces, and `buffer/b`.
 
     Args:
@@ -34,5 +38,5 @@ def write_checkpoint(run_dir: Path, step: int = 20, generation: int = 0, journal
     manifest = manifest_of(read_shards(directory, shards, term=1), run_id="r", term=1, shapes=shapes, dtypes=dtypes)
     path = commit(directory, manifest)
     complete = CheckpointCommitted(step, str(path), generation, manifest.digest)
-    (journal or Journal(DirectoryObjects(run_dir))).append([plain_of(complete)])
+    (journal or Journal(objects_at(run_dir))).append([plain_of(complete)])
     return path

@@ -8,7 +8,6 @@ import logging
 import time
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 
 import ray
 
@@ -24,7 +23,7 @@ from orchestrator.controller.services.tracker_client import NAME as TRACKER
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.run_records.data_preparation import Preparation, PreparedData
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import is_there, location_of
+from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import StorageTask
 
@@ -43,7 +42,7 @@ class RunServices:
     def __init__(
         self,
         run_id: str,
-        run_dir: Path,
+        run_dir: Location,
         job: JobSpec,
         parts: ActorClasses,
         term: int,

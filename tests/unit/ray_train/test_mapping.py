@@ -193,7 +193,7 @@ def test_a_config_counts_in_place_of_the_job_and_leaves_the_rest() -> None:
     [
         (ScalingConfig(num_workers=0), {}, r"ScalingConfig\(num_workers=0\).*workers\.min: must be greater than"),
         (RunConfig(name="My_Run"), {}, r"RunConfig\(name='My_Run'\).*name: must be 1 to 40"),
-        (RunConfig(storage_path="s3://bucket"), {}, r"storage_path='s3://bucket'\).*storage: must be a path"),
+        (RunConfig(storage_path="hdfs://host"), {}, r"storage_path='hdfs://host'\).*storage: must be a path"),
         (failing(max_failures=300), {}, r"max_failures=300\).*budgets\.worker: must be less than or equal to 200"),
         (ScalingConfig(resources_per_worker={"CPU": 0}), {}, r"'CPU': 0.*resources\.cpus: must be greater than 0"),
         (RunConfig(worker_runtime_env={"env_vars": {"LD_PRELOAD": "x"}}), {}, r"LD_PRELOAD.*must not be set"),

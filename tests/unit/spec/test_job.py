@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,10 +161,16 @@ def test_tracking_uris_refused(uri: str) -> None:
         job(tracking={"uri": uri})
 
 
-def test_storage_is_seen_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert job(storage=None).storage_path == tmp_path / "runs"
-    assert job(storage="/x").storage_path == Path("/x")
+@pytest.mark.parametrize("storage", ["/x", "runs", "s3://bucket", "gs://bucket/team/runs", "az://container/runs/"])
+def test_storage_is_a_directory_or_a_bucket(storage: str) -> None:
+    assert job(storage=storage).storage == storage
+    assert job(storage=None).storage == "./runs"
+
+
+@pytest.mark.parametrize("storage", ["hdfs://host/runs", "s3://", "s3:///runs", "s3://bucket//runs", "az://c?sig=1"])
+def test_other_storage_is_refused(storage: str) -> None:
+    with pytest.raises(ValidationError, match="must be a path of the file system, or s3://, gs:// or az://"):
+        job(storage=storage)
 
 
 @pytest.mark.parametrize(

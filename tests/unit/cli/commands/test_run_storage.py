@@ -1,6 +1,7 @@
 """`ls`, `status`, `wait`, `rm`, `checkpoint rm` on run storage, without a cluster."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,10 +153,32 @@ def test_a_run_in_a_bucket_is_removed_once_it_has_ended(bucket: str, orchestrato
     assert orchestrator("rm", "books", "--yes", "--storage", bucket).returncode == 102
 
 
-def test_what_needs_a_directory_says_so(bucket: str, orchestrator: Command) -> None:
-    for command in (["checkpoint", "ls"], ["checkpoint", "verify"], ["check", "replay"]):
-        done = orchestrator(*command, "books", "--storage", bucket)
-        assert done.returncode == 2 and "is in a bucket" in done.stderr and "--storage DIR" in done.stderr, command
+def test_checkpoints_in_a_bucket_are_listed_verified_and_removed(
+    runs: Path, bucket: str, orchestrator: Command
+) -> None:
+    books = BucketUrl(bucket) / "books"
+    for step in (9, 19):
+        path = write_checkpoint(books, step)
+    options = ("books", "--storage", bucket, "-o", "json")
+    listed = json.loads(orchestrator("checkpoint", "ls", *options).stdout)
+    assert [found["step"] for found in listed] == [9, 19] and listed[1]["path"] == str(path)
+    assert abs(listed[1]["time"] - time.time()) < 300.0
+    assert json.loads(orchestrator("checkpoint", "verify", *options).stdout)["step"] == 19
+    assert orchestrator("checkpoint", "rm", *options, "--step", "9", "--yes").returncode == 0
+    objects = objects_at(path)
+    name = next(name for name in objects.names("") if name.startswith("shard-"))
+    data = objects.get(name)
+    objects.delete([name])
+    objects.create(name, data[:-1] + bytes([data[-1] ^ 1]))
+    damaged = orchestrator("checkpoint", "verify", *options)
+    assert damaged.returncode == 104 and name in damaged.stderr
+
+
+def test_the_page_of_a_report_needs_a_directory(bucket: str, orchestrator: Command) -> None:
+    done = orchestrator("report", "books", "--storage", bucket, "-o", "html")
+    assert done.returncode == 2 and "is in a bucket" in done.stderr
+    page = orchestrator("report", "books", "--storage", bucket, "-o", "html", "--out", "page.html")
+    assert page.returncode == 0 and Path("page.html").exists()
 
 
 def test_a_bucket_that_can_not_be_read(bucket: str, orchestrator: Command, monkeypatch: pytest.MonkeyPatch) -> None:
