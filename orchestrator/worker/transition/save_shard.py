@@ -96,7 +96,7 @@ class ShardSaver:
         def attempt(image: ShardImage) -> ShardWritten:
             return self._caller(write_image, self._checkpoints, image, **where)
 
-        copy = partial(self._copy, shard.engine.ranges().detached(), shard.rank, shard.world.size, progress)
+        copy = partial(self._copy, shard.engine.ranges().until_update(), shard.rank, shard.world.size, progress)
         self._write = _Write(self._write, copy, attempt, self._done, self._refused, self._failed)
         self._write.start()
 

@@ -225,6 +225,23 @@ def test_training_goes_on_while_its_shard_is_copied_and_waits_before_it_changes(
         assert np.array_equal(values, saved[name].numpy()), key
 
 
+def test_a_forward_pass_that_changes_a_buffer_does_not_change_what_is_saved(
+    tmp_path: Path, may_copy: threading.Event
+) -> None:
+    """Before the copy is made; a buffer isn't guarded by the wait before an update."""
+    scene = Scene(tmp_path)
+    bias = scene.ranges.view("buffer/bias", 0, 4)
+    before = bias.clone()
+    scene.save(3)
+    bias.add_(1.0)
+    may_copy.set()
+    assert scene.saver.wait(10.0)
+    (written,) = scene.written
+    saved = load_file(tmp_path / checkpoint_name(3, 2, 4) / written.file)
+    (values,) = [values for key, values in saved.items() if key.startswith("buffer/bias")]
+    assert np.array_equal(values, before.numpy()) and not np.array_equal(values, bias.numpy())
+
+
 def test_a_step_that_is_due_after_one_without_an_update_is_saved_too(tmp_path: Path, may_copy: threading.Event) -> None:
     scene = Scene(tmp_path)
     scene.save(3)
