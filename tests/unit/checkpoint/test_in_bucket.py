@@ -12,10 +12,12 @@ from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, 
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.checkpoint.retention import discard, discard_unnamed
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.checkpoint.write import commit, write_image, write_shard
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.storage_process import StorageProcess
 from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 
@@ -153,3 +155,19 @@ def test_checkpoints_are_deleted(checkpoints: BucketUrl, proxy: RequestProxy) ->
     deleted = discard_unnamed(checkpoints, [kept.name], lambda step, term, generation: step == 8)
     assert deleted == (checkpoints / checkpoint_name(7, 1, 0),)
     assert objects_at(checkpoints).names("") == (checkpoint_name(8, 1, 0), kept.name)
+
+
+def test_another_process_writes_a_shard_from_this_ones_memory(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    process = StorageProcess("checkpoints")
+    with ShardMemory([ShardPiece("master/a", 0, 5_000, VALUES)], "{}", 0) as memory:
+        where = {"step": 3, "term": 1, "generation": 0, "rank": 0}
+        proxy.fail("PUT", RequestFault.LOST_REPLY)
+        written = process.call(write_image, checkpoints, memory.image, **where)
+        assert written.num_bytes == memory.image.num_bytes and written.header_sha256 == memory.image.header_sha256
+    manifest = manifest_of(
+        read_shards(checkpoints, [written], term=1), run_id="r", term=1, shapes={"master/a": (50, 100)}
+    )
+    with CheckpointReader(commit(checkpoints, manifest)) as reader:
+        reader.verify()
+        np.testing.assert_array_equal(reader.read("master/a", 0, 5_000), VALUES, strict=True)
+    process.close()

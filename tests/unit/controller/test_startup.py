@@ -1,0 +1,69 @@
+"""Start of a controller on a run's storage, in a directory and in a bucket."""
+
+import logging
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from orchestrator.controller.startup import open_run
+from orchestrator.protocol.messages import ResumeRequest
+from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.final_status import has_ended
+from orchestrator.run_records.job_files import write_job
+from orchestrator.run_records.run_files import RunFiles
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.log_file import flush_logs
+from orchestrator.storage.storage_process import StorageProcess
+from orchestrator.storage.tasks import run_inline
+from tests.support.buckets import s3_bucket
+from tests.unit.policy.imagined import record
+
+JOB = JobSpec.model_validate({"schema": "v1", "name": "demo", "train": {"max_steps": 30}})
+number = count()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket() as (url, _):
+        yield url
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> Location:
+    location = tmp_path if request.param == "directory" else BucketUrl(bucket) / f"started-{next(number)}"
+    write_job(location / "demo", JOB.model_dump_json(by_alias=True), "name: demo\n")
+    return location / "demo"
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = list(logging.getLogger("orchestrator").handlers)
+    yield
+    logging.getLogger("orchestrator").handlers[:] = before
+
+
+def test_a_run_begins_is_restarted_ends_and_is_resumed(run_dir: Location) -> None:
+    process = StorageProcess("startup")
+    first = open_run("demo", run_dir, None, None, process.call)
+    assert first.job == JOB and first.memory.term == 1
+    logging.getLogger("orchestrator.control").info("generation 1")
+    run_inline(first.memory.absorb([record(0), record(1)], up_to=10**9))
+    again = open_run("demo", run_dir, None, None, process.call)
+    assert again.memory.term == 2 and again.memory.progress.watermark == 1
+    assert RunFiles(run_dir).status().phase is RunPhase.QUEUED
+    run_inline(again.memory.conclude("{}"))
+    assert has_ended(run_dir)
+    resumed = open_run("demo", run_dir, ResumeRequest("resume", None), None, process.call)
+    assert resumed.memory.term == 3 and not has_ended(run_dir)
+    assert resumed.memory.progress.watermark == -1  # without a checkpoint it begins anew
+    assert open_run("demo", run_dir, ResumeRequest("resume", None), None, process.call).memory.term == 4
+    flush_logs(30.0)
+    lines = list(RunFiles(run_dir).logs(source="controller"))
+    assert any(line.text.endswith("generation 1") for line in lines)
+    assert [event["kind"] for event in RunFiles(run_dir).events()] == ["resumed"]
+    assert "job.json" in objects_at(run_dir).names("")
+    process.close()
