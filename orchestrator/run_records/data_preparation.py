@@ -21,7 +21,7 @@ class PreparedData:
 
     store_dir: str  # its location
     vocab_size: int
-    tokenizer: str  # file in the run's directory, or on the cluster's head
+    tokenizer: str  # location of its file
     datasets: tuple[Dataset, ...] = ()  # the data as a tracker shows it
 
 
@@ -89,11 +89,11 @@ class Preparation:
         self._progress = (stage, fraction)
 
 
-def _save(store: TokenStore, run: Location, place: Location) -> tuple[Path, Location]:
+def _save(store: TokenStore, run: Location, place: Location) -> tuple[Location, Location]:
     """Save the tokenizer with the run, and in a bucket the store too.
 
     Returns:
-        the tokenizer's file on this node, and the store's location.
+        locations of the tokenizer and of the store.
     """
     if isinstance(run, Path):
         file = run / TOKENIZER
@@ -103,4 +103,4 @@ def _save(store: TokenStore, run: Location, place: Location) -> tuple[Path, Loca
         objects_at(run).create(name, data)
     stored = place / store.digest[:32]  # the user may have named the directory
     upload(store, stored)
-    return store.directory / TOKENIZER, stored
+    return run / TOKENIZER, stored

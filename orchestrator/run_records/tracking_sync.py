@@ -3,9 +3,9 @@ tracker had written to the outbox."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NotFinished, NotFound
@@ -22,7 +22,6 @@ from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
@@ -71,7 +70,7 @@ def deliver(run_dir: Location, timeout_s: float) -> TrackerState:
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
     history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))
     for method, args in missing_calls(run_dir, tracker.position(), history.progress, history.data):
-        if method is not Tracker.artifact or Path(args[0]).exists():
+        with suppress(*((NotFound,) if method is Tracker.artifact else ())):
             method(tracker, term, *args)
     tracker.finish(term, status.phase.value, status.why, timeout_s)
     return tracker.describe()
@@ -91,7 +90,7 @@ def missing_calls(
     Args:
         progress: by the run's journal, which is read from its newest entry backwards, as far as is needed.
     """
-    yield Tracker.artifact, (str(_job_file(run_dir)),)
+    yield Tracker.artifact, (str(run_dir / TEXT),)
     if data is not None:
         yield from calls_for_data(data)
     before = position.event
@@ -107,16 +106,6 @@ def missing_calls(
         batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
         yield Tracker.publish, (batch, after, {step: loads[step] for step in loads if after < step <= last})
         points, after = points[len(batch) :], last
-
-
-def _job_file(run_dir: Location) -> Path:
-    """The job as its user wrote it, as a file on this machine."""
-    if isinstance(run_dir, Path):
-        return run_dir / TEXT
-    file = outbox_of(run_dir) / TEXT
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, objects_at(run_dir).get(TEXT).decode())
-    return file
 
 
 def _points_of(progress: Progress, steps: list[StepRecord]) -> list[MetricPoint]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from orchestrator.checkpoint.read import read_manifest
@@ -24,7 +23,7 @@ from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
-from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.location import Location, location_of
 
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
@@ -153,7 +152,7 @@ def check_residuals(restore: Restore | None, job: JobSpec) -> None:
     """Raise UsageError if the job's compression can't continue from the residuals in the checkpoint."""
     if restore is None or restore.reset_residuals:
         return
-    saved = str(read_manifest(Path(restore.path)).meta.get("compression", ""))
+    saved = str(read_manifest(location_of(restore.path)).meta.get("compression", ""))
     wanted = job.communication.compression.keeps
     if saved != wanted:
         raise UsageError(

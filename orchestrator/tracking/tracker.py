@@ -19,6 +19,8 @@ from typing import TypedDict
 from orchestrator.errors import NotFound, TermSuperseded
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.storage.backends.bucket_url import BucketUrl
+from orchestrator.storage.backends.location import location_of, objects_at
 from orchestrator.tracking.history import History, write_table
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.outbox_file import FILE
@@ -66,7 +68,8 @@ class Tracker:
         self._uri = setup.uri
         self._term = -1
         self._term_lock = threading.Lock()
-        self._outbox = _open_outbox(Path(setup.directory))
+        self._directory = Path(setup.directory)
+        self._outbox = _open_outbox(self._directory)
         self._outbox.withdraw_finish()  # the starting controller continues the run, or reports its end again
         self._publisher = publisher_of(setup, self._outbox)
 
@@ -112,12 +115,24 @@ class Tracker:
         self._publisher.wake()
 
     def artifact(self, term: int, path: str) -> None:
-        """Take the path of a file or directory, which is copied later. Raises NotFound if it doesn't exist."""
+        """Take the path of a file or directory, which is copied later, or the URL of an object, which is copied now.
+        Raises NotFound if it doesn't exist, OSError if it can't be copied."""
         self._admit(term)
-        if not Path(path).exists():
+        place = location_of(path)
+        file = place if isinstance(place, Path) else self._copy_of(place)
+        if file is None or not file.exists():
             raise NotFound(f"artifact {path} does not exist", unchanged="Nothing was published.")
-        self._outbox.put([Artifact(path)])
+        self._outbox.put([Artifact(str(file))])
         self._publisher.wake()
+
+    def _copy_of(self, place: BucketUrl) -> Path | None:
+        """The object in a file beside what waits; None if there is no such object."""
+        file = self._directory / place.name
+        try:
+            file.write_bytes(objects_at(place.parent).get(place.name))
+        except FileNotFoundError:
+            return None
+        return file
 
     def finish(self, term: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
         """Send everything, then mark the run as ended. Blocks for up to `timeout_s`.
