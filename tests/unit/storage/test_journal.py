@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,30 +15,21 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, has_journal, newest_term, read_events
 
 
-class FailingObjects:
+class FailingObjects(DirectoryObjects):
     """A directory whose next `create` fails: before anything is stored, or after all of it is."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._inner = DirectoryObjects(run_dir)
+        super().__init__(run_dir)
         self.failure = ""
 
     def create(self, key: str, data: bytes) -> bytes:
         failure, self.failure = self.failure, ""
         if failure == "before":
             raise OSError(28, "No space left on device")
-        found = self._inner.create(key, data)
+        found = super().create(key, data)
         if failure == "after":
             raise OSError(5, "Input/output error")
         return found
-
-    def get(self, key: str) -> bytes:
-        return self._inner.get(key)
-
-    def names(self, folder: str) -> tuple[str, ...]:
-        return self._inner.names(folder)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        self._inner.delete(keys)
 
 
 def journal_of(run_dir: Path) -> Journal:
