@@ -77,8 +77,8 @@ class RunController:
         self._requests = PendingRequests(run_id, run.memory, writer, storage, inbox)
         self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
         services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, storage, inbox)
-        checkpoints = RunCheckpoints(run, storage, inbox)
         recorder = StepRecorder(run, self._worker_group, services.tracker, Exporter(run_id))
+        checkpoints = RunCheckpoints(run, storage, inbox, recorder.note)
         monitors = Monitors(run, storage, inbox, recorder.show)
         self._observer = Observer(
             run, self._requests, self._worker_group, services, checkpoints, monitors, storage, writer

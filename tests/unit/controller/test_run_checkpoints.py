@@ -1,5 +1,7 @@
 """Commits, deletions and searches of checkpoints, while storage takes entries of the journal late, or not at all."""
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from queue import Empty
 
 import numpy as np
+import pytest
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name
 from orchestrator.checkpoint.shard_file import ShardPiece
@@ -23,7 +26,7 @@ from orchestrator.policy.state.run_state import Commit, Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.training import CheckpointsDeleted
-from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.checkpoints import DIRECTORY, commit_checkpoint
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import RunHistory, user_events
 from orchestrator.spec.job import JobSpec
@@ -49,7 +52,7 @@ class Scene:
         self.run.writer = JournalWriter(self.run, self.inbox)
         self.thread = StorageThread(self.inbox)
         opened = OpenedRun("run", self.run_dir, JOB, LIMITS, self.run)
-        self.checkpoints = RunCheckpoints(opened, self.thread, self.inbox)
+        self.checkpoints = RunCheckpoints(opened, self.thread, self.inbox, self.note)
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + 60.0
@@ -70,7 +73,7 @@ class Scene:
         return Commit(step, 1, generation, (shard,))
 
     def commit(self, action: Commit) -> None:
-        self.checkpoints.commit(action, self.note)
+        self.checkpoints.commit(action)
 
     def complete(self, *steps: int, megabytes: float = 0.01) -> None:
         for step in steps:
@@ -92,10 +95,10 @@ class Scene:
     def make_room(self) -> None:
         state, progress = self.run.state, self.run.progress
         self.checkpoints.make_room(lambda: Observation(term=1, now_s=0.0, target=state.target, progress=progress))
-        self.until(lambda: not self.thread.is_pending("room"))
+        self.until(lambda: not self.thread.is_pending("room") and self.is_idle())
 
     def is_idle(self) -> bool:
-        return not self.checkpoints._under_way() and not self.thread.is_pending("garbage")
+        return not any(map(self.thread.is_pending, ("retention", "garbage"))) and not self.checkpoints._under_way()
 
     def steps(self) -> list[int]:
         return [record.step for record in self.run.checkpoints.current]
@@ -153,7 +156,7 @@ def test_a_checkpoint_that_the_run_went_back_behind_meanwhile_is_set_aside(tmp_p
         scene.until(lambda: scene.has_manifest(20))
         scene.go_back(10)
         scene.until(lambda: scene.run.checkpoints.first_generation == 1)
-    scene.until(scene.is_idle)
+    scene.until(lambda: scene.is_idle() and scene.run.is_stored)
     assert scene.steps() == [10] and [record.step for record in scene.run.checkpoints.set_aside] == [20]
     assert RunHistory(scene.run_dir, LIMITS).checkpoints == scene.run.checkpoints
     assert scene.checkpoints.newest == (0, 10)
@@ -168,8 +171,41 @@ def test_while_a_checkpoint_is_to_be_restored_none_is_deleted(tmp_path: Path) ->
     assert scene.steps() == [10, 20, 30]
     scene.decide(replace(scene.run.state, wants_restore=False))
     scene.until(lambda: not scene.run.state.wants_restore)
-    scene.complete(40)
-    assert scene.steps() == [30, 40] and not scene.has_manifest(10)
+    scene.checkpoints.search()  # as before each decision
+    scene.until(scene.is_idle)
+    assert scene.steps() == [20, 30] and not scene.has_manifest(10)
+
+
+def test_a_successor_deletes_what_its_predecessor_had_to_after_its_last_checkpoint(tmp_path: Path) -> None:
+    """It was killed before it journalled that. The disk has no room for another checkpoint until then."""
+    with small_disk(tmp_path / "disk", 24) as disk:
+        past = Scene(disk)
+        past.complete(10, 20, megabytes=3)
+        run_inline(past.run.note(commit_checkpoint("run", past.run_dir, past.shard(30, megabytes=3))))
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - MB))
+        with pytest.raises(OSError, match="No space left"):
+            past.shard(40, megabytes=2)
+        scene = Scene(disk)
+        scene.until(scene.is_idle)
+        assert scene.steps() == [20, 30] and not scene.has_manifest(10)
+        scene.complete(40, megabytes=2)
+        assert scene.steps() == [30, 40]
+
+
+def test_old_checkpoints_that_could_not_be_looked_for_are_deleted_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*args: object) -> tuple[int, ...]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    scene = Scene(tmp_path)
+    scene.complete(10, 20)
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.controller.run_checkpoints.superfluous", unreadable)
+        scene.complete(30)
+    assert scene.steps() == [10, 20, 30]
+    scene.make_room()
+    assert scene.steps() == [20, 30] and not scene.has_manifest(10)
 
 
 def test_a_successor_deletes_what_its_predecessor_was_killed_before_deleting(tmp_path: Path) -> None:
