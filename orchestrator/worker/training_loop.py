@@ -22,7 +22,7 @@ from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
-from orchestrator.worker.transition.save_shard import ShardSaver
+from orchestrator.worker.transition.save_shard import AGAIN_S, ShardSaver
 from orchestrator.worker.transition.snapshots import SnapshotManager
 
 log = logging.getLogger("orchestrator.worker")
@@ -76,7 +76,7 @@ class TrainingHooks:
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
         is_due = self.timer.wants(directive.checkpoint_interval_s)
-        return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_late)
+        return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_writing)
 
 
 class TrainingLoop:
@@ -118,31 +118,31 @@ class TrainingLoop:
             self._follow_keeper(live)
             outcome = self._step(live, hooks)
             if self._timer.due(position.step, outcome.checkpoint):
-                self._save(shard, outcome.is_late)
+                self._save(shard, outcome.is_writing)
             if outcome.finish:
                 return None
             if outcome.fence != NO_FENCE:
                 return self._preparer.take(outcome.fence)
         return None
 
-    def _save(self, shard: Shard, is_late: bool) -> None:
+    def _save(self, shard: Shard, is_writing: bool) -> None:
         """Write a checkpoint, unless storage has not yet taken an earlier one from all ranks."""
-        if is_late:
+        if is_writing:
             log.warning("no checkpoint of step %d: an earlier one is not written yet", self._position.step)
         else:
             self._timer.restart()
             self._saver.save(shard, self._position.progress)
 
     def finish(self, live: LiveShard) -> None:
-        """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
-        step = self._position.step
-        self._saver.save(live.shard, self._position.progress)
-        while not self._saver.wait(SAVED_EVERY_S):
-            if self._mailbox.directive.aborted >= live.generation:
-                raise AbortedGeneration(
-                    f"generation {live.generation} was aborted before its last checkpoint was written"
-                )
-        self._saver.copied()
+        """Write the last checkpoint and wait until it is complete: if a worker fails before, the step isn't safe."""
+        step, shard, progress = self._position.step, live.shard, self._position.progress
+        while not self._saver.wait(SAVED_EVERY_S) and not self._saver.is_late:  # for an earlier one
+            self._refuse_aborted(live)
+        while not self._saver.has_written(shard, progress):
+            self._saver.save(shard, progress)  # again, if there was no memory
+            if self._saver.wait(SAVED_EVERY_S) and not self._saver.has_written(shard, progress):
+                self._mailbox.wait(lambda d: d.aborted >= live.generation, AGAIN_S)
+            self._refuse_aborted(live)
         self._mailbox.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", step)
         directive = self._mailbox.wait(
@@ -151,9 +151,13 @@ class TrainingLoop:
         if not directive.has_checkpoint(live.generation, step):
             raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was complete")
 
+    def _refuse_aborted(self, live: LiveShard) -> None:
+        if self._mailbox.directive.aborted >= live.generation:
+            raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was written")
+
     def release(self) -> None:
         """Wait until no checkpoint reads the shard any more."""
-        self._saver.released()
+        self._saver.copied()
 
     def close(self) -> None:
         self._train_step.close()

@@ -176,7 +176,7 @@ class TrainStep:
             busy_s=clock.busy_s / batches.share if batches.share else 0.0,
             stages=proposal.stages,
             checkpoint=proposal.checkpoint,
-            is_late=proposal.is_late,
+            is_writing=proposal.is_writing,
             traffic=traffic,
             compression=shard.choosing.proposal,
             digests=digests,

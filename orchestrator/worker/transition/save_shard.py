@@ -1,7 +1,8 @@
 """Saving of a rank's part of a checkpoint, in the background: copied from the live shard, then written.
 
 Like a snapshot, it is copied beside the next step's forward and backward passes, which only read the state: the
-training thread waits before an update changes it (`ShardSaver.copied`).
+training thread waits before an update changes it (`ShardSaver.copied`). While a write is under way, all ranks leave out
+the steps at which another one is due: nobody waits for storage.
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
@@ -9,10 +10,10 @@ are saved by each rank for itself: all parts together are what was never sent.
 """
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,16 @@ from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
-LATE_AFTER_S = 5.0  # of a write: the next one waits that long for it; then checkpoints are left out until it ends
+log = logging.getLogger("orchestrator.worker")
+
+LATE_AFTER_S = 5.0  # of a write: the run's last checkpoint waits that long for an earlier one
 AGAIN_S = 1.0  # until a refused write is repeated
-SETTLE_EVERY_S = 0.05
+NO_ROOM = (OSError, MemoryError, RuntimeError)  # for a copy: of the system, of Python and torch, and no further thread
 
 
 class ShardSaver:
-    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker.
+    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker. Nor is it
+    one if there is no memory for the copy: then this rank has no part of that checkpoint, which can't be completed.
 
     Args:
         checkpoints: the run's directory of checkpoints.
@@ -67,9 +71,18 @@ class ShardSaver:
         self._generations: tuple[int, ...] = ()  # the newest two
 
     @property
+    def is_writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._write is not None and self._write.is_alive()
+
+    @property
     def is_late(self) -> bool:
         """Whether a write is under way that storage has refused once, or that takes long."""
         return self._write is not None and self._write.is_late
+
+    def has_written(self, shard: Shard, progress: TrainingProgress) -> bool:
+        """Whether storage has this rank's part of the checkpoint of this step."""
+        return self._is_newest(shard, progress) and self._write is not None and self._write.has_written
 
     def begin(self, generation: int) -> None:
         """Give up a write of a generation before the last one: its checkpoint can't be completed any more."""
@@ -78,14 +91,15 @@ class ShardSaver:
             self._write.give_up()
 
     def save(self, shard: Shard, progress: TrainingProgress) -> None:
-        """Copy and write the shard in the background; it must not change until `copied`. It is copied once an earlier
-        write has ended or is late, which is given up then: all ranks save, or none. A repeat for the same step does
-        nothing.
+        """Copy and write the shard in the background; it must not change until `copied`. An earlier write is given up:
+        all ranks save, or none. A repeat for the same step does nothing, unless the state could not be copied.
         """
-        if self._newest == (progress.step, shard.world.generation):
+        if self._is_newest(shard, progress) and self._write is not None and not self._write.lacks_room:
             return
         self.copied()  # of an earlier step, since which no update was applied
-        self._newest = (progress.step, shard.world.generation)
+        if self._write is not None:
+            self._write.give_up()
+        self._newest, self._write = (progress.step, shard.world.generation), None
         where = {
             "step": progress.step,
             "term": shard.term,  # of the plan: ranks may learn of a newer controller at different moments
@@ -97,8 +111,16 @@ class ShardSaver:
             return self._caller(write_image, self._checkpoints, image, **where)
 
         copy = partial(self._copy, shard.engine.ranges().until_update(), shard.rank, shard.world.size, progress)
-        self._write = _Write(self._write, copy, attempt, self._done, self._refused, self._failed)
-        self._write.start()
+        write = _Write(copy, attempt, self._done, self._refused, self._failed)
+        try:
+            write.start()
+        except RuntimeError as error:
+            log.warning("no checkpoint of step %d from this rank: %s", progress.step, error)
+        else:
+            self._write = write
+
+    def _is_newest(self, shard: Shard, progress: TrainingProgress) -> bool:
+        return self._newest == (progress.step, shard.world.generation)
 
     def _copy(self, ranges: NamedRanges, rank: int, world_size: int, progress: TrainingProgress) -> ShardMemory:
         meta = {
@@ -111,15 +133,9 @@ class ShardSaver:
         return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
 
     def copied(self) -> None:
-        """Wait until the newest save is copied: then the shard may change. Raises what has failed in copying it."""
-        if self._write is not None and (error := self._write.copied.exception()) is not None:
-            self._write = None
-            raise error
-
-    def released(self) -> None:
-        """Wait until no shard is read any more, whether or not it could be copied."""
+        """Wait until no shard is read any more: then it may change."""
         if self._write is not None:
-            self._write.copied.exception()
+            self._write.copied.wait()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the write under way. Returns whether it has ended."""
@@ -132,14 +148,12 @@ class _Write(threading.Thread):
     """Copies one shard, then attempts to write it, until one attempt succeeds or it is given up.
 
     Args:
-        earlier: the write before, whose copy of the shard before is freed first.
         copy: makes the copy.
         attempt: to write its image.
     """
 
     def __init__(
         self,
-        earlier: "_Write | None",
         copy: Callable[[], ShardMemory],
         attempt: Callable[[ShardImage], ShardWritten],
         done: Callable[[ShardWritten], None],
@@ -147,65 +161,69 @@ class _Write(threading.Thread):
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self._earlier, self._copy = earlier, copy
+        self._copy = copy
         self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
         self._copy_s, self._began_s = 0.0, float("inf")  # duration of the copy; when the first attempt began
-        self.copied: Future[None] = Future()
-        self.was_refused = threading.Event()
-        self.given_up = threading.Event()
+        self._reporting = threading.Lock()  # nothing is reported once it is given up
+        self._was_refused = False
+        self._given_up = threading.Event()
+        self.copied = threading.Event()
+        self.lacks_room = False  # for the copy
+        self.has_written = False
 
     @property
     def is_late(self) -> bool:
-        return self.is_alive() and (self.was_refused.is_set() or time.monotonic() - self._began_s > LATE_AFTER_S)
-
-    def settle(self) -> bool:
-        """Wait until the write has ended or is late. Returns whether it has ended."""
-        while self.is_alive() and not self.is_late:
-            self.join(SETTLE_EVERY_S)
-        return not self.is_alive()
+        return self.is_alive() and (self._was_refused or time.monotonic() - self._began_s > LATE_AFTER_S)
 
     def give_up(self) -> None:
         """Make no further attempt."""
-        self.given_up.set()
-        if self.was_refused.is_set():
-            self._refused(None)
+        with self._reporting:
+            self._given_up.set()
+            if self._was_refused and not self.has_written:
+                self._refused(None)
 
     def run(self) -> None:
-        try:
-            memory = self._copied()
-        except Exception as error:
-            self.copied.set_exception(error)
+        memory = self._copied()
+        self.copied.set()
+        if memory is None:
             return
-        self.copied.set_result(None)
         self._began_s = time.monotonic()
         with memory:
-            while not self.given_up.is_set() and not self._is_over(memory.image):
-                self.given_up.wait(AGAIN_S)
+            while not self._given_up.is_set() and not self._is_over(memory.image):
+                self._given_up.wait(AGAIN_S)
 
-    def _copied(self) -> ShardMemory:
-        """The copy. Nothing here refers to the shard's memory afterwards."""
-        if self._earlier is not None and not self._earlier.settle():
-            self._earlier.give_up()
+    def _copied(self) -> ShardMemory | None:
+        """The copy; None if it can't be made. Nothing here refers to the shard's memory afterwards."""
         began_s = time.monotonic()
-        memory = self._copy()
-        self._copy_s = time.monotonic() - began_s
-        del self._earlier, self._copy
-        return memory
+        try:
+            return self._copy()
+        except NO_ROOM as error:
+            log.warning("no part of a checkpoint from this rank: its state could not be copied: %s", error)
+            self.lacks_room = True
+        except Exception as error:
+            self._failed(error)
+        finally:
+            self._copy_s = time.monotonic() - began_s
+            del self._copy
+        return None
 
     def _is_over(self, image: ShardImage) -> bool:
         """Make one attempt. Returns whether it was the last one."""
         try:
             written = self._attempt(image)
         except OSError as error:
-            self.was_refused.set()
-            if not self.given_up.is_set():
-                self._refused(refusal("a checkpoint can't be written", error))
+            with self._reporting:
+                self._was_refused = True
+                if not self._given_up.is_set():
+                    self._refused(refusal("a checkpoint can't be written", error))
             return False
         except Exception as error:  # of any kind: the end of the run waits for every shard
             self._failed(error)
             return True
-        if not self.given_up.is_set():  # else its checkpoint may have been deleted already
-            self._done(replace(written, cost_s=self._copy_s + written.cost_s))
+        with self._reporting:
+            if not self._given_up.is_set():  # else its checkpoint may have been deleted already
+                self.has_written = True
+                self._done(replace(written, cost_s=self._copy_s + written.cost_s))
         return True
 
 

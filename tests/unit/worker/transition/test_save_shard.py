@@ -1,8 +1,13 @@
 """What the ranks of a world save: each element of the state once, whoever holds it."""
 
 import errno
+import gc
 import os
+import resource
+import signal
 import threading
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -19,7 +24,7 @@ from safetensors.numpy import load_file
 
 from orchestrator.checkpoint.manifest import checkpoint_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.checkpoint.shard_file import read_shards
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
@@ -33,7 +38,7 @@ from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.training_loop import TrainingHooks
-from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
+from orchestrator.worker.transition.save_shard import LATE_AFTER_S, ShardSaver, pieces_of
 from tests.support.layouts import layout_of_state
 
 PARAMS = [ParamSpec("norm", (3,), None), ParamSpec("up", (50,), None)] + [
@@ -206,15 +211,13 @@ def test_training_goes_on_while_its_shard_is_copied_and_waits_before_it_changes(
         saver=scene.saver,
     )
     scene.save(3)  # returns, though nothing is copied yet
-    assert scene.saver._write is not None and not scene.saver._write.copied.done()
+    assert scene.saver._write is not None and not scene.saver._write.copied.is_set()
     update = _in_thread(hooks.before_update)
-    held = _in_thread(scene.saver.released)
     with pytest.raises(TimeoutError):
         update.result(0.1)
-    assert not held.done() and live.progress is not None  # the state is still that of a finished step
+    assert live.progress is not None  # the state is still that of a finished step
     may_copy.set()
     update.result(10.0)
-    held.result(10.0)
     assert live.progress is None
     for _, range_ in scene.ranges:
         range_.data.fill_(9.0)
@@ -242,7 +245,9 @@ def test_a_forward_pass_that_changes_a_buffer_does_not_change_what_is_saved(
     assert np.array_equal(values, before.numpy()) and not np.array_equal(values, bias.numpy())
 
 
-def test_a_step_that_is_due_after_one_without_an_update_is_saved_too(tmp_path: Path, may_copy: threading.Event) -> None:
+def test_a_newer_save_waits_for_the_copy_before_it_and_takes_its_place(
+    tmp_path: Path, may_copy: threading.Event
+) -> None:
     scene = Scene(tmp_path)
     scene.save(3)
     second = _in_thread(lambda: scene.save(4))
@@ -251,29 +256,82 @@ def test_a_step_that_is_due_after_one_without_an_update_is_saved_too(tmp_path: P
     may_copy.set()
     second.result(10.0)
     scene.saver.copied()
-    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3, 4]
-
-
-def test_a_copy_that_fails_is_an_error_of_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(name: str) -> int:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    scene = Scene(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "memfd_create", no_memory)
-        scene.save(3)
-        scene.saver.released()  # which doesn't care
-        with pytest.raises(OSError, match="Cannot allocate memory"):
-            scene.saver.copied()
-    assert scene.written == scene.failures == []
-    scene.saver.copied()
-    scene.save(4)
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [4]
 
 
-def test_the_training_thread_waits_no_longer_than_an_earlier_write_may_take(
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "no memory"), MemoryError(), RuntimeError("can't allocate")])
+def test_a_state_that_can_not_be_copied_is_not_saved_and_nothing_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The worker goes on. A repeat for the same step saves it."""
+
+    def no_memory(pieces: list[ShardPiece], *args: object) -> ShardMemory:
+        raise error
+
+    scene = Scene(tmp_path)
+    extra = torch.zeros(4)
+    held = weakref.ref(extra)
+    scene.ranges.add("buffer/bias", 4, extra)
+    del extra
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.worker.transition.save_shard.ShardMemory", no_memory)
+        scene.save(3)
+        scene.saver.copied()
+        assert scene.saver.wait(10.0) and not scene.saver.is_writing
+    del scene.ranges._ranges["buffer/bias"][-1]
+    gc.collect()
+    assert held() is None
+    assert scene.written == scene.failures == [] and scene.reasons.empty()
+    scene.save(3)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
+
+
+def test_a_copy_that_fails_half_way_leaves_no_memory_in_use(tmp_path: Path) -> None:
+    """The process may have no file of this size."""
+    scene = Scene(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        scene.save(3)
+        scene.saver.copied()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert scene.saver.wait(10.0) and scene.written == scene.failures == []
+    assert _num_copies() == 0
+
+
+def test_a_copy_that_fails_in_another_way_is_an_error_of_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def broken(*args: object) -> None:
+        raise ValueError("a length doesn't fit")
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.ShardMemory", broken)
+    scene = Scene(tmp_path)
+    scene.save(3)
+    scene.saver.copied()
+    assert scene.saver.wait(10.0) and [str(error) for error in scene.failures] == ["a length doesn't fit"]
+
+
+def test_without_a_thread_training_goes_on_and_the_next_step_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    scene = Scene(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        scene.save(3)
+    scene.saver.copied()  # returns
+    assert scene.saver.wait(0.0) and not scene.saver.is_writing
+    scene.save(4)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [4] and scene.failures == []
+
+
+def test_the_training_thread_does_not_wait_for_an_earlier_write(tmp_path: Path) -> None:
     """The storage of the first one hangs."""
     answers, hangs = threading.Event(), threading.Event()
 
@@ -283,16 +341,45 @@ def test_the_training_thread_waits_no_longer_than_an_earlier_write_may_take(
             assert answers.wait(30.0)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr("orchestrator.worker.transition.save_shard.LATE_AFTER_S", 0.2)
     scene = Scene(tmp_path, caller)
     scene.save(3)
-    assert hangs.wait(10.0)
+    assert hangs.wait(10.0) and scene.saver.is_writing and not scene.saver.is_late
+    began_s = time.monotonic()
     scene.save(5)
-    scene.saver.copied()  # once the first one is late, and given up
+    scene.saver.copied()
+    assert time.monotonic() - began_s < LATE_AFTER_S / 2
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [5]
+    earlier = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     answers.set()
+    for thread in earlier:
+        thread.join(10.0)
+    assert [shard.step for shard in scene.written] == [5] and scene.failures == []
     scene.save(7)
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [5, 7]
+
+
+def test_what_is_given_up_while_storage_refuses_it_is_not_reported_after_that(refusing: Path) -> None:
+    """One thread gives it up, while the other one is about to report the refusal."""
+    scene = Scene(refusing)
+    scene.saver.begin(4)
+    gives_up: list[Future[None]] = []
+
+    def give_up() -> None:
+        scene.saver.begin(5)
+        scene.saver.begin(6)
+
+    def refuse(why: StorageTrouble | None) -> None:
+        if why is not None:
+            gives_up.append(_in_thread(give_up))
+            with pytest.raises(TimeoutError):  # it waits for this report
+                gives_up[0].result(0.2)
+        scene.reasons.put(why)
+
+    scene.saver._refused = refuse
+    scene.save(3)
+    assert scene.reasons.get(timeout=10.0) == REFUSED and scene.reasons.get(timeout=10.0) is None
+    gives_up[0].result(10.0)
+    assert scene.saver.wait(10.0) and scene.reasons.empty()
 
 
 def test_a_newer_shard_takes_the_place_of_a_late_one(refusing: Path) -> None:
