@@ -11,18 +11,19 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Saturation
 from orchestrator.spec.fault_tolerance import COMMITTED, MAX_UNPUBLISHED
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded
+from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.step.checkpoint_timer import CheckpointTimer
 from orchestrator.worker.step.hooks import RankProposal
 from orchestrator.worker.step.position import RunPosition
-from orchestrator.worker.step.train_step import TrainStep
+from orchestrator.worker.step.train_step import TrainStep, open_seal
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
-from orchestrator.worker.transition.save_shard import AGAIN_S, ShardSaver
+from orchestrator.worker.transition.save_shard import ShardSaver
+from orchestrator.worker.transition.shard_write import AGAIN_S
 from orchestrator.worker.transition.snapshots import SnapshotManager
 
 log = logging.getLogger("orchestrator.worker")
@@ -68,6 +69,7 @@ class TrainingHooks:
         self.live.progress = None
 
     def propose(self, step: int) -> RankProposal:
+        self.saver.verified()  # by the memory guard, which the step has opened
         directive, generation = self.mailbox.directive, self.live.generation
         if directive.aborted >= generation:
             raise AbortedGeneration(f"generation {generation} was aborted")
@@ -140,6 +142,7 @@ class TrainingLoop:
             self._refuse_aborted(live)
         while not self._saver.has_written(shard, progress):
             self._saver.save(shard, progress)  # again, if there was no memory
+            self._verify(live)
             if self._saver.wait(SAVED_EVERY_S) and not self._saver.has_written(shard, progress):
                 self._mailbox.wait(lambda d: d.aborted >= live.generation, AGAIN_S)
             self._refuse_aborted(live)
@@ -155,9 +158,22 @@ class TrainingLoop:
         if self._mailbox.directive.aborted >= live.generation:
             raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was written")
 
-    def release(self) -> None:
-        """Wait until no checkpoint reads the shard any more."""
+    def release(self, live: LiveShard) -> None:
+        """Wait until no checkpoint reads the shard any more. Raises StateCorrupted if it changed by itself since the
+        newest one, which is void then."""
+        if self._saver.is_unverified:
+            self._verify(live)
         self._saver.copied()
+
+    def _verify(self, live: LiveShard) -> None:
+        """Let the newest checkpoint count, or raise StateCorrupted."""
+        self._saver.copied()
+        try:
+            open_seal(live.shard, self._position.step + 1)
+        except StateCorrupted:
+            self._saver.void()
+            raise
+        self._saver.verified()
 
     def close(self) -> None:
         self._train_step.close()
@@ -175,7 +191,11 @@ class TrainingLoop:
         snapshots, position = self._snapshots, self._position
         step = position.step + 1
         keep_gradients = snapshots.wants_gradients(step)
-        result = self._train_step.step(live.shard, position.progress, hooks, keep_gradients)
+        try:
+            result = self._train_step.step(live.shard, position.progress, hooks, keep_gradients)
+        except StateCorrupted:
+            self._saver.void()
+            raise
         why = explosion(self._mailbox.records, result.record, self._spec.recovery.loss_explosion)
         if why:  # the shard's state is that of a discarded step: only snapshots of earlier ones are usable
             live.progress = None

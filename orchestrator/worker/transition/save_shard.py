@@ -2,7 +2,8 @@
 
 Like a snapshot, it is copied beside the next step's forward and backward passes, which only read the state: the
 training thread waits before an update changes it (`ShardSaver.copied`). While a write is under way, all ranks leave out
-the steps at which another one is due: nobody waits for storage.
+the steps at which another one is due: nobody waits for storage. Where a guard watches the state between two updates, a
+shard is reported only once the guard has found it unchanged after the copy.
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
@@ -11,10 +12,8 @@ are saved by each rank for itself: all parts together are what was never sent.
 
 import json
 import logging
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +26,11 @@ from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.storage.condition import StorageTrouble, refusal
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
+from orchestrator.worker.transition.shard_write import ShardWrite
 
 log = logging.getLogger("orchestrator.worker")
-
-LATE_AFTER_S = 5.0  # of a write: the run's last checkpoint waits that long for an earlier one
-AGAIN_S = 1.0  # until a refused write is repeated
-NO_ROOM = (OSError, MemoryError, RuntimeError)  # for a copy: of the system, of Python and torch, and no further thread
 
 
 class ShardSaver:
@@ -66,7 +62,7 @@ class ShardSaver:
         self._caller = caller
         self._tensors, self._keeps, self._numerics = tensors, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
-        self._write: _Write | None = None
+        self._write: ShardWrite | None = None
         self._newest = (-1, -1)  # step and generation of the newest save
         self._generations: tuple[int, ...] = ()  # the newest two
 
@@ -111,7 +107,7 @@ class ShardSaver:
             return self._caller(write_image, self._checkpoints, image, **where)
 
         copy = partial(self._copy, shard.engine.ranges().until_update(), shard.rank, shard.world.size, progress)
-        write = _Write(copy, attempt, self._done, self._refused, self._failed)
+        write = ShardWrite(copy, attempt, self._done, self._refused, self._failed, is_verified=shard.seal is None)
         try:
             write.start()
         except RuntimeError as error:
@@ -137,94 +133,26 @@ class ShardSaver:
         if self._write is not None:
             self._write.copied.wait()
 
+    @property
+    def is_unverified(self) -> bool:
+        """Whether the newest save is not reported before it is known that the shard didn't change by itself."""
+        return self._write is not None and self._write.is_unverified
+
+    def verified(self) -> None:
+        """Report the newest save, once it is written: the shard had not changed by itself after it was copied."""
+        if self._write is not None:
+            self._write.verify()
+
+    def void(self) -> None:
+        """Never report the newest save, unless that has happened: the shard has changed by itself."""
+        if self._write is not None:
+            self._write.give_up()
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the write under way. Returns whether it has ended."""
         if self._write is not None:
             self._write.join(timeout_s)
         return self._write is None or not self._write.is_alive()
-
-
-class _Write(threading.Thread):
-    """Copies one shard, then attempts to write it, until one attempt succeeds or it is given up.
-
-    Args:
-        copy: makes the copy.
-        attempt: to write its image.
-    """
-
-    def __init__(
-        self,
-        copy: Callable[[], ShardMemory],
-        attempt: Callable[[ShardImage], ShardWritten],
-        done: Callable[[ShardWritten], None],
-        refused: Callable[[StorageTrouble | None], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self._copy = copy
-        self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._copy_s, self._began_s = 0.0, float("inf")  # duration of the copy; when the first attempt began
-        self._reporting = threading.Lock()  # nothing is reported once it is given up
-        self._was_refused = False
-        self._given_up = threading.Event()
-        self.copied = threading.Event()
-        self.lacks_room = False  # for the copy
-        self.has_written = False
-
-    @property
-    def is_late(self) -> bool:
-        return self.is_alive() and (self._was_refused or time.monotonic() - self._began_s > LATE_AFTER_S)
-
-    def give_up(self) -> None:
-        """Make no further attempt."""
-        with self._reporting:
-            self._given_up.set()
-            if self._was_refused and not self.has_written:
-                self._refused(None)
-
-    def run(self) -> None:
-        memory = self._copied()
-        self.copied.set()
-        if memory is None:
-            return
-        self._began_s = time.monotonic()
-        with memory:
-            while not self._given_up.is_set() and not self._is_over(memory.image):
-                self._given_up.wait(AGAIN_S)
-
-    def _copied(self) -> ShardMemory | None:
-        """The copy; None if it can't be made. Nothing here refers to the shard's memory afterwards."""
-        began_s = time.monotonic()
-        try:
-            return self._copy()
-        except NO_ROOM as error:
-            log.warning("no part of a checkpoint from this rank: its state could not be copied: %s", error)
-            self.lacks_room = True
-        except Exception as error:
-            self._failed(error)
-        finally:
-            self._copy_s = time.monotonic() - began_s
-            del self._copy
-        return None
-
-    def _is_over(self, image: ShardImage) -> bool:
-        """Make one attempt. Returns whether it was the last one."""
-        try:
-            written = self._attempt(image)
-        except OSError as error:
-            with self._reporting:
-                self._was_refused = True
-                if not self._given_up.is_set():
-                    self._refused(refusal("a checkpoint can't be written", error))
-            return False
-        except Exception as error:  # of any kind: the end of the run waits for every shard
-            self._failed(error)
-            return True
-        with self._reporting:
-            if not self._given_up.is_set():  # else its checkpoint may have been deleted already
-                self.has_written = True
-                self._done(replace(written, cost_s=self._copy_s + written.cost_s))
-        return True
 
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:

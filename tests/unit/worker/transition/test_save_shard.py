@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,13 +33,17 @@ from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.protocol.worker_report import ShardWritten
+from orchestrator.state.fingerprint import MemoryGuard
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
+from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.training_loop import TrainingHooks
-from orchestrator.worker.transition.save_shard import LATE_AFTER_S, ShardSaver, pieces_of
+from orchestrator.worker.step.train_step import open_seal
+from orchestrator.worker.training_loop import LiveShard, TrainingHooks, TrainingLoop
+from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
+from orchestrator.worker.transition.shard_write import LATE_AFTER_S
 from tests.support.layouts import layout_of_state
 
 PARAMS = [ParamSpec("norm", (3,), None), ParamSpec("up", (50,), None)] + [
@@ -94,10 +99,10 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: ExpertPlaceme
     assert times == Counter((name, i) for name, (numel,) in SHAPES.items() for i in range(numel))
 
 
-def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int) -> Any:
+def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int, seal: MemoryGuard | None = None) -> Any:
     """As much of a shard as is saved: no engine is needed to have ranges."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
-    return SimpleNamespace(term=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges))
+    return SimpleNamespace(term=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges), seal=seal)
 
 
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
@@ -136,8 +141,24 @@ class Scene:
         layout, (self.ranges,) = _state(self._placement, False)
         self.saver = ShardSaver(checkpoints, layout.tensors, "", "", *report, caller)
 
-    def save(self, step: int) -> None:
-        self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"))
+    def save(self, step: int, seal: MemoryGuard | None = None) -> None:
+        self.saver.save(self.shard(seal), TrainingProgress(step, step + 1, "{}"))
+
+    def shard(self, seal: MemoryGuard | None = None) -> Any:
+        return _shard(self.ranges, self._placement, 0, seal)
+
+    def loop(self) -> Any:
+        """A training loop after step 3, whose next step finds out whether the memory has changed, and aborts then."""
+
+        def step(shard: Any, *_: object) -> None:
+            open_seal(shard, 4)
+            raise AbortedGeneration("a peer is lost")
+
+        loop: Any = object.__new__(TrainingLoop)
+        loop._saver, loop._position = self.saver, SimpleNamespace(step=3, progress=None)
+        loop._train_step = SimpleNamespace(step=step)
+        loop._snapshots = SimpleNamespace(wants_gradients=lambda step: False)
+        return loop
 
 
 def _num_copies() -> int:
@@ -315,6 +336,45 @@ def test_a_copy_that_fails_in_another_way_is_an_error_of_the_worker(
     assert scene.saver.wait(10.0) and [str(error) for error in scene.failures] == ["a length doesn't fit"]
 
 
+@pytest.mark.parametrize("then", ["the next step begins", "the next step is abandoned", "the generation ends"])
+@pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
+def test_a_state_that_is_guarded_is_reported_once_it_was_found_unchanged(
+    tmp_path: Path, then: str, changed: bool
+) -> None:
+    """Else the copy may hold what a broken memory made of it."""
+    scene = Scene(tmp_path)
+    seal = MemoryGuard(scene.ranges)
+    seal.close()
+    scene.save(3, seal)
+    scene.saver.copied()
+    if changed:
+        scene.ranges.view("param/norm", 1, 2).add_(1.0)
+    assert scene.saver.wait(10.0) and scene.written == [] and scene.saver.is_unverified
+    loop, live = scene.loop(), LiveShard(scene.shard(seal), None)
+    if then == "the generation ends":
+        with pytest.raises(StateCorrupted) if changed else nullcontext():
+            loop.release(live)
+    else:
+        with pytest.raises(StateCorrupted if changed else AbortedGeneration):
+            loop._step(live, None)
+        if then == "the next step is abandoned":
+            loop.release(live)
+        else:
+            scene.saver.verified()
+    assert [shard.step for shard in scene.written] == ([] if changed else [3])
+    assert not scene.saver.is_unverified and not seal.open()
+
+
+def test_a_guarded_state_that_is_written_after_the_check_is_reported_then(refusing: Path) -> None:
+    scene = Scene(refusing)
+    scene.save(3, MemoryGuard(scene.ranges))
+    assert scene.reasons.get(timeout=10.0) == REFUSED
+    scene.saver.verified()
+    assert scene.written == []
+    refusing.unlink()
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
+
+
 def test_without_a_thread_training_goes_on_and_the_next_step_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,7 +479,7 @@ def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.Mon
     if free == "none":
         reserve_in(tmp_path).touch()
     monkeypatch.setattr("orchestrator.checkpoint.write.shutil.disk_usage", lambda place: left)
-    monkeypatch.setattr("orchestrator.worker.transition.save_shard.AGAIN_S", 0.01)
+    monkeypatch.setattr("orchestrator.worker.transition.shard_write.AGAIN_S", 0.01)
     scene = Scene(tmp_path / "checkpoints")
     scene.save(3)
     for _ in range(3):
