@@ -6,6 +6,7 @@ After the vote every member knows that all have finished the step.
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +144,8 @@ class TrainStep:
             return StepOutcome(applied=False, grad_norm=float("inf"))
         open_seal(step.shard, step.number)
         lr = learning_rate(self._spec.train, step.number)
-        return step.shard.engine.step(lr, step.hooks.before_update, keep_gradients)
+        wait = partial(step.clock.wait_for_copies, step.hooks.before_update)
+        return step.shard.engine.step(lr, wait, keep_gradients)
 
     def _validate(self, step: _Step) -> _Losses | None:
         """Losses of the validation rows; None in most steps."""

@@ -131,7 +131,7 @@ class ShardSaver:
     def copied(self) -> None:
         """Wait until no shard is read any more: then it may change."""
         if self._write is not None:
-            self._write.copied.wait()
+            self._write.wait_for_copy()
 
     @property
     def is_unverified(self) -> bool:

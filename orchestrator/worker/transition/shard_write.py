@@ -38,15 +38,23 @@ class ShardWrite(threading.Thread):
         super().__init__(name="checkpoint", daemon=True)
         self._copy = copy
         self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._copy_s, self._began_s = 0.0, float("inf")  # duration of the copy; when the first attempt began
+        self._began_s = float("inf")  # when the first attempt began
+        self._awaited_s = float("inf")  # when the training thread began to wait for the copy
+        self._copy_s = 0.0  # training time that the copy took: that wait, and processor time
         self._reporting = threading.Lock()  # nothing is reported once it is given up
         self._was_refused = False
         self._given_up = threading.Event()
         self._is_verified = is_verified
         self._written: ShardWritten | None = None
-        self.copied = threading.Event()
+        self._is_copied = threading.Event()
         self.lacks_room = False  # for the copy
         self.has_written = False
+
+    def wait_for_copy(self) -> None:
+        """Wait until the copy is made, or has failed. Called by the training thread."""
+        if not self._is_copied.is_set():
+            self._awaited_s = min(self._awaited_s, time.monotonic())
+            self._is_copied.wait()
 
     @property
     def is_late(self) -> bool:
@@ -70,7 +78,7 @@ class ShardWrite(threading.Thread):
 
     def run(self) -> None:
         memory = self._copied()
-        self.copied.set()
+        self._is_copied.set()
         if memory is None:
             return
         self._began_s = time.monotonic()
@@ -80,7 +88,6 @@ class ShardWrite(threading.Thread):
 
     def _copied(self) -> ShardMemory | None:
         """The copy; None if it can't be made. Nothing here refers to the shard's memory afterwards."""
-        began_s = time.monotonic()
         try:
             return self._copy()
         except NO_ROOM as error:
@@ -89,7 +96,7 @@ class ShardWrite(threading.Thread):
         except Exception as error:
             self._failed(error)
         finally:
-            self._copy_s = time.monotonic() - began_s
+            self._copy_s = max(0.0, time.monotonic() - self._awaited_s) + time.thread_time()
             del self._copy
         return None
 

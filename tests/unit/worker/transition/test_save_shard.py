@@ -232,7 +232,7 @@ def test_training_goes_on_while_its_shard_is_copied_and_waits_before_it_changes(
         saver=scene.saver,
     )
     scene.save(3)  # returns, though nothing is copied yet
-    assert scene.saver._write is not None and not scene.saver._write.copied.is_set()
+    assert scene.saver._write is not None and not scene.saver._write._is_copied.is_set()
     update = _in_thread(hooks.before_update)
     with pytest.raises(TimeoutError):
         update.result(0.1)
@@ -334,6 +334,24 @@ def test_a_copy_that_fails_in_another_way_is_an_error_of_the_worker(
     scene.save(3)
     scene.saver.copied()
     assert scene.saver.wait(10.0) and [str(error) for error in scene.failures] == ["a length doesn't fit"]
+
+
+def test_a_checkpoint_costs_what_training_waited_for_its_copy(tmp_path: Path, may_copy: threading.Event) -> None:
+    """Not the time in which it was copied beside training."""
+    scene = Scene(tmp_path)
+    for step, waits in ((3, False), (4, True)):
+        may_copy.clear()
+        scene.save(step)
+        write, update = scene.saver._write, _in_thread(scene.saver.copied) if waits else None
+        while waits and write is not None and write._awaited_s == float("inf"):
+            time.sleep(0.01)
+        time.sleep(0.5)  # the time that counts, or doesn't
+        may_copy.set()
+        assert scene.saver.wait(10.0)
+        if update is not None:
+            update.result(10.0)
+    beside, waited = scene.written
+    assert 0.0 < beside.cost_s < 0.5 <= waited.cost_s
 
 
 @pytest.mark.parametrize("then", ["the next step begins", "the next step is abandoned", "the generation ends"])
