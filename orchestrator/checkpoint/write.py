@@ -20,8 +20,7 @@ from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
-from orchestrator.storage.atomic import flush
-from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.atomic import create_atomically, flush
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 
 CHUNK_BYTES = 2**22  # read and written at once
@@ -98,7 +97,8 @@ def commit(checkpoints: Path, manifest: CheckpointManifest) -> Path:
 
     Raises:
         CheckpointCorrupt: a shard is missing, or its size has changed since it was written.
-        OSError: it can't be written, or storage held another manifest, which is deleted: no journal names it.
+        OSError: it can't be written; or it reads back changed, and is deleted if this call has created it. One that was
+            there stays: another controller may have journalled it.
     """
     directory = checkpoints / manifest.name
     for name, entry in manifest.files.items():
@@ -107,9 +107,10 @@ def commit(checkpoints: Path, manifest: CheckpointManifest) -> Path:
     written = BlockDigests()
     written.update(content)
     path = directory / MANIFEST_FILE
-    DirectoryObjects(checkpoints).create(f"{manifest.name}/{MANIFEST_FILE}", content)
+    is_new = _create(path, content)
     if difference := first_difference(digests_on_device(path), written.all()):
-        path.unlink()
+        if is_new:
+            path.unlink()
         raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed: {difference}", str(path))
     for other in directory.iterdir():
         if other.name not in manifest.files and other != path:
@@ -118,6 +119,15 @@ def commit(checkpoints: Path, manifest: CheckpointManifest) -> Path:
     for parent in (checkpoints, checkpoints.parent):
         flush(parent)
     return directory
+
+
+def _create(path: Path, content: bytes) -> bool:
+    """Create a file unless it is there. Returns whether this call has created it."""
+    try:
+        create_atomically(path, content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _check_size(path: Path, num_bytes: int) -> None:
