@@ -77,17 +77,16 @@ def superfluous(
 
 
 def discard_garbage(run_dir: Path, records: CheckpointRecords) -> None:
-    """Delete what the journal doesn't name, of writers before the newest checkpoint: it isn't completed any more. So
-    is what a deletion that was interrupted has left of a checkpoint. What can't be deleted is tried again after the
+    """Delete what the journal doesn't name, of writers before the newest checkpoint: it isn't completed any more. What
+    it names stays, even where nothing is to be seen of its manifest. What can't be deleted is tried again after the
     next checkpoint.
     """
     if not records.current:
         return
     newest = _age(records.current[-1].name)
     try:
-        named = [r.name for r in (*records.current, *records.set_aside) if _has_manifest(path_of(run_dir, r))]
         deleted = discard_unnamed(
-            run_dir / DIRECTORY, named, lambda step, term, generation: (term, generation, step) >= newest
+            run_dir / DIRECTORY, records.names, lambda step, term, generation: (term, generation, step) >= newest
         )
     except OSError as error:
         log.warning("an old checkpoint could not be deleted: %s", error)

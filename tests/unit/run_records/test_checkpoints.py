@@ -219,11 +219,17 @@ def test_one_that_was_removed_by_hand_does_not_count(tmp_path: Path) -> None:
     assert [record.step for record in run.checkpoints.current] == [10, 30, 40]
 
 
-def test_what_an_interrupted_deletion_has_left_goes_too(tmp_path: Path) -> None:
+def test_what_an_interrupted_deletion_has_left_goes_once_the_journal_does_not_name_it(tmp_path: Path) -> None:
+    """While it does, its manifest may only be out of sight."""
     run = JournaledRun(tmp_path, LIMITS)
     for step in (10, 20):
         _complete(run, tmp_path, _shard(tmp_path, step))
     (path_of(tmp_path, run.checkpoints.current[0]) / MANIFEST_FILE).unlink()
+    discard_garbage(tmp_path, run.checkpoints)
+    assert _on_disk(tmp_path) == [checkpoint_name(10, 1, 0), checkpoint_name(20, 1, 0)]
+    dropped = superfluous(tmp_path, run.checkpoints, CheckpointSpec(keep_last=None), ())
+    assert dropped == (10,)
+    run_inline(run.note(CheckpointsDeleted(dropped)))
     discard_garbage(tmp_path, run.checkpoints)
     assert _on_disk(tmp_path) == [checkpoint_name(20, 1, 0)]
 
