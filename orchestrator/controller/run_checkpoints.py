@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
+from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.startup import OpenedRun
@@ -18,14 +19,14 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.checkpoint_parts import can_complete
 from orchestrator.policy.state.run_state import Commit, Observation
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoints import (
     CheckpointFinder,
     commit_checkpoint,
     discard_garbage,
-    discard_unfinished,
     drop_set_aside,
+    hopeless,
     path_of,
     superfluous,
 )
@@ -150,10 +151,12 @@ class RunCheckpoints:
             self._forget()
 
     def _is_void(self, action: Commit) -> bool:
-        """Whether the run has gone back behind this checkpoint meanwhile, or has completed it or a later one."""
+        """Whether the run has gone back behind this checkpoint meanwhile, has abandoned it, or has completed it or a
+        later one."""
         records = self._memory.checkpoints
         moment = (action.generation, action.step)
-        return moment <= records.newest or records.is_left_behind(*moment)
+        is_abandoned = checkpoint_name(action.step, action.term, action.generation) in records.abandoned
+        return is_abandoned or moment <= records.newest or records.is_left_behind(*moment)
 
     def _complete(self, action: Commit) -> StorageTask[CheckpointCommitted | None]:
         """Write the checkpoint's manifest. Returns the event that completes it; None if that failed."""
@@ -182,17 +185,26 @@ class RunCheckpoints:
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
             self._apply_retention()
-            self._storage.add("room", partial(self._make_room, observe))
+            self._storage.add("room", partial(self._make_room, observe), Lane.RECORDS)
 
     def _make_room(self, observe: Callable[[], Observation]) -> StorageTask[None]:
+        """Journal which checkpoints can't be completed any more. In the lane of commits, so none goes on meanwhile."""
         run_dir, memory = self._run.run_dir, self._memory
-        records, under_way = memory.checkpoints, tuple((a.step, a.term, a.generation) for a in self._under_way())
+        under_way = tuple((a.step, a.term, a.generation) for a in self._under_way())
         needed = partial(_is_needed, under_way, partial(can_complete, memory.state, observe()))
-        is_stored = memory.is_stored  # that the run has gone back may be on record in the cluster alone
         with suppress(OSError):
-            yield Lengthy(partial(self._caller, discard_unfinished, run_dir, memory.term, records, needed))
-            if is_stored:
-                yield Lengthy(partial(self._caller, drop_set_aside, run_dir, records))
+            call = partial(self._caller, hopeless, run_dir, memory.checkpoints, needed)
+            names: tuple[str, ...] = yield Lengthy(call)
+            if names:
+                yield from self._note(CheckpointsAbandoned(names), stored=True)
+        self._storage.add("garbage", self._discard_garbage)
+        self._storage.add("set aside", self._drop_set_aside)
+
+    def _drop_set_aside(self) -> StorageTask[None]:
+        memory = self._memory
+        if memory.is_stored:  # else that the run has gone back may be on record in the cluster alone
+            with suppress(OSError):
+                yield Lengthy(partial(self._caller, drop_set_aside, self._run.run_dir, memory.checkpoints))
 
 
 def _is_needed(

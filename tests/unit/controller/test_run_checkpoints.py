@@ -21,6 +21,7 @@ from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.startup import OpenedRun
+from orchestrator.errors import TermSuperseded
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Commit, Observation, RunState
 from orchestrator.protocol.events.base import Event
@@ -92,13 +93,23 @@ class Scene:
         state = replace(self.run.state, checkpoint_done=step, checkpoint_generation=0, num_generations=1)
         self.decide(state, RolledBack(step, None, "a loss"))
 
-    def make_room(self) -> None:
+    def observe(self) -> Observation:
+        """There are no workers."""
         state, progress = self.run.state, self.run.progress
-        self.checkpoints.make_room(lambda: Observation(term=1, now_s=0.0, target=state.target, progress=progress))
-        self.until(lambda: not self.thread.is_pending("room") and self.is_idle())
+        return Observation(term=1, now_s=0.0, target=state.target, progress=progress)
+
+    def leave_generation(self) -> None:
+        """Generation 0 is no longer any that the run trains in, or has just left."""
+        self.decide(replace(self.run.state, num_generations=1))
+        self.until(lambda: self.run.state.num_generations == 1 and self.run.is_stored)
+
+    def make_room(self) -> None:
+        self.checkpoints.make_room(self.observe)
+        self.until(self.is_idle)
 
     def is_idle(self) -> bool:
-        return not any(map(self.thread.is_pending, ("retention", "garbage"))) and not self.checkpoints._under_way()
+        names = ("retention", "room", "garbage", "set aside")
+        return not any(map(self.thread.is_pending, names)) and not self.checkpoints._under_way()
 
     def steps(self) -> list[int]:
         return [record.step for record in self.run.checkpoints.current]
@@ -224,30 +235,67 @@ def test_a_successor_deletes_what_its_predecessor_was_killed_before_deleting(tmp
 
 
 def test_on_a_full_disk_a_checkpoint_that_was_never_journalled_goes(tmp_path: Path) -> None:
+    """Its manifest was written before the run went back."""
     scene = Scene(tmp_path)
     scene.complete(10)
     lost = scene.shard(20)
+    commit_checkpoint("run", scene.run_dir, lost)
     scene.go_back(10)
     scene.until(lambda: scene.run.checkpoints.first_generation == 1)
     scene.commit(lost)
     scene.until(scene.is_idle)
-    directory = scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)
-    assert directory.is_dir() and scene.steps() == [10]
+    assert scene.has_manifest(20) and scene.steps() == [10]
     scene.make_room()
-    assert not directory.exists() and scene.has_manifest(10)
+    assert not (scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)).exists() and scene.has_manifest(10)
+
+
+def test_a_checkpoint_that_was_abandoned_is_never_completed(tmp_path: Path) -> None:
+    """Neither by this controller nor by its successor, which may see all of its parts."""
+    scene = Scene(tmp_path)
+    scene.complete(10)
+    lost = scene.shard(20)
+    scene.leave_generation()
+    scene.make_room()
+    assert scene.run.checkpoints.abandoned == (checkpoint_name(20, 1, 0),)
+    successor = Scene(tmp_path)
+    for each in (scene, successor):
+        if each is successor:
+            each.shard(20)
+        each.commit(lost)
+        each.until(each.is_idle)
+        assert each.steps() == [10] and each.checkpoints.faults == () and each.checkpoints.trouble is None
+
+
+def test_parts_are_not_deleted_before_storage_has_it_that_they_are_abandoned(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.complete(10)
+    scene.shard(20)
+    scene.leave_generation()
+    directory = scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)
+    with scene.storage.hanging():
+        scene.checkpoints.make_room(scene.observe)
+        scene.until(lambda: not scene.run.is_stored)
+        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
+        scene.thread.advance()
+        assert directory.is_dir()
+    scene.until(lambda: not directory.exists())
 
 
 def test_a_past_controller_deletes_nothing(tmp_path: Path) -> None:
+    """What it takes for abandoned, its successor may have completed."""
     past = Scene(tmp_path)
     past.complete(10)
-    past.shard(20)
-    past.until(past.is_idle)
+    lost = past.shard(20)
+    past.leave_generation()
     successor = Scene(tmp_path)
-    past.make_room()
-    assert {path.name for path in (past.run_dir / DIRECTORY).iterdir()} == {
-        checkpoint_name(step, 1, 0) for step in (10, 20)
-    }
-    assert successor.steps() == [10]
+    successor.commit(lost)
+    successor.until(successor.is_idle)
+    before = set((past.run_dir / DIRECTORY).rglob("*"))
+    with pytest.raises(TermSuperseded):
+        past.make_room()
+    past.thread.abandon()
+    assert set((past.run_dir / DIRECTORY).rglob("*")) == before
+    assert successor.has_manifest(20) and successor.steps() == [10, 20]
 
 
 def test_what_was_set_aside_stays_until_storage_has_that_on_record(tmp_path: Path) -> None:
