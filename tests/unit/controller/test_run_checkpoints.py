@@ -118,7 +118,7 @@ class Scene:
         return (self.run_dir / DIRECTORY / checkpoint_name(step, 1, 0) / MANIFEST_FILE).exists()
 
 
-def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path: Path) -> None:
+def test_nothing_is_deleted_before_storage_has_the_checkpoint_after_it(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.complete(10, 20)
     with scene.storage.hanging():
@@ -131,6 +131,20 @@ def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path
     scene.until(scene.is_idle)
     assert scene.steps() == [20, 30] and not scene.has_manifest(10)
     assert RunHistory(scene.run_dir, LIMITS).checkpoints == scene.run.checkpoints
+
+
+def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path: Path) -> None:
+    past = Scene(tmp_path)
+    past.complete(10, 20)
+    run_inline(past.run.note(commit_checkpoint("run", past.run_dir, past.shard(30))))
+    scene = Scene(tmp_path)
+    with scene.storage.hanging():
+        scene.until(lambda: not scene.run.is_stored)  # it has decided what to delete
+        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
+        scene.thread.advance()
+        assert scene.steps() == [10, 20, 30] and scene.has_manifest(10)
+    scene.until(scene.is_idle)
+    assert scene.steps() == [20, 30] and not scene.has_manifest(10)
 
 
 def test_a_commit_that_is_decided_again_is_journalled_once(tmp_path: Path) -> None:
