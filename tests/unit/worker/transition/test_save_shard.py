@@ -32,6 +32,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
+from orchestrator.protocol.messages import Directive
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.fingerprint import MemoryGuard
 from orchestrator.state.ranges import NamedRanges
@@ -39,9 +41,10 @@ from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.step.train_step import open_seal
-from orchestrator.worker.training_loop import LiveShard, TrainingHooks, TrainingLoop
+from orchestrator.worker.training_loop import SAVED_EVERY_S, LiveShard, TrainingHooks, TrainingLoop
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
 from orchestrator.worker.transition.shard_write import LATE_AFTER_S
 from tests.support.layouts import layout_of_state
@@ -352,6 +355,77 @@ def test_a_checkpoint_costs_what_training_waited_for_its_copy(tmp_path: Path, ma
             update.result(10.0)
     beside, waited = scene.written
     assert 0.0 < beside.cost_s < 0.5 <= waited.cost_s
+
+
+def _finishing(scene: Scene) -> tuple[WorkerMailbox, "Future[None]"]:
+    """A loop that writes the last checkpoint, of step 3, in a thread."""
+    loop, mailbox = scene.loop(), WorkerMailbox("w0", 1)
+    loop._mailbox, loop._position.progress = mailbox, TrainingProgress(3, 4, "{}")
+    return mailbox, _in_thread(lambda: loop.finish(LiveShard(scene.shard(), None)))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_the_last_checkpoint_is_tried_again_until_there_is_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def scarce(*args: Any) -> ShardMemory:
+        tries.append(len(tries))
+        if len(tries) < 3:
+            raise MemoryError
+        return ShardMemory(*args)
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.ShardMemory", scarce)
+    monkeypatch.setattr("orchestrator.worker.training_loop.AGAIN_S", 0.01)
+    scene = Scene(tmp_path)
+    mailbox, finished = _finishing(scene)
+    _until(lambda: mailbox.state.phase is Phase.FINISHED)
+    assert [shard.step for shard in scene.written] == [3] and len(tries) == 3
+    mailbox.put(Directive(term=1, seq=1, checkpoint_generation=4, checkpoint_done=3))
+    finished.result(10.0)
+
+
+def test_the_last_checkpoint_waits_for_an_earlier_one_that_is_not_late(tmp_path: Path) -> None:
+    answers, hangs = threading.Event(), threading.Event()
+
+    def caller(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == 2:
+            hangs.set()
+            assert answers.wait(30.0)
+        return function(*args, **kwargs)
+
+    scene = Scene(tmp_path, caller)
+    scene.save(2)
+    assert hangs.wait(10.0)
+    mailbox, finished = _finishing(scene)
+    with pytest.raises(TimeoutError):
+        finished.result(2 * SAVED_EVERY_S)
+    assert scene.saver._newest == (2, 4)
+    answers.set()
+    _until(lambda: mailbox.state.phase is Phase.FINISHED)
+    assert [shard.step for shard in scene.written] == [2, 3]
+    mailbox.put(Directive(term=1, seq=1, checkpoint_generation=4, checkpoint_done=3))
+    finished.result(10.0)
+
+
+def test_the_last_checkpoint_takes_the_place_of_one_that_storage_refuses(refusing: Path) -> None:
+    scene = Scene(refusing)
+    scene.save(2)
+    assert scene.reasons.get(timeout=10.0) == REFUSED
+    mailbox, finished = _finishing(scene)
+    _until(lambda: scene.saver._newest == (3, 4))
+    refusing.unlink()
+    _until(lambda: mailbox.state.phase is Phase.FINISHED)
+    assert [shard.step for shard in scene.written] == [3]
+    mailbox.put(Directive(term=1, seq=1, checkpoint_generation=4, checkpoint_done=3))
+    finished.result(10.0)
 
 
 @pytest.mark.parametrize("then", ["the next step begins", "the next step is abandoned", "the generation ends"])
