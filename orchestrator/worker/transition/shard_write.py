@@ -77,8 +77,10 @@ class ShardWrite(threading.Thread):
                 self._refused(None)
 
     def run(self) -> None:
-        memory = self._copied()
-        self._is_copied.set()
+        try:
+            memory = self._copied()
+        finally:
+            self._is_copied.set()
         if memory is None:
             return
         self._began_s = time.monotonic()
