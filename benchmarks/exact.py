@@ -23,9 +23,10 @@ from benchmarks.harness import Bar, Result, at_least, equals, run, say
 from benchmarks.rescale import QUICK_MODEL
 from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.checkpoint.manifest import parse_step_name
-from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
+from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
+from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
@@ -163,13 +164,13 @@ def digests_of(run_dir: Path, quick: bool) -> Checkpoints:
     """Of the checkpoints that all runs have: a pause writes one more."""
     every = QUICK_CHECKPOINT_EVERY if quick else CHECKPOINT_EVERY
     found: Checkpoints = {}
-    for path in list_checkpoints(run_dir / "checkpoints"):
-        if ((parse_step_name(path.name) or 0) + 1) % every:
+    for record in RunFiles(run_dir).checkpoints():
+        if (record.step + 1) % every:
             continue
-        with CheckpointReader(path) as reader:
+        with CheckpointReader(path_of(run_dir, record)) as reader:
             for name, tensor in reader.manifest.tensors.items():
                 values = reader.read(name, 0, tensor.numel)
-                found[f"{path.name}/{name}"] = hashlib.sha256(values.tobytes()).hexdigest()
+                found[f"step {record.step}/{name}"] = hashlib.sha256(values.tobytes()).hexdigest()
     return found
 
 

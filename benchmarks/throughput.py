@@ -173,7 +173,7 @@ class Bench:
             run_id = product.client.submit(job)
             status = product.client.wait(run_id)
             run_dir = Path(status.run_dir)
-        checkpoint = max((run_dir / "checkpoints").glob("step-*"))
+        checkpoint = Path(str(status.checkpoint))
         say(f"{run_dir}: {status.phase}, weights of {checkpoint.name}")
         export_hf(checkpoint, job, run_dir / "tokenizer.json", directory, "fp32")
         return directory

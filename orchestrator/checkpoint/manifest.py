@@ -1,10 +1,15 @@
 """Manifest of a checkpoint: the file and key of every element range of every tensor. Pure.
 
-A checkpoint is a directory of run storage, `step-00000120`, with one safetensors file per writer and `manifest.json`:
+A checkpoint lies in a directory of its own from its first byte on: one safetensors file per writer, under a name that
+no other file ever has, and `manifest.json`, which is created last. Nothing is renamed or replaced.
 
-    step-00000120/manifest.json          a `CheckpointManifest`, with its own digest
-    step-00000120/shard-00000.safetensors
-    .incomplete-00000120-000003-000007/  the same before its commit: step, term, generation
+    step-00000120-000003-000007/                                step, term and generation of its writers
+    step-00000120-000003-000007/shard-00000-5f1c09d2.safetensors
+    step-00000120-000003-000007/manifest.json                   a `CheckpointManifest`, with its own digest
+
+The run's journal names the complete ones, with the manifest's digest. The term is in the name because a generation is
+unique only together with it: what a controller has journalled may be kept in its cluster, and be lost with that, while
+its workers have written already. Another cluster that resumes the run counts on from the generations that it knows.
 
 The manifest is made from the headers of the files, so ranks report nothing of them but digests.
 A manifest lists tensors and pieces, never ranks or a world size, so any world can read the checkpoint of any other.
@@ -21,12 +26,11 @@ from dataclasses import asdict, dataclass, field
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
 from orchestrator.protocol.worker_report import ShardWritten
 
-FORMAT = "orchestrator-checkpoint-v2"
+FORMAT = "orchestrator-checkpoint-v3"
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")  # numpy's names; bf16 is never stored
 
-_STEP_NAME = re.compile(r"step-(\d{8,})")
-_INCOMPLETE_NAME = re.compile(r"\.incomplete-(\d{8,})-(\d{6,})-(\d{6,})")
+_NAME = re.compile(r"step-(\d{8,})-(\d{6,})-(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class CheckpointManifest:
     """A whole checkpoint.
 
     `meta` holds all state that is not a tensor: sampler position, optimizer step. (term, generation) identify the
-    writing generation, with the term of its plan; `commit` refuses writers with a lower pair.
+    writing generation, with the term of its plan.
     """
 
     run_id: str
@@ -85,10 +89,18 @@ class CheckpointManifest:
     meta: Mapping[str, object] = field(default_factory=dict)
     format: str = FORMAT
 
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's directory."""
+        return checkpoint_name(self.step, self.term, self.generation)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its file, by which the run's journal names it."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     def check(self) -> None:
         """Raises CheckpointCorrupt unless the pieces cover every tensor exactly once and lie in listed files."""
-        if self.format != FORMAT:
-            raise self._corrupt(f"has format {self.format!r}, this version reads {FORMAT!r}")
         for name in self.files:
             if not name or "/" in name or name.startswith("."):
                 raise self._corrupt(f"names the file {name!r}; a file name has no folder and no leading dot")
@@ -107,6 +119,11 @@ class CheckpointManifest:
         try:
             outer = json.loads(text)
             body, claimed = outer["manifest"], outer["sha256"]
+            if body["format"] != FORMAT:
+                raise CheckpointCorrupt(
+                    f"{MANIFEST_FILE} has format {body['format']!r}, this version reads {FORMAT!r}",
+                    remedy="Use the version that wrote it, or export its model with that one.",
+                )
             if (found := _digest(body)) != claimed:
                 raise CheckpointCorrupt(f"{MANIFEST_FILE} has digest {found}, its content was written as {claimed}")
             tensors = {name: _tensor_from(fields) for name, fields in body.pop("tensors").items()}
@@ -172,25 +189,14 @@ def manifest_of(
     return manifest
 
 
-def step_name(step: int) -> str:
-    """Directory name of a complete checkpoint."""
-    return f"step-{step:08d}"
+def checkpoint_name(step: int, term: int, generation: int) -> str:
+    """Name of a checkpoint's directory; `term` is that of the generation's plan."""
+    return f"step-{step:08d}-{term:06d}-{generation:06d}"
 
 
-def incomplete_name(step: int, term: int, generation: int) -> str:
-    """Name of the directory in which the ranks of a generation write their shards."""
-    return f".incomplete-{step:08d}-{term:06d}-{generation:06d}"
-
-
-def parse_step_name(name: str) -> int | None:
-    """The step of a complete checkpoint's directory; None for any other name."""
-    match = _STEP_NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def parse_incomplete_name(name: str) -> tuple[int, int, int] | None:
-    """(step, term, generation) of an unfinished checkpoint's directory; None for any other name."""
-    match = _INCOMPLETE_NAME.fullmatch(name)
+def parse_checkpoint_name(name: str) -> tuple[int, int, int] | None:
+    """(step, term, generation) of a checkpoint's directory; None for any other name."""
+    match = _NAME.fullmatch(name)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 

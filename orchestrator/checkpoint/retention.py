@@ -1,6 +1,11 @@
-"""Selection of the checkpoints to keep by validation loss."""
+"""Selection of the checkpoints to keep by validation loss, and deletion of the others."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, parse_checkpoint_name
+from orchestrator.storage.atomic import flush
 
 
 def best_checkpoints(steps: Sequence[int], validations: Sequence[tuple[int, float]], count: int) -> tuple[int, ...]:
@@ -17,3 +22,39 @@ def best_checkpoints(steps: Sequence[int], validations: Sequence[tuple[int, floa
         if known:
             rated.append((known[-1], -step))
     return tuple(-negative for _, negative in sorted(rated)[:count])
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint, or what there is of one. The manifest goes first: nothing is read without it."""
+    (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
+    flush(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def discard_unnamed(
+    checkpoints: Path, named: Collection[str], is_needed: Callable[[int, int, int], bool]
+) -> tuple[Path, ...]:
+    """Delete directories of checkpoints that are not `named`.
+
+    Args:
+        named: by the run's journal.
+        is_needed: by step, term and generation, whether it may still be completed.
+
+    Returns:
+        those that were deleted.
+
+    Raises:
+        OSError: one can't be deleted. All others are, then too.
+    """
+    deleted, errors = [], []
+    for path in tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        writers = parse_checkpoint_name(path.name)
+        if writers is not None and path.name not in named and not is_needed(*writers):
+            try:
+                discard(path)
+                deleted.append(path)
+            except OSError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
+    return tuple(deleted)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoint.manifest import ShardHeader, ShardPart, incomplete_name, step_name
+from orchestrator.checkpoint.manifest import ShardHeader, ShardPart, checkpoint_name
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 
@@ -79,19 +79,16 @@ def shard_chunks(pieces: Sequence[ShardPiece], meta: str | None) -> Iterator[byt
 def read_shards(
     checkpoints: Path, shards: Sequence[ShardWritten], *, term: int
 ) -> list[tuple[ShardWritten, ShardHeader]]:
-    """The shards that ranks wrote under `term`, with the headers of their files, also if they are committed already.
+    """The shards that ranks wrote under `term`, that of their generation's plan, with the headers of their files.
 
     Raises:
         CheckpointCorrupt: a file is missing, or its header has changed since it was written.
         OSError: run storage can't be read.
     """
-    return [(shard, _read_header(_path_of(checkpoints, shard, term), shard)) for shard in shards]
-
-
-def _path_of(checkpoints: Path, shard: ShardWritten, term: int) -> Path:
-    path = checkpoints / incomplete_name(shard.step, term, shard.generation) / shard.file
-    committed = checkpoints / step_name(shard.step) / shard.file
-    return committed if committed.exists() and not path.exists() else path
+    return [
+        (shard, _read_header(checkpoints / checkpoint_name(shard.step, term, shard.generation) / shard.file, shard))
+        for shard in shards
+    ]
 
 
 def _read_header(path: Path, shard: ShardWritten) -> ShardHeader:

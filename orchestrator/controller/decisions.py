@@ -10,8 +10,6 @@ from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.events.generations import RolledBack
-from orchestrator.protocol.events.run import Suspended
 from orchestrator.storage.tasks import StorageTask
 
 
@@ -32,10 +30,7 @@ class DecisionMaker:
         self._worker_group, self._requests = worker_group, requests
 
     def turn(self) -> StorageTask[None]:
-        """Make one decision: journal it first, then carry it out. None is made while checkpoints behind which the run
-        has gone back aren't set aside, which is what a successor would do first."""
-        if self._checkpoints.is_going_back:
-            return
+        """Make one decision: journal it first, then carry it out."""
         self._checkpoints.search()
         seen = self._observer.observe()
         decision = decide(self._limits, self._memory.state, seen)
@@ -52,10 +47,7 @@ class DecisionMaker:
         if not commits:
             self._checkpoints.trouble = None  # what was refused is no longer to be committed
         for commit in commits:
-            self._checkpoints.commit(commit, self._recorder.note)
-        for event in events:
-            if isinstance(event, RolledBack | Suspended):
-                self._checkpoints.went_back(event.step)
+            self._checkpoints.commit(commit)
         if self._checkpoints.trouble or any(report.unsaved is not None for report in seen.reports.values()):
             self._checkpoints.make_room(self._observer.observe)
 

@@ -44,6 +44,7 @@ class Observer:
             lost=dict(self._worker_group.lost),
             gone=self._worker_group.gone,
             checkpointed=self._checkpoints.newest,
+            checkpoints=self._checkpoints.paths,
             recording=self._memory.recording,
             restorable=self._checkpoints.restorable,
             is_searching=self._checkpoints.is_searching,

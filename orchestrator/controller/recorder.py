@@ -86,9 +86,9 @@ class StepRecorder:
             yield from self.note(news)
             self._memory.troubles = self._memory.troubles.after(news)
 
-    def note(self, event: Event) -> StorageTask[None]:
-        """Journal and publish an event that no decision made."""
-        self.publish((yield from self._memory.note(event)))
+    def note(self, event: Event, stored: bool = False) -> StorageTask[None]:
+        """Journal and publish an event that no decision made. `stored`: what follows waits until run storage has it."""
+        self.publish((yield from self._memory.note(event, stored)))
 
     def publish(self, entry: JournalEntry) -> None:
         """Publish a journalled event."""

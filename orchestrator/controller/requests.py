@@ -14,7 +14,7 @@ from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
 
 PATIENCE_S = 1.5  # of a call while storage doesn't answer: it should be answered within 2 s
-BEGIN, GO_BACK = "begin", "go back"  # storage tasks without which no decision is made
+BEGIN = "begin"  # the storage task without which no decision is made
 BUSY_S = 15.0  # of a call to a controller whose node is busy
 
 
@@ -108,7 +108,7 @@ class PendingRequests:
         deadline_s = time.monotonic() + BUSY_S
         while not self._turned.wait_for(is_journalled, PATIENCE_S):
             self._refuse_ending(self.newest.finish)  # it has ended meanwhile
-            no_turns = any(self._storage.is_pending(name) for name in (BEGIN, GO_BACK))
+            no_turns = self._storage.is_pending(BEGIN)
             if no_turns or self._writer.unrecorded_s >= PATIENCE_S / 2 or time.monotonic() > deadline_s:
                 trouble = self._memory.trouble or self._writer.trouble() or self._storage.trouble()
                 why = trouble.why if trouble is not None else "its controller is busy"

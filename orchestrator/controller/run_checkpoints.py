@@ -1,31 +1,34 @@
 """Checkpoints of a run for its controller: the newest one, the one to restore, commits and deletions.
 
-No decision waits for a call to storage: calls are tasks of their own, whose results later decisions see.
+The journal decides: a checkpoint is complete once it is named there, and is deleted once it is no longer. A controller
+that was superseded can journal neither. No decision waits for a call to storage: calls are tasks of their own, whose
+results later decisions see.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from typing import Protocol
 
+from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.cluster.inbox import Inbox, wake
-from orchestrator.cluster.storage_thread import StorageThread
-from orchestrator.controller.requests import GO_BACK
+from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.startup import OpenedRun
-from orchestrator.errors import OrchestratorError, TermSuperseded
+from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.checkpoint_parts import can_complete
 from orchestrator.policy.state.run_state import Commit, Observation
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoints import (
     CheckpointFinder,
     commit_checkpoint,
-    discard_unfinished,
-    drop_old_checkpoints,
-    drop_superseded,
-    leave_behind,
+    discard_garbage,
+    drop_set_aside,
+    hopeless,
+    path_of,
+    superfluous,
 )
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.tasks import Lengthy, StorageTask
@@ -33,23 +36,38 @@ from orchestrator.storage.tasks import Lengthy, StorageTask
 COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
 ROOM_AGAIN_S = 5.0  # between two looks for what may be deleted
 
-Note = Callable[[Event], StorageTask[None]]
+
+class Note(Protocol):
+    """Journals an event; what follows waits until run storage has it, if it is to be `stored`."""
+
+    def __call__(self, event: Event, stored: bool = False) -> StorageTask[None]: ...
 
 
 class RunCheckpoints:
-    """Checkpoints of one run."""
+    """Checkpoints of one run; `note` journals what becomes of them."""
 
-    def __init__(self, run: OpenedRun, storage: StorageThread, inbox: Inbox) -> None:
-        self._run, self._memory = run, run.memory
+    def __init__(self, run: OpenedRun, storage: StorageThread, inbox: Inbox, note: Note) -> None:
+        self._run, self._memory, self._note = run, run.memory, note
         self._caller, self._storage, self._inbox = run.caller, storage, inbox
         self._finder = CheckpointFinder(run.run_dir, run.caller)
         self._faults: list[str] = []
         self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
         self.trouble: StorageTrouble | None = None  # why a checkpoint of which all parts are written isn't complete
-        self.newest = run.memory.state.checkpoint  # (generation, step) of the newest complete checkpoint
         self.restorable: Restore | None = None  # the newest good one, if a restore is wanted
         self._is_known, self._num_searches = False, 0  # whether that holds; counts those that became void
-        self._left_behind = -1  # the run has gone back behind all checkpoints of generations before this one
+        self._commits: dict[str, Commit] = {}  # the newest ones, by the names of their tasks
+        self._keeps_all = False  # those that the job doesn't keep wait for the end of a restore
+        self._apply_retention()  # which a controller before this one may have left undone
+
+    @property
+    def newest(self) -> tuple[int, int]:
+        """(generation, step) of the newest complete checkpoint, or of the one that the run has gone back to."""
+        return max(self._memory.state.checkpoint, self._memory.checkpoints.newest)
+
+    @property
+    def paths(self) -> dict[int, str]:
+        """Directories of the complete checkpoints, by step."""
+        return {record.step: str(path_of(self._run.run_dir, record)) for record in self._memory.checkpoints.current}
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -58,23 +76,23 @@ class RunCheckpoints:
 
     @property
     def is_searching(self) -> bool:
-        """Whether a restore is wanted, and `restorable` isn't known yet."""
-        return self._memory.state.wants_restore and not self._is_known
+        """Whether a restore is wanted, and `restorable` isn't known yet, as it isn't while commits or deletions are
+        under way."""
+        is_changing = self._under_way() or self._storage.is_pending("retention")
+        return self._memory.state.wants_restore and not (self._is_known and not is_changing)
 
     @property
     def unreadable(self) -> str:
         """Why it is unknown now which checkpoint can be restored, while a restore is wanted."""
         return self._finder.trouble if self._memory.state.wants_restore else ""
 
-    @property
-    def is_going_back(self) -> bool:
-        """Whether checkpoints behind which the run has gone back are being set aside."""
-        return self._storage.is_pending(GO_BACK)
-
     def search(self) -> None:
         """Search for the newest good checkpoint if a restore is wanted. Verifies digests, which may take long."""
         if not self._memory.state.wants_restore:
             self._forget()
+            if self._keeps_all:
+                self._keeps_all = False
+                self._apply_retention()
         elif not self._is_known and not self._storage.is_pending("search"):
             self._storage.add("search", partial(self._search, self._num_searches))
 
@@ -85,39 +103,66 @@ class RunCheckpoints:
             self._num_searches += 1
 
     def _search(self, number: int) -> StorageTask[None]:
-        found: Restore | None = yield Lengthy(partial(self._finder.newest_good, time.monotonic()))
+        records = self._memory.checkpoints
+        found: Restore | None = yield Lengthy(partial(self._finder.newest_good, time.monotonic(), records))
         if number == self._num_searches and not self._finder.trouble:
             self.restorable, self._is_known = found, True
             wake(self._inbox)
 
-    def commit(self, action: Commit, note: Note) -> None:
-        """Complete a checkpoint, then delete those that the job doesn't keep; `note` journals both. It is a fault if
-        that fails, unless storage refused it: then it is tried again by a later call."""
+    def commit(self, action: Commit) -> None:
+        """Complete a checkpoint, then delete those that the job doesn't keep. It is a fault if that fails, unless
+        storage refused it: then it is tried again by a later call."""
         name = f"commit {action.generation}-{action.step}"
         if time.monotonic() - self._refused_s >= COMMIT_AGAIN_S and not self._storage.is_pending(name):
-            self._storage.add(name, partial(self._commit, action, note))
+            self._commits = {name: action, **{n: a for n, a in self._commits.items() if self._storage.is_pending(n)}}
+            self._storage.add(name, partial(self._commit, action), Lane.RECORDS)
 
-    def _commit(self, action: Commit, note: Note) -> StorageTask[None]:
-        path = (yield from self._complete(action)) if action.generation >= self._left_behind else None
-        if path is None or action.generation < self._left_behind:
+    def _under_way(self) -> list[Commit]:
+        """Checkpoints that are being completed."""
+        return [action for name, action in self._commits.items() if self._storage.is_pending(name)]
+
+    def _commit(self, action: Commit) -> StorageTask[None]:
+        committed = None if self._is_void(action) else (yield from self._complete(action))
+        if committed is None or self._is_void(action):
             return
+        yield from self._note(committed, stored=True)  # deletions, which can't be undone, build on it
         self._forget()
-        yield from note(CheckpointCommitted(action.step, str(path)))
-        if action.generation < self._left_behind:
-            return
-        self.newest = (action.generation, action.step)
         wake(self._inbox)
-        deleted = yield from self._drop_old()
-        if deleted:
-            yield from note(CheckpointsDeleted(deleted))
+        self._apply_retention()
 
-    def _complete(self, action: Commit) -> StorageTask[Path | None]:
-        """Write the checkpoint's marker. Returns its path; None if that failed."""
+    def _apply_retention(self) -> None:
+        """Delete checkpoints that the job doesn't keep, and files of those that the journal doesn't name any more."""
+        self._storage.add("retention", self._retain, Lane.RECORDS)
+
+    def _retain(self) -> StorageTask[None]:
+        with suppress(OSError):  # tried again after the next checkpoint, and to make room
+            yield from self._drop_old()
+        self._storage.add("garbage", self._discard_garbage)
+
+    def _drop_old(self) -> StorageTask[None]:
+        """Journal which checkpoints the job doesn't keep. While one is to be restored, all are kept."""
+        memory, keep = self._memory, self._run.job.checkpoint
+        call = partial(superfluous, self._run.run_dir, memory.checkpoints, keep, memory.progress.validations)
+        dropped: tuple[int, ...] = yield partial(self._caller, call)
+        if memory.state.wants_restore:
+            self._keeps_all = True
+        elif dropped:
+            yield from self._note(CheckpointsDeleted(dropped), stored=True)
+            self._forget()
+
+    def _is_void(self, action: Commit) -> bool:
+        """Whether the run has gone back behind this checkpoint meanwhile, has abandoned it, or has completed it or a
+        later one."""
+        records = self._memory.checkpoints
+        moment = (action.generation, action.step)
+        is_abandoned = checkpoint_name(action.step, action.term, action.generation) in records.abandoned
+        return is_abandoned or moment <= records.newest or records.is_left_behind(*moment)
+
+    def _complete(self, action: Commit) -> StorageTask[CheckpointCommitted | None]:
+        """Write the checkpoint's manifest. Returns the event that completes it; None if that failed."""
         try:
             run_id, run_dir = self._run.run_id, self._run.run_dir
-            path: Path = yield partial(self._caller, commit_checkpoint, run_id, run_dir, self._memory.term, action)
-        except TermSuperseded:
-            raise
+            committed: CheckpointCommitted = yield partial(self._caller, commit_checkpoint, run_id, run_dir, action)
         except OSError as error:
             self._refused_s = time.monotonic()
             self.trouble = refusal("a checkpoint can't be written", error)
@@ -127,37 +172,46 @@ class RunCheckpoints:
             wake(self._inbox)
             return None
         self.trouble = None
-        return path
+        return committed
 
-    def went_back(self, step: int) -> None:
-        """Set aside the checkpoints after `step`, which the run goes back to; else the next commit does it."""
-        state = self._memory.state
-        first = state.checkpoint_generation + 1  # may be planned already
-        self.newest, self._left_behind = state.checkpoint, first
-        self._storage.add(GO_BACK, partial(self._leave_behind, step, first))
-
-    def _leave_behind(self, step: int, generation: int) -> StorageTask[None]:
+    def _discard_garbage(self) -> StorageTask[None]:
+        """Delete the files of checkpoints that the journal doesn't name any more."""
         with suppress(OSError):
-            yield partial(self._caller, leave_behind, self._run.run_dir, step, self._memory.term, generation)
-        wake(self._inbox)
+            yield Lengthy(partial(self._caller, discard_garbage, self._run.run_dir, self._memory.checkpoints))
 
     def make_room(self, observe: Callable[[], Observation]) -> None:
-        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or markers: parts that
-        can't be completed, and on a full disk checkpoints that were set aside."""
+        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or manifests: checkpoints
+        that the job doesn't keep, parts that can't be completed, and on a full disk checkpoints that were set aside."""
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
-            self._storage.add("room", partial(self._make_room, observe))
+            self._apply_retention()
+            self._storage.add("room", partial(self._make_room, observe), Lane.RECORDS)
 
     def _make_room(self, observe: Callable[[], Observation]) -> StorageTask[None]:
+        """Journal which checkpoints can't be completed any more. In the lane of commits, so none goes on meanwhile."""
+        run_dir, memory = self._run.run_dir, self._memory
+        under_way = tuple((a.step, a.term, a.generation) for a in self._under_way())
+        needed = partial(_is_needed, under_way, partial(can_complete, memory.state, observe()))
         with suppress(OSError):
-            run_dir, needed = self._run.run_dir, partial(can_complete, self._memory.state, observe())
-            yield Lengthy(partial(self._caller, discard_unfinished, run_dir, self._memory.term, needed))
-            yield Lengthy(partial(self._caller, drop_superseded, self._run.run_dir))
+            call = partial(self._caller, hopeless, run_dir, memory.checkpoints, needed)
+            names: tuple[str, ...] = yield Lengthy(call)
+            if names:
+                yield from self._note(CheckpointsAbandoned(names), stored=True)
+        self._storage.add("garbage", self._discard_garbage)
+        self._storage.add("set aside", self._drop_set_aside)
 
-    def _drop_old(self) -> StorageTask[tuple[int, ...]]:
-        """Delete checkpoints that the job doesn't keep. Returns their steps."""
-        validations = self._memory.progress.validations
-        run_dir, keep = self._run.run_dir, self._run.job.checkpoint
-        drop = partial(self._caller, drop_old_checkpoints, run_dir, keep, validations)
-        dropped: tuple[int, ...] = yield Lengthy(drop)
-        return dropped
+    def _drop_set_aside(self) -> StorageTask[None]:
+        memory = self._memory
+        if memory.is_stored:  # else that the run has gone back may be on record in the cluster alone
+            with suppress(OSError):
+                yield Lengthy(partial(self._caller, drop_set_aside, self._run.run_dir, memory.checkpoints))
+
+
+def _is_needed(
+    under_way: Sequence[tuple[int, int, int]],
+    can_complete: Callable[[int, int, int], bool],
+    step: int,
+    term: int,
+    generation: int,
+) -> bool:
+    return (step, term, generation) in under_way or can_complete(step, term, generation)

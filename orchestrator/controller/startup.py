@@ -11,7 +11,6 @@ from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import ResumeRequest
-from orchestrator.run_records.checkpoints import leave_behind
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.run_records.run_history import STATUS_FILE
 from orchestrator.spec.job import JobSpec
@@ -62,9 +61,6 @@ def open_run(
         retry_until_written(lambda: _resume(run, order, since_s))
     elif Submitted not in memory.times:
         retry_until_written(lambda: run_inline(memory.decided(queued(memory.state, since_s), [])))
-    if memory.state.current is None:  # an earlier incarnation may have crashed before this
-        done, generation = memory.state.checkpoint_done, memory.state.num_generations
-        retry_until_written(lambda: caller(leave_behind, run_dir, done, memory.term, generation))
     return run
 
 

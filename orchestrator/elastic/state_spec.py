@@ -185,6 +185,12 @@ def of_model(name: str) -> str | None:
     return plain if kind in (PARAM, MASTER, BUFFER) else None
 
 
+def changes_in_forward(name: str) -> bool:
+    """Whether a forward pass may write to a tensor of the state: a model may update its buffers there. All others
+    change in updates alone."""
+    return name.partition("/")[0] == BUFFER
+
+
 # -- Parameters whose gradients are compressed -------------------------------------------------------------------------
 
 

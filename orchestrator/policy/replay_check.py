@@ -67,6 +67,7 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         number=state.replay.count,
         worker=standbys[-1],  # the last in line to join a world
         step=first,
+        path=seen.checkpoints[first],
         last_step=last,
         worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.micro_batch),),
         findings=tuple(map(StepFingerprint.of, done)),
@@ -81,7 +82,7 @@ def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
     """Whether enough steps follow the newest checkpoint, all in the present world, with no decided stage among them."""
     first, last = state.checkpoint_done, state.checkpoint_done + steps
     is_new = state.replay.count == 0 or (first > state.replay.last_step and first - state.replay.last_step >= every)
-    if first < 0 or not is_new or seen.progress.watermark < last:
+    if first not in seen.checkpoints or not is_new or seen.progress.watermark < last:
         return False
     done = [record for record in seen.progress.recent if first < record.step <= last]
     assert state.current is not None

@@ -185,12 +185,13 @@ class StageStart:
 
 @dataclass(frozen=True)
 class ReplayTask:
-    """Request that a standby alone replays steps from the checkpoint after `step` up to `last_step`. `worlds` trained
-    them first, without the batches of `skips`, with the results `findings`. `number` identifies the check."""
+    """Request that a standby alone replays steps from `path`, the checkpoint after `step`, up to `last_step`. `worlds`
+    trained them first, without the batches of `skips`, with the results `findings`. `number` identifies the check."""
 
     number: int
     worker: str
     step: int
+    path: str
     last_step: int
     worlds: tuple[PastWorld, ...]
     findings: tuple[StepFingerprint, ...] = ()

@@ -27,7 +27,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards.
+    """A rank's shard of a checkpoint in run storage; the controller completes it once it has all ranks' shards.
 
     Reports carry the newest ones, so it names no tensors: those are in the file's header.
 
@@ -46,7 +46,7 @@ class ShardWritten:
     num_bytes: int
     header_sha256: str
     meta_sha256: str
-    cost_s: float = 0.0  # training time that it took at most: the copy, and processor time of the write
+    cost_s: float = 0.0  # training time that it took: waits for the copy, and processor time of copy and write
 
 
 @dataclass(frozen=True)

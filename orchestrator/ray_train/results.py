@@ -13,13 +13,11 @@ from ray.train.v2.api.config import CheckpointConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.result import Result
 
-from orchestrator.checkpoint.manifest import step_name
-from orchestrator.checkpoint.read import list_steps
 from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
@@ -46,9 +44,8 @@ def result_of(
     files = RunFiles(run_dir)
     rows = rows_of(Progress(), files.steps(), read_entries(files.run_dir, only=(Rescaled, Recovered)))
     rated = with_validations(rows)
-    kept = list_steps(run_dir / DIRECTORY)
     checkpoints = [
-        (Checkpoint.from_directory(run_dir / DIRECTORY / step_name(step)), rated.get(step, {})) for step in kept
+        (Checkpoint.from_directory(path_of(run_dir, kept)), rated.get(kept.step, {})) for kept in files.checkpoints()
     ]
     return Result(
         metrics=next(reversed(rated.values()), None),

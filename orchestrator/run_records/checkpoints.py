@@ -1,4 +1,7 @@
-"""Checkpoints as the controller handles them: the marker that completes the ranks' shards, retention and search."""
+"""Checkpoints of a run as its controller and its readers handle them: completion, retention and search.
+
+The journal names the complete ones (`orchestrator.run_records.checkpoint_records`); their files are in run storage.
+"""
 
 import errno
 import logging
@@ -7,22 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.manifest import manifest_of, parse_incomplete_name, parse_step_name, step_name
-from orchestrator.checkpoint.read import (
-    DISCARDED_PREFIX,
-    SUPERSEDED_PREFIX,
-    CheckpointReader,
-    discard,
-    list_steps,
-    prune,
-    set_aside,
-)
-from orchestrator.checkpoint.retention import best_checkpoints
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name, manifest_of, parse_checkpoint_name
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.retention import best_checkpoints, discard, discard_unnamed
 from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import CheckpointCorrupt, NotFound, OrchestratorError
 from orchestrator.policy.state.run_state import Commit
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.protocol.messages import Restore
+from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.reserve import RESERVE_BYTES
@@ -37,13 +34,22 @@ LOOK_AGAIN_S = 2.0  # until checkpoints that couldn't be read are tried again
 BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-def commit_checkpoint(run_id: str, run_dir: Path, term: int, action: Commit) -> Path:
-    """Mark the checkpoint complete under the controller's `term`. A repeat is harmless.
+def path_of(run_dir: Path, record: CheckpointRecord) -> Path:
+    """The checkpoint's directory."""
+    return run_dir / DIRECTORY / record.name
+
+
+# -- Completion and retention ------------------------------------------------------------------------------------------
+
+
+def commit_checkpoint(run_id: str, run_dir: Path, action: Commit) -> CheckpointCommitted:
+    """Write the checkpoint's manifest. A repeat is harmless. The checkpoint is complete once the event is journalled.
 
     Shapes are those in the workers' `meta["shapes"]`; a tensor that is not listed there is flat.
 
     Raises:
         CheckpointCorrupt: the shards don't cover every tensor, or a file differs from what its rank wrote.
+        OSError: run storage can't be read or written.
     """
     shards = read_shards(run_dir / DIRECTORY, action.shards, term=action.term)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -53,66 +59,165 @@ def commit_checkpoint(run_id: str, run_dir: Path, term: int, action: Commit) -> 
     listed: Any = next((header.meta for _, header in shards if header.meta is not None), {}).get("shapes", {})
     shapes |= {name: tuple(shape) for name, shape in listed.items() if name in shapes}
     manifest = manifest_of(shards, run_id=run_id, term=action.term, shapes=shapes)
-    return commit(run_dir / DIRECTORY, manifest, term=term)
+    path = commit(run_dir / DIRECTORY, manifest)
+    return CheckpointCommitted(action.step, str(path), action.generation, manifest.digest)
 
 
-def drop_old_checkpoints(
-    run_dir: Path, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
+def superfluous(
+    run_dir: Path, records: CheckpointRecords, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
 ) -> tuple[int, ...]:
-    """Delete checkpoints that the job doesn't keep. Failed deletions are retried after the next checkpoint.
+    """Steps of the checkpoints that the job doesn't keep, and of those before the newest one that were removed by hand.
+    Raises OSError."""
+    there = [record.step for record in list_checkpoints(run_dir, records)]
+    gone = [record.step for record in records.current[:-1] if record.step not in there]
+    best = best_checkpoints(there, validations, keep.keep_best)
+    old = there[: -keep.keep_last] if keep.keep_last is not None else []
+    return tuple(sorted({*gone, *(step for step in old if step not in best)}))
 
-    Returns:
-        the steps of the deleted ones.
+
+def discard_garbage(run_dir: Path, records: CheckpointRecords) -> None:
+    """Delete what the journal doesn't name and what can't be completed any more: it was abandoned, or is of writers
+    before the newest checkpoint. What the journal names stays, even where nothing is to be seen of its manifest. What
+    can't be deleted is tried again after the next checkpoint.
     """
-    if keep.keep_last is None:
-        return ()
-    checkpoints = run_dir / DIRECTORY
+
+    def is_needed(step: int, term: int, generation: int) -> bool:
+        return not _is_garbage(records, step, term, generation)
+
     try:
-        best = best_checkpoints(list_steps(checkpoints), validations, keep.keep_best)
-        dropped = prune(checkpoints, keep.keep_last, best)
+        deleted = discard_unnamed(run_dir / DIRECTORY, records.names, is_needed)
     except OSError as error:
         log.warning("an old checkpoint could not be deleted: %s", error)
-        return ()
-    if dropped:
-        log.info("deleted %s", ", ".join(path.name for path in dropped))
-    return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
+        return
+    if deleted:
+        log.info("deleted %s", ", ".join(path.name for path in deleted))
 
 
-def discard_unfinished(run_dir: Path, term: int, can_complete: Callable[[int, int, int], bool]) -> None:
-    """Delete parts of checkpoints that can't be completed any more, by step, term and generation, and what interrupted
-    deletions have left. What can't be deleted stays, and what is of a later term than the controller's `term`."""
-    checkpoints = run_dir / DIRECTORY
-    for path in tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ():
-        unfinished = parse_incomplete_name(path.name)
-        if path.name.startswith(DISCARDED_PREFIX) or (
-            unfinished is not None and unfinished[1] <= term and not can_complete(*unfinished)
-        ):
-            log.info("deleting %s, which can't be completed any more", path)
-            shutil.rmtree(path, ignore_errors=True)
+def _is_garbage(records: CheckpointRecords, step: int, term: int, generation: int) -> bool:
+    name = checkpoint_name(step, term, generation)
+    is_old = bool(records.current) and (term, generation, step) < _age(records.current[-1].name)
+    return name not in records.names and (is_old or name in records.abandoned)
 
 
-def drop_superseded(run_dir: Path) -> None:
+def _age(name: str) -> tuple[int, int, int]:
+    """(term, generation, step) of a checkpoint."""
+    step, term, generation = parse_checkpoint_name(name) or (-1, -1, -1)
+    return term, generation, step
+
+
+def hopeless(
+    run_dir: Path, records: CheckpointRecords, can_complete: Callable[[int, int, int], bool]
+) -> tuple[str, ...]:
+    """Names of the checkpoints in run storage that are neither complete nor garbage, and that can't be completed any
+    more, by step, term and generation. Another controller may know better, so they become garbage by an event of the
+    journal, which only its newest controller can write. Raises OSError."""
+    directory, found = run_dir / DIRECTORY, []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        writers = parse_checkpoint_name(path.name)
+        is_unfinished = writers is not None and path.name not in records.names
+        if writers and is_unfinished and not _is_garbage(records, *writers) and not can_complete(*writers):
+            found.append(path.name)
+    return tuple(sorted(found))
+
+
+def drop_set_aside(run_dir: Path, records: CheckpointRecords) -> None:
     """Delete checkpoints that were set aside, the oldest first, until another one like the newest one fits: none
     without a good one.
 
     Raises:
         OSError: run storage can't be read, or something can't be deleted.
     """
-    checkpoints = run_dir / DIRECTORY
-    there = tuple(checkpoints.iterdir()) if checkpoints.is_dir() else ()
-    hidden = sorted(path for path in there if path.name.startswith(SUPERSEDED_PREFIX))
-    steps = list_steps(checkpoints) if hidden else ()
-    if not steps:
+    aside = [path for record in records.set_aside if (path := path_of(run_dir, record)).is_dir()]
+    current = list_checkpoints(run_dir, records) if aside else ()
+    if not current:
         return
-    newest = (checkpoints / step_name(steps[-1])).iterdir()
-    needed = RESERVE_BYTES + sum(path.stat().st_size for path in newest)
-    if shutil.disk_usage(checkpoints).free >= needed or newest_good(run_dir) is None:  # the latter reads much
+    needed = RESERVE_BYTES + sum(file.stat().st_size for file in path_of(run_dir, current[-1]).iterdir())
+    if shutil.disk_usage(run_dir).free >= needed or newest_good(run_dir, records) is None:  # the latter reads much
         return
-    for path in hidden:
-        if shutil.disk_usage(checkpoints).free >= needed:
+    for path in aside:
+        if shutil.disk_usage(run_dir).free >= needed:
             return
         log.info("deleting %s, of steps that were given up: the disk is full", path)
         discard(path)
+
+
+# -- Search ------------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(run_dir: Path, records: CheckpointRecords) -> tuple[CheckpointRecord, ...]:
+    """The complete checkpoints that weren't removed by hand, oldest first. No file is read. Raises OSError."""
+    return tuple(record for record in records.current if _has_manifest(path_of(run_dir, record)))
+
+
+def _has_manifest(path: Path) -> bool:
+    try:
+        (path / MANIFEST_FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def choose(run_dir: Path, records: CheckpointRecords, step: int | None = None) -> Path | None:
+    """The checkpoint to resume from, with verified digests: that of `step`, or the newest. None without checkpoints.
+
+    Raises:
+        NotFound: there is none of `step`; the message lists the steps with one.
+        CheckpointCorrupt: its files were changed; the message names the previous good checkpoint.
+    """
+    found = list_checkpoints(run_dir, records)
+    wanted = found if step is None else tuple(record for record in found if record.step == step)
+    if step is not None and not wanted:
+        steps = ", ".join(str(record.step) for record in found) or "none"
+        raise NotFound(
+            f"{run_dir / DIRECTORY} holds no checkpoint of step {step}; it holds {steps}",
+            remedy="Name one of these steps, or none for the newest.",
+            unchanged="Nothing was started.",
+        )
+    if not wanted:
+        return None
+    chosen = wanted[-1]
+    try:
+        _verify(run_dir, chosen)
+    except CheckpointCorrupt as error:
+        earlier = [record for record in reversed(found) if record.step < chosen.step]
+        good = next((record for record in earlier if _is_good(run_dir, record)), None)
+        offer = f"newest good checkpoint before it is {path_of(run_dir, good)}" if good else ""
+        remedy = error.remedy or (f"The {offer}" if offer else "There is no good checkpoint before it")
+        raise CheckpointCorrupt(error.message, remedy=remedy, unchanged="Nothing was deleted.") from error
+    return path_of(run_dir, chosen)
+
+
+def _verify(run_dir: Path, record: CheckpointRecord) -> None:
+    """Raises CheckpointCorrupt if a file differs from what was written, OSError if it can't be read."""
+    with CheckpointReader(path_of(run_dir, record), record.sha256) as reader:
+        reader.verify()
+
+
+def _is_good(run_dir: Path, record: CheckpointRecord) -> bool:
+    try:
+        _verify(run_dir, record)
+    except CheckpointCorrupt:
+        return False
+    return True
+
+
+def newest_good(run_dir: Path, records: CheckpointRecords) -> Restore | None:
+    """The newest complete checkpoint with correct digests; bad ones are logged and skipped.
+
+    Raises:
+        OSError: one can't be read now, and may be good.
+    """
+    for record in reversed(records.current):
+        path = path_of(run_dir, record)
+        try:
+            _verify(run_dir, record)
+        except (OrchestratorError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in BROKEN:
+                raise
+            log.error("%s can't be restored: %s", path, error)
+            continue
+        return Restore(record.step, str(path))
+    return None
 
 
 class CheckpointFinder:
@@ -127,14 +232,14 @@ class CheckpointFinder:
         self._looked_s = 0.0
         self.trouble = ""  # why it is unknown now
 
-    def newest_good(self, now_s: float) -> Restore | None:
-        """The newest good checkpoint; None if there is none, or while there is `trouble`, which is rechecked at
-        intervals."""
+    def newest_good(self, now_s: float, records: CheckpointRecords) -> Restore | None:
+        """The newest good one of these checkpoints; None if there is none, or while there is `trouble`, which is
+        rechecked at intervals."""
         if self.trouble and now_s - self._looked_s < LOOK_AGAIN_S:
             return None
         self._looked_s, before = now_s, self.trouble
         try:
-            found = self._caller(newest_good, self._run_dir)
+            found = self._caller(newest_good, self._run_dir, records)
         except OSError as error:
             where = error.filename or self._run_dir
             self.trouble = (
@@ -146,32 +251,3 @@ class CheckpointFinder:
             return None
         self.trouble = ""
         return found
-
-
-def newest_good(run_dir: Path) -> Restore | None:
-    """The newest complete checkpoint with correct digests; bad ones are logged and skipped.
-
-    Raises:
-        OSError: one can't be read now, and may be good.
-    """
-    checkpoints = run_dir / DIRECTORY
-    for step in reversed(list_steps(checkpoints)):
-        path = checkpoints / step_name(step)
-        try:
-            with CheckpointReader(path) as reader:
-                reader.verify()
-        except (OrchestratorError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in BROKEN:
-                raise
-            log.error("%s can't be restored: %s", path, error)
-            continue
-        return Restore(step, str(path))
-    return None
-
-
-def leave_behind(run_dir: Path, after_step: int, term: int, generation: int) -> None:
-    """Hide the checkpoints after `after_step`, from which the run continues with `generation`: their steps were
-    discarded."""
-    mark = f"{term:06d}-{generation:06d}"
-    for path in set_aside(run_dir / DIRECTORY, after_step, mark, before=(term, generation)):
-        log.info("a checkpoint after the step that the run continues from is kept as %s", path)

@@ -118,9 +118,9 @@ class JournaledRun(RunHistory):
         yield from self._append([DataPrepared(data)])
         self.data = data
 
-    def note(self, event: Event) -> StorageTask[JournalEntry]:
-        """Journal an event that no decision made."""
-        (entry,) = yield from self._append([event])
+    def note(self, event: Event, stored: bool = False) -> StorageTask[JournalEntry]:
+        """Journal an event that no decision made. `stored`: what follows waits until run storage has it."""
+        (entry,) = yield from self._append([event], stored)
         return entry
 
     def conclude(self, status_text: str) -> StorageTask[None]:
@@ -145,8 +145,13 @@ class JournaledRun(RunHistory):
         stamps = ((plain["seq"], plain["term"], plain["time"]) for plain in written)
         entries = [JournalEntry(*stamp, event) for stamp, event in zip(stamps, events, strict=True)]
         for entry in entries:
-            self._date(entry)
+            self._enter(entry)
         return entries
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether run storage has all entries of this run so far."""
+        return self._journal.stored == self._journal.last
 
     def store(self, entry: ChainEntry) -> None:
         """Store an entry that a change has given to the `writer`. Raises OSError, TermSuperseded."""

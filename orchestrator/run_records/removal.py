@@ -3,11 +3,10 @@
 import shutil
 from pathlib import Path
 
-from orchestrator.checkpoint.manifest import step_name
-from orchestrator.checkpoint.read import discard, list_steps
+from orchestrator.checkpoint.retention import discard
 from orchestrator.errors import NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.tracker_setup import tracker_setup
 
@@ -70,20 +69,21 @@ def find_removable(run_dir: Path, step: int) -> Path:
         NotFound: the run has none of this step.
         UsageError: it is the newest one of a run that has not ended, which would need it after a failure.
     """
-    files, steps = RunFiles(run_dir), list_steps(run_dir / DIRECTORY)
-    if step not in steps:
+    files = RunFiles(run_dir)
+    there = {record.step: path for record in files.named_checkpoints() if (path := path_of(run_dir, record)).is_dir()}
+    if step not in there:
         raise NotFound(
             f"run {run_dir.name} has no checkpoint of step {step}",
-            remedy=f"It has those of {', '.join(map(str, steps)) or 'no step'}.",
+            remedy=f"It has those of {', '.join(map(str, there)) or 'no step'}.",
             unchanged=UNCHANGED,
         )
-    if step == steps[-1] and not files.status().phase.ended:
+    if step == max(there) and not files.status().phase.ended:
         raise UsageError(
             f"the checkpoint of step {step} is the newest of run {run_dir.name}, which has not ended and may need it",
             remedy="Remove it after the run's end.",
             unchanged=UNCHANGED,
         )
-    return run_dir / DIRECTORY / step_name(step)
+    return there[step]
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -91,4 +91,6 @@ def remove_checkpoint(path: Path) -> None:
     try:
         discard(path)
     except OSError as error:
-        raise StorageError(f"{path} can't be removed: {error.strerror or error}", unchanged=UNCHANGED) from error
+        raise StorageError(
+            f"{path} can't be removed: {error.strerror or error}", remedy="Make run storage writable, and repeat it."
+        ) from error

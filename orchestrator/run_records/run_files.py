@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import NotFound, nearest
+from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.run_history import read_status, read_steps, user_events
+from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
+from orchestrator.run_records.checkpoints import choose, list_checkpoints
+from orchestrator.run_records.run_history import RunHistory, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
@@ -75,6 +78,21 @@ class RunFiles:
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)
+
+    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """The complete checkpoints, oldest first."""
+        return list_checkpoints(self.run_dir, self._checkpoint_records())
+
+    def named_checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """The same, and those that were removed by hand, in part or whole."""
+        return self._checkpoint_records().current
+
+    def choose_checkpoint(self, step: int | None = None) -> Path | None:
+        """The checkpoint of `step`, or the newest, with verified digests. None without any. Raises as `choose`."""
+        return choose(self.run_dir, self._checkpoint_records(), step)
+
+    def _checkpoint_records(self) -> CheckpointRecords:
+        return RunHistory(self.run_dir, RunLimits.of(self.run_dir.name, self.job())).checkpoints
 
     def steps(self) -> list[StepRecord]:
         """Every committed step, in order."""

@@ -28,6 +28,7 @@ from orchestrator.protocol.events.run import Ended, Resumed
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.storage.chain import BEGINNING, damaged
@@ -63,6 +64,7 @@ class StoredHistory:
     troubles: Troubles
     resumed_by: str
     storage: StorageCondition
+    checkpoints: CheckpointRecords
 
 
 class RunHistory:
@@ -89,6 +91,7 @@ class RunHistory:
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
         self.storage = StorageCondition.WELL  # by the newest event
+        self.checkpoints = CheckpointRecords()
         self.compacted = -1  # number of the newest journal entry that a state included when it was read
         if is_read:
             self._read()
@@ -115,7 +118,7 @@ class RunHistory:
         self.counts = Counter({_type_of(kind): count for kind, count in found.counts.items()})
         self.numerics, self.differing, self.first_steps = found.numerics, found.differing, found.first_steps
         self.saturated, self.troubles = set(found.saturated), found.troubles
-        self.resumed_by, self.storage = found.resumed_by, found.storage
+        self.resumed_by, self.storage, self.checkpoints = found.resumed_by, found.storage, found.checkpoints
 
     def stored(self) -> bytes:
         """The history as a line of JSON."""
@@ -133,6 +136,7 @@ class RunHistory:
             troubles=self.troubles,
             resumed_by=self.resumed_by,
             storage=self.storage,
+            checkpoints=self.checkpoints,
         )
         return json.dumps(to_plain(plain), separators=(",", ":")).encode()
 
@@ -142,7 +146,7 @@ class RunHistory:
             self._recall(entry_of(plain))
 
     def _recall(self, entry: JournalEntry) -> None:
-        self._date(entry)
+        self._enter(entry)
         match entry.event:
             case StateDecided(state):
                 self._become(state)
@@ -170,7 +174,9 @@ class RunHistory:
         for worker in state.members:
             self.first_steps.setdefault(worker, self.progress.watermark + 1)
 
-    def _date(self, entry: JournalEntry) -> None:
+    def _enter(self, entry: JournalEntry) -> None:
+        """Date an event, and note which checkpoints there are after it."""
+        self.checkpoints = self.checkpoints.after(entry.event)
         kind = type(entry.event)
         self.times.setdefault(kind, entry.time)
         self.newest_times[kind] = entry.time

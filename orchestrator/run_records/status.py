@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from orchestrator.checkpoint.manifest import step_name
 from orchestrator.policy.health.expert_collapse import routing_warnings
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.publication import num_uncommitted
@@ -21,7 +20,7 @@ from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.events.generations import Activated
 from orchestrator.protocol.events.run import Ended, Submitted
 from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
-from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
@@ -51,7 +50,7 @@ def status_of(
     """
     state, progress = memory.state, memory.progress
     over = state.outcome is not None
-    checkpoint = run_dir / DIRECTORY / step_name(state.checkpoint_done) if state.checkpoint_done >= 0 else None
+    record = memory.checkpoints.of(state.checkpoint_done)
     return RunStatus(
         run_id=limits.run_id,
         run_dir=str(run_dir),
@@ -70,8 +69,8 @@ def status_of(
         tokens_per_second=tokens_per_second(progress),
         rescales=state.rescales,
         recoveries=state.recoveries,
-        checkpoint=str(checkpoint) if checkpoint else None,
-        checkpoint_step=state.checkpoint_done if checkpoint else None,
+        checkpoint=str(path_of(run_dir, record)) if record else None,
+        checkpoint_step=record.step if record else None,
         tracking_url=tracking_url,
         warning="; ".join(
             text

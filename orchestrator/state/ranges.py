@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orchestrator.elastic.state_spec import changes_in_forward
+
 
 @dataclass(frozen=True)
 class Range:
@@ -67,6 +69,15 @@ class NamedRanges:
         copy = NamedRanges()
         for name, held in self:
             copy.add(name, held.start, held.data.detach())
+        return copy
+
+    def until_update(self) -> "NamedRanges":
+        """As `detached`, for a thread that reads them beside the forward passes of the next step: what those may write
+        to is copied."""
+        copy = NamedRanges()
+        for name, held in self:
+            data = held.data.detach()
+            copy.add(name, held.start, data.clone() if changes_in_forward(name) else data)
         return copy
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.checkpoint.read import choose
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
 from orchestrator.run_records.data_preparation import DataPrepared
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.submission.torch_process import TorchProcess
 
@@ -45,7 +45,7 @@ def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
         NotFound: there is no such checkpoint.
         CheckpointCorrupt: its files are missing or changed; the message names the previous good one.
     """
-    checkpoint = choose(run_dir / "checkpoints", step)
+    checkpoint = RunFiles(run_dir).choose_checkpoint(step)
     if checkpoint is None:
         raise NotFound(
             f"run {run_id} has no checkpoint yet",

@@ -5,11 +5,10 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.checkpoint.read import choose, read_manifest
+from orchestrator.checkpoint.read import read_manifest
 from orchestrator.errors import NotFound
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
 
 
@@ -34,6 +33,6 @@ def resume_request(run_dir: Path, step: int | None, workers: int | None, reset_r
         NotFound: there is no checkpoint of this step.
         CheckpointCorrupt: its files are missing or changed; the message names the one before.
     """
-    path = choose(run_dir / DIRECTORY, step)
+    path = RunFiles(run_dir).choose_checkpoint(step)
     restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
     return ResumeRequest(uuid.uuid4().hex, restore, workers)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.read import choose, list_steps
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.replay_check import Differences
 from orchestrator.policy.state.run_state import StateDecided
@@ -22,6 +21,7 @@ from orchestrator.protocol.events.notices import NumericsDiffer, NumericsRecorde
 from orchestrator.protocol.events.training import StageDecided
 from orchestrator.protocol.messages import PastWorld
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.model_process import store_of
@@ -68,7 +68,8 @@ def what_to_verify(
         CheckpointCorrupt: its files are missing or changed.
         DataError: the token store is gone.
     """
-    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    files = RunFiles(run_dir)
+    job = files.job()
     if not job.train.is_exact:
         raise UsageError(
             f"train.determinism of run {run_id} is {job.train.determinism}: repeating its steps may give other bits",
@@ -80,10 +81,10 @@ def what_to_verify(
         raise NotFinished(f"run {run_id} has no committed step yet", remedy="Verify it once it has trained.")
     newest = committed[-1].step
     if after is None:
-        after = max((step for step in list_steps(run_dir / "checkpoints") if step < newest), default=-1)
+        after = max((record.step for record in files.checkpoints() if record.step < newest), default=-1)
     elif after >= newest:
         raise UsageError(f"run {run_id} has no step after {after}; its newest committed one is {newest}")
-    checkpoint = choose(run_dir / "checkpoints", after) if after >= 0 else None
+    checkpoint = files.choose_checkpoint(after) if after >= 0 else None
     decided = [e.event.first_step for e in entries if isinstance(e.event, StageDecided) and e.event.first_step > after]
     last = min([after + steps, *(first_step - 1 for first_step in decided)])
     records = tuple(record for record in committed if after < record.step <= last)

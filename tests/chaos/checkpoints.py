@@ -1,15 +1,16 @@
 """Reader of checkpoints that shares no code with the product, and what retention promises of them.
 
-RUN/checkpoints/step-00000120/manifest.json     {"sha256", "manifest": {tensors, files, step, …}}
-RUN/checkpoints/step-00000120/shard-00000.safetensors
-RUN/checkpoints/.superseded-…                   the same, of steps that the run went back behind
+RUN/checkpoints/NAME/manifest.json     {"sha256", "manifest": {tensors, files, step, …}}
+RUN/checkpoints/NAME/….safetensors     as the manifest names them
+RUN/journal/                           names them, with the digest of the manifest's file
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,20 +20,26 @@ from safetensors import safe_open
 from tests.chaos.journal import Event
 
 BLOCK_BYTES = 64 * 2**20  # each has a digest
-GARBAGE = (".incomplete-", ".discarded-")
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+@dataclass(frozen=True)
+class Named:
+    """A checkpoint that a journal names. `name` is its directory's, `sha256` of its manifest's file."""
+
+    step: int
+    name: str
+    sha256: str
+
+    def path(self, run_dir: Path) -> Path:
+        return run_dir / "checkpoints" / self.name
 
 
-def faults_of(checkpoint: Path) -> list[str]:
+def faults_of(checkpoint: Path, sha256: str) -> list[str]:
     """What is wrong with a checkpoint: its manifest's and files' digests, the pieces of its tensors. FileNotFoundError
     if it, or a file of it, isn't there."""
-    outer = json.loads((checkpoint / "manifest.json").read_bytes())
-    manifest = outer["manifest"]
-    body = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
-    faults = [] if hashlib.sha256(body).hexdigest() == outer["sha256"] else ["the manifest's digest differs"]
+    content = (checkpoint / "manifest.json").read_bytes()
+    manifest = json.loads(content)["manifest"]
+    faults = [] if hashlib.sha256(content).hexdigest() == sha256 else ["the manifest's digest differs"]
     for name, entry in manifest["files"].items():
         if _digests(checkpoint / name) != entry["sha256"]:
             faults.append(f"{name}: a digest differs")
@@ -66,38 +73,50 @@ def differing(tensors: dict[str, NDArray[Any]], others: dict[str, NDArray[Any]])
     ]
 
 
-def promised_steps(events: Iterable[Event], keep_last: int) -> list[int]:
-    """Steps of the checkpoints that must be there, given a journal: the newest ones that were completed, and neither
-    deleted nor given up, because a generation began at an earlier step."""
-    named: list[int] = []
+def promised(events: Iterable[Event], keep_last: int) -> list[Named]:
+    """The checkpoints that must be there, given a journal: the newest ones that were completed, and neither deleted nor
+    given up, because a generation began at an earlier step."""
+    named: list[Named] = []
     for event in events:
         if event["kind"] == "checkpoint":
-            named = [step for step in named if step != event["step"]] + [event["step"]]
+            named = [one for one in named if one.step != event["step"]] + [_named(event)]
         elif event["kind"] == "checkpoints_deleted":
-            named = [step for step in named if step not in event["steps"]]
+            named = [one for one in named if one.step not in event["steps"]]
         elif event["kind"] == "activated":
-            named = [step for step in named if step <= event["step"]]
+            named = [one for one in named if one.step <= event["step"]]
     return named[-keep_last:]
 
 
-def broken_promises(run_dir: Path, steps: Iterable[int]) -> list[str]:
+def broken_promises(run_dir: Path, checkpoints: Iterable[Named]) -> list[str]:
     """Which of these checkpoints are missing or damaged."""
     faults: list[str] = []
-    for step in steps:
+    for one in checkpoints:
         try:
-            faults += faults_of(checkpoint_dir(run_dir, step))
+            faults += faults_of(one.path(run_dir), one.sha256)
         except FileNotFoundError as error:
-            faults.append(f"the checkpoint of step {step}: {error.filename} is missing")
+            faults.append(f"the checkpoint of step {one.step}: {error.filename} is missing")
     return faults
 
 
-def garbage_in(run_dir: Path, num_killed: int) -> list[str]:
-    """What a run must not leave in its storage: parts of checkpoints, its reserve, and more files that were being
-    written than processes were killed."""
-    left = [path.name for path in run_dir.glob("checkpoints/.*") if path.name.startswith(GARBAGE)]
+def garbage_in(run_dir: Path, events: Iterable[Event], num_killed: int) -> list[str]:
+    """What a run must not leave in its storage: parts of checkpoints that its journal doesn't name, its reserve, and
+    more files that were being written than processes were killed."""
+    named: dict[str, int] = {}
+    for event in events:
+        if event["kind"] == "checkpoint":
+            named[_named(event).name] = event["step"]
+        elif event["kind"] == "checkpoints_deleted":
+            newest = {step: name for name, step in named.items()}
+            for step in event["steps"]:
+                named.pop(newest.get(step, ""), None)
+    left = [path.name for path in run_dir.glob("checkpoints/*") if path.name not in named]
     left += [path.name for path in run_dir.glob(".reserve")]
     partial = [str(path.relative_to(run_dir)) for path in run_dir.rglob(".*.partial")]
     return left + (partial if len(partial) > num_killed else [])
+
+
+def _named(event: Event) -> Named:
+    return Named(event["step"], PurePath(event["path"]).name, event["sha256"])
 
 
 def _digests(path: Path) -> list[str]:

@@ -4,7 +4,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.chaos.checkpoints import broken_promises, promised_steps
+from tests.chaos.checkpoints import broken_promises, promised
 from tests.chaos.invariants import records_of
 from tests.chaos.job import KEEP_LAST
 from tests.chaos.journal import Event, Follower
@@ -84,10 +84,10 @@ class Observer:
         """Promised checkpoints that aren't good, though the journal, read again, still promises them."""
         broken: list[str] = []
         for _ in range(LOOKS):
-            steps = promised_steps(self.events, KEEP_LAST)
-            broken = broken_promises(self._run_dir, steps)
+            named = promised(self.events, KEEP_LAST)
+            broken = broken_promises(self._run_dir, named)
             if not broken:
-                self.num_verified += len(steps)
+                self.num_verified += len(named)
                 return []
             time.sleep(LOOK_EVERY_S)
             self._look()

@@ -8,10 +8,9 @@ from typing import Any
 
 from tests.chaos.checkpoints import (
     broken_promises,
-    checkpoint_dir,
     differing,
     garbage_in,
-    promised_steps,
+    promised,
     tensors_of,
 )
 from tests.chaos.checks import Checks
@@ -73,7 +72,10 @@ def _play(schedule: Schedule, checks: Checks, cluster: Cluster, place: Path, dis
     ended = [] if status["phase"] == "stopped" else [f"{status['phase']}: {status['why']}"]
     checks.check("the run ends as it was asked to", ended)
     checks.check("nothing of the run is left in the cluster", _left_in(cluster, run))
-    checks.check("nothing but its records is left in storage", garbage_in(run_dir, faults.num_killed))
+    checks.check(
+        "nothing but its records is left in storage",
+        garbage_in(run_dir, whole_chain(run_dir).events, faults.num_killed),
+    )
     _check_records(checks, cluster, place, run_dir, status)
 
 
@@ -82,18 +84,19 @@ def _check_records(checks: Checks, cluster: Cluster, place: Path, run_dir: Path,
     chain = whole_chain(run_dir)
     checks.check("the journal is one chain", chain.faults)
     checks.check("every step is recorded once", step_faults(chain.events) + count_faults(chain.events, steps))
-    promised = promised_steps(chain.events, KEEP_LAST)
-    checks.check("promised checkpoints are good", broken_promises(run_dir, promised))
-    checks.check("the last step has a checkpoint", end_faults(chain.events, promised))
+    named = promised(chain.events, KEEP_LAST)
+    checks.check("promised checkpoints are good", broken_promises(run_dir, named))
+    checks.check("the last step has a checkpoint", end_faults(chain.events, [one.step for one in named]))
     calm = place / "runs" / "calm"
-    job = write_job(place / "calm.yaml", place / "texts", calm.parent, promised[-1] + 1, **undisturbed())
+    job = write_job(place / "calm.yaml", place / "texts", calm.parent, named[-1].step + 1, **undisturbed())
     cluster.expect("submit", str(job))
     waited = cluster("wait", "calm", timeout_s=ENDED_S + STEP_S * steps)
     if waited.code != 0:
         checks.check("the undisturbed run succeeds", [f"exit code {waited.code}: {waited.error}"])
         return
-    checks.check("losses are those of an undisturbed run", loss_faults(chain.events, whole_chain(calm).events))
-    ours, other = (tensors_of(checkpoint_dir(directory, promised[-1])) for directory in (run_dir, calm))
+    theirs = whole_chain(calm).events
+    checks.check("losses are those of an undisturbed run", loss_faults(chain.events, theirs))
+    ours, other = tensors_of(named[-1].path(run_dir)), tensors_of(promised(theirs, 1)[0].path(calm))
     checks.check(f"{len(other)} tensors are those of an undisturbed run", differing(ours, other))
     checks.say(f"{steps} steps compared, {len(chain.links)} journal entries, {chain.term} terms")
 

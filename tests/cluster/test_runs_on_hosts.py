@@ -10,8 +10,6 @@ import psutil
 import pytest
 import ray
 
-from orchestrator.checkpoint.manifest import step_name
-from orchestrator.checkpoint.read import list_steps, read_manifest
 from orchestrator.client import OrchestratorClient
 from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S
 from orchestrator.protocol.status import RunPhase, RunStatus
@@ -298,12 +296,12 @@ def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
     (recovery,) = status.recoveries
     (over_time,) = [event["time"] for event in _events(driver, run) if event["kind"] == "generation_aborted"]
     checkpoints = Path(status.run_dir) / "checkpoints"
-    for shard in checkpoints.glob(".incomplete-*/*"):
+    complete = RunFiles(Path(status.run_dir)).checkpoints()
+    for shard in [path for path in checkpoints.glob("*/*") if path.parent.name not in {c.name for c in complete}]:
         generation = int(shard.parent.name.rpartition("-")[2])
         assert generation >= recovery.generation or shard.stat().st_mtime < over_time, shard
-    complete = {step: read_manifest(checkpoints / step_name(step)) for step in list_steps(checkpoints)}
-    assert max(complete) > recovery.step
-    assert all((step > recovery.step) == (m.generation >= recovery.generation) for step, m in complete.items())
+    assert complete[-1].step > recovery.step
+    assert all((c.step > recovery.step) == (c.generation >= recovery.generation) for c in complete)
     published = [record for event in _events(driver, run) if event["kind"] == "steps" for record in event["records"]]
     assert all((r["step"] > recovery.step) == (r["generation"] >= recovery.generation) for r in published)
     assert len(published) == len({r["step"] for r in published})

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
+from orchestrator.checkpoint.manifest import MANIFEST_FILE
+from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.run_files import RunFiles
 from tests.support.control import UNHURRIED, Cluster, local_ray
 
 pytestmark = pytest.mark.ray
@@ -89,7 +92,8 @@ def _back_behind_a_checkpoint(on: Cluster, name: str, every: int) -> Path:
     on.until(name, lambda s: s.checkpoint_step is not None and s.checkpoint_step >= 2 * every - 1)
     for pid in pids.values():
         os.kill(pid, signal.SIGSTOP)  # no newer one is written meanwhile
-    newest = max((on.storage / name / "checkpoints").glob("step-*"))
+    run_dir = on.storage / name
+    newest = path_of(run_dir, RunFiles(run_dir).checkpoints()[-1])
     shard = next(newest.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -129,11 +133,12 @@ def test_a_pause_behind_a_checkpoint_of_the_abandoned_past_writes_one(on: Cluste
     status = on.end_of("behind")
     assert status.phase is RunPhase.PAUSED and status.recoveries[0].source == "checkpoint", status
     checkpoint = Path(str(status.checkpoint))
-    assert checkpoint < newest and list_checkpoints(newest.parent)[-1] == checkpoint
+    run_dir = newest.parents[1]
+    assert checkpoint < newest and path_of(run_dir, RunFiles(run_dir).checkpoints()[-1]) == checkpoint
     with CheckpointReader(checkpoint) as reader:
         reader.verify()
         assert reader.manifest.generation == 1 and f"after {reader.manifest.step + 1} of 300 steps" in status.why
-    assert len(list(newest.parent.glob(f".superseded-*-{newest.name}"))) == 1
+    assert (newest / MANIFEST_FILE).exists()  # set aside, not deleted
 
 
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:

@@ -59,7 +59,7 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
     wanted |= {f"buffer/{name}": shape for name, shape in buffers}
     directory = Path(worker_group.job.storage_dir) / "checkpoints"
     written = read_shards(directory, shards, term=1)
-    path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted), term=1)
+    path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted))
     with CheckpointReader(path) as reader:
         return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
 

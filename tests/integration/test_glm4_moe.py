@@ -132,7 +132,7 @@ def _checkpoint_of(model: MoELanguageModel, directory: Path) -> Path:
         shards.append(write_shard(directory, pieces, step=7, term=1, generation=0, rank=rank, meta="{}"))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     written = read_shards(directory, shards, term=1)
-    return commit(directory, manifest_of(written, run_id="run", term=1, shapes=shapes), term=1)
+    return commit(directory, manifest_of(written, run_id="run", term=1, shapes=shapes))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-5), ("bf16", 0.2)])

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.checkpoint.hf.export import export_hf
-from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.manifest import checkpoint_name
+from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.cli.main import main
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
@@ -28,6 +29,8 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.events.base import plain_of
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.directory import DirectoryObjects
@@ -38,6 +41,7 @@ from tests.support.texts import small_job
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "def __init__(self, name):"
+CHECKPOINT = checkpoint_name(7, 1, 0)
 PADDING = 20  # rows of the vocabulary beyond the tokenizer's
 
 
@@ -49,11 +53,12 @@ def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFacto
     sizes = {"vocab_size": store.vocab_size + PADDING, "initializer_range": 0.2, "qk_norm": True}
     job = small_job(texts, model=sizes, sequence_length=32)
     model = _random(job)
-    _checkpoint_of(model, run_dir / "checkpoints")
+    checkpoint = _checkpoint_of(model, run_dir / "checkpoints")
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     store.tokenizer().save(run_dir / "tokenizer.json")
     data = PreparedData(str(store_dir), store.vocab_size, str(run_dir / "tokenizer.json"))
-    Journal(DirectoryObjects(run_dir)).append([{"kind": "prepared", "data": to_plain(data)}])
+    complete = CheckpointCommitted(7, str(checkpoint), 0, read_manifest(checkpoint).digest)
+    Journal(DirectoryObjects(run_dir)).append([{"kind": "prepared", "data": to_plain(data)}, plain_of(complete)])
     return run_dir
 
 
@@ -98,7 +103,7 @@ def orchestrator(
 
 def test_greedy_text_is_that_of_transformers(orchestrator: Callable[..., Done], run_dir: Path, tmp_path: Path) -> None:
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
-    export_hf(run_dir / "checkpoints" / "step-00000007", job, run_dir / "tokenizer.json", tmp_path / "hf", "fp32")
+    export_hf(run_dir / "checkpoints" / CHECKPOINT, job, run_dir / "tokenizer.json", tmp_path / "hf", "fp32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     encoded = AutoTokenizer.from_pretrained(tmp_path / "hf")(PROMPT, return_tensors="pt")["input_ids"]
     known = TextTokenizer.load(run_dir / "tokenizer.json")
@@ -201,7 +206,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    checkpoint = run_dir / "checkpoints" / "step-00000007"
+    checkpoint = run_dir / "checkpoints" / CHECKPOINT
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
@@ -218,7 +223,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
 
 
 def test_a_process_that_dies_says_what_it_said(run_dir: Path, tmp_path: Path) -> None:
-    with CheckpointReader(run_dir / "checkpoints" / "step-00000007") as reader:
+    with CheckpointReader(run_dir / "checkpoints" / CHECKPOINT) as reader:
         reader.verify()
     with pytest.raises(OrchestratorError, match=r"(?s)ended by itself \(1\).*FileNotFoundError"):
         list(ask_model(Evaluation(str(tmp_path), "no checkpoint", "no store")))

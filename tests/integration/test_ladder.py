@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.policy.state.run_state import Commit
+from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, ShardWritten
+from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
+from orchestrator.run_records.run_history import read_entries
 from orchestrator.sampling.sample_ledger import audit
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
@@ -189,9 +195,10 @@ def test_a_member_that_dies_in_a_rescale(worker_group: Crew, undisturbed: Crew, 
 
 
 def _commit(worker_group: Crew, shards: tuple[ShardWritten, ...]) -> None:
-    """Mark a checkpoint complete, as a controller does."""
-    first = shards[0]
-    commit_checkpoint("test", Path(worker_group.job.storage_dir), 1, Commit(first.step, 1, first.generation, shards))
+    """Complete a checkpoint, as a controller does."""
+    first, run_dir = shards[0], Path(worker_group.job.storage_dir)
+    done = commit_checkpoint("test", run_dir, Commit(first.step, 1, first.generation, shards))
+    Journal(DirectoryObjects(run_dir)).append([plain_of(done)])
 
 
 def _has_written(step: int, report: Report) -> bool:
@@ -211,7 +218,10 @@ def _train_past_checkpoints(worker_group: Crew, *steps: int) -> GenerationPlan:
 
 def _begin_again(worker_group: Crew, members: list[str]) -> int:
     """From the newest good checkpoint. Returns its step."""
-    restore = newest_good(Path(worker_group.job.storage_dir))
+    run_dir, records = Path(worker_group.job.storage_dir), CheckpointRecords()
+    for entry in read_entries(run_dir):
+        records = records.after(entry.event)
+    restore = newest_good(run_dir, records)
     assert restore is not None
     worker_group.send(aborted=worker_group.newest_generation, current=None, next=None)
     worker_group.start(worker_group.plan(members, generation=worker_group.newest_generation + 1, restore=restore))
@@ -239,7 +249,7 @@ def test_when_all_are_lost_new_workers_read_a_checkpoint(worker_group: Crew, und
     worker_group.arm(*(Fault(rank, Moment.FORWARD, step=17, generation=0) for rank in range(4)))
     _train_past_checkpoints(worker_group, 4, 9)
     _die(worker_group, (0, 1, 2, 3))
-    newest = max((Path(worker_group.job.storage_dir) / "checkpoints").glob("step-*"))
+    newest = Path(worker_group.job.storage_dir) / "checkpoints" / checkpoint_name(9, 1, 0)
     if damaged:
         _damage(next(newest.glob("*.safetensors")))
     step = _begin_again(worker_group, worker_group.add(2))

@@ -202,7 +202,7 @@ def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
         wanted = {f"{kind}/{p.name}": p.shape for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
         wanted |= {f"buffer/{name}": shape for name, shape in buffers}
         written = read_shards(directory, shards, term=1)
-        path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted), term=1)
+        path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted))
         readers.append(CheckpointReader(path))
     ours, alone = readers
     ours.verify()

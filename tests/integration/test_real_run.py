@@ -84,8 +84,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     paused = client.wait(run, timeout_s=60.0)
     assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
     assert client.audit(run).ok and client.audit(run).steps == paused.step
-    steps = [int(path.name.removeprefix("step-")) for path in (Path(paused.run_dir) / "checkpoints").glob("step-*")]
-    assert len(steps) == 2  # keep_last
+    assert len(list((Path(paused.run_dir) / "checkpoints").iterdir())) == 2  # keep_last
     with pytest.raises(UsageError, match="allows 1 to 3"):
         client.resume(run, workers=4)
     with pytest.raises(NotFound, match="no checkpoint of step 7"):

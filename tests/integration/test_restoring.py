@@ -31,7 +31,7 @@ def _commit(worker_group: Crew, step: int) -> Path:
     """Mark the checkpoint of `step` complete, as a controller does."""
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     complete = Commit(step, 1, shards[0].generation, tuple(shards))
-    return commit_checkpoint("test", Path(worker_group.job.storage_dir), 1, complete)
+    return Path(commit_checkpoint("test", Path(worker_group.job.storage_dir), complete).path)
 
 
 def _job(texts: Path, compression: str = "none", **train: Any) -> JobSpec:

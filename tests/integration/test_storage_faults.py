@@ -15,6 +15,7 @@ from orchestrator.cluster.actors import names_of
 from orchestrator.cluster.published.status_reader import published_status
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
@@ -87,8 +88,10 @@ def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) ->
         crowded = _tensors(status)
         assert before.checkpoint is not None
         run_dir = Path(status.run_dir)
-        left = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".incomplete")]
-        assert left == [] and not (run_dir / ".reserve").exists()
+        kept = {record.name for record in RunFiles(run_dir).checkpoints()}
+        assert {path.name for path in (run_dir / "checkpoints").iterdir()} == kept and not (
+            run_dir / ".reserve"
+        ).exists()
         calm = client.wait(_submit(client, texts, "calm", tmp_path / "runs", steps), timeout_s=300.0)
         assert crowded == _tensors(calm)
 

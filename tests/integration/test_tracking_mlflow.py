@@ -88,7 +88,7 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     first.inputs(1, DATASETS)
     first.inputs(1, DATASETS)
     for seq, step in enumerate((599, 1099, 1199)):
-        first.event(1, JournalEntry(seq, 1, time.time(), CheckpointCommitted(step, f"/c/{step}")))
+        first.event(1, JournalEntry(seq, 1, time.time(), CheckpointCommitted(step, f"/c/{step}", 0, "")))
     first.event(1, JournalEntry(3, 1, time.time(), CheckpointsDeleted((599,))))
     assert first.finish(1, "failed", reason="peer_lost: worker 3", timeout_s=PATIENCE_S), first.describe()
     client = client_of(uri)
@@ -99,7 +99,7 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     assert second.position().step == 1199
     second.event(2, JournalEntry(4, 2, time.time(), Resumed("t", 1099, None, 2)))
     second.publish(2, points("train/loss", range(1100, 1500), 9.0), after=1099)
-    second.event(2, JournalEntry(5, 2, time.time(), CheckpointCommitted(1499, "/c/1499")))
+    second.event(2, JournalEntry(5, 2, time.time(), CheckpointCommitted(1499, "/c/1499", 0, "")))
     assert second.finish(2, "succeeded", timeout_s=PATIENCE_S), second.describe()
     assert second.describe()["mlflow_run_id"] == run.info.run_id
     with pytest.raises(TermSuperseded, match="term 1 may not publish: term 2 does"):

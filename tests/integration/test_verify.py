@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.policy.replay_check import Difference, first_difference
@@ -69,13 +70,18 @@ def _commit(worker_group: Crew, step: int) -> None:
     members = list(worker_group.directive.current.world.members)
     worker_group.await_all(members, lambda r: any(shard.step == step for shard in r.shards))
     written = [shard for w in members for shard in worker_group.members[w].report().shards if shard.step == step]
-    commit_checkpoint("test", Path(worker_group.job.storage_dir), 1, Commit(step, 1, 0, tuple(written)))
+    commit_checkpoint("test", Path(worker_group.job.storage_dir), Commit(step, 1, 0, tuple(written)))
+
+
+def _path(worker_group: Crew, step: int) -> str:
+    return str(Path(worker_group.job.storage_dir) / "checkpoints" / checkpoint_name(step, 1, 0))
 
 
 def _check(worker_group: Crew, step: int, last_step: int, number: int = 0) -> ReplayTask:
     plan = worker_group.directive.current
     assert plan is not None
-    check = ReplayTask(number, worker_group.ids[2], step, last_step, (PastWorld(0, plan.world, plan.placement),))
+    past = (PastWorld(0, plan.world, plan.placement),)
+    check = ReplayTask(number, worker_group.ids[2], step, _path(worker_group, step), last_step, past)
     worker_group.send(check=check)
     return check
 
@@ -270,7 +276,7 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
         assert first is not None and worker_group.records[7].update.skipped
         began = next(r.step for r in sorted(worker_group.records.values(), key=lambda r: r.step) if r.generation == 1)
         past = (PastWorld(0, first.world, first.placement), PastWorld(began, second.world, second.placement))
-        check = ReplayTask(0, worker_group.ids[3], 4, STEPS - 1, past, skips=(7,))
+        check = ReplayTask(0, worker_group.ids[3], 4, _path(worker_group, 4), STEPS - 1, past, skips=(7,))
         worker_group.send(check=check)
         answer = _answer(worker_group, check)
     assert len(answer.findings) == STEPS - 5

@@ -1,4 +1,4 @@
-"""A small checkpoint, as two ranks write it."""
+"""A small checkpoint, as two ranks write it and a controller completes it."""
 
 from pathlib import Path
 
@@ -7,20 +7,32 @@ import numpy as np
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.protocol.events.base import plain_of
+from orchestrator.protocol.events.training import CheckpointCommitted
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 
 VALUES = np.arange(10, dtype=np.float32)
 
 
-def write_checkpoint(run_dir: Path, step: int = 20) -> Path:
-    """Write `master/a`, which are the `VALUES`, in two pieces, and `buffer/b`."""
+def write_checkpoint(run_dir: Path, step: int = 20, generation: int = 0, journal: Journal | None = None) -> Path:
+    """Write `master/a`, which are the `VALUES`, in two pieces, and `buffer/b`.
+
+    Args:
+        journal: of the run; None for one that takes the next term.
+    """
     directory = run_dir / "checkpoints"
     pieces = [
         [ShardPiece("master/a", 0, 6, VALUES[:6])],
         [ShardPiece("master/a", 6, 10, VALUES[6:]), ShardPiece("buffer/b", 0, 2, np.array([1, 2], np.int64))],
     ]
     shards = [
-        write_shard(directory, mine, step=step, term=1, generation=0, rank=rank) for rank, mine in enumerate(pieces)
+        write_shard(directory, mine, step=step, term=1, generation=generation, rank=rank)
+        for rank, mine in enumerate(pieces)
     ]
     shapes, dtypes = {"master/a": (2, 5), "buffer/b": (2,)}, {"buffer/b": "int64"}
-    found = read_shards(directory, shards, term=1)
-    return commit(directory, manifest_of(found, run_id="r", term=1, shapes=shapes, dtypes=dtypes), term=1)
+    manifest = manifest_of(read_shards(directory, shards, term=1), run_id="r", term=1, shapes=shapes, dtypes=dtypes)
+    path = commit(directory, manifest)
+    complete = CheckpointCommitted(step, str(path), generation, manifest.digest)
+    (journal or Journal(DirectoryObjects(run_dir))).append([plain_of(complete)])
+    return path

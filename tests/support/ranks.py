@@ -47,7 +47,9 @@ class Ranks:
         self._processes: list[Any] = []
         self._numbers = itertools.count()
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = PATIENCE_S
+    ) -> list[Any]:
         """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any."""
         while len(self._pipes) < world_size:
             ours, theirs = forks.context.Pipe()
@@ -60,9 +62,9 @@ class Ranks:
             self._pipes[rank].send((function, rank, world_size, port, prefix, args))
         answers = []
         for rank in range(world_size):
-            if not self._pipes[rank].poll(PATIENCE_S):
+            if not self._pipes[rank].poll(timeout_s):
                 self.close()
-                raise AssertionError(f"rank {rank} of {world_size} gave no answer within {PATIENCE_S} s")
+                raise AssertionError(f"rank {rank} of {world_size} gave no answer within {timeout_s} s")
             answers.append(self._pipes[rank].recv())
         failures = [text for ok, text in answers if not ok]
         assert not failures, "\n".join(failures)

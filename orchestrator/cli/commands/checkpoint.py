@@ -16,14 +16,21 @@ app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 @app.command("ls")
 def list_all(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
     """List a run's complete checkpoints, the oldest first."""
-    from orchestrator.checkpoint.read import list_checkpoints, read_manifest
+    from orchestrator.checkpoint.read import read_manifest
     from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.errors import CheckpointCorrupt
+    from orchestrator.run_records.checkpoints import path_of
 
     files = find_run(run, storage, address).files
     records = {record.step: record for record in files.steps()}
     found = []
-    for path in list_checkpoints(files.run_dir / "checkpoints"):
-        manifest = read_manifest(path)
+    for complete in files.checkpoints():
+        path = path_of(files.run_dir, complete)
+        try:
+            manifest = read_manifest(path, complete.sha256)
+        except CheckpointCorrupt as error:  # removed just now, or damaged
+            narrate(f"The checkpoint of step {complete.step} is left out. {error}")
+            continue
         record = records.get(manifest.step)
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
         written_time = (path / "manifest.json").stat().st_mtime

@@ -54,13 +54,12 @@ def export(
 ) -> None:
     """Write a run's model as a directory that other libraries load. Prints the directory."""
     from orchestrator.checkpoint.hf.export import export_hf
-    from orchestrator.checkpoint.read import choose
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import NotFound
     from orchestrator.spec.job import JobSpec
 
-    run_dir = find_run(run, storage, address).files.run_dir
-    checkpoint = choose(run_dir / "checkpoints", step)
+    files = find_run(run, storage, address).files
+    run_dir, checkpoint = files.run_dir, files.choose_checkpoint(step)
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())

@@ -142,7 +142,7 @@ def _committed(limits: RunLimits, state: RunState, seen: Observation) -> int:
 
 def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Begin again from a checkpoint, or from the seed if there is none: no live workers hold a whole state. One that
-    lacks only its marker comes first, as its steps may be published."""
+    lacks only its entry in the journal comes first, as its steps may be published."""
     recorded = max(seen.progress.watermark, seen.recording)
     if any(commit.step <= recorded for commit in complete_checkpoints(state, seen)):
         return Decision(state)

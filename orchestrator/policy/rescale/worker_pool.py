@@ -173,8 +173,8 @@ def traceback_of(seen: Observation, worker: str) -> str:
 
 def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...], keeps: bool) -> Decision:
     """Release workers that are to leave, then a slow standby or the youngest; none that holds a shard of a checkpoint
-    without its marker. `keeps`: a keeper that is to leave stays until another one has a snapshot, as there will be one;
-    of the others the keeper is released last."""
+    that isn't complete. `keeps`: a keeper that is to leave stays until another one has a snapshot, as there will be
+    one; of the others the keeper is released last."""
     begins_anew = state.current is None  # from a checkpoint: state in workers is not used
     if state.settled < state.activated and not begins_anew:
         return Decision(state)  # a worker that left may hold state that is needed if the new world fails

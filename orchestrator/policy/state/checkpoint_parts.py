@@ -1,4 +1,4 @@
-"""Checkpoints of which parts are written, and lack a marker."""
+"""Checkpoints of which parts are written, and that are not complete."""
 
 from orchestrator.policy.state.run_state import Commit, Observation, RunState
 from orchestrator.protocol.worker_report import ShardWritten

@@ -165,14 +165,15 @@ class Observation:
     """A controller's view: the newest report of every worker that answered, failed workers with reasons, and the rest.
 
     `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
-    known. `checkpointed` is (generation, step) of the newest checkpoint's marker, `restorable` the newest good
-    checkpoint, if `wants_restore` asked for it, known once `is_searching` ends; `unreadable` is why it can't be read
-    now. `recording` is the newest step whose record is in the journal, or is about to be. `nodes` maps workers to
-    nodes, `silence_s` to the time since their last answer; `idle_s` is the time since any worker reported something
-    new. `store_address` is the rendezvous store's, None while there is none: no generation can be planned then.
-    `faults` are failures outside the workers that end the run. `draining` maps nodes that will be removed from the
-    cluster to `time.time()` of the deadline, 0 without one. `gone` holds the last reports of workers that are gone.
-    `grant` is the newest one of the Scheduler, `priority` the newest one that was requested, None for the job's.
+    known. `checkpointed` is (generation, step) of the newest complete checkpoint, `checkpoints` maps the steps of all
+    to their directories, `restorable` is the newest good one, if `wants_restore` asked for it, known once
+    `is_searching` ends; `unreadable` is why it can't be read now. `recording` is the newest step whose record is in
+    the journal, or is about to be. `nodes` maps workers to nodes, `silence_s` to the time since their last answer;
+    `idle_s` is the time since any worker reported something new. `store_address` is the rendezvous store's, None while
+    there is none: no generation can be planned then. `faults` are failures outside the workers that end the run.
+    `draining` maps nodes that will be removed from the cluster to `time.time()` of the deadline, 0 without one. `gone`
+    holds the last reports of workers that are gone. `grant` is the newest one of the Scheduler, `priority` the newest
+    one that was requested, None for the job's.
     """
 
     term: int
@@ -183,6 +184,7 @@ class Observation:
     lost: Mapping[str, str] = field(default_factory=dict)
     gone: Mapping[str, Report] = field(default_factory=dict)
     checkpointed: tuple[int, int] = (-1, -1)
+    checkpoints: Mapping[int, str] = field(default_factory=dict)
     recording: int = -1
     restorable: Restore | None = None
     is_searching: bool = False
@@ -204,7 +206,7 @@ class Observation:
 
     @property
     def committed(self) -> int:
-        """The newest committed step, by members' reports or a checkpoint's marker; without a second holder, the newest
+        """The newest committed step, by members' reports or a complete checkpoint; without a second holder, the newest
         finished one."""
         return max(
             [self.progress.watermark, self.checkpointed[1], *(r.protection.committed for r in self.reports.values())]
@@ -218,7 +220,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Commit:
-    """All shards of a checkpoint are in run storage: write its marker. `term` is that of the generation's plan."""
+    """All shards of a checkpoint are in run storage: complete it. `term` is that of the generation's plan."""
 
     step: int
     term: int

@@ -15,10 +15,18 @@ class StepsCommitted(Event, kind="steps", internal=True):
 
 @dataclass(frozen=True)
 class CheckpointCommitted(Event, kind="checkpoint"):
-    """A checkpoint is complete."""
+    """A checkpoint is complete, by this event.
+
+    Args:
+        path: its directory, of a name that no other checkpoint has.
+        generation: that wrote it.
+        sha256: digest of its manifest's file.
+    """
 
     step: int
     path: str
+    generation: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,21 @@ class CheckpointIntervalChosen(Event):
 
 @dataclass(frozen=True)
 class CheckpointsDeleted(Event):
-    """Retention deleted the checkpoints of these steps."""
+    """The checkpoints of these steps are no longer kept: their files are deleted after this event."""
 
     steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointsAbandoned(Event):
+    """Checkpoints of which only parts were written are never completed: the parts are deleted after this event, to make
+    room.
+
+    Args:
+        names: of their directories.
+    """
+
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,9 @@
 import gc
 import logging
 from datetime import timedelta
-from pathlib import Path
 
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.checkpoint.manifest import step_name
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import Directive, GenerationPlan, ReplayTask, Restore, StepFingerprint, StoreAddress
@@ -70,7 +68,6 @@ class ReplayChecker:
         factory = self._factory
         past = check.worlds[-1]
         world = World(past.world.generation, (factory.me,))
-        path = Path(factory.job.storage_dir) / "checkpoints" / step_name(check.step)
         plan = GenerationPlan(
             term=0,
             world=world,
@@ -78,7 +75,7 @@ class ReplayChecker:
             source=None,
             store_prefix=f"check/{check.number}",
             store_address=StoreAddress("", 0),
-            restore=Restore(check.step, str(path)),
+            restore=Restore(check.step, check.path),
             micro_batch=past.micro_batch,
             skips=check.skips,
             replayed=check.worlds,

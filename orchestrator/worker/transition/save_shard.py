@@ -1,4 +1,9 @@
-"""Saving of a rank's part of a checkpoint: copied at once, written in the background.
+"""Saving of a rank's part of a checkpoint, in the background: copied from the live shard, then written.
+
+Like a snapshot, it is copied beside the next step's forward and backward passes, which only read the state: the
+training thread waits before an update changes it (`ShardSaver.copied`). While a write is under way, all ranks leave out
+the steps at which another one is due: nobody waits for storage. Where a guard watches the state between two updates, a
+shard is reported only once the guard has found it unchanged after the copy.
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
@@ -6,41 +11,40 @@ are saved by each rank for itself: all parts together are what was never sent.
 """
 
 import json
-import threading
-import time
+import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.checkpoint.write import write_image
 from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.storage.condition import StorageTrouble, refusal
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
+from orchestrator.worker.transition.shard_write import ShardWrite
 
-LATE_AFTER_S = 5.0  # of a write: training waits that long for one before it goes on without the next checkpoint
-AGAIN_S = 1.0  # until a refused write is repeated
-SETTLE_EVERY_S = 0.05
+log = logging.getLogger("orchestrator.worker")
 
 
 class ShardSaver:
-    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker.
+    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker. Nor is it
+    one if there is no memory for the copy: then this rank has no part of that checkpoint, which can't be completed.
 
     Args:
         checkpoints: the run's directory of checkpoints.
         tensors: of the state.
         keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
         numerics: as in a worker's report.
-        done: called from the writing thread with the written shard.
+        done: called from the saving thread with the written shard.
         refused: called from it with the reason each time that storage refuses the shard.
-        failed: called from it with an error of any other kind.
+        failed: called from it with an error of any other kind in writing.
         caller: makes the calls to run storage.
     """
 
@@ -58,118 +62,97 @@ class ShardSaver:
         self._caller = caller
         self._tensors, self._keeps, self._numerics = tensors, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
-        self._write: _Write | None = None
+        self._write: ShardWrite | None = None
         self._newest = (-1, -1)  # step and generation of the newest save
         self._generations: tuple[int, ...] = ()  # the newest two
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._write is not None and self._write.is_alive()
 
     @property
     def is_late(self) -> bool:
         """Whether a write is under way that storage has refused once, or that takes long."""
         return self._write is not None and self._write.is_late
 
+    def has_written(self, shard: Shard, progress: TrainingProgress) -> bool:
+        """Whether storage has this rank's part of the checkpoint of this step."""
+        return self._is_newest(shard, progress) and self._write is not None and self._write.has_written
+
     def begin(self, generation: int) -> None:
         """Give up a write of a generation before the last one: its checkpoint can't be completed any more."""
         self._generations = (*self._generations[-1:], generation)
         if self._write is not None and self._newest[1] not in self._generations:
-            self._give_up(self._write)
+            self._write.give_up()
 
     def save(self, shard: Shard, progress: TrainingProgress) -> None:
-        """Copy the shard now and write it in the background. Waits for a write under way until that is late, and gives
-        it up then: all ranks save, or none. A repeat for the same step does nothing.
+        """Copy and write the shard in the background; it must not change until `copied`. An earlier write is given up:
+        all ranks save, or none. A repeat for the same step does nothing, unless the state could not be copied.
         """
-        if self._newest == (progress.step, shard.world.generation):
+        if self._is_newest(shard, progress) and self._write is not None and not self._write.lacks_room:
             return
-        began_s = time.monotonic()
-        if self._write is not None and not self._write.settle():
-            self._give_up(self._write)
-        self._write = None  # with its copy of the shard, before the next one is made
-        self._newest = (progress.step, shard.world.generation)
-        pieces = pieces_of(shard.engine.ranges(), self._tensors, shard.rank)
+        self.copied()  # of an earlier step, since which no update was applied
+        if self._write is not None:
+            self._write.give_up()
+        self._newest, self._write = (progress.step, shard.world.generation), None
+        where = {
+            "step": progress.step,
+            "term": shard.term,  # of the plan: ranks may learn of a newer controller at different moments
+            "generation": shard.world.generation,
+            "rank": shard.rank,
+        }
+
+        def attempt(image: ShardImage) -> ShardWritten:
+            return self._caller(write_image, self._checkpoints, image, **where)
+
+        copy = partial(self._copy, shard.engine.ranges().until_update(), shard.rank, shard.world.size, progress)
+        write = ShardWrite(copy, attempt, self._done, self._refused, self._failed, is_verified=shard.seal is None)
+        try:
+            write.start()
+        except RuntimeError as error:
+            log.warning("no checkpoint of step %d from this rank: %s", progress.step, error)
+        else:
+            self._write = write
+
+    def _is_newest(self, shard: Shard, progress: TrainingProgress) -> bool:
+        return self._newest == (progress.step, shard.world.generation)
+
+    def _copy(self, ranges: NamedRanges, rank: int, world_size: int, progress: TrainingProgress) -> ShardMemory:
         meta = {
             **asdict(progress),
             "shapes": saved_shapes(self._tensors),
             "compression": self._keeps,
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
-            "world_size": shard.world.size,
+            "world_size": world_size,
         }
-        memory = ShardMemory(pieces, json.dumps(meta, sort_keys=True), shard.rank)
-        attempt = partial(
-            self._caller,
-            write_image,
-            self._checkpoints,
-            memory.image,
-            step=progress.step,
-            term=shard.term,  # of the plan: ranks may learn of a newer controller at different moments
-            generation=shard.world.generation,
-            rank=shard.rank,
-        )
-        stall_s = time.monotonic() - began_s
-        self._write = _Write(attempt, memory, stall_s, self._done, self._refused, self._failed)
-        self._write.start()
+        return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
+
+    def copied(self) -> None:
+        """Wait until no shard is read any more: then it may change."""
+        if self._write is not None:
+            self._write.wait_for_copy()
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether the newest save is not reported before it is known that the shard didn't change by itself."""
+        return self._write is not None and self._write.is_unverified
+
+    def verified(self) -> None:
+        """Report the newest save, once it is written: the shard had not changed by itself after it was copied."""
+        if self._write is not None:
+            self._write.verify()
+
+    def void(self) -> None:
+        """Never report the newest save, unless that has happened: the shard has changed by itself."""
+        if self._write is not None:
+            self._write.give_up()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the write under way. Returns whether it has ended."""
         if self._write is not None:
             self._write.join(timeout_s)
         return self._write is None or not self._write.is_alive()
-
-    def _give_up(self, write: "_Write") -> None:
-        write.given_up.set()
-        if write.was_refused.is_set():
-            self._refused(None)
-
-
-class _Write(threading.Thread):
-    """Attempts to write one shard, until one succeeds or it is given up."""
-
-    def __init__(
-        self,
-        attempt: Callable[[], ShardWritten],
-        memory: ShardMemory,
-        stall_s: float,
-        done: Callable[[ShardWritten], None],
-        refused: Callable[[StorageTrouble | None], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._memory, self._stall_s = memory, stall_s
-        self._began_s = time.monotonic()
-        self.was_refused = threading.Event()
-        self.given_up = threading.Event()
-
-    @property
-    def is_late(self) -> bool:
-        return self.is_alive() and (self.was_refused.is_set() or time.monotonic() - self._began_s > LATE_AFTER_S)
-
-    def settle(self) -> bool:
-        """Wait until the write has ended or is late. Returns whether it has ended."""
-        while self.is_alive() and not self.is_late:
-            self.join(SETTLE_EVERY_S)
-        return not self.is_alive()
-
-    def run(self) -> None:
-        try:
-            while not self.given_up.is_set() and not self._is_over():
-                self.given_up.wait(AGAIN_S)
-        finally:
-            self._memory.close()
-
-    def _is_over(self) -> bool:
-        """Make one attempt. Returns whether it was the last one."""
-        try:
-            written = self._attempt()
-        except OSError as error:
-            self.was_refused.set()
-            if not self.given_up.is_set():
-                self._refused(refusal("a checkpoint can't be written", error))
-            return False
-        except Exception as error:  # of any kind: the end of the run waits for every shard
-            self._failed(error)
-            return True
-        if not self.given_up.is_set():  # else its checkpoint may have been deleted already
-            self._done(replace(written, cost_s=self._stall_s + written.cost_s))
-        return True
 
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:

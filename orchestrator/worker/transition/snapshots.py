@@ -152,7 +152,7 @@ class SnapshotManager:
         """
         if self._protection is None:
             return
-        ranges, update = shard.engine.ranges().detached(), None
+        ranges, update = shard.engine.ranges().until_update(), None
         if gradients is not None:
             update = Update(progress.num_updates, lr)
             for name, held in gradients:

@@ -19,8 +19,8 @@ PATIENCE_S = 30.0
 def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Journal:
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.02)
     journal = Journal(DirectoryObjects(tmp_path))
-    write_checkpoint(tmp_path, 20)
-    journal.append([{"kind": "activated", "step": -1, "members": ["w0", "w1"]}, {"kind": "checkpoint", "step": 20}])
+    journal.append([{"kind": "activated", "step": -1, "members": ["w0", "w1"]}])
+    write_checkpoint(tmp_path, 20, journal=journal)
     journal.append([{"kind": "steps", "records": [{"step": 20}, {"step": 21}]}])
     return journal
 
@@ -56,7 +56,7 @@ def test_the_keeper_is_the_one_that_is_connected(tmp_path: Path, journal: Journa
 def test_a_promised_checkpoint_that_disappears_is_noticed(tmp_path: Path) -> None:
     with Observer(tmp_path) as observer:
         _await_verified(observer)
-        shutil.rmtree(tmp_path / "checkpoints" / "step-00000020")
+        shutil.rmtree(tmp_path / "checkpoints" / "step-00000020-000001-000000")
         assert "the checkpoint of step 20" in _await_faults(observer)[0]
 
 
@@ -65,5 +65,5 @@ def test_an_entry_that_breaks_the_chain_is_noticed(tmp_path: Path) -> None:
     with Observer(tmp_path) as observer:
         _await_verified(observer)
         broken = '{"term": 1, "prev": "", "nonce": "", "seq": 3, "holder": "", "events": []}'
-        (tmp_path / "journal" / f"{3:010d}").write_text(broken)
-        assert _await_faults(observer)[0].startswith("journal entry 3 follows")
+        (tmp_path / "journal" / f"{4:010d}").write_text(broken)
+        assert _await_faults(observer)[0].startswith("journal entry 4 follows")

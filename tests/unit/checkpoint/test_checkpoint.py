@@ -1,4 +1,4 @@
-"""Write, commit, read, verify and prune on real files: any world reads any other's, damage is named."""
+"""Write, commit, read and verify on real files: any world reads any other's, damage is named."""
 
 import errno
 import hashlib
@@ -11,16 +11,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.checkpoint.manifest import (
+    FORMAT,
     MANIFEST_FILE,
     CheckpointManifest,
     ShardPart,
-    incomplete_name,
+    checkpoint_name,
     manifest_of,
 )
-from orchestrator.checkpoint.read import CheckpointReader, choose, list_checkpoints, prune, set_aside
+from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.write import commit, write_shard
-from orchestrator.errors import CheckpointCorrupt, NotFound, ProtocolError, TermSuperseded
+from orchestrator.errors import CheckpointCorrupt, NotFound
 
 State = dict[str, npt.NDArray[np.float32]]
 SHAPES = {"master/w": (7, 11), "exp_avg/w": (7, 11), "buffer/bias": (5,), "buffer/empty": (0,)}
@@ -50,7 +51,12 @@ def write(
 
 
 def save(checkpoints: Path, state: State, step: int, world_size: int = 2, term: int = 1, generation: int = 0) -> Path:
-    return commit(checkpoints, write(checkpoints, state, step, world_size, term, generation), term=term)
+    return commit(checkpoints, write(checkpoints, state, step, world_size, term, generation))
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The shards' files, by rank."""
+    return sorted(directory.glob("shard-*"))
 
 
 def read_all(checkpoint: Path) -> State:
@@ -97,7 +103,7 @@ def test_the_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> Non
         generation=0,
         rank=3,
     )
-    path = tmp_path / incomplete_name(1, 1, 0) / shard.file
+    path = tmp_path / checkpoint_name(1, 1, 0) / shard.file
     loaded = load_file(path)
     np.testing.assert_array_equal(loaded["master/w[0:77]"], state["master/w"], strict=True)
     np.testing.assert_array_equal(loaded["buffer/count[3:5]"], np.array([1, -2], np.int64), strict=True)
@@ -123,7 +129,7 @@ def test_headers_are_read_of_a_committed_checkpoint_too(tmp_path: Path) -> None:
     piece = ShardPiece("w", 0, 4, np.arange(4, dtype=np.float32))
     shards = [write_shard(tmp_path, [piece], step=3, term=1, generation=0, rank=0)]
     before = read_shards(tmp_path, shards, term=1)
-    commit(tmp_path, manifest_of(before, run_id="r", term=1, shapes={"w": (4,)}), term=1)
+    commit(tmp_path, manifest_of(before, run_id="r", term=1, shapes={"w": (4,)}))
     assert read_shards(tmp_path, shards, term=1) == before
 
 
@@ -131,7 +137,7 @@ def test_headers_are_read_of_a_committed_checkpoint_too(tmp_path: Path) -> None:
 def test_a_changed_header_is_refused(tmp_path: Path, at: int) -> None:
     piece = ShardPiece("w", 0, 4, np.arange(4, dtype=np.float32))
     shard = write_shard(tmp_path, [piece], step=3, term=1, generation=0, rank=0)
-    path = tmp_path / incomplete_name(3, 1, 0) / shard.file
+    path = tmp_path / checkpoint_name(3, 1, 0) / shard.file
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
@@ -159,83 +165,87 @@ def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path, pieces: list[Shard
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_only_committed_checkpoints_are_listed(tmp_path: Path) -> None:
-    assert list_checkpoints(tmp_path / "nowhere") == ()
+def test_a_checkpoint_without_its_manifest_is_none(tmp_path: Path) -> None:
     write(tmp_path, state_of(0), 40)  # the ranks wrote, the controller died before its commit
-    assert list_checkpoints(tmp_path) == ()
-    paths = [save(tmp_path, state_of(0), step) for step in (30, 100_000_000, 20)]
-    assert list_checkpoints(tmp_path) == (paths[2], paths[0], paths[1])
+    with pytest.raises(CheckpointCorrupt, match="is missing; a checkpoint has a manifest"):
+        CheckpointReader(tmp_path / checkpoint_name(40, 1, 0))
 
 
-def test_a_commit_interrupted_at_the_rename_is_not_listed_and_can_be_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_ever_renamed_or_written_over(tmp_path: Path) -> None:
+    """A rank that writes again writes another file; only what the manifest doesn't name is deleted."""
+    lost = write(tmp_path, state_of(1), 40)
     manifest = write(tmp_path, state_of(0), 40)
-
-    def power_cut(self: Path, target: Path) -> None:
-        raise OSError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", power_cut)
-        with pytest.raises(OSError, match="power cut"):
-            commit(tmp_path, manifest, term=1)
-    assert list_checkpoints(tmp_path) == ()
-    assert_same(read_all(commit(tmp_path, manifest, term=1)), state_of(0))
+    assert not set(lost.files) & set(manifest.files)
+    directory = tmp_path / checkpoint_name(40, 1, 0)
+    before = {name: ((directory / name).stat().st_ino, (directory / name).read_bytes()) for name in manifest.files}
+    (directory / ".manifest.json.0123.partial").write_text("cut sho")
+    assert commit(tmp_path, manifest) == directory
+    assert {path.name for path in directory.iterdir()} == {*manifest.files, MANIFEST_FILE}
+    assert {name: ((directory / name).stat().st_ino, (directory / name).read_bytes()) for name in before} == before
+    assert_same(read_all(directory), state_of(0))
 
 
 def test_commit_refuses_a_shard_that_is_not_all_there(tmp_path: Path) -> None:
     manifest = write(tmp_path, state_of(0), 40)
-    shard = tmp_path / incomplete_name(40, 1, 0) / "shard-00001.safetensors"
+    directory = tmp_path / checkpoint_name(40, 1, 0)
+    shard = files_of(directory)[1]
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(CheckpointCorrupt, match=f"{len(content) - 1} bytes, its rank wrote {len(content)}"):
-        commit(tmp_path, manifest, term=1)
+        commit(tmp_path, manifest)
     shard.unlink()
     with pytest.raises(CheckpointCorrupt, match="no file"):
-        commit(tmp_path, manifest, term=1)
-    assert list_checkpoints(tmp_path) == ()
+        commit(tmp_path, manifest)
+    assert not (directory / MANIFEST_FILE).exists()
 
 
 def test_a_repeated_commit_changes_nothing(tmp_path: Path) -> None:
     manifest = write(tmp_path, state_of(0), 40)
-    first = commit(tmp_path, manifest, term=1)
-    assert commit(tmp_path, manifest, term=1) == first
+    first = commit(tmp_path, manifest)
+    written = (first / MANIFEST_FILE).stat()
+    assert commit(tmp_path, manifest) == first
+    assert (first / MANIFEST_FILE).stat().st_ino == written.st_ino
+    assert hashlib.sha256((first / MANIFEST_FILE).read_bytes()).hexdigest() == manifest.digest
     assert_same(read_all(first), state_of(0))
 
 
-def test_a_later_term_or_generation_replaces_the_step(tmp_path: Path) -> None:
-    save(tmp_path, state_of(0), 40, term=1)
-    save(tmp_path, state_of(1), 40, term=2, generation=0)
-    path = save(tmp_path, state_of(2), 40, world_size=3, term=2, generation=1)
-    assert_same(read_all(path), state_of(2))
-    assert list_checkpoints(tmp_path) == (path,)
+def test_a_manifest_that_reads_back_changed_is_deleted_by_the_call_that_created_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte of the real file is flipped at the moment between write and read-back."""
+    manifest, drop = write(tmp_path, state_of(0), 40), os.posix_fadvise
+
+    def damage(descriptor: int, *args: int) -> None:
+        with Path(f"/proc/self/fd/{descriptor}").open("r+b") as file:
+            file.write(b"[")
+            os.fsync(file.fileno())
+        drop(descriptor, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fadvise", damage)
+        with pytest.raises(OSError, match="manifest.json reads back changed"):
+            commit(tmp_path, manifest)
+    assert not (tmp_path / manifest.name / MANIFEST_FILE).exists()
+    assert_same(read_all(commit(tmp_path, manifest)), state_of(0))
 
 
-def test_the_past_can_not_commit(tmp_path: Path) -> None:
-    path = save(tmp_path, state_of(0), 40, term=2, generation=5)
-    with pytest.raises(TermSuperseded, match="term 1 may not commit step 60"):
-        save(tmp_path, state_of(1), 60, term=1, generation=9)
-    with pytest.raises(ProtocolError, match="generation 4 may not commit step 40"):
-        save(tmp_path, state_of(1), 40, term=2, generation=4)
-    assert list_checkpoints(tmp_path) == (path,)
-    assert_same(read_all(path), state_of(0))
+def test_a_damaged_manifest_that_was_there_is_not_deleted(tmp_path: Path) -> None:
+    """Another controller may have journalled it."""
+    manifest = write(tmp_path, state_of(0), 40)
+    path = commit(tmp_path, manifest)
+    (path / MANIFEST_FILE).write_text("damaged")
+    for _ in range(2):
+        with pytest.raises(OSError, match="manifest.json reads back changed"):
+            commit(tmp_path, manifest)
+    assert (path / MANIFEST_FILE).read_text() == "damaged"
 
 
-def test_a_new_controller_commits_what_the_generation_before_it_wrote(tmp_path: Path) -> None:
-    manifest = write(tmp_path, state_of(0), 40, term=1)
-    path = commit(tmp_path, manifest, term=2)
-    assert_same(read_all(path), state_of(0))
-    with pytest.raises(TermSuperseded, match="term 2 commits"):
-        commit(tmp_path, write(tmp_path, state_of(0), 60, term=1), term=1)
-    with pytest.raises(TermSuperseded):
-        commit(tmp_path, manifest, term=1)
-
-
-def test_an_unreadable_checkpoint_can_be_replaced_by_a_replay(tmp_path: Path) -> None:
-    path = save(tmp_path, state_of(0), 40)
-    (path / MANIFEST_FILE).write_text("{}")
-    assert save(tmp_path, state_of(0), 40, generation=1) == path
-    assert_same(read_all(path), state_of(0))
+def test_writers_of_the_same_step_do_not_meet(tmp_path: Path) -> None:
+    """A step that was done again, and a generation that another cluster knew nothing of."""
+    writers = ((1, 0), (1, 1), (2, 1))
+    paths = [save(tmp_path, state_of(t + g), 40, term=t, generation=g) for t, g in writers]
+    for path, (term, generation) in zip(paths, writers, strict=True):
+        assert_same(read_all(path), state_of(term + generation))
 
 
 def flip_byte(path: Path) -> None:
@@ -244,24 +254,21 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_verify_names_the_file_both_digests_and_the_previous_good_checkpoint(tmp_path: Path) -> None:
-    paths = [save(tmp_path, state_of(step), step) for step in (10, 20, 30)]
-    for path in paths[1:]:
-        flip_byte(path / "shard-00001.safetensors")
-    reader = CheckpointReader(paths[2])
-    written = reader.manifest.files["shard-00001.safetensors"].sha256[0]
-    found = hashlib.sha256((paths[2] / "shard-00001.safetensors").read_bytes()).hexdigest()
+def test_verify_names_the_file_and_both_digests(tmp_path: Path) -> None:
+    path = save(tmp_path, state_of(0), 10)
+    shard = files_of(path)[1]
+    flip_byte(shard)
+    reader = CheckpointReader(path)
     with pytest.raises(CheckpointCorrupt) as raised:
         reader.verify()
-    for part in ("shard-00001.safetensors", written, found, f"before it is {paths[0]}"):
+    for part in (
+        shard.name,
+        reader.manifest.files[shard.name].sha256[0],
+        hashlib.sha256(shard.read_bytes()).hexdigest(),
+    ):
         assert part in str(raised.value)
-
-
-def test_verify_says_that_there_is_no_good_checkpoint(tmp_path: Path) -> None:
-    path = save(tmp_path, state_of(0), 10)
-    reader = CheckpointReader(path)
-    (path / "shard-00000.safetensors").unlink()
-    with pytest.raises(CheckpointCorrupt, match=r"shard-00000.safetensors is missing.*no good checkpoint before it"):
+    shard.unlink()
+    with pytest.raises(CheckpointCorrupt, match=f"{shard.name} is missing"):
         reader.verify()
 
 
@@ -269,22 +276,16 @@ def test_verify_says_that_there_is_no_good_checkpoint(tmp_path: Path) -> None:
 def test_reading_a_damaged_file_raises_and_never_invents_values(tmp_path: Path, damage: str) -> None:
     state = state_of(0)
     path = save(tmp_path, state, 10, world_size=1)
-    shard = path / "shard-00000.safetensors"
+    (shard,) = files_of(path)
     if damage == "file-missing":
         shard.unlink()
     elif damage == "file-cut":
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         dtype, stop = (np.float64, 77) if damage == "other-dtype" else (np.float32, 76)
-        write_shard(
-            tmp_path,
-            [ShardPiece("master/w", 0, stop, np.zeros(stop, dtype))],
-            step=99,
-            term=1,
-            generation=0,
-            rank=0,
-        )
-        (tmp_path / incomplete_name(99, 1, 0) / shard.name).replace(shard)
+        piece = ShardPiece("master/w", 0, stop, np.zeros(stop, dtype))
+        other = write_shard(tmp_path, [piece], step=99, term=1, generation=0, rank=0)
+        (tmp_path / checkpoint_name(99, 1, 0) / other.file).replace(shard)
     with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match="shard-00000"):
         reader.read("master/w", 0, 77)
 
@@ -300,8 +301,21 @@ def test_a_checkpoint_whose_manifest_can_not_be_trusted_does_not_open(tmp_path: 
     with pytest.raises(CheckpointCorrupt, match="is missing"):
         CheckpointReader(path)
     manifest.write_text(text)
-    with pytest.raises(CheckpointCorrupt, match="not of the step"):
-        CheckpointReader(path.rename(tmp_path / "step-00000011"))
+    with pytest.raises(CheckpointCorrupt, match="the run's journal names it with"):
+        read_manifest(path, "ab" * 32)
+    with pytest.raises(CheckpointCorrupt, match=f"is of {path.name}, as its directory is not named"):
+        CheckpointReader(path.rename(tmp_path / checkpoint_name(11, 1, 0)))
+
+
+def test_an_older_format_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    path = save(tmp_path, state_of(0), 10)
+    manifest = path / MANIFEST_FILE
+    manifest.write_text(manifest.read_text().replace(FORMAT, "orchestrator-checkpoint-v2"))
+    with pytest.raises(
+        CheckpointCorrupt, match="has format 'orchestrator-checkpoint-v2', this version reads"
+    ) as raised:
+        CheckpointReader(path)
+    assert "Use the version that wrote it" in raised.value.remedy
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
@@ -311,72 +325,6 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
         for start, stop in ((-1, 3), (3, 2), (0, 78)):
             with pytest.raises(ValueError, match="lies outside"):
                 reader.read("master/w", start, stop)
-
-
-def test_prune_keeps_the_newest_and_what_may_still_be_finished(tmp_path: Path) -> None:
-    paths = [save(tmp_path, state_of(0), step, term=2) for step in (10, 20, 30)]
-    write(tmp_path, state_of(0), 25, term=2)  # later shards of the same writers are committed: given up
-    write(tmp_path, state_of(0), 50, term=1)  # of the past
-    write(tmp_path, state_of(0), 20, term=3)  # a replay on its way
-    write(tmp_path, state_of(0), 40, term=2)  # on its way
-    assert prune(tmp_path, keep_last=2) == (paths[0],)
-    assert list_checkpoints(tmp_path) == tuple(paths[1:])
-    unfinished = {path.name for path in tmp_path.iterdir() if path.is_dir()} - {path.name for path in paths}
-    assert unfinished == {incomplete_name(20, 3, 0), incomplete_name(40, 2, 0)}
-    with pytest.raises(ValueError, match="keep_last is 0"):
-        prune(tmp_path, keep_last=0)
-
-
-def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        save(tmp_path, state_of(step), step)
-    prune(tmp_path, keep_last=1, keep_steps=[2])
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
-
-
-def test_the_newest_is_chosen_unless_a_step_is_named(tmp_path: Path) -> None:
-    assert choose(tmp_path) is None
-    first, second = save(tmp_path, state_of(1), 1), save(tmp_path, state_of(2), 2)
-    assert choose(tmp_path) == second
-    assert choose(tmp_path, 1) == first
-    with pytest.raises(NotFound, match="no checkpoint of step 5; it holds 1, 2"):
-        choose(tmp_path, 5)
-
-
-def test_a_damaged_checkpoint_is_not_chosen_and_the_one_before_is_offered(tmp_path: Path) -> None:
-    first, second = save(tmp_path, state_of(1), 1), save(tmp_path, state_of(2), 2)
-    shard = next(second.glob("shard-*"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointCorrupt) as caught:
-        choose(tmp_path)
-    assert str(first) in caught.value.remedy
-    assert choose(tmp_path, 1) == first
-
-
-def test_checkpoints_of_an_abandoned_future_are_hidden_but_not_lost(tmp_path: Path) -> None:
-    states = {step: state_of(step) for step in (1, 2, 3)}
-    for step, state in states.items():
-        save(tmp_path, state, step)
-    hidden = set_aside(tmp_path, after_step=1, mark="000002")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
-    assert [path.is_dir() for path in hidden] == [True, True]
-    again = save(tmp_path, state_of(9), 2, term=2)
-    assert_same(read_all(again), state_of(9))
-
-
-def test_a_commit_hides_later_steps_of_the_past_that_was_abandoned(tmp_path: Path) -> None:
-    """The run went back from step 30 to 10, twice, and did step 20 again."""
-    first = save(tmp_path, state_of(1), 10, generation=0)
-    for generation in (1, 3):
-        late = save(tmp_path, state_of(3), 30, generation=generation)
-        kept = write(tmp_path, state_of(2), 20, generation=generation + 1)
-        again = commit(tmp_path, kept, term=1)
-        assert list_checkpoints(tmp_path) == (first, again) and choose(tmp_path) == again
-        hidden = tmp_path / f".superseded-000001-{generation + 1:06d}-{late.name}"
-        assert (hidden / MANIFEST_FILE).is_file()  # nothing is deleted
-        assert commit(tmp_path, kept, term=1) == again
-    later = save(tmp_path, state_of(4), 40, generation=4)
-    assert commit(tmp_path, kept, term=2) == again and list_checkpoints(tmp_path) == (first, again, later)
 
 
 def test_a_part_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

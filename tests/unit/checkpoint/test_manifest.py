@@ -11,11 +11,9 @@ from orchestrator.checkpoint.manifest import (
     ShardHeader,
     ShardPart,
     TensorEntry,
-    incomplete_name,
+    checkpoint_name,
     manifest_of,
-    parse_incomplete_name,
-    parse_step_name,
-    step_name,
+    parse_checkpoint_name,
 )
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
 from orchestrator.protocol.worker_report import ShardWritten
@@ -149,7 +147,5 @@ def test_a_manifest_with_an_unknown_field_is_refused() -> None:
 
 @pytest.mark.parametrize("step", [0, 120, 99_999_999, 100_000_000])
 def test_directory_names_parse_back(step: int) -> None:
-    assert parse_step_name(step_name(step)) == step
-    assert parse_incomplete_name(incomplete_name(step, 3, 7)) == (step, 3, 7)
-    assert parse_step_name(incomplete_name(step, 3, 7)) is None
-    assert parse_incomplete_name(step_name(step)) is None
+    assert parse_checkpoint_name(checkpoint_name(step, 3, 7)) == (step, 3, 7)
+    assert parse_checkpoint_name(f"step-{step:08d}") is None

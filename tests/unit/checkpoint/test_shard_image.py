@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.checkpoint.manifest import incomplete_name
+from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import write_image
@@ -30,7 +30,7 @@ def test_another_process_writes_the_file_as_it_was_when_the_image_was_made(tmp_p
     assert written.num_bytes == memory.image.num_bytes and 0.0 < written.cost_s < 60.0
     ((_, header),) = read_shards(tmp_path, [written], term=1)
     assert header.meta == {"step": 4}
-    found = load_file(tmp_path / incomplete_name(4, 1, 0) / written.file)
+    found = load_file(tmp_path / checkpoint_name(4, 1, 0) / written.file)
     assert {key: list(array) for key, array in found.items()} == {"a[0:3]": [1.0, 2.0, 3.0], "b[5:7]": [7, 8]}
 
 

@@ -148,7 +148,8 @@ def _saved(layout: StateLayout, values: Mapping[str, Tensor], run_dir: Path) -> 
         shard: Any = SimpleNamespace(term=1, world=layout.world, rank=rank, engine=engine)
         saver.save(shard, TrainingProgress(11, 10, "{}"))
         assert saver.wait(10.0)
-    return Restore(11, str(commit_checkpoint("r", run_dir, 1, Commit(11, 1, layout.world.generation, tuple(written)))))
+    done = commit_checkpoint("r", run_dir, Commit(11, 1, layout.world.generation, tuple(written)))
+    return Restore(11, done.path)
 
 
 def _restored(layout: StateLayout, restore: Restore, rank: int) -> NamedRanges:

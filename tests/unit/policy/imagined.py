@@ -120,6 +120,7 @@ class Life:
             causes=dict(self.causes),
             gone=dict(self.gone),
             checkpointed=(self.committed_by, self.committed),
+            checkpoints={self.committed: f"/checkpoints/{self.committed}"} if self.committed >= 0 else {},
             restorable=self._restorable(),
             unreadable=self.unreadable if self.state.wants_restore else "",
             store_address=self.store,

@@ -69,8 +69,8 @@ def test_a_checkpoint_is_reported_with_its_step_even_if_that_comes_later(tmp_pat
     memory, told = memory_of(tmp_path), Told()
     follower = follower_of(tmp_path, told)
     run_inline(memory.absorb([record(0), record(1)], up_to=100))
-    run_inline(memory.note(CheckpointCommitted(0, "/c/0")))
-    run_inline(memory.note(CheckpointCommitted(2, "/c/2")))
+    run_inline(memory.note(CheckpointCommitted(0, "/c/0", 0, "")))
+    run_inline(memory.note(CheckpointCommitted(2, "/c/2", 0, "")))
     follower.read_on()
     assert told.reports == [(0, 2, None), (1, 2, None), (0, 2, "/c/0")]
     run_inline(memory.absorb([record(2)], up_to=100))

@@ -3,12 +3,15 @@ from pathlib import Path
 import pytest
 from ray.train import CheckpointConfig
 
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name
 from orchestrator.errors import NotFound
 from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.ray_train.results import result_of, rows_of, with_validations
 from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import run_inline
 from tests.unit.policy.imagined import limits_of, record
 
@@ -17,12 +20,19 @@ LOSSES = {0: 5.0, 2: 3.0, 4: 4.0}
 
 def run_with(run_dir: Path, *checkpoints: int) -> JournaledRun:
     memory = JournaledRun(run_dir, limits_of(steps=30))
+    (run_dir / "job.json").write_text(JobSpec(name="r").model_dump_json(by_alias=True))
     run_inline(memory.absorb([record(step, validation_loss=LOSSES.get(step)) for step in range(6)], up_to=100))
     run_inline(memory.note(Rescaled(1, 2, 2, step=2, why="", stall_s=0.25, moved_bytes=7)))
     for step in checkpoints:
-        (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-    (run_dir / "checkpoints" / ".incomplete-00000009-000001-000001").mkdir(parents=True)
+        run_inline(memory.note(committed(run_dir / "checkpoints" / checkpoint_name(step, 1, 0), step)))
+    committed(run_dir / "checkpoints" / checkpoint_name(9, 1, 1), 9)  # which isn't journalled
     return memory
+
+
+def committed(path: Path, step: int) -> CheckpointCommitted:
+    path.mkdir(parents=True)
+    (path / MANIFEST_FILE).touch()
+    return CheckpointCommitted(step, str(path), 0, "")
 
 
 def test_a_row_per_step_with_what_changed_before_it(tmp_path: Path) -> None:
@@ -42,7 +52,9 @@ def test_metrics_are_the_newest_with_the_newest_validation(tmp_path: Path) -> No
     assert result.metrics is not None
     assert (result.metrics["step"], result.metrics["eval/loss"]) == (5, 4.0)
     assert result.path == str(tmp_path) and result.error is None and result.return_value is None
-    assert result.checkpoint is not None and result.checkpoint.path == str(tmp_path / "checkpoints" / "step-00000003")
+    assert result.checkpoint is not None and result.checkpoint.path == str(
+        tmp_path / "checkpoints" / checkpoint_name(3, 1, 0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,13 +74,14 @@ def test_best_checkpoints_are_in_ray_trains_order(
     run_with(tmp_path, 1, 3, 5, 9)
     result = result_of(tmp_path, config)
     assert result.best_checkpoints is not None
-    assert [int(checkpoint.path[-8:]) for checkpoint, _ in result.best_checkpoints] == order
+    assert [int(Path(checkpoint.path).name.split("-")[1]) for checkpoint, _ in result.best_checkpoints] == order
     best = result.get_best_checkpoint("eval/loss", "min")
-    assert best is not None and best.path.endswith("step-00000003")
+    assert best is not None and best.path.endswith(checkpoint_name(3, 1, 0))
 
 
 def test_a_run_without_a_step_has_no_metrics(tmp_path: Path) -> None:
     JournaledRun(tmp_path, limits_of(steps=30))
+    (tmp_path / "job.json").write_text(JobSpec(name="r").model_dump_json(by_alias=True))
     result = result_of(tmp_path)
     assert (result.metrics, result.checkpoint, result.metrics_dataframe) == (None, None, None)
     assert result.best_checkpoints == []

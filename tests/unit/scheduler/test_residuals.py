@@ -20,7 +20,7 @@ def _checkpoint(directory: Path, meta: dict[str, str]) -> str:
     piece = ShardPiece("w", 0, 2, np.zeros(2, np.float32))
     shard = write_shard(directory, [piece], step=3, term=1, generation=0, rank=0, meta=json.dumps(meta))
     shards = read_shards(directory, [shard], term=1)
-    return str(commit(directory, manifest_of(shards, run_id="r", term=1, shapes={"w": (2,)}), term=1))
+    return str(commit(directory, manifest_of(shards, run_id="r", term=1, shapes={"w": (2,)})))
 
 
 def _job(scheme: str) -> JobSpec:

@@ -114,7 +114,7 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
             [changed(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
         )
     )
-    checkpoint = run_inline(memory.note(CheckpointCommitted(0, "/c/0"))).time
+    checkpoint = run_inline(memory.note(CheckpointCommitted(0, "/c/0", 0, ""))).time
     later = values()
     assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time
     assert later["run/checkpoint_time"] == checkpoint >= submitted

@@ -130,7 +130,7 @@ def test_a_gap_between_events_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    event = JournalEntry(4, 1, 9.0, CheckpointCommitted(2, "/c/2"))
+    event = JournalEntry(4, 1, 9.0, CheckpointCommitted(2, "/c/2", 0, ""))
     outbox.put_points(points("train/loss", range(2)), after=-1)
     outbox.put_event(event)
     outbox.put_event(JournalEntry(5, 1, 9.0, CheckpointsDeleted((2,))))
@@ -168,7 +168,7 @@ def test_what_can_not_be_written_changes_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     outbox.put_points(points("train/loss", range(2)), after=-1)
     with pytest.raises(TypeError):
-        outbox.put_event(JournalEntry(1, 1, 9.0, CheckpointCommitted(1, object())))  # type: ignore[arg-type]
+        outbox.put_event(JournalEntry(1, 1, 9.0, CheckpointCommitted(1, object(), 0, "")))  # type: ignore[arg-type]
     assert (outbox.num_waiting, outbox.position.step, len(outbox.history().events)) == (2, 1, 0)
 
 

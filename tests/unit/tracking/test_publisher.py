@@ -114,7 +114,7 @@ def test_everything_arrives_once_and_in_order(failures: int, tmp_path: Path) -> 
     scene = Scene(tmp_path, sink)
     scene.outbox.put_points(points("train/loss", [0, 1]), after=-1)
     scene.outbox.put([Artifact(str(tmp_path / "job.yaml")), Artifact(str(tmp_path / "gone"))])
-    scene.outbox.put_event(JournalEntry(0, 1, 0.0, CheckpointCommitted(1, "/c")))
+    scene.outbox.put_event(JournalEntry(0, 1, 0.0, CheckpointCommitted(1, "/c", 0, "")))
     scene.finish()
     loss = MetricPoint("train/loss", 1.0, 1, 1.0)
     told = [("train/loss", 0, 1.0), ("train/loss", 1, 1.0), "job.yaml", Checkpoint(0, 1, "/c", (loss,))]

@@ -12,6 +12,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_history import STATUS_FILE
 from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.cli.statuses import status
 from tests.unit.cli.test_main import Done, here, orchestrator
 from tests.unit.policy.stories import Story, eventful, write
@@ -101,11 +102,25 @@ def test_files_that_can_not_be_removed_are_a_storage_error(
 def test_a_checkpoint_is_removed_but_not_the_newest_of_an_active_run(runs: Path, orchestrator: Command) -> None:
     for run in ("books", "poems"):
         for step in (9, 19):
-            (runs / run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+            write_checkpoint(runs / run, step)
     assert orchestrator("checkpoint", "rm", "books", "--step", "5", "--yes").returncode == 102
     assert orchestrator("checkpoint", "rm", "books", "--step", "9").returncode == 2  # nothing was confirmed
     assert orchestrator("checkpoint", "rm", "books", "--step", "19", "--yes").returncode == 0
-    assert [path.name for path in (runs / "books" / "checkpoints").iterdir()] == ["step-00000009"]
+    assert [path.name for path in (runs / "books" / "checkpoints").iterdir()] == ["step-00000009-000001-000000"]
     refused = orchestrator("checkpoint", "rm", "poems", "--step", "19", "--yes")
     assert refused.returncode == 2 and "has not ended and may need it" in refused.stderr
     assert orchestrator("checkpoint", "rm", "poems", "--step", "9", "--yes").returncode == 0
+
+
+def test_a_damaged_checkpoint_is_left_out_of_the_list_and_a_removal_can_be_repeated(
+    runs: Path, orchestrator: Command
+) -> None:
+    paths = {step: write_checkpoint(runs / "books", step) for step in (9, 19, 29)}
+    (paths[9] / "manifest.json").write_text("{}")
+    (paths[19] / "manifest.json").unlink()  # as a removal that was interrupted leaves it
+    listed = orchestrator("checkpoint", "ls", "books", "-o", "json")
+    assert listed.returncode == 0 and [found["step"] for found in json.loads(listed.stdout)] == [29]
+    assert "The checkpoint of step 9 is left out" in listed.stderr and "step 19" not in listed.stderr
+    assert orchestrator("checkpoint", "rm", "books", "--step", "19", "--yes").returncode == 0
+    assert not paths[19].exists()
+    assert orchestrator("checkpoint", "rm", "books", "--step", "19", "--yes").returncode == 102

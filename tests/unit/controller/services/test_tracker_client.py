@@ -43,7 +43,7 @@ def run_dir(tmp_path: Path) -> Path:
         memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
     )
     run_inline(memory.note(Rescaled(1, 2, 3, step=40, why="", stall_s=0.3, moved_bytes=7)))
-    run_inline(memory.note(CheckpointCommitted(99, "/c/99")))
+    run_inline(memory.note(CheckpointCommitted(99, "/c/99", 0, "")))
     return tmp_path
 
 
@@ -181,7 +181,7 @@ def test_what_is_published_to_a_tracker_that_lacks_something_is_not_missed(run_d
     link = TrackerClient("run", run_dir, JobSpec(name="run"), "package:Tracker", 1, storage, SimpleQueue())
     tracker = SentCalls()
     link._tracker = Remote(tracker, is_hosted=True)
-    entry = JournalEntry(10_000, 1, 0.0, CheckpointCommitted(199, "/c/199"))
+    entry = JournalEntry(10_000, 1, 0.0, CheckpointCommitted(199, "/c/199", 0, ""))
     if when.startswith("before"):
         link.publish_event(entry)
     link._take(Tracker.position, _has_steps_up_to(-1))
@@ -194,6 +194,6 @@ def test_what_is_published_to_a_tracker_that_lacks_something_is_not_missed(run_d
     assert sent == entry and after == before[2].seq
     steps = [(args[-2], args[1][0].step) for method, *args in tracker.calls if method == "publish"]
     assert ((STEPS - 1, STEPS) in steps) == when.startswith("while")
-    later = JournalEntry(10_002, 1, 0.0, CheckpointCommitted(299, "/c/299"))
+    later = JournalEntry(10_002, 1, 0.0, CheckpointCommitted(299, "/c/299", 0, ""))
     link.publish_event(later)
     assert tracker.calls[-1][2] == later and tracker.calls[-1][-1] == entry.seq

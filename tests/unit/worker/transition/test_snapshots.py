@@ -1,5 +1,6 @@
 """What a lone member reports as committed, with a keeper, without one, and when it loses it."""
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.messages import Keeper, StateSource, StoreAddress
 from orchestrator.spec.fault_tolerance import ProtectionSpec
+from orchestrator.state.snapshot import copy_into
 from orchestrator.worker.shard import snapshot_replicator
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.shard.snapshot_receiver import SnapshotReceiver
@@ -56,6 +58,28 @@ def test_with_a_keeper_a_step_is_committed_once_it_is_acknowledged(pair: KeeperP
         assert reported == {"committed": step, "held": step, "settled": 4, "kept_by": 3}
     assert pair.kept.steps() == (5, 6)
     assert manager.holdings() == (Holding(4, 5, 0), Holding(4, 6, 0))
+
+
+def test_a_forward_pass_that_changes_a_buffer_does_not_change_the_snapshot(
+    pair: KeeperPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the copy is made, which only an update waits for."""
+    may_copy = threading.Event()
+
+    def copy(*args: Any) -> None:
+        assert may_copy.wait(10.0)
+        copy_into(*args)
+
+    monkeypatch.setattr("orchestrator.worker.shard.snapshot_sender.copy_into", copy)
+    manager, ranges = _manager(), shard_of(pair.layout, 0, 5.0)
+    manager.change_keeper(KEEPER, pair.member)
+    shard: Any = SimpleNamespace(engine=SimpleNamespace(ranges=lambda: ranges))
+    manager.take(shard, TrainingProgress(5, 6, "{}"))
+    ranges.view("buffer/bias", 0, 3).fill_(9.0)
+    may_copy.set()
+    manager.acknowledged()
+    kept = pair.kept.state(5).ranges
+    assert kept.view("buffer/bias", 0, 3).tolist() == [5.0, 5.0, 5.0]
 
 
 def test_training_goes_on_without_a_keeper_that_is_lost(pair: KeeperPair) -> None:

@@ -1,0 +1,204 @@
+"""What a checkpoint costs training, until when it is safe, and how fast it is read at another world size.
+
+    python -m benchmarks.checkpoint [--quick] [--directory DIR]
+
+Two ranks (gloo, one thread each) train one model of more than 15 M parameters. In turns a checkpoint is written at the
+beginning of some steps, in each of these ways, or none:
+
+- `ours`: as a worker does it: copied beside the next step, written and read back by another process,
+- `deepspeed`: `save_checkpoint` of the same engine,
+- `dcp_async`: `torch.distributed.checkpoint.async_save` of the tensors that ours has,
+- `torch_save`: `torch.save` of the same, a file per rank.
+
+`stall_s` is for how long the training thread does nothing else, `step_ratio` the mean step of such a turn over that of
+a turn without a checkpoint, `durable_s` the time until all bytes are on the device: where a way doesn't flush its
+files, a thread does so as soon as they are written. Figures are the slowest rank's.
+
+`read_ratio` is the time in which our checkpoint is verified and read, as a world of three ranks reads it, over that of
+reading and digesting the same bytes; both in one thread, with files that aren't in the page cache.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import (
+    Interval,
+    Result,
+    Spread,
+    alternate,
+    at_least,
+    at_most,
+    median_interval,
+    ratios,
+    run,
+    say,
+)
+from benchmarks.support.checkpoint_arms import Turn, turns_of_arms
+from benchmarks.support.environment import environment, worker_environment
+from orchestrator.checkpoint.block_digests import READ_BYTES
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_layout import training_layout
+from orchestrator.elastic.state_spec import inventory
+from orchestrator.elastic.world import World
+from orchestrator.model.factory import catalogue
+from orchestrator.spec.job import JobSpec
+from tests.support.ranks import Ranks
+
+RANKS, READERS = 2, 3
+VOCAB = 4096
+MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 768,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+}
+QUICK_MODEL = MODEL | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "moe_intermediate_size": 32}
+TRAIN = {"global_batch_size": 8, "micro_batch_size": 4, "sequence_length": 128}
+ROUNDS, QUICK_ROUNDS = 12, 1
+STEPS, QUICK_STEPS = 8, 2  # of a turn
+READS, QUICK_READS = 12, 1
+TIMEOUT_S = 3600.0
+OTHERS = ("deepspeed", "dcp_async", "torch_save")
+
+
+def measure(quick: bool, directory: str) -> Result:
+    job = JobSpec.model_validate({"name": "checkpoint", "model": QUICK_MODEL if quick else MODEL, "train": TRAIN})
+    rounds, steps = (QUICK_ROUNDS, QUICK_STEPS) if quick else (ROUNDS, STEPS)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=directory or None) as folder:
+        turns = _turns(job, Path(folder), rounds, steps)
+        (written,) = (Path(folder) / "ours").iterdir()
+        reads = alternate(
+            {"ours": lambda: _read(job, written), "plain": lambda: _read_plainly(written)},
+            QUICK_READS if quick else READS,
+        )
+    read_ratio = median_interval(ratios(reads["ours"], reads["plain"]))
+    stalls = {arm: [turn.stall_s for turn in turns[arm]] for arm in turns}
+    over = {arm: median_interval(ratios(stalls[arm], stalls["ours"])) for arm in OTHERS}
+    none = [turn.step_s for turn in turns["none"]]
+    step_ratio = {a: median_interval(ratios([t.step_s for t in turns[a]], none)) for a in ("ours", *OTHERS)}
+    _show(turns, step_ratio, read_ratio)
+    return Result(
+        name="checkpoint",
+        seed=0,
+        settings={
+            "quick": quick,
+            "directory": directory,
+            "ranks": RANKS,
+            "readers": READERS,
+            "parameters": _num_parameters(job),
+            "model": QUICK_MODEL if quick else MODEL,
+            "train": TRAIN,
+            "steps": steps,
+        },
+        rounds=rounds,
+        metrics={
+            "stall_s": {arm: Spread.of(values) for arm, values in stalls.items() if arm != "none"},
+            "stall_over_ours": over,
+            "step_s": {arm: Spread.of([turn.step_s for turn in turns[arm]]) for arm in turns},
+            "step_ratio": step_ratio,
+            "durable_s": {arm: Spread.of([t.durable_s for t in turns[arm]]) for arm in ("ours", *OTHERS)},
+            "num_bytes": {arm: turns[arm][-1].num_bytes for arm in ("ours", *OTHERS)},
+            "read_s": {arm: Spread.of(values) for arm, values in reads.items()},
+            "read_ratio": read_ratio,
+        },
+        baselines=dict.fromkeys(OTHERS, "benchmarks.support.checkpoint_arms"),
+        bars=(
+            at_least("stall deepspeed over ours", 10.0, over["deepspeed"]),
+            at_least("stall dcp_async over ours", 1.0, over["dcp_async"]),
+            at_most("step_ratio", 1.02, step_ratio["ours"]),
+        ),
+    )
+
+
+def _turns(job: JobSpec, folder: Path, rounds: int, steps: int) -> dict[str, list[Turn]]:
+    """Of the slowest rank each."""
+    with environment(worker_environment(1, keep_memory=True)):
+        ranks = Ranks()
+        try:
+            found = ranks.run(turns_of_arms, RANKS, job, VOCAB, folder, rounds, steps, timeout_s=TIMEOUT_S)
+        finally:
+            ranks.close()
+    return {
+        arm: [
+            Turn(
+                stall_s=max(turn.stall_s for turn in of_ranks),
+                step_s=max(turn.step_s for turn in of_ranks),
+                durable_s=max(turn.durable_s for turn in of_ranks),
+                num_bytes=of_ranks[0].num_bytes,
+            )
+            for of_ranks in zip(*(rank[arm] for rank in found), strict=True)
+        ]
+        for arm in found[0]
+    }
+
+
+def _read(job: JobSpec, checkpoint: Path) -> float:
+    """Seconds to verify it, and to read what each rank of a world of another size holds."""
+    params, buffers = catalogue(job.model, VOCAB)
+    tensors = inventory(params, job, buffers)
+    world = World(0, tuple(f"w{number}" for number in range(READERS)))
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, READERS)
+    layout = training_layout(tensors, placement, world, job.communication)
+    _forget(checkpoint)
+    began = time.perf_counter()
+    with CheckpointReader(checkpoint) as reader:
+        reader.verify()
+        for worker in world.members:
+            for number, start, stop in layout.ranges_of(worker).tolist():
+                reader.read(tensors[layout.names[number]].stored, start, stop)
+    return time.perf_counter() - began
+
+
+def _read_plainly(checkpoint: Path) -> float:
+    """Seconds to read and digest the same files."""
+    _forget(checkpoint)
+    buffer = bytearray(READ_BYTES)
+    began = time.perf_counter()
+    for path in checkpoint.iterdir():
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:size])
+    return time.perf_counter() - began
+
+
+def _forget(checkpoint: Path) -> None:
+    """Drop its files from the page cache."""
+    for path in checkpoint.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _num_parameters(job: JobSpec) -> int:
+    params, _ = catalogue(job.model, VOCAB)
+    return sum(param.numel for param in params)
+
+
+def _show(turns: dict[str, list[Turn]], step_ratio: dict[str, Interval], read_ratio: Interval) -> None:
+    say(f"{'':12}{'stall ms':>10}{'step ms':>10}{'step ratio':>24}{'durable s':>11}{'MB':>8}")
+    for arm, of_arm in turns.items():
+        stall, step, durable = (
+            Spread.of([getattr(turn, name) for turn in of_arm]).median for name in ("stall_s", "step_s", "durable_s")
+        )
+        line = f"{arm:12}{1e3 * stall:10.1f}{1e3 * step:10.1f}"
+        if arm in step_ratio:
+            ratio = step_ratio[arm]
+            line += f"{f'{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]':>24}"
+            line += f"{durable:11.2f}{of_arm[-1].num_bytes / 1e6:8.1f}"
+        say(line)
+    say(f"verified and read by {READERS} ranks over read and digested: {read_ratio.median:.2f}")
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, {"directory": ""})
