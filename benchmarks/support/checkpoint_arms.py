@@ -183,7 +183,7 @@ class Trainee:
         params, buffers = catalogue(job.model, vocab_size)
         self.tensors = inventory(params, job, buffers)
         world = World(GENERATION, tuple(f"w{number}" for number in range(world_size)))
-        self.shard = SimpleNamespace(term=TERM, world=world, rank=rank, engine=self.engine)
+        self.shard = SimpleNamespace(term=TERM, world=world, rank=rank, engine=self.engine, seal=None)
         self.rank, self._job, self._vocab_size = rank, job, vocab_size
         self._generator = torch.Generator().manual_seed(rank)
 

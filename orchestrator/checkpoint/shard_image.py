@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -33,16 +34,22 @@ class ShardMemory:
 
     Raises:
         ValueError: an array's length or dtype doesn't fit.
+        OSError, MemoryError: there is no memory for it; none stays in use.
     """
 
     def __init__(self, pieces: Sequence[ShardPiece], meta: str, rank: int) -> None:
         chunks = shard_chunks([piece for piece in pieces if piece.stop > piece.start], meta if rank == 0 else None)
         header = bytes(next(chunks))
         self._file = os.fdopen(os.memfd_create("shard"), "wb")
-        self._file.write(header)
-        for chunk in chunks:
-            self._file.write(chunk)
-        self._file.flush()
+        try:
+            self._file.write(header)
+            for chunk in chunks:
+                self._file.write(chunk)
+            self._file.flush()
+        except BaseException:
+            with suppress(OSError):  # of what is still to be flushed: the descriptor is closed all the same
+                self._file.close()
+            raise
         self.image = ShardImage(
             path=f"/proc/{os.getpid()}/fd/{self._file.fileno()}",
             num_bytes=self._file.tell(),

@@ -120,7 +120,8 @@ def commit(checkpoints: Location, manifest: CheckpointManifest) -> Location:
 
     Raises:
         CheckpointCorrupt: a shard is missing, or its size has changed since it was written.
-        OSError: it can't be written, or storage held another manifest, which is deleted: no journal names it.
+        OSError: it can't be written; or it reads back changed, and is deleted if this call has created it. One that was
+            there stays: another controller may have journalled it.
     """
     checkpoint = checkpoints / manifest.name
     objects = objects_at(checkpoint)
@@ -130,9 +131,10 @@ def commit(checkpoints: Location, manifest: CheckpointManifest) -> Location:
     content = manifest.to_json().encode()
     written = BlockDigests()
     written.update(content)
-    objects.create(MANIFEST_FILE, content)
+    found = objects.create(MANIFEST_FILE, content)
     if difference := first_difference(_read_back(checkpoint, MANIFEST_FILE), written.all()):
-        objects.delete([MANIFEST_FILE])
+        if MANIFEST_FILE not in sizes and found == content:
+            objects.delete([MANIFEST_FILE])
         where = str(checkpoint / MANIFEST_FILE)
         raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed: {difference}", where)
     hidden = [file.name for file in checkpoint.glob(".*")] if isinstance(checkpoint, Path) else []

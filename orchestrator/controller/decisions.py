@@ -47,7 +47,7 @@ class DecisionMaker:
         if not commits:
             self._checkpoints.trouble = None  # what was refused is no longer to be committed
         for commit in commits:
-            self._checkpoints.commit(commit, self._recorder.note)
+            self._checkpoints.commit(commit)
         if self._checkpoints.trouble or any(report.unsaved is not None for report in seen.reports.values()):
             self._checkpoints.make_room(self._observer.observe)
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
+from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.startup import OpenedRun
@@ -18,14 +19,14 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.checkpoint_parts import can_complete
 from orchestrator.policy.state.run_state import Commit, Observation
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoints import (
     CheckpointFinder,
     commit_checkpoint,
     discard_garbage,
-    discard_unfinished,
     drop_set_aside,
+    hopeless,
     path_of,
     superfluous,
 )
@@ -43,10 +44,10 @@ class Note(Protocol):
 
 
 class RunCheckpoints:
-    """Checkpoints of one run."""
+    """Checkpoints of one run; `note` journals what becomes of them."""
 
-    def __init__(self, run: OpenedRun, storage: StorageThread, inbox: Inbox) -> None:
-        self._run, self._memory = run, run.memory
+    def __init__(self, run: OpenedRun, storage: StorageThread, inbox: Inbox, note: Note) -> None:
+        self._run, self._memory, self._note = run, run.memory, note
         self._caller, self._storage, self._inbox = run.caller, storage, inbox
         self._finder = CheckpointFinder(run.run_dir, run.caller)
         self._faults: list[str] = []
@@ -55,7 +56,8 @@ class RunCheckpoints:
         self.restorable: Restore | None = None  # the newest good one, if a restore is wanted
         self._is_known, self._num_searches = False, 0  # whether that holds; counts those that became void
         self._commits: dict[str, Commit] = {}  # the newest ones, by the names of their tasks
-        storage.add("garbage", self._discard_garbage)  # that a controller before this one has left
+        self._keeps_all = False  # those that the job doesn't keep wait for the end of a restore
+        self._apply_retention()  # which a controller before this one may have left undone
 
     @property
     def newest(self) -> tuple[int, int]:
@@ -74,8 +76,10 @@ class RunCheckpoints:
 
     @property
     def is_searching(self) -> bool:
-        """Whether a restore is wanted, and `restorable` isn't known yet, as it isn't while commits are under way."""
-        return self._memory.state.wants_restore and not (self._is_known and not self._under_way())
+        """Whether a restore is wanted, and `restorable` isn't known yet, as it isn't while commits or deletions are
+        under way."""
+        is_changing = self._under_way() or self._storage.is_pending("retention")
+        return self._memory.state.wants_restore and not (self._is_known and not is_changing)
 
     @property
     def unreadable(self) -> str:
@@ -86,6 +90,9 @@ class RunCheckpoints:
         """Search for the newest good checkpoint if a restore is wanted. Verifies digests, which may take long."""
         if not self._memory.state.wants_restore:
             self._forget()
+            if self._keeps_all:
+                self._keeps_all = False
+                self._apply_retention()
         elif not self._is_known and not self._storage.is_pending("search"):
             self._storage.add("search", partial(self._search, self._num_searches))
 
@@ -102,43 +109,54 @@ class RunCheckpoints:
             self.restorable, self._is_known = found, True
             wake(self._inbox)
 
-    def commit(self, action: Commit, note: Note) -> None:
-        """Complete a checkpoint, then delete those that the job doesn't keep; `note` journals both. It is a fault if
-        that fails, unless storage refused it: then it is tried again by a later call."""
+    def commit(self, action: Commit) -> None:
+        """Complete a checkpoint, then delete those that the job doesn't keep. It is a fault if that fails, unless
+        storage refused it: then it is tried again by a later call."""
         name = f"commit {action.generation}-{action.step}"
         if time.monotonic() - self._refused_s >= COMMIT_AGAIN_S and not self._storage.is_pending(name):
             self._commits = {name: action, **{n: a for n, a in self._commits.items() if self._storage.is_pending(n)}}
-            self._storage.add(name, partial(self._commit, action, note), Lane.RECORDS)
+            self._storage.add(name, partial(self._commit, action), Lane.RECORDS)
 
     def _under_way(self) -> list[Commit]:
         """Checkpoints that are being completed."""
         return [action for name, action in self._commits.items() if self._storage.is_pending(name)]
 
-    def _commit(self, action: Commit, note: Note) -> StorageTask[None]:
+    def _commit(self, action: Commit) -> StorageTask[None]:
         committed = None if self._is_void(action) else (yield from self._complete(action))
         if committed is None or self._is_void(action):
             return
-        yield from note(committed, stored=True)  # deletions, which can't be undone, build on it
+        yield from self._note(committed, stored=True)  # deletions, which can't be undone, build on it
         self._forget()
         wake(self._inbox)
-        with suppress(OSError):  # tried again after the next checkpoint
-            yield from self._drop_old(note)
+        self._apply_retention()
+
+    def _apply_retention(self) -> None:
+        """Delete checkpoints that the job doesn't keep, and files of those that the journal doesn't name any more."""
+        self._storage.add("retention", self._retain, Lane.RECORDS)
+
+    def _retain(self) -> StorageTask[None]:
+        with suppress(OSError):  # tried again after the next checkpoint, and to make room
+            yield from self._drop_old()
         self._storage.add("garbage", self._discard_garbage)
 
-    def _drop_old(self, note: Note) -> StorageTask[None]:
+    def _drop_old(self) -> StorageTask[None]:
         """Journal which checkpoints the job doesn't keep. While one is to be restored, all are kept."""
         memory, keep = self._memory, self._run.job.checkpoint
         call = partial(superfluous, self._run.run_dir, memory.checkpoints, keep, memory.progress.validations)
         dropped: tuple[int, ...] = yield partial(self._caller, call)
-        if dropped and not memory.state.wants_restore:
-            yield from note(CheckpointsDeleted(dropped), stored=True)
+        if memory.state.wants_restore:
+            self._keeps_all = True
+        elif dropped:
+            yield from self._note(CheckpointsDeleted(dropped), stored=True)
             self._forget()
 
     def _is_void(self, action: Commit) -> bool:
-        """Whether the run has gone back behind this checkpoint meanwhile, or has completed it or a later one."""
+        """Whether the run has gone back behind this checkpoint meanwhile, has abandoned it, or has completed it or a
+        later one."""
         records = self._memory.checkpoints
         moment = (action.generation, action.step)
-        return moment <= records.newest or records.is_left_behind(*moment)
+        is_abandoned = checkpoint_name(action.step, action.term, action.generation) in records.abandoned
+        return is_abandoned or moment <= records.newest or records.is_left_behind(*moment)
 
     def _complete(self, action: Commit) -> StorageTask[CheckpointCommitted | None]:
         """Write the checkpoint's manifest. Returns the event that completes it; None if that failed."""
@@ -162,22 +180,31 @@ class RunCheckpoints:
             yield Lengthy(partial(self._caller, discard_garbage, self._run.run_dir, self._memory.checkpoints))
 
     def make_room(self, observe: Callable[[], Observation]) -> None:
-        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or manifests: parts that
-        can't be completed, and on a full disk checkpoints that were set aside."""
+        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or manifests: checkpoints
+        that the job doesn't keep, parts that can't be completed, and on a full disk checkpoints that were set aside."""
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
-            self._storage.add("room", partial(self._make_room, observe))
+            self._apply_retention()
+            self._storage.add("room", partial(self._make_room, observe), Lane.RECORDS)
 
     def _make_room(self, observe: Callable[[], Observation]) -> StorageTask[None]:
+        """Journal which checkpoints can't be completed any more. In the lane of commits, so none goes on meanwhile."""
         run_dir, memory = self._run.run_dir, self._memory
-        records, under_way = memory.checkpoints, tuple((a.step, a.term, a.generation) for a in self._under_way())
+        under_way = tuple((a.step, a.term, a.generation) for a in self._under_way())
         needed = partial(_is_needed, under_way, partial(can_complete, memory.state, observe()))
-        is_stored = memory.is_stored  # that the run has gone back may be on record in the cluster alone
         with suppress(OSError):
-            yield Lengthy(partial(self._caller, discard_garbage, run_dir, records))
-            yield Lengthy(partial(self._caller, discard_unfinished, run_dir, memory.term, records, needed))
-            if is_stored:
-                yield Lengthy(partial(self._caller, drop_set_aside, run_dir, records))
+            call = partial(self._caller, hopeless, run_dir, memory.checkpoints, needed)
+            names: tuple[str, ...] = yield Lengthy(call)
+            if names:
+                yield from self._note(CheckpointsAbandoned(names), stored=True)
+        self._storage.add("garbage", self._discard_garbage)
+        self._storage.add("set aside", self._drop_set_aside)
+
+    def _drop_set_aside(self) -> StorageTask[None]:
+        memory = self._memory
+        if memory.is_stored:  # else that the run has gone back may be on record in the cluster alone
+            with suppress(OSError):
+                yield Lengthy(partial(self._caller, drop_set_aside, self._run.run_dir, memory.checkpoints))
 
 
 def _is_needed(

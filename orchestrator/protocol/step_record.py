@@ -56,7 +56,7 @@ class StepTiming(Compact):
         step_s: its duration.
         vote_time: moment of the vote that ended it.
         data_wait_s: part of `step_s` that the thread waited for its rows.
-        protection_wait_s: likewise, for its snapshot to reach its buddy.
+        protection_wait_s: likewise, for copies of its state, and for its snapshot to reach its buddy.
         communication_wait_s: likewise, for peers; None: not measured.
         slowest: rank with the longest compute time per micro-batch, without waits for peers; -1: no two ranks to
             compare.

@@ -46,7 +46,7 @@ class ShardWritten:
     num_bytes: int
     header_sha256: str
     meta_sha256: str
-    cost_s: float = 0.0  # training time that it took at most: the copy, and processor time of the write
+    cost_s: float = 0.0  # training time that it took: waits for the copy, and processor time of copy and write
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Resumed, Suspended
-from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class CheckpointRecords:
         set_aside: those of steps that the run went back behind. They may have been deleted, on a full disk.
         first_generation: those of earlier generations count only up to `back_to`, a step that the run went back to.
         is_going_back: to the checkpoint of the next state.
+        abandoned: names of those that may not be completed any more, since their parts are deleted.
     """
 
     current: tuple[CheckpointRecord, ...] = ()
@@ -49,6 +50,7 @@ class CheckpointRecords:
     first_generation: int = 0
     back_to: int = -1
     is_going_back: bool = False
+    abandoned: tuple[str, ...] = ()
 
     @property
     def newest(self) -> tuple[int, int]:
@@ -75,6 +77,9 @@ class CheckpointRecords:
                 return self._with(CheckpointRecord(step, generation, PurePath(path).name, sha256))
             case CheckpointsDeleted(steps):
                 return replace(self, current=tuple(record for record in self.current if record.step not in steps))
+            case CheckpointsAbandoned(names):
+                fresh = sorted({*self.abandoned, *names} - self.names)
+                return replace(self, abandoned=tuple(fresh))
             case RolledBack() | Suspended() | Resumed():
                 return replace(self, is_going_back=True)
             case StateDecided(state) if self.is_going_back:
@@ -84,7 +89,7 @@ class CheckpointRecords:
 
     def _with(self, record: CheckpointRecord) -> Self:
         """One of a step that is there already replaces it, if its generation is a later one."""
-        if record in self.set_aside:
+        if record in self.set_aside or record.name in self.abandoned:
             return self
         others = [other for other in self.current if other.step != record.step]
         same = [other for other in self.current if other.step == record.step]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, manifest_of, parse_checkpoint_name
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name, manifest_of, parse_checkpoint_name
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.retention import best_checkpoints, discard, discard_unnamed
 from orchestrator.checkpoint.shard_file import read_shards
@@ -23,7 +23,6 @@ from orchestrator.run_records.checkpoint_records import CheckpointRecord, Checkp
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.storage.backends.location import Location, is_there, objects_at
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import RESERVE_BYTES
 
 log = logging.getLogger("orchestrator.control")
@@ -78,23 +77,27 @@ def superfluous(
 
 
 def discard_garbage(run_dir: Location, records: CheckpointRecords) -> None:
-    """Delete what the journal doesn't name, of writers before the newest checkpoint: it isn't completed any more. So
-    is what a deletion that was interrupted has left of a checkpoint. What can't be deleted is tried again after the
-    next checkpoint.
+    """Delete what the journal doesn't name and what can't be completed any more: it was abandoned, or is of writers
+    before the newest checkpoint. What the journal names stays, even where nothing is to be seen of its manifest. What
+    can't be deleted is tried again after the next checkpoint.
     """
-    if not records.current:
-        return
-    newest = _age(records.current[-1].name)
+
+    def is_needed(step: int, term: int, generation: int) -> bool:
+        return not _is_garbage(records, step, term, generation)
+
     try:
-        named = [r.name for r in (*records.current, *records.set_aside) if _has_manifest(path_of(run_dir, r))]
-        deleted = discard_unnamed(
-            run_dir / DIRECTORY, named, lambda step, term, generation: (term, generation, step) >= newest
-        )
+        deleted = discard_unnamed(run_dir / DIRECTORY, records.names, is_needed)
     except OSError as error:
         log.warning("an old checkpoint could not be deleted: %s", error)
         return
     if deleted:
         log.info("deleted %s", ", ".join(path.name for path in deleted))
+
+
+def _is_garbage(records: CheckpointRecords, step: int, term: int, generation: int) -> bool:
+    name = checkpoint_name(step, term, generation)
+    is_old = bool(records.current) and (term, generation, step) < _age(records.current[-1].name)
+    return name not in records.names and (is_old or name in records.abandoned)
 
 
 def _age(name: str) -> tuple[int, int, int]:
@@ -103,20 +106,19 @@ def _age(name: str) -> tuple[int, int, int]:
     return term, generation, step
 
 
-def discard_unfinished(
-    run_dir: Location, term: int, records: CheckpointRecords, can_complete: Callable[[int, int, int], bool]
-) -> None:
-    """Delete checkpoints that the journal doesn't name and that can't be completed any more, by step, term and
-    generation: parts of them, or what was given up before it was journalled. What can't be deleted stays. Nothing is
-    deleted once another controller has taken a later term than `term`: it may have completed something.
-    """
-    if newest_term(objects_at(run_dir)) != term:
-        return
-    try:
-        for path in discard_unnamed(run_dir / DIRECTORY, records.names, can_complete):
-            log.info("deleted %s, which can't be completed any more", path)
-    except OSError as error:
-        log.warning("parts of a checkpoint could not be deleted: %s", error)
+def hopeless(
+    run_dir: Location, records: CheckpointRecords, can_complete: Callable[[int, int, int], bool]
+) -> tuple[str, ...]:
+    """Names of the checkpoints in run storage that are neither complete nor garbage, and that can't be completed any
+    more, by step, term and generation. Another controller may know better, so they become garbage by an event of the
+    journal, which only its newest controller can write. Raises OSError."""
+    found = []
+    for name in objects_at(run_dir).names(DIRECTORY):
+        writers = parse_checkpoint_name(name)
+        is_unfinished = writers is not None and name not in records.names
+        if writers and is_unfinished and not _is_garbage(records, *writers) and not can_complete(*writers):
+            found.append(name)
+    return tuple(sorted(found))
 
 
 def drop_set_aside(run_dir: Location, records: CheckpointRecords) -> None:

@@ -176,7 +176,7 @@ class Trainer:
 
     def _hold(self, live: LiveShard) -> None:
         """Close the shard's engine; its state stays in memory if it is that of a finished step."""
-        self._loop.release()
+        self._loop.release(live)
         if live.progress is not None:
             self._snapshots.hold(live.shard, live.progress)
         live.shard.engine.close()

@@ -11,18 +11,19 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Saturation
 from orchestrator.spec.fault_tolerance import COMMITTED, MAX_UNPUBLISHED
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded
+from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.step.checkpoint_timer import CheckpointTimer
 from orchestrator.worker.step.hooks import RankProposal
 from orchestrator.worker.step.position import RunPosition
-from orchestrator.worker.step.train_step import TrainStep
+from orchestrator.worker.step.train_step import TrainStep, open_seal
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 from orchestrator.worker.transition.save_shard import ShardSaver
+from orchestrator.worker.transition.shard_write import AGAIN_S
 from orchestrator.worker.transition.snapshots import SnapshotManager
 
 log = logging.getLogger("orchestrator.worker")
@@ -68,6 +69,7 @@ class TrainingHooks:
         self.live.progress = None
 
     def propose(self, step: int) -> RankProposal:
+        self.saver.verified()  # by the memory guard, which the step has opened
         directive, generation = self.mailbox.directive, self.live.generation
         if directive.aborted >= generation:
             raise AbortedGeneration(f"generation {generation} was aborted")
@@ -76,7 +78,7 @@ class TrainingHooks:
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
         is_due = self.timer.wants(directive.checkpoint_interval_s)
-        return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_late)
+        return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_writing)
 
 
 class TrainingLoop:
@@ -118,31 +120,32 @@ class TrainingLoop:
             self._follow_keeper(live)
             outcome = self._step(live, hooks)
             if self._timer.due(position.step, outcome.checkpoint):
-                self._save(shard, outcome.is_late)
+                self._save(shard, outcome.is_writing)
             if outcome.finish:
                 return None
             if outcome.fence != NO_FENCE:
                 return self._preparer.take(outcome.fence)
         return None
 
-    def _save(self, shard: Shard, is_late: bool) -> None:
+    def _save(self, shard: Shard, is_writing: bool) -> None:
         """Write a checkpoint, unless storage has not yet taken an earlier one from all ranks."""
-        if is_late:
+        if is_writing:
             log.warning("no checkpoint of step %d: an earlier one is not written yet", self._position.step)
         else:
             self._timer.restart()
             self._saver.save(shard, self._position.progress)
 
     def finish(self, live: LiveShard) -> None:
-        """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
-        step = self._position.step
-        self._saver.save(live.shard, self._position.progress)
-        while not self._saver.wait(SAVED_EVERY_S):
-            if self._mailbox.directive.aborted >= live.generation:
-                raise AbortedGeneration(
-                    f"generation {live.generation} was aborted before its last checkpoint was written"
-                )
-        self._saver.copied()
+        """Write the last checkpoint and wait until it is complete: if a worker fails before, the step isn't safe."""
+        step, shard, progress = self._position.step, live.shard, self._position.progress
+        while not self._saver.wait(SAVED_EVERY_S) and not self._saver.is_late:  # for an earlier one
+            self._refuse_aborted(live)
+        while not self._saver.has_written(shard, progress):
+            self._saver.save(shard, progress)  # again, if there was no memory
+            self._verify(live)
+            if self._saver.wait(SAVED_EVERY_S) and not self._saver.has_written(shard, progress):
+                self._mailbox.wait(lambda d: d.aborted >= live.generation, AGAIN_S)
+            self._refuse_aborted(live)
         self._mailbox.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", step)
         directive = self._mailbox.wait(
@@ -151,9 +154,26 @@ class TrainingLoop:
         if not directive.has_checkpoint(live.generation, step):
             raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was complete")
 
-    def release(self) -> None:
-        """Wait until no checkpoint reads the shard any more."""
-        self._saver.released()
+    def _refuse_aborted(self, live: LiveShard) -> None:
+        if self._mailbox.directive.aborted >= live.generation:
+            raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was written")
+
+    def release(self, live: LiveShard) -> None:
+        """Wait until no checkpoint reads the shard any more. Raises StateCorrupted if it changed by itself since the
+        newest one, which is void then."""
+        if self._saver.is_unverified:
+            self._verify(live)
+        self._saver.copied()
+
+    def _verify(self, live: LiveShard) -> None:
+        """Let the newest checkpoint count, or raise StateCorrupted."""
+        self._saver.copied()
+        try:
+            open_seal(live.shard, self._position.step + 1)
+        except StateCorrupted:
+            self._saver.void()
+            raise
+        self._saver.verified()
 
     def close(self) -> None:
         self._train_step.close()
@@ -171,7 +191,11 @@ class TrainingLoop:
         snapshots, position = self._snapshots, self._position
         step = position.step + 1
         keep_gradients = snapshots.wants_gradients(step)
-        result = self._train_step.step(live.shard, position.progress, hooks, keep_gradients)
+        try:
+            result = self._train_step.step(live.shard, position.progress, hooks, keep_gradients)
+        except StateCorrupted:
+            self._saver.void()
+            raise
         why = explosion(self._mailbox.records, result.record, self._spec.recovery.loss_explosion)
         if why:  # the shard's state is that of a discarded step: only snapshots of earlier ones are usable
             live.progress = None

@@ -1,18 +1,18 @@
 """A directory of objects that hangs, or refuses to create any, for as long as a test likes."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.storage.directory import DirectoryObjects
 
 
-class HeldObjects:
+class HeldObjects(DirectoryObjects):
     """`Objects` in a directory."""
 
     def __init__(self, root: Path) -> None:
-        self._inner = DirectoryObjects(root)
+        super().__init__(root)
         self._is_free = threading.Event()
         self._is_free.set()
         self._refusal: OSError | None = None
@@ -39,13 +39,4 @@ class HeldObjects:
         assert self._is_free.wait(60.0)
         if self._refusal is not None:
             raise self._refusal
-        return self._inner.create(key, data)
-
-    def get(self, key: str) -> bytes:
-        return self._inner.get(key)
-
-    def names(self, folder: str) -> tuple[str, ...]:
-        return self._inner.names(folder)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        self._inner.delete(keys)
+        return super().create(key, data)

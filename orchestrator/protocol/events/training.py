@@ -53,6 +53,18 @@ class CheckpointsDeleted(Event):
 
 
 @dataclass(frozen=True)
+class CheckpointsAbandoned(Event):
+    """Checkpoints of which only parts were written are never completed: the parts are deleted after this event, to make
+    room.
+
+    Args:
+        names: of their directories.
+    """
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MicroBatchFitted(Event):
     """The size of micro-batches changed because memory allows more, or is short.
 

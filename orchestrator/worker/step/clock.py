@@ -1,7 +1,7 @@
 """Clock of a step: how long its phases take, and how much of that is waiting."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orchestrator.comm import collective_stats
 from orchestrator.policy.health.stragglers import slowest
@@ -15,10 +15,19 @@ class StepClock:
         self._started_s, self._waited_s = time.perf_counter(), collective_stats.waited_s()
         self._loaded_s = self._updated_s = self._proposed_s = self._voted_s = self._started_s
         self._peers_s = 0.0  # waits for peers before the vote
+        self._copies_s = 0.0  # waits for copies of the state
 
     def loaded(self) -> None:
         """The step's rows are there."""
         self._loaded_s = time.perf_counter()
+
+    def wait_for_copies(self, wait: Callable[[], None]) -> None:
+        """Wait until the state is copied, before the update may change it."""
+        began_s = time.perf_counter()
+        try:
+            wait()
+        finally:
+            self._copies_s += time.perf_counter() - began_s
 
     def updated(self) -> None:
         """The rank's own part is done: update, validation, digests."""
@@ -27,8 +36,8 @@ class StepClock:
 
     @property
     def busy_s(self) -> float:
-        """Time until the update was done, waits for peers excluded."""
-        return self._updated_s - self._started_s - self._peers_s
+        """Time until the update was done, waits for peers and copies excluded."""
+        return self._updated_s - self._started_s - self._peers_s - self._copies_s
 
     def proposed(self) -> None:
         """The vote begins."""
@@ -49,7 +58,7 @@ class StepClock:
             step_s=time.perf_counter() - self._started_s,
             vote_time=time.time(),
             data_wait_s=self._loaded_s - self._started_s,
-            protection_wait_s=self._proposed_s - self._updated_s,
+            protection_wait_s=self._copies_s + self._proposed_s - self._updated_s,
             communication_wait_s=self._peers_s + self._voted_s - self._proposed_s,
             slowest=rank,
             slowness=slowness,

@@ -10,7 +10,7 @@ class RankProposal:
 
     Args:
         checkpoint: by its clock a checkpoint is due after this step.
-        is_late: storage has not yet taken its part of an earlier checkpoint.
+        is_writing: storage has not yet taken its part of an earlier checkpoint.
     """
 
     fence: int
@@ -18,7 +18,7 @@ class RankProposal:
     interval: int
     stages: int = 0
     checkpoint: bool = False
-    is_late: bool = False
+    is_writing: bool = False
 
 
 class StepHooks(Protocol):

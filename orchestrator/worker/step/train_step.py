@@ -6,6 +6,7 @@ After the vote every member knows that all have finished the step.
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +125,7 @@ class TrainStep:
     def _accumulate(self, step: _Step, batches: StepBatches) -> _Losses:
         """Forward and backward of each micro-batch; of a batch that is left out, its losses alone."""
         if step.is_skipped:
-            self._open_seal(step)
+            open_seal(step.shard, step.number)
             return self._evaluate(step, batches)
         losses = self._no_losses(step, batches)
         for number, micro_batch in enumerate(batches.micro_batches, 1):
@@ -141,9 +142,10 @@ class TrainStep:
         """Sum the gradients over the ranks and update the state."""
         if step.is_skipped:
             return StepOutcome(applied=False, grad_norm=float("inf"))
-        self._open_seal(step)
+        open_seal(step.shard, step.number)
         lr = learning_rate(self._spec.train, step.number)
-        return step.shard.engine.step(lr, step.hooks.before_update, keep_gradients)
+        wait = partial(step.clock.wait_for_copies, step.hooks.before_update)
+        return step.shard.engine.step(lr, wait, keep_gradients)
 
     def _validate(self, step: _Step) -> _Losses | None:
         """Losses of the validation rows; None in most steps."""
@@ -176,7 +178,7 @@ class TrainStep:
             busy_s=clock.busy_s / batches.share if batches.share else 0.0,
             stages=proposal.stages,
             checkpoint=proposal.checkpoint,
-            is_late=proposal.is_late,
+            is_writing=proposal.is_writing,
             traffic=traffic,
             compression=shard.choosing.proposal,
             digests=digests,
@@ -248,20 +250,20 @@ class TrainStep:
         routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model)
         return _Losses(np.zeros(batches.num_micro_batches), batches.global_tokens, routed)
 
-    def _open_seal(self, step: _Step) -> None:
-        """Open the memory guard before the state is used. Raises StateCorrupted if it has changed by itself."""
-        shard = step.shard
-        changed = shard.seal.open() if shard.seal is not None else []
-        if changed:
-            more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
-            raise StateCorrupted(
-                f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
-                f"{step.number - 1} and {step.number}, although nothing writes to it then"
-            )
-
     def _measured(self) -> Callable[[], None]:
         """Called before a micro-batch. Returns the callback between its forward and its backward pass."""
         if self._memory is None:
             return noop
         self._memory.begin_pass()
         return self._memory.end_forward
+
+
+def open_seal(shard: Shard, step: int) -> None:
+    """Open the memory guard before the state is used in `step`. Raises StateCorrupted if it has changed by itself."""
+    changed = shard.seal.open() if shard.seal is not None else []
+    if changed:
+        more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
+        raise StateCorrupted(
+            f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
+            f"{step - 1} and {step}, although nothing writes to it then"
+        )

@@ -7,8 +7,9 @@ Layout of the vector, float64 (integers below 2^53 are exact): loss sum per micr
 validation micro-batch, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per
 rank: update applied, generation of the fence it has seen, request to finish, preferred steps between two snapshots,
 seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of its preferred
-compression, whether a checkpoint is due by its clock, whether an earlier one is late. Last, summed over the ranks:
-bytes by kind that they have sent since their last votes, and their parts of digests, in halves of 32 bits.
+compression, whether a checkpoint is due by its clock, whether it still writes its part of an earlier one. Last, summed
+over the ranks: bytes by kind that they have sent since their last votes, and their parts of digests, in halves of 32
+bits.
 """
 
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ class Ballot:
         traffic: sent since its last vote.
         compression: number of its preferred scheme; -1 if it has none yet.
         checkpoint: by its clock a checkpoint is due after this step.
-        is_late: storage has not yet taken its part of an earlier checkpoint.
+        is_writing: storage has not yet taken its part of an earlier checkpoint.
         digests: by rank of the requested world, this rank's part (`orchestrator.state.fingerprint`).
     """
 
@@ -62,7 +63,7 @@ class Ballot:
     traffic: Mapping[TrafficKind, Traffic] = field(default_factory=dict)
     compression: int = -1
     checkpoint: bool = False
-    is_late: bool = False
+    is_writing: bool = False
     digests: NDArray[np.uint64] = field(default_factory=NO_DIGESTS.copy)
 
 
@@ -83,7 +84,7 @@ class VoteResult:
         traffic: of all ranks together, by kind; kinds of which nothing was sent are left out.
         compression: number of the coarsest scheme that any rank prefers; -1 while any rank has none.
         checkpoint: by any rank's clock a checkpoint is due.
-        is_late: storage has not yet taken some rank's part of an earlier checkpoint.
+        is_writing: storage has not yet taken some rank's part of an earlier checkpoint.
         digests: by rank, in 16 hexadecimal digits; empty where none were taken.
     """
 
@@ -99,7 +100,7 @@ class VoteResult:
     traffic: dict[str, Traffic]
     compression: int
     checkpoint: bool
-    is_late: bool
+    is_writing: bool
     digests: tuple[str, ...] = ()
 
 
@@ -111,7 +112,7 @@ def vote(
     counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
     voices = np.zeros((world_size, NUM_VOICES))
     values = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
-    voices[rank] = (*values, ballot.compression, ballot.checkpoint, ballot.is_late)
+    voices[rank] = (*values, ballot.compression, ballot.checkpoint, ballot.is_writing)
     sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
     traffic = np.array([astuple(each) for each in sent], dtype=np.float64).reshape(-1)
     halves = np.stack([ballot.digests // HALF, ballot.digests % HALF]).astype(np.float64)
@@ -142,7 +143,7 @@ def vote(
     ]
     parts = torch.split(vector.cpu(), sizes)
     by_rank = parts[4].reshape(world_size, NUM_VOICES).T.tolist()
-    applied, fences, finish, intervals, busy_s, stages, schemes, checkpoints, is_late = by_rank
+    applied, fences, finish, intervals, busy_s, stages, schemes, checkpoints, is_writing = by_rank
     return VoteResult(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
@@ -164,7 +165,7 @@ def vote(
         },
         compression=int(max(schemes)) if min(schemes) >= 0 else -1,
         checkpoint=any(checkpoints),
-        is_late=any(is_late),
+        is_writing=any(is_writing),
         digests=tuple(
             f"{(int(high) * HALF + int(low)) % HALF**2:016x}" for high, low in parts[6].reshape(2, -1).T.tolist()
         ),

@@ -1,7 +1,9 @@
 """Saving of a rank's part of a checkpoint, in the background: copied from the live shard, then written.
 
 Like a snapshot, it is copied beside the next step's forward and backward passes, which only read the state: the
-training thread waits before an update changes it (`ShardSaver.copied`).
+training thread waits before an update changes it (`ShardSaver.copied`). While a write is under way, all ranks leave out
+the steps at which another one is due: nobody waits for storage. Where a guard watches the state between two updates, a
+shard is reported only once the guard has found it unchanged after the copy.
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
@@ -9,11 +11,9 @@ are saved by each rank for itself: all parts together are what was never sent.
 """
 
 import json
-import threading
-import time
+import logging
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 from torch import Tensor
@@ -26,16 +26,16 @@ from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.storage.condition import StorageTrouble, refusal
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
+from orchestrator.worker.transition.shard_write import ShardWrite
 
-LATE_AFTER_S = 5.0  # of a write: the next one waits that long for it; then checkpoints are left out until it ends
-AGAIN_S = 1.0  # until a refused write is repeated
-SETTLE_EVERY_S = 0.05
+log = logging.getLogger("orchestrator.worker")
 
 
 class ShardSaver:
-    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker.
+    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker. Nor is it
+    one if there is no memory for the copy: then this rank has no part of that checkpoint, which can't be completed.
 
     Args:
         checkpoints: location of the run's checkpoints.
@@ -62,14 +62,23 @@ class ShardSaver:
         self._caller = caller
         self._tensors, self._keeps, self._numerics = tensors, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
-        self._write: _Write | None = None
+        self._write: ShardWrite | None = None
         self._newest = (-1, -1)  # step and generation of the newest save
         self._generations: tuple[int, ...] = ()  # the newest two
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._write is not None and self._write.is_alive()
 
     @property
     def is_late(self) -> bool:
         """Whether a write is under way that storage has refused once, or that takes long."""
         return self._write is not None and self._write.is_late
+
+    def has_written(self, shard: Shard, progress: TrainingProgress) -> bool:
+        """Whether storage has this rank's part of the checkpoint of this step."""
+        return self._is_newest(shard, progress) and self._write is not None and self._write.has_written
 
     def begin(self, generation: int) -> None:
         """Give up a write of a generation before the last one: its checkpoint can't be completed any more."""
@@ -78,14 +87,15 @@ class ShardSaver:
             self._write.give_up()
 
     def save(self, shard: Shard, progress: TrainingProgress) -> None:
-        """Copy and write the shard in the background; it must not change until `copied`. It is copied once an earlier
-        write has ended or is late, which is given up then: all ranks save, or none. A repeat for the same step does
-        nothing.
+        """Copy and write the shard in the background; it must not change until `copied`. An earlier write is given up:
+        all ranks save, or none. A repeat for the same step does nothing, unless the state could not be copied.
         """
-        if self._newest == (progress.step, shard.world.generation):
+        if self._is_newest(shard, progress) and self._write is not None and not self._write.lacks_room:
             return
         self.copied()  # of an earlier step, since which no update was applied
-        self._newest = (progress.step, shard.world.generation)
+        if self._write is not None:
+            self._write.give_up()
+        self._newest, self._write = (progress.step, shard.world.generation), None
         where = {
             "step": progress.step,
             "term": shard.term,  # of the plan: ranks may learn of a newer controller at different moments
@@ -97,8 +107,16 @@ class ShardSaver:
             return self._caller(write_image, self._checkpoints, image, **where)
 
         copy = partial(self._copy, shard.engine.ranges().until_update(), shard.rank, shard.world.size, progress)
-        self._write = _Write(self._write, copy, attempt, self._done, self._refused, self._failed)
-        self._write.start()
+        write = ShardWrite(copy, attempt, self._done, self._refused, self._failed, is_verified=shard.seal is None)
+        try:
+            write.start()
+        except RuntimeError as error:
+            log.warning("no checkpoint of step %d from this rank: %s", progress.step, error)
+        else:
+            self._write = write
+
+    def _is_newest(self, shard: Shard, progress: TrainingProgress) -> bool:
+        return self._newest == (progress.step, shard.world.generation)
 
     def _copy(self, ranges: NamedRanges, rank: int, world_size: int, progress: TrainingProgress) -> ShardMemory:
         meta = {
@@ -111,102 +129,30 @@ class ShardSaver:
         return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
 
     def copied(self) -> None:
-        """Wait until the newest save is copied: then the shard may change. Raises what has failed in copying it."""
-        if self._write is not None and (error := self._write.copied.exception()) is not None:
-            self._write = None
-            raise error
-
-    def released(self) -> None:
-        """Wait until no shard is read any more, whether or not it could be copied."""
+        """Wait until no shard is read any more: then it may change."""
         if self._write is not None:
-            self._write.copied.exception()
+            self._write.wait_for_copy()
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether the newest save is not reported before it is known that the shard didn't change by itself."""
+        return self._write is not None and self._write.is_unverified
+
+    def verified(self) -> None:
+        """Report the newest save, once it is written: the shard had not changed by itself after it was copied."""
+        if self._write is not None:
+            self._write.verify()
+
+    def void(self) -> None:
+        """Never report the newest save, unless that has happened: the shard has changed by itself."""
+        if self._write is not None:
+            self._write.give_up()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the write under way. Returns whether it has ended."""
         if self._write is not None:
             self._write.join(timeout_s)
         return self._write is None or not self._write.is_alive()
-
-
-class _Write(threading.Thread):
-    """Copies one shard, then attempts to write it, until one attempt succeeds or it is given up.
-
-    Args:
-        earlier: the write before, whose copy of the shard before is freed first.
-        copy: makes the copy.
-        attempt: to write its image.
-    """
-
-    def __init__(
-        self,
-        earlier: "_Write | None",
-        copy: Callable[[], ShardMemory],
-        attempt: Callable[[ShardImage], ShardWritten],
-        done: Callable[[ShardWritten], None],
-        refused: Callable[[StorageTrouble | None], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self._earlier, self._copy = earlier, copy
-        self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
-        self._copy_s, self._began_s = 0.0, float("inf")  # duration of the copy; when the first attempt began
-        self.copied: Future[None] = Future()
-        self.was_refused = threading.Event()
-        self.given_up = threading.Event()
-
-    @property
-    def is_late(self) -> bool:
-        return self.is_alive() and (self.was_refused.is_set() or time.monotonic() - self._began_s > LATE_AFTER_S)
-
-    def settle(self) -> bool:
-        """Wait until the write has ended or is late. Returns whether it has ended."""
-        while self.is_alive() and not self.is_late:
-            self.join(SETTLE_EVERY_S)
-        return not self.is_alive()
-
-    def give_up(self) -> None:
-        """Make no further attempt."""
-        self.given_up.set()
-        if self.was_refused.is_set():
-            self._refused(None)
-
-    def run(self) -> None:
-        try:
-            memory = self._copied()
-        except Exception as error:
-            self.copied.set_exception(error)
-            return
-        self.copied.set_result(None)
-        self._began_s = time.monotonic()
-        with memory:
-            while not self.given_up.is_set() and not self._is_over(memory.image):
-                self.given_up.wait(AGAIN_S)
-
-    def _copied(self) -> ShardMemory:
-        """The copy. Nothing here refers to the shard's memory afterwards."""
-        if self._earlier is not None and not self._earlier.settle():
-            self._earlier.give_up()
-        began_s = time.monotonic()
-        memory = self._copy()
-        self._copy_s = time.monotonic() - began_s
-        del self._earlier, self._copy
-        return memory
-
-    def _is_over(self, image: ShardImage) -> bool:
-        """Make one attempt. Returns whether it was the last one."""
-        try:
-            written = self._attempt(image)
-        except OSError as error:
-            self.was_refused.set()
-            if not self.given_up.is_set():
-                self._refused(refusal("a checkpoint can't be written", error))
-            return False
-        except Exception as error:  # of any kind: the end of the run waits for every shard
-            self._failed(error)
-            return True
-        if not self.given_up.is_set():  # else its checkpoint may have been deleted already
-            self._done(replace(written, cost_s=self._copy_s + written.cost_s))
-        return True
 
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:

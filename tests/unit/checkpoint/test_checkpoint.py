@@ -209,13 +209,35 @@ def test_a_repeated_commit_changes_nothing(tmp_path: Path) -> None:
     assert_same(read_all(first), state_of(0))
 
 
-def test_a_damaged_manifest_that_no_journal_names_goes_and_is_written_again(tmp_path: Path) -> None:
+def test_a_manifest_that_reads_back_changed_is_deleted_by_the_call_that_created_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte of the real file is flipped at the moment between write and read-back."""
+    manifest, drop = write(tmp_path, state_of(0), 40), os.posix_fadvise
+
+    def damage(descriptor: int, *args: int) -> None:
+        with Path(f"/proc/self/fd/{descriptor}").open("r+b") as file:
+            file.write(b"[")
+            os.fsync(file.fileno())
+        drop(descriptor, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fadvise", damage)
+        with pytest.raises(OSError, match="manifest.json reads back changed"):
+            commit(tmp_path, manifest)
+    assert not (tmp_path / manifest.name / MANIFEST_FILE).exists()
+    assert_same(read_all(commit(tmp_path, manifest)), state_of(0))
+
+
+def test_a_damaged_manifest_that_was_there_is_not_deleted(tmp_path: Path) -> None:
+    """Another controller may have journalled it."""
     manifest = write(tmp_path, state_of(0), 40)
     path = commit(tmp_path, manifest)
-    (path / MANIFEST_FILE).write_text("{}")
-    with pytest.raises(OSError, match="manifest.json reads back changed"):
-        commit(tmp_path, manifest)
-    assert_same(read_all(commit(tmp_path, manifest)), state_of(0))
+    (path / MANIFEST_FILE).write_text("damaged")
+    for _ in range(2):
+        with pytest.raises(OSError, match="manifest.json reads back changed"):
+            commit(tmp_path, manifest)
+    assert (path / MANIFEST_FILE).read_text() == "damaged"
 
 
 def test_writers_of_the_same_step_do_not_meet(tmp_path: Path) -> None:

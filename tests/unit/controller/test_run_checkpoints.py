@@ -1,5 +1,7 @@
 """Commits, deletions and searches of checkpoints, while storage takes entries of the journal late, or not at all."""
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from queue import Empty
 
 import numpy as np
+import pytest
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name
 from orchestrator.checkpoint.shard_file import ShardPiece
@@ -18,12 +21,13 @@ from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.startup import OpenedRun
+from orchestrator.errors import TermSuperseded
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Commit, Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.training import CheckpointsDeleted
-from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.checkpoints import DIRECTORY, commit_checkpoint
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import RunHistory, user_events
 from orchestrator.spec.job import JobSpec
@@ -49,7 +53,7 @@ class Scene:
         self.run.writer = JournalWriter(self.run, self.inbox)
         self.thread = StorageThread(self.inbox)
         opened = OpenedRun("run", self.run_dir, JOB, LIMITS, self.run)
-        self.checkpoints = RunCheckpoints(opened, self.thread, self.inbox)
+        self.checkpoints = RunCheckpoints(opened, self.thread, self.inbox, self.note)
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + 60.0
@@ -70,7 +74,7 @@ class Scene:
         return Commit(step, 1, generation, (shard,))
 
     def commit(self, action: Commit) -> None:
-        self.checkpoints.commit(action, self.note)
+        self.checkpoints.commit(action)
 
     def complete(self, *steps: int, megabytes: float = 0.01) -> None:
         for step in steps:
@@ -89,13 +93,23 @@ class Scene:
         state = replace(self.run.state, checkpoint_done=step, checkpoint_generation=0, num_generations=1)
         self.decide(state, RolledBack(step, None, "a loss"))
 
-    def make_room(self) -> None:
+    def observe(self) -> Observation:
+        """There are no workers."""
         state, progress = self.run.state, self.run.progress
-        self.checkpoints.make_room(lambda: Observation(term=1, now_s=0.0, target=state.target, progress=progress))
-        self.until(lambda: not self.thread.is_pending("room"))
+        return Observation(term=1, now_s=0.0, target=state.target, progress=progress)
+
+    def leave_generation(self) -> None:
+        """Generation 0 is no longer any that the run trains in, or has just left."""
+        self.decide(replace(self.run.state, num_generations=1))
+        self.until(lambda: self.run.state.num_generations == 1 and self.run.is_stored)
+
+    def make_room(self) -> None:
+        self.checkpoints.make_room(self.observe)
+        self.until(self.is_idle)
 
     def is_idle(self) -> bool:
-        return not self.checkpoints._under_way() and not self.thread.is_pending("garbage")
+        names = ("retention", "room", "garbage", "set aside")
+        return not any(map(self.thread.is_pending, names)) and not self.checkpoints._under_way()
 
     def steps(self) -> list[int]:
         return [record.step for record in self.run.checkpoints.current]
@@ -104,7 +118,7 @@ class Scene:
         return (self.run_dir / DIRECTORY / checkpoint_name(step, 1, 0) / MANIFEST_FILE).exists()
 
 
-def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path: Path) -> None:
+def test_nothing_is_deleted_before_storage_has_the_checkpoint_after_it(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.complete(10, 20)
     with scene.storage.hanging():
@@ -117,6 +131,20 @@ def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path
     scene.until(scene.is_idle)
     assert scene.steps() == [20, 30] and not scene.has_manifest(10)
     assert RunHistory(scene.run_dir, LIMITS).checkpoints == scene.run.checkpoints
+
+
+def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path: Path) -> None:
+    past = Scene(tmp_path)
+    past.complete(10, 20)
+    run_inline(past.run.note(commit_checkpoint("run", past.run_dir, past.shard(30))))
+    scene = Scene(tmp_path)
+    with scene.storage.hanging():
+        scene.until(lambda: not scene.run.is_stored)  # it has decided what to delete
+        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
+        scene.thread.advance()
+        assert scene.steps() == [10, 20, 30] and scene.has_manifest(10)
+    scene.until(scene.is_idle)
+    assert scene.steps() == [20, 30] and not scene.has_manifest(10)
 
 
 def test_a_commit_that_is_decided_again_is_journalled_once(tmp_path: Path) -> None:
@@ -153,7 +181,7 @@ def test_a_checkpoint_that_the_run_went_back_behind_meanwhile_is_set_aside(tmp_p
         scene.until(lambda: scene.has_manifest(20))
         scene.go_back(10)
         scene.until(lambda: scene.run.checkpoints.first_generation == 1)
-    scene.until(scene.is_idle)
+    scene.until(lambda: scene.is_idle() and scene.run.is_stored)
     assert scene.steps() == [10] and [record.step for record in scene.run.checkpoints.set_aside] == [20]
     assert RunHistory(scene.run_dir, LIMITS).checkpoints == scene.run.checkpoints
     assert scene.checkpoints.newest == (0, 10)
@@ -168,8 +196,41 @@ def test_while_a_checkpoint_is_to_be_restored_none_is_deleted(tmp_path: Path) ->
     assert scene.steps() == [10, 20, 30]
     scene.decide(replace(scene.run.state, wants_restore=False))
     scene.until(lambda: not scene.run.state.wants_restore)
-    scene.complete(40)
-    assert scene.steps() == [30, 40] and not scene.has_manifest(10)
+    scene.checkpoints.search()  # as before each decision
+    scene.until(scene.is_idle)
+    assert scene.steps() == [20, 30] and not scene.has_manifest(10)
+
+
+def test_a_successor_deletes_what_its_predecessor_had_to_after_its_last_checkpoint(tmp_path: Path) -> None:
+    """It was killed before it journalled that. The disk has no room for another checkpoint until then."""
+    with small_disk(tmp_path / "disk", 24) as disk:
+        past = Scene(disk)
+        past.complete(10, 20, megabytes=3)
+        run_inline(past.run.note(commit_checkpoint("run", past.run_dir, past.shard(30, megabytes=3))))
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - MB))
+        with pytest.raises(OSError, match="No space left"):
+            past.shard(40, megabytes=2)
+        scene = Scene(disk)
+        scene.until(scene.is_idle)
+        assert scene.steps() == [20, 30] and not scene.has_manifest(10)
+        scene.complete(40, megabytes=2)
+        assert scene.steps() == [30, 40]
+
+
+def test_old_checkpoints_that_could_not_be_looked_for_are_deleted_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*args: object) -> tuple[int, ...]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    scene = Scene(tmp_path)
+    scene.complete(10, 20)
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.controller.run_checkpoints.superfluous", unreadable)
+        scene.complete(30)
+    assert scene.steps() == [10, 20, 30]
+    scene.make_room()
+    assert scene.steps() == [20, 30] and not scene.has_manifest(10)
 
 
 def test_a_successor_deletes_what_its_predecessor_was_killed_before_deleting(tmp_path: Path) -> None:
@@ -188,30 +249,67 @@ def test_a_successor_deletes_what_its_predecessor_was_killed_before_deleting(tmp
 
 
 def test_on_a_full_disk_a_checkpoint_that_was_never_journalled_goes(tmp_path: Path) -> None:
+    """Its manifest was written before the run went back."""
     scene = Scene(tmp_path)
     scene.complete(10)
     lost = scene.shard(20)
+    commit_checkpoint("run", scene.run_dir, lost)
     scene.go_back(10)
     scene.until(lambda: scene.run.checkpoints.first_generation == 1)
     scene.commit(lost)
     scene.until(scene.is_idle)
-    directory = scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)
-    assert directory.is_dir() and scene.steps() == [10]
+    assert scene.has_manifest(20) and scene.steps() == [10]
     scene.make_room()
-    assert not directory.exists() and scene.has_manifest(10)
+    assert not (scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)).exists() and scene.has_manifest(10)
+
+
+def test_a_checkpoint_that_was_abandoned_is_never_completed(tmp_path: Path) -> None:
+    """Neither by this controller nor by its successor, which may see all of its parts."""
+    scene = Scene(tmp_path)
+    scene.complete(10)
+    lost = scene.shard(20)
+    scene.leave_generation()
+    scene.make_room()
+    assert scene.run.checkpoints.abandoned == (checkpoint_name(20, 1, 0),)
+    successor = Scene(tmp_path)
+    for each in (scene, successor):
+        if each is successor:
+            each.shard(20)
+        each.commit(lost)
+        each.until(each.is_idle)
+        assert each.steps() == [10] and each.checkpoints.faults == () and each.checkpoints.trouble is None
+
+
+def test_parts_are_not_deleted_before_storage_has_it_that_they_are_abandoned(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.complete(10)
+    scene.shard(20)
+    scene.leave_generation()
+    directory = scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)
+    with scene.storage.hanging():
+        scene.checkpoints.make_room(scene.observe)
+        scene.until(lambda: not scene.run.is_stored)
+        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
+        scene.thread.advance()
+        assert directory.is_dir()
+    scene.until(lambda: not directory.exists())
 
 
 def test_a_past_controller_deletes_nothing(tmp_path: Path) -> None:
+    """What it takes for abandoned, its successor may have completed."""
     past = Scene(tmp_path)
     past.complete(10)
-    past.shard(20)
-    past.until(past.is_idle)
+    lost = past.shard(20)
+    past.leave_generation()
     successor = Scene(tmp_path)
-    past.make_room()
-    assert {path.name for path in (past.run_dir / DIRECTORY).iterdir()} == {
-        checkpoint_name(step, 1, 0) for step in (10, 20)
-    }
-    assert successor.steps() == [10]
+    successor.commit(lost)
+    successor.until(successor.is_idle)
+    before = set((past.run_dir / DIRECTORY).rglob("*"))
+    with pytest.raises(TermSuperseded):
+        past.make_room()
+    past.thread.abandon()
+    assert set((past.run_dir / DIRECTORY).rglob("*")) == before
+    assert successor.has_manifest(20) and successor.steps() == [10, 20]
 
 
 def test_what_was_set_aside_stays_until_storage_has_that_on_record(tmp_path: Path) -> None:

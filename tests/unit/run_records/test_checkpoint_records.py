@@ -11,7 +11,7 @@ from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Resumed, Suspended
-from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.run_records.checkpoint_records import CheckpointRecords
 
@@ -39,6 +39,12 @@ def current(*events: Event) -> list[str]:
 
 def aside(*events: Event) -> list[str]:
     return [record.name for record in after(*events).set_aside]
+
+
+def test_what_was_abandoned_never_becomes_a_checkpoint_and_what_is_one_is_not_abandoned() -> None:
+    records = after(done(9), CheckpointsAbandoned(("9-0", "19-0")), done(19), done(29))
+    assert [record.step for record in records.current] == [9, 29] and records.abandoned == ("19-0",)
+    assert from_plain(CheckpointRecords, json.loads(json.dumps(to_plain(records)))) == records
 
 
 def test_the_journals_events_make_and_unmake_checkpoints() -> None:

@@ -19,15 +19,15 @@ from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.events.generations import RolledBack
-from orchestrator.protocol.events.training import CheckpointsDeleted
+from orchestrator.protocol.events.training import CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.checkpoints import (
     DIRECTORY,
     choose,
     commit_checkpoint,
     discard_garbage,
-    discard_unfinished,
     drop_set_aside,
+    hopeless,
     list_checkpoints,
     newest_good,
     path_of,
@@ -219,11 +219,17 @@ def test_one_that_was_removed_by_hand_does_not_count(tmp_path: Path) -> None:
     assert [record.step for record in run.checkpoints.current] == [10, 30, 40]
 
 
-def test_what_an_interrupted_deletion_has_left_goes_too(tmp_path: Path) -> None:
+def test_what_an_interrupted_deletion_has_left_goes_once_the_journal_does_not_name_it(tmp_path: Path) -> None:
+    """While it does, its manifest may only be out of sight."""
     run = JournaledRun(tmp_path, LIMITS)
     for step in (10, 20):
         _complete(run, tmp_path, _shard(tmp_path, step))
     (path_of(tmp_path, run.checkpoints.current[0]) / MANIFEST_FILE).unlink()
+    discard_garbage(tmp_path, run.checkpoints)
+    assert _on_disk(tmp_path) == [checkpoint_name(10, 1, 0), checkpoint_name(20, 1, 0)]
+    dropped = superfluous(tmp_path, run.checkpoints, CheckpointSpec(keep_last=None), ())
+    assert dropped == (10,)
+    run_inline(run.note(CheckpointsDeleted(dropped)))
     discard_garbage(tmp_path, run.checkpoints)
     assert _on_disk(tmp_path) == [checkpoint_name(20, 1, 0)]
 
@@ -262,9 +268,12 @@ def test_garbage_is_what_no_journal_names_and_no_rank_completes(tmp_path: Path) 
     assert _steps(tmp_path) == [20] and run.checkpoints.newest == (3, 20)
 
 
-def test_what_can_not_be_completed_is_deleted_with_or_without_a_manifest(tmp_path: Path) -> None:
+def test_what_can_not_be_completed_is_deleted_once_the_journal_says_so(tmp_path: Path) -> None:
+    """With or without a manifest."""
     run = JournaledRun(tmp_path, LIMITS)
+    _shard(tmp_path, 1)  # older than the newest checkpoint: garbage anyway
     _complete(run, tmp_path, _shard(tmp_path, 5))
+    _shard(tmp_path, 2)
     names = [checkpoint_name(step, 1, g) for step, g in ((9, 0), (19, 1), (29, 0))]
     for name in (*names, "another"):
         (tmp_path / DIRECTORY / name).mkdir(parents=True)
@@ -274,11 +283,25 @@ def test_what_can_not_be_completed_is_deleted_with_or_without_a_manifest(tmp_pat
     def can_complete(step: int, term: int, generation: int) -> bool:
         return generation == 1
 
-    successor = JournaledRun(tmp_path, LIMITS)
-    discard_unfinished(tmp_path, run.term, run.checkpoints, can_complete)
-    assert set(_on_disk(tmp_path)) == {*names, *kept}  # a past controller deletes nothing
-    discard_unfinished(tmp_path, successor.term, successor.checkpoints, can_complete)
+    found = hopeless(tmp_path, run.checkpoints, can_complete)
+    assert found == (names[0], names[2])
+    discard_garbage(tmp_path, run.checkpoints)
+    assert set(_on_disk(tmp_path)) == {*names, *kept}
+    run_inline(run.note(CheckpointsAbandoned(found)))
+    discard_garbage(tmp_path, _records(tmp_path))
     assert set(_on_disk(tmp_path)) == kept
+    assert hopeless(tmp_path, run.checkpoints, can_complete) == ()
+
+
+def test_a_superseded_controller_abandons_nothing(tmp_path: Path) -> None:
+    past = JournaledRun(tmp_path, LIMITS)
+    action = _shard(tmp_path, 9)
+    successor = JournaledRun(tmp_path, LIMITS)
+    with pytest.raises(TermSuperseded):
+        run_inline(past.note(CheckpointsAbandoned((checkpoint_name(9, 1, 0),))))
+    discard_garbage(tmp_path, past.checkpoints)
+    _complete(successor, tmp_path, action)
+    assert _steps(tmp_path) == [9] and newest_good(tmp_path, _records(tmp_path)) is not None
 
 
 @pytest.fixture

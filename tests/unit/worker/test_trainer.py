@@ -77,7 +77,7 @@ class _Run:
         in_update: bool = False,
     ) -> None:
         self.plans, self.entries, self.activated, self.steps = plans, entries, activated, steps
-        self.in_update = in_update
+        self.in_update, self.releases = in_update, list[int]()
         self.mailbox, self.replays, self.shards, self.engines = _Mailbox(), [], [], []
         self.mailbox.publish(phase=Phase.STANDBY)
         self.trainer: Any = object.__new__(Trainer)
@@ -92,8 +92,10 @@ class _Run:
         return [phase.value for phase in self.mailbox.phases[1:]]
 
     # The loop
-    def release(self) -> None:
-        assert not self.engines[-1].closed
+    def release(self, live: LiveShard) -> None:
+        """Generations that were released, each while its engine was open and its state not yet held."""
+        assert not self.engines[-1].closed and not self.trainer._snapshots.holdings()
+        self.releases.append(live.generation)
 
     # The waiter
     def await_transition(self, may_replay: bool) -> PreparedTransition:
@@ -149,7 +151,7 @@ def test_a_life_with_a_rescale() -> None:
     run = _Run([FIRST], [True, True], [0, 1], [_to(1, "w0", "w1"), None])
     assert run.phases == ["moving", "ready", "training", "moving", "ready", "training", "finished"]
     assert run.replays == [True]
-    assert [engine.closed for engine in run.engines] == [1, 0]
+    assert [engine.closed for engine in run.engines] == [1, 0] and run.releases == [0]
 
 
 def test_the_old_state_is_held_through_a_rescale_and_dropped_after_it() -> None:
@@ -188,14 +190,14 @@ def test_an_interrupted_generation_leaves_what_belongs_to_a_finished_step(
     assert report.health.error is not None and report.health.error.kind == kind
     assert "in train" in report.health.error.traceback
     assert is_freed  # or gloo would keep connections that peers wait on
-    assert run.replays == [True, False] and run.engines[0].closed == 1
+    assert run.replays == [True, False] and run.engines[0].closed == 1 and run.releases == [0]
 
 
 def test_corrupted_memory_ends_the_worker_and_is_not_held() -> None:
     run = _Run([FIRST], [True], [0], [StateCorrupted("a bit has flipped")])
     assert run.phases == ["moving", "ready", "training", "failed"]
     assert run.mailbox.state.health.error is not None and run.mailbox.state.health.error.kind == "corrupted"
-    assert run.trainer._snapshots.holdings() == () and run.engines[0].closed == 1
+    assert run.trainer._snapshots.holdings() == () and run.engines[0].closed == 1 and run.releases == [0]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,17 @@
 """What the ranks of a world save: each element of the state once, whoever holds it."""
 
 import errno
+import gc
 import os
+import resource
+import signal
 import threading
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,21 +25,28 @@ from safetensors.numpy import load_file
 
 from orchestrator.checkpoint.manifest import checkpoint_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.checkpoint.shard_file import read_shards
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
+from orchestrator.protocol.messages import Directive
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ShardWritten
+from orchestrator.state.fingerprint import MemoryGuard
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
+from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.training_loop import TrainingHooks
+from orchestrator.worker.step.train_step import open_seal
+from orchestrator.worker.training_loop import SAVED_EVERY_S, LiveShard, TrainingHooks, TrainingLoop
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
+from orchestrator.worker.transition.shard_write import LATE_AFTER_S
 from tests.support.layouts import layout_of_state
 
 PARAMS = [ParamSpec("norm", (3,), None), ParamSpec("up", (50,), None)] + [
@@ -89,10 +102,10 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: ExpertPlaceme
     assert times == Counter((name, i) for name, (numel,) in SHAPES.items() for i in range(numel))
 
 
-def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int) -> Any:
+def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int, seal: MemoryGuard | None = None) -> Any:
     """As much of a shard as is saved: no engine is needed to have ranges."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
-    return SimpleNamespace(term=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges))
+    return SimpleNamespace(term=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges), seal=seal)
 
 
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
@@ -131,8 +144,24 @@ class Scene:
         layout, (self.ranges,) = _state(self._placement, False)
         self.saver = ShardSaver(checkpoints, layout.tensors, "", "", *report, caller)
 
-    def save(self, step: int) -> None:
-        self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"))
+    def save(self, step: int, seal: MemoryGuard | None = None) -> None:
+        self.saver.save(self.shard(seal), TrainingProgress(step, step + 1, "{}"))
+
+    def shard(self, seal: MemoryGuard | None = None) -> Any:
+        return _shard(self.ranges, self._placement, 0, seal)
+
+    def loop(self) -> Any:
+        """A training loop after step 3, whose next step finds out whether the memory has changed, and aborts then."""
+
+        def step(shard: Any, *_: object) -> None:
+            open_seal(shard, 4)
+            raise AbortedGeneration("a peer is lost")
+
+        loop: Any = object.__new__(TrainingLoop)
+        loop._saver, loop._position = self.saver, SimpleNamespace(step=3, progress=None)
+        loop._train_step = SimpleNamespace(step=step)
+        loop._snapshots = SimpleNamespace(wants_gradients=lambda step: False)
+        return loop
 
 
 def _num_copies() -> int:
@@ -206,15 +235,13 @@ def test_training_goes_on_while_its_shard_is_copied_and_waits_before_it_changes(
         saver=scene.saver,
     )
     scene.save(3)  # returns, though nothing is copied yet
-    assert scene.saver._write is not None and not scene.saver._write.copied.done()
+    assert scene.saver._write is not None and not scene.saver._write._is_copied.is_set()
     update = _in_thread(hooks.before_update)
-    held = _in_thread(scene.saver.released)
     with pytest.raises(TimeoutError):
         update.result(0.1)
-    assert not held.done() and live.progress is not None  # the state is still that of a finished step
+    assert live.progress is not None  # the state is still that of a finished step
     may_copy.set()
     update.result(10.0)
-    held.result(10.0)
     assert live.progress is None
     for _, range_ in scene.ranges:
         range_.data.fill_(9.0)
@@ -242,7 +269,9 @@ def test_a_forward_pass_that_changes_a_buffer_does_not_change_what_is_saved(
     assert np.array_equal(values, before.numpy()) and not np.array_equal(values, bias.numpy())
 
 
-def test_a_step_that_is_due_after_one_without_an_update_is_saved_too(tmp_path: Path, may_copy: threading.Event) -> None:
+def test_a_newer_save_waits_for_the_copy_before_it_and_takes_its_place(
+    tmp_path: Path, may_copy: threading.Event
+) -> None:
     scene = Scene(tmp_path)
     scene.save(3)
     second = _in_thread(lambda: scene.save(4))
@@ -251,29 +280,210 @@ def test_a_step_that_is_due_after_one_without_an_update_is_saved_too(tmp_path: P
     may_copy.set()
     second.result(10.0)
     scene.saver.copied()
-    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3, 4]
-
-
-def test_a_copy_that_fails_is_an_error_of_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(name: str) -> int:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    scene = Scene(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "memfd_create", no_memory)
-        scene.save(3)
-        scene.saver.released()  # which doesn't care
-        with pytest.raises(OSError, match="Cannot allocate memory"):
-            scene.saver.copied()
-    assert scene.written == scene.failures == []
-    scene.saver.copied()
-    scene.save(4)
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [4]
 
 
-def test_the_training_thread_waits_no_longer_than_an_earlier_write_may_take(
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "no memory"), MemoryError(), RuntimeError("can't allocate")])
+def test_a_state_that_can_not_be_copied_is_not_saved_and_nothing_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The worker goes on. A repeat for the same step saves it."""
+
+    def no_memory(pieces: list[ShardPiece], *args: object) -> ShardMemory:
+        raise error
+
+    scene = Scene(tmp_path)
+    extra = torch.zeros(4)
+    held = weakref.ref(extra)
+    scene.ranges.add("buffer/bias", 4, extra)
+    del extra
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.worker.transition.save_shard.ShardMemory", no_memory)
+        scene.save(3)
+        scene.saver.copied()
+        assert scene.saver.wait(10.0) and not scene.saver.is_writing
+    del scene.ranges._ranges["buffer/bias"][-1]
+    gc.collect()
+    assert held() is None
+    assert scene.written == scene.failures == [] and scene.reasons.empty()
+    scene.save(3)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
+
+
+def test_a_copy_that_fails_half_way_leaves_no_memory_in_use(tmp_path: Path) -> None:
+    """The process may have no file of this size."""
+    scene = Scene(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        scene.save(3)
+        scene.saver.copied()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert scene.saver.wait(10.0) and scene.written == scene.failures == []
+    assert _num_copies() == 0
+
+
+def test_a_copy_that_fails_in_another_way_is_an_error_of_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def broken(*args: object) -> None:
+        raise ValueError("a length doesn't fit")
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.ShardMemory", broken)
+    scene = Scene(tmp_path)
+    scene.save(3)
+    scene.saver.copied()
+    assert scene.saver.wait(10.0) and [str(error) for error in scene.failures] == ["a length doesn't fit"]
+
+
+def test_a_checkpoint_costs_what_training_waited_for_its_copy(tmp_path: Path, may_copy: threading.Event) -> None:
+    """Not the time in which it was copied beside training."""
+    scene = Scene(tmp_path)
+    for step, waits in ((3, False), (4, True)):
+        may_copy.clear()
+        scene.save(step)
+        write, update = scene.saver._write, _in_thread(scene.saver.copied) if waits else None
+        while waits and write is not None and write._awaited_s == float("inf"):
+            time.sleep(0.01)
+        time.sleep(0.5)  # the time that counts, or doesn't
+        may_copy.set()
+        assert scene.saver.wait(10.0)
+        if update is not None:
+            update.result(10.0)
+    beside, waited = scene.written
+    assert 0.0 < beside.cost_s < 0.5 <= waited.cost_s
+
+
+def _finishing(scene: Scene) -> tuple[WorkerMailbox, "Future[None]"]:
+    """A loop that writes the last checkpoint, of step 3, in a thread."""
+    loop, mailbox = scene.loop(), WorkerMailbox("w0", 1)
+    loop._mailbox, loop._position.progress = mailbox, TrainingProgress(3, 4, "{}")
+    return mailbox, _in_thread(lambda: loop.finish(LiveShard(scene.shard(), None)))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_the_last_checkpoint_is_tried_again_until_there_is_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def scarce(*args: Any) -> ShardMemory:
+        tries.append(len(tries))
+        if len(tries) < 3:
+            raise MemoryError
+        return ShardMemory(*args)
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.ShardMemory", scarce)
+    monkeypatch.setattr("orchestrator.worker.training_loop.AGAIN_S", 0.01)
+    scene = Scene(tmp_path)
+    mailbox, finished = _finishing(scene)
+    _until(lambda: mailbox.state.phase is Phase.FINISHED)
+    assert [shard.step for shard in scene.written] == [3] and len(tries) == 3
+    mailbox.put(Directive(term=1, seq=1, checkpoint_generation=4, checkpoint_done=3))
+    finished.result(10.0)
+
+
+def test_the_last_checkpoint_waits_for_an_earlier_one_that_is_not_late(tmp_path: Path) -> None:
+    answers, hangs = threading.Event(), threading.Event()
+
+    def caller(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == 2:
+            hangs.set()
+            assert answers.wait(30.0)
+        return function(*args, **kwargs)
+
+    scene = Scene(tmp_path, caller)
+    scene.save(2)
+    assert hangs.wait(10.0)
+    mailbox, finished = _finishing(scene)
+    with pytest.raises(TimeoutError):
+        finished.result(2 * SAVED_EVERY_S)
+    assert scene.saver._newest == (2, 4)
+    answers.set()
+    _until(lambda: mailbox.state.phase is Phase.FINISHED)
+    assert [shard.step for shard in scene.written] == [2, 3]
+    mailbox.put(Directive(term=1, seq=1, checkpoint_generation=4, checkpoint_done=3))
+    finished.result(10.0)
+
+
+def test_the_last_checkpoint_takes_the_place_of_one_that_storage_refuses(refusing: Path) -> None:
+    scene = Scene(refusing)
+    scene.save(2)
+    assert scene.reasons.get(timeout=10.0) == REFUSED
+    mailbox, finished = _finishing(scene)
+    _until(lambda: scene.saver._newest == (3, 4))
+    refusing.unlink()
+    _until(lambda: mailbox.state.phase is Phase.FINISHED)
+    assert [shard.step for shard in scene.written] == [3]
+    mailbox.put(Directive(term=1, seq=1, checkpoint_generation=4, checkpoint_done=3))
+    finished.result(10.0)
+
+
+@pytest.mark.parametrize("then", ["the next step begins", "the next step is abandoned", "the generation ends"])
+@pytest.mark.parametrize("changed", [False, True], ids=["unchanged", "changed"])
+def test_a_state_that_is_guarded_is_reported_once_it_was_found_unchanged(
+    tmp_path: Path, then: str, changed: bool
+) -> None:
+    """Else the copy may hold what a broken memory made of it."""
+    scene = Scene(tmp_path)
+    seal = MemoryGuard(scene.ranges)
+    seal.close()
+    scene.save(3, seal)
+    scene.saver.copied()
+    if changed:
+        scene.ranges.view("param/norm", 1, 2).add_(1.0)
+    assert scene.saver.wait(10.0) and scene.written == [] and scene.saver.is_unverified
+    loop, live = scene.loop(), LiveShard(scene.shard(seal), None)
+    if then == "the generation ends":
+        with pytest.raises(StateCorrupted) if changed else nullcontext():
+            loop.release(live)
+    else:
+        with pytest.raises(StateCorrupted if changed else AbortedGeneration):
+            loop._step(live, None)
+        if then == "the next step is abandoned":
+            loop.release(live)
+        else:
+            scene.saver.verified()
+    assert [shard.step for shard in scene.written] == ([] if changed else [3])
+    assert not scene.saver.is_unverified and not seal.open()
+
+
+def test_a_guarded_state_that_is_written_after_the_check_is_reported_then(refusing: Path) -> None:
+    scene = Scene(refusing)
+    scene.save(3, MemoryGuard(scene.ranges))
+    assert scene.reasons.get(timeout=10.0) == REFUSED
+    scene.saver.verified()
+    assert scene.written == []
+    refusing.unlink()
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
+
+
+def test_without_a_thread_training_goes_on_and_the_next_step_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    scene = Scene(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        scene.save(3)
+    scene.saver.copied()  # returns
+    assert scene.saver.wait(0.0) and not scene.saver.is_writing
+    scene.save(4)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [4] and scene.failures == []
+
+
+def test_the_training_thread_does_not_wait_for_an_earlier_write(tmp_path: Path) -> None:
     """The storage of the first one hangs."""
     answers, hangs = threading.Event(), threading.Event()
 
@@ -283,16 +493,45 @@ def test_the_training_thread_waits_no_longer_than_an_earlier_write_may_take(
             assert answers.wait(30.0)
         return function(*args, **kwargs)
 
-    monkeypatch.setattr("orchestrator.worker.transition.save_shard.LATE_AFTER_S", 0.2)
     scene = Scene(tmp_path, caller)
     scene.save(3)
-    assert hangs.wait(10.0)
+    assert hangs.wait(10.0) and scene.saver.is_writing and not scene.saver.is_late
+    began_s = time.monotonic()
     scene.save(5)
-    scene.saver.copied()  # once the first one is late, and given up
+    scene.saver.copied()
+    assert time.monotonic() - began_s < LATE_AFTER_S / 2
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [5]
+    earlier = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     answers.set()
+    for thread in earlier:
+        thread.join(10.0)
+    assert [shard.step for shard in scene.written] == [5] and scene.failures == []
     scene.save(7)
     assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [5, 7]
+
+
+def test_what_is_given_up_while_storage_refuses_it_is_not_reported_after_that(refusing: Path) -> None:
+    """One thread gives it up, while the other one is about to report the refusal."""
+    scene = Scene(refusing)
+    scene.saver.begin(4)
+    gives_up: list[Future[None]] = []
+
+    def give_up() -> None:
+        scene.saver.begin(5)
+        scene.saver.begin(6)
+
+    def refuse(why: StorageTrouble | None) -> None:
+        if why is not None:
+            gives_up.append(_in_thread(give_up))
+            with pytest.raises(TimeoutError):  # it waits for this report
+                gives_up[0].result(0.2)
+        scene.reasons.put(why)
+
+    scene.saver._refused = refuse
+    scene.save(3)
+    assert scene.reasons.get(timeout=10.0) == REFUSED and scene.reasons.get(timeout=10.0) is None
+    gives_up[0].result(10.0)
+    assert scene.saver.wait(10.0) and scene.reasons.empty()
 
 
 def test_a_newer_shard_takes_the_place_of_a_late_one(refusing: Path) -> None:
@@ -332,7 +571,7 @@ def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.Mon
     if free == "none":
         reserve_in(tmp_path).touch()
     monkeypatch.setattr("orchestrator.checkpoint.write.shutil.disk_usage", lambda place: left)
-    monkeypatch.setattr("orchestrator.worker.transition.save_shard.AGAIN_S", 0.01)
+    monkeypatch.setattr("orchestrator.worker.transition.shard_write.AGAIN_S", 0.01)
     scene = Scene(tmp_path / "checkpoints")
     scene.save(3)
     for _ in range(3):
