@@ -32,7 +32,7 @@ def location_of(text: str) -> Location:
         raise _no_storage(text, f"{scheme}:// is none of {_schemes()}", nearest(scheme, PREFIXES))
     if not re.fullmatch(r"[^/?#\s]+(/[^/?#\s]+)*", path):
         raise _no_storage(
-            text, f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, without empty names, ? or #", ""
+            text, f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, without empty names, spaces, ? or #", ""
         )
     return BucketUrl(f"{scheme}://{path}")
 

@@ -35,7 +35,7 @@ def test_a_url_is_a_bucket(scheme: str) -> None:
         ("s3://", "a URL is s3://BUCKET or s3://BUCKET/PATH"),
         ("s3:///runs", "a URL is s3://BUCKET or s3://BUCKET/PATH"),
         ("gs://bucket//runs", "without empty names"),
-        ("az://bucket/runs?sig=1", "without empty names, ? or #"),
+        ("az://bucket/runs?sig=1", "without empty names, spaces, ? or #"),
     ],
 )
 def test_what_is_no_storage_is_refused(text: str, words: str) -> None:

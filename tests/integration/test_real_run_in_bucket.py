@@ -1,0 +1,119 @@
+"""A run whose storage is a bucket, with nothing simulated but the service: submitted, killed, paused, resumed, replayed,
+exported and removed, while requests fail."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.client import OrchestratorClient
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.run_history import read_steps
+from orchestrator.spec.fault_tolerance import CheckpointSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
+from orchestrator.storage.backends.location import location_of, objects_at
+from tests.support.buckets import s3_bucket
+from tests.support.real_runs import own_cluster, until
+from tests.support.request_proxy import RequestFault, RequestProxy
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(600)]
+
+STEPS = 120
+FAULTS = (
+    RequestFault.LOST_REPLY,
+    RequestFault.UNAVAILABLE,
+    RequestFault.UNAVAILABLE_DONE,
+    RequestFault.LOST_REQUEST,
+    RequestFault.CONFLICT,
+)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, RequestProxy]]:
+    with s3_bucket() as found:  # before the cluster: its processes have the environment of the one that starts it
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(
+    bucket: tuple[str, RequestProxy], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OrchestratorClient]:
+    with own_cluster(tmp_path_factory.mktemp("home"), cpus=3) as client:
+        yield client
+
+
+def _job(texts: Path, name: str, storage: str) -> JobSpec:
+    changes = {
+        "name": name,
+        "storage": storage,
+        "workers": WorkersSpec(min=1, max=2, initial=2),
+        "checkpoint": CheckpointSpec(every=20, keep_last=2),
+    }
+    return small_job(texts, max_steps=STEPS, determinism="exact").model_copy(update=changes)
+
+
+def _tensors(status: RunStatus) -> dict[str, bytes]:
+    with CheckpointReader(location_of(str(status.checkpoint))) as reader:
+        reader.verify()
+        return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
+
+
+def _command(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == expect, f"{args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
+    client: OrchestratorClient, bucket: tuple[str, RequestProxy], texts: Path, tmp_path: Path
+) -> None:
+    url, proxy = bucket
+    storage = f"{url}/some/runs"
+    run = client.submit(_job(texts, "afar", storage))
+    until(client, run, lambda s: s.step > 5)
+    proxy.fail("PUT", *(5 * (*FAULTS, None)))
+    pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).process.pid
+    os.kill(pid, signal.SIGKILL)
+    recovered = until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
+    assert recovered.recoveries[-1].steps_lost == 0
+    until(client, run, lambda s: (s.checkpoint_step or 0) > recovered.step)
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1, paused
+    assert "paused" in _command("status", run, "--storage", storage).stdout
+
+    client.resume(run, workers=1)
+    until(client, run, lambda s: s.step > paused.step + 2)
+    client.scale(run, 2)
+    proxy.fail("GET", *(5 * (RequestFault.UNAVAILABLE, RequestFault.TORN, None)))
+    done = client.wait(run, timeout_s=200.0)
+    assert done.phase is RunPhase.SUCCEEDED, done
+    account = client.audit(run)
+    assert account.ok and account.steps == STEPS
+    assert [record.step for record in read_steps(location_of(done.run_dir))] == list(range(STEPS))
+    names = objects_at(location_of(done.run_dir)).names("checkpoints")
+    assert len(names) == 2 and all(name.startswith("step-") for name in names)
+
+    calm = client.wait(client.submit(_job(texts, "calm", str(tmp_path / "runs"))), timeout_s=200.0)
+    assert _tensors(done) == _tensors(calm)
+
+    assert "is whole" in _command("checkpoint", "verify", run, "--storage", storage).stderr
+    told = _command("check", "replay", run, "--storage", storage, "--workers", "1")
+    assert "losses, norms and states are the same, bit for bit" in told.stdout
+    _command("model", "eval", run, "--storage", storage, "--max-rows", "8")
+    _command("model", "export", run, "--storage", storage, "--out", str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "config.json").exists()
+    assert "succeeded" in _command("ls", "--storage", storage).stdout
+    assert "training" in _command("logs", run, "--storage", storage).stdout
+    _command("rm", run, "--storage", storage, "--yes")
+    assert objects_at(location_of(storage)).objects(run) == ()
