@@ -56,6 +56,6 @@ def test_a_digest_is_that_of_the_content_in_every_process() -> None:
 
 
 def test_only_the_worker_that_replays_steps_gets_the_task() -> None:
-    directive = Directive(1, 7, check=ReplayTask(0, "w1", 9, 19, worlds=()))
+    directive = Directive(1, 7, check=ReplayTask(0, "w1", 9, "checkpoints/step-9", 19, worlds=()))
     assert SentDirective.of(directive, "w1", ()).whole(()) == directive
     assert SentDirective.of(directive, "w0", ()).whole(()) == Directive(1, 7)
