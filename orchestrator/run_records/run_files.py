@@ -37,7 +37,7 @@ class RunFiles:
     def __init__(self, run_dir: Location) -> None:
         if not holds_run(run_dir):
             offer = nearest(run_dir.name, runs_in(run_dir.parent))
-            remedy = f"{offer}Name the run storage that the job file names: --storage DIR."
+            remedy = f"{offer}Name the run storage that the job file names: --storage DIR|URL."
             raise NotFound(f"{run_dir} holds no run", remedy=remedy)
         self.run_dir = run_dir
 

@@ -23,7 +23,7 @@ def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Calla
         try:
             return RunFiles(run_dir_in(Path("runs"), run_id)).run_dir
         except NotFound:
-            error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
+            error.remedy += " A run of another cluster is found by its run storage: --storage DIR|URL."
             raise error from None
 
 

@@ -76,7 +76,7 @@ def resume(
     ] = False,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster doesn't know it."),
+        typer.Option("--storage", metavar="DIR|URL", help="Run storage with the run, if this cluster doesn't know it."),
     ] = None,
     timeout: Timeout = None,
     address: Address = None,

@@ -66,7 +66,7 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
     if is_url(named := address or os.environ.get("RAY_ADDRESS")):
         raise UsageError(
             f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
-            remedy="Call it in the cluster, or name run storage that is seen here: --storage DIR.",
+            remedy="Call it in the cluster, or name run storage that is seen here: --storage DIR|URL.",
             unchanged="Nothing was started.",
         )
     try:
@@ -81,9 +81,9 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
         if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
             raise NotFound(
                 f"there is no cluster, and {here} holds no run {run_id!r}",
-                remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR, a cluster by --address.",
+                remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR|URL, a cluster by --address.",
             ) from error
-        error.remedy += " A run that has left its cluster is read from run storage: --storage DIR."
+        error.remedy += " A run that has left its cluster is read from run storage: --storage DIR|URL."
         raise
 
 
@@ -105,7 +105,7 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
     if storage is not None:
         place = location_of(storage)
         if isinstance(place, Path) and not place.is_dir():
-            raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR.")
+            raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR|URL.")
         return lambda: _runs_in_storage(place)
     try:
         return OrchestratorClient(address).list

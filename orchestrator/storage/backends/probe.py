@@ -1,6 +1,7 @@
 """Check at submission that storage does what a run needs: it creates an object only if its name is free, and objects
 can be read, listed and deleted there."""
 
+import errno
 import os
 import secrets
 from contextlib import suppress
@@ -59,11 +60,11 @@ def _check(objects: LargeObjects, key: str, location: Location) -> None:
 def access_error(location: Location, error: OSError) -> OrchestratorError:
     """The error shown to users for storage that can't be used."""
     if isinstance(location, Path) or not isinstance(error, PermissionError):
-        return StorageError(
-            f"{location} can't be read: {error.strerror or error}: {error.filename or location}",
-            remedy="Try again once it answers.",
-            unchanged=UNCHANGED,
-        )
+        remedy = "Try again once it answers."
+        if isinstance(location, BucketUrl) and error.errno == errno.ENODEV:
+            remedy = f"Create it, or name another; {PREFIXES[location.scheme]}_* give its region and server."
+        reason = f"{location} can't be read: {error.strerror or error}: {error.filename or location}"
+        return StorageError(reason, remedy=remedy, unchanged=UNCHANGED)
     scheme = location.scheme
     missing = [name for name in CREDENTIALS[scheme] if name not in os.environ]
     unset = f": {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set" if missing else ""

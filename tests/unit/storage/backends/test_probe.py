@@ -9,7 +9,7 @@ import pytest
 from orchestrator.errors import NotAllowed, UsageError
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.backends.probe import check_storage
+from orchestrator.storage.backends.probe import access_error, check_storage
 from tests.support.buckets import azure_bucket, environment, iam_bucket, s3_bucket, s3_variables
 from tests.support.request_proxy import RequestFault, RequestProxy
 
@@ -125,5 +125,7 @@ def test_a_server_that_is_not_there_is_given_up_soon() -> None:
 
 def test_a_bucket_that_is_not_there(bucket: tuple[str, RequestProxy]) -> None:
     place(bucket, "")
-    with pytest.raises(OSError, match="there is no such bucket"):
-        check_storage(BucketUrl("s3://absent/runs"))
+    absent = BucketUrl("s3://absent/runs")
+    with pytest.raises(OSError, match="there is no such bucket") as raised:
+        check_storage(absent)
+    assert "Create it, or name another; AWS_*" in access_error(absent, raised.value).remedy
