@@ -190,6 +190,7 @@ class OrchestratorClient:
         step: int | None = None,
         workers: int | None = None,
         reset_residuals: bool = False,
+        take_over: bool = False,
         timeout_s: float | None = None,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
@@ -203,19 +204,20 @@ class OrchestratorClient:
             step: of the checkpoint; None for the newest. Without any checkpoint the run starts from the beginning.
             workers: number of workers; None for the number requested last.
             reset_residuals: discard gradients that compression has not sent yet; without compression there are none.
+            take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
             timeout_s: don't queue the run: resume nothing if there is no room within this time.
 
         Raises:
             NotFound: there is no such run, or no checkpoint of this step.
             CheckpointCorrupt: files of the checkpoint are missing or changed; the message names the one before.
-            UsageError: the run is active, has done all its steps, may not have so many workers, or was compressed
-                otherwise.
+            UsageError: the run is active, here or perhaps in another cluster, has done all its steps, may not have
+                so many workers, or was compressed otherwise.
             JobDoesNotFit: the cluster is too small for it, or had no room within `timeout_s`.
         """
         refuse_by_url(self._port, "resume")
         run_dir = find_run_dir(run_id, storage, self.get)
         order = resume_request(run_dir, step, workers, reset_residuals)
-        start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **options)
+        start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, take_over=take_over, **options)
         return when_there_is_room(start, timeout_s, on_wait)
 
     def wait(

@@ -147,9 +147,14 @@ class JournalCorrupt(OrchestratorError):
 
 
 class TermSuperseded(OrchestratorError):
-    """A newer controller of this run exists; this one's term has ended and it must not write."""
+    """A newer controller of this run exists; this one's term has ended and it must not write.
+
+    Attributes:
+        cluster: id of that controller's cluster; empty if it isn't known.
+    """
 
     exit_code = 70
+    cluster = ""
 
 
 class ProtocolError(OrchestratorError):

@@ -1,6 +1,7 @@
 """Objects in the cluster's key-value store, for what must outlive a process but not the cluster."""
 
 import errno
+import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,6 +47,11 @@ class ClusterObjects:
 
     def _name(self, key: str) -> bytes:
         return (self._root + key).encode()
+
+
+def cluster_id() -> str:
+    """Id of this cluster, which no other one has. Raises OSError while its head doesn't answer."""
+    return ClusterObjects("").create("id", secrets.token_hex(8).encode()).decode()
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from orchestrator.cluster.cluster_objects import ClusterObjects
+from orchestrator.cluster.cluster_objects import ClusterObjects, cluster_id
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
@@ -34,8 +34,10 @@ from orchestrator.controller.requests import PendingRequests, member_of_rank
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
+from orchestrator.controller.shutdown import let_go
 from orchestrator.controller.startup import OpenedRun, open_run
 from orchestrator.controller.worker_group import WorkerGroup
+from orchestrator.errors import TermSuperseded
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.state.config import RunLimits
@@ -43,6 +45,7 @@ from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.spec.live_changes import check_priority
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.storage_process import StorageProcess
@@ -69,8 +72,13 @@ class RunController:
     ) -> None:
         name_process(self)
         process = StorageProcess(f"controller {run_id}")
-        with keeping_workers_alive(run_id), publishing_the_last(run_id):
-            run = open_run(run_id, location_of(run_dir), order, since_s, process.call, ClusterObjects(run_id))
+        cluster, kept = retry_until_written(cluster_id), ClusterObjects(run_id)
+        try:
+            with keeping_workers_alive(run_id), publishing_the_last(run_id):
+                run = open_run(run_id, location_of(run_dir), order, since_s, process.call, kept, cluster)
+        except TermSuperseded as error:
+            let_go(run_id, error)
+            raise
         inbox = Inbox()
         storage, writer = StorageThread(inbox, process.call), JournalWriter(run.memory, inbox)
         run.memory.writer = writer

@@ -17,7 +17,7 @@ from orchestrator.controller.observer import Observer
 from orchestrator.controller.polling import ROUNDS_SHARE, Polls, RoundLimiter
 from orchestrator.controller.requests import BEGIN
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.controller.shutdown import await_gone, remove_groups
+from orchestrator.controller.shutdown import await_gone, let_go, remove_groups
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import TermSuperseded
@@ -52,7 +52,7 @@ class RunLoop:
         publisher: StatusPublisher,
         writer: JournalWriter,
     ) -> None:
-        self._run_id, self._limits, self._memory = run.run_id, run.limits, run.memory
+        self._run_id, self._limits, self._memory, self._cluster = run.run_id, run.limits, run.memory, run.cluster
         self._polls, self._storage, self._decisions, self._observer = polls, storage, decisions, observer
         self._worker_group, self._services, self._publisher, self._writer = worker_group, services, publisher, writer
         self._has_begun = False
@@ -74,6 +74,9 @@ class RunLoop:
                 self._close()
         except TermSuperseded as error:
             log.error("run %s: %s", self._run_id, error)
+            if error.cluster not in ("", self._cluster):  # else the run's processes are its successor's
+                self._publisher.close()
+                let_go(self._run_id, error)
         except Exception:
             log.exception("run %s: its end could not be recorded; the next incarnation tries again", self._run_id)
             flush_logs(FLUSH_S)

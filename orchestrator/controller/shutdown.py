@@ -7,10 +7,14 @@ from contextlib import suppress
 from functools import partial
 from queue import Empty
 
-from orchestrator.cluster.actors import names_of, remove_group
+import ray
+from ray.util import placement_group_table
+
+from orchestrator.cluster.actors import find, names_of, remove_group
 from orchestrator.cluster.inbox import Arrival, Inbox
+from orchestrator.cluster.published.known_runs import forget_taken_over
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import ProtocolError
+from orchestrator.errors import ProtocolError, TermSuperseded
 
 log = logging.getLogger("orchestrator.control")
 
@@ -44,11 +48,29 @@ def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> N
             remove_group(f"{run_id}/worker/{worker}")
 
 
+def let_go(run_id: str, error: TermSuperseded) -> None:
+    """End and remove everything that this cluster has of a run which another one has taken over. What its workers
+    trained meanwhile was never published. May be repeated."""
+    log.error("run %s: another cluster has taken it over, and this one lets go of it: %s", run_id, error)
+    for name in _others(run_id):
+        if (handle := find(name)) is not None:
+            ray.kill(handle, no_restart=True)
+    for group in placement_group_table().values():
+        if group["name"].startswith(f"{run_id}/worker/"):
+            remove_group(group["name"])
+    forget_taken_over(run_id, error.message)
+    await_gone(run_id)
+
+
+def _others(run_id: str) -> list[str]:
+    """Names of the run's actors but its controller."""
+    return [name for name in names_of(run_id) if name != f"{run_id}/controller"]
+
+
 def await_gone(run_id: str) -> None:
     """Wait until only the run's controller is left, and log the actors that remain."""
     deadline_s = time.monotonic() + GONE_WITHIN_S
-    mine = f"{run_id}/controller"
-    while (rest := [name for name in names_of(run_id) if name != mine]) and time.monotonic() < deadline_s:
+    while (rest := _others(run_id)) and time.monotonic() < deadline_s:
         time.sleep(LOOK_EVERY_S)
     if rest:
         log.error("run %s: actors are still alive: %s", run_id, rest)

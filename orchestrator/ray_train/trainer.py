@@ -153,7 +153,7 @@ class ElasticTrainer:
             if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
-        client.resume(name, storage=self._storage)
+        client.resume(name, storage=self._storage, take_over=True)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:

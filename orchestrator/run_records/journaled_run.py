@@ -22,7 +22,7 @@ from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
-from orchestrator.storage.chain import ChainEntry
+from orchestrator.storage.chain import NO_HOLDER, ChainEntry, Holder
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
 from orchestrator.storage.condition import StorageTrouble, refusal
 from orchestrator.storage.journal import Journal
@@ -200,22 +200,27 @@ class JournaledRun(RunHistory):
 
 
 def open_journal(
-    run_dir: Location, holder: str = "", caller: Caller = call_here, kept: Objects | None = None
+    run_dir: Location,
+    holder: Holder = NO_HOLDER,
+    caller: Caller = call_here,
+    kept: Objects | None = None,
+    takes_over: bool = True,
 ) -> Journal:
     """Take the next term of a run; on a full file system, in the space that was kept for its journal.
 
     Args:
-        holder: who takes it, for people that read the journal.
+        holder: who takes it.
         caller: makes the calls to run storage.
         kept: where entries are kept that storage doesn't take; None: nowhere.
+        takes_over: whether the term may follow one of another cluster's controller. Otherwise raises TermSuperseded.
     """
     objects = CalledObjects(objects_at(run_dir), caller)
     try:
-        return Journal(objects, holder, kept)
+        return Journal(objects, holder, kept, takes_over)
     except OSError as error:
         if error.errno not in FULL or not _reserve_at(run_dir, caller).give_up():
             raise
-        return Journal(objects, holder, kept)
+        return Journal(objects, holder, kept, takes_over)
 
 
 def _reserve_at(run_dir: Location, caller: Caller) -> Reserve:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from orchestrator.checkpoint.read import read_manifest
+from orchestrator.cluster.cluster_objects import cluster_id
 from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
 from orchestrator.controller.worker_group import request_of
 from orchestrator.errors import JobDoesNotFit, NameTaken, UsageError
@@ -23,8 +24,11 @@ from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
-from orchestrator.storage.backends.location import Location, location_of
+from orchestrator.storage.backends.location import Location, location_of, objects_at
+from orchestrator.storage.journal import newest_holder
+from orchestrator.storage.journal_age import journal_age_s
 
+LIVELY_S = 120.0  # age of the journal of a run that trains, at most
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
 
@@ -79,7 +83,7 @@ def newcomer(
     )
 
 
-def resumed_run(run_id: str, directory: Location, order: ResumeRequest) -> ScalingView:
+def resumed_run(run_id: str, directory: Location, order: ResumeRequest, take_over: bool) -> ScalingView:
     """View of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
     if ControllerClient(run_id).find() is not None:
         raise UsageError(
@@ -87,6 +91,8 @@ def resumed_run(run_id: str, directory: Location, order: ResumeRequest) -> Scali
             remedy="To go back to a checkpoint, pause or stop it first.",
             unchanged="Nothing was changed.",
         )
+    if not take_over:
+        _refuse_of_another_cluster(run_id, directory)
     job = read_job(directory)
     limits = RunLimits.of(run_id, job)
     done = order.restore.step + 1 if order.restore else 0
@@ -102,6 +108,20 @@ def resumed_run(run_id: str, directory: Location, order: ResumeRequest) -> Scali
     memory = RunHistory(directory, limits)
     workers = order.workers or wanted_size(limits, memory.state.size_request, done)
     return newcomer(limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority)
+
+
+def _refuse_of_another_cluster(run_id: str, directory: Location) -> None:
+    """Raise UsageError for a run that has not ended, and of which another cluster has written the journal of late."""
+    objects = objects_at(directory)
+    holder = newest_holder(objects)
+    if has_ended(directory) or holder.cluster == cluster_id() or (age_s := journal_age_s(objects)) > LIVELY_S:
+        return
+    raise UsageError(
+        f"run {run_id} may be going on in another cluster: {holder.process} wrote its journal {age_s:.0f} s ago",
+        remedy=f"If that cluster is gone, resume it with --take-over, or {LIVELY_S:.0f} s after its last entry. A "
+        "cluster that lives lets go of a run that is taken over.",
+        unchanged="Nothing was started.",
+    )
 
 
 def check_admissible(run: ScalingView, now: Autoscaler | None = None) -> None:

@@ -4,13 +4,13 @@ import time
 from dataclasses import replace
 from functools import partial
 
+from orchestrator.cluster.published.known_runs import directory_of
 from orchestrator.controller.controller import RunController
 from orchestrator.errors import ClusterUnreachable, NotFound, StorageError
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.scheduler.controller_client import PATIENCE_S, ControllerClient
-from orchestrator.scheduler.known_runs import directory_of
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.guard import StorageGuard
 

@@ -14,6 +14,7 @@ import ray
 
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD
 from orchestrator.cluster.process_title import name_process
+from orchestrator.cluster.published.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
@@ -31,7 +32,6 @@ from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.claims import RunClaims
 from orchestrator.scheduler.controller_client import ControllerClient
-from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
@@ -100,23 +100,32 @@ class Scheduler:
         return run_id
 
     def resume(
-        self, run_id: str, run_dir: str, order: ResumeRequest, wait: bool = True, parts: ActorClasses | None = None
+        self,
+        run_id: str,
+        run_dir: str,
+        order: ResumeRequest,
+        wait: bool = True,
+        parts: ActorClasses | None = None,
+        take_over: bool = False,
     ) -> str:
         """Start a controller again for a run that has ended, or has lost its cluster.
 
         Args:
             run_dir: the run's directory in run storage, absolute.
             wait: accept the run even if it has to wait for room.
+            take_over: even if another cluster has written its journal of late, which then lets go of the run.
 
         Raises:
             NotFound: the directory holds no run.
-            UsageError: the run has a controller, has done all its steps, may not have so many workers, or compresses
-                its gradients differently than when it wrote the checkpoint.
+            UsageError: the run has a controller, here or perhaps elsewhere, has done all its steps, may not have so
+                many workers, or compresses its gradients differently than when it wrote the checkpoint.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
         directory = location_of(run_dir)
         with self._claims.claim(run_id):
-            run = self._storage.call(directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order))
+            run = self._storage.call(
+                directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order, take_over)
+            )
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)

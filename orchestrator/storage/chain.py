@@ -21,18 +21,36 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Holder:
+    """The controller that holds a term.
+
+    Args:
+        process: for people, such as `HOST pid 17`.
+        cluster: id of its cluster; empty outside of any.
+    """
+
+    process: str = ""
+    cluster: str = ""
+
+
+NO_HOLDER = Holder()
+
+
+@dataclass(frozen=True)
 class Link:
     """What the next entry needs to know of an entry.
 
     Args:
         digest: SHA-256 of its bytes.
         next_seq: number of the first event after it.
+        holder: of its term.
     """
 
     number: int
     term: int
     digest: str
     next_seq: int
+    holder: Holder = NO_HOLDER
 
 
 BEGINNING = Link(number=-1, term=0, digest="", next_seq=0)  # what entry 0 follows
@@ -65,9 +83,11 @@ def entry_from(number: int, data: bytes, where: str) -> ChainEntry:
     try:
         plain = json.loads(data)
         term, prev, seq, events = int(plain["term"]), str(plain["prev"]), int(plain["seq"]), tuple(plain["events"])
+        holder = Holder(**plain["holder"])
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(where, f"can't be read: {error!r}") from error
-    return ChainEntry(Link(number, term, sha256(data).hexdigest(), seq + len(events)), prev, seq, events, data, where)
+    link = Link(number, term, sha256(data).hexdigest(), seq + len(events), holder)
+    return ChainEntry(link, prev, seq, events, data, where)
 
 
 def entry_key(number: int) -> str:

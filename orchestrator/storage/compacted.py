@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from io import BytesIO
 
-from orchestrator.storage.chain import HistoryName, Link, damaged, state_key
+from orchestrator.storage.chain import HistoryName, Holder, Link, damaged, state_key
 
 FORMAT = 1
 
@@ -49,7 +49,8 @@ def state_from(number: int, data: bytes) -> JournalState:
         head = json.loads(line)
         if head["format"] != FORMAT:
             raise damaged(key, f"is of format {head['format']!r}; this version reads format {FORMAT}")
-        link = Link(int(head["number"]), int(head["term"]), str(head["digest"]), int(head["next_seq"]))
+        numbers = int(head["number"]), int(head["term"]), str(head["digest"]), int(head["next_seq"])
+        link = Link(*numbers, Holder(**head["holder"]))
         kept, digest = tuple(int(kept) for kept in head["kept"]), head["fold"]
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(key, f"can't be read: {error!r}") from error

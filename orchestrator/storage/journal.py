@@ -24,10 +24,21 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from orchestrator.errors import TermSuperseded
-from orchestrator.storage.chain import BEGINNING, ChainEntry, Event, entry_from, entry_key, list_names
+from orchestrator.storage.chain import (
+    BEGINNING,
+    NO_HOLDER,
+    ChainEntry,
+    Event,
+    Holder,
+    Link,
+    entry_from,
+    entry_key,
+    list_names,
+)
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.objects import Objects
 
@@ -40,8 +51,9 @@ class Journal:
 
     Args:
         objects: the run's, in run storage.
-        holder: who takes the term, for people that read the journal.
+        holder: who takes the term.
         kept: where entries are kept that storage doesn't take; None: nowhere.
+        takes_over: whether the term may follow one of another cluster's controller.
 
     Attributes:
         last: of the newest entry that was made.
@@ -51,18 +63,23 @@ class Journal:
     Raises:
         OSError: storage can't be read or written.
         JournalCorrupt: the newest entry can't be read.
+        TermSuperseded: the newest term is of another cluster's controller, and may not be taken over.
     """
 
-    def __init__(self, objects: Objects, holder: str = "", kept: Objects | None = None) -> None:
-        self._objects, self._kept = objects, kept
+    def __init__(
+        self, objects: Objects, holder: Holder = NO_HOLDER, kept: Objects | None = None, takes_over: bool = True
+    ) -> None:
+        self._objects, self._kept, self._holder = objects, kept, holder
         self.last = ChainReader(objects).newest_link()
         self._unsettled: bytes | None = None  # an entry of ours that may be there, though its creation failed
-        self._superseded = ""  # why nothing may be written any more
+        self._superseded: Link | None = None  # an entry of a later term: nothing may be written any more
         self.num_bytes = 0
         self.term = 0
         while self.term == 0:
+            if not takes_over and self.last.term > 0 and self.last.holder.cluster != holder.cluster:
+                raise _superseded_by(self.last, "no term may be taken from another cluster's controller")
             term = self.last.term + 1
-            data = self._bytes_of(term, (), holder)
+            data = self._bytes_of(term, ())
             found = self._stored_at_next_number(self._kept_or(data))
             if list_names(objects).newest_state >= found.number:  # the number had been freed
                 self.last = ChainReader(objects).newest_link()
@@ -139,7 +156,7 @@ class Journal:
             with suppress(OSError):
                 self._kept.delete(self._kept.names(""))
 
-    def _bytes_of(self, term: int, events: Sequence[Mapping[str, Any]], holder: str = "") -> bytes:
+    def _bytes_of(self, term: int, events: Sequence[Mapping[str, Any]]) -> bytes:
         """The next entry. Stamps come last in an event, which can't forge its own."""
         seq = self.last.next_seq
         stamps = ({"seq": seq + i, "term": term, "time": time.time()} for i in range(len(events)))
@@ -148,7 +165,7 @@ class Journal:
             "prev": self.last.digest,
             "nonce": secrets.token_hex(8),
             "seq": seq,
-            "holder": holder,
+            "holder": asdict(self._holder),
             "events": [{**stamp, **event, **stamp} for stamp, event in zip(stamps, events, strict=True)],
         }
         return json.dumps(plain, separators=(",", ":")).encode()
@@ -177,15 +194,22 @@ class Journal:
 
     def _superseded_by(self, entry: ChainEntry, found: bytes) -> None:
         """Raise TermSuperseded, now and in every later call: what follows an entry that is refused is refused too."""
-        other = entry_from(entry.number, found, entry.where)
-        self._superseded = (
-            f"term {self.term} may not write to the journal: entry {other.number} is of term {other.link.term}"
-        )
+        self._superseded = entry_from(entry.number, found, entry.where).link
         self._refuse_the_past()
 
     def _refuse_the_past(self) -> None:
-        if self._superseded:
-            raise TermSuperseded(self._superseded, unchanged="Nothing was written.")
+        if self._superseded is not None:
+            raise _superseded_by(self._superseded, f"term {self.term} may not write to the journal")
+
+
+def _superseded_by(newest: Link, what: str) -> TermSuperseded:
+    holder = newest.holder
+    error = TermSuperseded(
+        f"{what}: entry {newest.number} is of term {newest.term}, of {holder.process or 'another controller'}",
+        unchanged="Nothing was written.",
+    )
+    error.cluster = holder.cluster
+    return error
 
 
 def _kept_key(number: int, prev: str) -> str:
@@ -222,6 +246,11 @@ def read_events(objects: Objects, after: int = -1) -> list[Event]:
 def newest_term(objects: Objects) -> int:
     """The highest term taken so far; 0 if none was."""
     return ChainReader(objects).newest_link().term
+
+
+def newest_holder(objects: Objects) -> Holder:
+    """The controller that holds the highest term."""
+    return ChainReader(objects).newest_link().holder
 
 
 def has_journal(objects: Objects) -> bool:

@@ -74,6 +74,10 @@ def resume(
     reset_residuals: Annotated[
         bool, typer.Option("--reset-residuals", help="Discard gradients that compression has not sent yet.")
     ] = False,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Even if it may be going on in another cluster, which then lets go of it."),
+    ] = False,
     storage: Annotated[
         str | None,
         typer.Option("--storage", metavar="DIR|URL", help="Run storage with the run, if this cluster doesn't know it."),
@@ -92,6 +96,7 @@ def resume(
         step=step,
         workers=workers,
         reset_residuals=reset_residuals,
+        take_over=take_over,
         timeout_s=timeout,
         on_wait=narrate_wait,
     )

@@ -64,6 +64,6 @@ def test_a_promised_checkpoint_that_disappears_is_noticed(tmp_path: Path) -> Non
 def test_an_entry_that_breaks_the_chain_is_noticed(tmp_path: Path) -> None:
     with Observer(tmp_path) as observer:
         _await_verified(observer)
-        broken = '{"term": 1, "prev": "", "nonce": "", "seq": 3, "holder": "", "events": []}'
+        broken = '{"term": 1, "prev": "", "nonce": "", "seq": 3, "holder": {}, "events": []}'
         (tmp_path / "journal" / f"{4:010d}").write_text(broken)
         assert _await_faults(observer)[0].startswith("journal entry 4 follows")
