@@ -1,5 +1,5 @@
-"""A run whose storage is a bucket, with nothing simulated but the service: submitted, killed, paused, resumed, replayed,
-exported and removed, while requests fail."""
+"""A run in a bucket, with nothing simulated but the service: it loses a worker, is paused, resumed, read and removed,
+while requests fail."""
 
 import os
 import signal
