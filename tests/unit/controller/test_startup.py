@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.controller.startup import open_run
+from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import ResumeRequest
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.final_status import has_ended
@@ -16,6 +17,7 @@ from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.storage.tasks import run_inline
@@ -67,3 +69,20 @@ def test_a_run_begins_is_restarted_ends_and_is_resumed(run_dir: Location) -> Non
     assert [event["kind"] for event in RunFiles(run_dir).events()] == ["resumed"]
     assert "job.json" in objects_at(run_dir).names("")
     process.close()
+
+
+def test_a_restarted_controller_leaves_a_run_to_its_new_cluster(run_dir: Location, tmp_path: Path) -> None:
+    here, there = DirectoryObjects(tmp_path / "here"), DirectoryObjects(tmp_path / "there")
+    assert open_run("demo", run_dir, None, None, kept=here, cluster="one").memory.term == 1
+    assert open_run("demo", run_dir, None, None, kept=here, cluster="one").memory.term == 2  # restarted
+    over = ResumeRequest("over", None)
+    for term in (3, 4):  # and restarted there
+        assert open_run("demo", run_dir, over, None, kept=there, cluster="two").memory.term == term
+    with pytest.raises(TermSuperseded) as refused:
+        open_run("demo", run_dir, None, None, kept=here, cluster="one")
+    assert refused.value.cluster == "two"
+    back = ResumeRequest("back", None)
+    assert open_run("demo", run_dir, back, None, kept=here, cluster="one").memory.term == 5
+    with pytest.raises(TermSuperseded):
+        open_run("demo", run_dir, over, None, kept=there, cluster="two")
+    assert open_run("demo", run_dir, back, None, kept=here, cluster="one").memory.resumed_by == "back"

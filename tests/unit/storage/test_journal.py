@@ -10,9 +10,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
-from orchestrator.storage.chain import ChainEntry
+from orchestrator.storage.chain import ChainEntry, Holder
 from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.journal import Journal, has_journal, newest_term, read_events
+from orchestrator.storage.journal import Journal, has_journal, newest_holder, newest_term, read_events
 from orchestrator.storage.objects import Objects
 from tests.support.storages import MakeStorage, storage_of
 
@@ -101,6 +101,44 @@ def test_a_successor_continues_and_the_past_is_refused(objects: Objects) -> None
         old.append([{"kind": "later"}])
     assert kinds(objects) == ["a", "b"]
     assert (old.term, new.term, newest_term(objects)) == (1, 2, 2)
+
+
+def test_another_cluster_takes_over_only_on_request(objects: Objects) -> None:
+    here, there = Holder("here pid 1", "one"), Holder("there pid 2", "two")
+    old = Journal(objects, here, takes_over=False)  # the first term of all is anybody's
+    old.append([{"kind": "a"}])
+    assert newest_holder(objects) == here
+    before = objects.names("journal")
+    with pytest.raises(TermSuperseded, match="another cluster's controller: entry 1 is of term 1, of here pid 1"):
+        Journal(objects, there, takes_over=False)
+    assert objects.names("journal") == before
+    assert Journal(objects, Holder("here pid 3", "one"), takes_over=False).term == 2
+    new = Journal(objects, there)
+    with pytest.raises(TermSuperseded, match="term 1 .* is of term 2, of here pid 3") as refused:
+        old.append([{"kind": "late"}])
+    assert refused.value.cluster == "one"
+    new.append([{"kind": "b"}])
+    with pytest.raises(TermSuperseded) as refused:
+        Journal(objects, here, takes_over=False)
+    assert refused.value.cluster == "two" and newest_holder(objects) == there
+
+
+def test_a_restarted_controller_loses_the_race_with_another_cluster(tmp_path: Path) -> None:
+    class Late(DirectoryObjects):
+        """A directory in which another cluster takes a term before the first creation."""
+
+        has_lost = False
+
+        def create(self, key: str, data: bytes) -> bytes:
+            if not self.has_lost:
+                self.has_lost = True
+                Journal(DirectoryObjects(tmp_path), Holder("there", "two"))
+            return super().create(key, data)
+
+    Journal(DirectoryObjects(tmp_path), Holder("here", "one"))
+    with pytest.raises(TermSuperseded):
+        Journal(Late(tmp_path), Holder("here", "one"), takes_over=False)
+    assert newest_holder(DirectoryObjects(tmp_path)).cluster == "two"
 
 
 def test_a_term_is_given_once(objects: Objects) -> None:

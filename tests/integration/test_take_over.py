@@ -1,0 +1,78 @@
+"""Two clusters and one storage: a run goes on in the one that takes it over, and the other lets go of all it holds."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.cli_user import JOB, Here
+from tests.support.control import UNHURRIED
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(600)]
+
+COUNTED = """
+import json, ray
+from orchestrator.client import OrchestratorClient
+from orchestrator.cluster.actors import actor_names
+OrchestratorClient()
+states = [group["state"] for group in ray.util.placement_group_table().values()]
+print(json.dumps([actor_names(), states.count("CREATED"), ray.available_resources().get("CPU")]))
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Iterator[tuple[Here, Here]]:
+    """Users of a cluster each, who share a directory."""
+    both = Here(tmp_path, "first"), Here(tmp_path, "second")
+    try:
+        for user in both:
+            user("cluster", "up", "--cpus", "4")
+        yield both
+    finally:
+        for user in both:
+            user("cluster", "down", "--force")
+
+
+def test_a_run_is_taken_over_and_its_first_cluster_lets_go(users: tuple[Here, Here]) -> None:
+    first, second = users
+    job = first.job("wanted", envs=UNHURRIED, checkpoint={"every": 10}, train=JOB["train"] | {"max_steps": 100_000})
+    first("submit", job)
+    first.until_event("wanted", "checkpoint")
+    workers = _workers()
+    assert len(workers) == 2
+
+    refused = second("resume", "wanted", "--storage", "runs", expect=2).stderr
+    assert "wanted may be going on in another cluster" in refused and "--take-over" in refused
+    assert "Nothing was started" in refused
+    assert json.loads(first("status", "wanted", "-o", "json").stdout)["phase"] == "training"
+
+    second("resume", "wanted", "--storage", "runs", "--take-over")
+    second.until_event("wanted", "activated", 2)
+    gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(gone) == len(workers) and not alive
+    first.until(lambda: json.loads(first("ls", "-o", "json").stdout) == [])
+    assert "wanted is another cluster's now: term 1 may not write" in first("pause", "wanted", expect=102).stderr
+    names, groups, cpus = json.loads(first.python(COUNTED))
+    assert names == ["scheduler"] and groups == 0 and cpus == 4.0
+
+    second("stop", "wanted")
+    ended = second.until_ended("wanted")
+    assert ended.phase == "stopped" and ended.recoveries == ()
+    assert "each exactly once, in order" in second("check", "data", "wanted").stdout
+    assert "another cluster has taken it over" in second("logs", "wanted").stdout
+    first("resume", "wanted", "--storage", "runs")  # it has ended: nobody has to let go
+    first.until_event("wanted", "activated", 3)
+    first("stop", "wanted", "--now")
+    first.until_ended("wanted")
+
+
+def _workers() -> list[psutil.Process]:
+    """Processes of the run's workers on this machine."""
+    processes = psutil.process_iter(["cmdline"])
+    return [
+        p
+        for p in processes
+        if (p.info["cmdline"] or [""])[0].strip() in ("ray::worker wanted/w0", "ray::worker wanted/w1")
+    ]
