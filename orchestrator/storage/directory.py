@@ -59,7 +59,8 @@ class DirectoryObjects:
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with (self._root / key).open("rb") as file:
-            file.seek(start)
+            if start:
+                file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
 
     def names(self, folder: str) -> tuple[str, ...]:
