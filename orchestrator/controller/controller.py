@@ -4,7 +4,7 @@
     decisions.DecisionMaker         one decision: observe, ask `policy.lifecycle`, journal, carry out
     journal_writer.JournalWriter    records what is decided: in run storage, else in the cluster until then
     storage_thread.StorageThread    orders all other calls to run storage, which may be slow or hang
-    storage_process.StorageProcess  makes both, in a process of its own
+    storage_process.StorageProcess  makes them, in a process of its own for the journal and one for the others
 
 A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after
 a crash the next incarnation takes a new term and continues, while the workers have kept training.
@@ -72,15 +72,17 @@ class RunController:
     ) -> None:
         name_process(self)
         process = StorageProcess(f"controller {run_id}")
+        bulk = StorageProcess(f"checkpoints of controller {run_id}").call
         cluster, kept = retry_until_written(cluster_id), ClusterObjects(run_id)
         try:
             with keeping_workers_alive(run_id), publishing_the_last(run_id):
-                run = open_run(run_id, location_of(run_dir), order, since_s, process.call, kept, cluster)
+                run = open_run(run_id, location_of(run_dir), order, since_s, process.call, kept, cluster, bulk)
         except TermSuperseded as error:
-            let_go(run_id, error)
+            if error.cluster not in ("", cluster):  # else the run's processes are its successor's
+                let_go(run_id, error)
             raise
         inbox = Inbox()
-        storage, writer = StorageThread(inbox, process.call), JournalWriter(run.memory, inbox)
+        storage, writer = StorageThread(inbox, bulk), JournalWriter(run.memory, inbox)
         run.memory.writer = writer
         self._run, self._memory = run, run.memory
         self._requests = PendingRequests(run_id, run.memory, writer, storage, inbox)

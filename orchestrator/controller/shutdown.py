@@ -21,6 +21,7 @@ log = logging.getLogger("orchestrator.control")
 LAST_WORDS_S = 2.0  # how long a run that has ended waits for its members' last records
 GONE_WITHIN_S = 10.0  # and for its processes to end
 LOOK_EVERY_S = 0.02
+AGAIN_S = 1.0  # until a removal that failed is tried again
 
 
 def collect_final_records(
@@ -50,15 +51,25 @@ def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> N
 
 def let_go(run_id: str, error: TermSuperseded) -> None:
     """End and remove everything that this cluster has of a run which another one has taken over. What its workers
-    trained meanwhile was never published. May be repeated."""
+    trained meanwhile was never published. It is tried again until it succeeds."""
     log.error("run %s: another cluster has taken it over, and this one lets go of it: %s", run_id, error)
+    while True:
+        try:
+            _remove_all(run_id)
+            forget_taken_over(run_id, error.message)
+            return
+        except Exception:  # Ray has several for a head that doesn't answer
+            log.exception("run %s: not all of it could be removed", run_id)
+            time.sleep(AGAIN_S)
+
+
+def _remove_all(run_id: str) -> None:
     for name in _others(run_id):
         if (handle := find(name)) is not None:
             ray.kill(handle, no_restart=True)
     for group in placement_group_table().values():
         if group["name"].startswith(f"{run_id}/worker/"):
             remove_group(group["name"])
-    forget_taken_over(run_id, error.message)
     await_gone(run_id)
 
 

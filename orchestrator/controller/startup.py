@@ -3,21 +3,22 @@
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
-from orchestrator.protocol.messages import ResumeRequest
-from orchestrator.run_records.final_status import drop_statuses
+from orchestrator.protocol.messages import Restore, ResumeRequest
+from orchestrator.run_records.checkpoints import newest_good
 from orchestrator.run_records.job_files import JOB
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.storage.backends.log_target import LogTarget
-from orchestrator.storage.caller import Caller, call_here
+from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import Holder
+from orchestrator.storage.journal import newest_term
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import run_inline
 
@@ -32,7 +33,7 @@ class OpenedRun:
     limits: RunLimits
     memory: JournaledRun
     cluster: str = ""  # its id
-    caller: Caller = call_here  # makes the calls to run storage
+    caller: Caller = call_here  # makes the calls to run storage that may take long
 
 
 def open_run(
@@ -43,6 +44,7 @@ def open_run(
     caller: Caller = call_here,
     kept: Objects | None = None,
     cluster: str = "",
+    bulk: Caller | None = None,
 ) -> OpenedRun:
     """Take the next term, read the journal, and apply `order` unless an earlier incarnation has.
 
@@ -50,25 +52,24 @@ def open_run(
         run_dir: the run's location, which contains `job.json`.
         order: request to resume from a checkpoint.
         since_s: `time.time()` when the run was requested and entered the queue; None for now.
-        caller: makes the calls to run storage.
+        caller: makes the calls to run storage, for the journal.
         kept: objects of the run in this cluster, where journal entries are kept that storage doesn't take; None:
             nowhere.
         cluster: id of this cluster.
+        bulk: makes the calls that may take long, such as those for log lines and checkpoints; None: `caller`.
 
     Raises:
         TermSuperseded: another cluster has taken the run over since it was requested here.
     """
     since_s = time.time() if since_s is None else since_s
-    LogTarget(run_dir, "controller").open(caller)
+    LogTarget(run_dir, "controller").open(bulk or caller)
     job = JobSpec.model_validate_json(retry_until_written(lambda: caller(objects_at(run_dir).get, JOB)))
     limits = RunLimits.of(run_id, job)
     holder = Holder(f"{socket.gethostname()} pid {os.getpid()}", cluster)
-    takes_over = retry_until_written(lambda: order is not None and not _has_begun(kept, order))
-    journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept, takes_over))
+    followed = retry_until_written(lambda: _followed(CalledObjects(objects_at(run_dir), caller), kept, order))
+    journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept, followed))
     memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal, caller=caller))
-    run = OpenedRun(run_id, run_dir, job, limits, memory, cluster, caller)
-    if order is not None and kept is not None:
-        kept.create(_begun_key(order), b"")
+    run = OpenedRun(run_id, run_dir, job, limits, memory, cluster, bulk or caller)
     if order is not None and order.token != memory.resumed_by:
         retry_until_written(lambda: _resume(run, order, since_s))
     elif Submitted not in memory.times:
@@ -76,17 +77,27 @@ def open_run(
     return run
 
 
-def _has_begun(kept: Objects | None, order: ResumeRequest) -> bool:
-    """Whether an earlier incarnation has held a term for this order: if another cluster has one since, it is newer."""
-    return kept is not None and _begun_key(order) in kept.names("")
-
-
-def _begun_key(order: ResumeRequest) -> str:
-    return f"resumed-{order.token}"
+def _followed(run: Objects, kept: Objects | None, order: ResumeRequest | None) -> int:
+    """The newest term when the first controller with this order began: what other clusters have taken since is newer
+    than the order. Raises OSError."""
+    if order is None:
+        return 0
+    found = newest_term(run)
+    return found if kept is None else int(kept.create(f"resumed/{order.token}", str(found).encode()))
 
 
 def _resume(run: OpenedRun, order: ResumeRequest, since_s: float) -> None:
-    decision = resumed(run.limits, run.memory.state, order)
+    decision = resumed(run.limits, run.memory.state, replace(order, restore=_newest(run, order)))
     events = [action for action in decision.actions if isinstance(action, Event)]
     run_inline(run.memory.decided(queued(decision.state, since_s), events))
-    run.caller(drop_statuses, objects_at(run.run_dir))
+
+
+def _newest(run: OpenedRun, order: ResumeRequest) -> Restore | None:
+    """The checkpoint to resume from. It is a newer one than was chosen with the order, unless a user named that, if the
+    run went on meanwhile in another cluster."""
+    current = run.memory.checkpoints.current
+    chosen = location_of(order.restore.path).name if order.restore is not None else ""
+    if order.is_named or not current or current[-1].name == chosen:
+        return order.restore
+    newest = run.caller(newest_good, run.run_dir, run.memory.checkpoints)
+    return newest and replace(newest, reset_residuals=order.restore is not None and order.restore.reset_residuals)

@@ -60,12 +60,13 @@ class ResumeRequest:
     """Request to resume a run that has ended or lost its cluster. `token` distinguishes repeats from new requests.
 
     `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None to keep the number
-    that was wanted last.
+    that was wanted last. Unless its user named the checkpoint (`is_named`), it was the newest when it was chosen.
     """
 
     token: str
     restore: Restore | None
     workers: int | None = None
+    is_named: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class ElasticTrainer:
         run_config: name, storage, failures, checkpoints, callbacks; None for the job's.
         address: HOST:PORT of the cluster's head; None for the one that this process is connected to, RAY_ADDRESS, or
             the local cluster. Without any, one is started on this machine for the run.
+        take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
 
     Raises:
         UsageError: a config asks for something unsupported, or is none of Ray Train's.
@@ -78,6 +79,7 @@ class ElasticTrainer:
         scaling_config: ScalingConfig | None = None,
         run_config: RunConfig | None = None,
         address: str | None = None,
+        take_over: bool = False,
     ) -> None:
         _check_type("scaling_config", scaling_config, ScalingConfig)
         _check_type("run_config", run_config, RunConfig)
@@ -95,7 +97,7 @@ class ElasticTrainer:
             )
         self.run_config = replace(run_config or RunConfig(), name=self.job.name, storage_path=self.job.storage)
         self._storage = storage
-        self._address = address
+        self._address, self._take_over = address, take_over
 
     @property
     def run_dir(self) -> Path:
@@ -153,7 +155,7 @@ class ElasticTrainer:
             if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
-        client.resume(name, storage=self._storage, take_over=True)
+        client.resume(name, storage=self._storage, take_over=self._take_over)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:

@@ -5,11 +5,13 @@ RUN/status-0000000002.json      written by the controller of term 2
 
 import json
 import re
+from contextlib import suppress
 
-from orchestrator.errors import NotFound
+from orchestrator.errors import JournalCorrupt, NotFound
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunStatus
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.journal import newest_term
 from orchestrator.storage.objects import Objects
 
 
@@ -21,21 +23,24 @@ def status_key(term: int) -> str:
 def read_status(location: Location) -> RunStatus:
     """The run's final status. Raises NotFound if it has not ended."""
     objects = objects_at(location)
-    keys = _keys(objects)
-    if not keys:
-        raise NotFound(f"{location} holds no status-*.json: no run has ended there")
-    return from_plain(RunStatus, json.loads(objects.get(keys[-1])))
+    key = _newest(objects)
+    if key is None:
+        raise NotFound(f"{location} holds no status-*.json of its newest term: no run has ended there")
+    return from_plain(RunStatus, json.loads(objects.get(key)))
 
 
 def has_ended(location: Location) -> bool:
     """Whether a run has ended there, and was not resumed since. Raises OSError."""
-    return bool(_keys(objects_at(location)))
+    return _newest(objects_at(location)) is not None
 
 
-def drop_statuses(objects: Objects) -> None:
-    """Delete the statuses of a run's previous ends: it has been resumed. Raises OSError."""
-    objects.delete(_keys(objects))
-
-
-def _keys(objects: Objects) -> list[str]:
-    return [name for name in objects.names("") if re.fullmatch(r"status-\d{10}\.json", name)]
+def _newest(objects: Objects) -> str | None:
+    """Key of the final status, unless a controller has taken a term since: it has resumed the run, and a past
+    controller may have written its status afterwards."""
+    found = [name for name in objects.names("") if re.fullmatch(r"status-\d{10}\.json", name)]
+    if not found:
+        return None
+    with suppress(JournalCorrupt):  # then nobody has resumed it
+        if found[-1] < status_key(newest_term(objects)):
+            return None
+    return found[-1]

@@ -27,7 +27,7 @@ def write_job(location: Location, job_json: str, job_text: str) -> None:
             objects.delete([TEXT])  # of a submission that was cut off
             objects.create(TEXT, job_text.encode())
     except (OSError, OrchestratorError) as error:
-        remove_job(location)
+        remove_job(location, job_json)
         if isinstance(error, OrchestratorError):
             raise
         raise storage_error(error, location) from error
@@ -37,11 +37,15 @@ def write_job(location: Location, job_json: str, job_text: str) -> None:
         )
 
 
-def remove_job(location: Location) -> None:
-    """Remove what `write_job` has written: the name must not be taken by a run that never began."""
+def remove_job(location: Location, job_json: str) -> None:
+    """Remove what `write_job` has written, but no other run's job: the name must not be taken by a run that never
+    began."""
+    objects = objects_at(location)
     with suppress(OSError):
-        objects_at(location).delete([TEXT, JOB])
-        if isinstance(location, Path):
+        if objects.get(JOB) == job_json.encode():
+            objects.delete([TEXT, JOB])
+    if isinstance(location, Path):
+        with suppress(OSError):  # it isn't empty
             location.rmdir()
 
 

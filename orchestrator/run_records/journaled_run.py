@@ -125,8 +125,8 @@ class JournaledRun(RunHistory):
 
     def conclude(self, status_text: str) -> StorageTask[None]:
         """Write the run's final status. Nothing is kept elsewhere any more."""
-        self._journal.discard_kept()
         yield from self._writing(partial(self._conclude, status_text))
+        self._journal.discard_kept()
 
     def _conclude(self, status_text: str) -> None:
         self._reserve.give_up()
@@ -204,7 +204,7 @@ def open_journal(
     holder: Holder = NO_HOLDER,
     caller: Caller = call_here,
     kept: Objects | None = None,
-    takes_over: bool = True,
+    followed: int | None = None,
 ) -> Journal:
     """Take the next term of a run; on a full file system, in the space that was kept for its journal.
 
@@ -212,15 +212,18 @@ def open_journal(
         holder: who takes it.
         caller: makes the calls to run storage.
         kept: where entries are kept that storage doesn't take; None: nowhere.
-        takes_over: whether the term may follow one of another cluster's controller. Otherwise raises TermSuperseded.
+        followed: the newest term of another cluster's controller that it may follow; None: any.
+
+    Raises:
+        TermSuperseded: another cluster has taken a later one.
     """
     objects = CalledObjects(objects_at(run_dir), caller)
     try:
-        return Journal(objects, holder, kept, takes_over)
+        return Journal(objects, holder, kept, followed)
     except OSError as error:
         if error.errno not in FULL or not _reserve_at(run_dir, caller).give_up():
             raise
-        return Journal(objects, holder, kept, takes_over)
+        return Journal(objects, holder, kept, followed)
 
 
 def _reserve_at(run_dir: Location, caller: Caller) -> Reserve:

@@ -70,8 +70,9 @@ class _LogParts:
     def read_on(self, source: str) -> list[LogLine]:
         folder = f"{FOLDER}/{source}"
         keys = [key for name in self._objects.names(folder) if (key := f"{folder}/{name}") not in self._read]
+        lines = [line for key in keys for line in _lines_of(source, self._objects.get(key))]
         self._read.update(keys)
-        return [line for key in keys for line in _lines_of(source, self._objects.get(key))]
+        return lines
 
 
 def _lines_of(source: str, whole: bytes) -> list[LogLine]:

@@ -19,8 +19,13 @@ def outbox_of(run_dir: Location) -> Path:
     return home() / DIRECTORY / f"{run_dir.name}-{sha256(str(run_dir).encode()).hexdigest()[:8]}"
 
 
+def database_directory(storage: Location) -> Path:
+    """Directory of the MLflow database of runs that name no other: run storage, or this machine's for a bucket."""
+    return storage if isinstance(storage, Path) else home()
+
+
 def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
-    storage = run_dir.parent if isinstance(run_dir, Path) else home()
+    storage = database_directory(run_dir.parent)
     params = flattened(job.model_dump(mode="json", by_alias=True))
     if job.tracking.uri is not None:
         params["tracking.uri"] = redacted(job.tracking.uri)

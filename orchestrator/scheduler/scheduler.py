@@ -93,11 +93,16 @@ class Scheduler:
             run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
-            write = partial(write_job, directory, job.model_dump_json(by_alias=True), job_text)
-            self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory))
+            job_json = job.model_dump_json(by_alias=True)
+            write = partial(self._write_job, run_id, directory, job_json, job_text)
+            self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory, job_json))
             self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
+
+    def _write_job(self, run_id: str, directory: Location, job_json: str, job_text: str) -> None:
+        with self._claims.extended(run_id):
+            write_job(directory, job_json, job_text)
 
     def resume(
         self,

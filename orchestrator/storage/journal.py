@@ -30,6 +30,7 @@ from typing import Any
 from orchestrator.errors import TermSuperseded
 from orchestrator.storage.chain import (
     BEGINNING,
+    FOLDER,
     NO_HOLDER,
     ChainEntry,
     Event,
@@ -53,7 +54,7 @@ class Journal:
         objects: the run's, in run storage.
         holder: who takes the term.
         kept: where entries are kept that storage doesn't take; None: nowhere.
-        takes_over: whether the term may follow one of another cluster's controller.
+        followed: the newest term of another cluster's controller that this one may follow; None: any.
 
     Attributes:
         last: of the newest entry that was made.
@@ -63,11 +64,11 @@ class Journal:
     Raises:
         OSError: storage can't be read or written.
         JournalCorrupt: the newest entry can't be read.
-        TermSuperseded: the newest term is of another cluster's controller, and may not be taken over.
+        TermSuperseded: another cluster's controller has taken a later term than `followed`.
     """
 
     def __init__(
-        self, objects: Objects, holder: Holder = NO_HOLDER, kept: Objects | None = None, takes_over: bool = True
+        self, objects: Objects, holder: Holder = NO_HOLDER, kept: Objects | None = None, followed: int | None = None
     ) -> None:
         self._objects, self._kept, self._holder = objects, kept, holder
         self.last = ChainReader(objects).newest_link()
@@ -76,7 +77,8 @@ class Journal:
         self.num_bytes = 0
         self.term = 0
         while self.term == 0:
-            if not takes_over and self.last.term > 0 and self.last.holder.cluster != holder.cluster:
+            is_foreign = self.last.holder.cluster != holder.cluster
+            if followed is not None and self.last.term > followed and is_foreign:
                 raise _superseded_by(self.last, "no term may be taken from another cluster's controller")
             term = self.last.term + 1
             data = self._bytes_of(term, ())
@@ -154,7 +156,7 @@ class Journal:
         """Delete all that is kept, at the run's end, if it can be: another run has other entries."""
         if self._kept is not None:
             with suppress(OSError):
-                self._kept.delete(self._kept.names(""))
+                self._kept.delete([f"{FOLDER}/{name}" for name in self._kept.names(FOLDER)])
 
     def _bytes_of(self, term: int, events: Sequence[Mapping[str, Any]]) -> bytes:
         """The next entry. Stamps come last in an event, which can't forge its own."""
@@ -214,7 +216,7 @@ def _superseded_by(newest: Link, what: str) -> TermSuperseded:
 
 def _kept_key(number: int, prev: str) -> str:
     """Key of the entry of this number that follows the one with the digest `prev`."""
-    return f"{number:010d}-{prev[:32]}"
+    return f"{FOLDER}/{number:010d}-{prev[:32]}"
 
 
 def events_after(objects: Objects, seq: int = -1) -> Iterator[Event]:

@@ -36,4 +36,4 @@ def resume_request(run_dir: Location, step: int | None, workers: int | None, res
     """
     path = RunFiles(run_dir).choose_checkpoint(step)
     restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
-    return ResumeRequest(uuid.uuid4().hex, restore, workers)
+    return ResumeRequest(uuid.uuid4().hex, restore, workers, is_named=step is not None)

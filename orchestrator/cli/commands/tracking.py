@@ -1,7 +1,7 @@
 """`tracking ui | sync`: serve MLflow's pages, and deliver what MLflow lacks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import GROUPS, Address, RunId, Storage
 from orchestrator.cli.terminal.output import narrate, show
 from orchestrator.errors import NotFinished, UsageError
+
+if TYPE_CHECKING:
+    from orchestrator.run_records.run_files import RunFiles
 
 app = typer.Typer(no_args_is_help=True, help="MLflow: its pages, and what it lacks.")
 
@@ -27,16 +30,20 @@ def ui(
         typer.Option("--allow-host", metavar="NAME", help="Another name by which browsers reach it, as by a proxy."),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option("--storage", metavar="DIR", help="Run storage. Default: ./runs.")
+        str | None, typer.Option("--storage", metavar="DIR|URL", help="Run storage. Default: ./runs.")
     ] = None,
     uri: Annotated[str | None, typer.Option("--uri", metavar="URI", help="Any other MLflow database.")] = None,
     address: Address = None,
 ) -> None:
     """Serve MLflow's pages on this machine until Ctrl-C. Prints their address."""
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.tracker_setup import database_directory
+    from orchestrator.storage.backends.location import location_of
     from orchestrator.tracking.mlflow_server import MlflowServer
 
-    place = Path(storage or "runs").absolute()
-    uri = uri or _uri_of(run, storage, address, place)
+    files = find_run(run, storage, address).files if run is not None and uri is None else None
+    place = database_directory(files.run_dir.parent if files is not None else location_of(storage or "runs"))
+    uri = uri or _uri_of(files, place)
     if uri.startswith("http"):
         narrate("A server has these runs already.")
         show(uri)
@@ -51,15 +58,11 @@ def ui(
         narrate("The pages are gone; nothing is left behind.")
 
 
-def _uri_of(run: str | None, storage: str | None, address: str | None, place: Path) -> str:
-    from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.run_records.job_files import read_job
+def _uri_of(files: "RunFiles | None", place: Path) -> str:
     from orchestrator.run_records.tracker_setup import default_uri, tracker_setup
 
-    if run is not None:
-        run_dir = find_run(run, storage, address).files.run_dir
-        job = read_job(run_dir)
-        return tracker_setup(run, run_dir, job).uri
+    if files is not None:
+        return tracker_setup(files.run_dir.name, files.run_dir, files.job()).uri
     if not (place / "mlflow.db").exists():
         raise UsageError(
             f"{place} holds no mlflow.db",

@@ -53,6 +53,9 @@ class BucketObjects:
 
     def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
         self._url, self._patience = url, patience
+        scheme, _, rest = url.partition("://")
+        bucket, _, path = rest.partition("/")
+        self._bucket, self._prefix = f"{scheme}://{bucket}", f"{path}/" if path else ""
 
     def create(self, key: str, data: bytes) -> bytes:
         is_small = len(data) < SMALL_BYTES
@@ -61,7 +64,7 @@ class BucketObjects:
         def create_or_read() -> bytes:
             try:
                 with self._os_errors(key):
-                    obstore.put(store(), key, data, mode="create")
+                    obstore.put(store(), self._prefix + key, data, mode="create")
                 return data
             except OSError as error:
                 self._refuse_unconditional(error)
@@ -75,7 +78,7 @@ class BucketObjects:
 
     def put(self, key: str, file: Path) -> Written:
         digest, num_bytes, num_read = sha256(), file.stat().st_size, 0
-        part_bytes = max(PART_BYTES, -(-num_bytes // MOST_PARTS))
+        part_bytes, name = max(PART_BYTES, -(-num_bytes // MOST_PARTS)), self._prefix + key
 
         def parts() -> Iterator[bytes]:
             nonlocal num_read
@@ -89,23 +92,25 @@ class BucketObjects:
             with self._os_errors(key):
                 store = self._store(self._patience.upload_s, retries=True)
                 if num_bytes <= part_bytes:
-                    obstore.put(store, key, b"".join(parts()), use_multipart=False)
+                    obstore.put(store, name, b"".join(parts()), use_multipart=False)
                 else:
-                    obstore.put(store, key, parts(), chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
+                    obstore.put(store, name, parts(), chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
         except OSError:  # there all the same, if the reply to the last request was lost
             if num_read < num_bytes or not self._holds(key, num_bytes):
                 raise
         return Written(digest.hexdigest(), num_read)
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        name = self._prefix + key
+
         def get() -> bytes:
             with self._os_errors(key):
                 store = self._store(LONGEST_READ_S, silence_s=self._patience.answer_s)
                 if stop is not None:
-                    return bytes(obstore.get_range(store, key, start=start, end=stop))
+                    return bytes(obstore.get_range(store, name, start=start, end=stop))
                 if start:
-                    return bytes(obstore.get(store, key, options={"range": {"offset": start}}).bytes())
-                return bytes(obstore.get(store, key).bytes())
+                    return bytes(obstore.get(store, name, options={"range": {"offset": start}}).bytes())
+                return bytes(obstore.get(store, name).bytes())
 
         try:
             return self._repeated(get)
@@ -117,7 +122,7 @@ class BucketObjects:
     def names(self, folder: str) -> tuple[str, ...]:
         def names() -> tuple[str, ...]:
             with self._os_errors(folder):
-                found = obstore.list_with_delimiter(self._store(self._patience.answer_s), folder or None)
+                found = obstore.list_with_delimiter(self._store(self._patience.answer_s), self._within(folder))
             keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
             return tuple(sorted(key.rpartition("/")[2] for key in keys))
 
@@ -126,8 +131,8 @@ class BucketObjects:
     def objects(self, folder: str) -> tuple[StoredObject, ...]:
         def objects() -> tuple[StoredObject, ...]:
             with self._os_errors(folder):
-                found = obstore.list(self._store(self._patience.answer_s), folder or None).collect()
-            return tuple(sorted(_stored(entry) for entry in found))
+                found = obstore.list(self._store(self._patience.answer_s), self._within(folder)).collect()
+            return tuple(sorted(_stored(entry, self._prefix) for entry in found))
 
         return self._repeated(objects)
 
@@ -144,7 +149,7 @@ class BucketObjects:
 
     def _delete_once(self, keys: tuple[str, ...]) -> None:
         with self._os_errors(keys[0]):
-            obstore.delete(self._store(self._patience.answer_s), keys)
+            obstore.delete(self._store(self._patience.answer_s), [self._prefix + key for key in keys])
 
     def _repeated(self, request: Callable[[], R]) -> R:
         """The result of a request, which is made again if its failure may pass."""
@@ -160,7 +165,7 @@ class BucketObjects:
 
     def _holds(self, key: str, num_bytes: int) -> bool:
         with suppress(OSError), self._os_errors(key):
-            return obstore.head(self._store(self._patience.answer_s), key)["size"] == num_bytes
+            return obstore.head(self._store(self._patience.answer_s), self._prefix + key)["size"] == num_bytes
         return False
 
     def _refuse_unconditional(self, failure: OSError) -> None:
@@ -172,7 +177,12 @@ class BucketObjects:
             ) from failure
 
     def _store(self, request_s: float, silence_s: float | None = None, retries: bool = False) -> ObjectStore:
-        return _open_store(self._url, request_s, silence_s or request_s, self._patience.retry_s if retries else 0.0)
+        retry_s = self._patience.retry_s if retries else 0.0
+        return _open_store(self._bucket, request_s, silence_s or request_s, retry_s, _variables(self._bucket))
+
+    def _within(self, folder: str) -> str | None:
+        """The prefix of names in a folder; None for all of the bucket."""
+        return (self._prefix + folder).rstrip("/") or None
 
     def _where(self, key: str) -> str:
         return f"{self._url}/{key}"
@@ -186,17 +196,26 @@ class BucketObjects:
             raise os_error(error, self._where(key)) from None
 
 
-def _stored(entry: Mapping[str, Any]) -> StoredObject:
-    return StoredObject(entry["path"], entry["size"], entry["last_modified"].timestamp())
+def _stored(entry: Mapping[str, Any], prefix: str) -> StoredObject:
+    return StoredObject(entry["path"].removeprefix(prefix), entry["size"], entry["last_modified"].timestamp())
+
+
+def _variables(url: str) -> frozenset[tuple[str, str]]:
+    """Environment variables that a client of this URL reads."""
+    prefix = PREFIXES[url.partition(":")[0]]
+    return frozenset((name, value) for name, value in os.environ.items() if name.startswith(prefix))
 
 
 @lru_cache(maxsize=64)
-def _open_store(url: str, request_s: float, silence_s: float, retry_s: float) -> ObjectStore:
-    """The client of a bucket, with its connections, which all objects of that URL in this process share.
+def _open_store(
+    url: str, request_s: float, silence_s: float, retry_s: float, variables: frozenset[tuple[str, str]]
+) -> ObjectStore:
+    """The client of a bucket, with its connections, which all objects of that bucket in this process share.
 
     Args:
         request_s: limit of a whole request.
         silence_s: limit of the time without another byte of an answer.
+        variables: that it reads from the environment now: with others there is another client.
     """
     allow_http = os.environ.get(f"{PREFIXES[url.partition(':')[0]]}_ALLOW_HTTP", "")
     return from_url(

@@ -63,7 +63,7 @@ def test_entries_are_stored_in_order_and_nothing_is_kept_of_them(tmp_path: Path)
     assert recorded.notes() == [str(number) for number in range(50)]
     assert recorded.writer.trouble() is None and recorded.writer.unrecorded_s == 0.0
     assert not recorded.inbox.get(timeout=20.0).is_news
-    _until(lambda: recorded.cluster.names("") == ())
+    _until(lambda: recorded.cluster.names("journal") == ())
 
 
 @pytest.mark.parametrize("hold", ["hangs", "is full"])
@@ -73,16 +73,16 @@ def test_what_storage_does_not_take_is_kept_in_the_cluster_until_it_does(tmp_pat
         first, second = recorded.note("first"), recorded.note("second")
         first()
         second()
-        assert len(recorded.cluster.names("")) == 2 and recorded.notes() == []
+        assert len(recorded.cluster.names("journal")) == 2 and recorded.notes() == []
         steps = recorded.writer.add(recorded.run._journal.propose([{"kind": "queued", "why": "third"}]), stored=True)
-        _until(lambda: len(recorded.cluster.names("")) == 3)
+        _until(lambda: len(recorded.cluster.names("journal")) == 3)
         _until(lambda: recorded.writer.unrecorded_s == 0.0)
         assert not steps.is_over()
         if hold == "is full":
             assert recorded.run.trouble is not None and recorded.run.trouble.condition == "full"
     steps()
     assert recorded.notes() == ["first", "second", "third"] and recorded.run.trouble is None
-    _until(lambda: recorded.cluster.names("") == ())
+    _until(lambda: recorded.cluster.names("journal") == ())
 
 
 def test_storage_that_hangs_for_long_is_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +125,11 @@ def test_the_end_of_a_run_leaves_nothing_in_the_cluster(tmp_path: Path) -> None:
     old.note("stored")()
     old.writer.finish()
     new = Recorded(tmp_path)
-    assert len(DirectoryObjects(tmp_path / "cluster").names("")) == 1  # keeps its predecessor from keeping anything
+    assert (
+        len(DirectoryObjects(tmp_path / "cluster").names("journal")) == 1
+    )  # keeps its predecessor from keeping anything
     run_inline(new.run.conclude("{}"))
-    assert DirectoryObjects(tmp_path / "cluster").names("") == ()
+    assert DirectoryObjects(tmp_path / "cluster").names("journal") == ()
 
 
 def test_events_keep_their_stamps(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.controller.startup import open_run
 from orchestrator.errors import TermSuperseded
-from orchestrator.protocol.messages import ResumeRequest
+from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import write_job
@@ -22,6 +22,7 @@ from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.storage.tasks import run_inline
 from tests.support.buckets import s3_bucket
+from tests.support.checkpoints import write_checkpoint
 from tests.unit.policy.imagined import record
 
 JOB = JobSpec.model_validate({"schema": "v1", "name": "demo", "train": {"max_steps": 30}})
@@ -75,7 +76,7 @@ def test_a_restarted_controller_leaves_a_run_to_its_new_cluster(run_dir: Locatio
     here, there = DirectoryObjects(tmp_path / "here"), DirectoryObjects(tmp_path / "there")
     assert open_run("demo", run_dir, None, None, kept=here, cluster="one").memory.term == 1
     assert open_run("demo", run_dir, None, None, kept=here, cluster="one").memory.term == 2  # restarted
-    over = ResumeRequest("over", None)
+    over = ResumeRequest("over", None)  # of a user of the other cluster
     for term in (3, 4):  # and restarted there
         assert open_run("demo", run_dir, over, None, kept=there, cluster="two").memory.term == term
     with pytest.raises(TermSuperseded) as refused:
@@ -86,3 +87,15 @@ def test_a_restarted_controller_leaves_a_run_to_its_new_cluster(run_dir: Locatio
     with pytest.raises(TermSuperseded):
         open_run("demo", run_dir, over, None, kept=there, cluster="two")
     assert open_run("demo", run_dir, back, None, kept=here, cluster="one").memory.resumed_by == "back"
+
+
+def test_a_run_that_went_on_elsewhere_resumes_from_its_newest_checkpoint(run_dir: Location, tmp_path: Path) -> None:
+    first = open_run("demo", run_dir, None, None, cluster="one")
+    run_inline(first.memory.absorb([record(step) for step in range(10)], up_to=10**9))
+    journal = first.memory._journal
+    chosen = str(write_checkpoint(run_dir, 3, journal=journal))
+    order = ResumeRequest("over", Restore(3, chosen))
+    newest = str(write_checkpoint(run_dir, 7, journal=journal))
+    assert open_run("demo", run_dir, order, None, cluster="two").memory.state.restore == Restore(7, newest)
+    named = ResumeRequest("named", Restore(3, chosen), is_named=True)
+    assert open_run("demo", run_dir, named, None, cluster="two").memory.state.restore == Restore(3, chosen)

@@ -34,6 +34,7 @@ def test_the_last_reports_of_workers_that_are_gone_stay_known(tmp_path: Path, mo
         shards = tuple(_shard(step, rank) for step in steps)
         group.reports[worker] = Report(worker, 1, 0, Phase.TRAINING, 0, 20 + rank, 0, shards=shards)
     group._handles["w4"] = Mock()  # never answered
+    group._known.update(("w0", "w1", "w2", "w3", "w4"))
     group.reconcile(("w1", "w2", "w3", "w4"))
     assert [(report.step, report.shards) for report in group.gone.values()] == [(20, (_shard(9, 0),))]
     group.reconcile(())

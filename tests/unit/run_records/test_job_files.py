@@ -61,11 +61,22 @@ def test_a_text_that_was_left_behind_is_replaced(location: Location) -> None:
 
 def test_a_job_that_was_removed_leaves_nothing(location: Location) -> None:
     write_job(location, JSON, "name: demo\n")
-    remove_job(location)
+    remove_job(location, JSON.replace("demo", "other"))
+    assert read_job(location) == JOB
+    remove_job(location, JSON)
     assert objects_at(location).objects("") == () and not has_job(location)
     if isinstance(location, Path):
         assert not location.exists()
-    remove_job(location)
+    remove_job(location, JSON)
+
+
+def test_a_submission_that_fails_leaves_the_job_of_another_one(bucket: tuple[str, RequestProxy]) -> None:
+    location = BucketUrl(bucket[0]) / "contested" / "demo"
+    write_job(location, JSON, "name: demo\n")
+    bucket[1].forget()
+    with bucket[1].failing("PUT", RequestFault.FORBIDDEN), pytest.raises(NotAllowed):
+        write_job(location, JSON.replace("demo", "other"), "name: other\n")
+    assert read_job(location) == JOB
 
 
 def test_a_job_that_can_not_be_read_is_named(location: Location) -> None:

@@ -105,22 +105,23 @@ def test_a_successor_continues_and_the_past_is_refused(objects: Objects) -> None
 
 def test_another_cluster_takes_over_only_on_request(objects: Objects) -> None:
     here, there = Holder("here pid 1", "one"), Holder("there pid 2", "two")
-    old = Journal(objects, here, takes_over=False)  # the first term of all is anybody's
+    old = Journal(objects, here, followed=0)  # the first term of all is anybody's
     old.append([{"kind": "a"}])
     assert newest_holder(objects) == here
     before = objects.names("journal")
     with pytest.raises(TermSuperseded, match="another cluster's controller: entry 1 is of term 1, of here pid 1"):
-        Journal(objects, there, takes_over=False)
+        Journal(objects, there, followed=0)
     assert objects.names("journal") == before
-    assert Journal(objects, Holder("here pid 3", "one"), takes_over=False).term == 2
+    assert Journal(objects, Holder("here pid 3", "one"), followed=0).term == 2
     new = Journal(objects, there)
     with pytest.raises(TermSuperseded, match="term 1 .* is of term 2, of here pid 3") as refused:
         old.append([{"kind": "late"}])
     assert refused.value.cluster == "one"
     new.append([{"kind": "b"}])
     with pytest.raises(TermSuperseded) as refused:
-        Journal(objects, here, takes_over=False)
+        Journal(objects, here, followed=2)
     assert refused.value.cluster == "two" and newest_holder(objects) == there
+    assert Journal(objects, here, followed=3).term == 4
 
 
 def test_a_restarted_controller_loses_the_race_with_another_cluster(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_restarted_controller_loses_the_race_with_another_cluster(tmp_path: Pa
 
     Journal(DirectoryObjects(tmp_path), Holder("here", "one"))
     with pytest.raises(TermSuperseded):
-        Journal(Late(tmp_path), Holder("here", "one"), takes_over=False)
+        Journal(Late(tmp_path), Holder("here", "one"), followed=0)
     assert newest_holder(DirectoryObjects(tmp_path)).cluster == "two"
 
 
