@@ -1,6 +1,5 @@
 """Data preparation in its own process: makes or finds the token store, and saves the tokenizer with the run."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.data.manifest import TOKENIZER
@@ -8,32 +7,15 @@ from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, 
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.data.store_copy import node_stores, upload
-from orchestrator.protocol.events.base import Event
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.tracking.sink import Dataset
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """A token store that is complete and large enough for the job."""
-
-    store_dir: str  # its location
-    vocab_size: int
-    tokenizer: str  # location of its file
-    datasets: tuple[Dataset, ...] = ()  # the data as a tracker shows it
-
-
-@dataclass(frozen=True)
-class DataPrepared(Event, kind="prepared", internal=True):
-    """The token store is complete."""
-
-    data: PreparedData
-
-
 class Preparation:
-    """Hosted by `cluster.actors.Host`, so the control layer loads no tokenizer. Its methods may run concurrently."""
+    """Hosted by `cluster.actors.Host`, so the control layer loads no tokenizer. See `prepared_data.PreparationApi`."""
 
     def __init__(self) -> None:
         self._progress = ("reading", 0.0)

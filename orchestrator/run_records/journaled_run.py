@@ -15,9 +15,9 @@ from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StageBegan, StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.journal_compactor import JournalCompactor
+from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.backends.location import Location, objects_at

@@ -15,9 +15,9 @@ from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import TEXT, read_job
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup

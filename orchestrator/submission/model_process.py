@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
-from orchestrator.run_records.data_preparation import DataPrepared
+from orchestrator.run_records.prepared_data import DataPrepared
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.backends.location import Location, is_there, location_of

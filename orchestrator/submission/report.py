@@ -8,7 +8,7 @@ from orchestrator.policy.health.expert_load import LoadMap, load_map, shown_load
 from orchestrator.policy.report.report import Rates, RunReport, report_of
 from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.base import JournalEntry
-from orchestrator.run_records.data_preparation import DataPrepared
+from orchestrator.run_records.prepared_data import DataPrepared
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries, read_steps
 from orchestrator.spec.job import JobSpec

@@ -141,7 +141,13 @@ def _weights(
     return found
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def alone(request: pytest.FixtureRequest, ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
+    """A ZeRO stage, and the weights that one rank has with it."""
+    (weights,) = ranks.run(_weights, 1, ExpertPlacement.balanced(4, 1), request.param)
+    return request.param, weights
+
+
 @pytest.mark.parametrize(
     "placement",
     [
@@ -150,10 +156,12 @@ def _weights(
         pytest.param(ExpertPlacement.balanced(4, 5), id="more ranks than experts"),
     ],
 )
-def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: ExpertPlacement, stage: int) -> None:
-    (alone,) = ranks.run(_weights, 1, ExpertPlacement.balanced(4, 1), stage)
+def test_where_experts_lie_changes_no_bit(
+    ranks: Ranks, placement: ExpertPlacement, alone: tuple[int, dict[str, torch.Tensor]]
+) -> None:
+    stage, expected = alone
     for weights in ranks.run(_weights, placement.world_size, placement, stage):
-        assert [name for name in weights if not torch.equal(weights[name], alone[name])] == []
+        assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
 
 
 def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str], tuple[str, ...]]:

@@ -31,7 +31,7 @@ from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Ge
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.events.training import CheckpointCommitted
-from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal

@@ -53,18 +53,35 @@ def _events(on: Cluster, name: str, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in on.ask("events", name) if event["kind"] in kinds]
 
 
-def test_a_higher_priority_shrinks_a_lower_run_which_grows_back(on: Cluster) -> None:
+def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster) -> None:
+    """It counts at once, and survives the controller and the run's end."""
     on.submit("low", **_job("1..4"))
     on.until("low", lambda s: s.workers_now == 4)
-    on.submit("high", wait=True, **_job("2..2", priority=5))
+    on.submit("high", wait=True, **_job("2..2", priority=-1))
+    on.until("high", lambda s: s.phase is RunPhase.QUEUED and "no room" in s.why)
+    assert on.ask("set_priority", "high", 5) == 5
     on.until("high", lambda s: s.phase is RunPhase.TRAINING and s.workers_now == 2)
     shrunk = on.status("low")
-    assert (shrunk.workers_now, shrunk.workers_wanted) == (2, 2)
+    assert (shrunk.workers_now, shrunk.workers_wanted, on.status("high").priority) == (2, 2, 5)
     assert shrunk.why == (
         "as many workers train as are granted, 2 of 4: there is room for 2; high of priority 5 comes first"
     )
+    (changed,) = _events(on, "high", "priority_changed")
+    assert (changed["priority"], changed["before"]) == (5, -1)
+    with pytest.raises(UsageError, match="priority is 101; it must be from -100 to 100"):
+        on.ask("set_priority", "high", 101)
+
+    controller = find("high/controller")
+    assert controller is not None
+    ray.kill(controller, no_restart=False)
+    on.until("high", lambda s: s.priority == 5 and s.phase is RunPhase.TRAINING)
+    assert newest_term(objects_at(on.storage / "high")) == 2
     on.ask("stop", "high")
-    on.end_of("high")
+    on.assert_every_step_once("high", on.end_of("high").step)
+    assert on.status("high").priority == 5
+    with pytest.raises(UsageError, match="has ended"):
+        on.ask("set_priority", "high", 3)
+
     grown = on.until("low", lambda s: s.workers_now == 4)
     assert [r.why for r in grown.rescales] == [
         "there is room for 2; high of priority 5 comes first",
@@ -72,61 +89,16 @@ def test_a_higher_priority_shrinks_a_lower_run_which_grows_back(on: Cluster) -> 
     ]
     assert not grown.recoveries and sum(rescale.steps_lost for rescale in grown.rescales) == 0
     assert [e["workers"] for e in _events(on, "low", "admitted", "granted")] == [None, 2, None]
+    on.ask("set_priority", "low", 9)
+    on.until("low", lambda s: s.priority == 9)
     on.ask("stop", "low")
     ended = on.end_of("low")
     on.assert_every_step_once("low", ended.step)
 
 
-def test_a_priority_that_is_set_counts_at_once_and_survives_the_controller_and_a_resume(on: Cluster) -> None:
-    on.submit("first", **_job("1..4"))
-    on.until("first", lambda s: s.workers_now == 4)
-    on.submit("second", wait=True, **_job("2..2"))
-    on.until("second", lambda s: s.phase is RunPhase.QUEUED and "no room" in s.why)
-    assert on.ask("set_priority", "second", 5) == 5
-    on.until("second", lambda s: s.phase is RunPhase.TRAINING and s.workers_now == 2)
-    assert (on.status("first").workers_now, on.status("second").priority) == (2, 5)
-    (changed,) = _events(on, "second", "priority_changed")
-    assert (changed["priority"], changed["before"]) == (5, 0)
-    with pytest.raises(UsageError, match="priority is 101; it must be from -100 to 100"):
-        on.ask("set_priority", "second", 101)
-    controller = find("second/controller")
-    assert controller is not None
-    ray.kill(controller, no_restart=False)
-    on.until("second", lambda s: s.priority == 5 and s.phase is RunPhase.TRAINING)
-    assert newest_term(objects_at(on.storage / "second")) == 2
-    on.ask("set_priority", "first", 9)
-    on.until("first", lambda s: s.priority == 9)
-    for name in ("first", "second"):
-        on.ask("stop", name)
-        on.assert_every_step_once(name, on.end_of(name).step)
-    assert on.status("second").priority == 5
-    with pytest.raises(UsageError, match="has ended"):
-        on.ask("set_priority", "second", 3)
-
-
 def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
-    on.submit("first", **_job("1..1", cpus=3))
-    on.until("first", lambda s: s.phase is RunPhase.TRAINING)
-    on.submit("second", wait=True, **_job("1..1", cpus=2))
-    on.submit("third", wait=True, **_job("1..1"))
-    waiting = on.until("third", lambda s: "behind second" in s.why)
-    assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
-    assert waiting.why == "queued: there is no room for 1 worker; behind second in the queue"
-    names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
-    with pytest.raises(JobDoesNotFit, match=r"fourth, whose workers take 1 CPU, would have to wait: there is no"):
-        on.submit("fourth", **_job("1..1"))
-    on.ask("stop", "first")
-    for name in ("second", "third"):
-        on.until(name, lambda s: s.phase is RunPhase.TRAINING)
-    (let_in,) = _events(on, "second", "admitted")
-    assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 1"
-    for name in ("second", "third"):
-        on.ask("stop", name)
-        on.end_of(name)
-
-
-def test_nobody_overtakes_a_run_whose_controller_is_slow_to_come(on: Cluster) -> None:
+    """Nobody overtakes it, even with a controller that is slow to come. One that is stopped while it waits leaves
+    nothing."""
     on.submit("first", **_job("1..1", cpus=3))
     on.until("first", lambda s: s.phase is RunPhase.TRAINING)
     on.submit("slow", wait=True, **_job("1..1", cpus=2))
@@ -135,30 +107,33 @@ def test_nobody_overtakes_a_run_whose_controller_is_slow_to_come(on: Cluster) ->
     job.unlink()
     os.mkfifo(job)  # its controller, whose process is just starting, waits for somebody who writes here
     on.submit("third", wait=True, **_job("1..1"))
-    on.until("third", lambda s: "behind slow in the queue" in s.why)
-    with pytest.raises(JobDoesNotFit, match="behind slow in the queue"):
+    waiting = on.until("third", lambda s: "behind slow in the queue" in s.why)
+    assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
+    assert waiting.why == "queued: there is no room for 1 worker; behind slow in the queue"
+    names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
+    refused = "fourth, whose workers take 1 CPU, would have to wait: there is no room for 1 worker; behind slow in the"
+    with pytest.raises(JobDoesNotFit, match=refused):
         on.submit("fourth", **_job("1..1"))
     job.write_text(text)
     on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
     third = on.until("third", lambda s: s.submitted_time is not None)
     assert third.phase is RunPhase.QUEUED
-    on.ask("stop", "first")
-    for name in ("slow", "third"):
-        on.until(name, lambda s: s.phase is RunPhase.TRAINING)
-        on.ask("stop", name)
-        on.end_of(name)
 
-
-def test_a_run_that_waits_may_be_stopped_and_leaves_nothing(on: Cluster) -> None:
-    on.submit("here", **_job("1..1", cpus=4))
-    on.until("here", lambda s: s.phase is RunPhase.TRAINING)
     on.submit("waits", wait=True, **_job("1..1"))
     on.until("waits", lambda s: s.why.startswith("queued: there is no room"))
     on.ask("stop", "waits")
     assert on.end_of("waits").phase is RunPhase.STOPPED
     on.assert_nothing_left("waits", [])
-    on.ask("stop", "here")
-    on.end_of("here")
+
+    on.ask("stop", "first")
+    for name in ("slow", "third"):
+        on.until(name, lambda s: s.phase is RunPhase.TRAINING)
+    (let_in,) = _events(on, "slow", "admitted")
+    assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 1"
+    for name in ("slow", "third"):
+        on.ask("stop", name)
+        on.end_of(name)
 
 
 @pytest.mark.journey

@@ -66,14 +66,21 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
             np.testing.assert_array_equal(old.read(name, 0, entry.numel), new.read(name, 0, entry.numel))
 
 
+@pytest.fixture(scope="module")
+def compressed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Restore:
+    """A checkpoint of three workers that have compressed their gradients."""
+    return _saved(texts, store_dir, tmp_path_factory.mktemp("compressed"), 3, compression="topk")[0]
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_what_was_not_sent_goes_on_at_any_world_size(texts: Path, store_dir: Path, tmp_path: Path, size: int) -> None:
-    restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, compression="topk")
+def test_what_was_not_sent_goes_on_at_any_world_size(
+    texts: Path, store_dir: Path, tmp_path: Path, compressed: Restore, size: int
+) -> None:
     job = _job(texts, "topk", max_steps=SAVED + 1)
-    with Crew(job, store_dir, tmp_path / "second", size=size) as worker_group:
-        _train(worker_group, restore)  # nothing is left to do: it writes what it has read
+    with Crew(job, store_dir, tmp_path, size=size) as worker_group:
+        _train(worker_group, compressed)  # nothing is left to do: it writes what it has read
         again = _commit(worker_group, SAVED)
-    with CheckpointReader(Path(restore.path)) as old, CheckpointReader(again) as new:
+    with CheckpointReader(Path(compressed.path)) as old, CheckpointReader(again) as new:
         names = {name.partition("#")[0] for name in old.manifest.tensors if name.startswith("residual/")}
         assert names and not any("norm" in name or "router" in name or "experts." in name for name in names)
         for name in names:
@@ -102,6 +109,12 @@ def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Pat
         assert record.batch.first_position == unbroken[step].batch.first_position
 
 
+@pytest.fixture(scope="module")
+def alone(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Restore:
+    """A checkpoint of one worker."""
+    return _saved(texts, store_dir, tmp_path_factory.mktemp("alone"), 1)[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -110,11 +123,10 @@ def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Pat
     ],
 )
 def test_what_does_not_belong_to_the_job_is_refused(
-    texts: Path, store_dir: Path, tmp_path: Path, changes: dict[str, Any], rule: str
+    texts: Path, store_dir: Path, tmp_path: Path, alone: Restore, changes: dict[str, Any], rule: str
 ) -> None:
-    restore, _ = _saved(texts, store_dir, tmp_path / "first", 1)
-    with Crew(small_job(texts, **changes), store_dir, tmp_path / "second", size=1) as worker_group:
-        worker_group.send(next=worker_group.plan(worker_group.ids, restore=restore))
+    with Crew(small_job(texts, **changes), store_dir, tmp_path, size=1) as worker_group:
+        worker_group.send(next=worker_group.plan(worker_group.ids, restore=alone))
         worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
         error = worker_group.members["w0"].report().health.error
         assert error is not None and rule in error.message

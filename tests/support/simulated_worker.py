@@ -36,7 +36,7 @@ from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTimin
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Handover, Report, WorkerError
-from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.tracking.sink import TrackerPosition, TrackerSetup

@@ -21,7 +21,7 @@ from orchestrator.controller.services.rendezvous_client import NAME as STORE
 from orchestrator.controller.services.rendezvous_client import RendezvousClient
 from orchestrator.controller.services.tracker_client import NAME as TRACKER
 from orchestrator.controller.services.tracker_client import TrackerClient
-from orchestrator.run_records.data_preparation import Preparation, PreparedData
+from orchestrator.run_records.prepared_data import PreparationApi, PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.storage.backends.log_target import LogTarget
@@ -51,7 +51,7 @@ class RunServices:
     ) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._parts, self._storage, self._inbox = parts, storage, inbox
-        self._preparation: Remote[Preparation] | None = None  # while it runs
+        self._preparation: Remote[PreparationApi] | None = None  # while it runs
         self._made_s = time.monotonic()
         self.data: PreparedData | None = None
         self.preparing = ""  # progress of data preparation, in words; empty once it is done
@@ -78,7 +78,7 @@ class RunServices:
             self._preparation = preparation.hosted()
             data_dir = str(storage / ".data")
             job_json = self._job.model_dump_json(by_alias=True)
-            call = self._preparation.send(Preparation.prepare, job_json, str(self._run_dir), data_dir)
+            call = self._preparation.send(PreparationApi.prepare, job_json, str(self._run_dir), data_dir)
             post(self._inbox, call, self._ended)
 
     def tend(self, now_s: float, has_places: bool, is_queued: bool) -> None:
@@ -100,7 +100,7 @@ class RunServices:
         self.tracker.tend(now_s)
         if self._preparation is not None and now_s - self._asked_s >= LOOK_EVERY_S:
             self._asked_s = now_s
-            post(self._inbox, self._preparation.send(Preparation.progress), self._progressed)
+            post(self._inbox, self._preparation.send(PreparationApi.progress), self._progressed)
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Let the tracker finish, then end all services."""

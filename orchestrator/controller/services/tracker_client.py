@@ -18,8 +18,8 @@ from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import JournalCorrupt, OrchestratorError, ProtocolError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
-from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import retry_until_written
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_after
 from orchestrator.spec.job import JobSpec

@@ -25,8 +25,8 @@ from orchestrator.protocol.events.notices import (
 from orchestrator.protocol.events.run import Ended, Submitted
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.run_records import journal_compactor
-from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory, committed_steps, read_entries, read_steps
 from orchestrator.storage.backends.location import objects_at

@@ -18,8 +18,8 @@ from orchestrator.protocol.events.training import StageBegan
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.run_history import read_steps, user_events
 from orchestrator.run_records.status import status_of
 from orchestrator.spec.model import ModelSpec

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.errors import NotFound
 from orchestrator.policy.report.report import Rates
-from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
+from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.param_listing import state_of
 from orchestrator.submission.report import read_report

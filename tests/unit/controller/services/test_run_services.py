@@ -9,7 +9,7 @@ from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.job import JobSpec
 
 KNOWN = PreparedData("/old/store-abc", 300, "/run/tokenizer.json")

@@ -16,8 +16,8 @@ from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted
-from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, Call, missing_calls
