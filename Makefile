@@ -1,6 +1,6 @@
 # A virtual environment of its own in .venv, installed once and again when the dependencies change.
 #   make demo      install, then train one small run, scale it, kill a worker in it and summarise
-#   make test      install what tests need, then run them
+#   make test      install what tests need, then run them; those of the architecture are in make check
 #   make journeys  runs on a real cluster from beginning to end, as their users have them
 #   make test-all  all tests, slow ones, several hosts and injected faults included
 #   make check     format, lint, types and architecture: what CI runs first
@@ -20,7 +20,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/orchestrator demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 2 tests/unit tests/architecture -m "not slow"
+	$(BIN)/pytest -n 2 tests/unit -m "not slow"
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
 journeys: $(VENV)/dev.stamp
