@@ -25,6 +25,15 @@ def test_a_journal_ages(kind: str, tmp_path: Path) -> None:
         assert objects.names("journal") == ("0000000000", "0000000001")
 
 
+def test_a_journal_that_was_just_compacted_is_young(tmp_path: Path) -> None:
+    objects = DirectoryObjects(tmp_path)
+    Journal(objects)
+    written_s = time.time() - 500.0
+    os.utime(tmp_path / "journal" / "0000000000", (written_s, written_s))
+    objects.create("journal/state-0000000000", b"")
+    assert journal_age_s(objects) < 60.0
+
+
 def test_a_clock_that_is_an_hour_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = DirectoryObjects(tmp_path)
     Journal(objects)
