@@ -108,7 +108,7 @@ class CheckpointReader:
 
     def _read_piece(self, piece: ShardPart, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
         if piece.file not in self._files:
-            self._files[piece.file] = open_shard(self.path, piece.file)
+            self._files[piece.file] = open_shard(self.path, piece.file, len(self.manifest.files))
         shard, length = self._files[piece.file], piece.stop - piece.start
         found = shard.read(piece.key, length, start - piece.start, stop - piece.start)
         if found.dtype != dtype:

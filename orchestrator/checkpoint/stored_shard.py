@@ -16,6 +16,7 @@ from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.objects import LargeObjects
 
 READ_BYTES = 16 * 2**20  # of an object at once
+LEAST_HELD_BYTES, MOST_HELD_BYTES = 2**20, 2**26  # of one object, of all
 _DTYPES = {"F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64", "U8": "uint8", "BOOL": "bool"}
 
 
@@ -27,11 +28,16 @@ class StoredShard(Protocol):
         ...
 
 
-def open_shard(checkpoint: Location, file: str) -> StoredShard:
-    """A file of a checkpoint. One in a directory is mapped into memory. Raises CheckpointCorrupt."""
+def open_shard(checkpoint: Location, file: str, num_files: int) -> StoredShard:
+    """A file of a checkpoint. One in a directory is mapped into memory. Raises CheckpointCorrupt.
+
+    Args:
+        num_files: that are open at once. Bytes of each one in a bucket are held, to answer the next reads.
+    """
     if isinstance(checkpoint, Path):
         return _MappedShard(checkpoint / file)
-    return _ShardObject(objects_at(checkpoint), file, str(checkpoint / file))
+    held_bytes = min(READ_BYTES, max(LEAST_HELD_BYTES, MOST_HELD_BYTES // num_files))
+    return _ShardObject(objects_at(checkpoint), file, str(checkpoint / file), held_bytes)
 
 
 def stored_digests(checkpoint: Location, file: str) -> tuple[str, ...]:
@@ -83,10 +89,12 @@ class _Array:
 
 
 class _ShardObject:
-    """An object in a bucket, whose header is read first."""
+    """An object in a bucket, whose header is read first. A request reads on beyond what is wanted, as arrays are mostly
+    read in their order, and small."""
 
-    def __init__(self, objects: LargeObjects, file: str, where: str) -> None:
-        self._objects, self._file, self._where = objects, file, where
+    def __init__(self, objects: LargeObjects, file: str, where: str, held_bytes: int) -> None:
+        self._objects, self._file, self._where, self._held_bytes = objects, file, where, held_bytes
+        self._begin, self._held = 0, memoryview(b"")  # the bytes from `_begin`
         try:
             length = int.from_bytes(objects.get(file, 0, 8), "little")
             header = json.loads(objects.get(file, 8, 8 + length))
@@ -105,11 +113,18 @@ class _ShardObject:
         size = np.dtype(array.dtype).itemsize
         found = np.empty(stop - start, dtype=array.dtype)
         view = found.view(np.uint8).data
-        for at in range(0, len(view), READ_BYTES):
-            until = min(at + READ_BYTES, len(view))
-            first = array.begin + start * size
-            data = self._objects.get(self._file, first + at, first + until)
-            if len(data) != until - at:
+        at, first = 0, array.begin + start * size
+        while at < len(view):
+            data = self._from(first + at)[: len(view) - at]
+            if not data:
                 raise CheckpointCorrupt(f"{self._where} ends within {key}")
-            view[at:until] = data
+            view[at : at + len(data)] = data
+            at += len(data)
         return found
+
+    def _from(self, start: int) -> memoryview:
+        """Bytes from `start`, as many as are held; none at the object's end."""
+        if not self._begin <= start < self._begin + len(self._held):
+            data = self._objects.get(self._file, start, start + self._held_bytes)
+            self._begin, self._held = start, memoryview(data)
+        return self._held[start - self._begin :]

@@ -75,13 +75,18 @@ def test_it_is_the_checkpoint_that_a_directory_would_hold(
     assert sorted(entry.sha256 for entry in there.files.values()) == sorted(e.sha256 for e in here.files.values())
 
 
-def test_a_part_of_a_range_is_all_that_is_read(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+def test_a_request_answers_the_next_reads_too(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
     path = commit(checkpoints, write(checkpoints, 9))
     with CheckpointReader(path) as reader:
         reader.read("master/a", 0, 1)
         proxy.forget()
-        reader.read("master/a", 100, 110)
-    assert proxy.requests == {"GET": 1}
+        for start in range(0, 200, 7):
+            np.testing.assert_array_equal(reader.read("master/a", start, start + 50), VALUES[start : start + 50])
+        assert proxy.requests == {}
+        reader.read("master/a", 1_000, 1_010)
+        assert proxy.requests == {"GET": 1}
+        np.testing.assert_array_equal(reader.read("master/a", 3, 5), VALUES[3:5])
+    assert proxy.requests == {"GET": 2}
 
 
 def test_what_is_lost_on_the_way_is_sent_again(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
