@@ -56,6 +56,8 @@ def let_go(run_id: str, error: TermSuperseded) -> None:
     while True:
         try:
             _remove_all(run_id)
+            if rest := _others(run_id):
+                raise TimeoutError(f"actors are still alive: {rest}")
             forget_taken_over(run_id, error.message)
             return
         except Exception:  # Ray has several for a head that doesn't answer

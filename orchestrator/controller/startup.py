@@ -11,6 +11,7 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.run_records.checkpoints import newest_good
+from orchestrator.run_records.final_status import note_resumed
 from orchestrator.run_records.job_files import JOB
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.spec.job import JobSpec
@@ -18,7 +19,7 @@ from orchestrator.storage.backends.location import Location, location_of, object
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import Holder
-from orchestrator.storage.journal import newest_term
+from orchestrator.storage.journal import newest_holder, newest_term
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import run_inline
 
@@ -66,38 +67,51 @@ def open_run(
     job = JobSpec.model_validate_json(retry_until_written(lambda: caller(objects_at(run_dir).get, JOB)))
     limits = RunLimits.of(run_id, job)
     holder = Holder(f"{socket.gethostname()} pid {os.getpid()}", cluster)
-    followed = retry_until_written(lambda: _followed(CalledObjects(objects_at(run_dir), caller), kept, order))
+    objects = CalledObjects(objects_at(run_dir), caller)
+    before = retry_until_written(lambda: newest_holder(objects))
+    followed = retry_until_written(lambda: _followed(objects, kept, order))
     journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept, followed))
     memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal, caller=caller))
     run = OpenedRun(run_id, run_dir, job, limits, memory, cluster, bulk or caller)
     if order is not None and order.token != memory.resumed_by:
-        retry_until_written(lambda: _resume(run, order, since_s))
+        _resume(run, order, since_s, had_elsewhere=before.cluster != cluster)
     elif Submitted not in memory.times:
         retry_until_written(lambda: run_inline(memory.decided(queued(memory.state, since_s), [])))
+    if order is not None and memory.state.outcome is None:
+        retry_until_written(lambda: note_resumed(objects, memory.term))
     return run
 
 
-def _followed(run: Objects, kept: Objects | None, order: ResumeRequest | None) -> int:
-    """The newest term when the first controller with this order began: what other clusters have taken since is newer
-    than the order. Raises OSError."""
+def _followed(run: Objects, kept: Objects | None, order: ResumeRequest | None) -> int | None:
+    """The newest term of another cluster that this controller may follow; None: any. The first one with an order takes
+    the run from whoever has it; later ones only from who had it then. Raises OSError."""
     if order is None:
         return 0
-    found = newest_term(run)
-    return found if kept is None else int(kept.create(f"resumed/{order.token}", str(found).encode()))
+    if kept is None:
+        return None
+    is_first = order.token not in kept.names("resumed")
+    found = kept.create(f"resumed/{order.token}", str(newest_term(run)).encode())
+    return None if is_first else int(found)
 
 
-def _resume(run: OpenedRun, order: ResumeRequest, since_s: float) -> None:
-    decision = resumed(run.limits, run.memory.state, replace(order, restore=_newest(run, order)))
+def _resume(run: OpenedRun, order: ResumeRequest, since_s: float, had_elsewhere: bool) -> None:
+    """Apply an order. `had_elsewhere`: another cluster had the run until now."""
+    if had_elsewhere:
+        order = replace(order, restore=retry_until_written(lambda: _newest(run, order)))
+    decision = resumed(run.limits, run.memory.state, order)
     events = [action for action in decision.actions if isinstance(action, Event)]
-    run_inline(run.memory.decided(queued(decision.state, since_s), events))
+    state = queued(decision.state, since_s)
+    retry_until_written(lambda: run_inline(run.memory.decided(state, events)))
 
 
 def _newest(run: OpenedRun, order: ResumeRequest) -> Restore | None:
-    """The checkpoint to resume from. It is a newer one than was chosen with the order, unless a user named that, if the
-    run went on meanwhile in another cluster."""
+    """The checkpoint to resume a run from that another cluster had: a newer good one than was chosen with the order, if
+    that cluster has written any since, unless the user named one. Raises OSError while it can't be read."""
     current = run.memory.checkpoints.current
     chosen = location_of(order.restore.path).name if order.restore is not None else ""
     if order.is_named or not current or current[-1].name == chosen:
         return order.restore
     newest = run.caller(newest_good, run.run_dir, run.memory.checkpoints)
-    return newest and replace(newest, reset_residuals=order.restore is not None and order.restore.reset_residuals)
+    if newest is None:
+        return order.restore
+    return replace(newest, reset_residuals=order.restore is not None and order.restore.reset_residuals)

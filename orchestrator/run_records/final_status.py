@@ -1,17 +1,16 @@
 """Final status of a run, an object for each of its ends: a run that was resumed may end again.
 
 RUN/status-0000000002.json      written by the controller of term 2
+RUN/resumed-0000000003          written by that of term 3: earlier statuses don't count any more, whoever writes them
 """
 
 import json
 import re
-from contextlib import suppress
 
-from orchestrator.errors import JournalCorrupt, NotFound
+from orchestrator.errors import NotFound
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunStatus
 from orchestrator.storage.backends.location import Location, objects_at
-from orchestrator.storage.journal import newest_term
 from orchestrator.storage.objects import Objects
 
 
@@ -25,7 +24,7 @@ def read_status(location: Location) -> RunStatus:
     objects = objects_at(location)
     key = _newest(objects)
     if key is None:
-        raise NotFound(f"{location} holds no status-*.json of its newest term: no run has ended there")
+        raise NotFound(f"{location} holds no status-*.json since the run was begun or resumed: no run has ended there")
     return from_plain(RunStatus, json.loads(objects.get(key)))
 
 
@@ -34,13 +33,20 @@ def has_ended(location: Location) -> bool:
     return _newest(objects_at(location)) is not None
 
 
+def note_resumed(objects: Objects, term: int) -> None:
+    """Let no status of an earlier term count: the run goes on. Raises OSError."""
+    objects.create(f"resumed-{term:010d}", b"")
+
+
 def _newest(objects: Objects) -> str | None:
-    """Key of the final status, unless a controller has taken a term since: it has resumed the run, and a past
-    controller may have written its status afterwards."""
-    found = [name for name in objects.names("") if re.fullmatch(r"status-\d{10}\.json", name)]
-    if not found:
+    """Key of the final status, unless the run was resumed in a later term."""
+    names = objects.names("")
+    statuses = [name for name in names if re.fullmatch(r"status-\d{10}\.json", name)]
+    resumed = [name for name in names if re.fullmatch(r"resumed-\d{10}", name)]
+    if not statuses or (resumed and _term(statuses[-1]) < _term(resumed[-1])):
         return None
-    with suppress(JournalCorrupt):  # then nobody has resumed it
-        if found[-1] < status_key(newest_term(objects)):
-            return None
-    return found[-1]
+    return statuses[-1]
+
+
+def _term(name: str) -> int:
+    return int(name.removesuffix(".json").rpartition("-")[2])

@@ -8,6 +8,7 @@ from orchestrator.run_records.journaled_run import storage_error
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.probe import check_storage
+from orchestrator.storage.journal import has_journal
 
 JOB, TEXT = "job.json", "job.yaml"
 
@@ -39,10 +40,10 @@ def write_job(location: Location, job_json: str, job_text: str) -> None:
 
 def remove_job(location: Location, job_json: str) -> None:
     """Remove what `write_job` has written, but no other run's job: the name must not be taken by a run that never
-    began."""
+    began. One with a journal has begun, by another submission of the same job."""
     objects = objects_at(location)
     with suppress(OSError):
-        if objects.get(JOB) == job_json.encode():
+        if objects.get(JOB) == job_json.encode() and not has_journal(objects):
             objects.delete([TEXT, JOB])
     if isinstance(location, Path):
         with suppress(OSError):  # it isn't empty

@@ -30,9 +30,11 @@ def location_of(text: str) -> Location:
     scheme, path = found[1], found[2].rstrip("/")
     if scheme not in PREFIXES:
         raise _no_storage(text, f"{scheme}:// is none of {_schemes()}", nearest(scheme, PREFIXES))
-    if not re.fullmatch(r"[^/?#\s]+(/[^/?#\s]+)*", path):
+    if not re.fullmatch(r"[^/?#%\s]+(/[^/?#%\s]+)*", path) or {".", ".."} & {*path.split("/")}:
         raise _no_storage(
-            text, f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, without empty names, spaces, ? or #", ""
+            text,
+            f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, without names that are empty, . or .., and without spaces, ?, # or %",
+            "",
         )
     return BucketUrl(f"{scheme}://{path}")
 

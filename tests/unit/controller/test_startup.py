@@ -93,9 +93,23 @@ def test_a_run_that_went_on_elsewhere_resumes_from_its_newest_checkpoint(run_dir
     first = open_run("demo", run_dir, None, None, cluster="one")
     run_inline(first.memory.absorb([record(step) for step in range(10)], up_to=10**9))
     journal = first.memory._journal
-    chosen = str(write_checkpoint(run_dir, 3, journal=journal))
-    order = ResumeRequest("over", Restore(3, chosen))
-    newest = str(write_checkpoint(run_dir, 7, journal=journal))
-    assert open_run("demo", run_dir, order, None, cluster="two").memory.state.restore == Restore(7, newest)
+    chosen, newest = (str(write_checkpoint(run_dir, step, journal=journal)) for step in (3, 7))
+    process = StorageProcess("resumed")
+    over = ResumeRequest("over", Restore(3, chosen))
+    resumed = open_run("demo", run_dir, over, None, process.call, cluster="two")
+    assert resumed.memory.state.restore == Restore(7, newest)
+    process.close()
     named = ResumeRequest("named", Restore(3, chosen), is_named=True)
-    assert open_run("demo", run_dir, named, None, cluster="two").memory.state.restore == Restore(3, chosen)
+    assert open_run("demo", run_dir, named, None, cluster="three").memory.state.restore == Restore(3, chosen)
+
+
+def test_a_run_keeps_the_checkpoint_of_its_order_where_none_is_better(run_dir: Location, tmp_path: Path) -> None:
+    first = open_run("demo", run_dir, None, None, cluster="one")
+    run_inline(first.memory.absorb([record(step) for step in range(10)], up_to=10**9))
+    chosen, newest = (write_checkpoint(run_dir, step, journal=first.memory._journal) for step in (3, 7))
+    order = ResumeRequest("here", Restore(3, str(chosen)))
+    assert open_run("demo", run_dir, order, None, cluster="one").memory.state.restore == order.restore
+    for checkpoint in (chosen, newest):
+        objects_at(checkpoint).delete(["manifest.json"])
+    order = ResumeRequest("there", Restore(3, str(chosen)))
+    assert open_run("demo", run_dir, order, None, cluster="two").memory.state.restore == order.restore

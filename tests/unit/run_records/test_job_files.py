@@ -11,6 +11,7 @@ from orchestrator.run_records.job_files import has_job, read_job, remove_job, wr
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.journal import Journal
 from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 
@@ -63,6 +64,12 @@ def test_a_job_that_was_removed_leaves_nothing(location: Location) -> None:
     write_job(location, JSON, "name: demo\n")
     remove_job(location, JSON.replace("demo", "other"))
     assert read_job(location) == JOB
+    Journal(objects_at(location))
+    remove_job(location, JSON)
+    assert read_job(location) == JOB
+    objects_at(location).delete(["journal/0000000000"])
+    if isinstance(location, Path):
+        (location / "journal").rmdir()
     remove_job(location, JSON)
     assert objects_at(location).objects("") == () and not has_job(location)
     if isinstance(location, Path):

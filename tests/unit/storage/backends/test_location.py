@@ -34,8 +34,10 @@ def test_a_url_is_a_bucket(scheme: str) -> None:
         ("file:///runs", "file:// is none of"),
         ("s3://", "a URL is s3://BUCKET or s3://BUCKET/PATH"),
         ("s3:///runs", "a URL is s3://BUCKET or s3://BUCKET/PATH"),
-        ("gs://bucket//runs", "without empty names"),
-        ("az://bucket/runs?sig=1", "without empty names, spaces, ? or #"),
+        ("gs://bucket//runs", "without names that are empty"),
+        ("s3://bucket/../runs", "without names that are empty, . or .."),
+        ("s3://bucket/a%20b", "spaces, ?, # or %"),
+        ("az://bucket/runs?sig=1", "without names that are empty, . or .., and without spaces, ?, # or %"),
     ],
 )
 def test_what_is_no_storage_is_refused(text: str, words: str) -> None:
