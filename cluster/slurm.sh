@@ -3,7 +3,7 @@
 # would say to `orchestrator`; the job's `storage` lies in a file system that the nodes share, and so does your home:
 #
 #   sbatch cluster/slurm.sh submit /shared/jobs/books.yaml --name books
-#   sbatch cluster/slurm.sh resume books --storage /shared/runs
+#   sbatch cluster/slurm.sh resume books --storage /shared/runs     # --take-over: its cluster was lost, just now
 #
 # Before the time is over the run is paused, with a checkpoint; `resume` in a job of any size lets it go on. A node that
 # is lost costs its workers, not the job, unless it is the first: there Ray's head lives. The exit code is 0 if the run

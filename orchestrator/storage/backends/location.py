@@ -31,11 +31,8 @@ def location_of(text: str) -> Location:
     if scheme not in PREFIXES:
         raise _no_storage(text, f"{scheme}:// is none of {_schemes()}", nearest(scheme, PREFIXES))
     if not re.fullmatch(r"[^/?#%\s]+(/[^/?#%\s]+)*", path) or {".", ".."} & {*path.split("/")}:
-        raise _no_storage(
-            text,
-            f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, without names that are empty, . or .., and without spaces, ?, # or %",
-            "",
-        )
+        rule = "without names that are empty, . or .., and without spaces, ?, # or %"
+        raise _no_storage(text, f"a URL is {scheme}://BUCKET or {scheme}://BUCKET/PATH, {rule}", "")
     return BucketUrl(f"{scheme}://{path}")
 
 
