@@ -1,6 +1,5 @@
 """Checkpoints in a bucket, by the same calls as in a directory."""
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -18,25 +17,12 @@ from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.storage_process import StorageProcess
-from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 
 VALUES = np.arange(5_000, dtype=np.float32)
 COUNTS = np.array([1, -2, 3], np.int64)
 SHAPES, DTYPES = {"master/a": (50, 100), "buffer/b": (3,)}, {"buffer/b": "int64"}
 number = count()
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(bucket: tuple[str, RequestProxy]) -> RequestProxy:
-    bucket[1].forget()
-    return bucket[1]
 
 
 @pytest.fixture

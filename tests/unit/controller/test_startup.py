@@ -21,23 +21,17 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.storage.tasks import run_inline
-from tests.support.buckets import s3_bucket
 from tests.support.checkpoints import write_checkpoint
+from tests.support.request_proxy import RequestProxy
 from tests.unit.policy.imagined import record
 
 JOB = JobSpec.model_validate({"schema": "v1", "name": "demo", "train": {"max_steps": 30}})
 number = count()
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_bucket() as (url, _):
-        yield url
-
-
 @pytest.fixture(params=["directory", "bucket"])
-def run_dir(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> Location:
-    location = tmp_path if request.param == "directory" else BucketUrl(bucket) / f"started-{next(number)}"
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path, bucket: tuple[str, RequestProxy]) -> Location:
+    location = tmp_path if request.param == "directory" else BucketUrl(bucket[0]) / f"started-{next(number)}"
     write_job(location / "demo", JOB.model_dump_json(by_alias=True), "name: demo\n")
     return location / "demo"
 

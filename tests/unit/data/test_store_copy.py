@@ -1,7 +1,6 @@
 """Token stores in a bucket, and their copies on nodes."""
 
 import threading
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -14,17 +13,10 @@ from orchestrator.data.store_copy import node_stores, open_store, upload
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
-from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.unit.data.stores import write_store
 
 number = count()
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
 
 
 @pytest.fixture

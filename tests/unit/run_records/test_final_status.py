@@ -1,6 +1,5 @@
 """Ends of a run, in a directory and in a bucket."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -13,21 +12,15 @@ from orchestrator.run_records.final_status import has_ended, note_resumed, read_
 from orchestrator.run_records.status import to_json
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
-from tests.support.buckets import s3_bucket
+from tests.support.request_proxy import RequestProxy
 from tests.unit.cli.statuses import status
 
 number = count()
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with s3_bucket() as (url, _):
-        yield url
-
-
 @pytest.fixture(params=["directory", "bucket"])
-def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: str) -> Location:
-    return tmp_path / "demo" if request.param == "directory" else BucketUrl(bucket) / f"ends-{next(number)}" / "demo"
+def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: tuple[str, RequestProxy]) -> Location:
+    return tmp_path / "demo" if request.param == "directory" else BucketUrl(bucket[0]) / f"ends-{next(number)}" / "demo"
 
 
 def test_a_run_that_has_not_ended_has_no_final_status(location: Location) -> None:

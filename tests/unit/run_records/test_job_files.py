@@ -1,6 +1,5 @@
 """A run's job, stored once, in a directory and in a bucket."""
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -12,18 +11,11 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.journal import Journal
-from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 
 JOB = JobSpec.model_validate({"schema": "v1", "name": "demo"})
 JSON = JOB.model_dump_json(by_alias=True)
 number = count()
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
 
 
 @pytest.fixture(params=["directory", "bucket"])

@@ -1,7 +1,6 @@
 """A run as its controller keeps it, in a bucket that fails now and then."""
 
 import random
-from collections.abc import Iterator
 from itertools import count
 
 import pytest
@@ -22,25 +21,12 @@ from orchestrator.storage.compaction import CompactionLimits
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.storage.tasks import run_inline
-from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.unit.policy.imagined import limits_of, record
 
 LIMITS = limits_of(steps=100_000)
 COMPACTION = CompactionLimits(entries=8, num_bytes=2**20, merged=2)
 number = count()
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(bucket: tuple[str, RequestProxy]) -> RequestProxy:
-    bucket[1].forget()
-    return bucket[1]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A journal in a bucket whose requests are lost, repeated, late or refused, with several controllers at once."""
 
 import random
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -12,7 +11,6 @@ from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.chain import Event, list_names
 from orchestrator.storage.journal import Journal, newest_term, read_events
 from orchestrator.storage.tasks import run_inline
-from tests.support.buckets import s3_bucket
 from tests.support.journals import DUE, check_journal, compaction
 from tests.support.request_proxy import RequestFault, RequestProxy
 
@@ -27,18 +25,6 @@ FAULTS = (
     RequestFault.UNAVAILABLE,
     RequestFault.UNAVAILABLE_DONE,
 )
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(bucket: tuple[str, RequestProxy]) -> RequestProxy:
-    bucket[1].forget()
-    return bucket[1]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import errno
 import random
 import threading
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from orchestrator.storage.backends.bucket_objects import PART_BYTES, BucketObjec
 from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.condition import StorageCondition, refusal
 from orchestrator.storage.storage_process import StorageProcess
-from tests.support.buckets import s3_bucket
 from tests.support.request_proxy import RequestFault, RequestProxy
 
 SHORT = Patience(answer_s=0.5, upload_s=10.0, retry_s=2.0)
@@ -28,18 +26,6 @@ DOUBTFUL = (
     RequestFault.UNAVAILABLE_DONE,
     RequestFault.STALL,
 )
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(bucket: tuple[str, RequestProxy]) -> RequestProxy:
-    bucket[1].forget()
-    return bucket[1]
 
 
 @pytest.fixture

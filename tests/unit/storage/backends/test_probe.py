@@ -1,7 +1,6 @@
 import errno
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,8 @@ from orchestrator.errors import NotAllowed, UsageError
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.backends.probe import access_error, check_storage
-from tests.support.buckets import azure_bucket, environment, iam_bucket, s3_bucket, s3_variables
+from tests.support.buckets import azure_bucket, environment, iam_bucket, s3_variables
 from tests.support.request_proxy import RequestFault, RequestProxy
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, RequestProxy]]:
-    with s3_bucket() as found:
-        yield found
 
 
 def place(bucket: tuple[str, RequestProxy], name: str) -> BucketUrl:

@@ -1,0 +1,25 @@
+"""Fixtures of unit tests."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.support.request_proxy import RequestProxy
+
+
+@pytest.fixture(scope="module")
+def bucket() -> "Iterator[tuple[str, RequestProxy]]":
+    """URL of a bucket on S3, and the proxy before its server."""
+    from tests.support.buckets import s3_bucket  # loads a server, which few tests need
+
+    with s3_bucket() as found:
+        yield found
+
+
+@pytest.fixture
+def proxy(bucket: "tuple[str, RequestProxy]") -> "RequestProxy":
+    """That proxy, without faults."""
+    bucket[1].forget()
+    return bucket[1]
