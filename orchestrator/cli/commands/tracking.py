@@ -1,7 +1,7 @@
 """`tracking ui | sync`: serve MLflow's pages, and deliver what MLflow lacks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -9,9 +9,6 @@ from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import GROUPS, Address, RunId, Storage
 from orchestrator.cli.terminal.output import narrate, show
 from orchestrator.errors import NotFinished, UsageError
-
-if TYPE_CHECKING:
-    from orchestrator.run_records.run_files import RunFiles
 
 app = typer.Typer(no_args_is_help=True, help="MLflow: its pages, and what it lacks.")
 
@@ -37,13 +34,17 @@ def ui(
 ) -> None:
     """Serve MLflow's pages on this machine until Ctrl-C. Prints their address."""
     from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.run_records.tracker_setup import database_directory
+    from orchestrator.run_records.tracker_setup import database_directory, tracker_setup
     from orchestrator.storage.backends.location import location_of
     from orchestrator.tracking.mlflow_server import MlflowServer
 
-    files = find_run(run, storage, address).files if run is not None and uri is None else None
-    place = database_directory(files.run_dir.parent if files is not None else location_of(storage or "runs"))
-    uri = uri or _uri_of(files, place)
+    if run is not None and uri is None:
+        files = find_run(run, storage, address).files
+        place = database_directory(files.run_dir.parent)
+        uri = tracker_setup(run, files.run_dir, files.job()).uri
+    else:
+        place = database_directory(location_of(storage or "runs"))
+        uri = uri or _database_in(place)
     if uri.startswith("http"):
         narrate("A server has these runs already.")
         show(uri)
@@ -58,11 +59,9 @@ def ui(
         narrate("The pages are gone; nothing is left behind.")
 
 
-def _uri_of(files: "RunFiles | None", place: Path) -> str:
-    from orchestrator.run_records.tracker_setup import default_uri, tracker_setup
+def _database_in(place: Path) -> str:
+    from orchestrator.run_records.tracker_setup import default_uri
 
-    if files is not None:
-        return tracker_setup(files.run_dir.name, files.run_dir, files.job()).uri
     if not (place / "mlflow.db").exists():
         raise UsageError(
             f"{place} holds no mlflow.db",
