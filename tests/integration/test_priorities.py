@@ -74,7 +74,8 @@ def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster
     controller = find("high/controller")
     assert controller is not None
     ray.kill(controller, no_restart=False)
-    on.until("high", lambda s: s.priority == 5 and s.phase is RunPhase.TRAINING)
+    back = on.until("high", lambda s: s.priority == 5 and s.phase is RunPhase.TRAINING)
+    on.until("high", lambda s: s.step > back.step + 5)  # its controller has caught up
     assert newest_term(objects_at(on.storage / "high")) == 2
     on.ask("stop", "high")
     on.assert_every_step_once("high", on.end_of("high").step)
