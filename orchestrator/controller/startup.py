@@ -84,7 +84,7 @@ def open_run(
 
 def _followed(run: Objects, kept: Objects | None, order: ResumeRequest | None) -> int | None:
     """The newest term of another cluster that this controller may follow; None: any. The first one with an order takes
-    the run from whoever has it; later ones only from who had it then. Raises OSError."""
+    the run from any cluster; later ones only from the cluster that had it then. Raises OSError."""
     if order is None:
         return 0
     if kept is None:

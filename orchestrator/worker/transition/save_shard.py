@@ -2,7 +2,7 @@
 
 Like a snapshot, it is copied beside the next step's forward and backward passes, which only read the state: the
 training thread waits before an update changes it (`ShardSaver.copied`). While a write is under way, all ranks leave out
-the steps at which another one is due: nobody waits for storage. Where a guard watches the state between two updates, a
+the steps at which another one is due: no rank waits for storage. Where a guard watches the state between two updates, a
 shard is reported only once the guard has found it unchanged after the copy.
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
