@@ -1,7 +1,7 @@
 """Final status of a run, an object for each of its ends: a run that was resumed may end again.
 
 RUN/status-0000000002.json      written by the controller of term 2
-RUN/resumed-0000000003          written by that of term 3: statuses of earlier terms don't count, also later ones
+RUN/resumed-0000000003          written by that of term 3: no status of an earlier term counts
 """
 
 import json
