@@ -61,7 +61,7 @@ def test_journal_starts_from_states() -> None:
 
 def test_checkpoint_writes_the_same_state_in_every_way() -> None:
     line = quick("checkpoint")
-    names = ["stall deepspeed over ours", "stall dcp_async over ours", "step_ratio"]
+    names = ["stall deepspeed over ours", "stall dcp_async over ours", "minute_ratio", "durable_s", "read_ratio"]
     assert [bar["name"] for bar in line["bars"]] == names
     num_bytes = line["metrics"]["num_bytes"]
     assert all(num_bytes["ours"] <= 1.1 * num_bytes[other] for other in ("deepspeed", "dcp_async", "torch_save"))
