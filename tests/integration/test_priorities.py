@@ -98,7 +98,7 @@ def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster
 
 
 def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
-    """Nobody overtakes it, even with a controller that is slow to come. One that is stopped while it waits leaves
+    """No run overtakes it, even with a controller that is slow to come. One that is stopped while it waits leaves
     nothing."""
     on.submit("first", **_job("1..1", cpus=3))
     on.until("first", lambda s: s.phase is RunPhase.TRAINING)
@@ -112,7 +112,7 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
     assert waiting.why == "queued: there is no room for 1 worker; behind slow in the queue"
     names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
+    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # no other run holds a place
     refused = "fourth, whose workers take 1 CPU, would have to wait: there is no room for 1 worker; behind slow in the"
     with pytest.raises(JobDoesNotFit, match=refused):
         on.submit("fourth", **_job("1..1"))

@@ -106,8 +106,8 @@ def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
     assert _tensors(done) == _tensors(calm)
 
     assert "is whole" in _command("checkpoint", "verify", run, "--storage", storage).stderr
-    told = _command("check", "replay", run, "--storage", storage, "--workers", "1")
-    assert "losses, norms and states are the same, bit for bit" in told.stdout
+    replayed = _command("check", "replay", run, "--storage", storage, "--workers", "1")
+    assert "losses, norms and states are the same, bit for bit" in replayed.stdout
     _command("model", "eval", run, "--storage", storage, "--max-rows", "8")
     _command("model", "export", run, "--storage", storage, "--out", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "config.json").exists()

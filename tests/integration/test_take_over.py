@@ -62,7 +62,7 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(users: tuple[Here, He
     assert ended.phase == "stopped" and ended.recoveries == ()
     assert "each exactly once, in order" in second("check", "data", "wanted").stdout
     assert "another cluster has taken it over" in second("logs", "wanted").stdout
-    first("resume", "wanted", "--storage", "runs")  # it has ended: nobody has to let go
+    first("resume", "wanted", "--storage", "runs")  # it has ended: no cluster has to let go
     first.until_event("wanted", "activated", 3)
     first("stop", "wanted", "--now")
     first.until_ended("wanted")

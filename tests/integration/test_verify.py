@@ -308,9 +308,9 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
         return done
 
     steps = [checkpoint.step for checkpoint in RunFiles(run_dir).checkpoints()]  # none is begun beside another
-    told = verify()
-    assert f"Steps {steps[-2] + 1} to 29 of run proof" in told.stderr and f"step-{steps[-2]:08d}" in told.stderr
-    assert f"{29 - steps[-2]} steps: losses, norms and states are the same, bit for bit." in told.stdout
+    replayed = verify()
+    assert f"Steps {steps[-2] + 1} to 29 of run proof" in replayed.stderr and f"step-{steps[-2]:08d}" in replayed.stderr
+    assert f"{29 - steps[-2]} steps: losses, norms and states are the same, bit for bit." in replayed.stdout
 
     found = json.loads(verify("--step", "-1", "--steps", "40", "--workers", "3", "-o", "json").stdout)
     assert found | {"equal": True, "first_step": 0, "last_step": 29, "workers": 3, "difference": None} == found
