@@ -48,7 +48,8 @@ class Scene:
         self.run_dir, self.storage = root / "run", HeldObjects(root / "run")
         self.run_dir.mkdir(exist_ok=True)
         cluster = HeldObjects(root / "cluster")
-        self.run = JournaledRun(self.run_dir, LIMITS, Journal(self.storage, kept=cluster))
+        self.cluster, self.journal = cluster, Journal(self.storage, kept=cluster)
+        self.run = JournaledRun(self.run_dir, LIMITS, self.journal)
         self.inbox = Inbox()
         self.run.writer = JournalWriter(self.run, self.inbox)
         self.thread = StorageThread(self.inbox)
@@ -111,6 +112,14 @@ class Scene:
         names = ("retention", "room", "garbage", "set aside")
         return not any(map(self.thread.is_pending, names)) and not self.checkpoints._under_way()
 
+    def go_on_once_kept(self) -> None:
+        """Go on once the cluster keeps the newest entry, for as long as a deletion would take."""
+        prefix = f"{self.journal.last.number:010d}-"
+        self.until(lambda: any(name.startswith(prefix) for name in self.cluster.names("journal")))
+        for _ in range(20):
+            self.thread.advance()
+            time.sleep(0.01)
+
     def steps(self) -> list[int]:
         return [record.step for record in self.run.checkpoints.current]
 
@@ -124,8 +133,7 @@ def test_nothing_is_deleted_before_storage_has_the_checkpoint_after_it(tmp_path:
     with scene.storage.hanging():
         scene.commit(scene.shard(30))
         scene.until(lambda: scene.has_manifest(30) and scene.run.writer is not None and not scene.run.is_stored)
-        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
-        scene.thread.advance()
+        scene.go_on_once_kept()
         assert scene.steps() == [10, 20] and scene.has_manifest(10)
         assert scene.checkpoints.newest == (0, 20)
     scene.until(scene.is_idle)
@@ -140,8 +148,7 @@ def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path
     scene = Scene(tmp_path)
     with scene.storage.hanging():
         scene.until(lambda: not scene.run.is_stored)  # it has decided what to delete
-        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
-        scene.thread.advance()
+        scene.go_on_once_kept()
         assert scene.steps() == [10, 20, 30] and scene.has_manifest(10)
     scene.until(scene.is_idle)
     assert scene.steps() == [20, 30] and not scene.has_manifest(10)
@@ -289,8 +296,7 @@ def test_parts_are_not_deleted_before_storage_has_it_that_they_are_abandoned(tmp
     with scene.storage.hanging():
         scene.checkpoints.make_room(scene.observe)
         scene.until(lambda: not scene.run.is_stored)
-        time.sleep(1.0)  # longer than it takes until an entry is kept in the cluster
-        scene.thread.advance()
+        scene.go_on_once_kept()
         assert directory.is_dir()
     scene.until(lambda: not directory.exists())
 
