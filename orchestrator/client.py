@@ -15,16 +15,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.cluster.connection import connect, probe
 from orchestrator.cluster.jobs_api import JobsApiClient, is_url
+from orchestrator.cluster.published.published_keys import published_key
 from orchestrator.errors import JobDoesNotFit, NotFinished
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
 from orchestrator.run_records.removal import refuse_active, remove_tracked
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_logs import LogLine
+from orchestrator.run_records.signing_keys import add_key_source, key_to_resume, read_key
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
@@ -61,6 +64,8 @@ class OrchestratorClient:
         named = address or os.environ.get("RAY_ADDRESS")
         self._port = JobsApiClient(str(named)) if is_url(named) else None
         self.address = connect(address) if self._port is None else self._port.url
+        if self._port is None:
+            add_key_source(published_key)
         self._scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S) if self._port is None else None
 
     def submit(
@@ -99,7 +104,8 @@ class OrchestratorClient:
             return submit_file(self._port, job, name, overrides)
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
-        start = partial(self._ask, Scheduler.submit, *args, **options)
+        key = None if order.spec.signing_key is None else read_key(order.spec.signing_key)
+        start = partial(self._ask, Scheduler.submit, *args, key=key, **options)
         return when_there_is_room(start, timeout_s, on_wait)
 
     def list(self) -> tuple[RunStatus, ...]:
@@ -191,6 +197,7 @@ class OrchestratorClient:
         workers: int | None = None,
         reset_residuals: bool = False,
         take_over: bool = False,
+        key_file: str | os.PathLike[str] | None = None,
         timeout_s: float | None = None,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
@@ -205,19 +212,25 @@ class OrchestratorClient:
             workers: number of workers; None for the number requested last.
             reset_residuals: discard gradients that compression has not sent yet; without compression there are none.
             take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
+            key_file: with the key that its records are signed with; None for the one that this cluster, the job or
+                this machine's user has.
             timeout_s: don't queue the run: resume nothing if there is no room within this time.
 
         Raises:
             NotFound: there is no such run, or no checkpoint of this step.
             CheckpointCorrupt: files of the checkpoint are missing or changed; the message names the one before.
             UsageError: the run is active, here or perhaps in another cluster, has done all its steps, may not have
-                so many workers, or was compressed otherwise.
+                so many workers, or was compressed otherwise; or its job's file was changed.
+            KeyUnknown: its records are signed with another key.
+            JournalCorrupt: its records were changed, or aren't signed though the run has a key.
             JobDoesNotFit: the cluster is too small for it, or had no room within `timeout_s`.
         """
         refuse_by_url(self._port, "resume")
         run_dir = find_run_dir(run_id, storage, self.get)
-        order = resume_request(run_dir, step, workers, reset_residuals)
-        start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, take_over=take_over, **options)
+        key = key_to_resume(run_dir, None if key_file is None else Path(key_file))
+        order = resume_request(run_dir, key, step, workers, reset_residuals)
+        how = {"take_over": take_over, "key": key, **options}
+        start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **how)
         return when_there_is_room(start, timeout_s, on_wait)
 
     def wait(

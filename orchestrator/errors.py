@@ -130,6 +130,16 @@ class NotAllowed(OrchestratorError):
     exit_code = 77
 
 
+class KeyUnknown(NotAllowed):
+    """Records of a run that were signed with a key which isn't at hand.
+
+    Attributes:
+        cluster: that of the writer, as with `TermSuperseded`: it isn't known, and is not this one.
+    """
+
+    cluster = "unknown"
+
+
 class RunFailed(TracedError):
     """The run failed, with a named reason."""
 

@@ -20,6 +20,7 @@ from orchestrator.cluster.cluster_objects import ClusterObjects, cluster_id
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
+from orchestrator.cluster.published.published_keys import published_key
 from orchestrator.cluster.published.status_publisher import StatusPublisher, publishing_the_last
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
@@ -37,7 +38,7 @@ from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import let_go
 from orchestrator.controller.startup import OpenedRun, open_run
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import TermSuperseded
+from orchestrator.errors import KeyUnknown, TermSuperseded
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.state.config import RunLimits
@@ -46,6 +47,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRe
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.journaled_run import retry_until_written
+from orchestrator.run_records.signing_keys import hold_key
 from orchestrator.spec.live_changes import check_priority
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.storage_process import StorageProcess
@@ -74,10 +76,12 @@ class RunController:
         process = StorageProcess(f"controller {run_id}")
         bulk = StorageProcess(f"checkpoints of controller {run_id}").call
         cluster, kept = retry_until_written(cluster_id), ClusterObjects(run_id)
+        if (key := retry_until_written(lambda: published_key(run_id))) is not None:
+            hold_key(run_id, key)
         try:
             with keeping_workers_alive(run_id), publishing_the_last(run_id):
                 run = open_run(run_id, location_of(run_dir), order, since_s, process.call, kept, cluster, bulk)
-        except TermSuperseded as error:
+        except (TermSuperseded, KeyUnknown) as error:
             if error.cluster not in ("", cluster):  # else the run's processes are its successor's
                 let_go(run_id, error)
             raise

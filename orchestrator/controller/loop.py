@@ -53,6 +53,7 @@ class RunLoop:
         writer: JournalWriter,
     ) -> None:
         self._run_id, self._limits, self._memory, self._cluster = run.run_id, run.limits, run.memory, run.cluster
+        self._job_sha256 = run.job_sha256
         self._polls, self._storage, self._decisions, self._observer = polls, storage, decisions, observer
         self._worker_group, self._services, self._publisher, self._writer = worker_group, services, publisher, writer
         self._has_begun = False
@@ -117,7 +118,8 @@ class RunLoop:
     def _begin(self) -> StorageTask[None]:
         with suppress(OSError):  # the loop tries again
             if Submitted not in self._memory.times:
-                entry = yield from self._memory.note(Submitted(self._run_id, self._limits.initial_workers))
+                submitted = Submitted(self._run_id, self._limits.initial_workers, self._job_sha256)
+                entry = yield from self._memory.note(submitted)
                 self._services.tracker.publish_event(entry)
             yield from self._services.start(self._memory.data)
             self._has_begun = True

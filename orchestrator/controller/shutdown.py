@@ -14,7 +14,7 @@ from orchestrator.cluster.actors import find, names_of, remove_group
 from orchestrator.cluster.inbox import Arrival, Inbox
 from orchestrator.cluster.published.known_runs import forget_taken_over
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import ProtocolError, TermSuperseded
+from orchestrator.errors import KeyUnknown, ProtocolError, TermSuperseded
 
 log = logging.getLogger("orchestrator.control")
 
@@ -49,7 +49,7 @@ def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> N
             remove_group(f"{run_id}/worker/{worker}")
 
 
-def let_go(run_id: str, error: TermSuperseded) -> None:
+def let_go(run_id: str, error: TermSuperseded | KeyUnknown) -> None:
     """End and remove everything that this cluster has of a run which another one has taken over. What its workers
     trained meanwhile was never published. It is tried again until it succeeds."""
     log.error("run %s: another cluster has taken it over, and this one lets go of it: %s", run_id, error)

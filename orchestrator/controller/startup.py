@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
@@ -12,12 +13,13 @@ from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.run_records.checkpoints import newest_good
 from orchestrator.run_records.final_status import note_resumed
-from orchestrator.run_records.job_files import JOB
+from orchestrator.run_records.job_files import JOB, check_digest
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
+from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.storage.backends.log_target import LogTarget
-from orchestrator.storage.caller import CalledObjects, Caller, call_here
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import Holder
 from orchestrator.storage.journal import newest_holder, newest_term
 from orchestrator.storage.objects import Objects
@@ -33,6 +35,7 @@ class OpenedRun:
     job: JobSpec
     limits: RunLimits
     memory: JournaledRun
+    job_sha256: str  # of the job's file
     cluster: str = ""  # its id
     caller: Caller = call_here  # makes the calls to run storage that may take long
 
@@ -61,18 +64,23 @@ def open_run(
 
     Raises:
         TermSuperseded: another cluster has taken the run over since it was requested here.
+        KeyUnknown: so it has, with another key.
+        JournalCorrupt: records are damaged, or aren't signed with the run's key.
+        UsageError: the job's file isn't the one that was submitted.
     """
     since_s = time.time() if since_s is None else since_s
     LogTarget(run_dir, "controller").open(bulk or caller)
-    job = JobSpec.model_validate_json(retry_until_written(lambda: caller(objects_at(run_dir).get, JOB)))
+    job_json = retry_until_written(lambda: caller(objects_at(run_dir).get, JOB))
+    job = JobSpec.model_validate_json(job_json)
     limits = RunLimits.of(run_id, job)
     holder = Holder(f"{socket.gethostname()} pid {os.getpid()}", cluster)
-    objects = CalledObjects(objects_at(run_dir), caller)
+    objects = run_objects(run_dir, caller)
     before = retry_until_written(lambda: newest_holder(objects))
     followed = retry_until_written(lambda: _followed(objects, kept, order))
     journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept, followed))
     memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal, caller=caller))
-    run = OpenedRun(run_id, run_dir, job, limits, memory, cluster, bulk or caller)
+    check_digest(run_dir, job_json, memory.job_sha256)
+    run = OpenedRun(run_id, run_dir, job, limits, memory, sha256(job_json).hexdigest(), cluster, bulk or caller)
     if order is not None and order.token != memory.resumed_by:
         _resume(run, order, since_s, had_elsewhere=before.cluster != cluster)
     elif Submitted not in memory.times:

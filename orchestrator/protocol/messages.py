@@ -47,12 +47,14 @@ FIRST_INTERVAL_S = 600.0  # of training between two checkpoints with `checkpoint
 class Restore:
     """A complete checkpoint to restore from: its last finished step, and its directory.
 
-    `reset_residuals`: the residuals of gradient compression are not restored.
+    `reset_residuals`: the residuals of gradient compression are not restored. `digest`: SHA-256 that its manifest must
+    have; empty for any.
     """
 
     step: int
     path: str
     reset_residuals: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True)

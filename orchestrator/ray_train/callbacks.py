@@ -17,7 +17,7 @@ from orchestrator.protocol.events.training import CheckpointCommitted, StepsComm
 from orchestrator.ray_train.results import Row, rows_of
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import committed_steps, read_entries
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.run_records.signing_keys import run_objects
 
 
 class CallbackError(Exception):
@@ -60,7 +60,7 @@ class Follower:
                 case StepsCommitted():
                     self._enter_steps(entry)
                 case Resumed(step=step):
-                    objects = objects_at(self._run_dir)
+                    objects = run_objects(self._run_dir)
                     self._progress = progress_up_to(objects, self._progress, step, before=entry.seq)
                 case CheckpointCommitted(step, path):
                     self._unreported[step] = path

@@ -216,7 +216,7 @@ def newest_good(run_dir: Location, records: CheckpointRecords) -> Restore | None
                 raise
             log.error("%s can't be restored: %s", path, error)
             continue
-        return Restore(record.step, str(path))
+        return Restore(record.step, str(path), digest=record.sha256)
     return None
 
 

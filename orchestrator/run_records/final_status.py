@@ -10,6 +10,7 @@ import re
 from orchestrator.errors import NotFound
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.objects import Objects
 
@@ -19,9 +20,14 @@ def status_key(term: int) -> str:
     return f"status-{term:010d}.json"
 
 
+def status_keys(objects: Objects) -> list[str]:
+    """Keys of all final statuses, by term. Raises OSError."""
+    return [name for name in objects.names("") if re.fullmatch(r"status-\d{10}\.json", name)]
+
+
 def read_status(location: Location) -> RunStatus:
     """The run's final status. Raises NotFound if it has not ended."""
-    objects = objects_at(location)
+    objects = run_objects(location)
     key = _newest(objects)
     if key is None:
         raise NotFound(f"{location} holds no status-*.json since the run was begun or resumed: no run has ended there")
@@ -40,9 +46,8 @@ def note_resumed(objects: Objects, term: int) -> None:
 
 def _newest(objects: Objects) -> str | None:
     """Key of the final status, unless the run was resumed in a later term."""
-    names = objects.names("")
-    statuses = [name for name in names if re.fullmatch(r"status-\d{10}\.json", name)]
-    resumed = [name for name in names if re.fullmatch(r"resumed-\d{10}", name)]
+    statuses = status_keys(objects)
+    resumed = [name for name in objects.names("") if re.fullmatch(r"resumed-\d{10}", name)]
     if not statuses or (resumed and _term(statuses[-1]) < _term(resumed[-1])):
         return None
     return statuses[-1]

@@ -1,6 +1,7 @@
 """Job of a run in run storage, written once, at submission."""
 
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from orchestrator.errors import NameTaken, NotFound, OrchestratorError, UsageError
@@ -55,10 +56,20 @@ def has_job(location: Location) -> bool:
     return JOB in objects_at(location).names("")
 
 
-def read_job(location: Location) -> JobSpec:
-    """The job of a run. Raises NotFound if the location holds none, UsageError if its file can't be read."""
+def read_job(location: Location, digest: str = "") -> JobSpec:
+    """The job of a run.
+
+    Args:
+        digest: SHA-256 that its file must have, by the run's journal; empty for any.
+
+    Raises:
+        NotFound: the location holds none.
+        UsageError: its file can't be read, or isn't the one that was submitted.
+    """
     try:
-        return JobSpec.model_validate_json(objects_at(location).get(JOB))
+        data = objects_at(location).get(JOB)
+        check_digest(location, data, digest)
+        return JobSpec.model_validate_json(data)
     except FileNotFoundError:
         raise NotFound(f"{location} holds no run", unchanged="Nothing was started.") from None
     except ValueError as error:
@@ -67,3 +78,14 @@ def read_job(location: Location) -> JobSpec:
             remedy="It is written once, at submission; put the original back.",
             unchanged="Nothing was started.",
         ) from error
+
+
+def check_digest(location: Location, data: bytes, digest: str) -> None:
+    """Raise UsageError for a job's file with another SHA-256 than the one it was submitted with, unless that is empty,
+    as it isn't known."""
+    if digest and sha256(data).hexdigest() != digest:
+        raise UsageError(
+            f"{location / JOB} is not what was submitted: by the run's journal its sha256 is {digest}",
+            remedy="Put the original back; to train with other settings, submit a new run.",
+            unchanged="Nothing was started.",
+        )

@@ -20,8 +20,9 @@ from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
-from orchestrator.storage.backends.location import Location, objects_at
-from orchestrator.storage.caller import CalledObjects, Caller, call_here
+from orchestrator.run_records.signing_keys import run_objects
+from orchestrator.storage.backends.location import Location
+from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import NO_HOLDER, ChainEntry, Holder
 from orchestrator.storage.compaction import LIMITS, CompactionLimits
 from orchestrator.storage.condition import StorageTrouble, refusal
@@ -74,7 +75,7 @@ class JournaledRun(RunHistory):
         self.term = self._journal.term
         self._reserve = _reserve_at(run_dir, caller)
         self._reserve.tend()
-        super().__init__(run_dir, limits, objects=CalledObjects(objects_at(run_dir), caller))
+        super().__init__(run_dir, limits, objects=run_objects(run_dir, caller))
         self._caller = caller
         self.compactor = JournalCompactor(
             run_dir, limits, self._journal, self._objects, self._reserve, self.compacted, compaction
@@ -217,7 +218,7 @@ def open_journal(
     Raises:
         TermSuperseded: another cluster has taken a later one.
     """
-    objects = CalledObjects(objects_at(run_dir), caller)
+    objects = run_objects(run_dir, caller)
     try:
         return Journal(objects, holder, kept, followed)
     except OSError as error:

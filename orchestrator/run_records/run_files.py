@@ -16,11 +16,13 @@ from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import has_job, read_job
 from orchestrator.run_records.run_history import RunHistory, read_steps, user_events
 from orchestrator.run_records.run_logs import LogLine, log_reader
+from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.journal import has_journal
+from orchestrator.storage.signing import SigningKey
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message
@@ -30,16 +32,19 @@ T = TypeVar("T")
 class RunFiles:
     """A run by its directory in run storage.
 
+    Args:
+        key: with which its records are signed; None for the one that this process knows, if any.
+
     Raises:
         NotFound: the directory holds no run.
     """
 
-    def __init__(self, run_dir: Location) -> None:
+    def __init__(self, run_dir: Location, key: SigningKey | None = None) -> None:
         if not holds_run(run_dir):
             offer = nearest(run_dir.name, runs_in(run_dir.parent))
             remedy = f"{offer}Name the run storage that the job file names: --storage DIR|URL."
             raise NotFound(f"{run_dir} holds no run", remedy=remedy)
-        self.run_dir = run_dir
+        self.run_dir, self._key = run_dir, key
 
     @property
     def directory(self) -> Path:
@@ -95,7 +100,8 @@ class RunFiles:
         return choose(self.run_dir, self._checkpoint_records(), step)
 
     def _checkpoint_records(self) -> CheckpointRecords:
-        return RunHistory(self.run_dir, RunLimits.of(self.run_dir.name, self.job())).checkpoints
+        limits = RunLimits.of(self.run_dir.name, self.job())
+        return RunHistory(self.run_dir, limits, objects=run_objects(self.run_dir, key=self._key)).checkpoints
 
     def steps(self) -> list[StepRecord]:
         """Every committed step, in order."""

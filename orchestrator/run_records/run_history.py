@@ -23,13 +23,14 @@ from orchestrator.protocol.events.notices import (
     StorageWorks,
 )
 from orchestrator.protocol.events.reading import entry_of
-from orchestrator.protocol.events.run import Ended, Resumed
+from orchestrator.protocol.events.run import Ended, Resumed, Submitted
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
-from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.run_records.signing_keys import run_objects
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.condition import StorageCondition
@@ -60,6 +61,7 @@ class StoredHistory:
     saturated: tuple[tuple[str, int], ...]
     troubles: Troubles
     resumed_by: str
+    job_sha256: str
     storage: StorageCondition
     checkpoints: CheckpointRecords
 
@@ -69,14 +71,14 @@ class RunHistory:
 
     Args:
         is_read: False for that of no events, which `restore` and `take` change.
-        objects: the run's, in run storage; None for those at its location.
+        objects: the run's records, in run storage; None for those at its location.
     """
 
     def __init__(
         self, run_dir: Location, limits: RunLimits, is_read: bool = True, objects: Objects | None = None
     ) -> None:
         self._run_dir = run_dir
-        self._objects = objects or objects_at(run_dir)
+        self._objects = objects or run_objects(run_dir)
         self.state = first_state(limits)
         self.progress = Progress()
         self.data: PreparedData | None = None
@@ -89,6 +91,7 @@ class RunHistory:
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were reported
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
+        self.job_sha256 = ""  # digest of the job's file, as it was submitted
         self.storage = StorageCondition.WELL  # by the newest event
         self.checkpoints = CheckpointRecords()
         self.compacted = -1  # number of the newest journal entry that a state included when it was read
@@ -117,7 +120,8 @@ class RunHistory:
         self.counts = Counter({_type_of(kind): count for kind, count in found.counts.items()})
         self.numerics, self.differing, self.first_steps = found.numerics, found.differing, found.first_steps
         self.saturated, self.troubles = set(found.saturated), found.troubles
-        self.resumed_by, self.storage, self.checkpoints = found.resumed_by, found.storage, found.checkpoints
+        self.resumed_by, self.job_sha256 = found.resumed_by, found.job_sha256
+        self.storage, self.checkpoints = found.storage, found.checkpoints
 
     def stored(self) -> bytes:
         """The history as a line of JSON."""
@@ -134,6 +138,7 @@ class RunHistory:
             saturated=tuple(sorted(self.saturated)),
             troubles=self.troubles,
             resumed_by=self.resumed_by,
+            job_sha256=self.job_sha256,
             storage=self.storage,
             checkpoints=self.checkpoints,
         )
@@ -176,6 +181,8 @@ class RunHistory:
     def _enter(self, entry: JournalEntry) -> None:
         """Date an event, and note which checkpoints there are after it."""
         self.checkpoints = self.checkpoints.after(entry.event)
+        if isinstance(entry.event, Submitted):
+            self.job_sha256 = entry.event.job_sha256
         kind = type(entry.event)
         self.times.setdefault(kind, entry.time)
         self.newest_times[kind] = entry.time
@@ -206,7 +213,7 @@ def entries_after(
         leave_out: types to skip: states take long to read.
     """
     wanted, unwanted = {cls.kind for cls in only}, {cls.kind for cls in leave_out}
-    for plain in events_after(objects_at(run_dir), seq):
+    for plain in events_after(run_objects(run_dir), seq):
         if (not wanted or plain["kind"] in wanted) and plain["kind"] not in unwanted:
             yield entry_of(plain)
 
@@ -239,4 +246,4 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
 
 def user_events(run_dir: Location, after: int = -1) -> list[dict[str, Any]]:
     """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
-    return [plain for plain in events_after(objects_at(run_dir), after) if not is_internal(plain["kind"])]
+    return [plain for plain in events_after(run_objects(run_dir), after) if not is_internal(plain["kind"])]

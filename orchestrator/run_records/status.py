@@ -22,8 +22,9 @@ from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import RunHistory
+from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.journal import newest_holder
 
@@ -134,7 +135,7 @@ def status_from_journal(run_dir: Location) -> RunStatus:
     memory = RunHistory(run_dir, limits)
     seen = Observation(term=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
     status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
-    writer = newest_holder(objects_at(run_dir)).process or "its controller"
+    writer = newest_holder(run_objects(run_dir)).process or "its controller"
     why = f"it has not ended, according to its journal, which {writer} writes; only the run's cluster knows more"
     return replace(status, worker_group=(), why=why)
 

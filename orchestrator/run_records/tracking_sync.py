@@ -20,9 +20,10 @@ from orchestrator.run_records.job_files import TEXT, read_job
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after
+from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.location import Location
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
@@ -66,7 +67,7 @@ def deliver(run_dir: Location, timeout_s: float) -> TrackerState:
             unchanged="Nothing was changed.",
         ) from error
     job = read_job(run_dir)
-    term = newest_term(objects_at(run_dir))
+    term = newest_term(run_objects(run_dir))
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
     history = RunHistory(run_dir, RunLimits.of(run_dir.name, job))
     for method, args in missing_calls(run_dir, tracker.position(), history.progress, history.data):
@@ -98,7 +99,7 @@ def missing_calls(
         if not entry.event.is_internal:
             yield Tracker.event, (entry, points_of_event(entry), before)
             before = entry.seq
-    newest_first = committed_backwards(objects_at(run_dir), progress.watermark)
+    newest_first = committed_backwards(run_objects(run_dir), progress.watermark)
     steps = list(takewhile(lambda record: record.step > position.step, newest_first))[::-1]
     points, loads, after = _points_of(progress, steps), shown_loads(steps), position.step
     while points:

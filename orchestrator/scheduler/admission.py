@@ -20,13 +20,16 @@ from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_files import holds_run
 from orchestrator.run_records.run_history import RunHistory
+from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
 from orchestrator.storage.backends.location import Location, location_of, objects_at
+from orchestrator.storage.chain import Holder
 from orchestrator.storage.journal import newest_holder
 from orchestrator.storage.journal_age import journal_age_s
+from orchestrator.storage.signing import SigningKey
 
 LIVELY_S = 120.0  # age of the journal of a run that trains, at most
 SETTLE_S = 3.0  # until the resources of an ended run count as free
@@ -83,7 +86,9 @@ def newcomer(
     )
 
 
-def resumed_run(run_id: str, directory: Location, order: ResumeRequest, take_over: bool) -> ScalingView:
+def resumed_run(
+    run_id: str, directory: Location, order: ResumeRequest, take_over: bool, key: SigningKey | None
+) -> ScalingView:
     """View of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
     if ControllerClient(run_id).find() is not None:
         raise UsageError(
@@ -91,8 +96,9 @@ def resumed_run(run_id: str, directory: Location, order: ResumeRequest, take_ove
             remedy="To go back to a checkpoint, pause or stop it first.",
             unchanged="Nothing was changed.",
         )
+    records = run_objects(directory, key=key)
     if not take_over:
-        _refuse_of_another_cluster(run_id, directory)
+        _refuse_of_another_cluster(run_id, directory, newest_holder(records))
     job = read_job(directory)
     limits = RunLimits.of(run_id, job)
     done = order.restore.step + 1 if order.restore else 0
@@ -105,16 +111,17 @@ def resumed_run(run_id: str, directory: Location, order: ResumeRequest, take_ove
     check_residuals(order.restore, job)
     if order.workers is not None:
         limits.check_size(order.workers)
-    memory = RunHistory(directory, limits)
+    memory = RunHistory(directory, limits, objects=records)
+    read_job(directory, memory.job_sha256)
     workers = order.workers or wanted_size(limits, memory.state.size_request, done)
     return newcomer(limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority)
 
 
-def _refuse_of_another_cluster(run_id: str, directory: Location) -> None:
+def _refuse_of_another_cluster(run_id: str, directory: Location, holder: Holder) -> None:
     """Raise UsageError for a run that has not ended, and of which another cluster has written the journal of late."""
-    objects = objects_at(directory)
-    holder = newest_holder(objects)
-    if has_ended(directory) or holder.cluster == cluster_id() or (age_s := journal_age_s(objects)) > LIVELY_S:
+    if holder.cluster == cluster_id() or has_ended(directory):
+        return
+    if (age_s := journal_age_s(objects_at(directory))) > LIVELY_S:
         return
     raise UsageError(
         f"run {run_id} may be going on in another cluster: {holder.process} wrote its journal {age_s:.0f} s ago",

@@ -15,6 +15,7 @@ import ray
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD
 from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.published.known_runs import directory_of, forget_run, known_runs, remember_run
+from orchestrator.cluster.published.published_keys import publish_key, published_key
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
@@ -27,6 +28,7 @@ from orchestrator.run_records.job_files import remove_job, write_job
 from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
+from orchestrator.run_records.signing_keys import add_key_source
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_taken, resumed_run, with_gpus
 from orchestrator.scheduler.autoscaler import Autoscaler
@@ -36,6 +38,7 @@ from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.storage.guard import StorageGuard
+from orchestrator.storage.signing import SigningKey
 
 log = logging.getLogger("orchestrator.control")
 
@@ -55,6 +58,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         name_process(self)
+        add_key_source(published_key)
         self._submitting = threading.Lock()  # never held during a call to storage
         self._claims = RunClaims()
         self._storage = StorageGuard()
@@ -70,6 +74,7 @@ class Scheduler:
         job_text: str,
         wait: bool = True,
         parts: ActorClasses | None = None,
+        key: SigningKey | None = None,
     ) -> str:
         """Put a run into the queue: write its job to run storage and start its controller. The run begins once it has
         its place.
@@ -80,6 +85,7 @@ class Scheduler:
             job_text: the job file as the user wrote it.
             wait: accept the run even if it has to wait for room.
             parts: actor classes other than the default ones, for tests.
+            key: with which its records are signed; None: they aren't.
 
         Raises:
             NameTaken: the cluster or the storage has a run of this name.
@@ -96,7 +102,7 @@ class Scheduler:
             job_json = job.model_dump_json(by_alias=True)
             write = partial(self._write_job, run_id, directory, job_json, job_text)
             self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory, job_json))
-            self._start_controller(run, run_dir, parts)
+            self._start_controller(run, run_dir, parts, key)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
@@ -112,6 +118,7 @@ class Scheduler:
         wait: bool = True,
         parts: ActorClasses | None = None,
         take_over: bool = False,
+        key: SigningKey | None = None,
     ) -> str:
         """Start a controller again for a run that has ended, or has lost its cluster.
 
@@ -119,21 +126,24 @@ class Scheduler:
             run_dir: the run's directory in run storage, absolute.
             wait: accept the run even if it has to wait for room.
             take_over: even if another cluster has written its journal of late, which then lets go of the run.
+            key: with which its records are signed; None: they aren't.
 
         Raises:
             NotFound: the directory holds no run.
             UsageError: the run has a controller, here or perhaps elsewhere, has done all its steps, may not have so
-                many workers, or compresses its gradients differently than when it wrote the checkpoint.
+                many workers, or compresses its gradients differently than when it wrote the checkpoint; or its job's
+                file was changed.
+            KeyUnknown, JournalCorrupt: its records are not signed with `key`.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
         directory = location_of(run_dir)
         with self._claims.claim(run_id):
             run = self._storage.call(
-                directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order, take_over)
+                directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order, take_over, key)
             )
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
-            self._start_controller(run, run_dir, parts, order)
+            self._start_controller(run, run_dir, parts, key, order)
         log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)
         return run_id
 
@@ -195,6 +205,7 @@ class Scheduler:
                 ControllerClient(run_id).await_end()  # it writes its log until then
                 self._storage.call(directory.parent, REMOVE_S, partial(self._remove_files, run_id, directory))
             forget_run(run_id)
+            publish_key(run_id, None)
         log.info("run %s: removed from %s", run_id, directory)
         return str(directory)
 
@@ -219,9 +230,15 @@ class Scheduler:
         return self._storage.call(directory.parent, HISTORY_S, partial(read, directory))
 
     def _start_controller(
-        self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
+        self,
+        run: ScalingView,
+        run_dir: str,
+        parts: ActorClasses | None,
+        key: SigningKey | None,
+        order: ResumeRequest | None = None,
     ) -> None:
         self._statuses.forget(run.run_id)
+        publish_key(run.run_id, key)
         remember_run(run.run_id, run_dir)
         ControllerClient(run.run_id).start(run_dir, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)

@@ -50,6 +50,7 @@ __all__ = [
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 # Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
+REFERENCE = r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*"  # to a secret
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
 REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 
@@ -74,6 +75,12 @@ def _storage(place: str) -> str:
     if not re.fullmatch(r"(s3|gs|az)://[^/?#\s]+(/[^/?#\s]+)*/?", place):
         raise refuse("must be a path of the file system, or s3://, gs:// or az:// with BUCKET or BUCKET/PATH")
     return place
+
+
+def _key_reference(reference: str | None) -> str | None:
+    if reference is not None and not re.fullmatch(rf"auto|{REFERENCE}", reference):
+        raise refuse("must be auto, file:PATH with an absolute path, or env:NAME")
+    return reference
 
 
 Storage = Annotated[
@@ -136,6 +143,13 @@ class JobSpec(Section):
         default={},
         description="Environment variables of the workers whose values are read on each worker's node: file:PATH, "
         "absolute, or env:NAME, from Ray's own environment there. The job holds no value, and logs don't show it.",
+    )
+
+    signing_key: Annotated[str | None, AfterValidator(_key_reference)] = Field(
+        default=None,
+        description="Key with which the run's journal is signed, so that storage that others can write to can't change "
+        "what the run goes on from: file:PATH, absolute, or env:NAME, read where the job is submitted or resumed, or "
+        "auto, a key of this user that is made if there is none yet. null: it isn't signed.",
     )
 
     def broken_rules(self) -> Iterator[Broken]:
@@ -223,7 +237,7 @@ class JobSpec(Section):
 
     def _broken_environment(self) -> Iterator[Broken]:
         for name, reference in self.secrets.items():
-            if not re.fullmatch(r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*", reference):
+            if not re.fullmatch(REFERENCE, reference):
                 yield Broken((("secrets", name),), "must be file:PATH with an absolute path, or env:NAME")
             if name in self.envs:
                 yield Broken((("secrets", name), ("envs", name)), f"{name} is in envs too: leave one out")

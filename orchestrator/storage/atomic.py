@@ -28,9 +28,15 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def create_atomically(path: Path, data: bytes) -> None:
-    """Create a file. Raises FileExistsError rather than overwrite."""
+def create_atomically(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Create a file. Raises FileExistsError rather than overwrite.
+
+    Args:
+        mode: its permissions; None for those of any new file.
+    """
     with _written(path) as (file, partial):
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
         file.write(data)
         _flush_file(file)
         os.link(partial, path)

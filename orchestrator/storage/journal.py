@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.errors import TermSuperseded
+from orchestrator.errors import JournalCorrupt, KeyUnknown, TermSuperseded
 from orchestrator.storage.chain import (
     BEGINNING,
     FOLDER,
@@ -126,10 +126,7 @@ class Journal:
             TermSuperseded: a newer controller has taken over; nothing was written, now and in every later call.
             OSError: storage can't be written, or doesn't show whether it was.
         """
-        self._refuse_the_past()
-        found = self._objects.create(entry_key(entry.number), entry.data)
-        if found != entry.data:
-            self._superseded_by(entry, found)
+        self._offer(self._objects, entry_key(entry.number), entry)
         self.stored = entry.link
         self.num_bytes += len(entry.data)
 
@@ -142,10 +139,7 @@ class Journal:
         """
         if self._kept is None:
             raise OSError(errno.ENOSYS, "journal entries can only be stored")
-        self._refuse_the_past()
-        found = self._kept.create(_kept_key(entry.number, entry.prev), entry.data)
-        if found != entry.data:
-            self._superseded_by(entry, found)
+        self._offer(self._kept, _kept_key(entry.number, entry.prev), entry)
 
     def unkeep(self, entry: ChainEntry) -> None:
         """Delete an entry that was kept and has been stored. Raises OSError."""
@@ -174,13 +168,22 @@ class Journal:
 
     def _settle(self) -> None:
         """Find out whether the entry whose creation failed is there: it is then the last one."""
+        self._refuse_the_past()
         if self._unsettled is not None:
             entry = entry_from(self.last.number + 1, self._unsettled, "the entry before")
-            with suppress(FileNotFoundError):
-                self._objects.get(entry_key(entry.number))
+            if self._has(entry_key(entry.number)):
                 self.store(entry)
                 self.last = entry.link
             self._unsettled = None
+
+    def _has(self, key: str) -> bool:
+        """Whether anything is there, whoever has written it. Raises OSError."""
+        try:
+            with suppress(KeyUnknown, JournalCorrupt):
+                self._objects.get(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _kept_or(self, data: bytes) -> bytes:
         """The entry that was kept as the next one; `data` if none was, which is then kept and stays: it fences off past
@@ -194,9 +197,18 @@ class Journal:
         key = entry_key(self.last.number + 1)
         return entry_from(self.last.number + 1, self._objects.create(key, data), f"journal entry {key}")
 
-    def _superseded_by(self, entry: ChainEntry, found: bytes) -> None:
-        """Raise TermSuperseded, now and in every later call: what follows an entry that is refused is refused too."""
-        self._superseded = entry_from(entry.number, found, entry.where).link
+    def _offer(self, objects: Objects, key: str, entry: ChainEntry) -> None:
+        """Create an entry. Raises TermSuperseded if another one is there, now and in every later call: what follows an
+        entry that is refused is refused too."""
+        self._refuse_the_past()
+        try:
+            found = objects.create(key, entry.data)
+            if found == entry.data:
+                return
+            self._superseded = entry_from(entry.number, found, entry.where).link
+        except (KeyUnknown, JournalCorrupt) as error:  # of a writer that isn't known; this one can't go on all the same
+            writer = Holder(f"a writer that isn't known ({error.message})", KeyUnknown.cluster)
+            self._superseded = Link(entry.number, self.term + 1, "", entry.seq, writer)
         self._refuse_the_past()
 
     def _refuse_the_past(self) -> None:

@@ -11,6 +11,7 @@ from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
 from orchestrator.storage.backends.location import Location, location_of
+from orchestrator.storage.signing import SigningKey
 
 
 def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Callable[[str], RunStatus]) -> Location:
@@ -27,13 +28,21 @@ def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Calla
             raise error from None
 
 
-def resume_request(run_dir: Location, step: int | None, workers: int | None, reset_residuals: bool) -> ResumeRequest:
+def resume_request(
+    run_dir: Location, key: SigningKey | None, step: int | None, workers: int | None, reset_residuals: bool
+) -> ResumeRequest:
     """Request to resume from the checkpoint of `step` or the newest, digests checked; without any, from the beginning.
 
+    Args:
+        key: with which the run's records are signed; None for the one that this process knows, if any.
+
     Raises:
+        KeyUnknown, JournalCorrupt: the records are not signed with it.
         NotFound: there is no checkpoint of this step.
         CheckpointCorrupt: its files are missing or changed; the message names the one before.
     """
-    path = RunFiles(run_dir).choose_checkpoint(step)
-    restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
+    path, restore = RunFiles(run_dir, key).choose_checkpoint(step), None
+    if path is not None:
+        manifest = read_manifest(path)
+        restore = Restore(manifest.step, str(path), reset_residuals, manifest.digest)
     return ResumeRequest(uuid.uuid4().hex, restore, workers, is_named=step is not None)

@@ -155,8 +155,12 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         client.stop(run)
         status = client.wait(run, timeout_s=60.0)
         assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
-        kinds = [event["kind"] for event in client.events(run)]
-        assert "worker_lost" not in kinds and kinds.count("storage_fails") == kinds.count("storage_works") == 1
+        events = list(client.events(run))
+        kinds = [
+            event["kind"] for event in events if event["time"] > began
+        ]  # on a busy machine it is slow at the start
+        assert kinds.count("storage_fails") == kinds.count("storage_works") == 1
+        assert "worker_lost" not in {event["kind"] for event in events}
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
         assert _longest_gap_s(records, began, ended) < 10.0  # training did not wait, also on a busy machine

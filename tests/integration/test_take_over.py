@@ -37,18 +37,22 @@ def users(tmp_path: Path) -> Iterator[tuple[Here, Here]]:
 
 def test_a_run_is_taken_over_and_its_first_cluster_lets_go(users: tuple[Here, Here]) -> None:
     first, second = users
-    job = first.job("wanted", envs=UNHURRIED, checkpoint={"every": 10}, train=JOB["train"] | {"max_steps": 100_000})
+    train = JOB["train"] | {"max_steps": 100_000}
+    job = first.job("wanted", envs=UNHURRIED, checkpoint={"every": 10}, train=train, signing_key="auto")
     first("submit", job)
     first.until_event("wanted", "checkpoint")
     workers = set[psutil.Process]()
     first.until(lambda: workers.update(_workers()) or len(workers) == 2)
 
-    refused = second("resume", "wanted", "--storage", "runs", expect=2).stderr
+    key = first.home / "keys" / "own"
+    unknown = second("resume", "wanted", "--storage", "runs", expect=77).stderr
+    assert "signed with key" in unknown and "--key-file FILE" in unknown
+    refused = second("resume", "wanted", "--storage", "runs", "--key-file", str(key), expect=2).stderr
     assert "wanted may be going on in another cluster" in refused and "--take-over" in refused
     assert "Nothing was started" in refused
     assert json.loads(first("status", "wanted", "-o", "json").stdout)["phase"] == "training"
 
-    second("resume", "wanted", "--storage", "runs", "--take-over")
+    second("resume", "wanted", "--storage", "runs", "--key-file", str(key), "--take-over")
     second.until_event("wanted", "activated", 2)
     gone, alive = psutil.wait_procs(workers, timeout=60)
     assert len(gone) == len(workers) and not alive
@@ -60,6 +64,7 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(users: tuple[Here, He
     second("stop", "wanted")
     ended = second.until_ended("wanted")
     assert ended.phase == "stopped" and ended.recoveries == ()
+    second("check", "data", "wanted", "--storage", "runs", expect=77)  # in the cluster its key is known
     assert "each exactly once, in order" in second("check", "data", "wanted").stdout
     assert "another cluster has taken it over" in second("logs", "wanted").stdout
     first("resume", "wanted", "--storage", "runs")  # it has ended: no cluster has to let go

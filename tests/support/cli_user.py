@@ -41,7 +41,8 @@ class Here:
     def __init__(self, directory: Path, home: str = "home") -> None:
         self.directory = directory
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self.env = {**kept, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_HOME": str(directory / home)}
+        self.home = directory / home
+        self.env = {**kept, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_HOME": str(self.home)}
 
     def job(self, name: str, **changes: Any) -> str:
         (self.directory / f"{name}.yaml").write_text(json.dumps(JOB | {"name": name} | changes))

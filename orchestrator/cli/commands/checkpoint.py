@@ -1,12 +1,12 @@
-"""`checkpoint ls | verify | rm`: the checkpoints of a run."""
+"""`checkpoint ls | verify | rm | adopt`: the checkpoints of a run."""
 
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.terminal.answers import ListedCheckpoint, NamedCheckpoint
+from orchestrator.cli.terminal.answers import AdoptedRun, ListedCheckpoint, NamedCheckpoint
 from orchestrator.cli.terminal.format import moment, number, size
-from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
+from orchestrator.cli.terminal.options import GROUPS, Address, KeyFile, Output, RunId, Step, Storage, Yes, confirm
 from orchestrator.cli.terminal.output import Format, narrate, show_json, show_table
 from orchestrator.protocol.codec import to_plain
 
@@ -85,6 +85,35 @@ def remove(
     narrate(f"The checkpoint of step {step} of run {run} is removed: {path}.")
     if output is Format.JSON:
         show_json(to_plain(NamedCheckpoint(run, step, str(path))))
+
+
+@app.command()
+def adopt(
+    run: RunId,
+    step: Step = None,
+    key_file: KeyFile = None,
+    yes: Yes = False,
+    storage: Storage = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Sign a run's records with another key, whatever they were signed with: its key was lost, or is to be replaced.
+
+    The checkpoint and all records are read first and must be whole, but whoever could write to the storage may have
+    changed them.
+    """
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.adoption import adopt_records
+    from orchestrator.run_records.signing_keys import AUTO, read_key, read_key_file
+
+    run_dir = find_run(run, storage, address).files.run_dir
+    key = read_key(AUTO) if key_file is None else read_key_file(key_file)
+    confirm(f"Believe the records in {run_dir} as they are now, and sign them with key {key.id}?", yes)
+    adopted = adopt_records(run_dir, key, step)
+    whole = f"; {adopted.checkpoint.name} is whole" if adopted.checkpoint is not None else ""
+    narrate(f"{adopted.num_objects} records of run {run} count as signed with key {key.id}{whole}.")
+    if output is Format.JSON:
+        show_json(to_plain(AdoptedRun(run, adopted.key_id, adopted.num_objects, str(adopted.checkpoint or ""))))
 
 
 def register(main: typer.Typer) -> None:

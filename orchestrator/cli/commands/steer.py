@@ -11,6 +11,7 @@ from orchestrator.cli.terminal.options import (
     GROUPS,
     STEER,
     Address,
+    KeyFile,
     Output,
     RunId,
     Step,
@@ -78,6 +79,7 @@ def resume(
         bool,
         typer.Option("--take-over", help="Even if it may be going on in another cluster, which then lets go of it."),
     ] = False,
+    key_file: KeyFile = None,
     storage: Annotated[
         str | None,
         typer.Option("--storage", metavar="DIR|URL", help="Run storage with the run, if this cluster doesn't know it."),
@@ -97,6 +99,7 @@ def resume(
         workers=workers,
         reset_residuals=reset_residuals,
         take_over=take_over,
+        key_file=key_file,
         timeout_s=timeout,
         on_wait=narrate_wait,
     )

@@ -68,6 +68,16 @@ class NamedCheckpoint:
 
 
 @dataclass(frozen=True)
+class AdoptedRun:
+    """A run whose records count as signed with the key `key_id`. `checkpoint` is empty without any."""
+
+    run_id: str
+    key_id: str
+    records: int
+    checkpoint: str
+
+
+@dataclass(frozen=True)
 class ExportedModel:
     """A model that was written to `path`."""
 

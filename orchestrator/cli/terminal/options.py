@@ -88,6 +88,16 @@ Step = Annotated[
         "--step", min=0, metavar="STEP", help="The checkpoint of this step. Default: the newest.", show_default=False
     ),
 ]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file",
+        metavar="FILE",
+        help="The key with which the run's records are signed. Default: the one that this cluster, the job or "
+        "$ORCHESTRATOR_HOME/keys has.",
+        show_default=False,
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
 Follow = Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")]
 Tail = Annotated[int | None, typer.Option("--tail", min=0, metavar="N", help="Only the N newest so far.")]

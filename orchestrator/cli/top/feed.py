@@ -21,7 +21,8 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_entries
-from orchestrator.storage.backends.location import Location, location_of, objects_at
+from orchestrator.run_records.signing_keys import run_objects
+from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.journal import read_events
 
 MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest
@@ -39,7 +40,7 @@ class JournalTail:
 
     def read(self) -> None:
         with suppress(OSError, ValueError, ProtocolError):
-            for event in read_events(objects_at(self._run_dir), self._seq):
+            for event in read_events(run_objects(self._run_dir), self._seq):
                 self._seq = event["seq"]
                 self._enter(event)
 

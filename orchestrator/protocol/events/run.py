@@ -7,10 +7,11 @@ from orchestrator.protocol.events.base import Event
 
 @dataclass(frozen=True)
 class Submitted(Event):
-    """The run was submitted. `workers` is its initial number of workers."""
+    """The run was submitted. `workers` is its initial number of workers, `job_sha256` the digest of its `job.json`."""
 
     run_id: str
     workers: int
+    job_sha256: str = ""
 
 
 @dataclass(frozen=True)

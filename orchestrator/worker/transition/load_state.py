@@ -53,7 +53,7 @@ def read_state(
         DataError: it was trained on another corpus, or in another order.
     """
     checkpoint = location_of(restore.path)
-    with CheckpointReader(checkpoint) as reader:
+    with CheckpointReader(checkpoint, restore.digest or None) as reader:
         meta = reader.manifest.meta
         try:
             progress = TrainingProgress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))

@@ -1,0 +1,167 @@
+"""Keys of runs: where they are found, and who may read them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import KeyUnknown, NotAllowed, OrchestratorError, UsageError
+from orchestrator.run_records import signing_keys
+from orchestrator.run_records.adoption import adopt_records
+from orchestrator.run_records.signing_keys import (
+    hold_key,
+    key_to_resume,
+    read_key,
+    read_key_file,
+    run_objects,
+    signer_of,
+)
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import Journal, read_events
+from orchestrator.storage.signing import SigningKey
+
+SECRET = "a key that only we have"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("ORCHESTRATOR_SIGNING_KEYS", raising=False)
+    monkeypatch.setattr(signing_keys, "_sources", [])
+    return tmp_path / "home"
+
+
+def key_file(path: Path, text: str = SECRET, mode: int = 0o600) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def run_of(storage: Path, reference: str | None, key: SigningKey | None) -> Path:
+    """A run that was submitted with this reference, and whose journal was signed with this key."""
+    run_dir = storage / "demo"
+    run_dir.mkdir(parents=True)
+    job = JobSpec.model_validate({"name": "demo", "signing_key": reference})
+    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
+    Journal(run_objects(run_dir, key=key)).append([{"kind": "storage_works"}])
+    return run_dir
+
+
+def test_a_key_is_read_from_where_the_job_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_KEY", f" {SECRET}\n")
+    found = read_key(f"file:{key_file(tmp_path / 'key', SECRET)}")
+    assert found == read_key("env:OUR_KEY") == SigningKey(SECRET.encode())
+
+
+def test_a_users_own_key_is_made_once_and_only_the_user_may_read_it(home: Path) -> None:
+    first = read_key("auto")
+    assert read_key("auto") == first and len(first.secret) == 64
+    assert (home / "keys" / "own").stat().st_mode & 0o777 == 0o600
+    assert (home / "keys").stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in (home / "keys").iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "error", "message"),
+    [
+        ("short", 0o600, UsageError, "has 5 bytes; it must have 16 or more.*openssl rand"),
+        (SECRET, 0o640, NotAllowed, r"may be read by others \(mode 0640\).*chmod 600"),
+    ],
+)
+def test_a_bad_key_file_is_refused(
+    tmp_path: Path, text: str, mode: int, error: type[OrchestratorError], message: str
+) -> None:
+    path = key_file(tmp_path / "key", text, mode)
+    with pytest.raises(error, match=message) as raised:
+        read_key_file(path)
+    assert raised.value.unchanged == "Nothing was started." and text not in str(raised.value).replace(str(path), "")
+
+
+@pytest.mark.parametrize(("reference", "where"), [("file:/no/where", "/no/where"), ("env:NO_KEY", "NO_KEY")])
+def test_an_absent_key_is_refused(reference: str, where: str) -> None:
+    with pytest.raises(UsageError, match=where):
+        read_key(reference)
+
+
+@pytest.mark.parametrize("reference", ["own", "file:relative", "env:", "file", ""])
+def test_a_reference_is_checked_with_the_job(reference: str) -> None:
+    with pytest.raises(ValueError, match="must be auto, file:PATH with an absolute path, or env:NAME"):
+        JobSpec.model_validate({"name": "demo", "signing_key": reference})
+
+
+def test_a_run_is_read_with_the_key_that_its_job_names_or_its_user_has(tmp_path: Path, home: Path) -> None:
+    key = SigningKey(SECRET.encode())
+    file = key_file(tmp_path / "secret")
+    run_dir = run_of(tmp_path / "runs", f"file:{file}", key)
+    assert [event["kind"] for event in read_events(run_objects(run_dir))] == ["storage_works"]
+    assert key_to_resume(run_dir, None) == key
+    file.rename(tmp_path / "moved")
+    with pytest.raises(KeyUnknown, match=rf"key {key.id}.*--key-file FILE.*keys.*checkpoint adopt"):
+        read_events(run_objects(run_dir))
+    with pytest.raises(KeyUnknown):
+        key_to_resume(run_dir, None)
+    assert key_to_resume(run_dir, tmp_path / "moved") == key
+    key_file(home / "keys" / "another", "another key, of something else")
+    key_file(home / "keys" / "theirs")
+    assert [event["kind"] for event in read_events(run_objects(run_dir))] == ["storage_works"]
+    assert key_to_resume(run_dir, None) == key
+
+
+def test_a_run_without_a_key_is_read_and_resumed_without(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, None, None)
+    assert [event["kind"] for event in read_events(run_objects(run_dir))] == ["storage_works"]
+    assert key_to_resume(run_dir, None) is None
+    with pytest.raises(OrchestratorError, match="isn't signed, and the run has a key"):
+        read_events(run_objects(run_dir, key=SigningKey(SECRET.encode())))
+
+
+def test_the_cluster_s_key_comes_first(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, "auto", None)
+    known = SigningKey(b"known by the cluster")
+    signing_keys.add_key_source({"demo": known}.get)
+    assert key_to_resume(run_dir, None) == known
+    with pytest.raises(OrchestratorError, match="isn't signed"):  # though whoever took the signatures away left it so
+        read_events(run_objects(run_dir))
+
+
+def test_a_key_that_is_held_is_held_by_children_too() -> None:
+    key = SigningKey(SECRET.encode())
+    hold_key("other", SigningKey(b"of another run, 1"))
+    hold_key("demo", key)
+    assert signer_of("demo") == key and signer_of("absent") is None
+    script = "from orchestrator.run_records.signing_keys import signer_of; print(signer_of('demo').id)"
+    done = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), capture_output=True, text=True)
+    assert done.stdout.strip() == key.id
+
+
+def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, "auto", SigningKey(b"a key that was lost"))
+    (run_dir / "status-0000000001.json").write_text("{}")  # it has ended
+    with pytest.raises(KeyUnknown):
+        key_to_resume(run_dir, None)
+    own = read_key("auto")
+    adopted = adopt_records(run_dir, own)
+    assert (adopted.num_objects, adopted.key_id, adopted.checkpoint) == (3, own.id, None)
+    assert key_to_resume(run_dir, None) == own
+    Journal(run_objects(run_dir, key=own)).append([{"kind": "two"}])
+    assert [event["kind"] for event in read_events(run_objects(run_dir))] == ["storage_works", "two"]
+
+
+def test_a_run_that_may_be_going_on_is_not_adopted(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, None, None)
+    with pytest.raises(UsageError, match="demo may be going on: its journal was written [01] s ago"):
+        adopt_records(run_dir, read_key("auto"))
+    assert not (run_dir / "adopted").exists()
+
+
+def test_adoption_refuses_a_job_that_is_not_the_one_submitted(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, None, None)
+    (run_dir / "status-0000000001.json").write_text("{}")
+    submitted = {"kind": "submitted", "run_id": "demo", "workers": 1, "job_sha256": "0" * 64}
+    Journal(run_objects(run_dir)).append([submitted])
+    with pytest.raises(UsageError, match="job.json is not what was submitted"):
+        adopt_records(run_dir, read_key("auto"))
+    assert not (run_dir / "adopted").exists()
