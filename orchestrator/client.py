@@ -27,11 +27,11 @@ from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
 from orchestrator.run_records.removal import refuse_active, remove_tracked
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_logs import LogLine
-from orchestrator.run_records.signing_keys import add_key_source, key_to_resume, read_key
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
+from orchestrator.storage.backends.signing_keys import add_key_source, key_to_resume, read_key
 from orchestrator.submission.by_url import ask_by_url, refuse_by_url, submit_file
 from orchestrator.submission.resume_request import find_run_dir, resume_request
 from orchestrator.submission.submission import check_job, order_of

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cli.terminal.answers import (
+    AdoptedRun,
     ChangedPriority,
     EvaluatedModel,
     ExportedModel,
@@ -63,6 +64,7 @@ OUTPUTS = {
     "job plan": JsonOutput(JobPlan),
     "checkpoint ls": JsonOutput(ListedCheckpoint, "list"),
     "checkpoint verify": JsonOutput(NamedCheckpoint),
+    "checkpoint adopt": JsonOutput(AdoptedRun),
     "checkpoint rm": JsonOutput(NamedCheckpoint),
     "model export": JsonOutput(ExportedModel),
     "model eval": JsonOutput(EvaluatedModel),

@@ -15,10 +15,10 @@ from orchestrator.run_records.checkpoints import newest_good
 from orchestrator.run_records.final_status import note_resumed
 from orchestrator.run_records.job_files import JOB, check_digest
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.storage.backends.log_target import LogTarget
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import Holder
 from orchestrator.storage.journal import newest_holder, newest_term
@@ -35,7 +35,7 @@ class OpenedRun:
     job: JobSpec
     limits: RunLimits
     memory: JournaledRun
-    job_sha256: str  # of the job's file
+    job_sha256: str = ""  # of the job's file
     cluster: str = ""  # its id
     caller: Caller = call_here  # makes the calls to run storage that may take long
 

@@ -17,7 +17,7 @@ from orchestrator.protocol.events.training import CheckpointCommitted, StepsComm
 from orchestrator.ray_train.results import Row, rows_of
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import committed_steps, read_entries
-from orchestrator.run_records.signing_keys import run_objects
+from orchestrator.storage.backends.signing_keys import run_objects
 
 
 class CallbackError(Exception):

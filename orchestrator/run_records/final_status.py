@@ -10,8 +10,8 @@ import re
 from orchestrator.errors import NotFound
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.objects import Objects
 
 

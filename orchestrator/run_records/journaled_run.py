@@ -20,8 +20,8 @@ from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import NO_HOLDER, ChainEntry, Holder
 from orchestrator.storage.compaction import LIMITS, CompactionLimits

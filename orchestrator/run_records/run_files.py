@@ -16,13 +16,13 @@ from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import has_job, read_job
 from orchestrator.run_records.run_history import RunHistory, read_steps, user_events
 from orchestrator.run_records.run_logs import LogLine, log_reader
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.signed_objects import SigningKey
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.journal import has_journal
-from orchestrator.storage.signing import SigningKey
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message

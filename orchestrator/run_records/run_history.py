@@ -29,8 +29,8 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain import BEGINNING, damaged
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.condition import StorageCondition

@@ -22,9 +22,9 @@ from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import RunHistory
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.journal import newest_holder
 

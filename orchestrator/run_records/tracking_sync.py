@@ -20,10 +20,10 @@ from orchestrator.run_records.job_files import TEXT, read_job
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.rollback import committed_backwards
 from orchestrator.run_records.run_history import RunHistory, entries_after
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting

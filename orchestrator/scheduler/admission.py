@@ -20,16 +20,16 @@ from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_files import holds_run
 from orchestrator.run_records.run_history import RunHistory
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
 from orchestrator.storage.backends.location import Location, location_of, objects_at
+from orchestrator.storage.backends.signed_objects import SigningKey
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain import Holder
 from orchestrator.storage.journal import newest_holder
 from orchestrator.storage.journal_age import journal_age_s
-from orchestrator.storage.signing import SigningKey
 
 LIVELY_S = 120.0  # age of the journal of a run that trains, at most
 SETTLE_S = 3.0  # until the resources of an ended run count as free

@@ -28,7 +28,6 @@ from orchestrator.run_records.job_files import remove_job, write_job
 from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
-from orchestrator.run_records.signing_keys import add_key_source
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_taken, resumed_run, with_gpus
 from orchestrator.scheduler.autoscaler import Autoscaler
@@ -37,8 +36,9 @@ from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
+from orchestrator.storage.backends.signed_objects import SigningKey
+from orchestrator.storage.backends.signing_keys import add_key_source
 from orchestrator.storage.guard import StorageGuard
-from orchestrator.storage.signing import SigningKey
 
 log = logging.getLogger("orchestrator.control")
 

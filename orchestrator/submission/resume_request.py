@@ -11,7 +11,7 @@ from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
 from orchestrator.storage.backends.location import Location, location_of
-from orchestrator.storage.signing import SigningKey
+from orchestrator.storage.backends.signed_objects import SigningKey
 
 
 def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Callable[[str], RunStatus]) -> Location:

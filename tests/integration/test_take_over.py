@@ -35,8 +35,11 @@ def users(tmp_path: Path) -> Iterator[tuple[Here, Here]]:
             user("cluster", "down", "--force")
 
 
-def test_a_run_is_taken_over_and_its_first_cluster_lets_go(users: tuple[Here, Here]) -> None:
+def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
+    users: tuple[Here, Here], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = users
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(first.home))  # this process reads the journal too
     train = JOB["train"] | {"max_steps": 100_000}
     job = first.job("wanted", envs=UNHURRIED, checkpoint={"every": 10}, train=train, signing_key="auto")
     first("submit", job)

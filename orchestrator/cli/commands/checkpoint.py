@@ -103,8 +103,8 @@ def adopt(
     changed them.
     """
     from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.run_records.adoption import adopt_records
-    from orchestrator.run_records.signing_keys import AUTO, read_key, read_key_file
+    from orchestrator.storage.backends.signing_keys import AUTO, read_key, read_key_file
+    from orchestrator.submission.adoption import adopt_records
 
     run_dir = find_run(run, storage, address).files.run_dir
     key = read_key(AUTO) if key_file is None else read_key_file(key_file)

@@ -21,8 +21,8 @@ from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_entries
-from orchestrator.run_records.signing_keys import run_objects
 from orchestrator.storage.backends.location import Location, location_of
+from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.journal import read_events
 
 MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest

@@ -5,7 +5,7 @@ from contextlib import suppress
 from ray.experimental import internal_kv
 
 from orchestrator.cluster.cluster_objects import ClusterObjects
-from orchestrator.storage.signing import SigningKey
+from orchestrator.storage.backends.signed_objects import SigningKey
 
 ROOT = "signing-keys"
 

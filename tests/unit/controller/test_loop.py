@@ -32,7 +32,7 @@ class _Run:
         services: Any = Mock(data=None)
         storage = StorageThread(self.inbox)
         self.polls = Polls(self.inbox, storage, memory, group, services, Mock(), recorder, observer)
-        run: Any = SimpleNamespace(run_id="run", limits=None, memory=memory, cluster="")
+        run: Any = SimpleNamespace(run_id="run", limits=None, memory=memory, cluster="", job_sha256="")
         decisions: Any = SimpleNamespace(turn=self._turn)
         self.loop = RunLoop(run, self.polls, storage, decisions, group, services, observer, Mock(), Mock())
         self.loop._has_begun = True

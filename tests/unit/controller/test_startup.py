@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.checkpoint.read import read_manifest
 from orchestrator.controller.startup import open_run
 from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Restore, ResumeRequest
@@ -16,7 +17,7 @@ from orchestrator.run_records.job_files import write_job
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
-from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
@@ -91,7 +92,7 @@ def test_a_run_that_went_on_elsewhere_resumes_from_its_newest_checkpoint(run_dir
     process = StorageProcess("resumed")
     over = ResumeRequest("over", Restore(3, chosen))
     resumed = open_run("demo", run_dir, over, None, process.call, cluster="two")
-    assert resumed.memory.state.restore == Restore(7, newest)
+    assert resumed.memory.state.restore == Restore(7, newest, digest=read_manifest(location_of(newest)).digest)
     process.close()
     named = ResumeRequest("named", Restore(3, chosen), is_named=True)
     assert open_run("demo", run_dir, named, None, cluster="three").memory.state.restore == Restore(3, chosen)

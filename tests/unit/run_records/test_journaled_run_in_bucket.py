@@ -98,7 +98,7 @@ def test_a_failing_write_changes_nothing_and_shows_the_condition(
 ) -> None:
     short = Patience(answer_s=0.5, upload_s=1.0, retry_s=0.3)
     make = locations.objects_at
-    monkeypatch.setattr("orchestrator.run_records.journaled_run.objects_at", lambda place: make(place, short))
+    monkeypatch.setattr("orchestrator.storage.backends.signing_keys.objects_at", lambda place: make(place, short))
     memory = opened(run_dir)
     train(memory, 2)
     with proxy.failing("PUT", fault), pytest.raises(StorageError, match="run storage can't be written"):

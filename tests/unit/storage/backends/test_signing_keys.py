@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import KeyUnknown, NotAllowed, OrchestratorError, UsageError
-from orchestrator.run_records import signing_keys
-from orchestrator.run_records.adoption import adopt_records
-from orchestrator.run_records.signing_keys import (
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends import signing_keys
+from orchestrator.storage.backends.signed_objects import SigningKey
+from orchestrator.storage.backends.signing_keys import (
     hold_key,
     key_to_resume,
     read_key,
@@ -18,9 +19,7 @@ from orchestrator.run_records.signing_keys import (
     run_objects,
     signer_of,
 )
-from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import Journal, read_events
-from orchestrator.storage.signing import SigningKey
 
 SECRET = "a key that only we have"
 
@@ -132,36 +131,6 @@ def test_a_key_that_is_held_is_held_by_children_too() -> None:
     hold_key("other", SigningKey(b"of another run, 1"))
     hold_key("demo", key)
     assert signer_of("demo") == key and signer_of("absent") is None
-    script = "from orchestrator.run_records.signing_keys import signer_of; print(signer_of('demo').id)"
+    script = "from orchestrator.storage.backends.signing_keys import signer_of; print(signer_of('demo').id)"
     done = subprocess.run([sys.executable, "-c", script], env=dict(os.environ), capture_output=True, text=True)
     assert done.stdout.strip() == key.id
-
-
-def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> None:
-    run_dir = run_of(tmp_path, "auto", SigningKey(b"a key that was lost"))
-    (run_dir / "status-0000000001.json").write_text("{}")  # it has ended
-    with pytest.raises(KeyUnknown):
-        key_to_resume(run_dir, None)
-    own = read_key("auto")
-    adopted = adopt_records(run_dir, own)
-    assert (adopted.num_objects, adopted.key_id, adopted.checkpoint) == (3, own.id, None)
-    assert key_to_resume(run_dir, None) == own
-    Journal(run_objects(run_dir, key=own)).append([{"kind": "two"}])
-    assert [event["kind"] for event in read_events(run_objects(run_dir))] == ["storage_works", "two"]
-
-
-def test_a_run_that_may_be_going_on_is_not_adopted(tmp_path: Path) -> None:
-    run_dir = run_of(tmp_path, None, None)
-    with pytest.raises(UsageError, match="demo may be going on: its journal was written [01] s ago"):
-        adopt_records(run_dir, read_key("auto"))
-    assert not (run_dir / "adopted").exists()
-
-
-def test_adoption_refuses_a_job_that_is_not_the_one_submitted(tmp_path: Path) -> None:
-    run_dir = run_of(tmp_path, None, None)
-    (run_dir / "status-0000000001.json").write_text("{}")
-    submitted = {"kind": "submitted", "run_id": "demo", "workers": 1, "job_sha256": "0" * 64}
-    Journal(run_objects(run_dir)).append([submitted])
-    with pytest.raises(UsageError, match="job.json is not what was submitted"):
-        adopt_records(run_dir, read_key("auto"))
-    assert not (run_dir / "adopted").exists()

@@ -18,9 +18,16 @@ from orchestrator.errors import NotAllowed, UsageError
 from orchestrator.storage.atomic import create_atomically
 from orchestrator.storage.backends.home import home
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.signed_objects import (
+    ADOPTED,
+    SHORTEST,
+    SignedObjects,
+    SigningKey,
+    key_id_of,
+    unknown_key,
+)
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import entry_key, list_names, state_key
-from orchestrator.storage.signing import ADOPTED, SHORTEST, SignedObjects, SigningKey, key_id_of, unknown_key
 
 AUTO, OWN = "auto", "own"
 _HELD = "ORCHESTRATOR_SIGNING_KEYS"  # environment variable with the keys that are held, for processes started here

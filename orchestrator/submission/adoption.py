@@ -13,8 +13,8 @@ from orchestrator.run_records.final_status import has_ended, status_keys
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.signed_objects import SigningKey, UnverifiedObjects, adopt
 from orchestrator.storage.journal_age import journal_age_s
-from orchestrator.storage.signing import SigningKey, UnverifiedObjects, adopt
 
 LIVELY_S = 120.0  # age of the journal of a run that may be going on, at most
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import JournalCorrupt, KeyUnknown, TermSuperseded
-from orchestrator.storage.chain import entry_key
-from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.journal import Journal, newest_term, read_events
-from orchestrator.storage.signing import (
+from orchestrator.storage.backends.signed_objects import (
     SignedObjects,
     SigningKey,
     UnverifiedObjects,
     adopt,
     key_id_of,
 )
+from orchestrator.storage.chain import entry_key
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal, newest_term, read_events
 
 OURS, THEIRS = SigningKey(b"our own key of 24 bytes."), SigningKey(b"another key of 24 bytes.")
 

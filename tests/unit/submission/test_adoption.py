@@ -1,0 +1,74 @@
+"""Records that count as signed with another key: read whole before, and only once the run has ended."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import KeyUnknown, UsageError
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends import signing_keys
+from orchestrator.storage.backends.signed_objects import SigningKey
+from orchestrator.storage.backends.signing_keys import (
+    key_to_resume,
+    read_key,
+    run_objects,
+)
+from orchestrator.storage.journal import Journal, read_events
+from orchestrator.submission.adoption import adopt_records
+
+SECRET = "a key that only we have"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("ORCHESTRATOR_SIGNING_KEYS", raising=False)
+    monkeypatch.setattr(signing_keys, "_sources", [])
+    return tmp_path / "home"
+
+
+def key_file(path: Path, text: str = SECRET, mode: int = 0o600) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def run_of(storage: Path, reference: str | None, key: SigningKey | None) -> Path:
+    """A run that was submitted with this reference, and whose journal was signed with this key."""
+    run_dir = storage / "demo"
+    run_dir.mkdir(parents=True)
+    job = JobSpec.model_validate({"name": "demo", "signing_key": reference})
+    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
+    Journal(run_objects(run_dir, key=key)).append([{"kind": "storage_works"}])
+    return run_dir
+
+
+def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, "auto", SigningKey(b"a key that was lost"))
+    (run_dir / "status-0000000001.json").write_text("{}")  # it has ended
+    with pytest.raises(KeyUnknown):
+        key_to_resume(run_dir, None)
+    own = read_key("auto")
+    adopted = adopt_records(run_dir, own)
+    assert (adopted.num_objects, adopted.key_id, adopted.checkpoint) == (3, own.id, None)
+    assert key_to_resume(run_dir, None) == own
+    Journal(run_objects(run_dir, key=own)).append([{"kind": "two"}])
+    assert [event["kind"] for event in read_events(run_objects(run_dir))] == ["storage_works", "two"]
+
+
+def test_a_run_that_may_be_going_on_is_not_adopted(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, None, None)
+    with pytest.raises(UsageError, match="demo may be going on: its journal was written [01] s ago"):
+        adopt_records(run_dir, read_key("auto"))
+    assert not (run_dir / "adopted").exists()
+
+
+def test_adoption_refuses_a_job_that_is_not_the_one_submitted(tmp_path: Path) -> None:
+    run_dir = run_of(tmp_path, None, None)
+    (run_dir / "status-0000000001.json").write_text("{}")
+    submitted = {"kind": "submitted", "run_id": "demo", "workers": 1, "job_sha256": "0" * 64}
+    Journal(run_objects(run_dir)).append([submitted])
+    with pytest.raises(UsageError, match="job.json is not what was submitted"):
+        adopt_records(run_dir, read_key("auto"))
+    assert not (run_dir / "adopted").exists()
