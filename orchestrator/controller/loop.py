@@ -14,7 +14,7 @@ from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.keep_alive import keeping_workers_alive
 from orchestrator.controller.observer import Observer
-from orchestrator.controller.polling import ROUNDS_SHARE, Polls, RoundLimiter
+from orchestrator.controller.polling import ROUNDS_BURST_S, ROUNDS_SHARE, Polls, RoundLimiter
 from orchestrator.controller.requests import BEGIN
 from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import await_gone, let_go, remove_groups
@@ -93,7 +93,7 @@ class RunLoop:
         self._polls.start()
 
     def _train(self) -> None:
-        limiter, has_news = RoundLimiter(ROUNDS_SHARE), False
+        limiter, has_news = RoundLimiter(ROUNDS_SHARE, ROUNDS_BURST_S), False
         while self._memory.state.outcome is None:
             has_news |= self._polls.listen(limiter.wait_s(time.monotonic()) if has_news else None)
             begins, began_s = limiter.may_begin(time.monotonic()), time.thread_time()

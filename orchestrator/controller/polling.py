@@ -18,29 +18,36 @@ from orchestrator.run_records.journaled_run import JournaledRun
 BEAT_S = 0.05  # poll interval while the world changes
 CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
 ROUNDS_SHARE = 1 / 9  # of a core; a round of 1,000 workers takes 6 ms: 20 a second
+ROUNDS_BURST_S = 0.1  # of a core; a recovery of four workers takes some ten rounds of 1 to 4 ms
 
 
 class RoundLimiter:
-    """Limits rounds to a share of a thread's time: after each there is a pause in proportion to what it took. So a
-    small world, whose rounds are short, is hardly delayed, and a large one leaves time for its answers.
+    """Limits rounds to a share of a thread's time: a token bucket, so what they haven't used is left for several rounds
+    in a row. A small world, whose rounds are short, isn't delayed while it recovers or rescales, and a large one leaves
+    time for its answers.
 
     Args:
         share: of the time.
+        burst_s: processor time that rounds may use at most before they wait.
     """
 
-    def __init__(self, share: float) -> None:
-        self._pause_per_s, self._free_s = 1.0 / share - 1.0, 0.0
+    def __init__(self, share: float, burst_s: float) -> None:
+        self._share, self._burst_s = share, burst_s
+        self._left_s, self._at_s = burst_s, 0.0  # processor time that is left, when it was last counted
 
     def may_begin(self, now_s: float) -> bool:
-        return now_s >= self._free_s
+        return self.wait_s(now_s) == 0.0
 
     def ended(self, now_s: float, took_s: float) -> None:
         """Note the end of a round that took so much processor time."""
-        self._free_s = now_s + took_s * self._pause_per_s
+        self._left_s, self._at_s = self._left_at(now_s) - took_s, now_s
 
     def wait_s(self, now_s: float) -> float:
         """Seconds until the next round may begin."""
-        return max(0.0, self._free_s - now_s)
+        return max(0.0, -self._left_at(now_s) / self._share)
+
+    def _left_at(self, now_s: float) -> float:
+        return min(self._burst_s, self._left_s + self._share * (now_s - self._at_s))
 
 
 class Polls:
