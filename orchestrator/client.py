@@ -15,12 +15,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.cluster.connection import connect, probe
 from orchestrator.cluster.jobs_api import JobsApiClient, is_url
-from orchestrator.cluster.published.published_keys import published_key
+from orchestrator.cluster.published.published_keys import signer_in_cluster
 from orchestrator.errors import JobDoesNotFit, NotFinished
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
@@ -65,7 +64,7 @@ class OrchestratorClient:
         self._port = JobsApiClient(str(named)) if is_url(named) else None
         self.address = connect(address) if self._port is None else self._port.url
         if self._port is None:
-            add_key_source(published_key)
+            add_key_source(signer_in_cluster)
         self._scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S) if self._port is None else None
 
     def submit(
@@ -197,7 +196,7 @@ class OrchestratorClient:
         workers: int | None = None,
         reset_residuals: bool = False,
         take_over: bool = False,
-        key_file: str | os.PathLike[str] | None = None,
+        signing_key: str | None = None,
         timeout_s: float | None = None,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
@@ -212,8 +211,8 @@ class OrchestratorClient:
             workers: number of workers; None for the number requested last.
             reset_residuals: discard gradients that compression has not sent yet; without compression there are none.
             take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
-            key_file: with the key that its records are signed with; None for the one that this cluster, the job or
-                this machine's user has.
+            signing_key: key that its records are signed with: `auto`, `file:PATH` or `env:NAME`, as in a job; None for
+                the one that this cluster or this machine's user has.
             timeout_s: don't queue the run: resume nothing if there is no room within this time.
 
         Raises:
@@ -227,7 +226,7 @@ class OrchestratorClient:
         """
         refuse_by_url(self._port, "resume")
         run_dir = find_run_dir(run_id, storage, self.get)
-        key = key_to_resume(run_dir, None if key_file is None else Path(key_file))
+        key = key_to_resume(run_dir, signing_key)
         order = resume_request(run_dir, key, step, workers, reset_residuals)
         how = {"take_over": take_over, "key": key, **options}
         start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **how)

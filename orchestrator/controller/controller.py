@@ -76,11 +76,15 @@ class RunController:
         process = StorageProcess(f"controller {run_id}")
         bulk = StorageProcess(f"checkpoints of controller {run_id}").call
         cluster, kept = retry_until_written(cluster_id), ClusterObjects(run_id)
-        if (key := retry_until_written(lambda: published_key(run_id))) is not None:
-            hold_key(run_id, key)
+        published = retry_until_written(lambda: published_key(location_of(run_dir)))
+        if published is not None:
+            hold_key(location_of(run_dir), published.key)
+        job_sha256 = "" if published is None else published.job_sha256
         try:
             with keeping_workers_alive(run_id), publishing_the_last(run_id):
-                run = open_run(run_id, location_of(run_dir), order, since_s, process.call, kept, cluster, bulk)
+                run = open_run(
+                    run_id, location_of(run_dir), order, since_s, process.call, kept, cluster, bulk, job_sha256
+                )
         except (TermSuperseded, KeyUnknown) as error:
             if error.cluster not in ("", cluster):  # else the run's processes are its successor's
                 let_go(run_id, error)

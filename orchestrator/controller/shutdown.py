@@ -13,6 +13,7 @@ from ray.util import placement_group_table
 from orchestrator.cluster.actors import find, names_of, remove_group
 from orchestrator.cluster.inbox import Arrival, Inbox
 from orchestrator.cluster.published.known_runs import forget_taken_over
+from orchestrator.cluster.published.published_keys import forget_key
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import KeyUnknown, ProtocolError, TermSuperseded
 
@@ -59,6 +60,7 @@ def let_go(run_id: str, error: TermSuperseded | KeyUnknown) -> None:
             if rest := _others(run_id):
                 raise TimeoutError(f"actors are still alive: {rest}")
             forget_taken_over(run_id, error.message)
+            forget_key(run_id)
             return
         except Exception:  # Ray has several for a head that doesn't answer
             log.exception("run %s: not all of it could be removed", run_id)

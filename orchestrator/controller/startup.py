@@ -13,7 +13,7 @@ from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.run_records.checkpoints import newest_good
 from orchestrator.run_records.final_status import note_resumed
-from orchestrator.run_records.job_files import JOB, check_digest
+from orchestrator.run_records.job_files import JOB, check_job
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
@@ -49,6 +49,7 @@ def open_run(
     kept: Objects | None = None,
     cluster: str = "",
     bulk: Caller | None = None,
+    job_sha256: str = "",
 ) -> OpenedRun:
     """Take the next term, read the journal, and apply `order` unless an earlier incarnation has.
 
@@ -60,6 +61,7 @@ def open_run(
         kept: objects of the run in this cluster, where journal entries are kept that storage doesn't take; None:
             nowhere.
         cluster: id of this cluster.
+        job_sha256: digest of the job's file, as it was submitted; empty if only the journal has it.
         bulk: makes the calls that may take long, such as those for log lines and checkpoints; None: `caller`.
 
     Raises:
@@ -79,7 +81,7 @@ def open_run(
     followed = retry_until_written(lambda: _followed(objects, kept, order))
     journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept, followed))
     memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal, caller=caller))
-    check_digest(run_dir, job_json, memory.job_sha256)
+    check_job(run_dir, job_json, memory.job_sha256 or job_sha256, objects)
     run = OpenedRun(run_id, run_dir, job, limits, memory, sha256(job_json).hexdigest(), cluster, bulk or caller)
     if order is not None and order.token != memory.resumed_by:
         _resume(run, order, since_s, had_elsewhere=before.cluster != cluster)

@@ -48,6 +48,7 @@ from orchestrator.spec.section import Path as Key
 from orchestrator.spec.workers import AUTO
 from orchestrator.spec.yaml import dotted
 from orchestrator.storage.backends.location import location_of
+from orchestrator.storage.backends.signing_keys import read_key
 from orchestrator.submission.submission import resolved
 
 log = logging.getLogger("orchestrator.ray_train")
@@ -142,7 +143,8 @@ class ElasticTrainer:
                 remedy="A run goes on with the job that it began with: give this one another name, or that job.",
                 unchanged="Nothing was started.",
             )
-        return RunFiles(self.run_dir).status().phase is RunPhase.SUCCEEDED
+        key = None if self.job.signing_key is None else read_key(self.job.signing_key)
+        return RunFiles(self.run_dir, key).status().phase is RunPhase.SUCCEEDED
 
     def _start(self, client: OrchestratorClient) -> None:
         name = self.job.name
@@ -155,7 +157,7 @@ class ElasticTrainer:
             if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
-        client.resume(name, storage=self._storage, take_over=self._take_over)
+        client.resume(name, storage=self._storage, take_over=self._take_over, signing_key=self.job.signing_key)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:

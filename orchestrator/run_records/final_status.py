@@ -11,6 +11,7 @@ from orchestrator.errors import NotFound
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunStatus
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.objects import Objects
 
@@ -25,13 +26,17 @@ def status_keys(objects: Objects) -> list[str]:
     return [name for name in objects.names("") if re.fullmatch(r"status-\d{10}\.json", name)]
 
 
-def read_status(location: Location) -> RunStatus:
-    """The run's final status. Raises NotFound if it has not ended."""
-    objects = run_objects(location)
-    key = _newest(objects)
-    if key is None:
+def read_status(location: Location, key: SigningKey | None = None) -> RunStatus:
+    """The run's final status. Raises NotFound if it has not ended.
+
+    Args:
+        key: with which its records are signed; None for the one that this process knows, if any.
+    """
+    objects = run_objects(location, key=key)
+    name = _newest(objects)
+    if name is None:
         raise NotFound(f"{location} holds no status-*.json since the run was begun or resumed: no run has ended there")
-    return from_plain(RunStatus, json.loads(objects.get(key)))
+    return from_plain(RunStatus, json.loads(objects.get(name)))
 
 
 def has_ended(location: Location) -> bool:

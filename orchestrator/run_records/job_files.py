@@ -9,6 +9,7 @@ from orchestrator.run_records.journaled_run import storage_error
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.probe import check_storage
+from orchestrator.storage.backends.signed_objects import SignedObjects
 from orchestrator.storage.journal import has_journal
 
 JOB, TEXT = "job.json", "job.yaml"
@@ -56,11 +57,8 @@ def has_job(location: Location) -> bool:
     return JOB in objects_at(location).names("")
 
 
-def read_job(location: Location, digest: str = "") -> JobSpec:
-    """The job of a run.
-
-    Args:
-        digest: SHA-256 that its file must have, by the run's journal; empty for any.
+def read_job(location: Location, digest: str = "", records: SignedObjects | None = None) -> JobSpec:
+    """The job of a run, checked as `check_job` does.
 
     Raises:
         NotFound: the location holds none.
@@ -68,7 +66,7 @@ def read_job(location: Location, digest: str = "") -> JobSpec:
     """
     try:
         data = objects_at(location).get(JOB)
-        check_digest(location, data, digest)
+        check_job(location, data, digest, records)
         return JobSpec.model_validate_json(data)
     except FileNotFoundError:
         raise NotFound(f"{location} holds no run", unchanged="Nothing was started.") from None
@@ -80,12 +78,28 @@ def read_job(location: Location, digest: str = "") -> JobSpec:
         ) from error
 
 
-def check_digest(location: Location, data: bytes, digest: str) -> None:
-    """Raise UsageError for a job's file with another SHA-256 than the one it was submitted with, unless that is empty,
-    as it isn't known."""
-    if digest and sha256(data).hexdigest() != digest:
+def check_job(location: Location, data: bytes, digest: str, records: SignedObjects | None) -> None:
+    """Check that a job's file is the one that was submitted.
+
+    Args:
+        digest: SHA-256 that it was submitted with; empty if that isn't known, which a signed run allows only if the
+            file was adopted.
+        records: of the run.
+
+    Raises:
+        UsageError: it isn't, or may not be.
+    """
+    if sha256(data).hexdigest() == digest:
+        return
+    if digest:
         raise UsageError(
             f"{location / JOB} is not what was submitted: by the run's journal its sha256 is {digest}",
             remedy="Put the original back; to train with other settings, submit a new run.",
+            unchanged="Nothing was started.",
+        )
+    if records is not None and records.signer is not None and not records.has_adopted(JOB, data):
+        raise UsageError(
+            f"{location / JOB} may not be what was submitted: the run is signed, and its journal has no digest of it",
+            remedy="Submit it again under another name; a run that hasn't trained has nothing to go on from.",
             unchanged="Nothing was started.",
         )

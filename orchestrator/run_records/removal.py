@@ -10,6 +10,7 @@ from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.storage.backends.location import Location, is_there, objects_at
+from orchestrator.storage.backends.signed_objects import ADOPTED
 
 REMOVED_PREFIX = ".removed-"  # no run's name: what an interrupted removal leaves is no run
 UNCHANGED = "Nothing was removed."
@@ -64,7 +65,7 @@ def _remove_objects(run_dir: Location) -> None:
     objects = objects_at(run_dir)
     try:
         keys = [found.key for found in objects.objects("")]
-        status = [key for key in keys if key.startswith("status-")]
+        status = [key for key in keys if key.startswith(("status-", f"{ADOPTED}/"))]  # what verifies it, too
         records = [key for key in keys if key.startswith(("journal/", "job."))]
         objects.delete(set(keys) - {*status, *records})
         objects.delete(records)

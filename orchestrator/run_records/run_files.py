@@ -64,7 +64,7 @@ class RunFiles:
     def status(self) -> RunStatus:
         """The run's final status; until it has ended, the status from its journal."""
         try:
-            return read_status(self.run_dir)
+            return read_status(self.run_dir, self._key)
         except NotFound:
             return status_from_journal(self.run_dir)
 
@@ -100,8 +100,10 @@ class RunFiles:
         return choose(self.run_dir, self._checkpoint_records(), step)
 
     def _checkpoint_records(self) -> CheckpointRecords:
-        limits = RunLimits.of(self.run_dir.name, self.job())
-        return RunHistory(self.run_dir, limits, objects=run_objects(self.run_dir, key=self._key)).checkpoints
+        limits, records = RunLimits.of(self.run_dir.name, self.job()), run_objects(self.run_dir, key=self._key)
+        history = RunHistory(self.run_dir, limits, objects=records)
+        read_job(self.run_dir, history.job_sha256, records)
+        return history.checkpoints
 
     def steps(self) -> list[StepRecord]:
         """Every committed step, in order."""

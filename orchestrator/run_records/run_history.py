@@ -181,7 +181,7 @@ class RunHistory:
     def _enter(self, entry: JournalEntry) -> None:
         """Date an event, and note which checkpoints there are after it."""
         self.checkpoints = self.checkpoints.after(entry.event)
-        if isinstance(entry.event, Submitted):
+        if isinstance(entry.event, Submitted) and not self.job_sha256:
             self.job_sha256 = entry.event.job_sha256
         kind = type(entry.event)
         self.times.setdefault(kind, entry.time)

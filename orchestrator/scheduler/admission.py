@@ -112,7 +112,7 @@ def resumed_run(
     if order.workers is not None:
         limits.check_size(order.workers)
     memory = RunHistory(directory, limits, objects=records)
-    read_job(directory, memory.job_sha256)
+    read_job(directory, memory.job_sha256, records)
     workers = order.workers or wanted_size(limits, memory.state.size_request, done)
     return newcomer(limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority)
 

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -15,15 +16,16 @@ import ray
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD
 from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.published.known_runs import directory_of, forget_run, known_runs, remember_run
-from orchestrator.cluster.published.published_keys import publish_key, published_key
+from orchestrator.cluster.published.published_keys import forget_key, publish_key, signer_in_cluster
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
-from orchestrator.errors import ClusterUnreachable, NotFound, StorageError, UsageError
+from orchestrator.errors import ClusterUnreachable, JournalCorrupt, KeyUnknown, NotFound, StorageError, UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import remove_job, write_job
 from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
@@ -58,7 +60,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         name_process(self)
-        add_key_source(published_key)
+        add_key_source(signer_in_cluster)
         self._submitting = threading.Lock()  # never held during a call to storage
         self._claims = RunClaims()
         self._storage = StorageGuard()
@@ -102,7 +104,8 @@ class Scheduler:
             job_json = job.model_dump_json(by_alias=True)
             write = partial(self._write_job, run_id, directory, job_json, job_text)
             self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory, job_json))
-            self._start_controller(run, run_dir, parts, key)
+            publish_key(directory, key, sha256(job_json.encode()).hexdigest())
+            self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
@@ -143,7 +146,8 @@ class Scheduler:
             )
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
-            self._start_controller(run, run_dir, parts, key, order)
+            publish_key(directory, key)
+            self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)
         return run_id
 
@@ -153,7 +157,7 @@ class Scheduler:
         for run_id in known_runs():
             try:
                 found.append(self.status(run_id))
-            except (NotFound, ClusterUnreachable, StorageError) as error:
+            except (NotFound, ClusterUnreachable, StorageError, KeyUnknown, JournalCorrupt) as error:
                 log.warning("run %s: %s", run_id, error)
         return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
 
@@ -201,13 +205,22 @@ class Scheduler:
         with self._claims.claim(run_id):
             directory = directory_of(run_id)
             if self._storage.call(directory.parent, STATUS_S, partial(is_there, directory)):
-                refuse_active(self.status(run_id))
+                self._refuse_active(run_id, directory)
                 ControllerClient(run_id).await_end()  # it writes its log until then
                 self._storage.call(directory.parent, REMOVE_S, partial(self._remove_files, run_id, directory))
             forget_run(run_id)
-            publish_key(run_id, None)
+            forget_key(run_id)
         log.info("run %s: removed from %s", run_id, directory)
         return str(directory)
+
+    def _refuse_active(self, run_id: str, directory: Location) -> None:
+        try:
+            refuse_active(self.status(run_id))
+        except (KeyUnknown, JournalCorrupt):  # it may be removed all the same, if all else shows that it has ended
+            if ControllerClient(run_id).find() is not None or not self._storage.call(
+                directory.parent, STATUS_S, partial(has_ended, directory)
+            ):
+                raise
 
     def _remove_files(self, run_id: str, directory: Location) -> None:
         with self._claims.extended(run_id):
@@ -230,15 +243,9 @@ class Scheduler:
         return self._storage.call(directory.parent, HISTORY_S, partial(read, directory))
 
     def _start_controller(
-        self,
-        run: ScalingView,
-        run_dir: str,
-        parts: ActorClasses | None,
-        key: SigningKey | None,
-        order: ResumeRequest | None = None,
+        self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
     ) -> None:
         self._statuses.forget(run.run_id)
-        publish_key(run.run_id, key)
         remember_run(run.run_id, run_dir)
         ControllerClient(run.run_id).start(run_dir, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)

@@ -206,7 +206,7 @@ class Journal:
             if found == entry.data:
                 return
             self._superseded = entry_from(entry.number, found, entry.where).link
-        except (KeyUnknown, JournalCorrupt) as error:  # of a writer that isn't known; this one can't go on all the same
+        except KeyUnknown as error:  # of a writer that has changed the key
             writer = Holder(f"a writer that isn't known ({error.message})", KeyUnknown.cluster)
             self._superseded = Link(entry.number, self.term + 1, "", entry.seq, writer)
         self._refuse_the_past()

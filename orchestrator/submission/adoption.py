@@ -10,10 +10,10 @@ from orchestrator.errors import NotFound, UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.checkpoints import choose
 from orchestrator.run_records.final_status import has_ended, status_keys
-from orchestrator.run_records.job_files import read_job
+from orchestrator.run_records.job_files import JOB, read_job
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.backends.location import Location, objects_at
-from orchestrator.storage.backends.signed_objects import SigningKey, UnverifiedObjects, adopt
+from orchestrator.storage.backends.signed_objects import SignedObjects, SigningKey, adopt, digests_of
 from orchestrator.storage.journal_age import journal_age_s
 
 LIVELY_S = 120.0  # age of the journal of a run that may be going on, at most
@@ -56,8 +56,10 @@ def adopt_records(run_dir: Location, key: SigningKey, step: int | None = None) -
             remedy=f"Stop or pause it first, or wait until its journal is {LIVELY_S:.0f} s old.",
             unchanged="Nothing was adopted.",
         )
-    job = read_job(run_dir)
-    history = RunHistory(run_dir, RunLimits.of(run_dir.name, job), objects=UnverifiedObjects(objects, run_dir.name))
-    read_job(run_dir, history.job_sha256)
+    digests = digests_of(objects, [JOB, *status_keys(objects)])
+    records = SignedObjects(objects, run_dir.name, key, adopted=digests)
+    history = RunHistory(run_dir, RunLimits.of(run_dir.name, read_job(run_dir)), objects=records)
+    read_job(run_dir, history.job_sha256, records)
     checkpoint = choose(run_dir, history.checkpoints, step)
-    return Adopted(adopt(objects, run_dir.name, key, status_keys(objects)), key.id, checkpoint)
+    adopt(objects, run_dir.name, key, digests)
+    return Adopted(len(digests), key.id, checkpoint)

@@ -46,6 +46,12 @@ def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
             remedy="Set storage: /shared/runs in the job file, or pass --set storage=/shared/runs.",
             unchanged=UNCHANGED,
         )
+    if spec.signing_key == "auto":
+        raise UsageError(
+            "signing_key auto is a key of this machine's user, and the job is signed in the cluster",
+            remedy="Name a key that its head has: file:PATH or env:NAME.",
+            unchanged=UNCHANGED,
+        )
     for key, name, code_dir in own_code_of(spec):
         if Path(code_dir).is_absolute() or ".." in Path(code_dir).parts or code_dir.startswith("~"):
             raise UsageError(

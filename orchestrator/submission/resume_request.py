@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.checkpoint.read import read_manifest
 from orchestrator.errors import NotFound
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunStatus
@@ -41,8 +40,9 @@ def resume_request(
         NotFound: there is no checkpoint of this step.
         CheckpointCorrupt: its files are missing or changed; the message names the one before.
     """
-    path, restore = RunFiles(run_dir, key).choose_checkpoint(step), None
+    files, restore = RunFiles(run_dir, key), None
+    path = files.choose_checkpoint(step)
     if path is not None:
-        manifest = read_manifest(path)
-        restore = Restore(manifest.step, str(path), reset_residuals, manifest.digest)
+        record = next(record for record in files.named_checkpoints() if record.name == path.name)
+        restore = Restore(record.step, str(path), reset_residuals, record.sha256)
     return ResumeRequest(uuid.uuid4().hex, restore, workers, is_named=step is not None)

@@ -1,12 +1,13 @@
 """`checkpoint ls | verify | rm | adopt`: the checkpoints of a run."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.terminal.answers import AdoptedRun, ListedCheckpoint, NamedCheckpoint
 from orchestrator.cli.terminal.format import moment, number, size
-from orchestrator.cli.terminal.options import GROUPS, Address, KeyFile, Output, RunId, Step, Storage, Yes, confirm
+from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
 from orchestrator.cli.terminal.output import Format, narrate, show_json, show_table
 from orchestrator.protocol.codec import to_plain
 
@@ -91,7 +92,10 @@ def remove(
 def adopt(
     run: RunId,
     step: Step = None,
-    key_file: KeyFile = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option("--key-file", metavar="FILE", help="The new key. Default: that of `signing_key: auto`."),
+    ] = None,
     yes: Yes = False,
     storage: Storage = None,
     address: Address = None,
@@ -103,13 +107,18 @@ def adopt(
     changed them.
     """
     from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.storage.backends.signing_keys import AUTO, read_key, read_key_file
+    from orchestrator.storage.backends.signing_keys import AUTO, read_key
     from orchestrator.submission.adoption import adopt_records
 
-    run_dir = find_run(run, storage, address).files.run_dir
-    key = read_key(AUTO) if key_file is None else read_key_file(key_file)
-    confirm(f"Believe the records in {run_dir} as they are now, and sign them with key {key.id}?", yes)
+    found = find_run(run, storage, address)
+    run_dir = found.files.run_dir
+    confirm(f"Believe the records in {run_dir} as they are now, and sign them with another key?", yes)
+    key = read_key(AUTO if key_file is None else f"file:{key_file.absolute()}")
     adopted = adopt_records(run_dir, key, step)
+    if found.is_in_cluster:
+        from orchestrator.cluster.published.published_keys import publish_key  # imports Ray
+
+        publish_key(run_dir, key)
     whole = f"; {adopted.checkpoint.name} is whole" if adopted.checkpoint is not None else ""
     narrate(f"{adopted.num_objects} records of run {run} count as signed with key {key.id}{whole}.")
     if output is Format.JSON:

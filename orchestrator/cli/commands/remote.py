@@ -18,6 +18,7 @@ import typer
 from orchestrator.cli.terminal.options import Name, Set, overrides_of
 from orchestrator.cli.terminal.output import narrate, show
 from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobsApiClient, is_url
+from orchestrator.errors import UsageError
 from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
 # Commands that read or steer runs. The others work on files of this machine.
@@ -37,6 +38,12 @@ def forwarded(arguments: list[str]) -> int | None:
     rest, url = _without_address(arguments)
     if not is_url(url):
         return None
+    if any(word.split("=")[0] == "--key-file" for word in rest):
+        raise UsageError(
+            "--key-file names a file of this machine, and the command is carried out in the cluster",
+            remedy="Call it there, or put the key into $ORCHESTRATOR_HOME/keys of its head.",
+            unchanged="Nothing was started.",
+        )
     waits = arguments[0] == "wait"
     stays = waits or not STAYS.isdisjoint(rest)
     try:

@@ -99,7 +99,7 @@ def resume(
         workers=workers,
         reset_residuals=reset_residuals,
         take_over=take_over,
-        key_file=key_file,
+        signing_key=None if key_file is None else f"file:{key_file.absolute()}",
         timeout_s=timeout,
         on_wait=narrate_wait,
     )

@@ -93,7 +93,7 @@ KeyFile = Annotated[
     typer.Option(
         "--key-file",
         metavar="FILE",
-        help="The key with which the run's records are signed. Default: the one that this cluster, the job or "
+        help="The key with which the run's records are signed. Default: the one that this cluster or "
         "$ORCHESTRATOR_HOME/keys has.",
         show_default=False,
     ),

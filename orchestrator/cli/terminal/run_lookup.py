@@ -23,6 +23,10 @@ class FoundRun:
     def __init__(self, run_id: str, files: RunFiles, client: OrchestratorClient | None) -> None:
         self.run_id, self.files, self._client = run_id, files, client
 
+    @property
+    def is_in_cluster(self) -> bool:
+        return self._client is not None
+
     def status(self) -> RunStatus:
         return self._client.get(self.run_id) if self._client else self.files.status()
 

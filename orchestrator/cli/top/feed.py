@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.cli.top.look import Look, RunRecords
 from orchestrator.cli.top.run_requests import Client, line_of
-from orchestrator.errors import OrchestratorError, ProtocolError
+from orchestrator.errors import OrchestratorError
 from orchestrator.policy.report.report import report_of
 from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.base import is_internal
@@ -39,7 +39,7 @@ class JournalTail:
         self.steps: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
 
     def read(self) -> None:
-        with suppress(OSError, ValueError, ProtocolError):
+        with suppress(OSError, ValueError, OrchestratorError):
             for event in read_events(run_objects(self._run_dir), self._seq):
                 self._seq = event["seq"]
                 self._enter(event)

@@ -15,7 +15,7 @@ from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
-from orchestrator.errors import JournalCorrupt, OrchestratorError, ProtocolError
+from orchestrator.errors import JournalCorrupt, KeyUnknown, OrchestratorError, ProtocolError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.journaled_run import retry_until_written
@@ -173,7 +173,7 @@ class TrackerClient:
             missing = yield Lengthy(self._missing(position, data))
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
-        except (JournalCorrupt, ProtocolError) as error:  # the run itself doesn't need what is damaged
+        except (JournalCorrupt, KeyUnknown, ProtocolError) as error:  # the run itself doesn't need what is damaged
             self._asked_s = time.monotonic() + DAMAGED_AGAIN_S
             self._warn(f"metrics wait in the journal: {error}")
         else:

@@ -7,20 +7,20 @@ digests of the job and of each checkpoint, whose manifest has those of its files
 A run has one key at a time. To change it, or after it was lost, records are *adopted*: an object that is signed with
 the new key lists their digests, and what is listed there counts as signed.
 
-    RUN/adopted/KEY-NONCE.json      {"objects": {"journal/0000000042": SHA-256, …}}
+    RUN/adopted/0000000042-KEY-NONCE.json      {"objects": {"journal/0000000042": SHA-256, …}}
 """
 
 import hmac
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from hashlib import sha256
 
 from orchestrator.errors import JournalCorrupt, KeyUnknown
-from orchestrator.storage.chain import FOLDER
+from orchestrator.storage.chain import FOLDER, list_names
 from orchestrator.storage.objects import Objects
 
 SHORTEST = 16  # bytes of a key
@@ -75,20 +75,31 @@ class SignedObjects:
 
     Raises, in `get` and `create`:
         KeyUnknown: an object was signed with another key.
-        JournalCorrupt: it was changed, or isn't signed though the run has a key.
+        JournalCorrupt: it was changed, or isn't signed though the run is.
 
     Args:
-        signer: the run's key; None if this process doesn't know of any. Then objects may be without a signature.
+        signer: the run's key; None if this process doesn't know of any. Then objects may be without a signature, if all
+            are.
         find: the key of an id, for objects with one; asked without a `signer` only.
+        is_signed: whether the run is signed, as far as is known; asked once, without a `signer` only.
+        adopted: digests of objects that count as signed, by key; None for those that were adopted with a known key.
     """
 
     def __init__(
-        self, objects: Objects, run_id: str, signer: SigningKey | None, find: Callable[[str], SigningKey | None]
+        self,
+        objects: Objects,
+        run_id: str,
+        signer: SigningKey | None,
+        find: Callable[[str], SigningKey | None] = lambda _: None,
+        is_signed: Callable[[], bool] = lambda: False,
+        adopted: Mapping[str, str] | None = None,
     ) -> None:
-        self._objects, self._run_id, self._signer, self._find = objects, run_id, signer, cache(find)
+        self._objects, self._run_id, self.signer = objects, run_id, signer
+        self._find, self._is_signed, self._given = cache(find), cache(is_signed), adopted
+        self._found_signed: bool | None = None  # what the objects so far were that weren't adopted
 
     def create(self, key: str, data: bytes) -> bytes:
-        ours = data if self._signer is None else self._signer.signed(self._run_id, key, data)
+        ours = data if self.signer is None else self.signer.signed(self._run_id, key, data)
         found = self._objects.create(key, ours)
         return data if found == ours else self._verified(key, found)
 
@@ -101,30 +112,40 @@ class SignedObjects:
     def delete(self, keys: Iterable[str]) -> None:
         self._objects.delete(keys)
 
+    def has_adopted(self, key: str, stored: bytes) -> bool:
+        """Whether an object, as it is stored, counts as signed because it was adopted. Raises OSError."""
+        return self._adopted.get(key) == sha256(stored).hexdigest()
+
     def _verified(self, key: str, stored: bytes) -> bytes:
         raw = _raw(stored)
-        if not raw.key_id and self._signer is None:
+        if not raw.key_id and self.signer is None and not self._found_signed and not self._is_signed():
+            self._found_signed = False
             return raw.data
         signer = self._key(raw.key_id)
-        if signer is not None:
-            if not signer.has_signed(self._run_id, key, raw.data, raw.mac):
-                raise _refused(key, f"was changed: its signature isn't that of key {raw.key_id}")
-        elif self._adopted.get(key) != sha256(stored).hexdigest():
+        if signer is not None and not signer.has_signed(self._run_id, key, raw.data, raw.mac):
+            raise _refused(key, f"was changed: its signature isn't that of key {raw.key_id}")
+        if signer is None and not self.has_adopted(key, stored):
             if not raw.key_id:
-                raise _refused(key, "isn't signed, and the run has a key")
+                raise _refused(key, "isn't signed, and the run is")
             raise unknown_key(self._run_id, key, raw.key_id)
+        if signer is not None:
+            if self._found_signed is False:
+                raise _refused(key, "is signed, and other records of the run aren't")
+            self._found_signed = True
         return raw.data
 
     def _key(self, key_id: str) -> SigningKey | None:
         if not key_id:
             return None
-        if self._signer is None:
+        if self.signer is None:
             return self._find(key_id)
-        return self._signer if self._signer.id == key_id else None
+        return self.signer if self.signer.id == key_id else None
 
     @cached_property
-    def _adopted(self) -> dict[str, str]:
+    def _adopted(self) -> Mapping[str, str]:
         """Digests of the objects that were adopted with a known key, by their keys."""
+        if self._given is not None:
+            return self._given
         adopted: dict[str, str] = {}
         for name in self._objects.names(ADOPTED):
             key = f"{ADOPTED}/{name}"
@@ -135,31 +156,23 @@ class SignedObjects:
         return adopted
 
 
-class UnverifiedObjects(SignedObjects):
-    """Objects of a run as they are, whoever has signed them. Not to be written to."""
-
-    def __init__(self, objects: Objects, run_id: str) -> None:
-        super().__init__(objects, run_id, None, lambda _: None)
-
-    def _verified(self, key: str, stored: bytes) -> bytes:
-        return _raw(stored).data
-
-
-def adopt(objects: Objects, run_id: str, key: SigningKey, others: Iterable[str] = ()) -> int:
-    """Let a run's journal, as it is now, count as signed with `key`. Returns the number of objects.
-
-    Args:
-        objects: the run's, as they are stored.
-        others: keys of objects beside the journal.
-
-    Raises:
-        OSError: they can't be read, or the list can't be written.
-    """
+def digests_of(objects: Objects, others: Iterable[str] = ()) -> dict[str, str]:
+    """SHA-256 of a run's journal, object by object, and of other objects, as they are stored. Raises OSError."""
     keys = [*(f"{FOLDER}/{name}" for name in objects.names(FOLDER)), *others]
-    digests = {key: sha256(objects.get(key)).hexdigest() for key in keys}
-    name = f"{ADOPTED}/{key.id}-{secrets.token_hex(8)}.json"
-    objects.create(name, key.signed(run_id, name, json.dumps({"objects": digests}).encode()))
-    return len(digests)
+    return {key: sha256(objects.get(key)).hexdigest() for key in keys}
+
+
+def adopt(objects: Objects, run_id: str, key: SigningKey, digests: Mapping[str, str]) -> None:
+    """Let objects with these digests count as signed with `key`. Raises OSError."""
+    newest = list_names(objects).newest
+    name = f"{ADOPTED}/{newest:010d}-{key.id}-{secrets.token_hex(8)}.json"
+    objects.create(name, key.signed(run_id, name, json.dumps({"objects": dict(digests)}).encode()))
+
+
+def newest_adopter(objects: Objects) -> str:
+    """Id of the key with which the run was adopted last; empty if it never was. Raises OSError."""
+    names = [name.split("-") for name in objects.names(ADOPTED)]
+    return max(((parts[0], parts[1]) for parts in names if len(parts) == 3), default=("", ""))[1]
 
 
 def key_id_of(stored: bytes) -> str:
@@ -170,8 +183,9 @@ def key_id_of(stored: bytes) -> str:
 def _refused(key: str, why: str) -> JournalCorrupt:
     return JournalCorrupt(
         f"{key} {why}",
-        remedy="Put the original back, or let the records count as they are: `orchestrator checkpoint adopt`.",
-        unchanged="Nothing was written.",
+        remedy="Put the original back, or delete it if it is the newest object and none of the run's. `orchestrator "
+        "checkpoint adopt` lets records count as they are.",
+        unchanged="Nothing was changed.",
     )
 
 
@@ -179,7 +193,7 @@ def unknown_key(run_id: str, key: str, key_id: str) -> KeyUnknown:
     """The error for an object that was signed with a key that isn't at hand."""
     return KeyUnknown(
         f"{key} of run {run_id} was signed with key {key_id}, which isn't at hand",
-        remedy="Name its file, --key-file FILE, or put it into $ORCHESTRATOR_HOME/keys. If it is lost, "
+        remedy="Put its file into $ORCHESTRATOR_HOME/keys; `resume` takes it by --key-file FILE too. If it is lost, "
         "`orchestrator checkpoint adopt` signs the run's records with another key.",
-        unchanged="Nothing was written.",
+        unchanged="Nothing was changed.",
     )

@@ -3,7 +3,8 @@
     $ORCHESTRATOR_HOME/keys/own     made for the first job with `signing_key: auto`
     $ORCHESTRATOR_HOME/keys/…       keys of other machines, to read their runs; a key's id is found by its content
 
-A key is the text of its file, or of its environment variable, without white space around it.
+A key is the text of its file, or of its environment variable, without white space around it. What a job in run storage
+names as its key is no source of keys: who can write there could name a file or a variable whose content they know.
 """
 
 import json
@@ -24,15 +25,20 @@ from orchestrator.storage.backends.signed_objects import (
     SignedObjects,
     SigningKey,
     key_id_of,
+    newest_adopter,
     unknown_key,
 )
 from orchestrator.storage.caller import CalledObjects, Caller, call_here
 from orchestrator.storage.chain import entry_key, list_names, state_key
+from orchestrator.storage.objects import Objects
 
 AUTO, OWN = "auto", "own"
+LARGEST = 64 * 2**10  # bytes of a key's file
 _HELD = "ORCHESTRATOR_SIGNING_KEYS"  # environment variable with the keys that are held, for processes started here
 
-_sources: list[Callable[[str], SigningKey | None]] = []
+KeySource = Callable[[Location], SigningKey | None]
+
+_sources: list[KeySource] = []
 
 
 def run_objects(run_dir: Location, caller: Caller = call_here, key: SigningKey | None = None) -> SignedObjects:
@@ -42,25 +48,25 @@ def run_objects(run_dir: Location, caller: Caller = call_here, key: SigningKey |
         caller: makes the calls to run storage.
         key: of the run; None for the one that this process knows.
     """
-    objects, signer = CalledObjects(objects_at(run_dir), caller), key or signer_of(run_dir.name)
-    return SignedObjects(objects, run_dir.name, signer, lambda key_id: _find(run_dir, key_id))
+    objects, signer = CalledObjects(objects_at(run_dir), caller), key or signer_of(run_dir)
+    return SignedObjects(objects, run_dir.name, signer, _in_home, lambda: _has_key(objects))
 
 
-def hold_key(run_id: str, key: SigningKey) -> None:
+def hold_key(run_dir: Location, key: SigningKey) -> None:
     """Let this process, and those that it starts, sign and verify a run's records with a key."""
-    os.environ[_HELD] = json.dumps({**_held(), run_id: key.secret.hex()})
+    os.environ[_HELD] = json.dumps({**_held(), str(run_dir): key.secret.hex()})
 
 
-def signer_of(run_id: str) -> SigningKey | None:
+def signer_of(run_dir: Location) -> SigningKey | None:
     """The run's key; None if this process doesn't know of any."""
-    secret = _held().get(run_id)
+    secret = _held().get(str(run_dir))
     if secret is not None:
         return SigningKey(bytes.fromhex(secret))
-    return next((key for source in _sources if (key := source(run_id)) is not None), None)
+    return next((key for source in _sources if (key := source(run_dir)) is not None), None)
 
 
-def add_key_source(source: Callable[[str], SigningKey | None]) -> None:
-    """Let a function be asked for the key of a run, by its name."""
+def add_key_source(source: KeySource) -> None:
+    """Let a function be asked for the key of a run."""
     if source not in _sources:
         _sources.append(source)
 
@@ -75,60 +81,34 @@ def read_key(reference: str) -> SigningKey:
     kind, _, where = reference.partition(":")
     if kind == "env":
         return _key_of(os.environ.get(where, ""), f"the environment variable {where}")
-    return _own_key() if kind == AUTO else read_key_file(Path(where))
+    return _own_key() if kind == AUTO else _read_file(Path(where))
 
 
-def read_key_file(path: Path) -> SigningKey:
-    """The key in a file. Raises as `read_key`."""
-    try:
-        mode, text = stat.S_IMODE(path.stat().st_mode), path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(
-            f"signing key {path} can't be read on this machine: {reason}",
-            remedy="Put the key there, or name its file: --key-file FILE.",
-            unchanged="Nothing was started.",
-        ) from None
-    if mode & 0o077:
-        raise NotAllowed(
-            f"signing key {path} may be read by others (mode {mode:04o})",
-            remedy=f"`chmod 600 {path}`; if others may have read it, sign with another one (`checkpoint adopt`).",
-            unchanged="Nothing was started.",
-        )
-    return _key_of(text, str(path))
+def key_to_resume(run_dir: Location, reference: str | None) -> SigningKey | None:
+    """The key with which a run goes on: the one that is named, else that which adopted it last, else the one that this
+    process knows, else that of the journal's newest object. None if it isn't signed.
 
-
-def key_to_resume(run_dir: Location, key_file: Path | None) -> SigningKey | None:
-    """The key with which a run goes on: of the named file, else the one that this process knows, else one that has
-    signed or adopted the journal, else that of the job. None if it isn't signed.
+    Args:
+        reference: as for `read_key`.
 
     Raises:
         KeyUnknown: the journal is signed with a key that isn't at hand.
-        UsageError, NotAllowed: the named file can't be used.
+        UsageError, NotAllowed: the named key can't be used.
     """
-    if key_file is not None:
-        return read_key_file(key_file)
-    if (known := signer_of(run_dir.name)) is not None:
-        return known
-    newest, key_id = _newest_signature(run_dir)
-    adopters = [name.partition("-")[0] for name in objects_at(run_dir).names(ADOPTED)]
-    found = (_find(run_dir, one) for one in (key_id, *adopters) if one)
-    if (key := next((key for key in found if key is not None), None)) is not None:
-        return key
-    if key_id:
-        raise unknown_key(run_dir.name, newest, key_id)
-    reference = _reference_of(run_dir)
-    return None if reference is None else read_key(reference)
-
-
-def _newest_signature(run_dir: Location) -> tuple[str, str]:
-    """Key of the journal's newest object, and id of the key that it was signed with; empty without any."""
-    objects = objects_at(run_dir)
+    if reference is not None:
+        return read_key(reference)
+    objects, known = objects_at(run_dir), signer_of(run_dir)
     names = list_names(objects)
-    if names.newest < 0:
-        return "", ""
-    key = entry_key(names.newest) if names.newest > names.newest_state else state_key(names.newest_state)
-    return key, key_id_of(objects.get(key))
+    newest = entry_key(names.newest) if names.newest > names.newest_state else state_key(names.newest_state)
+    signed_by = newest_adopter(objects) or (key_id_of(objects.get(newest)) if names.newest >= 0 else "")
+    if known is not None and (known.id == signed_by or not signed_by):
+        return known
+    if not signed_by:
+        return None
+    found = _in_home(signed_by)
+    if found is None:
+        raise unknown_key(run_dir.name, newest, signed_by)
+    return found
 
 
 def _held() -> dict[str, str]:
@@ -136,28 +116,29 @@ def _held() -> dict[str, str]:
     return held
 
 
-def _find(run_dir: Location, key_id: str) -> SigningKey | None:
-    """The key of this id among the files of this machine's user, or the one that the run's job names."""
-    folder = home() / "keys"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        with suppress(UsageError, NotAllowed):  # it isn't the one, as far as is known
-            if (key := read_key_file(path)).id == key_id:
-                return key
-    reference = _reference_of(run_dir)
-    if reference is not None and reference != AUTO:
-        with suppress(UsageError, NotAllowed):
-            if (key := read_key(reference)).id == key_id:
-                return key
-    return None
-
-
-def _reference_of(run_dir: Location) -> str | None:
-    """The job's `signing_key`. A job that can't be read has none."""
+def _has_key(objects: Objects) -> bool:
+    """Whether a run was adopted, or its job names a key. A job that can't be read names none."""
     try:
-        reference = json.loads(objects_at(run_dir).get("job.json")).get("signing_key")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-    return reference if isinstance(reference, str) else None
+        job = json.loads(objects.get("job.json"))
+    except (FileNotFoundError, ValueError):
+        job = None
+    return (isinstance(job, dict) and job.get("signing_key") is not None) or bool(objects.names(ADOPTED))
+
+
+def _in_home(key_id: str) -> SigningKey | None:
+    """The key of this id among the files of this machine's user. Raises NotAllowed if it isn't there, but a file that
+    others may read, which might have it."""
+    folder, refused = home() / "keys", list[NotAllowed]()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            with suppress(UsageError):  # it is no key
+                if (key := _read_file(path)).id == key_id:
+                    return key
+        except NotAllowed as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+    return None
 
 
 def _own_key() -> SigningKey:
@@ -166,7 +147,32 @@ def _own_key() -> SigningKey:
     if not path.exists():
         with suppress(FileExistsError):  # by another process, just now
             create_atomically(path, secrets.token_hex(32).encode(), mode=0o600)
-    return read_key_file(path)
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> SigningKey:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+            raise _unreadable(path, f"it is no file of {LARGEST // 2**10} KiB or less")
+        is_fixed = os.statvfs(path).f_flag & os.ST_RDONLY  # as secrets of containers are mounted
+        if stat.S_IMODE(found.st_mode) & 0o077 and not is_fixed:
+            raise NotAllowed(
+                f"signing key {path} may be read by others (mode {stat.S_IMODE(found.st_mode):04o})",
+                remedy=f"`chmod 600 {path}`; if others may have read it, sign with another one (`checkpoint adopt`).",
+                unchanged="Nothing was changed.",
+            )
+        return _key_of(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8") from None
+
+
+def _unreadable(path: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"signing key {path} can't be read on this machine: {reason}",
+        remedy="Put the key there, or name its file: --key-file FILE.",
+        unchanged="Nothing was changed.",
+    )
 
 
 def _key_of(text: str, where: str) -> SigningKey:
@@ -175,6 +181,6 @@ def _key_of(text: str, where: str) -> SigningKey:
         raise UsageError(
             f"the signing key of {where} has {len(secret)} bytes; it must have {SHORTEST} or more",
             remedy="`openssl rand -hex 32` makes one.",
-            unchanged="Nothing was started.",
+            unchanged="Nothing was changed.",
         )
     return SigningKey(secret)

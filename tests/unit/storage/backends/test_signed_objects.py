@@ -7,15 +7,17 @@ import pytest
 
 from orchestrator.errors import JournalCorrupt, KeyUnknown, TermSuperseded
 from orchestrator.storage.backends.signed_objects import (
+    ADOPTED,
     SignedObjects,
     SigningKey,
-    UnverifiedObjects,
     adopt,
+    digests_of,
     key_id_of,
+    newest_adopter,
 )
 from orchestrator.storage.chain import entry_key
 from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.journal import Journal, newest_term, read_events
+from orchestrator.storage.journal import Journal, read_events
 
 OURS, THEIRS = SigningKey(b"our own key of 24 bytes."), SigningKey(b"another key of 24 bytes.")
 
@@ -32,7 +34,13 @@ def signed_by(stored: DirectoryObjects, key: SigningKey | None, run_id: str = "d
 
 def reading(stored: DirectoryObjects, *keys: SigningKey) -> SignedObjects:
     """As a reader has them who doesn't know which key the run has."""
-    return SignedObjects(stored, "demo", None, {key.id: key for key in keys}.get)
+    return SignedObjects(stored, "demo", None, {key.id: key for key in keys}.get, lambda: bool(stored.names(ADOPTED)))
+
+
+def adopted_by(stored: DirectoryObjects, key: SigningKey) -> int:
+    digests = digests_of(stored)
+    adopt(stored, "demo", key, digests)
+    return len(digests)
 
 
 def test_what_was_signed_is_read_without_its_signature(stored: DirectoryObjects) -> None:
@@ -64,9 +72,20 @@ def test_an_object_of_another_key_is_refused(stored: DirectoryObjects) -> None:
 
 def test_an_unsigned_object_is_refused_if_the_run_has_a_key(stored: DirectoryObjects) -> None:
     stored.create("a", b"data")
-    with pytest.raises(JournalCorrupt, match="a isn't signed, and the run has a key.*checkpoint adopt"):
-        signed_by(stored, OURS).get("a")
+    for objects in (signed_by(stored, OURS), SignedObjects(stored, "demo", None, is_signed=lambda: True)):
+        with pytest.raises(JournalCorrupt, match="a isn't signed, and the run is.*checkpoint adopt"):
+            objects.get("a")
     assert reading(stored, OURS).get("a") == signed_by(stored, None).get("a") == b"data"
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_who_knows_no_key_believes_no_unsigned_object_beside_signed_ones(stored: DirectoryObjects, order: str) -> None:
+    signed_by(stored, OURS).create("a", b"data")
+    stored.create("b", b"data")
+    objects = reading(stored, OURS)
+    objects.get(order[0])
+    with pytest.raises(JournalCorrupt, match="b isn't signed, and the run is|a is signed, and other"):
+        objects.get(order[1])
 
 
 def _flipped(text: bytes) -> bytes:
@@ -105,7 +124,7 @@ def test_adopted_records_count_as_signed_until_they_change(stored: DirectoryObje
     Journal(signed_by(stored, before)).append([{"kind": "one"}])
     with pytest.raises((KeyUnknown, JournalCorrupt)):
         read_events(signed_by(stored, OURS))
-    assert adopt(stored, "demo", OURS) == 2
+    assert adopted_by(stored, OURS) == 2 and newest_adopter(stored) == OURS.id
     journal = Journal(signed_by(stored, OURS))
     journal.append([{"kind": "two"}])
     assert [event["kind"] for event in read_events(signed_by(stored, OURS))] == ["one", "two"]
@@ -119,7 +138,7 @@ def test_adopted_records_count_as_signed_until_they_change(stored: DirectoryObje
 
 def test_an_adoption_with_another_key_counts_for_nothing(stored: DirectoryObjects) -> None:
     stored.create("journal/0000000000", b"{}")
-    adopt(stored, "demo", THEIRS)
+    adopted_by(stored, THEIRS)
     with pytest.raises(JournalCorrupt, match="isn't signed"):
         signed_by(stored, OURS).get("journal/0000000000")
 
@@ -133,16 +152,29 @@ def test_a_writer_of_another_key_takes_no_term(stored: DirectoryObjects) -> None
     assert stored.names("journal") == before
 
 
-@pytest.mark.parametrize("other", [THEIRS, None], ids=["another key", "no key"])
-def test_a_writer_is_superseded_by_one_whose_entries_it_can_t_verify(
-    stored: DirectoryObjects, other: SigningKey | None
-) -> None:
+def test_the_newest_adopter_is_the_one_of_the_longest_journal(stored: DirectoryObjects) -> None:
+    assert newest_adopter(stored) == ""
+    journal = Journal(signed_by(stored, None))
+    adopted_by(stored, THEIRS)
+    journal.append([{"kind": "one"}])
+    adopted_by(stored, OURS)
+    assert newest_adopter(stored) == OURS.id
+
+
+def test_a_writer_is_superseded_by_one_of_another_key(stored: DirectoryObjects) -> None:
     ours = Journal(signed_by(stored, OURS))
     ours.append([{"kind": "one"}])
-    foreign = signed_by(stored, other)
-    foreign.create(entry_key(2), UnverifiedObjects(stored, "demo").get(entry_key(1)))
+    signed_by(stored, THEIRS).create(entry_key(2), signed_by(stored, OURS).get(entry_key(1)))
     for _ in range(2):
         with pytest.raises(TermSuperseded, match="a writer that isn't known") as raised:
             ours.append([{"kind": "two"}])
         assert raised.value.cluster == "unknown"
-    assert newest_term(UnverifiedObjects(stored, "demo")) == 1
+
+
+def test_a_writer_fails_at_what_is_no_entry_of_any_writer(stored: DirectoryObjects) -> None:
+    ours = Journal(signed_by(stored, OURS))
+    stored.create(entry_key(1), b"garbage")
+    with pytest.raises(JournalCorrupt, match="journal/0000000001 isn't signed.*delete it if it is the newest object"):
+        ours.append([{"kind": "two"}])
+    stored.delete([entry_key(1)])
+    assert [event["kind"] for event in ours.append([{"kind": "two"}])] == ["two"]
