@@ -10,8 +10,8 @@
 A store is independent of row length: it serves every sequence length.
 
 Blocks are what a node fetches of a store in a bucket, and verifies. In a random order almost each row of a large corpus
-is in a block of its own, and a row has some kB: at 200 rows of 2,048 tokens a second, blocks of 256 KiB are 50 MB/s,
-blocks of 1 MiB 200 MB/s and of 4 MiB 800 MB/s. Smaller ones than 256 KiB would save little time, as a request to a
+is in a block of its own, and a row has some kB: at 200 rows a second on a node, blocks of 256 KiB are 50 MB/s, blocks
+of 1 MiB 200 MB/s and of 4 MiB 800 MB/s (computed). Smaller ones than 256 KiB would save little time, as a request to a
 bucket takes some 30 ms whatever it transfers, and cost more requests. Rows in sequence are fetched several blocks at
 once. The digests are 1/8192 of the tokens, so they aren't in the manifest, which each process parses.
 """
