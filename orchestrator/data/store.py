@@ -6,6 +6,7 @@ one. Rows cross document borders; the loss doesn't: a document's first token is 
 Shape suffixes: R requested rows, T tokens of a row, U = T + 1, D documents of the split.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from orchestrator.data.manifest import (
     index_file,
     tokens_file,
 )
+from orchestrator.data.split_tokens import MappedTokens, Tokens
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.sampling.chunks import Spans
@@ -43,29 +45,31 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class _SplitArrays:
-    tokens: NDArray[np.unsignedinteger]  # memory-mapped
+    tokens: Tokens
     index_D: NDArray[np.void]  # memory-mapped, INDEX_DTYPE
     starts_D: NDArray[np.int64]  # the index's offsets, contiguous: searched every step
 
 
 class TokenStore:
-    """A prepared corpus on disk, memory-mapped. Make one with `prepare`, open it with `TokenStore.open`.
+    """A prepared corpus. Make one with `prepare`, open it with `TokenStore.open`, or `open_store` if it may be in a
+    bucket.
 
     Attributes:
-        directory: the store's directory.
+        directory: the store's directory, or of one in a bucket that of its small files on this node.
         manifest: content of its `manifest.json`.
         digest: sha256 of the manifest, which covers everything in the store.
     """
 
-    def __init__(self, directory: Path, manifest: StoreManifest, digest: str) -> None:
+    def __init__(self, directory: Path, manifest: StoreManifest, digest: str, tokens: Mapping[Split, Tokens]) -> None:
         self.directory = directory
         self.manifest = manifest
         self.digest = digest
-        self._splits = {split: _map_split(directory, manifest, split) for split in SPLITS}
+        self._splits = {split: _split_arrays(directory, split, tokens[split]) for split in SPLITS}
 
     @classmethod
     def open(cls, directory: Path | str, verify: bool = False) -> "TokenStore":
-        """Open a store after checking the sizes of its files; with `verify`, their digests too.
+        """Open a store in a directory, memory-mapped, after checking the sizes of its files; with `verify`, their
+        digests too.
 
         Raises:
             DataError: there is no store.
@@ -84,12 +88,18 @@ class TokenStore:
         except ValidationError as error:
             raise _corrupt(path, f"{path} is damaged or of another version: {error}") from error
         for name, recorded in manifest.files.items():
-            _check_file(directory / name, recorded, verify)
-        return cls(directory, manifest, digest_file(path).sha256)
+            check_file(directory / name, recorded, verify)
+        tokens = {split: MappedTokens(directory / tokens_file(split), manifest.token_dtype) for split in SPLITS}
+        return cls(directory, manifest, digest_file(path).sha256, tokens)
 
     @property
     def vocab_size(self) -> int:
         return self.manifest.vocab_size
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all tokens are files of this machine, or are on a file system that it has mounted."""
+        return all(isinstance(arrays.tokens, MappedTokens) for arrays in self._splits.values())
 
     def tokenizer(self) -> TextTokenizer:
         return TextTokenizer.load(self.directory / TOKENIZER)
@@ -127,6 +137,7 @@ class TokenStore:
 
         Raises:
             ValueError: tokens that don't exist, or not whole rows.
+            StoreCorrupt, OSError: as `Tokens.take`.
         """
         arrays = self._splits[split]
         places_RT = self._checked(split, spans).places().reshape(-1, _checked_length(sequence_length))
@@ -137,9 +148,10 @@ class TokenStore:
         breaks_RT = (np.diff(places_RT, axis=1) != 1) | (np.diff(documents_RT, axis=1) != 0)
         segments_RT = np.zeros(places_RT.shape, np.int32)
         segments_RT[:, 1:] = np.cumsum(breaks_RT, axis=1)
+        inputs_RT, targets_RT = arrays.tokens.take(np.stack((places_RT, following_RT)))
         return Rows(
-            inputs_RT=arrays.tokens[places_RT].astype(np.int64),
-            targets_RT=np.where(ends_RT, IGNORED_TARGET, arrays.tokens[following_RT].astype(np.int64)),
+            inputs_RT=inputs_RT.astype(np.int64),
+            targets_RT=np.where(ends_RT, IGNORED_TARGET, targets_RT.astype(np.int64)),
             documents_RT=segments_RT,
         )
 
@@ -158,6 +170,13 @@ class TokenStore:
         rows.inputs_RT[real_RT] = read.inputs_RT[:, 0]
         rows.targets_RT[real_RT] = read.targets_RT[:, 0]
         return rows
+
+    def fetch(self, split: Split, spans: Spans) -> bool:
+        """Fetch what a later read of `spans` would have to wait for. Returns, and raises, as `Tokens.fetch`, and
+        ValueError as `read`."""
+        tokens, spans = self._splits[split].tokens, self._checked(split, spans)
+        following = np.minimum(spans.start + spans.length, len(tokens) - 1)
+        return tokens.fetch(np.concatenate((spans.places(), following)))
 
     def target_count(self, split: Split, spans: Spans) -> int:
         """Number of targets in `spans` that aren't ignored, without reading tokens. Raises ValueError as `read`."""
@@ -194,9 +213,8 @@ def _checked_length(sequence_length: int) -> int:
     return sequence_length
 
 
-def _map_split(directory: Path, manifest: StoreManifest, split: Split) -> _SplitArrays:
+def _split_arrays(directory: Path, split: Split, tokens: Tokens) -> _SplitArrays:
     path = directory / index_file(split)
-    tokens = np.asarray(np.memmap(directory / tokens_file(split), dtype=manifest.token_dtype, mode="r"))
     try:
         index_D = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:  # a changed header of the same size
@@ -204,8 +222,9 @@ def _map_split(directory: Path, manifest: StoreManifest, split: Split) -> _Split
     return _SplitArrays(tokens, index_D, np.ascontiguousarray(index_D["offset"]))
 
 
-def _check_file(path: Path, recorded: FileDigest, verify: bool) -> None:
-    """Compare sizes, and with `verify` digests; a file of wrong size is digested too, for the message."""
+def check_file(path: Path, recorded: FileDigest, verify: bool) -> None:
+    """Compare sizes, and with `verify` digests; a file of wrong size is digested too, for the message. Raises
+    StoreCorrupt."""
     try:
         if not verify and path.stat().st_size == recorded.num_bytes:
             return

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from orchestrator.data.bucket_store import open_store
 from orchestrator.data.corpus.sources import read_documents
 from orchestrator.data.store import IGNORED_TARGET, Rows
-from orchestrator.data.store_copy import open_store
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.inference.rows import rows_of_documents

@@ -200,6 +200,7 @@ class Report:
         plans: digests of its plans.
         shards: the newest ones that it has written for checkpoints.
         unsaved: why storage refuses its part of a checkpoint, which it goes on trying to write; None if it doesn't.
+        unread: why storage doesn't give the rows of its step, which it goes on trying to read; None if it does.
         micro_batches: memory that its micro-batches use, if measured.
         checked: result of the requested replay check.
     """
@@ -219,5 +220,6 @@ class Report:
     plans: tuple[str, ...] = ()
     shards: tuple[ShardWritten, ...] = ()
     unsaved: StorageTrouble | None = None
+    unread: StorageTrouble | None = None
     micro_batches: MicroBatchMemory | None = None
     checked: ReplayResult | None = None

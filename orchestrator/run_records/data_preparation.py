@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from orchestrator.data.bucket_store import node_stores, upload
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
-from orchestrator.data.store_copy import node_stores, upload
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec

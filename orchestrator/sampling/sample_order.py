@@ -11,7 +11,7 @@ from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.sampling.sampler import SamplerState, sample
 
 WHOLE = "all"  # stage of a run without a curriculum
-KEPT = 3  # newest steps of a curriculum whose spans are cached
+KEPT = 67  # newest steps of a curriculum whose spans are cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,8 @@ class CurriculumOrder:
         self.state = state
         self._curriculum = Curriculum(chunks, state)
         self._lock = threading.Lock()  # the curriculum has a current position
-        self._newest: dict[int, Spans] = {}  # prefetched steps are requested again after a rescale
+        # Prefetched steps are requested again, and going back costs more than the next step.
+        self._newest: dict[int, Spans] = {}
 
     def at(self, step: int) -> StepTokens:
         stage, rows = self.state.stage_at(step), self.state.global_batch_size
@@ -109,8 +110,8 @@ class CurriculumOrder:
             spans = self._newest.get(step)
             if spans is None:
                 spans = self._newest[step] = self._curriculum.spans(step)
-                for old in sorted(self._newest)[:-KEPT]:
-                    del self._newest[old]
+                if len(self._newest) > KEPT:
+                    del self._newest[next(iter(self._newest))]  # the first one of them that was computed
         of_step = RowSpans(spans, stage.sequence_length, self.state.by_document)
         return StepTokens(stage.name, step * rows, rows, of_step)
 

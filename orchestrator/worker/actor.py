@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from orchestrator.comm import collective_stats
-from orchestrator.data.store_copy import open_store
+from orchestrator.data.bucket_store import open_store
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError

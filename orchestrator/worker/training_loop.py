@@ -11,6 +11,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Saturation
 from orchestrator.spec.fault_tolerance import COMMITTED, MAX_UNPUBLISHED
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
@@ -59,6 +60,12 @@ class TrainingHooks:
     position: RunPosition
     saver: ShardSaver
     timer: CheckpointTimer
+
+    def wait_for_rows(self, trouble: StorageTrouble | None) -> None:
+        is_aborted = self.mailbox.directive.aborted >= self.live.generation
+        self.mailbox.refuse_rows(None if is_aborted else trouble)
+        if is_aborted:
+            raise AbortedGeneration(f"generation {self.live.generation} was aborted")
 
     def before_micro_batch(self) -> None:
         pass

@@ -1,5 +1,5 @@
-"""A run in a bucket, with nothing simulated but the service: it loses a worker, is paused, resumed, read and removed,
-while requests fail."""
+"""A run in a bucket, with nothing simulated but the service: it waits for rows, loses a worker, is paused, resumed,
+read and removed, while requests fail."""
 
 import os
 import signal
@@ -14,12 +14,14 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
+from orchestrator.data.bucket_store import node_stores
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.backends.location import location_of, objects_at
+from orchestrator.storage.condition import StorageCondition
 from tests.support.buckets import s3_bucket
 from tests.support.real_runs import own_cluster, until
 from tests.support.request_proxy import RequestFault, RequestProxy
@@ -79,11 +81,17 @@ def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
     storage = f"{url}/some/runs"
     run = client.submit(_job(texts, "afar", storage))
     until(client, run, lambda s: s.step > 5)
+    with proxy.failing("GET", RequestFault.FORBIDDEN):
+        for blocks in node_stores().glob("*/train.blocks"):
+            os.truncate(blocks, 0)
+        waiting = until(client, run, lambda s: "the rows of step" in (s.warning or ""))
+        assert waiting.storage is StorageCondition.AWAY
+    until(client, run, lambda s: s.step > waiting.step + 5 and s.storage is StorageCondition.WELL)
     proxy.fail("PUT", *(5 * (*FAULTS, None)))
     pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).process.pid
     os.kill(pid, signal.SIGKILL)
     recovered = until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
-    assert recovered.recoveries[-1].steps_lost == 0
+    assert len(recovered.recoveries) == 1 and recovered.recoveries[0].steps_lost == 0
     until(client, run, lambda s: (s.checkpoint_step or 0) > recovered.step)
     client.pause(run)
     paused = client.wait(run, timeout_s=60.0)

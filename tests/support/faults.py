@@ -129,7 +129,12 @@ def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
             _strike(_rank, Moment.VOTE, shard, **at)
             return proposal
 
-        around = SimpleNamespace(before_micro_batch=hooks.before_micro_batch, before_update=updating, propose=proposing)
+        around = SimpleNamespace(
+            wait_for_rows=hooks.wait_for_rows,
+            before_micro_batch=hooks.before_micro_batch,
+            before_update=updating,
+            propose=proposing,
+        )
         stepped = original(self, shard, progress, around, keep_gradients)
         _strike(_rank, Moment.VOTED, shard, **at)
         return stepped

@@ -32,6 +32,7 @@ class RequestFault(StrEnum):
     UNAVAILABLE_DONE = "carried out; answered with 503"
     STALL = "not carried out; no answer until the proxy ends"
     TORN = "carried out; the connection ends after half of the answer's body"
+    FLIPPED = "carried out; the answer's body has another bit"
     FORBIDDEN = "not carried out; answered with 403"
     GONE = "not carried out; answered with 404"
     NOT_IMPLEMENTED = "not carried out; answered with 501"
@@ -193,6 +194,8 @@ def _respond(proxy: RequestProxy, handler: BaseHTTPRequestHandler) -> None:
         elif fault is RequestFault.UNAVAILABLE_DONE:
             _refuse(handler, 503)
         else:
+            if fault is RequestFault.FLIPPED:
+                answer = answer[:-1] + bytes([answer[-1] ^ 1])
             _send(handler, status, headers, answer, is_torn=fault is RequestFault.TORN)
 
 

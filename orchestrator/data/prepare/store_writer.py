@@ -28,7 +28,9 @@ from orchestrator.data.manifest import (
     SplitCounts,
     StoreManifest,
     TextSource,
+    block_digests,
     digest_file,
+    digests_file,
     index_file,
     tokens_file,
 )
@@ -85,6 +87,7 @@ class StoreWriter:
             if options.difficulty is not None and np.isnan(index_D["score"]).any():
                 index_D["score"] = self._scores(split, index_D, options.difficulty)
             np.save(self._directory / index_file(split), index_D, allow_pickle=False)
+            (self._directory / digests_file(split)).write_bytes(block_digests(self._directory / tokens_file(split)))
         self._tokenizer.save(self._directory / TOKENIZER)
         manifest = StoreManifest(
             format_version=FORMAT_VERSION,

@@ -2,7 +2,8 @@
 
 A frozen process, a lost host and a broken link look alike: the control thread doesn't answer, whatever the training
 thread is doing. If all answer and no step is finished, one member hangs outside of a collective while the others wait
-in the next one: the member that has entered the fewest collectives.
+in the next one: the member that has entered the fewest collectives. One that waits for storage to give it the rows of
+its step reports that, and doesn't hang: another one in its place would wait too.
 """
 
 from orchestrator.policy.state.progress import typical_step_s
@@ -25,6 +26,8 @@ def find_hung_member(state: RunState, seen: Observation) -> str | None:
     """The member that the others wait for; None if they don't wait, or if it can't be identified."""
     members = [report for w in state.members if (report := seen.reports.get(w)) is not None]
     if len(members) < max(2, len(state.members)) or any(r.phase is not Phase.TRAINING for r in members):
+        return None
+    if any(report.unread is not None for report in members):
         return None
     patience_s = max(STUCK_S, STUCK_STEPS * (typical_step_s(seen.progress) or UNKNOWN_STEP_S))
     if seen.idle_s < patience_s:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.hooks import RankProposal
@@ -18,9 +19,13 @@ from orchestrator.worker.transition.transition import first_shard
 
 @dataclass(frozen=True)
 class ReplayHooks:
-    """Hooks of a replayed step: it asks for nothing, and can be interrupted between micro-batches."""
+    """Hooks of a replayed step: it asks for nothing, and can be interrupted before micro-batches and while it waits for
+    rows."""
 
     before_micro_batch: Callable[[], None]
+
+    def wait_for_rows(self, trouble: StorageTrouble | None) -> None:
+        self.before_micro_batch()
 
     def before_update(self) -> None:
         pass

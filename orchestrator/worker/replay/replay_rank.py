@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
-from orchestrator.data.store_copy import open_store
+from orchestrator.data.bucket_store import open_store
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import OrchestratorError

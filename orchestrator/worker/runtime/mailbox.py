@@ -117,6 +117,12 @@ class WorkerMailbox:
             if why != self._report.unsaved:  # news of a worker count as progress
                 self._publish(unsaved=why)
 
+    def refuse_rows(self, why: StorageTrouble | None) -> None:
+        """Report that storage doesn't give the rows of the step; None: it does."""
+        with self._changed:
+            if why != self._report.unread:
+                self._publish(unread=why)
+
     @property
     def records(self) -> tuple[StepRecord, ...]:
         """The newest finished steps."""

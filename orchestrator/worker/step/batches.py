@@ -1,8 +1,7 @@
 """Rows of a step: from the sample order to this rank's micro-batches as tensors."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -129,6 +128,22 @@ class BatchReader:
             padded_tokens=tuple(padded_tokens(lengths_R, cut).tolist()),
         )
 
+    def spans(self, order: Order, step: int, rank: int, world_size: int, size: MicroBatchSize) -> Spans:
+        """The tokens of this rank's part of a training step."""
+        rows = order.at(step).rows
+        cut = split_into_micro_batches(rows.lengths_R, size)
+        mine = [rows.take(cut[n]).spans for n in micro_batches_of(rank, world_size, len(cut))]
+        return Spans.joined([rows.take(np.empty(0, np.int64)).spans, *mine])
+
+    def fetch(self, spans: Spans) -> bool:
+        """Fetch training tokens that will be read, as `TokenStore.fetch`."""
+        return self._store.fetch("train", spans)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all rows are on this node, so that none need to be fetched."""
+        return self._store.is_local
+
     def validation(self, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
         """This rank's part of a validation: always the same rows."""
         rows = self._validation
@@ -168,54 +183,3 @@ class BatchReader:
 
     def _on_device(self, array: NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
-
-
-# -- The rows of the next step, read in a thread while this one computes -----------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Everything that determines what is read: rows read ahead are used only for an equal request."""
-
-    order: Order
-    step: int
-    rank: int
-    world_size: int
-    size: MicroBatchSize
-
-
-class Prefetch:
-    """Reads one step ahead of the last request. Used by one thread.
-
-    Args:
-        feed: reader of both steps.
-        num_steps: of the run; nothing is read beyond.
-    """
-
-    def __init__(self, feed: BatchReader, num_steps: int) -> None:
-        self._feed, self._num_steps = feed, num_steps
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
-        self._ahead: tuple[_Wanted, Future[StepBatches]] | None = None
-
-    def step(self, step: int, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
-        """Same as `BatchReader.step`, without a wait if the step before was requested in the same world.
-
-        Rows read ahead for another world or another sample order are dropped.
-        """
-        wanted = _Wanted(self._feed.order, step, rank, world_size, size)
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == wanted:
-            rows = ahead[1].result()
-        else:
-            if ahead is not None:
-                ahead[1].cancel()
-            rows = self._feed.step(step, rank, world_size, size)
-        if step + 1 < self._num_steps:
-            following = replace(wanted, step=step + 1)
-            self._ahead = (following, self._thread.submit(self._feed.step, step + 1, rank, world_size, size))
-        return rows
-
-    def close(self) -> None:
-        """End the thread, and drop what it has read. Idempotent."""
-        self._ahead = None
-        self._thread.shutdown(wait=False, cancel_futures=True)

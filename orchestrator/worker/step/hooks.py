@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from orchestrator.storage.condition import StorageTrouble
+
 
 @dataclass(frozen=True)
 class RankProposal:
@@ -23,6 +25,14 @@ class RankProposal:
 
 class StepHooks(Protocol):
     """Called by `TrainStep`, in the training thread. An exception from a hook ends the step."""
+
+    def wait_for_rows(self, trouble: StorageTrouble | None) -> None:
+        """Called again and again while the rows of the step aren't there, and once they are after a `trouble`.
+
+        Args:
+            trouble: why storage doesn't give them; None if they have only begun to be read, or are there.
+        """
+        ...
 
     def before_micro_batch(self) -> None:
         """Called before each micro-batch, evaluated ones included."""

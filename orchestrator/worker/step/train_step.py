@@ -22,10 +22,11 @@ from orchestrator.spec.lr_schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import StateCorrupted
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
-from orchestrator.worker.step.batches import BatchReader, Prefetch, StepBatches
+from orchestrator.worker.step.batches import BatchReader, StepBatches
 from orchestrator.worker.step.clock import StepClock
 from orchestrator.worker.step.hooks import StepHooks
 from orchestrator.worker.step.memory_probe import MemoryProbe
+from orchestrator.worker.step.prefetch import Prefetch
 from orchestrator.worker.step.routing import RoutingRecorder, move_biases
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
@@ -85,7 +86,6 @@ class TrainStep:
 
     def __init__(self, factory: ShardFactory, feed: BatchReader, validates: bool = True) -> None:
         self._spec, self._device, self._validates = factory.spec, factory.device, validates
-        self._feed = feed
         self._prefetch = Prefetch(feed, factory.spec.train.max_steps)
         self._traffic = traffic_meter.Since()
         self._routing = RoutingRecorder(factory.spec.train.max_steps)
@@ -117,8 +117,8 @@ class TrainStep:
 
     def _load(self, step: _Step) -> StepBatches:
         """This rank's rows, read ahead while the step before computed."""
-        shard = step.shard
-        batches = self._prefetch.step(step.number, shard.rank, shard.world.size, shard.micro_batch)
+        shard, waits = step.shard, step.hooks.wait_for_rows
+        batches = self._prefetch.step(step.number, shard.rank, shard.world.size, shard.micro_batch, waits)
         step.clock.loaded()
         return batches
 
@@ -152,7 +152,8 @@ class TrainStep:
         every, last, shard = self._spec.eval.every, self._spec.train.max_steps - 1, step.shard
         if every is None or not self._validates or ((step.number + 1) % every and step.number not in (0, last)):
             return None
-        return self._evaluate(step, self._feed.validation(shard.rank, shard.world.size, shard.micro_batch))
+        waits = step.hooks.wait_for_rows
+        return self._evaluate(step, self._prefetch.validation(shard.rank, shard.world.size, shard.micro_batch, waits))
 
     def _vote(
         self, step: _Step, batches: StepBatches, losses: _Losses, update: StepOutcome, validation: _Losses | None

@@ -1,5 +1,6 @@
 import json
 import tempfile
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.manifest import DOCUMENTS, INDEX_DTYPE
+from orchestrator.data.manifest import BLOCK_BYTES, DOCUMENTS, INDEX_DTYPE
 from orchestrator.data.prepare.store_writer import StoreWriter
 from orchestrator.data.store import IGNORED_TARGET, TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
@@ -18,8 +19,10 @@ from tests.unit.data.stores import BYTES_ONLY, write_store
 FILES = [
     "documents.jsonl",
     "tokenizer.json",
+    "train.digests",
     "train.index.npy",
     "train.tokens",
+    "validation.digests",
     "validation.index.npy",
     "validation.tokens",
 ]
@@ -150,6 +153,14 @@ def test_a_token_that_does_not_fit_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(OverflowError):
         writer.add("train", 0, [70_000])
     writer.close()
+
+
+def test_each_block_of_tokens_has_a_digest(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [200_000])
+    tokens, digests = ((store.directory / f"train.{kind}").read_bytes() for kind in ("tokens", "digests"))
+    blocks = [tokens[start : start + BLOCK_BYTES] for start in range(0, len(tokens), BLOCK_BYTES)]
+    assert len(blocks) == 2 and len(blocks[1]) == 400_000 - BLOCK_BYTES
+    assert digests == b"".join(sha256(block).digest() for block in blocks)
 
 
 def test_every_file_has_a_digest(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.data.bucket_store import node_stores, open_store
 from orchestrator.data.manifest import TOKENIZER
-from orchestrator.data.store_copy import node_stores, open_store
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.run_records.data_preparation import Preparation
 from orchestrator.spec.job import JobSpec

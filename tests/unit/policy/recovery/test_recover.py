@@ -13,6 +13,7 @@ from orchestrator.protocol.messages import FinishMode
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
+from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from tests.unit.policy.imagined import Life, limits_of
 
 
@@ -283,6 +284,10 @@ def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() 
     for worker, number in {"w0": 7, "w1": 6, "w2": 7}.items():
         life.say(worker, collective=number)
     assert decide(life.limits, life.state, life.seen(idle_s=29.0)).state.abort.generation < 0
+    assert "w1 hangs" in decide(life.limits, life.state, life.seen(idle_s=31.0)).state.why
+    life.say("w1", unread=StorageTrouble(StorageCondition.AWAY, "the rows of step 6 can't be read: no connection"))
+    assert decide(life.limits, life.state, life.seen(idle_s=300.0)).state.abort.generation < 0
+    life.say("w1", unread=None)
     assert "w1 hangs" in decide(life.limits, life.state, life.seen(idle_s=31.0)).state.why
     life.say("w2", collective=6)  # two: it may be the network between them
     assert decide(life.limits, life.state, life.seen(idle_s=31.0)).state.abort.generation < 0

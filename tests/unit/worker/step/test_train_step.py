@@ -37,6 +37,8 @@ class _Parts:
         self.applied, self.changed = applied, changed
 
     # The reader
+    is_local = True
+
     def step(self, *args: Any) -> Any:
         if isinstance(args[0], float):  # the engine's, with a learning rate
             self.calls.append("update")
@@ -58,6 +60,9 @@ class _Parts:
         return torch.tensor(20.0)
 
     # The hooks
+    def wait_for_rows(self, _: Any) -> None:
+        pass
+
     def before_micro_batch(self) -> None:
         self.calls.append("before_micro_batch")
 
