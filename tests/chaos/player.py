@@ -190,6 +190,9 @@ class Player:
             lacks.append("the status is older than the fault's end")
         if self.observer.step < step:
             lacks.append(f"the newest committed step is {self.observer.step}")
+        kinds = [event["kind"] for event in self.observer.events if event["kind"] in ("rolled_back", "steps")]
+        if kinds[-1:] == ["rolled_back"]:
+            lacks.append("steps that were given up are not all done again")
         if self.observer.term == term and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
             lacks.append(f"the controller still has term {term}")
         for kind, pid in killed:
