@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.support.call_faults import ArmedFaults, CallFault
 
 PR_SET_PDEATHSIG, MNT_DETACH = 1, 2
 AUTO_INVAL_DATA = 1 << 12  # of libfuse: files whose times have changed lose their page cache
+UTIME_NOW = (1 << 30) - 1  # in place of nanoseconds
 PARENT_ENDED = signal.SIGUSR1
 SPACE = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_favail", "f_ffree", "f_files", "f_frsize", "f_namemax")
 ATTRIBUTES = ("st_ino", "st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
@@ -63,6 +65,15 @@ class PassingOn(Operations):
     @faulty
     def opendir(self, path: str) -> int:
         return self._opened(path, os.open(self._at(path), os.O_RDONLY | os.O_DIRECTORY))
+
+    @faulty
+    def chmod(self, path: str, mode: int) -> None:
+        os.chmod(self._at(path), mode)
+
+    @faulty
+    def utimens(self, path: str, times: tuple[int, int]) -> None:
+        accessed, modified = (time.time_ns() if ns == UTIME_NOW else ns for ns in times)
+        os.utime(self._at(path), ns=(accessed, modified))
 
     @faulty
     def readdir(self, path: str | None, directory: int) -> list[str]:
