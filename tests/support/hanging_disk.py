@@ -23,9 +23,12 @@ class HangingDisk:
 @contextmanager
 def hanging_disk(kind: str, place: Path, megabytes: int) -> Iterator[HangingDisk]:
     """A disk (`ext4` or `fuse`) of that size at `place`, while this lasts. Skips the test where there can be none."""
-    if kind == "fuse":
-        with fuse_disk(place, megabytes) as disk:
-            yield HangingDisk(disk.path, partial(disk.having, CallFault("*", Effect.HANG)))
-    else:
-        with ext4_disk(place, megabytes) as path:
-            yield HangingDisk(path, partial(frozen, path))
+    match kind:
+        case "ext4":
+            with ext4_disk(place, megabytes) as path:
+                yield HangingDisk(path, partial(frozen, path))
+        case "fuse":
+            with fuse_disk(place, megabytes) as disk:
+                yield HangingDisk(disk.path, partial(disk.having, CallFault("*", Effect.HANG)))
+        case _:
+            raise ValueError(f"a disk of kind {kind!r} can't hang; those of kind ext4 and fuse can")

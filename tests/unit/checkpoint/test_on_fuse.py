@@ -1,7 +1,6 @@
 """Checkpoints on a file system whose calls fail, tear writes and flip bits."""
 
 import errno
-import os
 from itertools import count
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from orchestrator.checkpoint.write import commit, write_shard
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 from tests.support.call_faults import CallFault, Effect
-from tests.support.fuse_disk import FuseDisk
+from tests.support.fuse_disk import FuseDisk, drop_cache
 
 number = count()
 VALUES = np.arange(100_000, dtype=np.float32)
@@ -48,14 +47,6 @@ def written(checkpoints: Path) -> CheckpointManifest:
     return manifest_of(headers, run_id="r", term=1, shapes={"w": VALUES.shape})
 
 
-def uncached(directory: Path) -> None:
-    """Let the next reads of the directory's files reach the file system."""
-    for path in directory.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_shard_of_which_any_call_fails_leaves_nothing(fuse: FuseDisk, checkpoints: Path, fault: CallFault) -> None:
     with fuse.having(fault):
@@ -66,7 +57,7 @@ def test_a_shard_of_which_any_call_fails_leaves_nothing(fuse: FuseDisk, checkpoi
     assert [path for path in checkpoints.rglob("*") if path.is_file()] == []
     shard = write(checkpoints)
     file = checkpoints / checkpoint_name(9, 1, 0) / shard.file
-    uncached(file.parent)
+    drop_cache(file.parent)
     assert digests_of(file) == shard.sha256
 
 
@@ -80,11 +71,11 @@ def test_a_manifest_of_which_any_call_fails_is_whole_or_absent(
         with pytest.raises(OSError, match="Input/output error|reads back changed"):
             commit(checkpoints, manifest)
         assert fuse.hits() >= 1
-    uncached(path)
+    drop_cache(path)
     content = manifest.to_json().encode()
     assert not (path / MANIFEST_FILE).exists() or (path / MANIFEST_FILE).read_bytes() == content
     assert commit(checkpoints, manifest) == path
-    uncached(path)
+    drop_cache(path)
     assert {file.name for file in path.iterdir()} == {*manifest.files, MANIFEST_FILE}
     with CheckpointReader(path, manifest.digest) as reader:
         reader.verify()
@@ -96,7 +87,7 @@ def test_a_manifest_whose_reply_is_lost_is_committed(fuse: FuseDisk, checkpoints
     with fuse.having(CallFault("link", Effect.LOST_REPLY)):
         path = commit(checkpoints, manifest)
         assert fuse.hits() == 1
-    uncached(path)
+    drop_cache(path)
     with CheckpointReader(path, manifest.digest) as reader:
         reader.verify()
 
@@ -104,10 +95,10 @@ def test_a_manifest_whose_reply_is_lost_is_committed(fuse: FuseDisk, checkpoints
 def test_a_bit_of_a_shard_that_flips_as_it_is_read_is_found(fuse: FuseDisk, checkpoints: Path) -> None:
     path = commit(checkpoints, written(checkpoints))
     with CheckpointReader(path) as reader:
-        uncached(path)
+        drop_cache(path)
         with fuse.having(CallFault("read", Effect.FLIPPED)), pytest.raises(CheckpointCorrupt, match="shard-00000"):
             reader.verify()
-        uncached(path)
+        drop_cache(path)
         reader.verify()
 
 
@@ -116,7 +107,7 @@ def test_a_shard_that_can_not_be_read_is_an_error_and_no_end_of_the_process(fuse
     path = commit(checkpoints, written(checkpoints))
     with CheckpointReader(path) as reader:
         reader.read("w", 0, 1)
-        uncached(path)
+        drop_cache(path)
         with fuse.having(CallFault("read", Effect.ERROR)), pytest.raises(OSError, match="Input/output error"):
             reader.read("w", 0, VALUES.size)
         np.testing.assert_array_equal(reader.read("w", 0, VALUES.size), VALUES)
