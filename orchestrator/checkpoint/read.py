@@ -97,6 +97,8 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Close the files."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> Self:

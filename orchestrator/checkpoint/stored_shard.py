@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,17 @@ def open_shard(checkpoint: Location, file: str, num_files: int) -> "StoredShard"
     Args:
         num_files: that are open at once. Bytes of each one in a bucket are held, to answer the next reads.
     """
-    if isinstance(checkpoint, Path):
-        return _open_file(checkpoint / file)
-    held_bytes = min(READ_BYTES, max(LEAST_HELD_BYTES, MOST_HELD_BYTES // num_files))
-    return StoredShard(partial(objects_at(checkpoint).get, file), str(checkpoint / file), held_bytes)
-
-
-def _open_file(path: Path) -> "StoredShard":
-    """A file in a directory, which is open as long as the shard is held."""
+    where = str(checkpoint / file)
+    if not isinstance(checkpoint, Path):
+        held_bytes = min(READ_BYTES, max(LEAST_HELD_BYTES, MOST_HELD_BYTES // num_files))
+        return StoredShard(_Object(objects_at(checkpoint), file, held_bytes), where)
     try:
-        file = path.open("rb", buffering=0)
+        opened = _File(checkpoint / file)
     except FileNotFoundError as error:
-        raise CheckpointCorrupt(f"{path} can't be read: {error}") from error
-    num_bytes = os.fstat(file.fileno()).st_size
-
-    def read(start: int, stop: int) -> bytes:
-        return os.pread(file.fileno(), max(0, min(stop, num_bytes) - start), start)
-
-    shard = StoredShard(read, str(path), 0)
-    if num_bytes != shard.num_bytes:
-        raise CheckpointCorrupt(f"{path} has {num_bytes} bytes, by its header {shard.num_bytes}")
+        raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
+    shard = StoredShard(opened, where)
+    if opened.num_bytes != shard.num_bytes:
+        raise CheckpointCorrupt(f"{where} has {opened.num_bytes} bytes, by its header {shard.num_bytes}")
     return shard
 
 
@@ -68,6 +58,46 @@ def _contents(objects: LargeObjects, file: str) -> Iterator[bytes]:
         data = objects.get(file, start, start + READ_BYTES)
 
 
+class _File:
+    """A file in a directory, open as long as this is held. It is not mapped into memory: a page that can't be read
+    would end the process, where a call raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self.num_bytes = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._file.fileno(), max(0, min(stop, self.num_bytes) - start), start)
+
+    def fill(self, start: int, buffer: memoryview) -> int:
+        return os.preadv(self._file.fileno(), [buffer], start)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Object:
+    """An object in a bucket. A request reads on beyond what is wanted, as arrays are mostly read in their order, and
+    small."""
+
+    def __init__(self, objects: LargeObjects, file: str, held_bytes: int) -> None:
+        self._objects, self._file, self._held_bytes = objects, file, held_bytes
+        self._begin, self._held = 0, memoryview(b"")  # the bytes from `_begin`
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._objects.get(self._file, start, stop)
+
+    def fill(self, start: int, buffer: memoryview) -> int:
+        if not self._begin <= start < self._begin + len(self._held):
+            self._begin, self._held = start, memoryview(self.read(start, start + self._held_bytes))
+        found = self._held[start - self._begin :][: len(buffer)]
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._held = memoryview(b"")
+
+
 @dataclass(frozen=True)
 class _Array:
     """Place of an array in its file. `begin` is its first byte."""
@@ -78,29 +108,25 @@ class _Array:
 
 
 class StoredShard:
-    """A shard's file, whose arrays are read in parts. Its header is read first.
-
-    Files are never mapped into memory: a page that can't be read would end the process, where a call raises OSError.
+    """A shard, whose arrays are read in parts. Its header is read first.
 
     Args:
-        read: bytes of the file from a position to before another one, or to its end; perhaps fewer, if any.
-        held_bytes: that are read at least, and held for the next reads, as arrays are mostly read in their order, and
-            small.
+        stored: `read` gives its bytes from a position to before another one, or to its end; `fill` puts those from a
+            position into a buffer, as many as are at hand, and returns their number: 0 at the end.
 
     Attributes:
-        num_bytes: of the file, by its header.
+        num_bytes: by the header.
 
     Raises:
-        CheckpointCorrupt: it is no such file.
+        CheckpointCorrupt: it is no shard.
         OSError: it can't be read.
     """
 
-    def __init__(self, read: Callable[[int, int], bytes], where: str, held_bytes: int) -> None:
-        self._read, self._where, self._held_bytes = read, where, held_bytes
-        self._begin, self._held = 0, memoryview(b"")  # the bytes from `_begin`
+    def __init__(self, stored: _File | _Object, where: str) -> None:
+        self._stored, self._where = stored, where
         try:
-            length = int.from_bytes(read(0, 8), "little")
-            header = json.loads(read(8, 8 + length))
+            length = int.from_bytes(stored.read(0, 8), "little")
+            header = json.loads(stored.read(8, 8 + length))
             header.pop("__metadata__", None)
             self._arrays = {
                 key: _Array(_DTYPES[array["dtype"]], array["shape"], 8 + length + array["data_offsets"][0])
@@ -109,6 +135,10 @@ class StoredShard:
             self.num_bytes = 8 + length + max((array["data_offsets"][1] for array in header.values()), default=0)
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
+
+    def close(self) -> None:
+        """Close the file, or drop what is held of the object. It can't be read any more."""
+        self._stored.close()
 
     def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements [start, stop) of an array of `length` elements. Raises CheckpointCorrupt or OSError."""
@@ -120,15 +150,8 @@ class StoredShard:
         view = found.view(np.uint8).data
         at, first = 0, array.begin + start * size
         while at < len(view):
-            data = self._from(first + at, len(view) - at)
-            if not data:
+            num_bytes = self._stored.fill(first + at, view[at:])
+            if num_bytes == 0:
                 raise CheckpointCorrupt(f"{self._where} ends within {key}")
-            view[at : at + len(data)] = data
-            at += len(data)
+            at += num_bytes
         return found
-
-    def _from(self, start: int, most: int) -> memoryview:
-        """Bytes from `start`, as many as are wanted at most; none at the file's end."""
-        if not self._begin <= start < self._begin + len(self._held):
-            self._begin, self._held = start, memoryview(self._read(start, start + (self._held_bytes or most)))
-        return self._held[start - self._begin :][:most]
