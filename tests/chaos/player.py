@@ -9,7 +9,7 @@ from typing import Any
 from tests.chaos.checks import Checks
 from tests.chaos.cluster import Answer, Cluster
 from tests.chaos.faults import Faults
-from tests.chaos.invariants import storage_faults
+from tests.chaos.invariants import is_replaying, storage_faults
 from tests.chaos.observer import Observer
 from tests.chaos.schedule import Fault, Kind, Schedule
 
@@ -190,8 +190,7 @@ class Player:
             lacks.append("the status is older than the fault's end")
         if self.observer.step < step:
             lacks.append(f"the newest committed step is {self.observer.step}")
-        kinds = [event["kind"] for event in self.observer.events if event["kind"] in ("rolled_back", "steps")]
-        if kinds[-1:] == ["rolled_back"]:
+        if is_replaying(self.observer.events):
             lacks.append("steps that were given up are not all done again")
         if self.observer.term == term and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
             lacks.append(f"the controller still has term {term}")
