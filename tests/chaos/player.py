@@ -116,7 +116,7 @@ class Player:
             answer = self._status()
         storage = (answer.value or {}).get("storage")
         self.checks.say(f"step {self.observer.step}: over after {time.monotonic() - began_s:.1f} s; storage: {storage}")
-        if fault.kind is Kind.HUNG and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
+        if fault.kind in (Kind.HUNG, Kind.FAILING) and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
             # The next controller reads the journal before it answers: nothing is promised until storage does.
             self.checks.say(f"status: exit code {answer.code} after {answer.seconds:.1f} s")
         else:
