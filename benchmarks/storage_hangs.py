@@ -1,14 +1,15 @@
 """What run storage that hangs costs: the pace of training meanwhile, and that of a recovery.
 
-    python -m benchmarks.storage_hangs [--quick]
+    python -m benchmarks.storage_hangs [--quick] [--kind fuse]
 
 A run with 2 workers, the model of `benchmarks.rescale`, on a local cluster. Its storage is an ext4 file system in a
-file, which is frozen: calls that write to it don't return, and can't be interrupted. Needs root and a loop device.
+file, which is frozen: calls that write to it don't return, and can't be interrupted. By FUSE those that read don't
+either. Needs root, and a loop device or FUSE.
 
-- `pace`: steps per second of 5 minutes with frozen storage over those of the minutes before and after.
-- `hung_over_well`: stall of a recovery from a killed worker with frozen storage over that with storage that is well, in
-  turn. `stall_s` is as in `benchmarks.recovery`: from right before the kill to the end of the first step that had never
-  been voted for, less the median step of the new world.
+- `pace`: steps per second of 5 minutes with storage that hangs over those of the minutes before and after.
+- `hung_over_well`: stall of a recovery from a killed worker with storage that hangs over that with storage that is
+  well, in turn. `stall_s` is as in `benchmarks.recovery`: from right before the kill to the end of the first step that
+  had never been voted for, less the median step of the new world.
 """
 
 import os
@@ -35,21 +36,22 @@ from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
-from tests.support.disk import ext4_disk, frozen
+from tests.support.hanging_disk import HangingDisk, hanging_disk
 
 WORKERS = 2
 DISK_MB = 2000
+FILE_SYSTEMS = {"ext4": "ext4, frozen", "fuse": "tmpfs by FUSE, all calls hang"}
 HANG_S, QUICK_HANG_S = 300.0, 20.0
 ROUNDS = 10  # kills in each condition of storage
 
 
 @dataclass(frozen=True)
 class Hang:
-    """What a run did while its storage was frozen."""
+    """What a run did while its storage hung."""
 
     pace: float
     before_steps_per_s: float
-    frozen_steps_per_s: float
+    hung_steps_per_s: float
     after_steps_per_s: float
     workers_lost: int
 
@@ -61,26 +63,26 @@ class Kill:
     steps_replayed: int
 
 
-def measure(quick: bool) -> Result:
+def measure(quick: bool, kind: str) -> Result:
     hang_s, rounds = (QUICK_HANG_S, 1) if quick else (HANG_S, ROUNDS)
     with tempfile.TemporaryDirectory(prefix="storage-hangs-") as folder:
         workspace = Path(folder)
         data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
         prepared(data, stores)
         with (
-            ext4_disk(workspace / "disk", DISK_MB) as disk,
+            hanging_disk(kind, workspace / "disk", DISK_MB) as disk,
             Product(workspace / "home", num_cpus=WORKERS + 2) as product,
         ):
-            (disk / ".data").symlink_to(stores)
-            live = LiveRun(product.client, job_of(data, disk, quick))
+            (disk.path / ".data").symlink_to(stores)
+            live = LiveRun(product.client, job_of(data, disk.path, quick))
             hang = hang_of(live, disk, hang_s)
-            say(f"frozen for {hang_s:g} s: {hang}")
+            say(f"hung for {hang_s:g} s: {hang}")
             kills = kills_of(live, disk, rounds)
             live.stop()
             published = Counter(
                 r["step"] for e in read_events(objects_at(live.run_dir)) if e["kind"] == "steps" for r in e["records"]
             )
-    return result_of(quick, hang_s, rounds, hang, kills, published)
+    return result_of(quick, kind, hang_s, rounds, hang, kills, published)
 
 
 def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
@@ -96,13 +98,13 @@ def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
     )
 
 
-def hang_of(live: LiveRun, disk: Path, hang_s: float) -> Hang:
-    """Train for half of `hang_s`, then with frozen storage, then for half of it again."""
+def hang_of(live: LiveRun, disk: HangingDisk, hang_s: float) -> Hang:
+    """Train for half of `hang_s`, then with storage that hangs, then for half of it again."""
     full(live, WORKERS)
     times = [time.time()]
     time.sleep(hang_s / 2)
     times.append(time.time())
-    with frozen(disk):
+    with disk.hanging():
         time.sleep(hang_s)
         times.append(time.time())
     time.sleep(hang_s / 2)
@@ -115,15 +117,15 @@ def hang_of(live: LiveRun, disk: Path, hang_s: float) -> Hang:
     return Hang(pace, *rates, workers_lost=len(live.status().recoveries))
 
 
-def kills_of(live: LiveRun, disk: Path, rounds: int) -> dict[str, list[Kill]]:
-    """Kill a worker with storage well and frozen, in turn: A B B A."""
+def kills_of(live: LiveRun, disk: HangingDisk, rounds: int) -> dict[str, list[Kill]]:
+    """Kill a worker with storage well and hung, in turn: A B B A."""
     chance, found = random.Random(0), dict[str, list[Kill]](well=[], hung=[])
     for number in range(rounds):
         for condition in list(found)[:: 1 if number % 2 == 0 else -1]:
             full(live, WORKERS)
             survivor, victim = live.members()[:2]
             target = live.pids()[f"worker/{victim}"]  # of all processes, and the tracker doesn't answer without storage
-            with frozen(disk) if condition == "hung" else nullcontext():
+            with disk.hanging() if condition == "hung" else nullcontext():
                 kill = kill_one(live, survivor, target, chance)
             found[condition].append(kill)
             say(f"round {number + 1}, storage {condition}: {kill}")
@@ -155,7 +157,13 @@ def votes_of(live: LiveRun, worker: str) -> Sequence[StepRecord]:
 
 
 def result_of(
-    quick: bool, hang_s: float, rounds: int, hang: Hang, kills: dict[str, list[Kill]], published: Counter[int]
+    quick: bool,
+    kind: str,
+    hang_s: float,
+    rounds: int,
+    hang: Hang,
+    kills: dict[str, list[Kill]],
+    published: Counter[int],
 ) -> Result:
     stalls = {condition: [kill.stall_s for kill in some] for condition, some in kills.items()}
     ratio = median_ratio_interval({"kill": stalls["hung"]}, {"kill": stalls["well"]})
@@ -163,7 +171,7 @@ def result_of(
     return Result(
         name="storage_hangs",
         seed=0,
-        settings={"quick": quick, "hang_s": hang_s, "workers": WORKERS, "file_system": "ext4, frozen"},
+        settings={"quick": quick, "hang_s": hang_s, "workers": WORKERS, "file_system": FILE_SYSTEMS[kind]},
         rounds=rounds,
         metrics={
             "hang": asdict(hang),
@@ -182,4 +190,4 @@ def result_of(
 
 
 if __name__ == "__main__":
-    run(__doc__, measure)
+    run(__doc__, measure, {"kind": "ext4"})

@@ -44,7 +44,7 @@ def read_manifest(checkpoint: Location, digest: str | None = None) -> Checkpoint
 class CheckpointReader:
     """Reads any element range of any tensor, independent of the world that wrote it. A context manager.
 
-    Files in a directory are mapped into memory on first use; only the requested ranges are read.
+    Files are opened on first use; only the requested ranges are read.
 
     Args:
         digest: as in `read_manifest`.
@@ -68,6 +68,7 @@ class CheckpointReader:
             NotFound: there is no such tensor.
             ValueError: the range lies outside of the tensor.
             CheckpointCorrupt: a file is missing or doesn't match the manifest.
+            OSError: a file can't be read.
         """
         entry = self.manifest.tensors.get(tensor)
         if entry is None:
@@ -95,7 +96,9 @@ class CheckpointReader:
                 raise CheckpointCorrupt(f"{self.path}: {name}: {difference}")
 
     def close(self) -> None:
-        """Unmap the files."""
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> Self:

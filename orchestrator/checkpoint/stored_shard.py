@@ -1,14 +1,14 @@
 """Files of shards in storage: ranges of their arrays, and digests of all of their bytes."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from orchestrator.checkpoint.block_digests import BlockDigests, digests_of
 from orchestrator.errors import CheckpointCorrupt
@@ -20,24 +20,24 @@ LEAST_HELD_BYTES, MOST_HELD_BYTES = 2**20, 2**26  # of one object, of all
 _DTYPES = {"F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64", "U8": "uint8", "BOOL": "bool"}
 
 
-class StoredShard(Protocol):
-    """A shard's file, whose arrays are read in parts."""
-
-    def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:
-        """Elements [start, stop) of an array of `length` elements. Raises CheckpointCorrupt."""
-        ...
-
-
-def open_shard(checkpoint: Location, file: str, num_files: int) -> StoredShard:
-    """A file of a checkpoint. One in a directory is mapped into memory. Raises CheckpointCorrupt.
+def open_shard(checkpoint: Location, file: str, num_files: int) -> "StoredShard":
+    """A file of a checkpoint. Raises as `StoredShard`.
 
     Args:
         num_files: that are open at once. Bytes of each one in a bucket are held, to answer the next reads.
     """
-    if isinstance(checkpoint, Path):
-        return _MappedShard(checkpoint / file)
-    held_bytes = min(READ_BYTES, max(LEAST_HELD_BYTES, MOST_HELD_BYTES // num_files))
-    return _ShardObject(objects_at(checkpoint), file, str(checkpoint / file), held_bytes)
+    where = str(checkpoint / file)
+    if not isinstance(checkpoint, Path):
+        held_bytes = min(READ_BYTES, max(LEAST_HELD_BYTES, MOST_HELD_BYTES // num_files))
+        return StoredShard(_Object(objects_at(checkpoint), file, held_bytes), where)
+    try:
+        opened = _File(checkpoint / file)
+    except FileNotFoundError as error:
+        raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
+    shard = StoredShard(opened, where)
+    if opened.num_bytes != shard.num_bytes:
+        raise CheckpointCorrupt(f"{where} has {opened.num_bytes} bytes, by its header {shard.num_bytes}")
+    return shard
 
 
 def stored_digests(checkpoint: Location, file: str) -> tuple[str, ...]:
@@ -58,25 +58,44 @@ def _contents(objects: LargeObjects, file: str) -> Iterator[bytes]:
         data = objects.get(file, start, start + READ_BYTES)
 
 
-class _MappedShard:
-    """A file in a directory."""
+class _File:
+    """A file in a directory, open as long as this is held. It is not mapped into memory: a page that can't be read
+    would end the process, where a call raises OSError."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointCorrupt(f"{path} can't be read: {error}") from error
+        self._file = path.open("rb", buffering=0)
+        self.num_bytes = os.fstat(self._file.fileno()).st_size
 
-    def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:
-        try:
-            stored = self._file.get_slice(key)  # type: ignore[no-untyped-call]
-            if stored.get_shape() != [length]:
-                raise CheckpointCorrupt(f"{self._path}: {key} has shape {stored.get_shape()}")
-            found: npt.NDArray[Any] = stored[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointCorrupt(f"{self._path} can't be read: {error}") from error
-        return found
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._file.fileno(), max(0, min(stop, self.num_bytes) - start), start)
+
+    def fill(self, start: int, buffer: memoryview) -> int:
+        return os.preadv(self._file.fileno(), [buffer], start)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Object:
+    """An object in a bucket. A request reads on beyond what is wanted, as arrays are mostly read in their order, and
+    small."""
+
+    def __init__(self, objects: LargeObjects, file: str, held_bytes: int) -> None:
+        self._objects, self._file, self._held_bytes = objects, file, held_bytes
+        self._begin, self._held = 0, memoryview(b"")  # the bytes from `_begin`
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._objects.get(self._file, start, stop)
+
+    def fill(self, start: int, buffer: memoryview) -> int:
+        if not self._begin <= start < self._begin + len(self._held):
+            self._begin, self._held = start, memoryview(self.read(start, start + self._held_bytes))
+        found = self._held[start - self._begin :][: len(buffer)]
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._held = memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -88,25 +107,41 @@ class _Array:
     begin: int
 
 
-class _ShardObject:
-    """An object in a bucket, whose header is read first. A request reads on beyond what is wanted, as arrays are mostly
-    read in their order, and small."""
+class StoredShard:
+    """A shard, whose arrays are read in parts. Its header is read first.
 
-    def __init__(self, objects: LargeObjects, file: str, where: str, held_bytes: int) -> None:
-        self._objects, self._file, self._where, self._held_bytes = objects, file, where, held_bytes
-        self._begin, self._held = 0, memoryview(b"")  # the bytes from `_begin`
+    Args:
+        stored: `read` gives its bytes from a position to before another one, or to its end; `fill` puts those from a
+            position into a buffer, as many as are at hand, and returns their number: 0 at the end.
+
+    Attributes:
+        num_bytes: by the header.
+
+    Raises:
+        CheckpointCorrupt: it is no shard.
+        OSError: it can't be read.
+    """
+
+    def __init__(self, stored: _File | _Object, where: str) -> None:
+        self._stored, self._where = stored, where
         try:
-            length = int.from_bytes(objects.get(file, 0, 8), "little")
-            header = json.loads(objects.get(file, 8, 8 + length))
+            length = int.from_bytes(stored.read(0, 8), "little")
+            header = json.loads(stored.read(8, 8 + length))
+            header.pop("__metadata__", None)
             self._arrays = {
                 key: _Array(_DTYPES[array["dtype"]], array["shape"], 8 + length + array["data_offsets"][0])
                 for key, array in header.items()
-                if key != "__metadata__"
             }
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            self.num_bytes = 8 + length + max((array["data_offsets"][1] for array in header.values()), default=0)
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
 
+    def close(self) -> None:
+        """Close the file, or drop what is held of the object. It can't be read any more."""
+        self._stored.close()
+
     def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements [start, stop) of an array of `length` elements. Raises CheckpointCorrupt or OSError."""
         array = self._arrays.get(key)
         if array is None or array.shape != [length]:
             raise CheckpointCorrupt(f"{self._where}: {key} has shape {array.shape if array else None}")
@@ -115,16 +150,8 @@ class _ShardObject:
         view = found.view(np.uint8).data
         at, first = 0, array.begin + start * size
         while at < len(view):
-            data = self._from(first + at)[: len(view) - at]
-            if not data:
+            num_bytes = self._stored.fill(first + at, view[at:])
+            if num_bytes == 0:
                 raise CheckpointCorrupt(f"{self._where} ends within {key}")
-            view[at : at + len(data)] = data
-            at += len(data)
+            at += num_bytes
         return found
-
-    def _from(self, start: int) -> memoryview:
-        """Bytes from `start`, as many as are held; none at the object's end."""
-        if not self._begin <= start < self._begin + len(self._held):
-            data = self._objects.get(self._file, start, start + self._held_bytes)
-            self._begin, self._held = start, memoryview(data)
-        return self._held[start - self._begin :]

@@ -1,4 +1,5 @@
-"""Faults as they are made: signals to processes of the run's own cluster, and its storage filled, frozen or covered."""
+"""Faults as they are made: signals to processes of the run's own cluster, its storage filled, frozen or covered, and
+calls to it that hang, fail or are slow."""
 
 import time
 from collections.abc import Iterator
@@ -11,14 +12,25 @@ import psutil
 from tests.chaos.cluster import Cluster, title_of
 from tests.chaos.observer import Observer
 from tests.chaos.schedule import Fault, Kind
+from tests.support.call_faults import CallFault, Effect
 from tests.support.disk import fill, frozen, read_only
+from tests.support.fuse_disk import FuseDisk
 
 FILL_EVERY_S = 0.05  # what the run frees meanwhile is filled too
+ON_FUSE = {
+    Kind.HUNG: CallFault("*", Effect.HANG),
+    Kind.FAILING: CallFault("*", Effect.ERROR),
+    Kind.SLOW: CallFault("*", Effect.DELAY, seconds=0.1),
+}
 
 
 @dataclass
 class Faults:
     """Makes faults to a run.
+
+    Args:
+        disk: where its storage is.
+        fuse: that disk, if it is one by FUSE.
 
     Attributes:
         num_killed: processes so far.
@@ -29,6 +41,7 @@ class Faults:
     run: str
     disk: Path
     observer: Observer
+    fuse: FuseDisk | None = None
     num_killed: int = 0
     num_missed: int = 0
 
@@ -61,6 +74,8 @@ class Faults:
             match fault.kind:
                 case Kind.FULL:
                     stack.enter_context(self.full())
+                case kind if self.fuse is not None and kind in ON_FUSE:
+                    stack.enter_context(self.fuse.having(ON_FUSE[kind]))
                 case Kind.HUNG:
                     stack.enter_context(frozen(self.disk))
                 case Kind.READ_ONLY:

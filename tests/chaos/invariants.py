@@ -50,6 +50,16 @@ def storage_faults(events: Iterable[Event]) -> list[str]:
     return [f"{event['kind']}: {event.get('worker', '')} {event.get('why', '')}" for event in lost]
 
 
+def is_replaying(events: Sequence[Event]) -> bool:
+    """Whether the run went back to a checkpoint and has not done again yet what it gave up: steps are recorded once, so
+    none is recorded meanwhile but by the members before."""
+    kinds = [event["kind"] for event in events if event["kind"] in ("rolled_back", "activated", "steps")]
+    if "rolled_back" not in kinds:
+        return False
+    since = kinds[len(kinds) - kinds[::-1].index("rolled_back") :]
+    return "activated" not in since or "steps" not in since[since.index("activated") :]
+
+
 def loss_faults(events: Iterable[Event], undisturbed: Iterable[Event]) -> list[str]:
     """Steps whose losses or gradient norm are not those of the undisturbed run, bit by bit."""
     pairs = zip(records_of(events), records_of(undisturbed), strict=False)

@@ -9,7 +9,7 @@ from typing import Any
 from tests.chaos.checks import Checks
 from tests.chaos.cluster import Answer, Cluster
 from tests.chaos.faults import Faults
-from tests.chaos.invariants import storage_faults
+from tests.chaos.invariants import is_replaying, storage_faults
 from tests.chaos.observer import Observer
 from tests.chaos.schedule import Fault, Kind, Schedule
 
@@ -116,7 +116,7 @@ class Player:
             answer = self._status()
         storage = (answer.value or {}).get("storage")
         self.checks.say(f"step {self.observer.step}: over after {time.monotonic() - began_s:.1f} s; storage: {storage}")
-        if fault.kind is Kind.HUNG and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
+        if fault.kind in (Kind.HUNG, Kind.FAILING) and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
             # The next controller reads the journal before it answers: nothing is promised until storage does.
             self.checks.say(f"status: exit code {answer.code} after {answer.seconds:.1f} s")
         else:
@@ -190,6 +190,8 @@ class Player:
             lacks.append("the status is older than the fault's end")
         if self.observer.step < step:
             lacks.append(f"the newest committed step is {self.observer.step}")
+        if is_replaying(self.observer.events):
+            lacks.append("steps that were given up are not all done again")
         if self.observer.term == term and any(kind is Kind.KILL_CONTROLLER for kind, _ in killed):
             lacks.append(f"the controller still has term {term}")
         for kind, pid in killed:

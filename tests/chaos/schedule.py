@@ -26,10 +26,12 @@ class Kind(StrEnum):
     KILL_SCHEDULER = "kill the Scheduler"
     KILL_TRACKER = "kill the tracker"
     KILL_STORAGE_PROCESS = "kill the controller's storage process"
+    FAILING = "storage fails all calls"
+    SLOW = "storage is slow"
 
     @property
     def is_of_storage(self) -> bool:
-        return self in (Kind.FULL, Kind.HUNG, Kind.READ_ONLY)
+        return self in (Kind.FULL, Kind.HUNG, Kind.READ_ONLY, Kind.FAILING, Kind.SLOW)
 
     @property
     def lasts(self) -> bool:
@@ -37,10 +39,17 @@ class Kind(StrEnum):
 
 
 class Disk(StrEnum):
-    """File system of run storage. A tmpfs can't be frozen."""
+    """File system of run storage. A tmpfs can't be frozen, and only one by FUSE fails calls on request."""
 
     EXT4 = "ext4"
     TMPFS = "tmpfs"
+    FUSE = "fuse"
+
+    def has(self, kind: Kind) -> bool:
+        """Whether a fault of storage can be made to it."""
+        if kind in (Kind.FAILING, Kind.SLOW):
+            return self is Disk.FUSE
+        return kind is not Kind.HUNG or self is not Disk.TMPFS
 
 
 @dataclass(frozen=True)
@@ -107,11 +116,16 @@ class Schedule:
         return fault.kind.is_of_storage and fault.workers is None and not any(f.is_within for f in following)
 
 
-def schedule_of(seed: int, num_faults: int, pace: Pace) -> Schedule:
-    """The schedule of a seed. At least half of its faults are of storage."""
+def schedule_of(seed: int, num_faults: int, pace: Pace, disk: Disk | None = None) -> Schedule:
+    """The schedule of a seed. At least half of its faults are of storage.
+
+    Args:
+        disk: None: an ext4 or a tmpfs, by the seed.
+    """
     random = Random(f"chaos {seed}")
-    disk = random.choice([Disk.EXT4, Disk.EXT4, Disk.TMPFS])
-    of_storage = [kind for kind in Kind if kind.is_of_storage and (disk is Disk.EXT4 or kind is not Kind.HUNG)]
+    drawn = random.choice([Disk.EXT4, Disk.EXT4, Disk.TMPFS])
+    disk = disk or drawn
+    of_storage = [kind for kind in Kind if kind.is_of_storage and disk.has(kind)]
     of_processes = [kind for kind in Kind if not kind.is_of_storage]
     num_of_storage = math.ceil(num_faults / 2)
     kinds = _drawn(random, of_storage, num_of_storage) + _drawn(random, of_processes, num_faults - num_of_storage)

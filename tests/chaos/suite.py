@@ -23,6 +23,7 @@ from tests.chaos.observer import Observer
 from tests.chaos.player import Player, RunLost
 from tests.chaos.schedule import MOST_WORKERS, Disk, Schedule
 from tests.support.disk import ext4_disk, small_disk
+from tests.support.fuse_disk import FuseDisk, fuse_disk
 from tests.support.texts import write_texts
 
 DISK_MB = 96
@@ -50,13 +51,17 @@ def run_chaos(schedule: Schedule, checks: Checks, place: Path, patience_s: float
         checks.check("no process of the cluster is left", left)
 
 
-def _play(schedule: Schedule, checks: Checks, cluster: Cluster, place: Path, disk: Path, patience_s: float) -> None:
+def _play(
+    schedule: Schedule, checks: Checks, cluster: Cluster, place: Path, disk: Path | FuseDisk, patience_s: float
+) -> None:
+    fuse = disk if isinstance(disk, FuseDisk) else None
+    disk, stored = (fuse.path, fuse.backing) if fuse else (disk, disk)
     run = f"chaos-{schedule.seed}"
     job = write_job(place / f"{run}.yaml", place / "texts", disk / "runs", ENDLESS, **disturbed(schedule.workers))
     cluster.expect("submit", str(job))
-    run_dir = disk / "runs" / run
+    run_dir = stored / "runs" / run  # as it is stored: checks meet no faults
     with Observer(run_dir) as observer:
-        faults = Faults(cluster, run, disk, observer)
+        faults = Faults(cluster, run, disk, observer, fuse)
         player = Player(cluster, run, faults, observer, checks, patience_s, schedule.workers)
         try:
             player.begin()
@@ -122,7 +127,7 @@ def _show_logs(checks: Checks, run_dir: Path) -> None:
 
 
 @contextmanager
-def _disk(kind: Disk, place: Path) -> Iterator[Path]:
-    make = ext4_disk if kind is Disk.EXT4 else small_disk
+def _disk(kind: Disk, place: Path) -> Iterator[Path | FuseDisk]:
+    make = {Disk.EXT4: ext4_disk, Disk.TMPFS: small_disk, Disk.FUSE: fuse_disk}[kind]
     with make(place, DISK_MB) as disk:
         yield disk

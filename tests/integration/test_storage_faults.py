@@ -25,6 +25,7 @@ from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from tests.support.disk import ext4_disk, fill, frozen, small_disk
+from tests.support.hanging_disk import hanging_disk
 from tests.support.hosts import until as await_event
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
@@ -133,19 +134,20 @@ def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) ->
     return max(after - before for before, after in pairwise([since, *votes, until]))
 
 
-def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
-    with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "hung", disk / "runs", steps=1_000_000, schedule="constant")
+@pytest.mark.parametrize(("kind", "hangs_s"), [("ext4", HANGS_S), ("fuse", 20.0)], ids=["writes", "all calls"])
+def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path, kind: str, hangs_s: float) -> None:
+    with hanging_disk(kind, tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
+        run = _submit(client, texts, "hung", disk.path / "runs", steps=1_000_000, schedule="constant")
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         began, began_s = time.time(), time.monotonic()
-        with frozen(disk):
+        with disk.hanging():
             warned = until(client, run, lambda s: "has not answered" in str(s.warning))
             assert warned.phase is RunPhase.TRAINING and warned.storage is StorageCondition.SLOW
             asked_s = time.monotonic()
             client.scale(run, 1)
             assert time.monotonic() - asked_s < 2.0
             until(client, run, lambda s: s.workers_now == 1)
-            while time.monotonic() - began_s < HANGS_S:
+            while time.monotonic() - began_s < hangs_s:
                 asked_s = time.monotonic()
                 assert client.get(run).workers_now == 1
                 assert time.monotonic() - asked_s < 2.0

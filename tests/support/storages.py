@@ -10,8 +10,9 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import LargeObjects
 from tests.support.buckets import azure_bucket, gcs_bucket, s3_bucket
 from tests.support.disk import ext4_disk, small_disk
+from tests.support.fuse_disk import fuse_disk
 
-KINDS = ("directory", "tmpfs", "ext4", "s3", "gs", "az")
+KINDS = ("directory", "tmpfs", "ext4", "fuse", "s3", "gs", "az")
 
 number = count()  # moto's servers in one process share their buckets
 
@@ -31,6 +32,9 @@ def storage_of(kind: str, place: Path) -> Iterator[MakeStorage]:
         case "ext4":
             with ext4_disk(place, 256):
                 yield lambda: DirectoryObjects(place / str(next(number)))
+        case "fuse":
+            with fuse_disk(place, 256) as disk:
+                yield lambda: DirectoryObjects(disk.path / str(next(number)))
         case "s3":
             with s3_bucket() as (url, _):
                 yield lambda: BucketObjects(f"{url}/in s3/{next(number)}")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.fuse_disk import FuseDisk, fuse_disk
+
 if TYPE_CHECKING:
     from tests.support.request_proxy import RequestProxy
 
@@ -16,6 +18,13 @@ def bucket() -> "Iterator[tuple[str, RequestProxy]]":
 
     with s3_bucket() as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def fuse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FuseDisk]:
+    """A file system whose calls may have faults."""
+    with fuse_disk(tmp_path_factory.mktemp("fuse") / "disk", 64) as disk:
+        yield disk
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.chaos import invariants
 from tests.chaos.checks import Checks
-from tests.chaos.invariants import count_faults, end_faults, loss_faults, step_faults, storage_faults
+from tests.chaos.invariants import count_faults, end_faults, is_replaying, loss_faults, step_faults, storage_faults
 
 OWN = ("journal", "checkpoints", "invariants", "checks", "observer", "cluster", "player", "schedule")
 
@@ -39,6 +39,15 @@ def test_a_last_step_without_a_checkpoint_is_found() -> None:
     assert end_faults([*_steps(0, 1), lost, asked, *_steps(2)], [1]) == ["step 2 is the last one, checkpoints: [1]"]
     assert end_faults(_steps(0, 1), []) == ["step 1 is the last one, checkpoints: []"]
     assert end_faults([*_steps(0, 1, 2), asked, lost], [1]) == []
+
+
+def test_a_run_is_replaying_until_it_records_steps_of_a_later_generation() -> None:
+    back, activated = {"kind": "rolled_back"}, {"kind": "activated"}
+    assert not is_replaying([activated, *_steps(0, 1)])
+    assert is_replaying([activated, *_steps(0, 1), back])
+    assert is_replaying([*_steps(0, 1), back, *_steps(2), activated, {"kind": "state"}])  # what others had done
+    assert not is_replaying([*_steps(0, 1), back, *_steps(2), activated, *_steps(3)])
+    assert is_replaying([*_steps(0, 1), back, activated, *_steps(2), back, activated])
 
 
 def test_a_worker_or_a_step_that_storage_costs_is_found() -> None:

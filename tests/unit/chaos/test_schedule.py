@@ -9,8 +9,8 @@ from tests.chaos.schedule import LEAST_WORKERS, MOST_WORKERS, PACES, Disk, Kind,
 SEEDS = range(60)
 
 
-def _schedule(seed: int, num_faults: int = 25) -> Schedule:
-    return schedule_of(seed, num_faults, PACES["long"])
+def _schedule(seed: int, num_faults: int = 25, disk: Disk | None = None) -> Schedule:
+    return schedule_of(seed, num_faults, PACES["long"], disk)
 
 
 def test_the_same_seed_gives_the_same_schedule() -> None:
@@ -40,7 +40,7 @@ def test_at_least_half_of_the_faults_are_of_storage(num_faults: int) -> None:
 
 
 def test_every_kind_of_fault_and_of_end_occurs() -> None:
-    schedules = [_schedule(seed) for seed in SEEDS]
+    schedules = [_schedule(seed, disk=disk) for seed in SEEDS for disk in (None, Disk.FUSE)]
     assert {fault.kind for schedule in schedules for fault in schedule.faults} == set(Kind)
     assert {schedule.disk for schedule in schedules} == set(Disk)
     assert {schedule.stops_when_full for schedule in schedules} == {False, True}
@@ -62,10 +62,20 @@ def test_within_a_fault_of_storage_at_most_one_other_happens_and_it_happens_at_o
     assert within
 
 
-def test_what_can_not_be_frozen_is_not() -> None:
+@pytest.mark.parametrize(
+    ("disk", "kinds"),
+    [
+        (Disk.TMPFS, {Kind.FULL, Kind.READ_ONLY}),
+        (Disk.EXT4, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG}),
+        (Disk.FUSE, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG, Kind.FAILING, Kind.SLOW}),
+    ],
+    ids=str,
+)
+def test_a_disk_has_the_faults_that_can_be_made_to_it(disk: Disk, kinds: set[Kind]) -> None:
     for seed in SEEDS:
-        schedule = _schedule(seed)
-        assert schedule.disk is Disk.EXT4 or all(fault.kind is not Kind.HUNG for fault in schedule.faults)
+        schedule = _schedule(seed, disk=disk)
+        assert schedule.disk is disk
+        assert {fault.kind for fault in schedule.faults if fault.kind.is_of_storage} == kinds
 
 
 def test_only_faults_that_last_have_seconds() -> None:

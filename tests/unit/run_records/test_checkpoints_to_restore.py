@@ -13,7 +13,9 @@ from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.checkpoints import LOOK_AGAIN_S, CheckpointFinder
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.job import JobSpec
+from tests.support.call_faults import CallFault, Effect
 from tests.support.checkpoints import write_checkpoint
+from tests.support.fuse_disk import FuseDisk, drop_cache
 
 
 def _records(run_dir: Path) -> CheckpointRecords:
@@ -54,3 +56,23 @@ def test_a_checkpoint_whose_file_is_gone_or_is_none_is_passed_over(tmp_path: Pat
     shard.mkdir()
     restore = back.newest_good(0.0, _records(tmp_path))
     assert restore is not None and restore.step == 9 and not back.trouble
+
+
+@pytest.mark.parametrize(("effect", "found"), [(Effect.ERROR, None), (Effect.FLIPPED, 9)], ids=["error", "bit flips"])
+def test_a_checkpoint_whose_bytes_do_not_arrive_is_waited_for_and_one_whose_bytes_change_is_passed_over(
+    fuse: FuseDisk, effect: Effect, found: int | None
+) -> None:
+    """On a file system that does so: as each shard of the newer one is read."""
+    run_dir = fuse.path / effect.name
+    back = CheckpointFinder(run_dir)
+    for step in (9, 19):
+        write_checkpoint(run_dir, step)
+    records = _records(run_dir)
+    drop_cache(run_dir)
+    with fuse.having(CallFault("read", effect, "*/step-00000019-*/shard-*")):
+        restore = back.newest_good(100.0, records)
+    assert (restore and restore.step) == found
+    assert bool(back.trouble) == (found is None)
+    drop_cache(run_dir)
+    restore = CheckpointFinder(run_dir).newest_good(100.0, records)
+    assert restore is not None and restore.step == 19

@@ -17,7 +17,7 @@ from orchestrator.storage.objects import Objects
 from tests.support.storages import MakeStorage, storage_of
 
 
-@pytest.fixture(scope="module", params=["directory", "s3"])
+@pytest.fixture(scope="module", params=["directory", "fuse", "s3"])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeStorage]:
     with storage_of(request.param, tmp_path_factory.mktemp(request.param) / "at") as make:
         yield make

@@ -1,0 +1,113 @@
+"""Checkpoints on a file system whose calls fail, tear writes and flip bits."""
+
+import errno
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.checkpoint.block_digests import digests_of
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name, manifest_of
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.errors import CheckpointCorrupt
+from orchestrator.protocol.worker_report import ShardWritten
+from tests.support.call_faults import CallFault, Effect
+from tests.support.fuse_disk import FuseDisk, drop_cache
+
+number = count()
+VALUES = np.arange(100_000, dtype=np.float32)
+FAULTS = [  # of every call that writes a file and reads it back
+    pytest.param(CallFault(call, effect), id=f"{call}-{effect.name}")
+    for call, effects in {
+        "create": [Effect.ERROR, Effect.LOST_REPLY],
+        "write": [Effect.ERROR, Effect.LOST_REPLY, Effect.TORN, Effect.FLIPPED],
+        "fsync": [Effect.ERROR, Effect.LOST_REPLY],
+        "open": [Effect.ERROR],
+        "read": [Effect.ERROR, Effect.FLIPPED],
+        "fsyncdir": [Effect.ERROR],
+    }.items()
+    for effect in effects
+]
+
+
+@pytest.fixture
+def checkpoints(fuse: FuseDisk) -> Path:
+    return fuse.path / str(next(number)) / "checkpoints"
+
+
+def write(checkpoints: Path) -> ShardWritten:
+    return write_shard(checkpoints, [ShardPiece("w", 0, VALUES.size, VALUES)], step=9, term=1, generation=0, rank=0)
+
+
+def written(checkpoints: Path) -> CheckpointManifest:
+    headers = read_shards(checkpoints, [write(checkpoints)], term=1)
+    return manifest_of(headers, run_id="r", term=1, shapes={"w": VALUES.shape})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_shard_of_which_any_call_fails_leaves_nothing(fuse: FuseDisk, checkpoints: Path, fault: CallFault) -> None:
+    with fuse.having(fault):
+        with pytest.raises(OSError, match="Input/output error|reads back changed") as failed:
+            write(checkpoints)
+        assert fuse.hits() >= 1
+    assert failed.value.errno == errno.EIO
+    assert [path for path in checkpoints.rglob("*") if path.is_file()] == []
+    shard = write(checkpoints)
+    file = checkpoints / checkpoint_name(9, 1, 0) / shard.file
+    drop_cache(file.parent)
+    assert digests_of(file) == shard.sha256
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_manifest_of_which_any_call_fails_is_whole_or_absent(
+    fuse: FuseDisk, checkpoints: Path, fault: CallFault
+) -> None:
+    manifest = written(checkpoints)
+    path = checkpoints / manifest.name
+    with fuse.having(fault):
+        with pytest.raises(OSError, match="Input/output error|reads back changed"):
+            commit(checkpoints, manifest)
+        assert fuse.hits() >= 1
+    drop_cache(path)
+    content = manifest.to_json().encode()
+    assert not (path / MANIFEST_FILE).exists() or (path / MANIFEST_FILE).read_bytes() == content
+    assert commit(checkpoints, manifest) == path
+    drop_cache(path)
+    assert {file.name for file in path.iterdir()} == {*manifest.files, MANIFEST_FILE}
+    with CheckpointReader(path, manifest.digest) as reader:
+        reader.verify()
+        np.testing.assert_array_equal(reader.read("w", 0, VALUES.size), VALUES)
+
+
+def test_a_manifest_whose_reply_is_lost_is_committed(fuse: FuseDisk, checkpoints: Path) -> None:
+    manifest = written(checkpoints)
+    with fuse.having(CallFault("link", Effect.LOST_REPLY)):
+        path = commit(checkpoints, manifest)
+        assert fuse.hits() == 1
+    drop_cache(path)
+    with CheckpointReader(path, manifest.digest) as reader:
+        reader.verify()
+
+
+def test_a_bit_of_a_shard_that_flips_as_it_is_read_is_found(fuse: FuseDisk, checkpoints: Path) -> None:
+    path = commit(checkpoints, written(checkpoints))
+    with CheckpointReader(path) as reader:
+        drop_cache(path)
+        with fuse.having(CallFault("read", Effect.FLIPPED)), pytest.raises(CheckpointCorrupt, match="shard-00000"):
+            reader.verify()
+        drop_cache(path)
+        reader.verify()
+
+
+def test_a_shard_that_can_not_be_read_is_an_error_and_no_end_of_the_process(fuse: FuseDisk, checkpoints: Path) -> None:
+    """As with a file that is mapped into memory."""
+    path = commit(checkpoints, written(checkpoints))
+    with CheckpointReader(path) as reader:
+        reader.read("w", 0, 1)
+        drop_cache(path)
+        with fuse.having(CallFault("read", Effect.ERROR)), pytest.raises(OSError, match="Input/output error"):
+            reader.read("w", 0, VALUES.size)
+        np.testing.assert_array_equal(reader.read("w", 0, VALUES.size), VALUES)
