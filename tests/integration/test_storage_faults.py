@@ -138,7 +138,7 @@ def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) ->
 def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path, kind: str, hangs_s: float) -> None:
     with hanging_disk(kind, tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
         run = _submit(client, texts, "hung", disk.path / "runs", steps=1_000_000, schedule="constant")
-        until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
+        until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None and s.warning is None)
         began, began_s = time.time(), time.monotonic()
         with disk.hanging():
             warned = until(client, run, lambda s: "has not answered" in str(s.warning))
@@ -158,10 +158,10 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         status = client.wait(run, timeout_s=60.0)
         assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
         events = list(client.events(run))
-        kinds = [
-            event["kind"] for event in events if event["time"] > began
-        ]  # on a busy machine it is slow at the start
-        assert kinds.count("storage_fails") == kinds.count("storage_works") == 1
+        kinds = [event["kind"] for event in events if event["time"] > began]
+        assert (
+            1 <= kinds.count("storage_fails") == kinds.count("storage_works") <= 2
+        )  # a busy machine is slow by itself
         assert "worker_lost" not in {event["kind"] for event in events}
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
