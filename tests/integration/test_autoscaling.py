@@ -1,7 +1,6 @@
 """The Scheduler finds sizes of runs on real Ray, with simulated workers: room that comes and goes, stages, demand."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from orchestrator.errors import UsageError
 from orchestrator.protocol.status import RunPhase
-from tests.support.control import Cluster, local_ray
+from tests.support.control import Cluster
 from tests.support.hosts import until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 SOON_S = 60.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=4):
-        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,9 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
-from tests.support.control import UNHURRIED, Cluster, local_ray
+from tests.support.control import UNHURRIED, Cluster
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=8):
-        yield
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture
@@ -143,9 +136,9 @@ def test_a_pause_behind_a_checkpoint_of_the_abandoned_past_writes_one(on: Cluste
 
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:
     workers = {"min": 3, "max": 3, "initial": 3}
-    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 2.5}, envs=UNHURRIED)
+    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 1.25}, envs=UNHURRIED)
     on.until("least", lambda s: s.step > 5)
-    on.submit("other", workers=1, resources={"cpus": 0.5}, train=_steps(100_000))
+    on.submit("other", workers=1, resources={"cpus": 0.25}, train=_steps(100_000))
     os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
     status = on.until("least", lambda s: "workers.min" in s.why)
     assert status.phase is RunPhase.RECOVERING and "w1 died" in status.why

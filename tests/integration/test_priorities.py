@@ -17,17 +17,11 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
-from tests.support.control import PATIENCE_S, Cluster, local_ray
+from tests.support.control import PATIENCE_S, Cluster
 from tests.support.hosts import until
-from tests.support.simulated_worker import simulated_parts
+from tests.support.simulated_services import simulated_parts
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=4):
-        yield
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture

@@ -568,10 +568,10 @@ def test_pydocs_say_how_to_get_them_or_are_read(tmp_path: Path, monkeypatch: pyt
 
 
 def test_memory_per_document_is_small(tmp_path: Path) -> None:
-    """Of 20,000 documents nothing but flags, digests and the index may stay: measured where nothing else grows."""
+    """Of 5,000 documents nothing but flags, digests and the index may stay: measured where nothing else grows."""
     import tracemalloc
 
-    path = write_lines(tmp_path / "a.jsonl", (f"{hashlib.sha256(str(n).encode()).hexdigest()}" for n in range(20_000)))
+    path = write_lines(tmp_path / "a.jsonl", (f"{hashlib.sha256(str(n).encode()).hexdigest()}" for n in range(5_000)))
     request = replace(PLAIN, sources=(str(path),), deduplicate=True)
     prepare_corpora(request, tmp_path / "warm", map)
     sizes = []
@@ -584,5 +584,5 @@ def test_memory_per_document_is_small(tmp_path: Path) -> None:
     before = tracemalloc.get_traced_memory()[0]
     prepare_corpora(request, tmp_path / "stores", map, tell)
     tracemalloc.stop()
-    assert os.path.getsize(path) > 20_000 * 64
-    assert (sizes[0] - before) / 20_000 < 120  # the held blocks' bits, digests, split and, per block, its places
+    assert os.path.getsize(path) > 5_000 * 64
+    assert (sizes[0] - before) / 5_000 < 120  # the held blocks' bits, digests, split and, per block, its places
