@@ -104,7 +104,7 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
 def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     schedule = [{"at_step": 20, "workers": 3}, {"at_step": 40, "workers": 1}]
     workers = {"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}
-    on.submit("planned", workers=workers, train=_steps(300), envs=UNHURRIED, checkpoint={"every": 20})
+    on.submit("planned", workers=workers, train=_steps(300), checkpoint={"every": 20})
     on.until("planned", lambda s: len(s.rescales) == 2)
     status = on.end_of("planned", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
@@ -120,7 +120,7 @@ def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
 
 
 def test_a_request_is_checked_and_carried_out_after_storage_has_failed_for_a_while(on: Cluster) -> None:
-    on.submit("request", train=_steps(250), envs=UNHURRIED)
+    on.submit("request", train=_steps(250))
     on.until("request", lambda s: s.step > 5)
     journal = on.storage / "request" / "journal"
     away = journal.rename(journal.with_name("away"))
@@ -146,7 +146,7 @@ def test_a_request_is_checked_and_carried_out_after_storage_has_failed_for_a_whi
 @pytest.mark.parametrize("moment", [pytest.param("prepared", marks=pytest.mark.slow), "moving"])
 def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> None:
     name = f"newcomer-{moment}"
-    on.submit(name, train=_steps(100_000), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
+    on.submit(name, train=_steps(100_000), envs={**UNHURRIED, "SIM_DIE": f"w2:{moment}"})
     on.until(name, lambda s: s.step > 0)
     on.ask("scale", name, 3)
     on.until(name, lambda s: s.workers_now == 3)
@@ -203,7 +203,7 @@ def test_a_controller_that_does_not_answer_and_workers_that_ignore_sigterm_or_ar
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
-    on.submit("phoenix", train=_steps(300), parts=parts, envs=UNHURRIED, checkpoint={"every": 100, "keep_last": 1})
+    on.submit("phoenix", train=_steps(300), parts=parts, checkpoint={"every": 100, "keep_last": 1})
     on.until("phoenix", lambda s: s.step > 5)
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
@@ -244,7 +244,7 @@ def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
 
 @pytest.mark.slow
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
-    on.submit("kept", train=_steps(300), envs=UNHURRIED)
+    on.submit("kept", train=_steps(300))
     on.until("kept", lambda s: s.step > 0)
     ray.kill(on.scheduler.handle, no_restart=False)
     on.scheduler = get_or_create_scheduler()

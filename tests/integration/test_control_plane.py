@@ -17,7 +17,7 @@ from orchestrator.protocol.worker_report import Report
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.scheduler.scheduler import NAME as SCHEDULER
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
-from tests.support.control import PATIENCE_S, UNHURRIED, Cluster
+from tests.support.control import PATIENCE_S, Cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -122,7 +122,6 @@ def test_a_member_lost_with_the_rendezvous_store_is_recovered_from_once_that_is_
         run,
         train={"max_steps": 300, "global_batch_size": 16, "micro_batch_size": 4},
         workers={"min": 1, "max": 3, "initial": 3},
-        envs=UNHURRIED,
     )
     on.until(run, lambda s: s.step > 5)
     pids = [on.pid_of(f"{run}/{name}") for name in ("rendezvous", "worker/w1")]

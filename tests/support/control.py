@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
 SOON_S = 10.0
 OBJECT_STORE_BYTES = 200_000_000
-# Of runs that are told to hurry once everything has happened to them: a busy machine has half a minute for that.
+# Steps of runs to which something happens: short ones would only take processors away. Once everything has happened, a
+# run that has to reach its end is told to hurry.
 UNHURRIED = {"SIM_STEP_S": "0.1"}
 
 
@@ -147,7 +148,7 @@ class Cluster:
             "resources": {"cpus": 0.5},
             "model": {"n_routed_experts": 8, "num_experts_per_tok": 2},
             "train": {"max_steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
-            "envs": {"SIM_STEP_S": "0.02"},
+            "envs": UNHURRIED,
         }
         job = JobSpec.model_validate_json(json.dumps(spec | changes))
         text = f"name: {name}\n"

@@ -11,6 +11,7 @@ its buddy keeps in memory. It is told what to do by the job's `envs`:
 """
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -40,6 +41,7 @@ from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from tests.support.simulated_services import HURRY
 
 POLL_S = 0.002
+LIVES_EVERY = 10  # polls between two looks whether a peer's process lives, which cost more
 
 
 def _stage_of(step: int) -> str:
@@ -337,13 +339,15 @@ class SimulatedWorker:
         return {peer: json.loads(self._read(place, peer) or "{}") for peer in members}
 
     def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
-        while not done():
+        for number in itertools.count(1):
+            if done():
+                return
             order = self._mailbox.directive
             if order.aborted >= plan.generation:
                 raise PeerLost(f"generation {plan.generation} was aborted")
             if all(p is None or p.generation != plan.generation for p in (order.next, order.current)):
                 raise Withdrawn(f"generation {plan.generation} is not wanted any more")
-            if peer is not None and not self._lives(peer):
+            if peer is not None and number % LIVES_EVERY == 0 and not self._lives(peer):
                 raise PeerLost(f"{peer} is gone")
             time.sleep(POLL_S)
 
