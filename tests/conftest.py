@@ -11,6 +11,7 @@ from hypothesis import settings
 # authentication set their own value in the environment of the processes that they start.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["GOMP_SPINCOUNT"] = "0"  # a thread of torch that waits leaves its processor to the other process of pytest
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call that forgets to connect fails, and starts no Ray
 os.environ.update(RAY_prestart_worker_first_driver="0")  # as in `local_head`
 os.environ.update(RAY_worker_niceness="0")  # else actors wait for the tests of the other process of pytest
