@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, Host, names_of, start_host
+from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, Host, find, names_of, start_host
+from orchestrator.cluster.calls import ask
 from orchestrator.cluster.cluster_objects import ClusterObjects
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
@@ -27,6 +28,7 @@ from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
 from tests.support.control import UNHURRIED, Cluster
+from tests.support.hosts import until
 from tests.support.simulated_services import simulated_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -213,6 +215,8 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
     on.ask("scale", "phoenix", 3)
     on.until("phoenix", lambda s: s.workers_now == 3)
+    tracker = find("phoenix/tracker")
+    until(lambda: bool(ask(tracker, "call", "describe")["published"]), PATIENCE_S, "the new tracker's first values")
     status = on.end_of("phoenix", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     assert newest_term(objects_at(on.storage / "phoenix")) == 2
