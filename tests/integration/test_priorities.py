@@ -47,6 +47,7 @@ def _events(on: Cluster, name: str, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in on.ask("events", name) if event["kind"] in kinds]
 
 
+@pytest.mark.journey
 def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster) -> None:
     """It counts at once, and survives the controller and the run's end."""
     on.submit("low", **_job("1..4"))
