@@ -22,7 +22,7 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.protocol.status import RunPhase
 from tests.support.control import Cluster, local_ray
 from tests.support.hosts import until
-from tests.support.simulated_worker import simulated_parts
+from tests.support.simulated_services import simulated_parts
 
 CPUS = 4
 RUNS, QUICK_RUNS = 10, 1

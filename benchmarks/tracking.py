@@ -36,7 +36,7 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.mlflow_server import MlflowServer
-from tests.support.simulated_worker import simulated_parts
+from tests.support.simulated_services import simulated_parts
 
 WORKERS = 2
 NEVER = 1_000_000

@@ -1,16 +1,20 @@
 """What all tests share."""
 
+import gc
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 # Unset, it would make a local Ray write ~/.ray/auth_token and change how later clusters of this machine start. Tests of
 # authentication set their own value in the environment of the processes that they start.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["GOMP_SPINCOUNT"] = "0"  # a thread of torch that waits leaves its processor to the other process of pytest
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call that forgets to connect fails, and starts no Ray
-os.environ.update(RAY_prestart_worker_first_driver="0")  # as in `local_cluster`
+os.environ.update(RAY_prestart_worker_first_driver="0")  # as in `local_head`
+os.environ.update(RAY_worker_niceness="0")  # else actors wait for the tests of the other process of pytest
 
 # A busy machine makes single examples slow; pytest-timeout still ends a test that hangs.
 settings.register_profile("orchestrator", deadline=None)
@@ -18,3 +22,18 @@ settings.load_profile("orchestrator")
 
 # Whoever starts the tests in the background may have them ignore it, and their processes with them: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def forked_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children with torch are forked from a process that has it."""
+    from orchestrator.submission import torch_process
+    from tests.support.forked_modules import Forking
+
+    monkeypatch.setattr(torch_process, "subprocess", Forking)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: no later search for garbage goes through all of torch and all tests again."""
+    gc.collect()
+    gc.freeze()

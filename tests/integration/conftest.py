@@ -10,6 +10,33 @@ from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
 from tests.support.worker_group import Crew
 
+# What takes longest, journeys first: it begins first, so that all processes of pytest end at about the same time.
+LONGEST = (
+    "test_storage_faults",
+    "test_real_run",
+    "test_by_url",
+    "test_control",
+    "test_priorities",
+    "test_control_losses",
+    "test_cli",
+    "test_exact",
+    "test_control_plane",
+    "test_ray_train",
+    "test_local_cluster",
+    "test_tracking_mlflow",
+    "test_inference",
+    "test_replay",
+    "test_restoring",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    places = [place for place, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    ours = sorted((items[place] for place in places), key=lambda item: order.get(item.path.stem, len(LONGEST)))
+    for place, item in zip(places, ours, strict=True):
+        items[place] = item
+
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_in_the_environment() -> Iterator[None]:
@@ -17,6 +44,25 @@ def nothing_left_in_the_environment() -> Iterator[None]:
     yield
     told = {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", "RAY_ADDRESS", "ORCH"))}
     assert told == {"RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture(scope="session")
+def ray_of_session() -> Iterator[str]:
+    """Address of the Ray, with four processors, of the modules of this process that need none of their own."""
+    from tests.support.control import ray_head  # loads Ray, which few tests need
+
+    with ray_head(num_cpus=4) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_of_session: str) -> Iterator[None]:
+    """That Ray, joined by this process. A module finds nothing there but the scheduler, and leaves nothing else."""
+    from tests.support.control import assert_only_the_scheduler_is_left, joined
+
+    with joined(ray_of_session):
+        yield
+        assert_only_the_scheduler_is_left()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The Scheduler finds sizes of runs on real Ray, with simulated workers: room that comes and goes, stages, demand."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from orchestrator.errors import UsageError
 from orchestrator.protocol.status import RunPhase
-from tests.support.control import Cluster, local_ray
+from tests.support.control import Cluster
 from tests.support.hosts import until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 SOON_S = 60.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=4):
-        yield
 
 
 @pytest.fixture
@@ -61,7 +54,7 @@ def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -
     on.ask("scale", "free", 1)
     on.until("free", lambda s: s.workers_now == 1)
     step = on.status("free").step
-    status = on.until("free", lambda s: s.step > step + 100)  # some seconds, in which it isn't made larger again
+    status = on.until("free", lambda s: s.step > step + 30)  # some seconds, in which it isn't made larger again
     assert (status.workers_now, status.workers_wanted) == (1, 1)
 
     other = placement_group([{"CPU": 2.0}], name="somebody-elses")

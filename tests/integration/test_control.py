@@ -6,7 +6,6 @@ import re
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +17,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, Host, names_of, start_host
+from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, Host, find, names_of, start_host
+from orchestrator.cluster.calls import ask
 from orchestrator.cluster.cluster_objects import ClusterObjects
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
@@ -27,19 +27,14 @@ from orchestrator.run_records.final_status import read_status
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
-from tests.support.control import UNHURRIED, Cluster, local_ray
-from tests.support.simulated_worker import simulated_parts
+from tests.support.control import UNHURRIED, Cluster
+from tests.support.hosts import until
+from tests.support.simulated_services import simulated_parts
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=8):
-        yield
 
 
 @pytest.fixture
@@ -111,7 +106,7 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
 def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     schedule = [{"at_step": 20, "workers": 3}, {"at_step": 40, "workers": 1}]
     workers = {"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}
-    on.submit("planned", workers=workers, train=_steps(300), envs=UNHURRIED, checkpoint={"every": 20})
+    on.submit("planned", workers=workers, train=_steps(300), checkpoint={"every": 20})
     on.until("planned", lambda s: len(s.rescales) == 2)
     status = on.end_of("planned", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
@@ -126,9 +121,16 @@ def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     assert marked[:2] == [19, 39] and marked[-1] == 299
 
 
-def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
-    on.submit("request", train=_steps(250), envs=UNHURRIED)
-    on.until("request", lambda s: s.step > 0)
+def test_a_request_is_checked_and_carried_out_after_storage_has_failed_for_a_while(on: Cluster) -> None:
+    on.submit("request", train=_steps(250))
+    on.until("request", lambda s: s.step > 5)
+    journal = on.storage / "request" / "journal"
+    away = journal.rename(journal.with_name("away"))
+    journal.touch()  # no directory: even root can't write into it
+    stuck = on.until("request", lambda s: "can't be written" in str(s.warning))
+    assert stuck.phase is RunPhase.TRAINING
+    journal.unlink()
+    away.rename(journal)
     with pytest.raises(UsageError, match="9 workers asked for; request allows 1 to 4"):
         on.ask("scale", "request", 9)
     on.ask("scale", "request", 4)
@@ -136,7 +138,7 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
     on.ask("scale", "request", 1)
     on.until("request", lambda s: s.workers_now == 1)
     status = on.end_of("request", hurried=True)
-    assert status.phase is RunPhase.SUCCEEDED, status
+    assert (status.phase, status.warning) == (RunPhase.SUCCEEDED, None), status
     on.assert_every_step_once("request", 250)
     with pytest.raises(UsageError, match="it is succeeded"):
         on.ask("scale", "request", 2)
@@ -146,7 +148,7 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
 @pytest.mark.parametrize("moment", [pytest.param("prepared", marks=pytest.mark.slow), "moving"])
 def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> None:
     name = f"newcomer-{moment}"
-    on.submit(name, train=_steps(100_000), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
+    on.submit(name, train=_steps(100_000), envs={**UNHURRIED, "SIM_DIE": f"w2:{moment}"})
     on.until(name, lambda s: s.step > 0)
     on.ask("scale", name, 3)
     on.until(name, lambda s: s.workers_now == 3)
@@ -160,6 +162,8 @@ def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> N
 
 def test_stop_leaves_a_checkpoint(on: Cluster) -> None:
     on.submit("stopped", train=_steps(5000))
+    with pytest.raises(NameTaken, match="stopped"):
+        on.submit("stopped")
     on.until("stopped", lambda s: s.step > 5)
     on.ask("stop", "stopped")
     status = on.end_of("stopped")
@@ -167,12 +171,23 @@ def test_stop_leaves_a_checkpoint(on: Cluster) -> None:
     assert status.checkpoint_step == status.step - 1 and Path(str(status.checkpoint)).is_dir()
     on.assert_nothing_left("stopped", [])
     on.assert_every_step_once("stopped", status.step)
+    with pytest.raises(NameTaken, match="holds a run stopped"):
+        on.submit("stopped")
 
 
-def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluster) -> None:
+def test_a_controller_that_does_not_answer_and_workers_that_ignore_sigterm_or_are_frozen(on: Cluster) -> None:
+    """Meanwhile the status of the run is that of its journal, and the run ends all the same."""
     workers = {"min": 1, "max": 3, "initial": 2, "standby": 1}
-    on.submit("deaf", train=_steps(100_000), workers=workers, envs={"SIM_STEP_S": "0.02", "SIM_DEAF": "1"})
-    on.until("deaf", lambda s: s.step > 5 and s.standbys == 1)
+    on.submit("deaf", train=_steps(100_000), workers=workers, envs={**UNHURRIED, "SIM_DEAF": "1"})
+    step = on.until("deaf", lambda s: s.step > 5 and s.standbys == 1).step
+    controller = _controller_of(on, "deaf")
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        mute = on.status("deaf")
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    assert mute.why == "its controller has not answered within 15 s; this is the status as of its journal"
+    assert mute.phase is RunPhase.TRAINING and mute.workers_now == 2 and mute.step >= step
     pids = {worker: on.pid_of(f"deaf/worker/{worker}") for worker in ("w0", "w1", "w2")}
     for pid in pids.values():
         os.kill(pid, signal.SIGTERM)
@@ -187,25 +202,10 @@ def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluste
     on.assert_every_step_once("deaf", status.step)
 
 
-def test_status_of_a_run_whose_controller_does_not_answer_is_that_of_its_journal(on: Cluster) -> None:
-    on.submit("mute", train=_steps(100_000), workers={"min": 1, "max": 2, "initial": 2})
-    step = on.until("mute", lambda s: s.step > 5).step
-    pid = _controller_of(on, "mute")
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        status = on.status("mute")
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    assert status.why == "its controller has not answered within 15 s; this is the status as of its journal"
-    assert status.phase is RunPhase.TRAINING and status.workers_now == 2 and status.step >= step
-    on.ask("stop", "mute")
-    on.end_of("mute")
-
-
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
-    on.submit("phoenix", train=_steps(300), parts=parts, envs=UNHURRIED, checkpoint={"every": 100, "keep_last": 1})
+    on.submit("phoenix", train=_steps(300), parts=parts, checkpoint={"every": 100, "keep_last": 1})
     on.until("phoenix", lambda s: s.step > 5)
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
@@ -215,6 +215,8 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
     on.ask("scale", "phoenix", 3)
     on.until("phoenix", lambda s: s.workers_now == 3)
+    tracker = find("phoenix/tracker")
+    until(lambda: bool(ask(tracker, "call", "describe")["published"]), PATIENCE_S, "the new tracker's first values")
     status = on.end_of("phoenix", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     assert newest_term(objects_at(on.storage / "phoenix")) == 2
@@ -233,23 +235,8 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     assert on.kinds("phoenix").count("checkpoints_deleted") == 2
 
 
-def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -> None:
-    on.submit("patient", train=_steps(200), envs=UNHURRIED)
-    on.until("patient", lambda s: s.step > 5)
-    journal = on.storage / "patient" / "journal"
-    away = journal.rename(journal.with_name("away"))
-    journal.touch()  # no directory: even root can't write into it
-    stuck = on.until("patient", lambda s: "can't be written" in str(s.warning))
-    assert stuck.phase is RunPhase.TRAINING
-    journal.unlink()
-    away.rename(journal)
-    status = on.end_of("patient", hurried=True)
-    assert (status.phase, status.warning) == (RunPhase.SUCCEEDED, None), status
-    on.assert_every_step_once("patient", 200)
-
-
 def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
-    host = start_host("held", "tests.support.simulated_worker:SimulatedPreparation", (), ActorOptions())
+    host = start_host("held", "tests.support.simulated_services:SimulatedPreparation", (), ActorOptions())
     holds = [host.send(Host.hold) for _ in range(2 * CALLS_AT_ONCE)]
     pid = host.within(20.0).ask(Host.pid)
     freed, holding = ray.wait(holds, num_returns=len(holds) - 1, timeout=20.0)  # of controllers that are gone
@@ -261,7 +248,7 @@ def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
 
 @pytest.mark.slow
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
-    on.submit("kept", train=_steps(300), envs=UNHURRIED)
+    on.submit("kept", train=_steps(300))
     on.until("kept", lambda s: s.step > 0)
     ray.kill(on.scheduler.handle, no_restart=False)
     on.scheduler = get_or_create_scheduler()
@@ -280,13 +267,6 @@ def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
     (on.storage / "file").touch()
     with pytest.raises(StorageError, match="run storage can't be written: Not a directory"):
         Cluster(on.storage / "file").submit("nowhere")
-    on.submit("taken", train=_steps(5000))
-    with pytest.raises(NameTaken, match="taken"):
-        on.submit("taken")
-    on.ask("stop", "taken")
-    on.end_of("taken")
-    with pytest.raises(NameTaken, match="holds a run taken"):
-        on.submit("taken")
 
 
 def _steps(steps: int) -> dict[str, Any]:

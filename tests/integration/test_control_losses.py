@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,9 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
-from tests.support.control import UNHURRIED, Cluster, local_ray
+from tests.support.control import UNHURRIED, Cluster
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=8):
-        yield
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture
@@ -36,7 +29,7 @@ def _steps(steps: int) -> dict[str, Any]:
 def _four(on: Cluster, name: str, steps: int = 300, **changes: Any) -> dict[str, int]:
     """A run of four members, and their process ids."""
     workers = {"min": 1, "max": 4, "initial": 4}
-    on.submit(name, **({"workers": workers, "train": _steps(steps), "envs": UNHURRIED} | changes))
+    on.submit(name, **({"workers": workers, "train": _steps(steps)} | changes))
     on.until(name, lambda s: s.step > 5)
     return {worker: on.pid_of(f"{name}/worker/{worker}") for worker in ("w0", "w1", "w2", "w3")}
 
@@ -114,7 +107,7 @@ def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
 def test_a_lone_worker_publishes_what_a_checkpoint_includes_and_its_loss_repeats_no_published_step(on: Cluster) -> None:
     name, every = "alone", 25
     protection, checkpoint = {"publish": "committed"}, {"every": every}
-    on.submit(name, workers=1, train=_steps(200), envs=UNHURRIED, protection=protection, checkpoint=checkpoint)
+    on.submit(name, workers=1, train=_steps(200), protection=protection, checkpoint=checkpoint)
     status = on.until(name, lambda s: s.uncommitted > 10)
     assert (status.step, status.loss, status.held_by) == (0, None, 1)
     status = on.until(name, lambda s: s.step > 0 and s.uncommitted > 10)
@@ -143,9 +136,9 @@ def test_a_pause_behind_a_checkpoint_of_the_abandoned_past_writes_one(on: Cluste
 
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:
     workers = {"min": 3, "max": 3, "initial": 3}
-    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 2.5}, envs=UNHURRIED)
+    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 1.25})
     on.until("least", lambda s: s.step > 5)
-    on.submit("other", workers=1, resources={"cpus": 0.5}, train=_steps(100_000))
+    on.submit("other", workers=1, resources={"cpus": 0.25}, train=_steps(100_000))
     os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
     status = on.until("least", lambda s: "workers.min" in s.why)
     assert status.phase is RunPhase.RECOVERING and "w1 died" in status.why
@@ -159,7 +152,7 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
 @pytest.mark.slow
 def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
     workers = {"min": 1, "max": 4, "initial": 3, "standby": 1}
-    on.submit("between", train=_steps(400), workers=workers, envs=UNHURRIED)
+    on.submit("between", train=_steps(400), workers=workers)
     on.until("between", lambda s: s.step > 5 and s.standbys == 1)
     pid = on.pid_of(f"between/worker/{on.members('between')[1]}")
     on.ask("scale", "between", 4)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,17 +17,11 @@ from orchestrator.protocol.worker_report import Report
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.scheduler.scheduler import NAME as SCHEDULER
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
-from tests.support.control import PATIENCE_S, UNHURRIED, Cluster, local_ray
+from tests.support.control import PATIENCE_S, Cluster
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 TITLES = {SCHEDULER: "ray::scheduler", "controller": "ray::controller {run}"}  # these aren't hosted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=8):
-        yield
 
 
 @pytest.fixture
@@ -129,7 +122,6 @@ def test_a_member_lost_with_the_rendezvous_store_is_recovered_from_once_that_is_
         run,
         train={"max_steps": 300, "global_batch_size": 16, "micro_batch_size": 4},
         workers={"min": 1, "max": 3, "initial": 3},
-        envs=UNHURRIED,
     )
     on.until(run, lambda s: s.step > 5)
     pids = [on.pid_of(f"{run}/{name}") for name in ("rendezvous", "worker/w1")]

@@ -1,6 +1,5 @@
 """What living processes have used is journalled, and what a dead one has said stays. Real Ray, made-up counters."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -20,10 +19,9 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.energy import EnergyMeter, ProcessorTime
-from tests.support.control import local_ray
 from tests.support.powercap import write_zone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 class Metered(Host):
@@ -39,12 +37,6 @@ class Metered(Host):
         return ProcessorTime(1.0 * self._readings, 4.0 * self._readings)
 
 
-@pytest.fixture(scope="module")
-def own_ray() -> Iterator[None]:
-    with local_ray(num_cpus=2):
-        yield
-
-
 def energy_in(run_dir: Path) -> list[dict[str, Any]]:
     return [event["workers"] for event in read_events(objects_at(run_dir)) if event["kind"] == "energy"]
 
@@ -54,7 +46,7 @@ def answers(inbox: Inbox, count: int) -> None:
         inbox.get(timeout=60.0).take()
 
 
-def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, tmp_path: Path) -> None:
+def test_what_workers_have_used_is_journalled_and_survives_them(tmp_path: Path) -> None:
     run_dir, root = tmp_path / "run", tmp_path / "powercap"
     counter = write_zone(root, "intel-rapl:0", "package-0", 0)
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
@@ -87,7 +79,7 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     handles["w0"].kill()
 
 
-def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray: None, tmp_path: Path) -> None:
+def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
     memory = JournaledRun(run_dir, limits)

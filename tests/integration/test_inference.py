@@ -39,6 +39,8 @@ from orchestrator.submission.model_process import ask_model, store_of
 from tests.integration.test_glm4_moe import _checkpoint_of
 from tests.support.texts import small_job
 
+pytestmark = pytest.mark.usefixtures("forked_torch")
+
 ROOT = Path(__file__).parents[2]
 PROMPT = "def __init__(self, name):"
 CHECKPOINT = checkpoint_name(7, 1, 0)

@@ -23,16 +23,9 @@ from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.run_records.data_preparation import Preparation
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.submission import order_of
-from tests.support.control import local_ray
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with local_ray(num_cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +45,10 @@ def contents(store: TokenStore) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.journey
 @pytest.mark.parametrize("difficulty", ["diversity", "reference_loss"])
-def test_the_store_is_that_of_one_process(ray: None, corpus: Path, tmp_path: Path, difficulty: str) -> None:
+def test_the_store_is_that_of_one_process(corpus: Path, tmp_path: Path, difficulty: str) -> None:
     request = Request((str(corpus),), vocab_size=300, deduplicate=False, difficulty=difficulty)
     done = prepare_corpora(request, tmp_path / "cluster", on_cluster)
     alone = prepare(str(corpus), 300, 0.05, tmp_path / "alone", difficulty=difficulty)
@@ -63,7 +57,8 @@ def test_the_store_is_that_of_one_process(ray: None, corpus: Path, tmp_path: Pat
 
 
 @pytest.mark.ray
-def test_an_error_of_a_node_keeps_its_words(ray: None, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_of_a_node_keeps_its_words(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
     request = Request((str(tmp_path / "a.jsonl"),), vocab_size=300)
 
@@ -81,7 +76,8 @@ def _die(task: str) -> str:
 
 
 @pytest.mark.ray
-def test_a_cluster_that_fails_is_told_in_words(ray: None) -> None:
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_that_fails_is_told_in_words() -> None:
     with pytest.raises(OrchestratorError, match="the cluster couldn't do its part: .*not this one: b") as raised:
         list(on_cluster(_die, ["b"]))
     assert "what is done is kept" in raised.value.unchanged

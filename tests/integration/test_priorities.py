@@ -17,17 +17,11 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
-from tests.support.control import PATIENCE_S, Cluster, local_ray
+from tests.support.control import PATIENCE_S, Cluster
 from tests.support.hosts import until
-from tests.support.simulated_worker import simulated_parts
+from tests.support.simulated_services import simulated_parts
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with local_ray(num_cpus=4):
-        yield
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture
@@ -53,6 +47,7 @@ def _events(on: Cluster, name: str, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in on.ask("events", name) if event["kind"] in kinds]
 
 
+@pytest.mark.journey
 def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster) -> None:
     """It counts at once, and survives the controller and the run's end."""
     on.submit("low", **_job("1..4"))

@@ -31,7 +31,7 @@ from orchestrator.spec.workers import WorkersSpec
 from tests.support.control import UNHURRIED
 from tests.support.real_runs import own_cluster
 from tests.support.real_runs import until as await_status
-from tests.support.simulated_worker import simulated_parts
+from tests.support.simulated_services import simulated_parts
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

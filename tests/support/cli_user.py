@@ -12,17 +12,19 @@ from typing import Any
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.final_status import has_ended, read_status
 from orchestrator.run_records.run_history import user_events
-from tests.support.simulated_worker import hurry
+from tests.support.simulated_services import hurry
 
 ROOT = Path(__file__).parents[2]
-# The product's command, with workers that need no torch.
+# The product's command. Runs that it starts have workers that need no torch.
 COMMAND = """
-import functools
-from orchestrator.client import OrchestratorClient
+import sys
 from orchestrator.cli.main import main
-from tests.support.simulated_worker import simulated_parts
-OrchestratorClient.submit = functools.partialmethod(OrchestratorClient.submit, parts=simulated_parts())
-OrchestratorClient.resume = functools.partialmethod(OrchestratorClient.resume, parts=simulated_parts())
+if sys.argv[1] in ("run", "submit", "resume"):
+    import functools
+    from orchestrator.client import OrchestratorClient
+    from tests.support.simulated_services import simulated_parts
+    OrchestratorClient.submit = functools.partialmethod(OrchestratorClient.submit, parts=simulated_parts())
+    OrchestratorClient.resume = functools.partialmethod(OrchestratorClient.resume, parts=simulated_parts())
 main()
 """
 JOB: dict[str, Any] = {

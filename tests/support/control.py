@@ -2,10 +2,10 @@
 
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,37 +14,49 @@ from typing import Any
 
 import psutil
 import ray
+from ray import PlacementGroupID
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.actors import NAMESPACE, actor_names, find, names_of
 from orchestrator.cluster.calls import ask
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
+from orchestrator.scheduler.scheduler import NAME as SCHEDULER
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
 from tests.support.hosts import until
-from tests.support.simulated_worker import hurry, simulated_parts
+from tests.support.simulated_services import hurry, simulated_parts
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
-# Of runs that are told to hurry once everything has happened to them: a busy machine has half a minute for that.
+SOON_S = 10.0
+OBJECT_STORE_BYTES = 200_000_000
+# Steps of runs to which something happens: short ones would only take processors away. Once everything has happened, a
+# run that has to reach its end is told to hurry.
 UNHURRIED = {"SIM_STEP_S": "0.1"}
 
 
 @contextmanager
-def local_ray(num_cpus: int) -> Iterator[None]:
-    """A Ray of its own on this machine."""
-    directory = Path("/tmp") / f"oc{os.getpid()}"  # sockets need a short path
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        _temp_dir=str(directory),
-        namespace="orchestrator",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
+def ray_head(num_cpus: int) -> Iterator[str]:
+    """Address of a Ray on this machine that nothing has joined yet. Of Ray's processes it has those that it can't do
+    without: no monitor for a cloud's autoscaler, no reader of log files."""
+    directory = tempfile.mkdtemp(prefix="oc", dir="/tmp")  # sockets need a short path
+    head = Node(_params(num_cpus, temp_dir=directory, no_monitor=True), head=True, shutdown_at_exit=False)
+    try:
+        yield str(head.gcs_address)
+    finally:
+        head.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """This process is a driver of that Ray while this lasts."""
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     try:
         yield
     finally:
@@ -52,27 +64,39 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         gc.disable()  # a reference that some thread collects during the shutdown would have Ray end this process
         ray.shutdown()
         gc.enable()
-        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """A Ray of its own on this machine."""
+    with ray_head(num_cpus) as address, joined(address):
+        yield
 
 
 @contextmanager
 def another_node(num_cpus: int, **labels: str) -> Iterator[None]:
     """A further node of this process's Ray, on this machine too, while this lasts."""
-    address = ray.get_runtime_context().gcs_address
-    options = {"address": address, "num-cpus": num_cpus, "object-store-memory": 80_000_000}
-    options |= {"labels": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-    command += [f"--{key}={value}" for key, value in options.items()]
     before = _living()
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = ray.get_runtime_context().gcs_address
+    node = Node(_params(num_cpus, gcs_address=address, labels=labels), head=False, shutdown_at_exit=False)
     try:
         until(lambda: _living() > before, PATIENCE_S, "a further node")
         yield
     finally:
-        process.terminate()
-        process.wait(timeout=PATIENCE_S)
+        node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
         until(lambda: _living() <= before, PATIENCE_S, "a node's end")
+
+
+def _params(num_cpus: int, **more: Any) -> RayParams:
+    return RayParams(
+        num_cpus=num_cpus,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        include_log_monitor=False,
+        env_vars={"PYTHONPATH": str(ROOT)},
+        setup_worker_path=str(ROOT / "tests" / "support" / "ray_worker_setup.py"),
+        **more,
+    )
 
 
 def drain(node: str) -> None:
@@ -90,6 +114,20 @@ def drain(node: str) -> None:
 
 def _living() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def assert_only_the_scheduler_is_left() -> None:
+    """Whatever else is there is ended first: it would be in the way of what comes next."""
+    with suppress(AssertionError):
+        until(lambda: set(actor_names()) <= {SCHEDULER}, SOON_S, "the end of all actors")
+    left = [name for name in actor_names() if name != SCHEDULER]
+    for name in left:
+        if (actor := find(name)) is not None:
+            ray.kill(actor)
+    groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    for group in groups:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group["placement_group_id"])))
+    assert (left, [group["name"] for group in groups]) == ([], [])
 
 
 class Cluster:
@@ -110,7 +148,7 @@ class Cluster:
             "resources": {"cpus": 0.5},
             "model": {"n_routed_experts": 8, "num_experts_per_tok": 2},
             "train": {"max_steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
-            "envs": {"SIM_STEP_S": "0.02"},
+            "envs": UNHURRIED,
         }
         job = JobSpec.model_validate_json(json.dumps(spec | changes))
         text = f"name: {name}\n"

@@ -4,13 +4,14 @@ Its training state is one counter per expert that grows by one a step. Peers mee
 notice each other's death by process id, as gloo does by its sockets. With its vote a worker tells its counters, which
 its buddy keeps in memory. It is told what to do by the job's `envs`:
 
-    SIM_STEP_S   how long a step takes, until there is a file HURRY in run storage (see `hurry`)
+    SIM_STEP_S   how long a step takes, until there is a file HURRY in run storage (see `simulated_services.hurry`)
     SIM_DEAF     whether SIGTERM is ignored, as a user's C library may do
     SIM_STAGES   as JSON, the first step of each stage
     SIM_DIE      WORKER:MOMENT, or all:MOMENT; who kills itself when: warming, prepared, moving, moving-on after a loss
 """
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -26,29 +27,21 @@ import psutil
 
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.write import write_shard
-from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan
 from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Handover, Report, WorkerError
-from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.tracking.sink import TrackerPosition, TrackerSetup
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from tests.support.simulated_services import HURRY
 
 POLL_S = 0.002
-HURRY = Path("sim", "hurry")
-
-
-def hurry(run_dir: Path) -> None:
-    """From here on a step takes no time: what had to happen before the run's end has happened."""
-    (run_dir / HURRY).touch()
+LIVES_EVERY = 10  # polls between two looks whether a peer's process lives, which cost more
 
 
 def _stage_of(step: int) -> str:
@@ -346,13 +339,15 @@ class SimulatedWorker:
         return {peer: json.loads(self._read(place, peer) or "{}") for peer in members}
 
     def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
-        while not done():
+        for number in itertools.count(1):
+            if done():
+                return
             order = self._mailbox.directive
             if order.aborted >= plan.generation:
                 raise PeerLost(f"generation {plan.generation} was aborted")
             if all(p is None or p.generation != plan.generation for p in (order.next, order.current)):
                 raise Withdrawn(f"generation {plan.generation} is not wanted any more")
-            if peer is not None and not self._lives(peer):
+            if peer is not None and number % LIVES_EVERY == 0 and not self._lives(peer):
                 raise PeerLost(f"{peer} is gone")
             time.sleep(POLL_S)
 
@@ -389,84 +384,3 @@ def _is_running(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-class SimulatedRendezvous:
-    """Simulated workers meet through files, as long as the process lives whose id is given for a port."""
-
-    def __init__(self, host: str) -> None:
-        self._host = host
-
-    def address(self) -> tuple[str, int]:
-        return self._host, os.getpid()
-
-
-class SimulatedPreparation:
-    """No corpus is read."""
-
-    def progress(self) -> tuple[str, float]:
-        return "reading", 0.0
-
-    def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
-        tokenizer = Path(run_dir) / "tokenizer.json"
-        tokenizer.write_text("{}")
-        return PreparedData(store_dir=data_dir, vocab_size=300, tokenizer=str(tokenizer))
-
-
-class FileTracker:
-    """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory; what is there
-    after its death it knows again."""
-
-    def __init__(self, setup: TrackerSetup) -> None:
-        self._path = Path(setup.directory) / "published.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        known = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
-        self._position = max((line["step"] for line in known if "after" in line), default=-1)
-        self._seqs = {line["seq"] for line in known if "seq" in line}
-
-    def position(self) -> TrackerPosition:
-        return TrackerPosition(self._position, max(self._seqs, default=-1))
-
-    def publish(self, term: int, points: list[Any], after: int | None = None, loads: Any = None) -> None:
-        if after is not None:
-            points = [p for p in points if p.step > self._position]
-            self._position = max([self._position, *(p.step for p in points)])
-        whole = {} if after is None else {"after": after}
-        self._write([{"term": term, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
-
-    def event(self, term: int, entry: JournalEntry, points: list[Any], after: int) -> None:
-        assert after <= max(self._seqs, default=-1), f"events after {max(self._seqs, default=-1)} are missing"
-        if entry.seq in self._seqs:
-            return
-        self._seqs.add(entry.seq)
-        self._write([{"term": term, "event": entry.event.kind, "seq": entry.seq}])
-
-    def inputs(self, term: int, datasets: tuple[Any, ...]) -> None:
-        pass
-
-    def artifact(self, term: int, path: str) -> None:
-        self._write([{"term": term, "artifact": Path(path).name}])
-
-    def finish(self, term: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
-        self._write([{"term": term, "outcome": outcome}])
-        return True
-
-    def describe(self) -> dict[str, Any]:
-        return {"url": f"file://{self._path}", "waiting": 0, "error": "", "position": self._position}
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        with self._lock, self._path.open("ab", buffering=0) as file:  # at once: it may be killed at any moment
-            file.write(text.encode())
-
-
-def simulated_parts() -> ActorClasses:
-    """What to give `Scheduler.submit` as `parts`."""
-    here = "tests.support.simulated_worker"
-    return ActorClasses(
-        worker=f"{here}:SimulatedWorker",
-        rendezvous=f"{here}:SimulatedRendezvous",
-        tracker=f"{here}:FileTracker",
-        preparation=f"{here}:SimulatedPreparation",
-    )

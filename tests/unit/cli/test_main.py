@@ -32,9 +32,9 @@ class Done:
 
 @pytest.fixture
 def orchestrator(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forked_torch: None
 ) -> Callable[..., Done]:
-    """The command in this process: Ray is imported once for all tests."""
+    """The command in this process: Ray is imported once for all tests, and torch too."""
     monkeypatch.chdir(here)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(here / "home"))

@@ -27,19 +27,12 @@ def test_files_and_names_exist(page: Path) -> None:
 
 @by_page
 def test_methods_named_without_their_file_exist(page: Path) -> None:
-    known = {name for file in (ROOT / "orchestrator").rglob("*.py") for name in _defined(file)}
-    assert set(METHOD.findall(page.read_text(encoding="utf-8"))) <= known
+    assert set(METHOD.findall(page.read_text(encoding="utf-8"))) <= _defined_in_the_package()
 
 
 @by_page
 def test_named_tests_exist(page: Path) -> None:
-    known = {
-        node.name
-        for file in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-    }
-    assert set(TEST_NAME.findall(page.read_text(encoding="utf-8"))) <= known
+    assert set(TEST_NAME.findall(page.read_text(encoding="utf-8"))) <= _known_tests()
 
 
 @by_page
@@ -61,6 +54,18 @@ def _exists(file: str, name: str) -> bool:
     found = [folder / file for folder in (ROOT, ROOT / "orchestrator", ROOT / "docs", ROOT / "benchmarks")]
     paths = [path for path in found if path.is_file()]
     return any(not name or name in _defined(path) for path in paths)
+
+
+@cache
+def _defined_in_the_package() -> frozenset[str]:
+    return frozenset(name for file in (ROOT / "orchestrator").rglob("*.py") for name in _defined(file))
+
+
+@cache
+def _known_tests() -> frozenset[str]:
+    files = (ROOT / "tests").rglob("test_*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return frozenset(node.name for node in nodes if isinstance(node, ast.FunctionDef))
 
 
 @cache

@@ -138,9 +138,9 @@ class Life:
         """The controller decides, then every worker does one thing."""
         before = self.state
         decision = decide(self.limits, self.state, self.seen())
-        # Whatever a successor would have to continue from is what we continue from.
-        self.state = from_plain(RunState, json.loads(json.dumps(to_plain(decision.state))))
-        assert self.state == decision.state
+        if decision.state != before:  # what a successor would have to continue from is what we continue from
+            self.state = from_plain(RunState, json.loads(json.dumps(to_plain(decision.state))))
+            assert self.state == decision.state
         assert self.state.num_generations >= before.num_generations
         for action in decision.actions:
             if isinstance(action, Commit) and not self.refuses_markers:

@@ -10,6 +10,8 @@ from orchestrator.submission.param_listing import state_of
 from orchestrator.submission.report import read_report
 from tests.unit.policy.stories import eventful, write
 
+pytestmark = pytest.mark.usefixtures("forked_torch")
+
 JOB = JobSpec.model_validate({"schema": "v1", "name": "try", "resources": {"gpus": 1}, "data": {"vocab_size": 512}})
 TRAINED = 300  # tokens that the tokenizer has found
 

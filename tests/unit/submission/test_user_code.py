@@ -9,6 +9,8 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.submission.submission import order_of
 from orchestrator.submission.user_code import check_own_code
 
+pytestmark = pytest.mark.usefixtures("forked_torch")
+
 
 def _job(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
     (tmp_path / "code").mkdir(parents=True)

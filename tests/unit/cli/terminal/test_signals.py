@@ -33,12 +33,16 @@ main.main()
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_command_in_the_background_of_a_script_ends_with_what_it_started(number: int, code: int) -> None:
+    def as_in_a_script() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests were started by nohup
+
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        preexec_fn=as_in_a_script,
     )
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
