@@ -69,7 +69,7 @@ def test_within_a_fault_of_storage_at_most_one_other_happens_and_it_happens_at_o
         (Disk.EXT4, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG}),
         (Disk.FUSE, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG, Kind.FAILING, Kind.SLOW}),
     ],
-    ids=str,
+    ids=["tmpfs", "ext4", "fuse"],
 )
 def test_a_disk_has_the_faults_that_can_be_made_to_it(disk: Disk, kinds: set[Kind]) -> None:
     for seed in SEEDS:
