@@ -21,6 +21,7 @@ from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.backends.location import Location
+from orchestrator.storage.backends.signed_objects import SignedObjects
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import NO_HOLDER, ChainEntry, Holder
@@ -58,6 +59,7 @@ class JournaledRun(RunHistory):
         journal: by `open_journal`; None for one that takes the next term now.
         compaction: when the journal is compacted.
         caller: makes the calls to run storage.
+        objects: the run's records, in run storage; None for those at its location.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class JournaledRun(RunHistory):
         journal: Journal | None = None,
         compaction: CompactionLimits = LIMITS,
         caller: Caller = call_here,
+        objects: SignedObjects | None = None,
     ) -> None:
         self.trouble: StorageTrouble | None = None
         self.writer: EntryWriter | None = None
@@ -75,7 +78,7 @@ class JournaledRun(RunHistory):
         self.term = self._journal.term
         self._reserve = _reserve_at(run_dir, caller)
         self._reserve.tend()
-        super().__init__(run_dir, limits, objects=run_objects(run_dir, caller))
+        super().__init__(run_dir, limits, objects=objects or run_objects(run_dir, caller))
         self._caller = caller
         self.compactor = JournalCompactor(
             run_dir, limits, self._journal, self._objects, self._reserve, self.compacted, compaction
@@ -206,6 +209,7 @@ def open_journal(
     caller: Caller = call_here,
     kept: Objects | None = None,
     followed: int | None = None,
+    objects: SignedObjects | None = None,
 ) -> Journal:
     """Take the next term of a run; on a full file system, in the space that was kept for its journal.
 
@@ -214,11 +218,12 @@ def open_journal(
         caller: makes the calls to run storage.
         kept: where entries are kept that storage doesn't take; None: nowhere.
         followed: the newest term of another cluster's controller that it may follow; None: any.
+        objects: the run's records, in run storage; None for those at its location.
 
     Raises:
         TermSuperseded: another cluster has taken a later one.
     """
-    objects = run_objects(run_dir, caller)
+    objects = objects or run_objects(run_dir, caller)
     try:
         return Journal(objects, holder, kept, followed)
     except OSError as error:

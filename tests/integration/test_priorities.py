@@ -112,6 +112,8 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     with pytest.raises(JobDoesNotFit, match=refused):
         on.submit("fourth", **_job("1..1"))
     job.write_text(text)
+    job.unlink()
+    job.write_text(text)  # for those who read it later
     on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
     third = on.until("third", lambda s: s.submitted_time is not None)
     assert third.phase is RunPhase.QUEUED

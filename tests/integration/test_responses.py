@@ -86,7 +86,7 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
     """Others wait for it at the exchange of tokens or, without experts, at the reduction of gradients."""
     slow = tmp_path / "slow"
     slow.write_text("")
-    forward = f"if open({str(slow)!r}).read() == str(os.getpid()):\n    time.sleep(0.04)\n"
+    forward = f"if open({str(slow)!r}).read() == str(os.getpid()):\n    time.sleep(0.1)\n"
     through = "self.moe(self.embedding(tokens))" if has_experts else "self.embedding(tokens)"
     source = "import os, time\n" + linear(
         layers="self.moe = MoELayer(spec, experts)" if has_experts else "",

@@ -41,15 +41,23 @@ KeySource = Callable[[Location], SigningKey | None]
 _sources: list[KeySource] = []
 
 
-def run_objects(run_dir: Location, caller: Caller = call_here, key: SigningKey | None = None) -> SignedObjects:
+def run_objects(
+    run_dir: Location, caller: Caller = call_here, key: SigningKey | None = None, names_key: bool | None = None
+) -> SignedObjects:
     """The records of a run: its journal and its final statuses. Their signatures are verified, if there are any.
 
     Args:
         caller: makes the calls to run storage.
         key: of the run; None for the one that this process knows.
+        names_key: whether its job names one; None: the job is read where that matters.
     """
     objects, signer = CalledObjects(objects_at(run_dir), caller), key or signer_of(run_dir)
-    return SignedObjects(objects, run_dir.name, signer, _in_home, lambda: _has_key(objects))
+
+    def is_signed() -> bool:
+        """A run is that was adopted, or whose job names a key."""
+        return (_names_key(objects) if names_key is None else names_key) or bool(objects.names(ADOPTED))
+
+    return SignedObjects(objects, run_dir.name, signer, _in_home, is_signed)
 
 
 def hold_key(run_dir: Location, key: SigningKey) -> None:
@@ -116,13 +124,13 @@ def _held() -> dict[str, str]:
     return held
 
 
-def _has_key(objects: Objects) -> bool:
-    """Whether a run was adopted, or its job names a key. A job that can't be read names none."""
+def _names_key(objects: Objects) -> bool:
+    """Whether a run's job names a key. One that can't be read names none."""
     try:
         job = json.loads(objects.get("job.json"))
     except (FileNotFoundError, ValueError):
-        job = None
-    return (isinstance(job, dict) and job.get("signing_key") is not None) or bool(objects.names(ADOPTED))
+        return False
+    return isinstance(job, dict) and job.get("signing_key") is not None
 
 
 def _in_home(key_id: str) -> SigningKey | None:
