@@ -177,7 +177,7 @@ class Journal:
             self._unsettled = None
 
     def _has(self, key: str) -> bool:
-        """Whether anything is there, whoever has written it. Raises OSError."""
+        """Whether anything is there, of any writer. Raises OSError."""
         try:
             with suppress(KeyUnknown, JournalCorrupt):
                 self._objects.get(key)

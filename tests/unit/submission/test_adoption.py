@@ -7,7 +7,6 @@ import pytest
 
 from orchestrator.errors import KeyUnknown, UsageError
 from orchestrator.run_records.job_files import check_job
-from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends import signing_keys
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import (
@@ -17,8 +16,7 @@ from orchestrator.storage.backends.signing_keys import (
 )
 from orchestrator.storage.journal import Journal, read_events
 from orchestrator.submission.adoption import adopt_records
-
-SECRET = "a key that only we have"
+from tests.support.signed_runs import SECRET, run_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +25,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("ORCHESTRATOR_SIGNING_KEYS", raising=False)
     monkeypatch.setattr(signing_keys, "_sources", [])
     return tmp_path / "home"
-
-
-def key_file(path: Path, text: str = SECRET, mode: int = 0o600) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(mode)
-    return path
-
-
-def run_of(storage: Path, reference: str | None, key: SigningKey | None) -> Path:
-    """A run that was submitted with this reference, and whose journal was signed with this key."""
-    run_dir = storage / "demo"
-    run_dir.mkdir(parents=True)
-    job = JobSpec.model_validate({"name": "demo", "signing_key": reference})
-    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
-    Journal(run_objects(run_dir, key=key)).append([{"kind": "storage_works"}])
-    return run_dir
 
 
 def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ from orchestrator.storage.backends.signing_keys import (
     run_objects,
     signer_of,
 )
-from orchestrator.storage.journal import Journal, read_events
+from orchestrator.storage.journal import read_events
 from tests.support.disk import read_only, small_disk
-
-SECRET = "a key that only we have"
+from tests.support.signed_runs import SECRET, key_file, run_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,23 +30,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("ORCHESTRATOR_SIGNING_KEYS", raising=False)
     monkeypatch.setattr(signing_keys, "_sources", [])
     return tmp_path / "home"
-
-
-def key_file(path: Path, text: str = SECRET, mode: int = 0o600) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(mode)
-    return path
-
-
-def run_of(storage: Path, reference: str | None, key: SigningKey | None) -> Path:
-    """A run that was submitted with this reference, and whose journal was signed with this key."""
-    run_dir = storage / "demo"
-    run_dir.mkdir(parents=True)
-    job = JobSpec.model_validate({"name": "demo", "signing_key": reference})
-    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
-    Journal(run_objects(run_dir, key=key)).append([{"kind": "storage_works"}])
-    return run_dir
 
 
 def test_a_key_is_read_from_where_the_job_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +76,7 @@ def test_a_reference_is_checked_with_the_job(reference: str) -> None:
 
 def test_a_run_is_read_with_a_key_of_its_user_and_not_with_what_its_job_names(tmp_path: Path, home: Path) -> None:
     key, file = SigningKey(SECRET.encode()), key_file(tmp_path / "secret")
-    run_dir = run_of(tmp_path / "runs", f"file:{file}", key)  # whoever wrote that could know the file's content
+    run_dir = run_of(tmp_path / "runs", f"file:{file}", key)  # who wrote that could know the file's content
     with pytest.raises(KeyUnknown, match=rf"key {key.id}.*keys.*--key-file FILE.*checkpoint adopt"):
         read_events(run_objects(run_dir))
     with pytest.raises(KeyUnknown):
