@@ -36,7 +36,7 @@ PATIENCE_S = 120.0
 SOON_S = 10.0
 OBJECT_STORE_BYTES = 200_000_000
 # Steps of runs to which something happens: short ones would only take processors away. Once everything has happened, a
-# run that has to reach its end is told to hurry.
+# run that has to reach its end gets `hurry`.
 UNHURRIED = {"SIM_STEP_S": "0.1"}
 
 
