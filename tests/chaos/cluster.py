@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.support.worker_processes import title_of, workers_of
+
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "orchestrator.cli.main")
 JSON = ("-o", "json")
@@ -133,8 +135,7 @@ class Cluster:
 
     def workers(self, run: str) -> dict[str, psutil.Process]:
         """The run's workers, by name."""
-        found = ((re.match(rf"ray::worker {run}/(\w+)", title_of(p)), p) for p in self.processes())
-        return {match[1]: process for match, process in found if match}
+        return workers_of(run, self.processes())
 
     def titled(self, title: str) -> list[psutil.Process]:
         """Processes whose title begins with this, in any case: until its first call an actor has its class's name."""
@@ -181,14 +182,6 @@ def _serves(process: psutil.Process, end: str) -> bool:
         return title_of(process).endswith(end) and title_of(psutil.Process(process.ppid())).startswith("ray::")
     except psutil.Error:
         return False
-
-
-def title_of(process: psutil.Process) -> str:
-    """Its command line; empty once it has ended."""
-    try:
-        return " ".join(process.cmdline()).strip()
-    except psutil.Error:
-        return ""
 
 
 def session_of(process: psutil.Process) -> int:

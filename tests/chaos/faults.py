@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.cluster import Cluster, title_of
+from tests.chaos.cluster import Cluster
 from tests.chaos.observer import Observer
 from tests.chaos.schedule import Fault, Kind
 from tests.support.call_faults import CallFault, Effect
 from tests.support.disk import fill, frozen, read_only
 from tests.support.fuse_disk import FuseDisk
+from tests.support.worker_processes import title_of
 
 FILL_EVERY_S = 0.05  # what the run frees meanwhile is filled too
 ON_FUSE = {

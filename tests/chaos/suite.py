@@ -14,7 +14,7 @@ from tests.chaos.checkpoints import (
     tensors_of,
 )
 from tests.chaos.checks import Checks
-from tests.chaos.cluster import Cluster, own_cluster, title_of
+from tests.chaos.cluster import Cluster, own_cluster
 from tests.chaos.faults import Faults
 from tests.chaos.invariants import count_faults, end_faults, loss_faults, step_faults
 from tests.chaos.job import ENDLESS, KEEP_LAST, disturbed, undisturbed, write_job
@@ -25,6 +25,7 @@ from tests.chaos.schedule import MOST_WORKERS, Disk, Schedule
 from tests.support.disk import ext4_disk, small_disk
 from tests.support.fuse_disk import FuseDisk, fuse_disk
 from tests.support.texts import write_texts
+from tests.support.worker_processes import title_of
 
 DISK_MB = 96
 CPUS = MOST_WORKERS + 2  # a standby, and one that is started while another one ends

@@ -29,6 +29,7 @@ from tests.support.hanging_disk import hanging_disk
 from tests.support.hosts import until as await_event
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
+from tests.support.worker_processes import workers_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
@@ -176,10 +177,6 @@ def _controllers(run: str) -> list[psutil.Process]:
     return [p for p in found if p is not None and _command(p)[0].startswith("ray::")]
 
 
-def _workers(run: str, worker: str = "") -> set[int]:
-    return {p.pid for p in psutil.process_iter() if _command(p)[0].startswith(f"ray::worker {run}/{worker}")}
-
-
 def _published_warning(run: str) -> str:
     """The warning of `orchestrator status RUN`, which doesn't wait for the run's controller."""
     found = published_status(run, None)
@@ -199,16 +196,18 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
     with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
         run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant")
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
-        assert len(_workers(run)) == 2
+        processes = workers_of(run)
+        assert set(processes) == {"w0", "w1"}
         began_s = time.monotonic()
         with frozen(disk):
             until(client, run, lambda s: "has not answered" in str(s.warning))
-            (killed,) = _workers(run, "w1")
-            process = psutil.Process(killed)
-            process.kill()
-            assert process.wait(20.0) is None  # at once, though it was writing a checkpoint; it is no child of this one
+            assert workers_of(run) == processes
+            processes["w1"].kill()
+            assert (
+                processes["w1"].wait(20.0) is None
+            )  # at once, though it was writing a checkpoint; it is no child of this one
             recovered = until(client, run, lambda s: len(s.recoveries) == 1 and s.phase is RunPhase.TRAINING)
-            workers, since = _workers(run, "w0"), time.time()
+            since = time.time()
             client.scale(run, 1)
             for _ in range(2):  # the second one has not read the journal yet
                 (controller,) = _controllers(run)
@@ -217,7 +216,7 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
                 await_event(lambda: len(_controllers(run)) == 1, 60.0, "another controller")
             await_event(lambda: "has been restarted" in _published_warning(run), 60.0, "status of one that waits")
             while time.monotonic() - began_s < HANGS_S:
-                assert workers == _workers(run, "w0")
+                assert workers_of(run)["w0"] == processes["w0"]
                 assert f"{run}/worker/w0" in names_of(run)
                 time.sleep(1.0)
         ended = time.time()

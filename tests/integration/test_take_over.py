@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.cli_user import JOB, Here
 from tests.support.control import UNHURRIED
+from tests.support.worker_processes import workers_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(600)]
 
@@ -45,7 +46,7 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
     first("submit", job)
     first.until_event("wanted", "checkpoint")
     workers = set[psutil.Process]()
-    first.until(lambda: workers.update(_workers()) or len(workers) == 2)
+    first.until(lambda: workers.update(workers_of("wanted").values()) or len(workers) == 2)
 
     key = first.home / "keys" / "own"
     unknown = second("resume", "wanted", "--storage", "runs", expect=77).stderr
@@ -74,9 +75,3 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
     first.until_event("wanted", "activated", 3)
     first("stop", "wanted", "--now")
     first.until_ended("wanted")
-
-
-def _workers() -> list[psutil.Process]:
-    """Processes of the run's workers on this machine. During a call Ray shows its method instead."""
-    processes = psutil.process_iter(["cmdline"])
-    return [p for p in processes if (p.info["cmdline"] or [""])[0].startswith("ray::worker wanted/w")]

@@ -1,0 +1,35 @@
+"""Processes of a run's workers on this machine, found by the titles that Ray gives them."""
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+
+import psutil
+
+
+def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> dict[str, psutil.Process]:
+    """Workers by name, among these processes or all of the machine.
+
+    A process that a worker starts has the worker's title until it loads its own program, which may take long on a busy
+    machine: a child of an actor is left out.
+    """
+    found: dict[str, psutil.Process] = {}
+    for process in psutil.process_iter() if processes is None else processes:
+        match = re.match(rf"ray::worker {run}/(\w+)", title_of(process))
+        if match and not _is_child_of_actor(process):
+            found[match[1]] = process
+    return found
+
+
+def title_of(process: psutil.Process) -> str:
+    """Its command line; empty once it has ended."""
+    try:
+        return " ".join(process.cmdline()).strip()
+    except psutil.Error:
+        return ""
+
+
+def _is_child_of_actor(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return title_of(psutil.Process(process.ppid())).startswith("ray::")
+    return False
