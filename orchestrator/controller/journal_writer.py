@@ -1,8 +1,9 @@
 """Threads that record the entries of a run's journal, so that decisions don't wait for run storage.
 
-One stores entries in the order in which they were made, and tries again what storage refuses. Another keeps in the
-cluster those that storage doesn't take in time, from where a successor of this controller stores them: an entry that is
-kept counts as recorded, as the workers that a decision concerns don't outlive the cluster either.
+One stores entries in the order in which they were made, and tries again what storage refuses. Another keeps decisions
+in the cluster meanwhile, from where a successor of this controller stores them: an entry that is kept counts as
+recorded, as the workers that a decision concerns don't outlive the cluster either. A bucket, a busy disk or one that
+hangs takes longer than that.
 """
 
 import logging
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 
@@ -23,8 +25,16 @@ from orchestrator.storage.tasks import SLOW_S, Wait
 
 log = logging.getLogger("orchestrator.control")
 
-KEEP_AFTER_S = 0.5  # a request should be answered within 2 s
 AGAIN_S = 1.0  # until what was refused is tried again
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An entry that run storage doesn't have. `is_urgent`: it is a decision, for which being kept is enough."""
+
+    entry: ChainEntry
+    is_urgent: bool
+    added_s: float
 
 
 class JournalWriter:
@@ -37,18 +47,18 @@ class JournalWriter:
     def __init__(self, run: JournaledRun, inbox: Inbox) -> None:
         self._run, self._inbox = run, inbox
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[float, ChainEntry]] = deque()  # with the time when it was added, oldest first
+        self._waiting: deque[_Waiting] = deque()  # for run storage, oldest first
         self._stored = self._kept = -1  # numbers of the newest entries
         self._to_store: SimpleQueue[ChainEntry] = SimpleQueue()
         self._error: Exception | None = None  # nothing is recorded any more
-        for name, work in (("journal", self._store_all), ("journal-keeper", self._keep_late)):
+        for name, work in (("journal", self._store_all), ("journal-keeper", self._keep_urgent)):
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
 
     def add(self, entry: ChainEntry, stored: bool) -> Wait:
         """Record an entry, after those added before. Returns the wait for that; `stored`: until run storage has it.
         It raises TermSuperseded."""
         with self._changed:
-            self._waiting.append((time.monotonic(), entry))
+            self._waiting.append(_Waiting(entry, is_urgent=not stored, added_s=time.monotonic()))
             self._changed.notify_all()
         self._to_store.put(entry)
         return self._wait_for(entry.number, stored)
@@ -56,20 +66,20 @@ class JournalWriter:
     def finish(self) -> None:
         """Return once all entries are in run storage. Raises TermSuperseded."""
         with self._changed:
-            newest = self._waiting[-1][1].number if self._waiting else -1
+            newest = self._waiting[-1].entry.number if self._waiting else -1
         self._wait_for(newest, stored=True)()
 
     @property
     def unrecorded_s(self) -> float:
-        """How long the oldest entry that isn't recorded has been waiting; 0 without one."""
+        """How long the oldest decision that isn't recorded has been waiting; 0 without one."""
         with self._changed:
-            added_s = next((added_s for added_s, entry in self._waiting if entry.number > self._kept), None)
+            added_s = next((one.added_s for one in self._unkept() if one.is_urgent), None)
             return 0.0 if added_s is None else time.monotonic() - added_s
 
     def trouble(self) -> StorageTrouble | None:
         """That of storage that has not taken the oldest entry for long."""
         with self._changed:
-            open_s = time.monotonic() - self._waiting[0][0] if self._waiting else 0.0
+            open_s = time.monotonic() - self._waiting[0].added_s if self._waiting else 0.0
         return unanswered(open_s, SLOW_S) if open_s >= SLOW_S else None
 
     def _wait_for(self, number: int, stored: bool) -> Wait:
@@ -117,9 +127,9 @@ class JournalWriter:
         with suppress(OSError):  # it does no harm there
             self._run.unkeep(entry)
 
-    def _keep_late(self) -> None:
+    def _keep_urgent(self) -> None:
         while True:
-            entry = self._next_late()
+            entry = self._next_to_keep()
             try:
                 self._run.keep(entry)
             except OSError as error:
@@ -136,13 +146,14 @@ class JournalWriter:
             if is_late:
                 self._unkeep(entry)
 
-    def _next_late(self) -> ChainEntry:
-        """The oldest entry that isn't recorded, once the oldest one that isn't stored has waited for long."""
+    def _next_to_keep(self) -> ChainEntry:
+        """The oldest entry that isn't recorded, once a decision is among those: what it follows is kept first."""
         with self._changed:
             while True:
-                now_s = time.monotonic()
-                late_s = self._waiting[0][0] + KEEP_AFTER_S if self._waiting else None
-                entry = next((entry for _, entry in self._waiting if entry.number > self._kept), None)
-                if entry is not None and late_s is not None and late_s <= now_s:
-                    return entry
-                self._changed.wait(None if entry is None or late_s is None else late_s - now_s)
+                unkept = self._unkept()
+                if any(one.is_urgent for one in unkept):
+                    return unkept[0].entry
+                self._changed.wait()
+
+    def _unkept(self) -> list[_Waiting]:
+        return [one for one in self._waiting if one.entry.number > self._kept]

@@ -75,14 +75,36 @@ def test_what_storage_does_not_take_is_kept_in_the_cluster_until_it_does(tmp_pat
         second()
         assert len(recorded.cluster.names("journal")) == 2 and recorded.notes() == []
         steps = recorded.writer.add(recorded.run._journal.propose([{"kind": "queued", "why": "third"}]), stored=True)
-        _until(lambda: len(recorded.cluster.names("journal")) == 3)
-        _until(lambda: recorded.writer.unrecorded_s == 0.0)
+        recorded.note("fourth")()
+        assert len(recorded.cluster.names("journal")) == 4 and recorded.writer.unrecorded_s == 0.0
         assert not steps.is_over()
         if hold == "is full":
             assert recorded.run.trouble is not None and recorded.run.trouble.condition == "full"
     steps()
-    assert recorded.notes() == ["first", "second", "third"] and recorded.run.trouble is None
+    recorded.writer.finish()
+    assert recorded.notes() == ["first", "second", "third", "fourth"] and recorded.run.trouble is None
     _until(lambda: recorded.cluster.names("journal") == ())
+
+
+def test_steps_are_not_kept_as_long_as_no_decision_follows(tmp_path: Path) -> None:
+    recorded = Recorded(tmp_path)
+    with recorded.storage.hanging():
+        steps = recorded.writer.add(recorded.run._journal.propose([{"kind": "queued", "why": "steps"}]), stored=True)
+        assert not steps.is_over() and recorded.writer.unrecorded_s == 0.0
+        recorded.note("decision")()
+        assert len(recorded.cluster.names("journal")) == 2 and not steps.is_over()
+    steps()
+
+
+def test_a_decision_does_not_wait_for_storage_that_is_slow(tmp_path: Path) -> None:
+    recorded = Recorded(tmp_path)
+    with recorded.storage.hanging():
+        began_s = time.monotonic()
+        for number in range(20):
+            recorded.note(str(number))()
+        assert time.monotonic() - began_s < 5.0  # 20 calls to the cluster
+    recorded.writer.finish()
+    assert recorded.notes() == [str(number) for number in range(20)]
 
 
 def test_storage_that_hangs_for_long_is_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Commit, Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
+from orchestrator.protocol.events.run import Queued
 from orchestrator.protocol.events.training import CheckpointsDeleted
 from orchestrator.run_records.checkpoints import DIRECTORY, commit_checkpoint
 from orchestrator.run_records.journaled_run import JournaledRun
@@ -113,7 +114,8 @@ class Scene:
         return not any(map(self.thread.is_pending, names)) and not self.checkpoints._under_way()
 
     def go_on_once_kept(self) -> None:
-        """Go on once the cluster keeps the newest entry, for as long as a deletion would take."""
+        """Go on once the cluster keeps all entries, as a decision follows, for as long as a deletion would take."""
+        next(self.run.note(Queued("decided")))
         prefix = f"{self.journal.last.number:010d}-"
         self.until(lambda: any(name.startswith(prefix) for name in self.cluster.names("journal")))
         for _ in range(20):
