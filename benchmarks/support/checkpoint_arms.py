@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.atomic import flush
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
@@ -83,7 +84,7 @@ class Saving:
 class Method(Protocol):
     """A way to save. `begin` returns when training may go on; collective over the ranks."""
 
-    def begin(self, directory: Path) -> Saving: ...
+    def begin(self, place: Location) -> Saving: ...
 
 
 class Ours:
@@ -94,7 +95,7 @@ class Ours:
         self._written: list[ShardWritten] = []
         self._step = 0
 
-    def begin(self, directory: Path) -> Saving:
+    def begin(self, place: Location) -> Saving:
         saving = Saving()
 
         def done(written: ShardWritten) -> None:
@@ -104,18 +105,18 @@ class Ours:
         def failed(error: object) -> None:
             raise RuntimeError(f"the checkpoint failed: {error}")
 
-        saver = ShardSaver(directory, self._tensors, "", "", done, failed, failed, self._process.call)
+        saver = ShardSaver(place, self._tensors, "", "", done, failed, failed, self._process.call)
         self._step += 1
         saver.save(self.shard, TrainingProgress(self._step, self._step, "{}"))
-        saving.copied, saving.complete = saver.copied, lambda: self._complete(directory)
+        saving.copied, saving.complete = saver.copied, lambda: self._complete(place)
         return saving
 
-    def _complete(self, directory: Path) -> None:
+    def _complete(self, place: Location) -> None:
         written: list[Any] = [None] * len(self.shard.world.members)
         dist.all_gather_object(written, self._written[0])
         if self.shard.rank == 0:
-            shards = read_shards(directory, written, term=TERM)
-            commit(directory, manifest_of(shards, run_id="benchmark", term=TERM, shapes=saved_shapes(self._tensors)))
+            shards = read_shards(place, written, term=TERM)
+            commit(place, manifest_of(shards, run_id="benchmark", term=TERM, shapes=saved_shapes(self._tensors)))
         dist.barrier()
 
 
@@ -125,7 +126,8 @@ class DeepSpeeds:
     def __init__(self, engine: DeepSpeedEngineAdapter) -> None:
         self._core = engine._core
 
-    def begin(self, directory: Path) -> Saving:
+    def begin(self, place: Location) -> Saving:
+        directory = _directory(place)
         self._core.has_moe_layers, known = False, self._core.has_moe_layers  # it can save only its own layers
         self._core.save_checkpoint(str(directory), tag="step")
         self._core.has_moe_layers = known
@@ -138,9 +140,9 @@ class Dcp:
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
         self._state, self._group = state, dist.new_group()
 
-    def begin(self, directory: Path) -> Saving:
+    def begin(self, place: Location) -> Saving:
         saving = Saving()
-        future = dcp.async_save(self._state, checkpoint_id=str(directory), process_group=self._group)
+        future = dcp.async_save(self._state, checkpoint_id=str(_directory(place)), process_group=self._group)
         future.add_done_callback(lambda _: saving.done())  # type: ignore[union-attr]  # it flushes its files itself
         return saving
 
@@ -151,10 +153,16 @@ class TorchSave:
     def __init__(self, state: dict[str, torch.Tensor], rank: int) -> None:
         self._state, self._rank = state, rank
 
-    def begin(self, directory: Path) -> Saving:
+    def begin(self, place: Location) -> Saving:
+        directory = _directory(place)
         directory.mkdir(parents=True, exist_ok=True)
         torch.save(self._state, directory / f"{self._rank}.pt")
         return _flushed(directory)
+
+
+def _directory(place: Location) -> Path:
+    assert isinstance(place, Path), "only ours writes to buckets"
+    return place
 
 
 def _flushed(directory: Path) -> Saving:
@@ -209,34 +217,43 @@ def turns_of_arms(
     prefix: str,
     job: JobSpec,
     vocab_size: int,
-    directory: Path,
+    storage: Location,
+    arms: Sequence[str],
     rounds: int,
     steps: int,
 ) -> dict[str, list[Turn]]:
-    """Turns by arm, of which `none` writes no checkpoint. The last one of ours stays in `directory`."""
+    """Turns by arm, of which `none` writes no checkpoint. The last one of ours stays in `storage`."""
     trainee = Trainee(rank, world_size, store, prefix, job, vocab_size)
-    methods: dict[str, Method | None] = {
-        "none": None,
-        "ours": Ours(trainee.shard, trainee.tensors),
-        "deepspeed": DeepSpeeds(trainee.engine),
-        "dcp_async": Dcp(trainee.pieces()),
-        "torch_save": TorchSave(trainee.pieces(), rank),
+    methods: dict[str, Callable[[], Method | None]] = {
+        "none": lambda: None,
+        "ours": lambda: Ours(trainee.shard, trainee.tensors),
+        "deepspeed": lambda: DeepSpeeds(trainee.engine),
+        "dcp_async": lambda: Dcp(trainee.pieces()),
+        "torch_save": lambda: TorchSave(trainee.pieces(), rank),
     }
 
     def turn(name: str, method: Method | None) -> Turn:
-        place = directory / name
+        place = storage / name
         if rank == 0:
-            shutil.rmtree(place, ignore_errors=True)
+            _discard(place)
         os.sync()
         dist.barrier()
         return _turn(trainee, method, place, steps)
 
-    turns = {name: partial(turn, name, method) for name, method in methods.items()}
+    turns = {name: partial(turn, name, methods[name]()) for name in arms}
     alternate(turns, 1)  # warms up
     return alternate(turns, rounds)
 
 
-def _turn(trainee: Trainee, method: Method | None, place: Path, steps: int) -> Turn:
+def _discard(place: Location) -> None:
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        objects = objects_at(place)
+        objects.delete([found.key for found in objects.objects("")])
+
+
+def _turn(trainee: Trainee, method: Method | None, place: Location, steps: int) -> Turn:
     waited_s = 0.0
     began = time.perf_counter()
     saving = method.begin(place) if method is not None else Saving()
@@ -260,5 +277,5 @@ def _turn(trainee: Trainee, method: Method | None, place: Path, steps: int) -> T
     completed = time.perf_counter()
     saving.complete()
     durable_s = saving.durable_time - began + time.perf_counter() - completed
-    num_bytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    num_bytes = sum(found.num_bytes for found in objects_at(place).objects(""))
     return Turn(stall_s + waited_s, step_s, durable_s, num_bytes)

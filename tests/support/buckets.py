@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,22 @@ def moto_server() -> Iterator[int]:
         yield port
     finally:
         server.stop()
+
+
+@contextmanager
+def s3_in_process() -> Iterator[str]:
+    """A bucket on S3 whose server is a process of its own, by the environment."""
+    port = _free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _await_port(port)
+        _request(port, "PUT", f"/{BUCKET}")
+        with environment(**s3_variables(f"http://127.0.0.1:{port}")):
+            yield f"s3://{BUCKET}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @contextmanager
