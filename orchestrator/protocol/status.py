@@ -144,10 +144,10 @@ def raise_unless_succeeded(status: RunStatus) -> None:
             unchanged=f"Its newest checkpoint is {status.checkpoint}." if status.checkpoint else "",
         )
     if status.phase is RunPhase.STOPPED:
-        raise RunStopped(f"run {status.run_id} was stopped: {status.why}")
+        raise RunStopped(f"run {status.run_id}: {status.why}")
     if status.phase is RunPhase.PAUSED:
         raise NotFinished(
-            f"run {status.run_id} is paused: {status.why}",
+            f"run {status.run_id}: {status.why}",
             remedy=f"`orchestrator resume {status.run_id}` lets it go on.",
         )
     if status.phase is not RunPhase.SUCCEEDED:

@@ -49,8 +49,11 @@ def scale(
         _show_target(run, target, output)
         return
     asked = counted(size, "worker")
-    if client.get(run).workers_now == size:
+    now = client.get(run).workers_now
+    if now == size:
         narrate(f"Run {run} has {asked} and goes on with them.")
+    elif now > size:
+        narrate(f"Run {run} goes on with {asked} after its current step.")
     else:
         narrate(f"Run {run} will go on with {asked} as soon as they are ready.")
     _show_target(run, target, output)
