@@ -157,9 +157,10 @@ class PassingOn(Operations):
 def obey(faults: ArmedFaults) -> None:
     """Arm the faults that the input names."""
     for line in sys.stdin:
-        print(faults.hits, flush=True)
+        hits = faults.hits
         if (asked := json.loads(line)) is not None:
             faults.arm([CallFault(**fault) for fault in asked])
+        print(hits, flush=True)  # only now, as its reader relies on the faults
 
 
 def end_with_parent(place: str) -> None:

@@ -170,7 +170,7 @@ def test_the_run_does_not_go_back_past_a_checkpoint_that_is_being_completed(tmp_
     scene.complete(10)
     with scene.storage.hanging():
         scene.commit(scene.shard(15))
-        scene.until(lambda: scene.has_manifest(15))
+        scene.until(lambda: scene.has_manifest(15) and not scene.run.is_stored)
         scene.decide(replace(scene.run.state, wants_restore=True))
         scene.until(lambda: scene.run.state.wants_restore)
         scene.checkpoints.search()
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_the_run_went_back_behind_meanwhile_is_set_aside(tmp_p
     scene.complete(10)
     with scene.storage.hanging():
         scene.commit(scene.shard(20))
-        scene.until(lambda: scene.has_manifest(20))
+        scene.until(lambda: scene.has_manifest(20) and not scene.run.is_stored)
         scene.go_back(10)
         scene.until(lambda: scene.run.checkpoints.first_generation == 1)
     scene.until(lambda: scene.is_idle() and scene.run.is_stored)
