@@ -1,4 +1,4 @@
-"""Processes of a run's workers on this machine, found by the titles that Ray gives them."""
+"""Processes of Ray's actors on this machine, found by their titles: those of a run's workers, and others."""
 
 import re
 from collections.abc import Iterable
@@ -19,6 +19,16 @@ def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> d
         if match and not _is_child_of_actor(process):
             found[match[1]] = process
     return found
+
+
+def pid_of_actor(title: str) -> int:
+    """Of the actor with this title among the processes that this one has started. AssertionError if there is none, or
+    more than one."""
+    shown = re.compile(rf"{re.escape(title)}(\..*)?")  # with the method, during a call
+    titled = [p for p in psutil.Process().children(recursive=True) if shown.fullmatch(title_of(p))]
+    found = [p.pid for p in titled if not _is_child_of_actor(p)]
+    assert len(found) == 1, f"processes of {title}: {found}"
+    return found[0]
 
 
 def title_of(process: psutil.Process) -> str:
