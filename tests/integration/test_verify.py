@@ -296,7 +296,6 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
         "verify": VerifySpec(),
         "workers": WorkersSpec(min=1, max=2, standby=1),
         "train": job.train.model_copy(update={"max_steps": STEPS_OF_PROOF}),
-        "checkpoint": CheckpointSpec(every=50, keep_last=100),
     }
     with own_cluster(tmp_path / "home", cpus=3) as client:
         run = client.submit(job.model_copy(update=changes))
@@ -340,7 +339,8 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     assert (
         f"has no step after {last}; its newest committed one is {last}" in verify("--step", str(last), expect=2).stderr
     )
-    assert f"no checkpoint of step 7; it holds {', '.join(map(str, steps))}" in verify("--step", "7", expect=102).stderr
+    refused = " ".join(verify("--step", "7", expect=102).stderr.split())
+    assert f"no checkpoint of step 7; it holds {', '.join(map(str, steps))}" in refused
     job_file = run_dir / "job.json"
     job_file.write_text(job_file.read_text().replace('"exact"', '"fast"', 1))
     assert "train.determinism of run proof is fast" in verify(expect=2).stderr

@@ -28,7 +28,7 @@ from orchestrator.worker.step.prefetch import Prefetch, StepsAhead, Wanted
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.unit.data.stores import write_store
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 ONE, TWO = MicroBatchSize(rows=1), MicroBatchSize(rows=2)
 
 
