@@ -16,7 +16,7 @@ def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> d
     found: dict[str, psutil.Process] = {}
     for process in psutil.process_iter() if processes is None else processes:
         match = re.match(rf"ray::worker {run}/(\w+)", title_of(process))
-        if match and not _is_child_of_actor(process):
+        if match and not is_child_of_actor(process):
             found[match[1]] = process
     return found
 
@@ -26,7 +26,7 @@ def pid_of_actor(title: str) -> int:
     more than one."""
     shown = re.compile(rf"{re.escape(title)}(\..*)?")  # with the method, during a call
     titled = [p for p in psutil.Process().children(recursive=True) if shown.fullmatch(title_of(p))]
-    found = [p.pid for p in titled if not _is_child_of_actor(p)]
+    found = [p.pid for p in titled if not is_child_of_actor(p)]
     assert len(found) == 1, f"processes of {title}: {found}"
     return found[0]
 
@@ -39,7 +39,8 @@ def title_of(process: psutil.Process) -> str:
         return ""
 
 
-def _is_child_of_actor(process: psutil.Process) -> bool:
+def is_child_of_actor(process: psutil.Process) -> bool:
+    """Whether it is one that an actor has started, and not an actor itself."""
     with suppress(psutil.Error):
         return title_of(psutil.Process(process.ppid())).startswith("ray::")
     return False
