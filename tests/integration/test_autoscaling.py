@@ -57,7 +57,7 @@ def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -
     on.ask("scale", "free", 1)
     on.until("free", lambda s: s.workers_now == 1)
     step = on.status("free").step
-    status = on.until("free", lambda s: s.step > step + 30)  # some seconds, in which it isn't made larger again
+    status = on.until("free", lambda s: s.step > step + 15)  # some seconds, in which it isn't made larger again
     assert (status.workers_now, status.workers_wanted) == (1, 1)
 
     other = placement_group([{"CPU": 2.0}], name="somebody-elses")

@@ -71,7 +71,7 @@ def test_objects_in_the_cluster_are_created_once() -> None:
 
 
 def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
-    on.submit("whole", checkpoint={"every": 20}, envs={"SIM_STEP_S": "0.5"})
+    on.submit("whole", checkpoint={"every": 20}, envs={"SIM_STEP_S": "1.0"})
     on.until("whole", lambda s: s.step > 0)
     actors = {f"whole/{name}" for name in ("controller", "worker/w0", "worker/w1", "rendezvous", "tracker")}
     until(lambda: set(names_of("whole")) == actors, PATIENCE_S, "the end of data preparation")

@@ -19,7 +19,11 @@ _FORMAT = struct.Struct("qd")
 
 
 class Pace:
-    """How far steps go at once."""
+    """How far steps go at once.
+
+    Attributes:
+        is_free: whether none waits.
+    """
 
     def __init__(self) -> None:
         self._file = tempfile.NamedTemporaryFile(prefix="pace-")  # noqa: SIM115
@@ -31,10 +35,12 @@ class Pace:
 
     def slow_after(self, step: int, by_s: float = 1.0) -> None:
         """From now on each step after `step` begins late by so much, or once it isn't after such a step any more."""
+        self.is_free = False
         self._write(step, by_s)
 
     def free(self) -> None:
         """From now on no step waits."""
+        self.is_free = True
         self._write(FREE, 0.0)
 
     def _write(self, step: int, by_s: float) -> None:

@@ -44,6 +44,7 @@ from tests.support import forks
 from tests.support.pacing import Pace
 
 PATIENCE_S = 120.0
+BEGINNING_S = 0.1  # by which steps are late until one is waited for
 
 
 def _serve(pipe: Connection, env: dict[str, str]) -> None:
@@ -163,8 +164,8 @@ def _end_the_idle() -> None:
 class Crew:
     """Workers of one run, and the simplest controller that can lead them.
 
-    Once a step was waited for, later ones are slow until another one is waited for, or a fence or the end: so there are
-    some left for what a test does next.
+    Steps are a little slow from the beginning on. Once one was waited for, later ones are very slow, until another one
+    is waited for, or a fence or the end: so there are some left for what a test does next.
 
     Args:
         orphan_s: how long a worker stays that isn't asked for anything.
@@ -302,6 +303,8 @@ class Crew:
         self.send(next=plan)
         members = list(plan.world.members)
         self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+        if self.pace.is_free:
+            self.pace.slow_after(0, BEGINNING_S)
         self.send(current=plan, next=None, activated=plan.generation)
 
     def prepare(self, members: list[str], **more: Any) -> GenerationPlan:
