@@ -39,7 +39,7 @@ GAP_S = 15.0  # between two steps, at most; storage hangs for longer
 PROCESS = "orchestrator.storage.storage_process"
 HANGS_S = 75.0  # longer than a worker waits for its controller
 SOON_S = 10.0  # of requests while storage hangs: for the controller's answer the client would wait longer
-MOST_TROUBLES = 6  # that are told of while storage fails once: on a busy machine it is slow by itself
+MOST_TROUBLES = 6  # events of it while storage fails once: on a busy machine it is slow by itself
 
 
 def _submit(

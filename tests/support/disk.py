@@ -54,7 +54,7 @@ def frozen(disk: Path) -> Iterator[None]:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let each have the other's name, at once: in between nobody finds a name free."""
+    """Let each have the other's name, at once: in between neither name is free."""
     done = ctypes.CDLL(None, use_errno=True).renameat2(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE)
     if done != 0:
         raise OSError(number := ctypes.get_errno(), os.strerror(number), str(one))
