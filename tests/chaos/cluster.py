@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from tests.support.worker_processes import title_of, workers_of
+from tests.support.worker_processes import is_child_of_actor, title_of, workers_of
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "orchestrator.cli.main")
@@ -59,7 +59,7 @@ class Cluster:
         processes = self.processes()
         self._end_verbs()
         self("cluster", "down", "--force")
-        _, alive = psutil.wait_procs(processes, timeout=10.0)
+        _, alive = psutil.wait_procs(processes, timeout=60.0)
         return [title_of(process) for process in alive]
 
     def __call__(self, *args: str, timeout_s: float = COMMAND_S) -> Answer:
@@ -139,7 +139,8 @@ class Cluster:
 
     def titled(self, title: str) -> list[psutil.Process]:
         """Processes whose title begins with this, in any case: until its first call an actor has its class's name."""
-        return [process for process in self.processes() if title_of(process).lower().startswith(title.lower())]
+        titled = [process for process in self.processes() if title_of(process).lower().startswith(title.lower())]
+        return [process for process in titled if not is_child_of_actor(process)]
 
     def actor(self, title: str) -> psutil.Process:
         """The process with this title, such as `ray::scheduler`; waits for one that is being replaced."""

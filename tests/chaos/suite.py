@@ -29,7 +29,7 @@ from tests.support.worker_processes import title_of
 
 DISK_MB = 96
 CPUS = MOST_WORKERS + 2  # a standby, and one that is started while another one ends
-ENDS_S = 30.0  # within which nothing is left of a run that has ended
+ENDS_S = 60.0  # within which nothing is left of a run that has ended
 ENDED_S, STEP_S = 180.0, 0.5  # in which an undisturbed run has ended, and more for each step, on a busy machine
 LOG_LINES = 40
 

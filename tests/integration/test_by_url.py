@@ -24,6 +24,7 @@ from tests.support.hosts import until
 from tests.support.own_models import linear
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
+SOON_S = 100.0
 SECRET = "correct-horse-battery"
 TELLS = linear(
     init="self.calls = 0",
@@ -34,7 +35,7 @@ TELLS = linear(
             raise RuntimeError("no access with " + os.environ["API_KEY"])
         return self.head(self.embedding(tokens))""",
 )
-SLOW = "import time\ntime.sleep(60)\n" + linear()
+SLOW = "import time\ntime.sleep(300)\n" + linear()
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ class Left:
     groups: list[str]
     demand: bytes | None
     files: list[str]
+
+
+def _settled(far: Far, storage: Path) -> Left:
+    """The same once the Scheduler is there, and actors of earlier runs and of the jobs of commands have ended."""
+    far("ls")
+
+    def is_settled() -> bool:
+        left = _left(far, storage)
+        return not left.groups and not any("/" in name or "job_actor" in name for name in left.actors)
+
+    until(is_settled, SOON_S, "the end of earlier runs and jobs")
+    return _left(far, storage)
 
 
 def _left(far: Far, storage: Path) -> Left:
@@ -125,9 +138,8 @@ def test_a_secret_shows_nowhere(far: Far, texts: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_what_is_refused(far: Far, texts: Path, tmp_path: Path) -> None:
-    far("ls")  # the Scheduler is there from now on
     storage = tmp_path / "shared"
-    before = _left(far, storage)
+    before = _settled(far, storage)
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text("0" * 64)
@@ -145,21 +157,22 @@ def test_nothing_is_left_of_what_is_refused(far: Far, texts: Path, tmp_path: Pat
     assert "No module named 'os'" in far("submit", "foreign.yaml", expect=2).stderr
     broken = far.job(texts, storage, "broken", source="raise RuntimeError('mine')")
     assert "RuntimeError: mine" in far("submit", broken, expect=2).stderr
-    assert _left(far, storage) == before and not storage.exists()
+    until(lambda: _left(far, storage) == before, SOON_S, "Ray to end what looks after its jobs")
+    assert not storage.exists()
 
 
 def test_nothing_is_left_of_a_submission_that_is_interrupted(far: Far, texts: Path, tmp_path: Path) -> None:
     storage = tmp_path / "shared"
-    before = _left(far, storage)
+    before = _settled(far, storage)
     submitting = far.popen("submit", far.job(texts, storage, "hasty", source=SLOW))
-    until(lambda: any((storage / ".packages").glob("*/hasty.yaml")), 60.0, "the driver to have what was sent")
-    for _ in range(6):  # Python may lose one, in a callback of the interpreter's own; a user would try again, too
+    until(lambda: any((storage / ".packages").glob("*/hasty.yaml")), SOON_S, "the driver to have what was sent")
+    for _ in range(4):  # Python may lose one, in a callback of the interpreter's own; a user would try again, too
         submitting.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            submitting.communicate(timeout=10.0)
+            submitting.communicate(timeout=30.0)
             break
     assert submitting.returncode == 130
-    until(lambda: not storage.exists(), 10.0, "what was sent to be removed again")
-    until(lambda: _left(far, storage) == before, 15.0, "Ray to end what looks after its job")
+    until(lambda: not storage.exists(), SOON_S, "what was sent to be removed again")
+    until(lambda: _left(far, storage) == before, SOON_S, "Ray to end what looks after its job")
     (job,) = [job for job in far.ray("list").split("JobDetails(") if "hasty" in job]
     assert "STOPPED" in job

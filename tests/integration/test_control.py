@@ -28,6 +28,7 @@ from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
 from tests.support.control import UNHURRIED, Cluster
+from tests.support.disk import exchange
 from tests.support.hosts import until
 from tests.support.simulated_services import simulated_parts
 
@@ -70,10 +71,11 @@ def test_objects_in_the_cluster_are_created_once() -> None:
 
 
 def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
-    on.submit("whole", checkpoint={"every": 20}, envs={"SIM_STEP_S": "0.5"})
+    on.submit("whole", checkpoint={"every": 20}, envs={"SIM_STEP_S": "1.0"})
     on.until("whole", lambda s: s.step > 0)
-    pids = [on.pid_of(name) for name in names_of("whole") if not name.endswith("controller")]
-    assert len(pids) == 4  # two workers, rendezvous, tracker
+    actors = {f"whole/{name}" for name in ("controller", "worker/w0", "worker/w1", "rendezvous", "tracker")}
+    until(lambda: set(names_of("whole")) == actors, PATIENCE_S, "the end of data preparation")
+    pids = [on.pid_of(name) for name in actors if not name.endswith("controller")]
     titles = {
         "controller whole",
         "worker whole/w0",
@@ -114,7 +116,7 @@ def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     # Never before its step; later only if a busy machine did not get a worker warm in time.
     assert sizes.index(3) >= 20 and sizes.index(1) >= 40 and sizes[-1] == 1
     assert [(r.from_size, r.to_size) for r in status.rescales] == [(2, 3), (3, 1)]
-    assert all(r.state_identical and r.stall_s is not None and r.stall_s < 2.0 for r in status.rescales)
+    assert all(r.state_identical and r.stall_s is not None and r.stall_s < 15.0 for r in status.rescales)
     on.assert_every_step_once("planned", 300)
     # The fences fall on steps that have a checkpoint. Of those in the hurry at the end only the newest four are marked.
     marked = [event["step"] for event in on.ask("events", "planned") if event["kind"] == "checkpoint"]
@@ -125,12 +127,12 @@ def test_a_request_is_checked_and_carried_out_after_storage_has_failed_for_a_whi
     on.submit("request", train=_steps(250))
     on.until("request", lambda s: s.step > 5)
     journal = on.storage / "request" / "journal"
-    away = journal.rename(journal.with_name("away"))
-    journal.touch()  # no directory: even root can't write into it
+    away = journal.with_name("away")
+    away.touch()
+    exchange(journal, away)  # no directory: even root can't write into it
     stuck = on.until("request", lambda s: "can't be written" in str(s.warning))
     assert stuck.phase is RunPhase.TRAINING
-    journal.unlink()
-    away.rename(journal)
+    exchange(journal, away)
     with pytest.raises(UsageError, match="9 workers asked for; request allows 1 to 4"):
         on.ask("scale", "request", 9)
     on.ask("scale", "request", 4)
@@ -205,7 +207,8 @@ def test_a_controller_that_does_not_answer_and_workers_that_ignore_sigterm_or_ar
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
-    on.submit("phoenix", train=_steps(300), parts=parts, checkpoint={"every": 100, "keep_last": 1})
+    envs = {"SIM_STEP_S": "0.4"}  # two minutes for all that happens before the end: MLflow takes long to load
+    on.submit("phoenix", train=_steps(300), parts=parts, checkpoint={"every": 100, "keep_last": 1}, envs=envs)
     on.until("phoenix", lambda s: s.step > 5)
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
@@ -232,18 +235,19 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     ).fetchall()
     store.close()
     assert sorted(fate for (fate,) in fates) == ["deleted", "deleted", "stored"]
-    assert on.kinds("phoenix").count("checkpoints_deleted") == 2
+    deleted = [event["steps"] for event in on.ask("events", "phoenix") if event["kind"] == "checkpoints_deleted"]
+    assert [step for steps in deleted for step in steps] == [99, 199]  # at once, if both are complete by then
 
 
 def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
     host = start_host("held", "tests.support.simulated_services:SimulatedPreparation", (), ActorOptions())
     holds = [host.send(Host.hold) for _ in range(2 * CALLS_AT_ONCE)]
-    pid = host.within(20.0).ask(Host.pid)
-    freed, holding = ray.wait(holds, num_returns=len(holds) - 1, timeout=20.0)  # of controllers that are gone
+    pid = host.within(PATIENCE_S).ask(Host.pid)
+    freed, holding = ray.wait(holds, num_returns=len(holds) - 1, timeout=PATIENCE_S)  # of controllers that are gone
     assert len(holding) == 1 and ray.get(freed) == [None] * len(freed)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(RayActorError):  # whoever came last hears of the end
-        ray.get(holding[0], timeout=20.0)
+        ray.get(holding[0], timeout=PATIENCE_S)
 
 
 @pytest.mark.slow

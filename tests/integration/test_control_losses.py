@@ -12,7 +12,8 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
-from tests.support.control import UNHURRIED, Cluster
+from tests.support.control import UNHURRIED, Cluster, kill_at_once
+from tests.support.simulated_services import newcomers_held
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -50,8 +51,7 @@ def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
 def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[str, ...]) -> None:
     name = "lost-" + "-".join(victims)
     pids = _four(on, name)
-    for victim in victims:
-        os.kill(pids[victim], signal.SIGKILL)
+    kill_at_once(pids[victim] for victim in victims)
     on.until(name, lambda s: bool(s.recoveries) and s.workers_now == 4)
     status = _ended_well(on, name)
     (recovery,) = status.recoveries
@@ -71,8 +71,7 @@ def test_without_a_whole_state_in_memory_the_newest_checkpoint_serves(on: Cluste
     name = f"disk-{len(victims)}"
     pids = _four(on, name, checkpoint={"every": 10})
     on.until(name, lambda s: s.checkpoint_step is not None)
-    for victim in victims:
-        os.kill(pids[victim], signal.SIGKILL)
+    kill_at_once(pids[victim] for victim in victims)
     on.until(name, lambda s: bool(s.recoveries))
     status = _ended_well(on, name)
     assert status.recoveries[0].source == "checkpoint" and status.recoveries[0].step % 10 == 9
@@ -105,14 +104,15 @@ def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
 
 
 def test_a_lone_worker_publishes_what_a_checkpoint_includes_and_its_loss_repeats_no_published_step(on: Cluster) -> None:
-    name, every = "alone", 25
+    name, every, envs = "alone", 60, {"SIM_STEP_S": "0.1"}  # six seconds between checkpoints, to look and to kill
     protection, checkpoint = {"publish": "committed"}, {"every": every}
-    on.submit(name, workers=1, train=_steps(200), protection=protection, checkpoint=checkpoint)
-    status = on.until(name, lambda s: s.uncommitted > 10)
+    on.submit(name, workers=1, train=_steps(200), protection=protection, checkpoint=checkpoint, envs=envs)
+    status = on.until(name, lambda s: s.uncommitted > 2)
     assert (status.step, status.loss, status.held_by) == (0, None, 1)
-    status = on.until(name, lambda s: s.step > 0 and s.uncommitted > 10)
+    pid = on.pid_of(f"{name}/worker/w0")
+    status = on.until(name, lambda s: s.step > 0 and 10 < s.uncommitted < every - 20)
+    os.kill(pid, signal.SIGKILL)
     assert status.step % every == 0 and status.checkpoint_step == status.step - 1
-    os.kill(on.pid_of(f"{name}/worker/w0"), signal.SIGKILL)
     (recovery,) = on.until(name, lambda s: bool(s.recoveries)).recoveries
     assert recovery.source == "checkpoint" and recovery.step >= status.step - 1
     assert recovery.steps_replayed > 10 and recovery.steps_lost == 0
@@ -139,8 +139,9 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
     on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 1.25})
     on.until("least", lambda s: s.step > 5)
     on.submit("other", workers=1, resources={"cpus": 0.25}, train=_steps(100_000))
-    os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
-    status = on.until("least", lambda s: "workers.min" in s.why)
+    with newcomers_held(on.storage / "least"):
+        os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
+        status = on.until("least", lambda s: "workers.min" in s.why)
     assert status.phase is RunPhase.RECOVERING and "w1 died" in status.why
     assert "waits for 1 more worker: 2 are there, workers.min is 3" in status.why
     on.until("least", lambda s: bool(s.recoveries))

@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from orchestrator.cluster.actors import find, names_of
@@ -18,6 +17,7 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.scheduler.scheduler import NAME as SCHEDULER
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from tests.support.control import PATIENCE_S, Cluster
+from tests.support.worker_processes import pid_of_actor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -32,15 +32,7 @@ def on(tmp_path: Path) -> Cluster:
 def _pid(on: Cluster, run: str, victim: str) -> int:
     if (title := TITLES.get(victim)) is None:
         return on.pid_of(f"{run}/{victim}")
-    (process,) = [p for p in psutil.Process().children(recursive=True) if _title(p).startswith(title.format(run=run))]
-    return process.pid
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended meanwhile
-        return ""
+    return pid_of_actor(title.format(run=run))
 
 
 def _back(on: Cluster, run: str, victim: str, killed: int) -> None:
@@ -53,7 +45,7 @@ def _back(on: Cluster, run: str, victim: str, killed: int) -> None:
                 ask(find(name), "list" if victim == SCHEDULER else "status", timeout_s=1.0)
             if _pid(on, run, victim) != killed:
                 return
-        except (ClusterUnreachable, ValueError, AttributeError):  # not yet: no process, or no actor of that name
+        except (ClusterUnreachable, AssertionError, AttributeError):  # not yet: no process, or no actor of that name
             pass
         time.sleep(0.05)
     raise AssertionError(f"{victim} did not come back")
@@ -83,7 +75,8 @@ def _published_once(on: Cluster, run: str, steps: int) -> None:
 )
 def test_whoever_steers_may_die(on: Cluster, rounds: tuple[tuple[str, ...], ...]) -> None:
     run = f"steered-{len(rounds)}-{rounds[0][0]}"
-    on.submit(run, train={"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4})
+    train = {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4}
+    on.submit(run, train=train, envs={"SIM_STEP_S": "0.05"})  # several while a process starts
     on.until(run, lambda s: s.step > 5)
     members = {worker: on.pid_of(f"{run}/worker/{worker}") for worker in ("w0", "w1")}
     for victims in rounds:

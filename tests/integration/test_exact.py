@@ -194,7 +194,7 @@ def test_a_gradient_too_large_for_an_exact_sum_is_left_out_by_all_and_named(rank
 
 
 def _ended(client: OrchestratorClient, run: str) -> tuple[RunStatus, Run]:
-    status = client.wait(run, timeout_s=120.0)
+    status = client.wait(run, timeout_s=250.0)
     steps = [
         (r.loss, r.update.grad_norm, r.validation_loss, r.update.applied) for r in read_steps(Path(status.run_dir))
     ]
@@ -229,7 +229,7 @@ def test_a_run_that_was_scaled_killed_paused_and_resumed_ends_with_the_bits_of_o
         assert len(killed.recoveries) == 1
         until(client, run, lambda s: s.step > killed.step + 10)
         client.pause(run)
-        assert client.wait(run, timeout_s=60.0).step < 300
+        assert client.wait(run, timeout_s=250.0).step < 300
         client.resume(run, workers=1)
         step = until(client, run, lambda s: s.workers_now == 1).step
         client.scale(run, 2)

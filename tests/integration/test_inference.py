@@ -250,5 +250,5 @@ def test_ctrl_c_ends_the_text_and_the_process(run_dir: Path) -> None:
     )
     assert process.stdout is not None and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)  # ends with the pipe's last writer
+    process.communicate(timeout=150)  # ends with the pipe's last writer
     assert process.returncode == 130

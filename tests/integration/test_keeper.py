@@ -12,12 +12,14 @@ from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
-SOON_S = 10.0
+SOON_S = 60.0
+LATE_S = 0.25  # steps are slow: the run must not be over before its member has a keeper
 
 
 @pytest.fixture
 def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
     with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path, size=3) as worker_group:
+        worker_group.pace.slow_after(0, LATE_S)
         yield worker_group
 
 
@@ -70,6 +72,7 @@ def test_a_keeper_of_some_steps(
     job = small_job(texts, determinism="exact").model_copy(update={"protection": ProtectionSpec(every=every)})
     with Crew(job, store_dir, tmp_path, size=2) as worker_group:
         member, keeper = worker_group.ids
+        worker_group.pace.slow_after(0, LATE_S)
         worker_group.start(worker_group.plan([member]))
         committed = _kept(worker_group, member, keeper)
         worker_group.members[member].kill()

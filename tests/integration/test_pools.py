@@ -3,11 +3,9 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from ray.util import placement_group_table
@@ -21,6 +19,7 @@ from orchestrator.policy.cluster.node_pools import matches
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.labels import NODE_ID
 from tests.support.control import Cluster, another_node, drain, local_ray
+from tests.support.worker_processes import pid_of_actor
 
 pytestmark = pytest.mark.ray
 
@@ -46,15 +45,6 @@ def _job(selector: dict[str, str], **changes: Any) -> dict[str, Any]:
         "train": {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
         **changes,
     }
-
-
-def _pid(title: str) -> int:
-    """Of the process of this test's Ray with this title."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # another one that has ended meanwhile
-            if " ".join(process.cmdline()).startswith(title):
-                return process.pid
-    raise AssertionError(f"no process is {title}")
 
 
 def _pools(name: str) -> list[str | None]:
@@ -123,7 +113,7 @@ def test_every_run_hears_of_a_drained_node_a_restarted_controller_too(on: Cluste
             on.submit(name, wait=True, **_job({"pool": "d"}))
             on.until(name, lambda s: s.step > 0)
         (node,) = (node for node, labels in labels_of_nodes().items() if labels.get("pool") == "d")
-        controller = _pid("ray::controller first")
+        controller = pid_of_actor("ray::controller first")
         os.kill(controller, signal.SIGSTOP)  # it sees nothing of it before it is restarted
         drain(node)
         on.until("second", lambda _: "node_draining" in on.kinds("second"))

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,8 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     on.submit("slow", wait=True, **_job("1..1", cpus=2))
     job = on.storage / "slow" / "job.json"
     text = job.read_text()
-    job.unlink()
-    os.mkfifo(job)  # its controller, whose process is just starting, waits for somebody who writes here
-    on.submit("third", wait=True, **_job("1..1"))
-    waiting = on.until("third", lambda s: "behind slow in the queue" in s.why)
-    assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
-    assert waiting.why == "queued: there is no room for 1 worker; behind slow in the queue"
-    names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # no other run holds a place
-    refused = "fourth, whose workers take 1 CPU, would have to wait: there is no room for 1 worker; behind slow in the"
-    with pytest.raises(JobDoesNotFit, match=refused):
-        on.submit("fourth", **_job("1..1"))
-    job.write_text(text)
-    job.unlink()
-    job.write_text(text)  # for those who read it later
+    with _held(job, text):  # its controller, whose process is just starting, waits for somebody who writes here
+        _wait_behind(on)
     on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
     third = on.until("third", lambda s: s.submitted_time is not None)
     assert third.phase is RunPhase.QUEUED
@@ -132,6 +121,35 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     for name in ("slow", "third"):
         on.ask("stop", name)
         on.end_of(name)
+
+
+def _wait_behind(on: Cluster) -> None:
+    """A third run waits behind the slow one, and a fourth may not."""
+    on.submit("third", wait=True, **_job("1..1"))
+    waiting = on.until("third", lambda s: "behind slow in the queue" in s.why)
+    assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
+    assert waiting.why == "queued: there is no room for 1 worker; behind slow in the queue"
+    names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # no other run holds a place
+    refused = "fourth, whose workers take 1 CPU, would have to wait: there is no room for 1 worker; behind slow in the"
+    with pytest.raises(JobDoesNotFit, match=refused):
+        on.submit("fourth", **_job("1..1"))
+
+
+@contextmanager
+def _held(file: Path, text: str) -> Iterator[None]:
+    """Let those who open the file wait while this lasts; then they read the text."""
+    pipe, plain = file.with_name("pipe"), file.with_name("plain")
+    os.mkfifo(pipe)
+    pipe.replace(file)
+    try:
+        yield
+    finally:
+        plain.write_text(text)
+        writer = os.open(file, os.O_RDWR)  # waits for no reader: there may be none, if this process came late
+        plain.replace(file)  # for those who open it later
+        os.write(writer, text.encode())
+        os.close(writer)
 
 
 @pytest.mark.journey

@@ -70,7 +70,7 @@ def test_commands_of_the_readme_run(tmp_path: Path) -> None:
     said = {}
     for command in chosen:
         words = [sys.executable, "-m", "orchestrator.cli.main", *shlex.split(command)[1:]]
-        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         said[command] = done
     assert "is valid" in said[chosen[0]].stderr

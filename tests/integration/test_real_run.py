@@ -67,12 +67,12 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     (recovery,) = recovered.recoveries
     assert (recovery.lost, recovery.cause, recovery.source) == (("w1",), "worker", "memory")
     assert recovery.steps_lost == 0 and recovery.steps_replayed <= 1 and recovery.state_identical
-    assert recovery.stall_s is not None and recovery.stall_s < 10.0
+    assert recovery.stall_s is not None and recovery.stall_s < 40.0  # gloo by itself would wait for a minute
     whole = until(client, run, lambda s: s.workers_now == 2 and s.step > recovery.step + 20)
     assert client.kill_worker(run, 0) in ("w0", "w2", "w3")
     until(client, run, lambda s: len(s.recoveries) == 2 and s.step > whole.step)
     client.pause(run)
-    stopped = client.wait(run, timeout_s=60.0)
+    stopped = client.wait(run, timeout_s=250.0)
     account = client.audit(run)
     assert stopped.phase is RunPhase.PAUSED and account.ok and account.steps == stopped.step
 
@@ -81,7 +81,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     resumed = until(client, run, lambda s: s.step > account.steps + 20)
     assert resumed.workers_now == 3
     client.pause(run)
-    paused = client.wait(run, timeout_s=60.0)
+    paused = client.wait(run, timeout_s=250.0)
     assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
     assert client.audit(run).ok and client.audit(run).steps == paused.step
     assert len(list((Path(paused.run_dir) / "checkpoints").iterdir())) == 2  # keep_last
@@ -116,12 +116,12 @@ def test_a_member_that_is_told_to_end_leaves_at_a_fence(
     (rescale,) = status.rescales
     assert (rescale.from_size, rescale.to_size) == (2, 2) and rescale.state_identical and not status.recoveries
     assert rescale.why == "w1 must leave: it was asked to end"
-    deadline_s = time.monotonic() + 20.0
+    deadline_s = time.monotonic() + 200.0
     while f"{run}/worker/w1" in names_of(run) or psutil.pid_exists(pid):
         assert time.monotonic() < deadline_s, names_of(run)
         time.sleep(0.05)
     client.pause(run)
-    ended = client.wait(run, timeout_s=60.0)
+    ended = client.wait(run, timeout_s=250.0)
     assert ended.phase is RunPhase.PAUSED and not ended.recoveries and client.audit(run).steps == ended.step
     _one_value_per_step(ended, tmp_path)
 
@@ -154,12 +154,12 @@ def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
     client.kill_worker(run, 1)
     until(client, run, lambda s: len(s.recoveries) == 1 and s.step > began.step + 10)
     client.pause(run)
-    paused = client.wait(run, timeout_s=60.0)
+    paused = client.wait(run, timeout_s=250.0)
     assert paused.phase is RunPhase.PAUSED and client.audit(run).ok
     client.resume(run)
     until(client, run, lambda s: s.step > paused.step + 10)
     client.stop(run)
-    over = client.wait(run, timeout_s=60.0)
+    over = client.wait(run, timeout_s=250.0)
     assert over.stage == "all" and client.audit(run).ok
     told = [(e["kind"], e["stage"]) for e in client.events(run) if e["kind"].startswith("stage_")]
     assert told == [
@@ -187,14 +187,14 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     run = client.submit(_quick_example("dense", texts, tmp_path))
     until(client, run, lambda s: s.step > 20)
     client.pause(run)
-    paused = client.wait(run, timeout_s=60.0)
+    paused = client.wait(run, timeout_s=250.0)
     assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
     client.resume(run, workers=2)
     resumed = until(client, run, lambda s: s.step > paused.step + 50)
     assert resumed.workers_now == 2
     assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
     client.stop(run)
-    ended = client.wait(run, timeout_s=60.0)
+    ended = client.wait(run, timeout_s=250.0)
     assert ended.phase is RunPhase.STOPPED and client.audit(run).ok and client.audit(run).steps == ended.step
     job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
     with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
@@ -215,7 +215,7 @@ def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
     )
     job = with_marked_steps(plain.model_copy(update=changes), store_dir, tmp_path, (15, 40), forward)
     run = client.submit(job)
-    ended = client.wait(run, timeout_s=120.0)
+    ended = client.wait(run, timeout_s=250.0)
     assert ended.phase is RunPhase.SUCCEEDED, ended
     assert [(r.cause, r.step, r.steps_lost) for r in ended.recoveries] == [("out_of_memory", 14, 0), ("numeric", 39, 0)]
     told = {e["kind"]: e for e in client.events(run) if e["kind"] in ("micro_batch_reduced", "batch_skipped")}
@@ -237,7 +237,7 @@ def test_slots_by_document_grow_until_every_worker_has_one(
     run_dir = Path(client.get(run).run_dir)
     until(client, run, lambda s: s.step > 40 and read_steps(run_dir)[-1].batch.num_micro_batches == 2)
     client.stop(run)
-    ended = client.wait(run, timeout_s=120.0)
+    ended = client.wait(run, timeout_s=250.0)
     assert ended.phase is RunPhase.STOPPED and not ended.recoveries, ended
     fitted = [(e["from_tokens"], e["to_tokens"]) for e in client.events(run) if e["kind"] == "micro_batch_fitted"]
     assert fitted[0] == (64, 256) and all(after > before for before, after in fitted)

@@ -1,7 +1,5 @@
 """A run with two copies of each snapshot: a worker and its buddy are killed at once, and nothing published is lost."""
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.spec.workers import WorkersSpec
+from tests.support.control import kill_at_once
 from tests.support.real_runs import assert_same_tensors, own_cluster, until
 from tests.support.texts import small_job
 
@@ -54,8 +53,7 @@ def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
     members = {member.rank: member.worker for member in status.worker_group if member.rank is not None}
     victims = [members[rank] for rank in (0, buddies_of(["node"] * SIZE)[0])]
     reports: list[Report] = [ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0) for w in victims]
-    for report in reports:
-        os.kill(report.process.pid, signal.SIGKILL)
+    kill_at_once(report.process.pid for report in reports)
     status = until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
     recovery = status.recoveries[-1]
     print(f"killed {victims} after step {reports[0].step}: {recovery}")

@@ -27,9 +27,9 @@ from tests.support.real_runs import own_cluster, until
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.support.texts import small_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(1200)]
 
-STEPS = 120
+STEPS = 160
 FAULTS = (
     RequestFault.LOST_REPLY,
     RequestFault.UNAVAILABLE,
@@ -69,7 +69,7 @@ def _tensors(status: RunStatus) -> dict[str, bytes]:
 
 def _command(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == expect, f"{args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -94,7 +94,7 @@ def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
     assert len(recovered.recoveries) == 1 and recovered.recoveries[0].steps_lost == 0
     until(client, run, lambda s: (s.checkpoint_step or 0) > recovered.step)
     client.pause(run)
-    paused = client.wait(run, timeout_s=60.0)
+    paused = client.wait(run, timeout_s=400.0)
     assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1, paused
     assert "paused" in _command("status", run, "--storage", storage).stdout
 
@@ -102,7 +102,7 @@ def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
     until(client, run, lambda s: s.step > paused.step + 2)
     client.scale(run, 2)
     proxy.fail("GET", *(5 * (RequestFault.UNAVAILABLE, RequestFault.TORN, None)))
-    done = client.wait(run, timeout_s=200.0)
+    done = client.wait(run, timeout_s=400.0)
     assert done.phase is RunPhase.SUCCEEDED, done
     account = client.audit(run)
     assert account.ok and account.steps == STEPS

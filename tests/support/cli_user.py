@@ -57,7 +57,7 @@ class Here:
 
     def __call__(self, *args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
         process = self.start(*args)
-        stdout, stderr = process.communicate(timeout=100)
+        stdout, stderr = process.communicate(timeout=200)
         assert process.returncode == expect, f"{args} ended with {process.returncode}:\n{stdout}\n{stderr}"
         return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
 
@@ -83,7 +83,7 @@ class Here:
         return self.directory / "runs" / run
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + 100.0
+        deadline_s = time.monotonic() + 200.0
         while not condition():
             assert time.monotonic() < deadline_s, "it never came true"
             time.sleep(0.05)

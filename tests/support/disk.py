@@ -1,5 +1,6 @@
-"""File systems that fill up, or hang. Need root."""
+"""File systems that fill up, or hang, which need root, and files that change places."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 BLOCK = 64 * 1024
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
@@ -49,6 +51,13 @@ def frozen(disk: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let each have the other's name, at once: in between neither name is free."""
+    done = ctypes.CDLL(None, use_errno=True).renameat2(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE)
+    if done != 0:
+        raise OSError(number := ctypes.get_errno(), os.strerror(number), str(one))
 
 
 def fill(disk: Path, leave: int = 0) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tests.support.hosts import Hosts
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Driver:

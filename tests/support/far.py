@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,11 +15,12 @@ from orchestrator.cluster.connection import disconnect
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_files import RunFiles
 from tests.support.own_models import linear, own_spec
+from tests.support.ports import free_port
 from tests.support.real_runs import at_home
 from tests.support.texts import small_job
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 class Far:
@@ -60,11 +60,9 @@ class Far:
 @contextmanager
 def far_cluster(home: Path, directory: Path, variables: Mapping[str, str] = {}) -> Iterator[Far]:
     """A local cluster with a Jobs API while this lasts. `variables` are in the environment of all its processes."""
-    with at_home(home), socket.socket() as probe:
+    with at_home(home):
         os.environ.update(variables)
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-        probe.close()
+        port = free_port()
         up = local.up(4, jobs_port=port)
         try:
             yield Far(directory, f"http://127.0.0.1:{port}", up.record)

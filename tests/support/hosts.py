@@ -38,8 +38,8 @@ HEAD_PORT = 6379
 STARTED = "Ray runtime started"
 OBJECT_STORE_BYTES = 80_000_000  # close to the least that Ray takes
 START_TIMEOUT_S = 120.0  # starting Ray takes 2 s a host on an idle machine of 2 cores
-COMMAND_TIMEOUT_S = 10.0
-GONE_TIMEOUT_S = 10.0
+COMMAND_TIMEOUT_S = 60.0
+GONE_TIMEOUT_S = 60.0
 
 # Ignoring the end of children lets the kernel bury orphans, which all become an init's.
 INIT = """
@@ -260,7 +260,7 @@ class Hosts:
             "deadline-remaining-seconds": str(int(seconds)),
         }
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-        self.run(0, [*command, *(f"--{key}={value}" for key, value in options.items())], timeout_s=30.0)
+        self.run(0, [*command, *(f"--{key}={value}" for key, value in options.items())], timeout_s=START_TIMEOUT_S)
         return time.time() + seconds
 
     def ray_log(self, index: int) -> Path:

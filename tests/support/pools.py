@@ -21,13 +21,15 @@ def pool_threads(pid: int) -> set[int]:
     assert code, f"process {pid} has no libgomp"
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        *_, counter = (task / "syscall").read_text().split()  # the last one: where in its code; "running" has none
+        if not (words := _syscall(task).split()):
+            continue
+        counter = words[-1]  # where in its code; "running" has none
         if counter != "running" and any(int(counter, 16) in span for span in code):
             found.add(int(task.name))
     return found
 
 
-def resting_pool_threads(pid: int, patience_s: float = 20.0) -> set[int]:
+def resting_pool_threads(pid: int, patience_s: float = 60.0) -> set[int]:
     """The same once none of the process's threads runs, since pool threads spin for a while before they rest."""
     deadline_s = time.monotonic() + patience_s
     while any(_runs(task) for task in Path(f"/proc/{pid}/task").iterdir()):
@@ -38,4 +40,12 @@ def resting_pool_threads(pid: int, patience_s: float = 20.0) -> set[int]:
 
 
 def _runs(task: Path) -> bool:
-    return (task / "syscall").read_text().startswith("running")
+    return _syscall(task).startswith("running")
+
+
+def _syscall(task: Path) -> str:
+    """What the thread waits in; empty if it has just ended."""
+    try:
+        return (task / "syscall").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.support import forks
 
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 def _serve(pipe: Connection) -> None:

@@ -16,7 +16,7 @@ from orchestrator.cluster.auth import reread_environment
 from orchestrator.cluster.connection import disconnect
 from orchestrator.protocol.status import RunStatus
 
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import json
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,22 @@ from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.tracking.sink import TrackerPosition, TrackerSetup
 
-HURRY = Path("sim", "hurry")
+HURRY, HOLD = Path("sim", "hurry"), Path("sim", "hold")
 
 
 def hurry(run_dir: Path) -> None:
     """From here on a step takes no time: what had to happen before the run's end has happened."""
     (run_dir / HURRY).touch()
+
+
+@contextmanager
+def newcomers_held(run_dir: Path) -> Iterator[None]:
+    """No further worker of the run gets warm while this lasts."""
+    (run_dir / HOLD).touch()
+    try:
+        yield
+    finally:
+        (run_dir / HOLD).unlink()
 
 
 class SimulatedRendezvous:

@@ -38,7 +38,7 @@ from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
-from tests.support.simulated_services import HURRY
+from tests.support.simulated_services import HOLD, HURRY
 
 POLL_S = 0.002
 LIVES_EVERY = 10  # polls between two looks whether a peer's process lives, which cost more
@@ -78,6 +78,8 @@ class SimulatedWorker:
             self._files, self._hurry = Path(job.storage_dir) / "sim", Path(job.storage_dir) / HURRY
             self._say("pids", str(os.getpid()))
             self._die_at("warming")
+            while (Path(job.storage_dir) / HOLD).exists():
+                time.sleep(POLL_S)
             self._mailbox.publish(phase=Phase.STANDBY)
             threading.Thread(target=self._run, daemon=True).start()
         return self.report(None, -1, 0.0)

@@ -41,14 +41,16 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from tests.support import forks
+from tests.support.pacing import Pace
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
+BEGINNING_S = 0.1  # by which steps are late until one is waited for
 
 
 def _serve(pipe: Connection, env: dict[str, str]) -> None:
     forks.begin(env)
     from orchestrator.worker.actor import Worker
-    from tests.support import faults
+    from tests.support import faults, pacing
 
     worker = Worker("idle")
     while True:
@@ -63,7 +65,9 @@ def _serve(pipe: Connection, env: dict[str, str]) -> None:
         if method == "renew":
             faults.disarm()
             _await_end(worker)
-            worker, method, args = Worker(*args), "report", (None, -1, 0.0)
+            name, pace = args
+            pacing.follow(pace)
+            worker, method, args = Worker(name), "report", (None, -1, 0.0)
         try:
             pipe.send((True, getattr(worker, method)(*args)))
         except Exception as error:
@@ -160,8 +164,14 @@ def _end_the_idle() -> None:
 class Crew:
     """Workers of one run, and the simplest controller that can lead them.
 
+    Steps are a little slow from the beginning on. Once one was waited for, later ones are very slow, until another one
+    is waited for, or a fence or the end: so there are some left for what a test does next.
+
     Args:
         orphan_s: how long a worker stays that isn't asked for anything.
+
+    Attributes:
+        pace: of their steps.
     """
 
     def __init__(
@@ -191,6 +201,7 @@ class Crew:
         self._keepers = 0  # that were chosen
         self.records: dict[int, StepRecord] = {}
         self.final: dict[str, Report] = {}  # last reports, once the run is finished
+        self.pace = Pace()
         self.add(size)
 
     def add(self, count: int) -> list[str]:
@@ -206,7 +217,7 @@ class Crew:
         return new
 
     def _warm(self, worker: str) -> None:
-        self.members[worker].call("renew", worker)
+        self.members[worker].call("renew", worker, self.pace.path)
         self.members[worker].call("warm", self.job)
 
     @property
@@ -292,6 +303,8 @@ class Crew:
         self.send(next=plan)
         members = list(plan.world.members)
         self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+        if self.pace.is_free:
+            self.pace.slow_after(0, BEGINNING_S)
         self.send(current=plan, next=None, activated=plan.generation)
 
     def prepare(self, members: list[str], **more: Any) -> GenerationPlan:
@@ -310,6 +323,7 @@ class Crew:
         self.rescale_to(plan, at_step)
         self.await_all(list(plan.involved), lambda r: r.generation == plan.generation)
         self.collect(plan.involved[0])
+        self.pace.slow_after(self.newest_step + 1)
         self.send(current=plan, next=None, fence=None, activated=plan.generation, keepers=())
         return plan
 
@@ -326,6 +340,7 @@ class Crew:
 
     def rescale_to(self, plan: GenerationPlan, at_step: int | None = None) -> None:
         """Let the current generation end for `plan`, and wait for nobody."""
+        self.pace.free()
         self.send(fence=Fence(plan.generation, at_step))
 
     def arm(self, *faults: Any) -> None:
@@ -397,17 +412,20 @@ class Crew:
 
     def finish(self) -> None:
         assert self.directive.current is not None
+        self.pace.free()
         self.send(finish=FinishMode.STOP)
         self.await_finished()
 
     def await_finished(self, patience_s: float = PATIENCE_S) -> None:
         assert self.directive.current is not None
+        self.pace.free()
         members = self.directive.current.world.members
         self.await_all(list(members), lambda r: r.phase is Phase.FINISHED, patience_s)
         self.final = {worker: self.members[worker].report() for worker in members}
 
     def await_step(self, step: int) -> None:
         assert self.directive.current is not None
+        self.pace.slow_after(step + 1)
         self.await_all([self.directive.current.world.members[0]], lambda r: r.step >= step)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Processes of a run's workers on this machine, found by the titles that Ray gives them."""
+"""Processes of Ray's actors on this machine, found by their titles: those of a run's workers, and others."""
 
 import re
 from collections.abc import Iterable
@@ -16,9 +16,19 @@ def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> d
     found: dict[str, psutil.Process] = {}
     for process in psutil.process_iter() if processes is None else processes:
         match = re.match(rf"ray::worker {run}/(\w+)", title_of(process))
-        if match and not _is_child_of_actor(process):
+        if match and not is_child_of_actor(process):
             found[match[1]] = process
     return found
+
+
+def pid_of_actor(title: str) -> int:
+    """Of the actor with this title among the processes that this one has started. AssertionError if there is none, or
+    more than one."""
+    shown = re.compile(rf"{re.escape(title)}(\..*)?")  # with the method, during a call
+    titled = [p for p in psutil.Process().children(recursive=True) if shown.fullmatch(title_of(p))]
+    found = [p.pid for p in titled if not is_child_of_actor(p)]
+    assert len(found) == 1, f"processes of {title}: {found}"
+    return found[0]
 
 
 def title_of(process: psutil.Process) -> str:
@@ -29,7 +39,8 @@ def title_of(process: psutil.Process) -> str:
         return ""
 
 
-def _is_child_of_actor(process: psutil.Process) -> bool:
+def is_child_of_actor(process: psutil.Process) -> bool:
+    """Whether it is one that an actor has started, and not an actor itself."""
     with suppress(psutil.Error):
         return title_of(psutil.Process(process.ppid())).startswith("ray::")
     return False

@@ -55,7 +55,7 @@ def python(here: Path, script: str, *args: str, **env: str) -> "subprocess.Compl
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 

@@ -17,7 +17,7 @@ class Gate:
         self._opened, self._error = threading.Event(), False
 
     def __call__(self) -> str:
-        assert self._opened.wait(20.0)
+        assert self._opened.wait(60.0)
         if self._error:
             raise OSError("refused")
         return "written"
@@ -55,7 +55,7 @@ def test_a_call_that_hangs_delays_only_the_tasks_behind_it(storage: StorageThrea
     storage.advance()
     assert done == ["first begins"] and storage.is_pending("first") and storage.is_pending("second")
     hangs.open()
-    assert not inbox.get(timeout=20.0).is_news
+    assert not inbox.get(timeout=60.0).is_news
     storage.advance()
     assert done == ["first begins", "first written", "second begins"]
     assert not storage.is_pending("first") and not storage.is_pending("second")
@@ -74,7 +74,7 @@ def test_an_error_of_a_call_is_raised_where_the_task_made_it(storage: StorageThr
 def test_a_call_that_hangs_delays_no_task_of_another_lane(storage: StorageThread) -> None:
     done: list[str] = []
     hangs, is_recorded = Gate(), threading.Event()
-    wait = Wait(is_recorded.is_set, lambda: done.append(f"waited {is_recorded.wait(20.0)}"))
+    wait = Wait(is_recorded.is_set, lambda: done.append(f"waited {is_recorded.wait(60.0)}"))
     storage.add("call", partial(_task, "call", done, hangs))
     storage.add("decision", partial(_task, "decision", done, wait), Lane.DECISIONS)
     storage.add("next", partial(_task, "next", done), Lane.DECISIONS)

@@ -56,7 +56,7 @@ def test_the_page_names_every_file() -> None:
 
 
 def _bash_takes(text: str) -> bool:
-    return subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, timeout=10).returncode == 0
+    return subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, timeout=100).returncode == 0
 
 
 def test_scripts_are_shell() -> None:
@@ -76,7 +76,7 @@ def test_the_slurm_script_has_a_private_token_and_ends_only_what_it_started() ->
 
 def test_the_slurm_script_says_how_it_is_called(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["bash", str(FOLDER / "slurm.sh"), "run", "job.yaml"], capture_output=True, text=True, cwd=tmp_path, timeout=10
+        ["bash", str(FOLDER / "slurm.sh"), "run", "job.yaml"], capture_output=True, text=True, cwd=tmp_path, timeout=100
     )
     assert done.returncode == 2 and "usage" in done.stderr and list(tmp_path.iterdir()) == []
 
@@ -130,7 +130,7 @@ def test_promtool_takes_the_configuration(tmp_path: Path) -> None:
     broken = tmp_path / "prometheus.yml"
     broken.write_text((FOLDER / "prometheus.yml").read_text().replace("file_sd_configs", "file_sd_config"))
     codes = [
-        subprocess.run(["promtool", "check", "config", str(path)], capture_output=True, timeout=30).returncode
+        subprocess.run(["promtool", "check", "config", str(path)], capture_output=True, timeout=100).returncode
         for path in (FOLDER / "prometheus.yml", broken)
     ]
     assert codes[0] == 0 and codes[1] != 0

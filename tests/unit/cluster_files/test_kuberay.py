@@ -106,7 +106,7 @@ def test_the_job_of_the_manifest_is_valid_and_fits_its_nodes(tmp_path: Path) -> 
     assert spec.name == job.metadata.name
     assert spec.storage == "/runs"
     assert spec.resources.cpus <= int(group.template.spec.containers[0].resources.limits["cpu"])
-    subprocess.run(["bash", "-n", str(tmp_path / "run.sh")], check=True, timeout=10)
+    subprocess.run(["bash", "-n", str(tmp_path / "run.sh")], check=True, timeout=100)
     assert job.spec.entrypoint == "bash /job/run.sh"
 
 

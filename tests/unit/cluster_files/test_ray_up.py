@@ -96,7 +96,7 @@ def test_shell_commands_are_shell(name: str) -> None:
     commands = [command for key, value in config.items() if key.endswith("_commands") for command in value]
     assert len(commands) > 4
     for command in commands:
-        subprocess.run(["bash", "-n"], input=command, text=True, check=True, timeout=10)
+        subprocess.run(["bash", "-n"], input=command, text=True, check=True, timeout=100)
 
 
 def test_hosts_share_a_token_that_is_a_file() -> None:

@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.comm.transport.peer_group import PeerGroup
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 Result = TypeVar("Result")
 

@@ -62,7 +62,7 @@ def test_entries_are_stored_in_order_and_nothing_is_kept_of_them(tmp_path: Path)
     recorded.writer.finish()
     assert recorded.notes() == [str(number) for number in range(50)]
     assert recorded.writer.trouble() is None and recorded.writer.unrecorded_s == 0.0
-    assert not recorded.inbox.get(timeout=20.0).is_news
+    assert not recorded.inbox.get(timeout=60.0).is_news
     _until(lambda: recorded.cluster.names("journal") == ())
 
 

@@ -51,7 +51,7 @@ class _Run:
         self.answers += 1
 
     def await_turn_with(self, answers: int) -> None:
-        deadline_s = time.monotonic() + 20.0
+        deadline_s = time.monotonic() + 60.0
         while not self.turns or self.turns[-1] < answers:
             assert time.monotonic() < deadline_s, f"the last turn knew {self.turns[-1:]} of {answers} answers"
             time.sleep(0.001)
@@ -67,7 +67,7 @@ def run() -> Any:
     thread.start()
     yield run
     run.end()
-    thread.join(20.0)
+    thread.join(60.0)
     assert not thread.is_alive()
 
 

@@ -54,12 +54,12 @@ def _aim(
     found: list[DesiredRunState] = []
     asker = threading.Thread(target=lambda: found.append(requests.aim(finish, "asked for", workers)), daemon=True)
     asker.start()
-    requests._inbox.get(timeout=20.0)
+    requests._inbox.get(timeout=60.0)
     time.sleep(after_s)
     assert not found  # it waits until it is journalled
     run_inline(requests._memory.decided(replace(requests._memory.state, target=requests.newest), []))
     requests.turned()
-    asker.join(20.0)
+    asker.join(60.0)
     return found[0]
 
 
@@ -93,7 +93,7 @@ def test_a_request_is_answered_while_storage_hangs_and_a_successor_has_it(
     with storage.hanging():
         began_s = time.monotonic()
         newest = _aim(requests, FinishMode.NO, 3)
-        assert time.monotonic() - began_s < 2.0
+        assert time.monotonic() - began_s < BUSY_S  # and storage still hangs
         successor = JournaledRun(tmp_path, LIMITS, Journal(HeldObjects(tmp_path), kept=cluster))
         assert successor.state.target == newest and newest.workers == 3
 
@@ -120,6 +120,6 @@ def test_nodes_that_drain_wake_the_controller_once_and_stay_known(requests: Pend
     assert requests._inbox.empty()
     requests.drained({"a": 12.0})
     requests.drained({"a": 12.0})
-    assert requests._inbox.get(timeout=1.0).is_news and requests._inbox.empty()
+    assert requests._inbox.get(timeout=60.0).is_news and requests._inbox.empty()
     requests.drained({"b": 0.0})  # of a Scheduler that has never seen a
     assert requests.draining == {"a": 12.0, "b": 0.0} and requests._inbox.qsize() == 1

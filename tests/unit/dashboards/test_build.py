@@ -86,4 +86,4 @@ def test_a_rule_that_is_wrong_is_found(tmp_path: Path) -> None:
 
 
 def promtool(*args: str, folder: Path = DIRECTORY) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([str(PROMTOOL), *args], cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(PROMTOOL), *args], cwd=folder, capture_output=True, text=True, timeout=200)

@@ -147,7 +147,7 @@ def _saved(layout: StateLayout, values: Mapping[str, Tensor], run_dir: Path) -> 
         engine = SimpleNamespace(ranges=lambda ranges=ranges: ranges)
         shard: Any = SimpleNamespace(term=1, world=layout.world, rank=rank, engine=engine, seal=None)
         saver.save(shard, TrainingProgress(11, 10, "{}"))
-        assert saver.wait(10.0)
+        assert saver.wait(60.0)
     done = commit_checkpoint("r", run_dir, Commit(11, 1, layout.world.generation, tuple(written)))
     return Restore(11, done.path)
 

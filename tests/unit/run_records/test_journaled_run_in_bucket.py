@@ -96,7 +96,7 @@ def test_a_failing_write_changes_nothing_and_shows_the_condition(
     condition: StorageCondition,
     words: str,
 ) -> None:
-    short = Patience(answer_s=0.5, upload_s=1.0, retry_s=0.3)
+    short = Patience(answer_s=3.0, upload_s=5.0, retry_s=0.3)
     make = locations.objects_at
     monkeypatch.setattr("orchestrator.storage.backends.signing_keys.objects_at", lambda place: make(place, short))
     memory = opened(run_dir)

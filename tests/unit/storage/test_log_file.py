@@ -23,7 +23,7 @@ def test_lines_are_in_the_file_once_they_are_flushed(tmp_path: Path, logger: log
     log_to(path)
     try:
         logger.info("the %s line", "first")
-        flush_logs(20.0)
+        flush_logs(60.0)
         assert path.read_text().rstrip().endswith("INFO orchestrator.test the first line")
     finally:
         logging.getLogger("orchestrator").handlers[:] = before
@@ -34,16 +34,16 @@ def test_a_line_does_not_wait_for_storage_that_hangs(
 ) -> None:
     opened = threading.Event()
     monkeypatch.setattr(log_file, "MOST_WAITING", 3)
-    monkeypatch.setattr(log_file._LogFile, "emit", lambda self, record: opened.wait(20.0))
+    monkeypatch.setattr(log_file._LogFile, "emit", lambda self, record: opened.wait(120.0))
     before = list(logging.getLogger("orchestrator").handlers)
     log_to(tmp_path / "controller.log")
     try:
         began_s = time.monotonic()
         for number in range(10):  # more than may wait: the last ones are dropped
             logger.info("line %d", number)
-        assert time.monotonic() - began_s < 10.0  # a single line takes 20 s to write
+        assert time.monotonic() - began_s < 60.0  # a single line takes two minutes to write
         opened.set()
-        flush_logs(20.0)
+        flush_logs(60.0)
     finally:
         logging.getLogger("orchestrator").handlers[:] = before
 
@@ -67,11 +67,11 @@ def test_lines_are_in_objects_once_they_are_flushed(tmp_path: Path, logger: logg
     log_to_objects(objects, "logs/w0")
     for number in range(1_200):
         logger.info("line %d", number)
-    flush_logs(20.0)
+    flush_logs(60.0)
     assert lines_in(objects, "logs/w0") == [f"line {number}" for number in range(1_200)]
     assert 3 <= len(objects.names("logs/w0")) <= 10
     logger.info("later")
-    flush_logs(20.0)
+    flush_logs(60.0)
     assert lines_in(objects, "logs/w0")[-1] == "later"
 
 
@@ -83,7 +83,7 @@ def test_lines_are_stored_after_some_time(
     objects = DirectoryObjects(tmp_path)
     log_to_objects(objects, "logs/w0")
     logger.info("alone")
-    deadline_s = time.monotonic() + 20.0
+    deadline_s = time.monotonic() + 60.0
     while not objects.names("logs/w0"):
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
@@ -109,7 +109,7 @@ def test_lines_that_storage_refuses_are_stored_once_later(
 
     log_to_objects(Refusing(), "logs/w0")
     logger.info("first")
-    assert refused.wait(20.0)
+    assert refused.wait(60.0)
     logger.info("second")
-    flush_logs(20.0)
+    flush_logs(60.0)
     assert lines_in(objects, "logs/w0") == ["first", "second"]

@@ -18,7 +18,7 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.storage_process import MOST_STARTS, StorageProcess
 from tests.support.disk import ext4_disk, frozen
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 WRITER = """
 import sys
 from pathlib import Path

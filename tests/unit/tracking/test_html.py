@@ -44,7 +44,7 @@ def test_a_browser_shows_nothing_wider_than_its_window(tmp_path: Path, width: in
     file.write_text(page.replace("</html>", f"{MEASURE}</html>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},800", "--dump-dom"]
     command = [str(CHROMIUM), *options, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=200).stdout
     found = re.search(r"<title>(\d+) of (\d+)</title>", shown)
     assert found is not None, shown[:500]
     assert int(found[1]) <= int(found[2]) <= width

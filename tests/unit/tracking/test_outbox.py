@@ -51,7 +51,7 @@ def test_what_was_put_survives_the_process(tmp_path: Path) -> None:
         "outbox.put_points([MetricPoint('train/loss', 0.1 * s, s, s / 7) for s in range(50)], after=-1)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=200)
     assert done.returncode == -9
     outbox = Outbox(tmp_path)
     assert (outbox.num_waiting, outbox.position.step) == (50, 49)

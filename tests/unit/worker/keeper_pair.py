@@ -20,7 +20,7 @@ from tests.support.layouts import layout_of_state
 
 PARAMS = [ParamSpec("dense", (40,), None), ParamSpec("expert0", (6,), 0), ParamSpec("expert1", (6,), 1)]
 LOOPBACK = "127.0.0.1"
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 def layout_of(members: tuple[str, ...]) -> StateLayout:

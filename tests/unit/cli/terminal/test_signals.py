@@ -47,5 +47,5 @@ def test_a_command_in_the_background_of_a_script_ends_with_what_it_started(numbe
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
     process.send_signal(number)
-    assert process.wait(60) == code
+    assert process.wait(200) == code
     assert not child.is_running()

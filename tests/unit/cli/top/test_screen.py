@@ -19,7 +19,7 @@ from orchestrator.cli.top.steering import Confirmation
 from orchestrator.protocol.status import RunPhase, RunStatus
 from tests.unit.cli.recorded_client import ENDED, RESCALING, RecordedClient
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 Drive = Callable[[Pilot[None]], Awaitable[None]]
 
 

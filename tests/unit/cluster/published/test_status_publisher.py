@@ -1,5 +1,6 @@
 """A run's status is published at intervals and at changes, until the run ends."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from orchestrator.cluster.published.status_reader import content_of, status_in
 from orchestrator.protocol.codec import to_plain
 from tests.unit.cli.statuses import status
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 class Store:
@@ -118,7 +119,7 @@ def test_the_last_one_is_published_while_another_controller_starts(
         await_true(lambda: store.num_puts > 2)
     puts = store.num_puts
     found, published_time = status_in(store.values[b"try"])
-    assert published_time >= began and "has waited 0 s for run storage" in found["warning"]
+    assert published_time >= began and re.search(r"has waited \d+ s for run storage", found["warning"])
     assert {**found, "warning": before["warning"]} == before
     store.values[b"old"] = content_of(before, time.time() - 100.0)
     for run in ("old", "a run that has published none"):

@@ -28,7 +28,7 @@ from orchestrator.worker.step.prefetch import Prefetch, StepsAhead, Wanted
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.unit.data.stores import write_store
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 ONE, TWO = MicroBatchSize(rows=1), MicroBatchSize(rows=2)
 
 
@@ -210,7 +210,7 @@ class Fetches(BatchReader):
 @pytest.fixture
 def far(bucket: tuple[str, RequestProxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenStore:
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(location.objects_at, "__defaults__", (Patience(answer_s=1.0, retry_s=0.2),))
+    monkeypatch.setattr(location.objects_at, "__defaults__", (Patience(answer_s=30.0, retry_s=30.0),))
     place = BucketUrl(bucket[0]) / ".data" / tmp_path.name
     upload(write_store(tmp_path / "original", [50_000] * 40), place)
     bucket[1].forget()

@@ -16,7 +16,7 @@ from orchestrator.worker.transition import keeper_link
 from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.snapshots import SnapshotManager
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 STORE = StoreAddress("", 0)
 KEEPER = Keeper(3, "b", 4, STORE, "1/keeper/3", 3)
 PLAN = GenerationPlan(1, World(4, ("a",)), ExpertPlacement.balanced(2, 1), None, "1/4", STORE)

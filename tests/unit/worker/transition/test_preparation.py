@@ -62,8 +62,8 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
 
 def _await_prepared(mailbox: WorkerMailbox, generation: int) -> None:
     version = -1
-    while (report := mailbox.report(None, version, 20.0)).transition.prepared < generation:
-        assert report.version > version, f"generation {generation} was not prepared within 20 s"
+    while (report := mailbox.report(None, version, 60.0)).transition.prepared < generation:
+        assert report.version > version, f"generation {generation} was not prepared within 60 s"
         version = report.version
 
 
@@ -122,7 +122,7 @@ def test_a_standby_waits_for_a_plan_that_names_it(factory: ShardFactory, mailbox
     waiter.start()
     plan = _plan(2, "w0")
     mailbox.put(Directive(1, 1, next=plan))
-    waiter.join(20.0)
+    waiter.join(60.0)
     assert found == [plan]
     assert mailbox.state.transition.prepared == 2
 
@@ -148,8 +148,8 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(
         plan = replace(plan, source=StateSource(World(0, ("w0",)), ExpertPlacement.balanced(2, 2), ("w0",)))
     mailbox.put(Directive(1, 0, next=plan))
     version = -1
-    while (report := mailbox.report(None, version, 20.0)).transition.failed_generation < 1:
-        assert report.version > version, "nothing was told within 20 s"
+    while (report := mailbox.report(None, version, 60.0)).transition.failed_generation < 1:
+        assert report.version > version, "nothing was told within 60 s"
         version = report.version
     assert report.phase is Phase.COLD
     preparer.close()
@@ -178,7 +178,7 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
     mailbox.put(
         Directive(1, 1, current=plan, activated=1) if activated else Directive(1, 1, next=_plan(2, "w0"), activated=0)
     )
-    waiter.join(20.0)
+    waiter.join(60.0)
     assert found == [int(activated)]
 
 

@@ -67,7 +67,7 @@ def test_a_forward_pass_that_changes_a_buffer_does_not_change_the_snapshot(
     may_copy = threading.Event()
 
     def copy(*args: Any) -> None:
-        assert may_copy.wait(10.0)
+        assert may_copy.wait(60.0)
         copy_into(*args)
 
     monkeypatch.setattr("orchestrator.worker.shard.snapshot_sender.copy_into", copy)
