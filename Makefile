@@ -24,7 +24,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
 journeys: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "journey and not slow"
+	$(BIN)/pytest tests/integration -m "journey and not slow"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest

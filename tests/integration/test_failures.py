@@ -14,7 +14,7 @@ from tests.support.worker_group import Crew
 
 ORPHAN_S = 6.0
 
-SOON_S = 45.0  # a death is known this soon; a gloo operation without a closed connection would wait for a minute
+SOON_S = 10.0  # a death is known this soon; a gloo operation without a closed connection would wait for a minute
 
 
 @pytest.fixture

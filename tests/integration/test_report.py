@@ -62,10 +62,7 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     ended = client.wait(run, timeout_s=250.0)
 
     told = read_report(run_dir, Rates(cost_per_worker_hour=1.0, watts_per_worker=100.0))
-    # In a move itself the two accounts may count either world: longer than STRETCH_S allows for on a busy machine.
-    in_moves_s = sum(move.total_s * max(1, abs(move.to_size - move.from_size)) for move in told.moves)
-    allowed = max(RECONCILES, in_moves_s / (3600.0 * told.workers.members))
-    assert told.workers.difference is not None and abs(told.workers.difference) <= allowed
+    assert told.workers.difference is not None and abs(told.workers.difference) <= RECONCILES
     assert told.workers.held >= told.workers.members > 0.0
     assert [span.outcome for span in told.attempts] == ["paused", "stopped"] and told.paused_s > 3.0
     steps = read_steps(run_dir)
@@ -79,7 +76,7 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     (recovery,) = [move for move in told.moves if move.kind == "recovery"]
     assert recovery.detect_s > 0.0 and recovery.transfer_s and recovery.rebuild_s
     for move in told.moves:
-        assert move.total_s < 60.0
+        assert move.total_s < 10.0
     measured = {change.step + 1: change.stall_s for change in (*paused.rescales, *paused.recoveries)}
     for move in told.moves:  # the status counts from vote to vote, less a typical step; the report, less the first one
         first, *more = (r.timing.step_s for r in steps if r.generation == move.generation)

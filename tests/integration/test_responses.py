@@ -15,7 +15,7 @@ from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
 BAD_STEP = 12
-SOON_S = 60.0
+SOON_S = 10.0
 
 
 def _stopped_with(worker_group: Crew, kind: str) -> None:

@@ -163,7 +163,7 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     store.execute("ALTER TABLE metrics RENAME TO metrics_away")
     began_s = time.monotonic()
     broken.publish(1, points("train/loss", range(600), 5.0), after=-1)
-    assert time.monotonic() - began_s < 30.0  # it waits for nothing but its own file
+    assert time.monotonic() - began_s < 0.5
     assert not broken.finish(1, "stopped", timeout_s=1.0)
     assert "no such table" in error_of(broken)
     assert broken.describe()["waiting"] == 601

@@ -61,7 +61,7 @@ def moto_server() -> Iterator[int]:
 @contextmanager
 def s3_in_process() -> Iterator[str]:
     """A bucket on S3 whose server is a process of its own, by the environment."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -138,8 +138,8 @@ def _groups() -> list[dict[str, Any]]:
 
 
 def kill_at_once(pids: Iterable[int]) -> None:
-    """SIGKILL to all of them. Whoever is killed first is not missed before the others are: they are stopped by then,
-    and who is stopped is waited for some seconds."""
+    """Send SIGKILL to all of them. All are stopped before the first one is killed, so that the loss of the first one is
+    not noticed before the others are lost too: a stopped process is waited for for some seconds."""
     pids = list(pids)
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in pids:

@@ -1,4 +1,4 @@
-"""File systems that fill up, or hang, which need root, and files that change places."""
+"""File systems that fill up or hang, which need root, and files that change places."""
 
 import ctypes
 import os

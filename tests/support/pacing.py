@@ -1,5 +1,5 @@
-"""Real workers that don't run ahead of the test that leads them: on a busy machine a run of a few dozen steps would
-else be over before a test has done to it what it is about.
+"""The pace of real workers' steps, set by the test that leads them: on a busy machine a run of a few dozen steps may be
+over before the test has done what it is about.
 
 pace = Pace()
 pace.slow_after(7)       # in the test's process: later steps begin a second late each
@@ -19,7 +19,7 @@ _FORMAT = struct.Struct("qd")
 
 
 class Pace:
-    """How far steps go at once.
+    """Up to which step a run's workers train without delay.
 
     Attributes:
         is_free: whether none waits.
@@ -34,7 +34,7 @@ class Pace:
         return self._file.name
 
     def slow_after(self, step: int, by_s: float = 1.0) -> None:
-        """From now on each step after `step` begins late by so much, or once it isn't after such a step any more."""
+        """From now on each step after `step` begins late by so much, unless the pace is changed meanwhile."""
         self.is_free = False
         self._write(step, by_s)
 

@@ -4,8 +4,8 @@ import errno
 import random
 import socket
 
-# Below those that the system gives to who asks for any, and above those that Ray gives to its workers: between a look
-# at a port and its use no other process is likely to take it.
+# Below the ephemeral ports of Linux and above those of Ray's workers: no other process is likely to take a port between
+# the look at it and its use.
 PORTS = range(20_000, 32_768)
 
 

@@ -20,7 +20,7 @@ def test_nobody_there_is_told_at_once_or_when_patience_ends() -> None:
     started_s = time.monotonic()
     with pytest.raises(ClusterUnreachable, match="Connection refused"):
         probe(address)
-    assert time.monotonic() - started_s < 30.0  # Ray itself would try for minutes
+    assert time.monotonic() - started_s < 1.0
     with pytest.raises(ClusterUnreachable):
         probe(address, patience_s=0.3)
     assert time.monotonic() - started_s >= 0.3

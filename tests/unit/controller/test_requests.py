@@ -93,7 +93,7 @@ def test_a_request_is_answered_while_storage_hangs_and_a_successor_has_it(
     with storage.hanging():
         began_s = time.monotonic()
         newest = _aim(requests, FinishMode.NO, 3)
-        assert time.monotonic() - began_s < BUSY_S  # and storage still hangs
+        assert time.monotonic() - began_s < 2.0
         successor = JournaledRun(tmp_path, LIMITS, Journal(HeldObjects(tmp_path), kept=cluster))
         assert successor.state.target == newest and newest.workers == 3
 
