@@ -43,13 +43,20 @@ MOST_TROUBLES = 3  # events of it while storage fails once: on a busy machine it
 
 
 def _submit(
-    client: OrchestratorClient, texts: Path, name: str, storage: Path, steps: int, schedule: str = "cosine"
+    client: OrchestratorClient,
+    texts: Path,
+    name: str,
+    storage: Path,
+    steps: int,
+    schedule: str = "cosine",
+    workers: int = 2,
+    every: int = 10,
 ) -> str:
     changes = {
         "name": name,
         "storage": str(storage),
-        "workers": WorkersSpec(min=1, max=2, initial=2),
-        "checkpoint": CheckpointSpec(every=10, keep_last=1),
+        "workers": WorkersSpec(min=1, max=2, initial=workers),
+        "checkpoint": CheckpointSpec(every=every, keep_last=1),
     }
     job: JobSpec = small_job(texts, max_steps=steps, determinism="exact", lr_scheduler={"kind": schedule})
     job = job.model_copy(update=changes)
@@ -60,6 +67,15 @@ def _tensors(status: RunStatus) -> dict[str, bytes]:
     with CheckpointReader(Path(str(status.checkpoint))) as reader:
         reader.verify()
         return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
+
+
+def _undisturbed(
+    client: OrchestratorClient, texts: Path, tmp_path: Path, steps: int, schedule: str = "cosine"
+) -> dict[str, bytes]:
+    """The tensors of the same run without anything that happens to it. It has one worker, which is faster here and must
+    not make a difference."""
+    run = _submit(client, texts, "calm", tmp_path / "runs", steps, schedule, workers=1, every=1000)
+    return _tensors(client.wait(run, timeout_s=400.0))
 
 
 def _fill(client: OrchestratorClient, run: str, disk: Path) -> RunStatus:
@@ -104,8 +120,7 @@ def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) ->
         assert {path.name for path in (run_dir / "checkpoints").iterdir()} == kept and not (
             run_dir / ".reserve"
         ).exists()
-        calm = client.wait(_submit(client, texts, "calm", tmp_path / "runs", steps), timeout_s=300.0)
-        assert crowded == _tensors(calm)
+        assert crowded == _undisturbed(client, texts, tmp_path, steps)
 
 
 def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(texts: Path, tmp_path: Path) -> None:
@@ -173,8 +188,7 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
         assert _longest_gap_s(records, began, ended) < GAP_S  # training did not wait, also on a busy machine
-        calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
-        assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))
+        assert _tensors(status) == _undisturbed(client, texts, tmp_path, status.step, "constant")
 
 
 def _controllers(run: str) -> list[psutil.Process]:
@@ -241,5 +255,4 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
         assert _longest_gap_s(records, since, ended) < GAP_S
-        calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
-        assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))
+        assert _tensors(status) == _undisturbed(client, texts, tmp_path, status.step, "constant")
