@@ -133,7 +133,8 @@ class JournalWriter:
             try:
                 self._run.keep(entry)
             except OSError as error:
-                log.warning("a journal entry that storage doesn't take can't be kept in the cluster: %s", error)
+                if not self._is_done(entry.number, stored=True):
+                    log.warning("the cluster can't keep a journal entry that run storage hasn't taken: %s", error)
                 time.sleep(AGAIN_S)
                 continue
             except TermSuperseded:
