@@ -38,6 +38,7 @@ from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
+from orchestrator.storage.backends.probe import refusal_at
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import add_key_source
 from orchestrator.storage.guard import StorageGuard
@@ -63,7 +64,7 @@ class Scheduler:
         add_key_source(signer_in_cluster)
         self._submitting = threading.Lock()  # never held during a call to storage
         self._claims = RunClaims()
-        self._storage = StorageGuard()
+        self._storage = StorageGuard(refusal_at)
         self._statuses = RunStatuses(self._storage)
         self._autoscaler = Autoscaler()
         self._autoscaler.start()

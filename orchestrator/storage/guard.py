@@ -11,17 +11,30 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import OrchestratorError, StorageError
 
 R = TypeVar("R")
 
 MOST_HUNG = 4  # calls to one storage
 
 
-class StorageGuard:
-    """Makes storage calls in threads of their own. Its methods may be called from any thread."""
+def refusal(storage: Hashable, error: OSError) -> OrchestratorError:
+    """The error shown to users for storage that refuses a call."""
+    return StorageError(
+        f"run storage {storage} can't be read or written: {error.strerror or error}: {error.filename or storage}",
+        remedy="Try again once it can; requests to active runs don't need it.",
+    )
 
-    def __init__(self) -> None:
+
+class StorageGuard:
+    """Makes storage calls in threads of their own. Its methods may be called from any thread.
+
+    Args:
+        refusal: the error to raise for an OSError of a call to a storage.
+    """
+
+    def __init__(self, refusal: Callable[[Hashable, OSError], OrchestratorError] = refusal) -> None:
+        self._refusal = refusal
         self._lock = threading.Lock()
         self._hung: Counter[Hashable] = Counter()  # calls that have exceeded the limit and not returned, by storage
 
@@ -35,14 +48,14 @@ class StorageGuard:
 
         Raises:
             StorageError: it has not returned in time, and may still do its work, unless there is an `undo`; or
-                earlier calls hang; or it has raised an OSError.
-            Exception: whatever else it raises.
+                earlier calls hang.
+            Exception: whatever else it raises; for an OSError the `refusal`.
         """
         with self._lock:
             if self._hung[storage] >= MOST_HUNG:
                 raise _hangs(storage, "earlier calls have not returned", unchanged="Nothing was read or written.")
         done: Future[R] = Future()
-        thread = threading.Thread(target=_serve, args=(storage, function, done), name="storage call", daemon=True)
+        thread = threading.Thread(target=self._serve, args=(storage, function, done), name="storage call", daemon=True)
         thread.start()
         try:
             return done.result(patience_s)
@@ -65,25 +78,17 @@ class StorageGuard:
 
         done.add_done_callback(returned)
 
-
-def _serve(storage: Hashable, function: Callable[[], R], done: "Future[R]") -> None:
-    try:
-        result = function()
-    except OSError as error:
-        done.set_exception(_refuses(storage, error))
-    except BaseException as error:
-        done.set_exception(error)
-    else:
-        done.set_result(result)
-
-
-def _refuses(storage: Hashable, error: OSError) -> StorageError:
-    refusal = StorageError(
-        f"run storage {storage} can't be read or written: {error.strerror or error}: {error.filename or storage}",
-        remedy="Try again once it can; requests to active runs don't need it.",
-    )
-    refusal.__cause__ = error
-    return refusal
+    def _serve(self, storage: Hashable, function: Callable[[], R], done: "Future[R]") -> None:
+        try:
+            result = function()
+        except OSError as error:
+            refused = self._refusal(storage, error)
+            refused.__cause__ = error
+            done.set_exception(refused)
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
 
 
 def _hangs(storage: Hashable, how: str, unchanged: str) -> StorageError:

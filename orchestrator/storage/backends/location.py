@@ -26,6 +26,8 @@ def location_of(text: str) -> Location:
     """
     found = _URL.fullmatch(text)
     if found is None:
+        if text.partition(":")[0] in PREFIXES and ":" in text:
+            raise _no_storage(text, f"a bucket's URL begins with {text.partition(':')[0]}://", "")
         return Path(text).expanduser().absolute()
     scheme, path = found[1], found[2].rstrip("/")
     if scheme not in PREFIXES:

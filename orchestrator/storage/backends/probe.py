@@ -4,6 +4,7 @@ can be read, listed and deleted there."""
 import errno
 import os
 import secrets
+from collections.abc import Hashable
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from orchestrator.errors import NotAllowed, OrchestratorError, StorageError, Usa
 from orchestrator.storage.backends.bucket_url import PREFIXES, BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.patience import Patience
+from orchestrator.storage.guard import refusal
 from orchestrator.storage.objects import LargeObjects
 
 SHORT = Patience(answer_s=3.0, upload_s=3.0, retry_s=1.0)  # someone waits for the answer
@@ -55,6 +57,13 @@ def _check(objects: LargeObjects, key: str, location: Location) -> None:
         )
     objects.names("")
     objects.delete([key])
+
+
+def refusal_at(storage: Hashable, error: OSError) -> OrchestratorError:
+    """The error shown to users for a call that storage refuses; it names missing credentials, or a missing bucket."""
+    if isinstance(storage, BucketUrl) and (isinstance(error, PermissionError) or error.errno == errno.ENODEV):
+        return access_error(storage, error)
+    return refusal(storage, error)
 
 
 def access_error(location: Location, error: OSError) -> OrchestratorError:

@@ -32,6 +32,8 @@ def test_a_url_is_a_bucket(scheme: str) -> None:
         ("s3a://bucket/runs", "s3a:// is none of s3://, gs:// and az://. Did you mean `s3`?"),
         ("S3://bucket", "S3:// is none of"),
         ("file:///runs", "file:// is none of"),
+        ("s3:/bucket/runs", "a bucket's URL begins with s3://"),
+        ("gs:bucket", "a bucket's URL begins with gs://"),
         ("s3://", "a URL is s3://BUCKET or s3://BUCKET/PATH"),
         ("s3:///runs", "a URL is s3://BUCKET or s3://BUCKET/PATH"),
         ("gs://bucket//runs", "without names that are empty"),

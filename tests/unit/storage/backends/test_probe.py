@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import NotAllowed, UsageError
+from orchestrator.errors import NotAllowed, StorageError, UsageError
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.backends.probe import access_error, check_storage
+from orchestrator.storage.backends.probe import access_error, check_storage, refusal_at
+from orchestrator.storage.guard import StorageGuard
 from tests.support.buckets import azure_bucket, environment, iam_bucket, s3_variables
 from tests.support.request_proxy import RequestFault, RequestProxy
 
@@ -122,3 +123,16 @@ def test_a_bucket_that_is_not_there(bucket: tuple[str, RequestProxy]) -> None:
     with pytest.raises(OSError, match="there is no such bucket") as raised:
         check_storage(absent)
     assert "Create it, or name another; AWS_*" in access_error(absent, raised.value).remedy
+
+
+def test_a_request_to_the_scheduler_names_what_a_bucket_lacks(
+    bucket: tuple[str, RequestProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads storage, before anything is checked there."""
+    guard, absent, lacking = StorageGuard(refusal_at), BucketUrl("s3://absent/runs"), place(bucket, "without a key")
+    with pytest.raises(StorageError, match="there is no such bucket") as raised:
+        guard.call(absent, 30.0, lambda: objects_at(absent).create("job.json", b""))
+    assert "Create it, or name another" in raised.value.remedy
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(NotAllowed, match="no credentials were found: AWS_ACCESS_KEY_ID is not set"):
+        guard.call(lacking, 30.0, lambda: objects_at(lacking).names(""))
