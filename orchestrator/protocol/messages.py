@@ -166,6 +166,12 @@ class GenerationPlan:
         holders = self.source.holders if self.source else ()
         return tuple(dict.fromkeys(holders + self.world.members))
 
+    @property
+    def newcomers(self) -> tuple[str, ...]:
+        """Members that hold nothing of the state."""
+        holders = self.source.holders if self.source else ()
+        return tuple(member for member in self.world.members if member not in holders)
+
 
 @dataclass(frozen=True)
 class Fence:

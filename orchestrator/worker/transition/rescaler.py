@@ -48,7 +48,7 @@ class Rescaler:
             if held is not None:
                 position.follow(held.progress)
                 self._mailbox.go_back_to(held.progress.step)
-            if source.holders[0] == self._factory.me:
+            if source.holders[0] == self._factory.me and plan.newcomers:
                 announce(prepared, position.progress, self._mailbox.records, self._mailbox.directive.journalled)
             recorded = next((r for r in reversed(self._mailbox.records) if r.step == position.step), None)
             try:

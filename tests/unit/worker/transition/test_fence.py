@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.transition.fence import SENT_RECORDS, announce, announced
+from orchestrator.worker.transition.fence import announce, announced
 from tests.unit.policy.imagined import record
 
 STEPS = 1000
@@ -29,9 +29,9 @@ class DictStore:
 
 
 @pytest.mark.parametrize(
-    ("journalled", "first"), [(STEPS - 1, STEPS - SENT_RECORDS), (STEPS - 3, STEPS - SENT_RECORDS), (99, 100), (-1, 0)]
+    ("journalled", "first"), [(STEPS, STEPS - 1), (STEPS - 1, STEPS - 1), (STEPS - 3, STEPS - 2), (99, 100), (-1, 0)]
 )
-def test_newcomers_get_the_newest_records_and_all_that_are_not_journalled(journalled: int, first: int) -> None:
+def test_newcomers_get_the_newest_record_and_all_that_are_not_journalled(journalled: int, first: int) -> None:
     prepared: Any = Mock(store=DictStore())
     prepared.plan.store_prefix = "1/3"
     assert announced(prepared, timeout_s=0.0) is None
