@@ -35,13 +35,14 @@ class DecisionMaker:
         seen = self._observer.observe()
         decision = decide(self._limits, self._memory.state, seen)
         events = [action for action in decision.actions if isinstance(action, Event)]
-        for entry in (yield from self._memory.decided(decision.state, events)):
-            self._recorder.publish(entry)
+        entries = yield from self._memory.decided(decision.state, events)
         for action in decision.actions:
             if isinstance(action, KillWorker):
                 self._worker_group.kill(action.worker)
         if decision.state.outcome is None:  # else the loop ends the workers, once their last records are read
             self._direct(decision.state, seen)
+        for entry in entries:  # only now, as members may wait for what they are directed to do
+            self._recorder.publish(entry)
         self._requests.turned()
         commits = [action for action in decision.actions if isinstance(action, Commit)]
         if not commits:
