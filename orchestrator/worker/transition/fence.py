@@ -24,8 +24,8 @@ class FenceState:
 def announce(
     prepared: PreparedTransition, progress: TrainingProgress, records: Sequence[StepRecord], journalled: int
 ) -> None:
-    """Publish to newcomers that the fence is reached, and the progress. All wait for that, so it has to be short: a
-    record takes a tenth of a millisecond, here and there.
+    """Publish to newcomers that the fence is reached, and the progress. All wait for that, so it has to be short:
+    to convert a record takes a tenth of a millisecond, for the sender and for each newcomer.
 
     Args:
         journalled: a step up to which the controller has the records. Later ones are sent, in case only newcomers are

@@ -149,7 +149,7 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(
     mailbox.put(Directive(1, 0, next=plan))
     version = -1
     while (report := mailbox.report(None, version, 60.0)).transition.failed_generation < 1:
-        assert report.version > version, "nothing was told within 60 s"
+        assert report.version > version, "no report within 60 s"
         version = report.version
     assert report.phase is Phase.COLD
     preparer.close()
