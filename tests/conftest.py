@@ -7,6 +7,8 @@ import signal
 import pytest
 from hypothesis import settings
 
+from tests.support import devices
+
 # Unset, it would make a local Ray write ~/.ray/auth_token and change how later clusters of this machine start. Tests of
 # authentication set their own value in the environment of the processes that they start.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -22,6 +24,22 @@ settings.load_profile("orchestrator")
 
 # Whoever starts the tests in the background may have them ignore it, and their processes with them: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=devices.DEVICES, default=devices.CPU, help="run the tests of this device")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", [metafunc.config.getoption("--device")], indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") != devices.CPU:
+        others = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture

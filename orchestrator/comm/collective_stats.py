@@ -6,11 +6,15 @@ wait for it at every collective: the slow rank has the shortest wait.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 _entered = 0
 _waited_s = 0.0
+_on_device: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # beginnings and ends of waits not counted yet
 
 
 def enter() -> None:
@@ -20,9 +24,21 @@ def enter() -> None:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Time a block that ends only once peers have reached the same point. Training thread only."""
+def waiting(device: torch.device) -> Iterator[None]:
+    """Time a block that ends only once peers have reached the same point. Threads of the training only.
+
+    On a GPU the host doesn't wait in it, but the device does: the time is that between two events on its stream.
+    """
     global _waited_s
+    if device.type == "cuda":
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        try:
+            yield
+        finally:
+            ended.record()
+            _on_device.append((began, ended))
+        return
     began_s = time.perf_counter()
     try:
         yield
@@ -34,6 +50,7 @@ def reset() -> None:
     """Restart the counts for a new generation."""
     global _entered, _waited_s
     _entered, _waited_s = 0, 0.0
+    _on_device.clear()
 
 
 def entered() -> int:
@@ -42,5 +59,9 @@ def entered() -> int:
 
 
 def waited_s() -> float:
-    """Seconds waited in this generation."""
+    """Seconds waited in this generation, on a GPU by what it has done so far."""
+    global _waited_s
+    while _on_device and _on_device[0][1].query():
+        began, ended = _on_device.popleft()
+        _waited_s += began.elapsed_time(ended) / 1000.0
     return _waited_s

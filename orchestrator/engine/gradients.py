@@ -15,6 +15,7 @@ from orchestrator.comm.gradients.codecs import codec_of
 from orchestrator.comm.gradients.powersgd import Matrix, PowerSGD, first_thin
 from orchestrator.comm.gradients.reduce_scatter import Compressed, Reducer, ReduceScatter
 from orchestrator.elastic.state_spec import RESIDUAL, THIN, VELOCITY, rank_of_product
+from orchestrator.engine.device_time import finished_s
 from orchestrator.engine.param_groups import ParamGroup
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -42,12 +43,13 @@ class Gradients:
         largest_term: float | None = None,
     ) -> None:
         self._names = {id(param): name for name, param in model.named_parameters()}
-        self._groups = groups
+        self._groups, self.device = groups, device
         self._compression, self._num_updates = communication.compression, 0
         self._largest_term = largest_term
         self._buckets = [self._bucket(group, device) for group in groups]
         self._all = Buckets(self._buckets, every_micro_batch, communication.overlap)
         self.saturated: tuple[str, ...] = ()  # of the newest sums: parameters with too large a gradient on this rank
+        self.is_timed = False  # whether `backward_s` and `after_backward_s` are measured on a GPU
         self._began_s = self._waited_s = self._ended_s = 0.0
         # Seconds of the newest micro-batch's backward pass without waits, and from its end until all sums were there.
         self.backward_s = self.after_backward_s = 0.0
@@ -60,25 +62,36 @@ class Gradients:
 
     def begin_micro_batch(self, last: bool) -> None:
         """Called before a micro-batch's backward pass; `last` of its step."""
-        self._began_s, self._waited_s = time.perf_counter(), collective_stats.waited_s()
+        self._began_s, self._waited_s = self._now_s(), collective_stats.waited_s()
         self._all.begin_micro_batch(last)
 
     def end_micro_batch(self) -> None:
         """Called after it."""
-        self._ended_s = time.perf_counter()
+        self._ended_s = self._now_s()
         self.backward_s = self._ended_s - self._began_s - (collective_stats.waited_s() - self._waited_s)
         self._all.end_micro_batch()
 
     def sums(self) -> list[Tensor]:
         """This rank's piece of each group's sum, fp32. Called once, after a step's last micro-batch."""
         sums = self._all.sums()
-        self.after_backward_s = time.perf_counter() - self._ended_s
-        self.saturated = tuple(self._names[id(p)] for bucket in self._buckets for p in bucket.saturated)
-        for name in self.saturated:
+        self.after_backward_s = self._now_s() - self._ended_s
+        self.saturated = self._take_saturated() if self._largest_term is not None else ()
+        return sums
+
+    def _take_saturated(self) -> tuple[str, ...]:
+        """Parameters with too large a gradient in the newest sums."""
+        too_large = torch.cat([bucket.saturated_P for bucket in self._buckets]).tolist()
+        params = [param for bucket in self._buckets for param in bucket.params]
+        found = tuple(self._names[id(param)] for param, is_so in zip(params, too_large, strict=True) if is_so)
+        for name in found:
             log.warning("the gradient of %s is over %g in one micro-batch, so no exact sum", name, self._largest_term)
         for bucket in self._buckets:
-            bucket.saturated.clear()
-        return sums
+            bucket.saturated_P.zero_()
+        return found
+
+    def _now_s(self) -> float:
+        """The time, of a GPU too while the pass is timed: else the host doesn't wait for it."""
+        return finished_s(self.device) if self.is_timed else time.perf_counter()
 
     def use(self, scheme: str, overlap: bool) -> None:
         """Set how gradients are sent from now on, where compression is `auto`. The same on all ranks."""

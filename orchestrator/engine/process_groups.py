@@ -5,8 +5,10 @@ older generations can't join. A rendezvous takes milliseconds that way instead o
 
 A `PendingGroups` connects the ranks and may be made in the background while an older generation trains;
 `PendingGroups.adopt` makes the connected ranks this process's torch world without waiting for any of them. So nothing
-waits for a rank once a fence is reached, and a failed one is noticed at once: its connections are up already. nccl
-connects in `adopt`, since its communicators belong to the device that still trains.
+waits for a rank once a fence is reached, and a failed one is noticed at once: its connections are up already.
+
+On a GPU gradients use the communicator of tokens: operations of two communicators that ranks begin in different orders
+may wait for each other for ever.
 """
 
 import sys
@@ -19,22 +21,33 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from orchestrator.comm.transport.gloo import gloo_group
+from orchestrator.comm.transport.nccl import nccl_group
 from orchestrator.elastic.expert_placement import ExpertPlacement
 
 TIMEOUT_S = 60.0
 REDUCTION = "reduction"
-CONNECTED = "connected"  # in torch's registry: gloo groups that were connected beforehand
+GLOO, NCCL = "gloo", "nccl"
+# In torch's registry: groups that were connected beforehand.
+CONNECTED = {GLOO: "connected", NCCL: "connected_nccl"}
 
 
-def _connected(made_by_torch: Any, connected: dist.ProcessGroupGloo | None) -> dist.ProcessGroupGloo:
+def _connected(made_by_torch: Any, connected: Any) -> Any:
     """Called by torch for a group: return the connected one; a group that others create is connected now."""
     if connected is not None:
         return connected
     rank, size = made_by_torch.group_rank, made_by_torch.group_size
-    return gloo_group(made_by_torch.store, "asked", rank, size, made_by_torch.timeout)  # type: ignore[no-any-return]
+    return gloo_group(made_by_torch.store, "asked", rank, size, made_by_torch.timeout)
 
 
-dist.Backend.register_backend(CONNECTED, _connected, extended_api=True, devices=["cpu"])
+def _connected_nccl(made_by_torch: Any, connected: Any) -> Any:
+    if connected is not None:
+        return connected
+    rank, size = made_by_torch.group_rank, made_by_torch.group_size
+    return nccl_group(made_by_torch.store, "asked", rank, size, made_by_torch.timeout)
+
+
+dist.Backend.register_backend(CONNECTED[GLOO], _connected, extended_api=True, devices=["cpu"])
+dist.Backend.register_backend(CONNECTED[NCCL], _connected_nccl, extended_api=True, devices=["cuda"])
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class ProcessGroups:
         rank, world_size: this rank in its world.
         placement: which ranks hold which experts.
         world: all ranks.
-        reduction: all ranks again, for gradients, so that they don't queue behind tokens.
+        reduction: all ranks again, for gradients, so that they don't queue behind tokens; with nccl `world`.
         replicas: per colour of the placement, the ranks that hold the same experts of that colour as this rank;
             a group of this rank alone where it holds none.
     """
@@ -93,20 +106,19 @@ class PendingGroups:
         self.replica_sets = [
             next((replicas for replicas in sets if rank in replicas), (rank,)) for sets in placement.groups()
         ]
-        self._connected: dict[str, dist.ProcessGroupGloo] = {}
-        if backend == "gloo":
-            self._connect("world", self._everyone)
+        self._connected: dict[str, Any] = {}
+        self._connect("world", self._everyone)
+        if backend == GLOO:
             self._connect(REDUCTION, self._everyone)
-            for colour, ranks in enumerate(self.replica_sets):
-                if ranks != self._everyone:
-                    self._connect(f"{colour}/{ranks[0]}", ranks)
+        for colour, ranks in enumerate(self.replica_sets):
+            if ranks != self._everyone:
+                self._connect(f"{colour}/{ranks[0]}", ranks)
 
     def adopt(self) -> ProcessGroups:
         """Make this generation the process's torch world. `disconnect` ends it; these groups are used up."""
         hook = sys.excepthook  # torch wraps it anew for every world
-        backend = CONNECTED if self.backend == "gloo" else self.backend
         dist.init_process_group(
-            backend,
+            CONNECTED[self.backend],
             store=self._store,
             rank=self.rank,
             world_size=len(self._everyone),
@@ -123,8 +135,10 @@ class PendingGroups:
                 continue
             options = self._connected.get(f"{colour}/{ranks[0]}")
             replicas.append(dist.new_group(list(ranks), use_local_synchronization=True, pg_options=options))
-        everyone, options = list(self._everyone), self._connected.get(REDUCTION)
-        reduction = dist.new_group(everyone, use_local_synchronization=True, pg_options=options)
+        reduction: dist.ProcessGroup = world
+        if self.backend == GLOO:
+            everyone, options = list(self._everyone), self._connected.get(REDUCTION)
+            reduction = dist.new_group(everyone, use_local_synchronization=True, pg_options=options)
         self.close()
         return ProcessGroups(self.rank, len(self._everyone), self.placement, world, reduction, tuple(replicas))
 
@@ -134,7 +148,10 @@ class PendingGroups:
 
     def _connect(self, name: str, ranks: Sequence[int]) -> None:
         mine = ranks.index(self.rank)
-        self._connected[name] = gloo_group(self._store, name, mine, len(ranks), self._timeout, self._address)
+        if self.backend == NCCL:
+            self._connected[name] = nccl_group(self._store, name, mine, len(ranks), self._timeout)
+        else:
+            self._connected[name] = gloo_group(self._store, name, mine, len(ranks), self._timeout, self._address)
 
 
 def connect(
@@ -148,18 +165,6 @@ def connect(
 ) -> ProcessGroups:
     """Connect and adopt at once, where no older generation is active. Collective over the world."""
     return PendingGroups(store, prefix, rank, placement, backend, timeout_s, address).adopt()
-
-
-def abort_collectives() -> None:
-    """Free threads that wait in an nccl collective, which may have no connection to shut. From any thread.
-
-    Not tried on GPUs yet. gloo's waits end with `orchestrator.comm.transport.gloo.shut_connections`.
-    """
-    if not dist.is_initialized():
-        return
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if dist.get_backend(group) == "nccl":
-            group.abort()
 
 
 def disconnect() -> None:

@@ -104,7 +104,7 @@ def spec_of(name: str, param: Tensor) -> ParamSpec:
 def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
     """Draw normal values that depend on (seed, name) alone, so a rank can draw its own experts without the others'."""
     generator = torch.Generator().manual_seed(_key(seed, name))
-    param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
+    param.copy_(torch.empty(param.shape, device=generator.device).normal_(0.0, std, generator=generator))
 
 
 def seed_draws(seed: int, step: int, micro_batch: int) -> None:

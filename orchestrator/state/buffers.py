@@ -44,7 +44,7 @@ class Buffers:
                 block = min(fitting, key=len)
                 self._free, self._idle = _without(block, self._free), _without(block, self._idle)
             else:
-                block = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+                block = torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
                 self.made_bytes += num_bytes
                 self.held_bytes += num_bytes
         lent = block[:]  # the only view of the block, and it lives as long as anything made of it

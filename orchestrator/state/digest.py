@@ -5,9 +5,11 @@ multilinear hash (Carter and Wegman, 1979) with odd pseudo-random r_j. Digests o
 tensor, also where a word is split, so each rank hashes what it holds and needs nothing else. It doesn't depend on the
 transfer plan, so that a wrong plan can't hide. A changed element always changes it, since r_j is odd. It guards against
 mistakes and bad memory, not against an attacker; tests compare sha256 as well. About 0.3 ns per fp32 element and core.
+Tensors of a GPU are hashed there, and only the digests are copied to the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,13 +22,73 @@ from orchestrator.state.ranges import NamedRanges
 
 WORD = 8  # bytes
 PERIOD = 1 << 15  # words of one table, which stays in the L2 cache
+BLOCKS_AT_ONCE = 1 << 9  # on a GPU: 128 MB, of which copies are made
 _TABLE = np.random.Generator(np.random.Philox(key=20)).integers(0, 2**64, PERIOD, dtype=np.uint64) | np.uint64(1)
 _MASK = (1 << 64) - 1
 
 
 def digest(start: int, data: Tensor) -> int:
     """The digest of a flat tensor as elements [start, start + numel) of a whole, in [0, 2^64)."""
-    raw = data.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return digests([(start, data)])[0]
+
+
+def digests(parts: Iterable[tuple[int, Tensor]]) -> list[int]:
+    """The digest of each (start, data), as `digest` has it. The host waits for a GPU once for all of them."""
+    found: list[int] = []
+    on_device: list[tuple[int, Tensor]] = []
+    for start, data in parts:
+        if data.is_cpu:
+            found.append(_on_host(start, data))
+        else:
+            on_device.append((len(found), digest_on_device(start, data)))
+            found.append(0)
+    if on_device:
+        for (place, _), value in zip(on_device, torch.stack([value for _, value in on_device]).tolist(), strict=True):
+            found[place] = value & _MASK
+    return found
+
+
+def digest_on_device(start: int, data: Tensor) -> Tensor:
+    """The digest of a flat tensor, computed where it lies: a scalar int64, to be read modulo 2^64. int64 products and
+    sums wrap there too."""
+    raw = data.detach().contiguous().view(torch.uint8)
+    begin = start * data.element_size()  # bytes from the whole's beginning
+    table = _table_on(raw.device)
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
+    portion = BLOCKS_AT_ONCE * PERIOD * WORD
+    for low in range(begin // portion * portion, begin + len(raw), portion):
+        first, last = max(begin, low), min(begin + len(raw), low + portion)
+        block, end = first // (PERIOD * WORD), -(-last // (PERIOD * WORD))
+        padded = torch.zeros((end - block) * PERIOD * WORD, dtype=torch.uint8, device=raw.device)
+        place = first - block * PERIOD * WORD
+        padded[place : place + last - first] = raw[first - begin : last - begin]
+        words = padded.view(torch.int64).view(end - block, PERIOD)
+        total += ((words * table).sum(1) * _keys_on(raw.device, end)[block:end]).sum()
+    return total
+
+
+@cache
+def _table_on(device: torch.device) -> Tensor:
+    return torch.from_numpy(_TABLE.view(np.int64)).to(device)
+
+
+def _keys_on(device: torch.device, count: int) -> Tensor:
+    """The keys of at least `count` blocks, from the first one on."""
+    return _many_keys_on(device, 1 << (count - 1).bit_length())
+
+
+@cache
+def _many_keys_on(device: torch.device, count: int) -> Tensor:
+    return torch.tensor([_signed(_block_key(number)) for number in range(count)]).to(device)
+
+
+def _signed(value: int) -> int:
+    """A number in [0, 2^64) as the int64 with the same bits."""
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _on_host(start: int, data: Tensor) -> int:
+    raw = data.detach().contiguous().view(torch.uint8).numpy()
     begin = start * data.element_size()  # bytes from the whole's beginning
     lead = min(-begin % WORD, len(raw))
     body = (len(raw) - lead) // WORD * WORD
@@ -79,14 +141,11 @@ class StateDigests:
         self.sums = np.zeros(len(names), dtype=np.int64)
         self.lowest = np.full(len(names), high, dtype=np.int64)
         self.highest = np.full(len(names), low, dtype=np.int64)
-        for name, held in ranges if ranges is not None else ():
-            if name not in index:
-                continue
-            value = digest(held.start, held.data)
-            signed = value - (1 << 64) if value >> 63 else value
+        mine = [(name, held) for name, held in ranges if name in index] if ranges is not None else []
+        for (name, _), value in zip(mine, digests((held.start, held.data) for _, held in mine), strict=True):
             i = index[name]
             if name in replicated:
-                self.lowest[i] = self.highest[i] = signed
+                self.lowest[i] = self.highest[i] = _signed(value)
             else:
                 self.sums[i] = np.int64((int(self.sums[i]) + value + (1 << 63)) % (1 << 64) - (1 << 63))
 
@@ -122,15 +181,17 @@ class PartSums:
 
     def __init__(self, names: Sequence[str], ranges: NamedRanges | None) -> None:
         self.signed, self.squares = (torch.zeros(len(names), dtype=torch.float64) for _ in range(2))
-        for i, name in enumerate(names if ranges is not None else ()):
-            for start, stop in ranges.spans(name) if ranges is not None else ():
-                part = ranges.view(name, start, stop).detach().cpu()  # type: ignore[union-attr]
-                signs = torch.from_numpy(_SIGNS).repeat(-(-len(part) // PERIOD))[: len(part)]
-                self.signed[i] += torch.dot(part.double(), signs)
-                self.squares[i] += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        index = {name: i for i, name in enumerate(names)}
+        for name, held in ranges if ranges is not None else ():
+            if name in index:
+                signs = _signs_on(held.data.device).repeat(-(-len(held.data) // PERIOD))[: len(held.data)]
+                self.signed[index[name]] += torch.dot(held.data.detach().double(), signs).cpu()
+                self.squares[index[name]] += torch.linalg.vector_norm(held.data, dtype=torch.float64).square().cpu()
 
 
-_SIGNS = np.where(_TABLE >> np.uint64(63), 1.0, -1.0)
+@cache
+def _signs_on(device: torch.device) -> Tensor:
+    return torch.from_numpy(np.where(_TABLE >> np.uint64(63), 1.0, -1.0)).to(device)
 
 
 def change(before: PartSums, after: PartSums, peers: PeerGroup) -> float:

@@ -202,7 +202,7 @@ class RankSnapshots:
 
     def _pinned(self, form: SnapshotFormat) -> Tensor:
         """Allocated at once, since that takes long. torch itself caches it for the next `RankSnapshots`."""
-        return torch.empty(self._of(form), dtype=torch.uint8, pin_memory=True)
+        return torch.empty(self._of(form), dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def _of(self, form: SnapshotFormat) -> int:
         return form.shared_bytes if self.shared_only else form.total_bytes

@@ -77,7 +77,16 @@ def _send(plan: TransferPlan, rows: IntArray, old: NamedRanges, peers: PeerGroup
         if len(views) == 1 and views[0].device.type == "cpu":
             peers.send(views[0].view(torch.uint8), destination)
         else:
-            peers.send(torch.cat([v.view(torch.uint8) for v in views]).cpu(), destination)
+            peers.send(_packed(views), destination)
+
+
+def _packed(views: Sequence[Tensor]) -> Tensor:
+    """The bytes of all views in one host buffer. They may be on different devices: a survivor sends its own shard from
+    its device, and snapshots of others from host memory."""
+    packed = torch.empty(sum(view.nbytes for view in views), dtype=torch.uint8)
+    for part, view in zip(torch.split(packed, [view.nbytes for view in views]), views, strict=True):
+        part.copy_(view.view(torch.uint8))
+    return packed
 
 
 def _receive(plan: TransferPlan, rows: IntArray, new: NamedRanges, peers: PeerGroup, source: str) -> None:

@@ -11,7 +11,8 @@ import logging
 import traceback
 
 from orchestrator.comm.transport.gloo import shut_connections
-from orchestrator.engine.process_groups import abort_collectives, disconnect
+from orchestrator.comm.transport.nccl import abort_communicators
+from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
@@ -72,10 +73,11 @@ class Trainer:
             mailbox.refuse_shard,
             self._fail_checkpoint,
             caller,
+            factory.device,
         )
         self._mailbox = mailbox
         self._snapshots = SnapshotManager(factory.me, spec.protection, spec.train.max_steps - 1)
-        self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
+        self._abort_handle = AbortHandle((shut_connections, abort_communicators, self._snapshots.shut))
         checker = ReplayChecker(factory, feed, mailbox, preparer)
         self._waiter = PlanWaiter(factory.me, mailbox, preparer, position, checker)
         self._rescaler = Rescaler(factory, mailbox, self._snapshots, position)
@@ -151,7 +153,7 @@ class Trainer:
         step = self._mailbox.state.step
         log.warning("generation %d stops after step %d: %s: %s", live.generation, step, kind_of(error), error)
         shut_connections()  # first: peers may wait for this worker, not for the failed one
-        abort_collectives()
+        abort_communicators()
         if isinstance(error, StateCorrupted):
             live.progress = None
         self._hold(live)
@@ -255,7 +257,7 @@ class Trainer:
     def _fail(self, error: Exception) -> None:
         failure = _failure(error)
         shut_connections()  # peers may wait for this worker
-        abort_collectives()
+        abort_communicators()
         disconnect()
         _free_peers(error)
         log.error("%s\n%s after step %d: %s", failure.traceback.rstrip(), failure.kind, self._mailbox.state.step, error)

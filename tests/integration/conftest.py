@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import devices
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
 from tests.support.worker_group import Crew
@@ -66,8 +67,15 @@ def ray_cluster(ray_of_session: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of ranks and workers."""
+    devices.selected = request.param
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def ranks(device: str) -> Iterator[Ranks]:
+    pool = Ranks(device)
     yield pool
     pool.close()
 
@@ -83,7 +91,7 @@ def store_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
+def undisturbed(device: str, texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
     """A run in a world of one from beginning to end, to compare others with."""
     with Crew(
         small_job(texts, determinism="exact"), store_dir, tmp_path_factory.mktemp("alone"), size=1

@@ -1,4 +1,4 @@
-"""Gradients in buckets on real gloo ranks, against sums made plainly."""
+"""Gradients in buckets on real ranks, against sums made plainly."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +16,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect
 from orchestrator.errors import EntrypointError
 from orchestrator.worker.shard.model_agreement import check_order
+from tests.support import devices
 from tests.support.ranks import Ranks
 
 SIZES = (5, 48, 7, 33, 21, 64)
@@ -28,10 +29,12 @@ class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(n, generator=generator)) for n in SIZES)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(n, generator=generator).to(devices.device())) for n in SIZES
+        )
 
     def forward(self, x: float, order: list[int]) -> Tensor:
-        y = torch.tensor(x)
+        y = torch.tensor(x, device=devices.device())
         for index in order:  # nested, so that gradients come in the reverse order
             y = (self.weights[index] * y).sin().mean()
         return y
@@ -54,14 +57,14 @@ def _sums(
     rank: int, world_size: int, store: Store, prefix: str, case: str, every_micro_batch: bool, overlap: bool
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Pieces of the sums, the same pieces by plain all-reduce, and how many buckets had left before backward ended."""
-    groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), "gloo")
+    groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), devices.backend())
     model, plain = Several(), Several()
     multiple = world_size * 4
     made = []
     for cut in CUTS:
         params = [model.weights[index] for index in sorted(cut)]
         numel = -(-sum(p.numel() for p in params) // multiple) * multiple
-        made.append(Bucket(params, numel, ReduceScatter(groups.reduction, True), torch.device("cpu")))
+        made.append(Bucket(params, numel, ReduceScatter(groups.reduction, True), devices.device()))
     buckets = Buckets(made, every_micro_batch, overlap)
     left = 0
     micro_batches = list(_micro_batches(rank, case))
@@ -77,15 +80,15 @@ def _sums(
     assert all(param.grad is None for param in model.parameters())
     wanted = []
     for cut, piece in zip(CUTS, pieces, strict=True):
-        flat = torch.zeros(len(piece) * world_size)
+        flat = torch.zeros_like(piece).repeat(world_size)
         gradients = [plain.weights[i].grad for i in sorted(cut)]
         whole = torch.cat(
-            [torch.zeros(SIZES[i]) if g is None else g for i, g in zip(sorted(cut), gradients, strict=True)]
+            [flat.new_zeros(SIZES[i]) if g is None else g for i, g in zip(sorted(cut), gradients, strict=True)]
         )
         flat[: len(whole)] = whole
         dist.all_reduce(flat)
-        wanted.append(flat.view(world_size, -1)[rank])
-    return pieces, wanted, left
+        wanted.append(flat.view(world_size, -1)[rank].cpu())
+    return [piece.cpu() for piece in pieces], wanted, left
 
 
 @pytest.mark.parametrize("every_micro_batch", [False, True], ids=["once", "every micro-batch"])
@@ -117,9 +120,9 @@ def test_a_bucket_is_cut_into_equal_pieces() -> None:
 
 
 def _checked(rank: int, world_size: int, store: Store, prefix: str, names: list[str], other: list[str]) -> str:
-    groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), "gloo")
+    groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), devices.backend())
     try:
-        check_order(other if rank == 1 else names, "mine:build", groups.exchange, torch.device("cpu"))
+        check_order(other if rank == 1 else names, "mine:build", groups.exchange, devices.device())
     except EntrypointError as error:
         return error.message
     return ""

@@ -13,7 +13,7 @@ from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
-from tests.support import small
+from tests.support import devices, small
 from tests.support.ranks import Ranks
 
 STEPS = 6
@@ -109,8 +109,10 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
 
     os.environ.setdefault("LOCAL_RANK", "0")
     placement = ExpertPlacement.balanced(4, world_size)
-    groups = connect(store, prefix, rank, placement, "gloo")
-    model = MoELanguageModel(small.model_spec(), small.VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
+    groups = connect(store, prefix, rank, placement, devices.backend())
+    with devices.device():
+        home = ExpertParallelContext(placement, rank, groups.exchange)
+        model = MoELanguageModel(small.model_spec(), small.VOCAB, home)
     model.init_weights(0)
 
     class Stock(_ExpertMarker):
@@ -140,7 +142,7 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=params, config=config)
     losses = []
     for step in range(STEPS):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=devices.device())
         for number in range(rank * per_rank, (rank + 1) * per_rank):
             batch = small.micro_batch(step, number)
             loss = engine(batch.inputs_BT, batch.targets_BT) / (small.ROWS * small.LENGTH)
@@ -175,7 +177,7 @@ def _weights(
     train = small.train_spec(precision, stage)
     groups, _, engine = small.build("deepspeed", store, prefix, rank, placement, train, bucket_mb=0.02, overlap=overlap)
     small.train_steps(engine, groups, range(STEPS))
-    weights = [held.data.clone() for _, held in engine.ranges()]
+    weights = [held.data.cpu() for _, held in engine.ranges()]
     engine.close()
     return weights
 

@@ -136,7 +136,7 @@ def _weights(
     train = small.train_spec(zero_stage=stage, determinism="exact")
     groups, _, engine = small.build("deepspeed", store, prefix, rank, placement, train, bucket_mb=0.01)
     small.train_steps(engine, groups, range(4))
-    found = {name: held.data.clone() for name, held in engine.ranges() if name.startswith("param/")}
+    found = {name: held.data.cpu() for name, held in engine.ranges() if name.startswith("param/")}
     engine.close()
     return found
 

@@ -22,6 +22,7 @@ from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.worker.transition.load_state import read_pretrained
+from tests.support import devices
 from tests.support.ranks import Ranks
 from tests.support.small import train_spec
 
@@ -80,16 +81,17 @@ def _begin(
 ) -> tuple[torch.Tensor, dict[str, tuple[int, torch.Tensor]]]:
     """On a rank: logits after reading, and the ranges that it holds."""
     placement = ExpertPlacement.balanced(spec.n_routed_experts, world_size)
-    groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
-    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
+    groups = connect(store, prefix, rank, placement, devices.backend(), timeout_s=60)
+    with devices.device():
+        model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
     communication = CommunicationSpec(compression=CompressionSpec(scheme="topk"))  # its residuals begin at zero
-    engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"), communication)
+    engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, devices.device(), communication)
     engine.on_weights_initialized()
     read_pretrained(spec, engine.ranges())
     engine.on_state_loaded(0)
-    held = {name: (part.start, part.data.detach().clone()) for name, part in engine.ranges()}
+    held = {name: (part.start, part.data.detach().cpu()) for name, part in engine.ranges()}
     with torch.no_grad():
-        return model(inputs_BT), held
+        return model(inputs_BT.to(devices.device())).cpu(), held
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

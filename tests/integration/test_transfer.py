@@ -17,6 +17,7 @@ from orchestrator.elastic.world import World, union
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import CHUNK_BYTES, chunks, execute_transfer
+from tests.support import devices
 from tests.support.layouts import layout_of_state
 from tests.support.ranks import Ranks
 
@@ -46,7 +47,10 @@ def _memory(layout: StateLayout, worker: str, fill: bool) -> NamedRanges:
     ranges = NamedRanges()
     for tensor, start, stop in layout.ranges_of(worker).tolist():
         value = _value(layout, tensor)[start:stop].clone()
-        ranges.add(layout.names[tensor], start, value if fill else torch.full_like(value, float("nan")))
+        value = value if fill else torch.full_like(value, float("nan"))
+        # As of a survivor, which hands over its own shard and a snapshot of another one.
+        is_snapshot = fill and tensor % 2 == 1
+        ranges.add(layout.names[tensor], start, value if is_snapshot else value.to(devices.device()))
     return ranges
 
 
@@ -69,7 +73,7 @@ def _move(
     peers.close()
     found: dict[str, list[tuple[int, bytes]]] = {}
     for name, r in memory if memory is not None else ():
-        found.setdefault(name, []).append((r.start, r.data.view(torch.uint8).numpy().tobytes()))
+        found.setdefault(name, []).append((r.start, r.data.cpu().view(torch.uint8).numpy().tobytes()))
     return found, peers.sent_bytes, plan.moved_bytes, wrong
 
 
@@ -116,7 +120,7 @@ def _peak_bytes(rank: int, world_size: int, store: Store, prefix: str, numel: in
     def memory(layout: StateLayout) -> NamedRanges | None:
         ranges = NamedRanges()
         for tensor, start, stop in layout.ranges_of(me).tolist() if me in layout.world else ():
-            ranges.add(layout.names[tensor], start, torch.ones(stop - start))
+            ranges.add(layout.names[tensor], start, torch.ones(stop - start, device=devices.device()))
         return ranges
 
     held, wanted = memory(old), memory(new)
@@ -155,8 +159,8 @@ def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[floa
     me = old.world.members[rank]
     plan = TransferPlan.between(old, new)
     held, memory = NamedRanges(), NamedRanges()
-    held.add("residual/w", 0, torch.arange(6, dtype=torch.float32) * 10**rank)
-    memory.add("residual/w", 0, torch.full((6,), float("nan")))
+    held.add("residual/w", 0, torch.arange(6, dtype=torch.float32, device=devices.device()) * 10**rank)
+    memory.add("residual/w", 0, torch.full((6,), float("nan"), device=devices.device()))
     peers = PeerGroup(store, prefix, plan.workers, me)
     execute_transfer(plan, me, held, memory if me in new.world else None, peers)
     peers.close()

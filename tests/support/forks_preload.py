@@ -12,4 +12,5 @@ import torch  # noqa: F401
 
 import orchestrator.engine.deepspeed.engine
 import orchestrator.worker.actor  # noqa: F401
+import tests.support.devices
 import tests.support.faults  # noqa: F401

@@ -1,6 +1,8 @@
-"""Real gloo ranks: processes that stay up over many tests, since torch and deepspeed take seconds to import.
+"""Real ranks: processes that stay up over many tests, since torch and deepspeed take seconds to import.
 
 results = ranks.run(function, world_size, *args)   # function(rank, world_size, store, prefix, *args) on each rank
+
+Their groups are gloo's, or on an emulated GPU nccl's, which gloo plays.
 """
 
 import contextlib
@@ -10,16 +12,17 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.support import forks
+from tests.support import devices, forks
 
 PATIENCE_S = 200.0
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, device: str, plain_attention: bool) -> None:
     forks.begin({})
     import torch
 
     torch.set_num_threads(1)
+    devices.use(device, plain_attention)
     with contextlib.suppress(EOFError):
         while True:
             function, rank, world_size, port, prefix, args = pipe.recv()
@@ -37,11 +40,16 @@ def _serve(pipe: Connection) -> None:
 
 
 class Ranks:
-    """A pool of rank processes, grown as needed."""
+    """A pool of rank processes, grown as needed.
 
-    def __init__(self) -> None:
+    Args:
+        device, plain_attention: of all ranks, as `devices.use` takes them.
+    """
+
+    def __init__(self, device: str = devices.CPU, plain_attention: bool = False) -> None:
         from orchestrator.comm.transport.rendezvous import RendezvousServer
 
+        self.device, self._plain_attention = device, plain_attention
         self._server = RendezvousServer("127.0.0.1")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
@@ -53,7 +61,7 @@ class Ranks:
         """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any."""
         while len(self._pipes) < world_size:
             ours, theirs = forks.context.Pipe()
-            process = forks.start(_serve, theirs)
+            process = forks.start(_serve, theirs, self.device, self._plain_attention)
             self._pipes.append(ours)
             self._processes.append(process)
         _, port = self._server.address()

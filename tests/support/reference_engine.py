@@ -35,7 +35,7 @@ class ReferenceEngine:
         )
         for param in self._named.values():
             self._optimizer.state[param] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0),  # where the unfused update reads it
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
@@ -52,7 +52,7 @@ class ReferenceEngine:
         return loss.detach(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
-        square = torch.zeros((), dtype=torch.float64)
+        square = torch.zeros((), dtype=torch.float64, device=next(iter(self._named.values())).device)
         for name, param in self._named.items():
             grad = param.grad if param.grad is not None else torch.zeros_like(param)
             dist.all_reduce(grad, group=self._holders(name))

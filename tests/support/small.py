@@ -1,4 +1,4 @@
-"""A small model, its data, and engines around it, for tests that need real ranks."""
+"""A small model, its data, and engines around it, for tests that need real ranks. All on the process's device."""
 
 from typing import Any
 
@@ -19,6 +19,7 @@ from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.train import OptimizerSpec, TrainSpec
+from tests.support import devices
 from tests.support.layouts import layout_of_state
 from tests.support.reference_engine import ReferenceEngine
 
@@ -69,15 +70,16 @@ def build(
     **communication: Any,
 ) -> tuple[ProcessGroups, MoELanguageModel, Engine]:
     """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
-    groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
+    groups = connect(store, prefix, rank, placement, devices.backend(), timeout_s=60)
     home = ExpertParallelContext(placement, rank, groups.exchange, nodes=nodes, is_exact=train.is_exact)
-    model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, home)
+    with devices.device():
+        model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, home)
     engine: Engine
     if kind == "reference":
         model.init_weights(seed)
         engine = ReferenceEngine(model, train, groups)
     else:
-        engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), CommunicationSpec(**communication))
+        engine = DeepSpeedEngineAdapter(model, train, groups, devices.device(), CommunicationSpec(**communication))
         model.init_weights(seed)
     engine.on_weights_initialized()
     return groups, model, engine
@@ -86,12 +88,12 @@ def build(
 def micro_batch(step: int, number: int) -> MicroBatch:
     """Rows of a micro-batch: a learnable pattern that depends on (step, number) alone."""
     generator = torch.Generator().manual_seed(1000 * step + number)
-    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator) // 8 * 8
+    tokens = (torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator) // 8 * 8).to(devices.device())
     return MicroBatch(tokens[:, :-1], tokens[:, 1:])
 
 
 def empty() -> MicroBatch:
-    nothing = torch.zeros(0, LENGTH, dtype=torch.int64)
+    nothing = torch.zeros(0, LENGTH, dtype=torch.int64, device=devices.device())
     return MicroBatch(nothing, nothing)
 
 
@@ -110,7 +112,7 @@ def train_step(
 ) -> tuple[float, StepOutcome]:
     """Loss (mean per token) of a step, summed over ranks in micro-batch order, and what the update did."""
     tokens = NUM_SLOTS * ROWS * LENGTH
-    sums = torch.zeros(NUM_SLOTS, dtype=torch.float64)
+    sums = torch.zeros(NUM_SLOTS, dtype=torch.float64, device=devices.device())
     mine = list(micro_batches_of(groups.rank, groups.world_size, NUM_SLOTS))
     num_micro_batches = max_micro_batches(groups.world_size, NUM_SLOTS)
     for index in range(num_micro_batches):

@@ -40,15 +40,16 @@ from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
-from tests.support import forks
+from tests.support import devices, forks
 from tests.support.pacing import Pace
 
 PATIENCE_S = 120.0
 BEGINNING_S = 0.1  # by which steps are late until one is waited for
 
 
-def _serve(pipe: Connection, env: dict[str, str]) -> None:
+def _serve(pipe: Connection, env: dict[str, str], device: str) -> None:
     forks.begin(env)
+    devices.use(device)
     from orchestrator.worker.actor import Worker
     from tests.support import faults, pacing
 
@@ -118,11 +119,11 @@ class Member:
     """
 
     def __init__(self, is_exact: bool) -> None:
-        self.is_exact = is_exact
+        self.is_exact, self.device = is_exact, devices.selected
         self._pipe, theirs = forks.context.Pipe()
         self._lock = threading.Lock()
         env = EXACT_ENV if is_exact else {}
-        self.process = forks.start(_serve, theirs, env)
+        self.process = forks.start(_serve, theirs, env, self.device)
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -183,6 +184,8 @@ class Crew:
         threads: int = 1,
         orphan_s: float = 3600.0,
     ) -> None:
+        if devices.selected != devices.CPU:
+            job = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 1.0})})
         self._rendezvous = RendezvousServer("127.0.0.1")
         self.job = WorkerJob(
             run_id="test",
@@ -208,7 +211,7 @@ class Crew:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            idle = next((member for member in _idle if member.is_exact == self.is_exact), None)
+            idle = next((m for m in _idle if (m.is_exact, m.device) == (self.is_exact, devices.selected)), None)
             if idle is not None:
                 _idle.remove(idle)
             self.members[worker] = idle or Member(self.is_exact)

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from tests.support.request_proxy import RequestProxy
 
 
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device that holds this process's tensors."""
+    from tests.support import devices
+
+    devices.use(request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def bucket() -> "Iterator[tuple[str, RequestProxy]]":
     """URL of a bucket on S3, and the proxy before its server."""

@@ -1,6 +1,7 @@
 """One bucket of gradients, which are reduced together."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -48,8 +49,10 @@ class Bucket:
         self.velocity = torch.zeros(numel, dtype=torch.float32, device=device) if momentum else None
         self._momentum = momentum
         self._largest_term, self._dtype = largest_term, torch.float32 if largest_term is None else torch.float64
-        self._too_large = torch.zeros(len(params), dtype=torch.bool, device=device)
-        self.saturated: list[nn.Parameter] = []  # parameters whose gradient exceeded the largest term in the newest sum
+        self._too_large_P = torch.zeros(len(params), dtype=torch.bool, device=device)
+        self._first_P = torch.tensor(ends[:-1], dtype=torch.int64, device=device)
+        # Which parameters' gradients exceeded the largest term since the newest sums were taken.
+        self.saturated_P = torch.zeros(len(params), dtype=torch.bool, device=device)
         self._rest: Tensor | None = None  # replaces the residual once the step's update is applied
         self._moving: Tensor | None = None
         self._flat: Tensor | None = None
@@ -71,7 +74,7 @@ class Bucket:
         micro-batch produces no more of it."""
         param = self.params[nth]
         if param.grad is not None:
-            self._add(nth, param.grad)
+            self.add(nth, param.grad)
         self._missing -= 1
         param.grad = None
 
@@ -79,7 +82,7 @@ class Bucket:
         """Add a part of the n-th parameter's gradient, given as the product of two matrices. Where terms need no
         rounding and precisions match, it is computed in the bucket's memory: one write, no separate read and add."""
         if self._largest_term is not None or left.dtype != self._dtype:
-            self._add(nth, torch.mm(left, right))
+            self.add(nth, torch.mm(left, right))
             return
         here = self._place(nth).view(left.shape[0], right.shape[1])
         if self._filled[nth]:
@@ -94,12 +97,13 @@ class Bucket:
             self._flat = torch.empty(self._numel, dtype=self._dtype, device=self._device)
         return self._flat[slice(*self._spans[nth])]
 
-    def _add(self, nth: int, grad: Tensor) -> None:
-        here, term = self._place(nth), grad.view(-1)
+    def add(self, nth: int, grad: Tensor) -> None:
+        """Add a part of the n-th parameter's gradient."""
+        here, term = self._place(nth), grad.reshape(-1)
         if self._largest_term is not None:
             (add_rounded if self._filled[nth] else put_rounded)(here, term)
             low, high = term.aminmax()
-            self._too_large[nth].logical_or_(torch.maximum(-low, high) > self._largest_term)
+            self._too_large_P[nth].logical_or_(torch.maximum(-low, high) > self._largest_term)
         elif self._filled[nth]:
             here.add_(term)
         else:
@@ -127,11 +131,11 @@ class Bucket:
         self._filled = [False] * len(self.params)
 
     def _give_up(self, flat: Tensor) -> None:
-        """Mark terms that were too large with NaN, so that every rank learns that the sum is invalid."""
-        for nth in self._too_large.nonzero().flatten().tolist():
-            flat[self._spans[nth][0]] = float("nan")
-            self.saturated.append(self.params[nth])
-        self._too_large.zero_()
+        """Mark terms that were too large with NaN, so that every rank learns that the sum is invalid. The host doesn't
+        wait to know which."""
+        flat[self._first_P] = flat[self._first_P].masked_fill(self._too_large_P, float("nan"))
+        self.saturated_P.logical_or_(self._too_large_P)
+        self._too_large_P.zero_()
 
     @property
     def is_under_way(self) -> bool:
@@ -170,3 +174,17 @@ class Bucket:
     def spans(self) -> Iterator[tuple[nn.Parameter, slice]]:
         """Each parameter with its range of elements in the bucket."""
         return ((param, slice(*span)) for param, span in zip(self.params, self._spans, strict=True))
+
+
+@dataclass(frozen=True)
+class BucketSink:
+    """Accumulates the gradient of a bucket's n-th parameter: a `GradientSink`."""
+
+    bucket: Bucket
+    nth: int
+
+    def add(self, grad: Tensor) -> None:
+        self.bucket.add(self.nth, grad)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        self.bucket.add_product(self.nth, left, right)

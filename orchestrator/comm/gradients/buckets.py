@@ -9,11 +9,10 @@ must be exact, gradients are rounded as they are added, and summed in fp64 (`orc
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from torch import Tensor
 
-from orchestrator.comm.gradients.bucket import Bucket
+from orchestrator.comm.gradients.bucket import Bucket, BucketSink
 from orchestrator.comm.tokens import link_priority
 from orchestrator.elastic.bucket_partition import UNDER_WAY
 
@@ -45,7 +44,7 @@ class Buckets:
         self._begun: list[Bucket] = []  # buckets whose second collective, if they have one, hasn't started
         for bucket in buckets:
             for nth, param in enumerate(bucket.params):
-                param.gradient_sink = partial(bucket.add_product, nth)  # type: ignore[attr-defined]
+                param.gradient_sink = BucketSink(bucket, nth)  # type: ignore[attr-defined]
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(bucket, nth))  # type: ignore[no-untyped-call]
             for bucket in buckets

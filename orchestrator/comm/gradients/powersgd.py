@@ -113,7 +113,7 @@ class _Sum:
         return self._work.is_completed()
 
     def wait(self) -> list[Tensor]:
-        with collective_stats.waiting():
+        with collective_stats.waiting(self._flat.device):
             self._work.wait()
         parts = torch.split(self._flat, [prod(shape) for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
@@ -161,4 +161,5 @@ def orthonormal(left_NK: Tensor) -> Tensor:
 def first_thin(name: str, columns: int, rank: int) -> Tensor:
     """Start of the first update (M, K): the same on every rank."""
     seed = int.from_bytes(sha256(name.encode()).digest()[:7], "little")
-    return torch.empty(columns, rank).normal_(generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(columns, rank, device=generator.device).normal_(generator=generator)

@@ -140,7 +140,7 @@ class _Exchange(Reduction):
 
     def _arrived(self) -> Tensor:
         """By rank, what it sent here."""
-        with collective_stats.waiting():
+        with collective_stats.waiting(self._received.device):
             self._work.wait()
         return self._received
 

@@ -93,7 +93,7 @@ class AsyncAllToAll:
         transfer, self._transfer = self._transfer, None
         if transfer is None:
             raise ValueError("a transfer was ended that had not begun; begin() and end() go in pairs, once")
-        with collective_stats.waiting():
+        with collective_stats.waiting(transfer.received.device):
             transfer.work.wait()
         if transfer.received is not transfer.received_MD:
             received_MD = transfer.received_MD
@@ -138,11 +138,11 @@ class _End(torch.autograd.Function):
         return grads[0], None
 
 
-def exchange_counts(sent_W: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows that each rank sends to this one (W), from those that this rank sends to each (W)."""
-    received_W = torch.empty_like(sent_W)
+def exchange_counts(sent_WC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """C counts that each rank has for this one (W, C), from those that this rank has for each (W, C)."""
+    received_WC = torch.empty_like(sent_WC)
     collective_stats.enter()
-    with collective_stats.waiting():
-        dist.all_to_all_single(received_W, sent_W, group=group)
-    traffic_meter.enter(TrafficKind.CONTROL, (len(sent_W) - 1) * sent_W.element_size())
-    return received_W
+    with collective_stats.waiting(sent_WC.device):
+        dist.all_to_all_single(received_WC, sent_WC, group=group)
+    traffic_meter.enter(TrafficKind.CONTROL, sent_WC.nbytes // len(sent_WC) * (len(sent_WC) - 1))
+    return received_WC

@@ -81,7 +81,7 @@ class DeepSpeedEngineAdapter:
         self._model = model
         self._mixed = train.precision == "bf16"
         has_experts = bool(model.moe_layers)
-        set_up(groups)
+        set_up(groups, device)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
         param_groups = groups_of(model, groups, communication)

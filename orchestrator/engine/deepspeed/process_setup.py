@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import deepspeed.comm.comm
 import deepspeed.ops
+import torch
 from deepspeed.utils import groups as registry
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -52,12 +53,12 @@ def config_of(train: TrainSpec) -> dict[str, Any]:
     return config
 
 
-def set_up(groups: ProcessGroups) -> None:
-    """Register a generation's groups, and count DeepSpeed's own collectives as waiting."""
+def set_up(groups: ProcessGroups, device: torch.device) -> None:
+    """Register a generation's groups, and count DeepSpeed's own collectives, on this device, as waiting."""
     _register(groups)
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own devices, so the first is ours
     deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
-    _count_waits(deepspeed.comm.comm.cdb)
+    _count_waits(deepspeed.comm.comm.cdb, device)
 
 
 def _register(groups: ProcessGroups) -> None:
@@ -70,18 +71,18 @@ def _register(groups: ProcessGroups) -> None:
         registry._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
 
 
-def _count_waits(backend: Any) -> None:
+def _count_waits(backend: Any, device: torch.device) -> None:
     """Count the time in DeepSpeed's own collectives, gradient reduction above all, as waiting for peers."""
     for name in WAITING:
         collective = getattr(backend, name, None)
         if collective is not None:
-            setattr(backend, name, _counted(collective))
+            setattr(backend, name, _counted(collective, device))
 
 
-def _counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+def _counted(collective: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     @functools.wraps(collective)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        with collective_stats.waiting():
+        with collective_stats.waiting(device):
             return collective(*args, **kwargs)
 
     return counted

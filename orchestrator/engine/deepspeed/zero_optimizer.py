@@ -77,7 +77,7 @@ class ZeroOptimizerAdapter:
     def _over_ranks(self, mine: Tensor, op: Any) -> Tensor:
         if self._world is not None:
             collective_stats.enter()
-            with collective_stats.waiting():
+            with collective_stats.waiting(mine.device):
                 dist.all_reduce(mine, op, group=self._world)
             traffic_meter.enter_reduced(TrafficKind.CONTROL, mine, dist.get_world_size(self._world))
         return mine

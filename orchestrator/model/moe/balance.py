@@ -18,10 +18,12 @@ Shape legend: N = tokens, E = experts, K = experts per token, L = MoE layers, M 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from orchestrator.model.moe.counting import count
 from orchestrator.policy.health.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS
 from orchestrator.spec.model import BIAS_UPDATE_SPEED, ModelSpec
 
@@ -86,12 +88,14 @@ def margins(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
 def margin_histogram(margin_NE: Tensor) -> Tensor:
     """Histogram (E, M) of tokens by their margin at each expert, int64."""
     num_experts = margin_NE.shape[1]
-    edges = torch.tensor(MARGIN_EDGES, dtype=margin_NE.dtype, device=margin_NE.device)
-    bin_NE = torch.bucketize(margin_NE, edges)
+    bin_NE = torch.bucketize(margin_NE, _edges(margin_NE.dtype, margin_NE.device))
     bin_NE += torch.arange(num_experts, device=bin_NE.device) * NUM_MARGIN_BINS
-    return torch.bincount(bin_NE.reshape(-1), minlength=num_experts * NUM_MARGIN_BINS).view(
-        num_experts, NUM_MARGIN_BINS
-    )
+    return count(bin_NE.reshape(-1), num_experts * NUM_MARGIN_BINS).view(num_experts, NUM_MARGIN_BINS)
+
+
+@cache
+def _edges(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(MARGIN_EDGES, dtype=dtype, device=device)
 
 
 def quantile_bias(bias_LE: Tensor, margins_LEM: Tensor, top_k: int, speed: float) -> Tensor:

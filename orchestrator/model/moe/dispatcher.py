@@ -20,20 +20,38 @@ class ExpertInput:
     Args:
         x_MD: tokens.
         row_R: the row of each copy, by expert and then in the rows' order.
-        counts: copies for each expert, by batch.
+        counts: copies for each expert, by batch, int64.
         gates_R: weights of the copies.
         num_batches: consecutive parts of the rows; no product may mix them.
     """
 
     x_MD: Tensor
     row_R: Tensor
-    counts: list[int]
+    counts: Tensor
     gates_R: Tensor
     num_batches: int = 1
 
 
+@dataclass(frozen=True)
+class ExchangeSizes:
+    """What the host has to know of an exchange.
+
+    Args:
+        sent_W, received_W: rows for each rank, and from each.
+        num_copies: copies of tokens that this rank's experts compute.
+    """
+
+    sent_W: list[int]
+    received_W: list[int]
+    num_copies: int
+
+
 class TokenExchange(Protocol):
     """One pass of tokens to their experts and back. Each method is called once, in this order."""
+
+    @property
+    def sizes(self) -> ExchangeSizes | None:
+        """Sizes for `dispatch` of the same choice again; None where the host knows them."""
 
     def dispatched(self) -> ExpertInput:
         """Wait for the tokens that chose this rank's experts."""
@@ -48,5 +66,12 @@ class TokenExchange(Protocol):
 class TokenDispatcher(Protocol):
     """Routes from one rank's tokens to all experts. Fixed for the life of a generation."""
 
-    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> TokenExchange:
-        """Begin to send tokens to the experts that they chose."""
+    def dispatch(
+        self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, sizes: ExchangeSizes | None = None
+    ) -> TokenExchange:
+        """Begin to send tokens to the experts that they chose.
+
+        Args:
+            sizes: of an earlier dispatch of the same choice, on all ranks. Else ranks exchange them, and on a GPU the
+                host waits for them.
+        """

@@ -4,19 +4,23 @@ Experts run in groups sized by `AT_ONCE`: a group's tokens are gathered, each ex
 elementwise operations cover the whole group, small enough for the CPU's caches. One autograd function with its own
 backward pass: it keeps only the inner activations, gathers tokens again instead of keeping copies, and computes each
 expert's gradient at that expert's size, directly in the gradient buckets if there are any. Measured by
-`python -m benchmarks.moe_layer`.
+`python -m benchmarks.moe_layer`. On a GPU, where it can, one kernel computes all experts
+(`orchestrator.model.moe.grouped_experts`).
 
 Shape legend: N = tokens, R = copies of tokens, C = copies for some experts, D = hidden size, H = intermediate size,
 L = experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from orchestrator.model.moe import grouped_experts
+from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of
 
 # Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -43,21 +47,15 @@ class GatedMLP(nn.Module):
         return F.linear(inner_NH, self.down)
 
 
-# Takes a part of a parameter's gradient as two matrices, whose product it is. A parameter has one as `gradient_sink`
-# where gradients are accumulated outside of autograd (`orchestrator.comm.gradients.buckets`); autograd then gets no
-# gradient.
-GradientSink = Callable[[Tensor, Tensor], None]
-
-
 def run_experts(
-    x_ND: Tensor, token_R: Tensor, counts: Sequence[int], experts: Sequence[GatedMLP], gates_R: Tensor | None = None
+    x_ND: Tensor, token_R: Tensor, counts_L: Tensor, experts: Sequence[GatedMLP], gates_R: Tensor | None = None
 ) -> Tensor:
     """Run every copy through its expert and sum the outputs, times their gates, per token.
 
     Args:
         x_ND: tokens.
         token_R: the token of each copy, the first expert's copies first, then the second's, and so on.
-        counts: copies for each of the L experts; their sum is R.
+        counts_L: copies for each of the L experts, int64; their sum is R.
         experts: one without copies gets zero gradients, not None: a collective may wait for them. One may be listed
             several times, with some of its copies each, if its parameters have a `gradient_sink`.
         gates_R: weights of the copies, in the precision of x; None for ones.
@@ -65,8 +63,10 @@ def run_experts(
     Returns:
         (N, D); zeros for a token without a copy. Differentiable once, by tokens, gates and experts.
     """
-    weights = [expert.gate_up for expert in experts] + [expert.down for expert in experts]
-    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, list(counts), *weights)  # type: ignore[no-untyped-call]
+    gate_ups, downs = [expert.gate_up for expert in experts], [expert.down for expert in experts]
+    if grouped_experts.can_run(x_ND, gate_ups):
+        return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
+    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts_L.tolist(), *gate_ups, *downs)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -93,7 +93,7 @@ class _Experts(torch.autograd.Function):
                 torch.mm(inner_cH, down.t(), out=y_cD)
             y_ND.index_add_(0, token_C, y_CD)
         ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
-        ctx.counts, ctx.sinks = counts, [getattr(weight, "gradient_sink", None) for weight in weights]
+        ctx.counts, ctx.sinks = counts, sinks_of(weights)
         return y_ND
 
     @staticmethod
@@ -175,4 +175,4 @@ class _WeightGradients:
         if (sink := self._sinks[number]) is None:
             self.grads[number] = torch.mm(left, right)
         elif left.shape[1]:
-            sink(left, right)
+            sink.add_product(left, right)

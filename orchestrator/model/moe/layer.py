@@ -6,10 +6,13 @@ Shape legend: B = rows, T = tokens in a row, N = local tokens, K = experts per t
 R = copies of tokens for the experts, D = hidden size, H = expert intermediate size, E = experts.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model.moe.dispatcher import TokenDispatcher
+from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.dispatcher import ExchangeSizes, TokenDispatcher
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.model.moe.local_dispatcher import LocalDispatcher
@@ -39,6 +42,7 @@ class MoELayer(nn.Module):
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_margins_EM: Tensor | None = None
         self.last_balance_loss: Tensor | None = None
+        self._dispatched: _Dispatched | None = None  # by the last pass
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -49,8 +53,11 @@ class MoELayer(nn.Module):
     def _mix(self, x_ND: Tensor) -> Tensor:
         """Outputs of the routed and the shared experts. The latter are computed during the transfers, half during each,
         in the backward pass too: the order of these lines is that of autograd."""
-        routing = self._route(x_ND)
-        exchange = self.dispatcher.dispatch(x_ND, routing.expert_ids_NK, routing.gates_NK.to(x_ND.dtype))
+        before = self._dispatched if _is_recomputed() and isinstance(self.router, Router) else None
+        routing = self._route(x_ND) if before is None else self.router(x_ND, before.expert_ids_NK)
+        ids_NK, gates_NK = routing.expert_ids_NK, routing.gates_NK.to(x_ND.dtype)
+        exchange = self.dispatcher.dispatch(x_ND, ids_NK, gates_NK, None if before is None else before.sizes)
+        self._dispatched = _Dispatched(ids_NK, exchange.sizes)
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received = exchange.dispatched()
 
@@ -63,9 +70,23 @@ class MoELayer(nn.Module):
 
     def _route(self, x_ND: Tensor) -> Routing:
         routing: Routing = self.router(x_ND)
-        self.last_counts_E = torch.bincount(routing.expert_ids_NK.reshape(-1), minlength=self.num_experts)
+        self.last_counts_E = count(routing.expert_ids_NK.reshape(-1), self.num_experts)
         self.last_margins_EM, self.last_balance_loss = routing.margins_EM, routing.balance_loss
         return routing
+
+
+@dataclass(frozen=True)
+class _Dispatched:
+    """What a recomputed pass takes over: scores that a GPU computes again may differ in their last bits, and another
+    choice would not fit the activations that were kept."""
+
+    expert_ids_NK: Tensor
+    sizes: ExchangeSizes | None
+
+
+def _is_recomputed() -> bool:
+    """Whether this is a forward pass within a backward pass, for activations that weren't kept."""
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint finds it out
 
 
 def _dispatcher_of(home: ExpertParallelContext) -> TokenDispatcher:

@@ -5,10 +5,10 @@ Shape legend: N = tokens, K = experts per token, R = N * K copies, D = hidden si
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from orchestrator.model.moe.dispatcher import ExpertInput
+from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.dispatcher import ExchangeSizes, ExpertInput
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 
 
@@ -18,17 +18,20 @@ class LocalDispatcher:
     def __init__(self, home: ExpertParallelContext) -> None:
         self._num_experts = home.placement.num_experts
 
-    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> "LocalExchange":
+    def dispatch(
+        self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, sizes: ExchangeSizes | None = None
+    ) -> "LocalExchange":
         ids_R = expert_ids_NK.reshape(-1)
         order_R = ids_R.argsort(stable=True)
         token_R = order_R.div(expert_ids_NK.shape[1], rounding_mode="floor")
-        counts = torch.bincount(ids_R, minlength=self._num_experts).tolist()
+        counts = count(ids_R, self._num_experts)
         return LocalExchange(ExpertInput(x_ND, token_R, counts, gates_NK.reshape(-1)[order_R]))
 
 
 @dataclass(frozen=True)
 class LocalExchange:
     received: ExpertInput
+    sizes: ExchangeSizes | None = None
 
     def dispatched(self) -> ExpertInput:
         return self.received

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.row_dispatcher import RowDispatcher, TokenRows
+from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.row_dispatcher import RowDispatcher, TokenChoice, TokenRows
 
 
 class PerChoiceDispatcher(RowDispatcher):
     """A `TokenDispatcher` for exact runs."""
 
-    def rows(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerChoiceRows":
+    def choice(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerChoice":
         column_S, order_S = self.column_E[expert_ids_NK.reshape(-1)].sort(stable=True)
         to_S = column_S.div(self.num_columns, rounding_mode="floor")
         gates_S1 = gates_NK.reshape(-1).index_select(0, order_S)[:, None]
@@ -27,11 +28,22 @@ class PerChoiceDispatcher(RowDispatcher):
         gates_SL = gates_SL.scatter(1, (column_S % self.num_columns)[:, None], gates_S1)
         token_S = order_S.div(expert_ids_NK.shape[1], rounding_mode="floor")
         row_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        sent_W = torch.bincount(to_S, minlength=self.home.placement.world_size)
-        return PerChoiceRows(token_S, gates_SL, sent_W, row_S.view_as(expert_ids_NK).t().contiguous())
+        sent_W = count(to_S, self.home.placement.world_size)
+        copies_W = torch.zeros_like(sent_W).scatter_add_(0, to_S, (gates_S1 != 0).long().squeeze(1))
+        rows = PerChoiceRows(token_S, gates_SL, row_S.view_as(expert_ids_NK).t().contiguous())
+        return PerChoice(rows, torch.stack([sent_W, copies_W], dim=1))
 
     def batches(self, received_W: list[int]) -> list[int]:
         return received_W
+
+
+@dataclass(frozen=True)
+class PerChoice(TokenChoice):
+    all_rows: "PerChoiceRows"
+    counts_W2: Tensor
+
+    def rows(self, num_rows: int) -> "PerChoiceRows":
+        return self.all_rows
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.row_dispatcher import RowDispatcher, TokenRows
+from orchestrator.model.moe.row_dispatcher import RowDispatcher, TokenChoice, TokenRows
 
 
 class PerRankDispatcher(RowDispatcher):
     """A `TokenDispatcher` that sends the fewest bytes."""
 
-    def rows(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerRankRows":
+    def choice(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerRank":
         num_tokens, size, columns = len(expert_ids_NK), self.home.placement.world_size, self.num_columns
         column_NK = self.column_E[expert_ids_NK]
         goes_NW = torch.zeros(num_tokens, size, dtype=torch.bool, device=expert_ids_NK.device)
         goes_NW.scatter_(1, column_NK.div(columns, rounding_mode="floor"), True)
-        to_S, token_S = goes_NW.t().nonzero(as_tuple=True)
         gates_NWL = gates_NK.new_zeros(num_tokens, size * columns).scatter(1, column_NK, gates_NK)
-        gates_SL = gates_NWL.view(num_tokens * size, columns).index_select(0, token_S * size + to_S)
-        return PerRankRows(token_S, gates_SL, goes_NW.sum(0), num_tokens)
+        copies_W = (gates_NWL.detach() != 0).sum(0).view(size, columns).sum(1)
+        return PerRank(goes_NW, gates_NWL.view(num_tokens * size, columns), torch.stack([goes_NW.sum(0), copies_W], 1))
 
     def batches(self, received_W: list[int]) -> list[int]:
         return [sum(received_W)]
+
+
+@dataclass(frozen=True)
+class PerRank(TokenChoice):
+    """
+    Args:
+        goes_NW: whether a token goes to a rank.
+        gates_NWL: its gates for the rank's experts, (N * W, L).
+    """
+
+    goes_NW: Tensor
+    gates_NWL: Tensor
+    counts_W2: Tensor
+
+    def rows(self, num_rows: int) -> "PerRankRows":
+        num_tokens, size = self.goes_NW.shape
+        to_S, token_S = torch.nonzero_static(self.goes_NW.t(), size=num_rows).unbind(1)
+        gates_SL = self.gates_NWL.index_select(0, token_S * size + to_S)
+        return PerRankRows(token_S, gates_SL, num_tokens)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ class AbortedGeneration(RuntimeError):
     """The controller has ended the generation after the failure of a worker."""
 
 
+class SumNotProven(RuntimeError):
+    """The result of an all-reduce isn't the sum over all ranks: it was aborted."""
+
+
 class LossExploded(RuntimeError):
     """A step's loss requires that the step be undone and its batch skipped."""
 
@@ -34,7 +38,7 @@ def kind_of(error: Exception) -> str:
     if isinstance(error, DigestMismatch):
         return "doubtful"
     # Also where it passed through a user's module on its way from our MoE layer.
-    if isinstance(error, AbortedGeneration) or _is_peer_loss(error):
+    if isinstance(error, AbortedGeneration | SumNotProven) or _is_peer_loss(error):
         return "peer_lost"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in str(error):
         return "out_of_memory"

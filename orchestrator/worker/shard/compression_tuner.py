@@ -5,11 +5,10 @@ separately. Then each rank names its preferred scheme in its vote, and all use t
 begins anew: another world has other links.
 """
 
-import time
-
 import torch
 
 from orchestrator.comm.gradients.codecs import codec_of
+from orchestrator.engine.device_time import finished_s
 from orchestrator.engine.gradients import Gradients
 from orchestrator.policy.estimate.compression_choice import CANDIDATES, Measured, choose
 from orchestrator.spec.communication import BLOCK, CompressionSpec
@@ -17,7 +16,7 @@ from orchestrator.spec.communication import BLOCK, CompressionSpec
 SKIPPED, PROBES = 1, 3  # steps; the first of a generation is slow for other reasons
 SAMPLE = 1 << 18  # elements used to time coding
 
-_coding_s: dict[str, float] = {}  # per element, of this process
+_coding_s: dict[tuple[str, torch.device], float] = {}  # per element, of this process
 
 
 class CompressionTuner:
@@ -37,6 +36,7 @@ class CompressionTuner:
         self._fastest_s = self._backward_s = self._step_s = float("inf")
         self._bytes = 0
         self.scheme: str = "none" if compression.scheme == "auto" else compression.scheme
+        self._gradients.is_timed = self._is_open
         if self._is_open:
             self._gradients.use("none", overlap=False)
 
@@ -51,7 +51,9 @@ class CompressionTuner:
             num_buckets=self._gradients.num_buckets,
             gradient_bytes=self._bytes,
             bytes_per_s=self._bytes / max(self._fastest_s, 1e-9),
-            coding_s={name: coding_s(name) * self._gradients.num_compressed for name in CANDIDATES[1:]},
+            coding_s={
+                name: coding_s(name, self._gradients.device) * self._gradients.num_compressed for name in CANDIDATES[1:]
+            },
         )
         return CANDIDATES.index(choose(measured))
 
@@ -73,19 +75,21 @@ class CompressionTuner:
         """Called after each vote with the number of the chosen scheme; -1 for none yet."""
         if self._is_open and number >= 0:
             self._is_open, self.scheme = False, CANDIDATES[number]
+            self._gradients.is_timed = False
             self._gradients.use(self.scheme, self._overlap)
 
 
-def coding_s(scheme: str) -> float:
-    """Seconds to encode and decode an element in this process."""
-    if scheme not in _coding_s:
+def coding_s(scheme: str, device: torch.device) -> float:
+    """Seconds to encode and decode an element in this process, on the device that trains."""
+    if (scheme, device) not in _coding_s:
         codec = codec_of(CompressionSpec.model_validate({"scheme": scheme}), 2, 0)
-        sample, total = torch.randn(1, SAMPLE), torch.zeros(SAMPLE)
+        sample, total = torch.randn(1, SAMPLE, device=device), torch.zeros(SAMPLE, device=device)
         assert SAMPLE % BLOCK == 0
         spent = []
         for _ in range(3):
-            began_s = time.perf_counter()
-            codec.add(total, codec.take(sample.clone())[0])
-            spent.append(time.perf_counter() - began_s)
-        _coding_s[scheme] = min(spent) / SAMPLE
-    return _coding_s[scheme]
+            copy = sample.clone()
+            began_s = finished_s(device)
+            codec.add(total, codec.take(copy)[0])
+            spent.append(finished_s(device) - began_s)
+        _coding_s[scheme, device] = min(spent) / SAMPLE
+    return _coding_s[scheme, device]

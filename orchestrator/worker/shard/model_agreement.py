@@ -11,7 +11,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.user_rules import shown
 from orchestrator.protocol.usage import TrafficKind
-from orchestrator.state.digest import digest
+from orchestrator.state.digest import digests
 
 MOST_BUCKETS = 64  # whose order is compared
 
@@ -26,7 +26,7 @@ def check_agreement(model: TrainableModel, group: dist.ProcessGroup | None) -> N
         return
     state = [*model.named_parameters(), *model.state_buffers()]
     held_by_all = [(name, t) for name, t in state if name.startswith("model.") and expert_of(name) is None]
-    signed = [digest(0, t.detach().view(-1)) - (1 << 63) for _, t in held_by_all]
+    signed = [value - (1 << 63) for value in digests((0, t.detach().view(-1)) for _, t in held_by_all)]
     lowest = torch.tensor(signed, dtype=torch.int64, device=held_by_all[0][1].device)
     highest = lowest.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN, group)

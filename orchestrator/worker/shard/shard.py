@@ -133,7 +133,7 @@ class ShardFactory:
         own = self._snapshots(plan, rank, shared_only=False)
         kept = [self._snapshots(plan, ring.index(rank), shared_only=True) for ring in plan.rings]
         met = meet_buddies(store, plan, rank, self.address)
-        sender = SnapshotSender(own, [to_buddy for to_buddy, _ in met], self._whole_every)
+        sender = SnapshotSender(own, [to_buddy for to_buddy, _ in met], self._whole_every, device=self.device)
         receivers = [SnapshotReceiver(each, stream) for each, (_, stream) in zip(kept, met, strict=True)]
         return SnapshotReplicator(sender, receivers, self.device.type != "cuda")
 
@@ -143,7 +143,8 @@ class ShardFactory:
         """Connect the only member of a generation to its keeper. Collective over both."""
         self._snapshot_memory.drop_idle()
         own = self._snapshots(plan, 0, shared_only=False)
-        sender = SnapshotSender(own, [meet_keeper(store, keeper.store_prefix)], self._whole_every, new_records)
+        streams = [meet_keeper(store, keeper.store_prefix)]
+        sender = SnapshotSender(own, streams, self._whole_every, new_records, self.device)
         return SnapshotReplicator(sender, (), self.device.type != "cuda")
 
     def keep(

@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from queue import SimpleQueue
 from typing import Any
+
+import torch
 
 from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport.stream import FramedStream, StreamClosed
@@ -21,8 +23,10 @@ from orchestrator.protocol.usage import TrafficKind
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update, copy_into
 from orchestrator.state.snapshot_store import RankSnapshots
+from orchestrator.state.stream_copies import StreamCopies
 
 NewRecords = Callable[[int], Sequence[StepRecord]]
+CPU = torch.device("cpu")
 
 
 def no_records(step: int) -> Sequence[StepRecord]:
@@ -38,6 +42,7 @@ class SnapshotSender:
         streams: to the workers that keep them.
         whole_every: one of so many snapshots is whole, the others are deltas.
         new_records: gives the records up to a step that were not sent yet; sent with its snapshot.
+        device: of the shard.
     """
 
     def __init__(
@@ -46,9 +51,11 @@ class SnapshotSender:
         streams: Sequence[FramedStream],
         whole_every: int,
         new_records: NewRecords = no_records,
+        device: torch.device = CPU,
     ) -> None:
+        self._copies = StreamCopies(device)
         self.own, self._streams, self._new_records = own, streams, new_records
-        self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
+        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
         self._copied: Future[None] = _done()
         self._acknowledged: Future[None] = _done()
         self._whole_every = whole_every
@@ -92,7 +99,7 @@ class SnapshotSender:
         snapshot = self.own.begin(step, note, update)
         self._since_whole = 0 if update is None else self._since_whole + 1
         self.begun, self.begun_bytes = step, self._bytes_of(whole=update is None)
-        self._orders.put((snapshot, ranges, self._copied, self._acknowledged))
+        self._orders.put(_Order(snapshot, ranges, self._copies.mark(), self._copied, self._acknowledged))
 
     def copied(self) -> None:
         """Wait until the newest snapshot is copied: then the shard may change."""
@@ -124,14 +131,15 @@ class SnapshotSender:
     def _send_all(self) -> None:
         closed: StreamClosed | None = None
         while (order := self._orders.get()) is not None:
-            snapshot, ranges, copied, acknowledged = order
+            snapshot, copied, acknowledged = order.snapshot, order.copied, order.acknowledged
             try:
-                copy_into(snapshot, ranges)
+                with self._copies.after(order.mark):
+                    copy_into(snapshot, order.ranges)
             except Exception as error:
                 copied.set_exception(error)
                 acknowledged.set_exception(error)
                 continue
-            del ranges, order  # nothing here may keep an old shard's memory
+            del order  # nothing here may keep an old shard's memory
             self.own.finish(snapshot)
             copied.set_result(None)
             try:
@@ -149,6 +157,17 @@ class SnapshotSender:
                 acknowledged.set_exception(error)
         for stream in self._streams:
             stream.close()
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A snapshot to be filled from these ranges, as they are at `mark`, and what is waited for."""
+
+    snapshot: Snapshot
+    ranges: NamedRanges
+    mark: torch.cuda.Event | None
+    copied: "Future[None]"
+    acknowledged: "Future[None]"
 
 
 def _header(snapshot: Snapshot, records: Sequence[StepRecord]) -> dict[str, Any]:

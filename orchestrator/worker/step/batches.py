@@ -182,4 +182,7 @@ class BatchReader:
         )
 
     def _on_device(self, array: NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        on_host = torch.from_numpy(array)
+        if self._device.type == "cpu":
+            return on_host
+        return on_host.pin_memory().to(self._device, non_blocking=True)

@@ -3,15 +3,23 @@
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from orchestrator.comm import collective_stats
+from orchestrator.engine.device_time import finished_s
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.protocol.step_record import StepTiming
 
 
 class StepClock:
-    """Runs from its construction, the beginning of the step. Each method marks the end of a phase."""
+    """Runs from its construction, the beginning of the step. Each method marks the end of a phase.
 
-    def __init__(self) -> None:
+    Args:
+        device: that trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._started_s, self._waited_s = time.perf_counter(), collective_stats.waited_s()
         self._loaded_s = self._updated_s = self._proposed_s = self._voted_s = self._started_s
         self._peers_s = 0.0  # waits for peers before the vote
@@ -31,7 +39,7 @@ class StepClock:
 
     def updated(self) -> None:
         """The rank's own part is done: update, validation, digests."""
-        self._updated_s = time.perf_counter()
+        self._updated_s = finished_s(self._device)
         self._peers_s = collective_stats.waited_s() - self._waited_s
 
     @property

@@ -41,6 +41,8 @@ def move_biases(spec: JobSpec, layers: Sequence[MoELayer], routed: RoutingCounts
     if not spec.model.bias_update_speed or not layers:
         return
     bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
-    bias_LE = next_bias(bias_LE.cpu(), routed, spec.model, decay(spec.train, step))
+    # On the host, so that unlike GPUs compute the same. It waits for a GPU as often for many layers as for one.
+    moved_LE = next_bias(bias_LE.cpu(), routed, spec.model, decay(spec.train, step))
+    bias_LE = moved_LE.to(bias_LE.device)
     for layer, bias_E in zip(layers, bias_LE, strict=True):
         layer.router.correction_bias_E.copy_(bias_E)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from orchestrator.comm import traffic_meter
+from orchestrator.comm.transport import nccl
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.model.base import seed_draws
 from orchestrator.model.moe.balance import RoutingCounts
@@ -20,13 +21,14 @@ from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.spec.lr_schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.worker.runtime.errors import StateCorrupted
+from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.step.batches import BatchReader, StepBatches
 from orchestrator.worker.step.clock import StepClock
 from orchestrator.worker.step.hooks import StepHooks
 from orchestrator.worker.step.memory_probe import MemoryProbe
 from orchestrator.worker.step.prefetch import Prefetch
+from orchestrator.worker.step.proven_sum import nonce_of
 from orchestrator.worker.step.routing import RoutingRecorder, move_biases
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
@@ -56,7 +58,8 @@ class _Step:
     number: int
     shard: Shard
     hooks: StepHooks
-    clock: StepClock = field(default_factory=StepClock)
+    clock: StepClock
+    aborted: int = field(default_factory=nccl.aborted)  # communicators, before it began
 
     @property
     def is_skipped(self) -> bool:
@@ -67,12 +70,13 @@ class _Step:
 @dataclass(frozen=True)
 class _Losses:
     """Loss sums per micro-batch of a batch, 0 where the micro-batch is another rank's, and the targets in all of them.
+    Sums and counts stay on the device until the vote: the host doesn't wait for a micro-batch.
 
     Args:
         routed: counts of this rank's routers.
     """
 
-    sums: NDArray[np.float64]
+    sums: Tensor
     tokens: int
     routed: RoutingCounts
 
@@ -96,7 +100,7 @@ class TrainStep:
 
     def step(self, shard: Shard, progress: TrainingProgress, hooks: StepHooks, keep_gradients: bool) -> StepResult:
         """Do the step after `progress`. Collective over the shard's world."""
-        step = _Step(progress.step + 1, shard, hooks)
+        step = _Step(progress.step + 1, shard, hooks, StepClock(self._device))
         batches = self._load(step)
         losses = self._accumulate(step, batches)
         update = self._update(step, keep_gradients)
@@ -134,7 +138,7 @@ class TrainStep:
             seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
             loss, routed = step.shard.engine.accumulate(micro_batch.batch, batches.global_tokens, last, before_backward)
             if micro_batch.number is not None:
-                losses.sums[micro_batch.number] = float(loss)
+                losses.sums[micro_batch.number] = loss
                 losses.routed.add(routed)
         return losses
 
@@ -170,7 +174,7 @@ class TrainStep:
         clock.proposed()
         ballot = Ballot(
             micro_batch_losses=losses.sums,
-            validation_losses=np.zeros(0) if validation is None else validation.sums,
+            validation_losses=losses.sums[:0] if validation is None else validation.sums,
             routed=losses.routed,
             applied=update.applied,
             fence=proposal.fence,
@@ -184,7 +188,10 @@ class TrainStep:
             compression=shard.choosing.proposal,
             digests=digests,
         )
-        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._device)
+        nonce = nonce_of(shard.world.generation, step.number)
+        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, nonce)
+        if nccl.aborted() != step.aborted:  # its operations may have given anything, without an error
+            raise AbortedGeneration(f"communicators of generation {shard.world.generation} were aborted in the step")
         clock.voted()
         shard.choosing.agree(outcome.compression)
         if outcome.applied:
@@ -244,12 +251,13 @@ class TrainStep:
             seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
             loss = step.shard.engine.evaluate(micro_batch.batch)
             if micro_batch.number is not None:
-                losses.sums[micro_batch.number] = float(loss)
+                losses.sums[micro_batch.number] = loss
         return losses
 
     def _no_losses(self, step: _Step, batches: StepBatches) -> _Losses:
-        routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model)
-        return _Losses(np.zeros(batches.num_micro_batches), batches.global_tokens, routed)
+        routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model, self._device)
+        sums = torch.zeros(batches.num_micro_batches, dtype=torch.float64, device=self._device)
+        return _Losses(sums, batches.global_tokens, routed)
 
     def _measured(self) -> Callable[[], None]:
         """Called before a micro-batch. Returns the callback between its forward and its backward pass."""

@@ -3,13 +3,12 @@
 Every rank fills its own places in a vector of zeros, so the sum holds each rank's values and adds no rounding: losses
 per micro-batch stay apart until they are summed in micro-batch order, whatever the world size.
 
-Layout of the vector, float64 (integers below 2^53 are exact): loss sum per micro-batch, validation loss sum per
-validation micro-batch, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per
-rank: update applied, generation of the fence it has seen, request to finish, preferred steps between two snapshots,
-seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of its preferred
-compression, whether a checkpoint is due by its clock, whether it still writes its part of an earlier one. Last, summed
-over the ranks: bytes by kind that they have sent since their last votes, and their parts of digests, in halves of 32
-bits.
+Layout of the vector, int64. Of one rank's own, as the bits of float64: loss sum per micro-batch, validation loss sum
+per validation micro-batch, and per rank: update applied, generation of the fence it has seen, request to finish,
+preferred steps between two snapshots, seconds that it computed for a micro-batch, version of the decided stages that it
+has seen, number of its preferred compression, whether a checkpoint is due by its clock, whether it still writes its
+part of an earlier one. Summed over the ranks: expert counts per (layer, expert), histograms of margins per (layer,
+expert, bin), bytes by kind that they have sent since their last votes, and their parts of digests, modulo 2^64.
 """
 
 from collections.abc import Mapping
@@ -19,15 +18,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
-from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.protocol.usage import Traffic, TrafficKind
+from orchestrator.worker.step.proven_sum import proven_sum
 
 NO_FENCE = -1
 NUM_VOICES = 9
 NO_DIGESTS = np.zeros(0, dtype=np.uint64)
-HALF = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Ballot:
     """One rank's contribution to the vote at the end of a step.
 
     Args:
-        micro_batch_losses: [S], loss sums of this rank's micro-batches, 0 elsewhere.
+        micro_batch_losses: [S], fp64, loss sums of this rank's micro-batches, 0 elsewhere.
         validation_losses: [S'], likewise; empty in a step without validation.
-        routed: counts of this rank's routers.
+        routed: counts of this rank's routers. All three are on the device that trains.
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
         finish: it has seen the request to end the run.
@@ -51,8 +50,8 @@ class Ballot:
         digests: by rank of the requested world, this rank's part (`orchestrator.state.fingerprint`).
     """
 
-    micro_batch_losses: NDArray[np.float64]
-    validation_losses: NDArray[np.float64]
+    micro_batch_losses: Tensor
+    validation_losses: Tensor
     routed: RoutingCounts
     applied: bool
     fence: int = NO_FENCE
@@ -104,52 +103,38 @@ class VoteResult:
     digests: tuple[str, ...] = ()
 
 
-def vote(
-    ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device
-) -> VoteResult:
-    """Hold the vote. Collective over the world. `group` is None in a world of one."""
-    num_micro_batches, num_validation = len(ballot.micro_batch_losses), len(ballot.validation_losses)
+def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, nonce: int) -> VoteResult:
+    """Hold the vote. Collective over the world.
+
+    Args:
+        group: None in a world of one.
+        nonce: of the step, as from `proven_sum.nonce_of`; the same on all ranks.
+
+    Raises:
+        RuntimeError: a peer failed, or the sum isn't that of all ranks.
+    """
     counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
     voices = np.zeros((world_size, NUM_VOICES))
     values = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
     voices[rank] = (*values, ballot.compression, ballot.checkpoint, ballot.is_writing)
-    sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
-    traffic = np.array([astuple(each) for each in sent], dtype=np.float64).reshape(-1)
-    halves = np.stack([ballot.digests // HALF, ballot.digests % HALF]).astype(np.float64)
-    vector = torch.cat(
-        [
-            torch.from_numpy(ballot.micro_batch_losses),
-            torch.from_numpy(ballot.validation_losses),
-            counts_LE.reshape(-1).to(torch.float64).cpu(),
-            margins_LEM.reshape(-1).to(torch.float64).cpu(),
-            torch.from_numpy(voices).reshape(-1),
-            torch.from_numpy(traffic),
-            torch.from_numpy(halves).reshape(-1),
-        ]
-    ).to(device)
-    collective_stats.enter()
-    if group is not None:
-        dist.all_reduce(vector, group=group)
-        traffic_meter.enter_reduced(TrafficKind.CONTROL, vector, world_size)
-    num_counts, num_margins = counts_LE.numel(), margins_LEM.numel()
-    sizes = [
-        num_micro_batches,
-        num_validation,
-        num_counts,
-        num_margins,
-        NUM_VOICES * world_size,
-        len(traffic),
-        halves.size,
-    ]
-    parts = torch.split(vector.cpu(), sizes)
-    by_rank = parts[4].reshape(world_size, NUM_VOICES).T.tolist()
+    traffic = np.array([astuple(ballot.traffic.get(kind, Traffic())) for kind in TrafficKind], dtype=np.int64)
+    from_host = np.concatenate([voices.reshape(-1).view(np.int64), traffic.reshape(-1), ballot.digests.view(np.int64)])
+    mine = (
+        ballot.micro_batch_losses.view(torch.int64),
+        ballot.validation_losses.view(torch.int64),
+        counts_LE.reshape(-1),
+        margins_LEM.reshape(-1),
+        _sent_beside(from_host, counts_LE.device),
+    )
+    summed = proven_sum(torch.cat(mine), group, nonce)
+    losses, validation, counts, margins, on_host = torch.split(summed, [len(part) for part in mine])
+    on_host_parts = np.split(on_host.numpy(), [voices.size, voices.size + traffic.size])
+    by_rank = on_host_parts[0].view(np.float64).reshape(world_size, NUM_VOICES).T.tolist()
     applied, fences, finish, intervals, busy_s, stages, schemes, checkpoints, is_writing = by_rank
     return VoteResult(
-        loss_sum=sum(parts[0].tolist()),
-        validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
-        routed=RoutingCounts(
-            parts[2].to(torch.int64).view(counts_LE.shape), parts[3].to(torch.int64).view(margins_LEM.shape)
-        ),
+        loss_sum=sum(losses.view(torch.float64).tolist()),
+        validation_loss_sum=sum(validation.view(torch.float64).tolist()) if len(validation) else None,
+        routed=RoutingCounts(counts.view(counts_LE.shape), margins.view(margins_LEM.shape)),
         applied=all(applied),
         fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
         finish=all(finish),
@@ -158,15 +143,17 @@ def vote(
         stages=int(stages[0]) if min(stages) == max(stages) else -1,
         traffic={
             kind.value: Traffic(*numbers)
-            for kind, numbers in zip(
-                TrafficKind, parts[5].to(torch.int64).view(len(TrafficKind), -1).tolist(), strict=True
-            )
+            for kind, numbers in zip(TrafficKind, on_host_parts[1].reshape(traffic.shape).tolist(), strict=True)
             if any(numbers)
         },
         compression=int(max(schemes)) if min(schemes) >= 0 else -1,
         checkpoint=any(checkpoints),
         is_writing=any(is_writing),
-        digests=tuple(
-            f"{(int(high) * HALF + int(low)) % HALF**2:016x}" for high, low in parts[6].reshape(2, -1).T.tolist()
-        ),
+        digests=tuple(f"{digest:016x}" for digest in on_host_parts[2].view(np.uint64).tolist()),
     )
+
+
+def _sent_beside(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Values on the device; the host doesn't wait for the copy."""
+    on_host = torch.from_numpy(values)
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host

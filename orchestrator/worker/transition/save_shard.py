@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from orchestrator.checkpoint.shard_file import ShardPiece
@@ -24,6 +25,7 @@ from orchestrator.checkpoint.write import write_image
 from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.stream_copies import StreamCopies
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.condition import StorageTrouble
@@ -31,6 +33,8 @@ from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.transition.shard_write import ShardWrite
 
 log = logging.getLogger("orchestrator.worker")
+
+CPU = torch.device("cpu")
 
 
 class ShardSaver:
@@ -46,6 +50,7 @@ class ShardSaver:
         refused: called from it with the reason each time that storage refuses the shard.
         failed: called from it with an error of any other kind in writing.
         caller: makes the calls to run storage.
+        device: of the shard.
     """
 
     def __init__(
@@ -58,8 +63,9 @@ class ShardSaver:
         refused: Callable[[StorageTrouble | None], None],
         failed: Callable[[Exception], None],
         caller: Caller = call_here,
+        device: torch.device = CPU,
     ) -> None:
-        self._caller = caller
+        self._caller, self._copies = caller, StreamCopies(device)
         self._tensors, self._keeps, self._numerics = tensors, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
         self._write: ShardWrite | None = None
@@ -106,7 +112,8 @@ class ShardSaver:
         def attempt(image: ShardImage) -> ShardWritten:
             return self._caller(write_image, self._checkpoints, image, **where)
 
-        copy = partial(self._copy, shard.engine.ranges().until_update(), shard.rank, shard.world.size, progress)
+        ranges = shard.engine.ranges().until_update()
+        copy = partial(self._copy, ranges, self._copies.mark(), shard.rank, shard.world.size, progress)
         write = ShardWrite(copy, attempt, self._done, self._refused, self._failed, is_verified=shard.seal is None)
         try:
             write.start()
@@ -118,7 +125,14 @@ class ShardSaver:
     def _is_newest(self, shard: Shard, progress: TrainingProgress) -> bool:
         return self._newest == (progress.step, shard.world.generation)
 
-    def _copy(self, ranges: NamedRanges, rank: int, world_size: int, progress: TrainingProgress) -> ShardMemory:
+    def _copy(
+        self,
+        ranges: NamedRanges,
+        mark: torch.cuda.Event | None,
+        rank: int,
+        world_size: int,
+        progress: TrainingProgress,
+    ) -> ShardMemory:
         meta = {
             **asdict(progress),
             "shapes": saved_shapes(self._tensors),
@@ -126,7 +140,8 @@ class ShardSaver:
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
             "world_size": world_size,
         }
-        return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
+        with self._copies.after(mark):
+            return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
 
     def copied(self) -> None:
         """Wait until no shard is read any more: then it may change."""

@@ -1,4 +1,5 @@
-"""Ranks that are threads of this process, joined by real gloo groups over a store in memory."""
+"""Ranks that are threads of this process, joined by real groups over a store in memory: gloo's, or nccl's of an
+emulated GPU."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.comm.transport.peer_group import PeerGroup
+from tests.support import devices
 
 PATIENCE_S = 60.0
 
@@ -24,8 +26,12 @@ def on_ranks(world_size: int, function: Callable[[int, dist.ProcessGroup | None]
         if world_size == 1:
             return function(rank, None)
         group = dist.ProcessGroup(store, rank, world_size)
-        gloo = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=PATIENCE_S))
-        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        if devices.device().type == "cpu":
+            gloo = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=PATIENCE_S))
+            group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        else:
+            nccl = dist.ProcessGroupNCCL(store, rank, world_size, dist.ProcessGroupNCCL.Options())
+            group._register_backend(devices.device(), dist.ProcessGroup.BackendType.CUSTOM, nccl)
         return function(rank, group)
 
     return _all(world_size, run)

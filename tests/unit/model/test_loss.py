@@ -6,15 +6,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.model.loss import IGNORED, cross_entropy_sum
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 N, D, V = 50, 12, 40
 
 
 def _case(dtype: torch.dtype = torch.float64, tokens: int = N) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    head_VD = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    targets_N = torch.randint(0, V, (tokens,), generator=generator)
+    device = devices.device()
+    x_ND = torch.randn(tokens, D, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    head_VD = torch.randn(V, D, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    targets_N = torch.randint(0, V, (tokens,), generator=generator).to(device)
     targets_N[::7] = IGNORED
     return x_ND, head_VD, targets_N
 

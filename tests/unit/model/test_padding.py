@@ -10,7 +10,10 @@ from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
+from tests.support import devices
 from tests.support.own_models import linear, own_spec
+
+pytestmark = pytest.mark.usefixtures("device")
 
 VOCAB = 50
 LENGTHS = [7, 1, 12, 4]
@@ -32,7 +35,7 @@ def _rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs_BT = torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(5))
     lengths_B = torch.tensor(LENGTHS)
     targets_BT = inputs_BT.roll(-1, 1).where(torch.arange(12) < lengths_B[:, None], IGNORED)
-    return inputs_BT, targets_BT, lengths_B
+    return inputs_BT.to(devices.device()), targets_BT.to(devices.device()), lengths_B.to(devices.device())
 
 
 def _gradients(model: TrainableModel) -> dict[str, torch.Tensor]:
@@ -45,7 +48,8 @@ def _model(kind: str, directory: Path) -> TrainableModel:
         spec = own_spec(directory, linear(layers=layer, forward=through), n_routed_experts=4, num_experts_per_tok=2)
     else:
         spec = ModelSpec.model_validate(SIZES)
-    model = build_model(spec, VOCAB, single_rank(spec))
+    with devices.device():
+        model = build_model(spec, VOCAB, single_rank(spec))
     model.init_weights(3)
     return model
 
@@ -59,7 +63,7 @@ def test_a_padded_pass_is_the_sum_of_passes_over_its_rows(kind: str, tmp_path: P
     loss.backward()
     padded = _gradients(model)
     model.zero_grad()
-    apart, counts = torch.zeros(()), torch.zeros_like(counts_LE)
+    apart, counts = torch.zeros((), device=devices.device()), torch.zeros_like(counts_LE)
     for row, length in enumerate(LENGTHS):
         of_row = model(inputs_BT[row : row + 1, :length], targets_BT[row : row + 1, :length])
         counts += model.routing_counts().counts_LE
@@ -77,7 +81,8 @@ def test_recomputing_changes_nothing(recompute: str) -> None:
     found = []
     for how in ("none", recompute):
         spec = ModelSpec.model_validate({**SIZES, "gradient_checkpointing": how})
-        model = build_model(spec, VOCAB, single_rank(spec))
+        with devices.device():
+            model = build_model(spec, VOCAB, single_rank(spec))
         model.init_weights(3)
         inputs_BT, targets_BT, lengths_B = _rows()
         model(inputs_BT, targets_BT, None, lengths_B).backward()
@@ -89,8 +94,8 @@ def test_recomputing_changes_nothing(recompute: str) -> None:
 @pytest.mark.parametrize("kind", ["ours", "own"])
 def test_a_pass_on_no_rows_gives_every_parameter_a_gradient_of_zeros(kind: str, tmp_path: Path) -> None:
     model = _model(kind, tmp_path)
-    nothing = torch.zeros(0, 1, dtype=torch.int64)
-    model(nothing, nothing, None, torch.zeros(0, dtype=torch.int64)).backward()
+    nothing = torch.zeros(0, 1, dtype=torch.int64, device=devices.device())
+    model(nothing, nothing, None, nothing[:, 0]).backward()
     grads = _gradients(model)
     assert grads.keys() == dict(model.named_parameters()).keys()
     assert not any(grad.any() for grad in grads.values())
@@ -106,8 +111,8 @@ def test_logits_are_padded_with_zeros() -> None:
 
 
 def test_tokens_come_back_from_their_places() -> None:
-    padding = Padding.of(torch.tensor([2, 0, 3]), 3)
-    x_ND = torch.arange(5.0)[:, None]
+    padding = Padding.of(torch.tensor([2, 0, 3], device=devices.device()), 3)
+    x_ND = torch.arange(5.0, device=devices.device())[:, None]
     padded = padding.pad(x_ND)
     assert padded[..., 0].tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
     assert torch.equal(padding.unpad(padded), x_ND)

@@ -18,9 +18,11 @@ from orchestrator.model.transformer import (
     within_documents,
 )
 from orchestrator.spec.model import ModelSpec
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 VOCAB = 50
-CPU = torch.device("cpu")
 
 
 def _spec(
@@ -41,26 +43,27 @@ def _spec(
 
 
 def _model(spec: ModelSpec, placement: ExpertPlacement | None = None, rank: int = 0, seed: int = 0) -> MoELanguageModel:
-    model = MoELanguageModel(
-        spec, VOCAB, ExpertParallelContext(placement or ExpertPlacement.balanced(4, 1), rank, None)
-    )
+    home = ExpertParallelContext(placement or ExpertPlacement.balanced(4, 1), rank, None)
+    with devices.device():
+        model = MoELanguageModel(spec, VOCAB, home)
     model.init_weights(seed)
     return model
 
 
 def _tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(5)).to(devices.device())
 
 
 @pytest.mark.parametrize("rotary_size", [8, 4, 0])
 def test_rotation_is_a_product_of_complex_numbers(rotary_size: int) -> None:
-    x_BATS = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(6))
+    x_BATS = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(6)).to(devices.device())
     half = rotary_size // 2
     angle_TH = torch.arange(5.0)[:, None] * 100.0 ** -(torch.arange(half) / max(half, 1))
+    angle_TH = angle_TH.to(devices.device())
     turned = torch.complex(x_BATS[..., :half], x_BATS[..., half:rotary_size])
     turned = turned * torch.polar(torch.ones_like(angle_TH), angle_TH)
     wanted = torch.cat([turned.real, turned.imag, x_BATS[..., rotary_size:]], dim=-1)
-    torch.testing.assert_close(rotate(x_BATS, *rotary_tables(5, rotary_size, 100.0, CPU)), wanted)
+    torch.testing.assert_close(rotate(x_BATS, *rotary_tables(5, rotary_size, 100.0, devices.device())), wanted)
 
 
 @pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
@@ -71,15 +74,15 @@ def test_attention_equals_softmax_written_out(num_key_value_heads: int) -> None:
     with torch.no_grad():
         for param in attention.parameters():
             param.normal_(0.0, 0.5, generator=generator)
-    x_TD = torch.randn(6, 16, generator=generator)
-    rotary = rotary_tables(6, spec.rotary_size, spec.rope_theta, CPU)
+    attention, x_TD = attention.to(devices.device()), torch.randn(6, 16, generator=generator).to(devices.device())
+    rotary = rotary_tables(6, spec.rotary_size, spec.rope_theta, devices.device())
     heads = []
     for head in range(spec.num_attention_heads):
         group = head * num_key_value_heads // spec.num_attention_heads
         rows, kv_rows = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
         q_TS = rotate(x_TD @ attention.query[rows].T, *rotary)
         k_TS = rotate(x_TD @ attention.key[kv_rows].T, *rotary)
-        scores_TT = (q_TS @ k_TS.T / size**0.5).masked_fill(~torch.ones(6, 6).tril().bool(), float("-inf"))
+        scores_TT = (q_TS @ k_TS.T / size**0.5).masked_fill(~torch.ones_like(x_TD[:, :6]).tril().bool(), float("-inf"))
         heads.append(scores_TT.softmax(-1) @ (x_TD @ attention.value[kv_rows].T))
     wanted_TD = torch.cat(heads, dim=-1) @ attention.output.T
     torch.testing.assert_close(attention(x_TD[None], rotary, None)[0], wanted_TD, rtol=1e-4, atol=1e-5)
@@ -97,7 +100,7 @@ def test_a_token_sees_nothing_that_comes_after_it() -> None:
 @pytest.mark.parametrize("isolated", [True, False])
 def test_another_document_changes_nothing_only_where_documents_are_isolated(isolated: bool) -> None:
     model, tokens_BT = _model(_spec()), _tokens()
-    documents_BT = torch.tensor([0] * 5 + [1] * 7).expand(2, 12) if isolated else None
+    documents_BT = torch.tensor([0] * 5 + [1] * 7, device=devices.device()).expand(2, 12) if isolated else None
     changed_BT = tokens_BT.clone()
     changed_BT[:, :5] = (changed_BT[:, :5] + 1) % VOCAB
     before, after = (model(t, documents_BT=documents_BT)[:, 5:] for t in (tokens_BT, changed_BT))
@@ -110,7 +113,7 @@ def test_one_document_in_a_row_is_the_same_with_and_without_isolation() -> None:
 
 
 def test_the_mask_by_hand() -> None:
-    mask = within_documents(torch.tensor([[0, 0, 1]]))
+    mask = within_documents(torch.tensor([[0, 0, 1]], device=devices.device()))
     assert mask.shape == (1, 1, 3, 3)
     assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
@@ -128,7 +131,7 @@ def test_the_loss_is_the_sum_over_targets_that_count() -> None:
 
 @pytest.mark.parametrize("isolated", [True, False])
 def test_a_slot_without_rows_costs_nothing_and_has_all_gradients(isolated: bool) -> None:
-    model, nothing = _model(_spec()), torch.zeros(0, 12, dtype=torch.int64)
+    model, nothing = _model(_spec()), torch.zeros(0, 12, dtype=torch.int64, device=devices.device())
     loss = model(nothing, nothing, nothing if isolated else None)
     loss.backward()
     assert loss.item() == 0.0

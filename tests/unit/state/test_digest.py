@@ -12,6 +12,9 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.state.digest import _TABLE, PERIOD, WORD, StateDigests, _block_key, differing, digest
 from orchestrator.state.ranges import NamedRanges
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 WRAP = 1 << 64
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8]
@@ -21,7 +24,11 @@ def _values(numel: int, dtype: torch.dtype) -> Tensor:
     """Random bits, whatever they mean in `dtype`."""
     itemsize = torch.empty(0, dtype=dtype).element_size()
     generator = torch.Generator().manual_seed(numel)
-    return torch.randint(0, 256, (numel * itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+    return (
+        torch.randint(0, 256, (numel * itemsize,), dtype=torch.uint8, generator=generator)
+        .to(devices.device())
+        .view(dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,19 +64,20 @@ def test_any_flipped_bit_is_found(dtype: torch.dtype, element: int, data: st.Dat
 
 
 def test_order_and_place_count() -> None:
-    data = torch.arange(8, dtype=torch.float32)
+    data = torch.arange(8, dtype=torch.float32, device=devices.device())
     assert digest(0, data) != digest(0, data.flip(0))
     assert digest(0, data) != digest(1, data)
     assert digest(0, data) != digest(PERIOD, data)
 
 
 def test_zeros_of_either_sign_and_nans_are_told_apart() -> None:
-    assert digest(0, torch.tensor([0.0])) != digest(0, torch.tensor([-0.0]))
-    assert digest(0, torch.tensor([float("nan")])) == digest(0, torch.tensor([float("nan")]))
+    device = devices.device()
+    assert digest(0, torch.tensor([0.0], device=device)) != digest(0, torch.tensor([-0.0], device=device))
+    assert digest(0, torch.tensor([float("nan")])) == digest(0, torch.tensor([float("nan")], device=device))
 
 
 def test_nothing_has_a_digest_of_zero() -> None:
-    assert digest(5, torch.empty(0)) == 0
+    assert digest(5, torch.empty(0, device=devices.device())) == 0
 
 
 def _ranges(**pieces: list[tuple[int, Tensor]]) -> NamedRanges:
@@ -87,7 +95,7 @@ def _differing(before: NamedRanges, after: NamedRanges) -> list[str]:
 
 
 def test_states_that_are_cut_in_another_way_are_equal_and_changed_ones_are_named() -> None:
-    whole, cut = torch.randn(40), torch.randn(30).bfloat16()
+    whole, cut = torch.randn(40, device=devices.device()), torch.randn(30, device=devices.device()).bfloat16()
     before = _ranges(whole=[(0, whole)], cut=[(0, cut)])
     after = _ranges(whole=[(0, whole.clone())], cut=[(0, cut[:11].clone()), (11, cut[11:].clone())])
     assert _differing(before, after) == []
@@ -98,6 +106,6 @@ def test_states_that_are_cut_in_another_way_are_equal_and_changed_ones_are_named
 
 
 def test_a_tensor_that_got_lost_is_named() -> None:
-    whole, cut = torch.randn(4), torch.randn(4)
+    whole, cut = torch.randn(2, 4, device=devices.device())
     assert _differing(_ranges(whole=[(0, whole)], cut=[(0, cut)]), _ranges(cut=[(0, cut)])) == ["whole"]
     assert _differing(_ranges(whole=[(0, whole)], cut=[(0, cut)]), _ranges(whole=[(0, whole)])) == ["cut"]

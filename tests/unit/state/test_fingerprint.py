@@ -13,8 +13,12 @@ from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.world import World
 from orchestrator.state.fingerprint import MODULUS, MemoryGuard, StateFingerprint, whole
 from orchestrator.state.ranges import NamedRanges
+from tests.support import devices
 from tests.support.layouts import layout_of_state
 
+pytestmark = pytest.mark.usefixtures("device")
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
 PARAMS = [
     ParamSpec("head", (101,), None),
     ParamSpec("bias", (3,), None),
@@ -31,7 +35,7 @@ def _values(layout: StateLayout) -> dict[str, Tensor]:
     """The whole state; a parameter's master is not its parameter."""
     generator = torch.Generator().manual_seed(7)
     return {
-        name: torch.randn(int(numel), generator=generator).to(torch.bfloat16 if itemsize == 2 else torch.float32)
+        name: torch.randn(int(numel), generator=generator).to(devices.device(), DTYPES[int(itemsize)])
         for name, numel, itemsize in zip(layout.names, layout.numel, layout.itemsize, strict=True)
     }
 
@@ -97,7 +101,7 @@ def test_the_whole_wraps() -> None:
 
 def test_a_seal_names_what_was_written_to_while_it_was_closed() -> None:
     ranges = NamedRanges()
-    values = {name: torch.arange(9.0) for name in ("param/a", "param/b")}
+    values = {name: torch.arange(9.0, device=devices.device()) for name in ("param/a", "param/b")}
     for name, data in values.items():
         for start, stop in pairwise((0, 4, 9)):
             ranges.add(name, start, data[start:stop])

@@ -15,7 +15,10 @@ from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update, copy_into, merge_ranges
 from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
+from tests.support import devices
 from tests.support.layouts import layout_of_state
+
+pytestmark = pytest.mark.usefixtures("device")
 
 PARAMS = [ParamSpec("dense", (40,), None), ParamSpec("expert0", (6,), 0), ParamSpec("expert1", (6,), 1)]
 LAYOUT = layout_of_state(PARAMS, ExpertPlacement.balanced(2, 2), World(4, ("a", "b")), True, [("bias", (3,))])
@@ -27,7 +30,9 @@ def _held(rank: int, value: float) -> NamedRanges:
     ranges = NamedRanges()
     for tensor, start, stop in LAYOUT.ranges_of(LAYOUT.world.members[rank]).tolist():
         dtype = getattr(torch, LAYOUT.tensors[LAYOUT.names[tensor]].dtype)
-        ranges.add(LAYOUT.names[tensor], start, torch.full((stop - start,), value, dtype=dtype))
+        ranges.add(
+            LAYOUT.names[tensor], start, torch.full((stop - start,), value, dtype=dtype, device=devices.device())
+        )
     return ranges
 
 
@@ -35,7 +40,7 @@ def _shard(rank: int, value: float) -> NamedRanges:
     """With gradients of 1."""
     ranges = _held(rank, value)
     for name, (start, stop) in LAYOUT.updates_of(rank).items():
-        ranges.add(f"grad/{name}", start, torch.ones(stop - start))
+        ranges.add(f"grad/{name}", start, torch.ones(stop - start, device=devices.device()))
     return ranges
 
 

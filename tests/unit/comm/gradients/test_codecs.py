@@ -8,6 +8,9 @@ from torch import Tensor
 
 from orchestrator.comm.gradients.codecs import Codec, TopK, codec_of, warmed_up
 from orchestrator.spec.communication import BLOCK, CompressionSpec
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SCHEMES = ("none", "bf16", "fp16", "int8", "int4", "topk")
 
@@ -19,7 +22,7 @@ def _codec(scheme: str) -> Codec:
 def _gradients(pieces: int = 3, blocks: int = 5, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(-9, 3, pieces * blocks * BLOCK)[torch.randperm(pieces * blocks * BLOCK, generator=generator)]
-    return (torch.randn(pieces * blocks * BLOCK, generator=generator) * scale).view(pieces, -1)
+    return (torch.randn(pieces * blocks * BLOCK, generator=generator) * scale).view(pieces, -1).to(devices.device())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -86,7 +89,7 @@ def test_what_is_not_finite_shows_at_the_other_end(scheme: str, bad: float) -> N
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_zeros_are_zeros(scheme: str) -> None:
-    x_WS = torch.zeros(2, BLOCK)
+    x_WS = torch.zeros(2, BLOCK, device=devices.device())
     assert not _codec(scheme).decode(_codec(scheme).take(x_WS)).any() and not x_WS.any()
 
 

@@ -19,6 +19,9 @@ from orchestrator.comm.gradients.exact_sum import (
     square_sums,
     total_square,
 )
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 2**31)
@@ -28,11 +31,17 @@ def _terms(seed: int, count: int, numel: int, largest: float) -> list[torch.Tens
     """Of very different sizes, up to what is allowed."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.randint(-40, 1, (count, numel), generator=generator)
-    return list((torch.rand(count, numel, generator=generator) * 2 - 1) * 2.0**exponents * largest)
+    return list(
+        ((torch.rand(count, numel, generator=generator) * 2 - 1) * 2.0**exponents * largest).to(devices.device())
+    )
+
+
+def _values(*values: float) -> torch.Tensor:
+    return torch.tensor(values, device=devices.device())
 
 
 def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
-    total = torch.empty(len(terms[0]), dtype=torch.float64)
+    total = torch.empty(len(terms[0]), dtype=torch.float64, device=terms[0].device)
     put_rounded(total, terms[0])
     for term in terms[1:]:
         add_rounded(total, term)
@@ -69,21 +78,21 @@ def test_the_grid_reaches_as_far_as_it_says() -> None:
         (GRID * 0.75, GRID),
         (GRID * 0.25, 0.0),
     ):
-        total = _sum([torch.tensor([term], dtype=torch.float64)])
+        total = _sum([torch.tensor([term], dtype=torch.float64, device=devices.device())])
         assert float(total) == kept
-        add_rounded(total, torch.tensor([-term], dtype=torch.float64))
+        add_rounded(total, torch.tensor([-term], dtype=torch.float64, device=devices.device()))
         assert float(total) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_terms_of_any_format_are_added(dtype: torch.dtype) -> None:
-    terms = [torch.linspace(-2.0, 2.0, 2 * CHUNK + 5).to(dtype) for _ in range(3)]
+    terms = [torch.linspace(-2.0, 2.0, 2 * CHUNK + 5).to(devices.device(), dtype) for _ in range(3)]
     assert torch.equal(_sum(terms), 3 * terms[0].double())
 
 
 @pytest.mark.parametrize("value", [inf, -inf, nan])
 def test_what_is_not_finite_shows(value: float) -> None:
-    terms = [torch.ones(CHUNK + 3), torch.ones(CHUNK + 3)]
+    terms = list(torch.ones(2, CHUNK + 3, device=devices.device()))
     terms[1][CHUNK + 1] = value
     total = _sum(terms)
     assert not torch.isfinite(total[CHUNK + 1]) and torch.isfinite(total).sum() == CHUNK + 2
@@ -106,7 +115,7 @@ def test_a_norm_has_the_same_bits_however_gradients_are_cut(
 
 @pytest.mark.parametrize("cuts", [(1,), (127, 131), (131_071,), (131_073, 262_145), (5, 200_000, 299_999)])
 def test_large_gradients_too(cuts: tuple[int, ...]) -> None:
-    gradient = torch.randn(300_000, generator=torch.Generator().manual_seed(7)) * 1e-3
+    gradient = torch.randn(300_000, generator=torch.Generator().manual_seed(7)).to(devices.device()) * 1e-3
     pieces = torch.tensor_split(gradient, cuts)
     assert _square(*pieces) == _square(gradient) == _square(*reversed(pieces))
 
@@ -114,15 +123,15 @@ def test_large_gradients_too(cuts: tuple[int, ...]) -> None:
 def test_a_norm_is_as_precise_as_fp32() -> None:
     generator = torch.Generator().manual_seed(3)
     for numel in (1, 127, 128, 1 << 17, (1 << 18) + 77):
-        gradient = torch.randn(numel, generator=generator) * 1e-4
+        gradient = torch.randn(numel, generator=generator).to(devices.device()) * 1e-4
         assert _square(gradient) == pytest.approx(float(gradient.double().square().sum()), rel=1e-8)
 
 
 def test_a_norm_of_nothing_and_of_the_smallest_and_the_largest() -> None:
-    nothing = torch.zeros(0)
+    nothing = torch.zeros(0, device=devices.device())
     assert float(total_square(square_sums([], largest_of([])), largest_of([]))) == 0.0
-    assert _square(nothing, torch.zeros(5)) == 0.0
-    assert _square(torch.tensor([2.0**-100]), nothing) == 2.0**-200
-    assert _square(torch.tensor([2.0**127, -(2.0**127)])) == 2.0**255
-    assert isnan(_square(torch.ones(3), torch.tensor([1.0, nan])))
-    assert isnan(_square(torch.tensor([-inf]), torch.ones(3)))
+    assert _square(nothing, _values(*[0.0] * 5)) == 0.0
+    assert _square(_values(2.0**-100), nothing) == 2.0**-200
+    assert _square(_values(2.0**127, -(2.0**127))) == 2.0**255
+    assert isnan(_square(_values(1.0, 1.0, 1.0), _values(1.0, nan)))
+    assert isnan(_square(_values(-inf), _values(1.0, 1.0, 1.0)))

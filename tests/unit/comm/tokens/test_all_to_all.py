@@ -9,7 +9,11 @@ from orchestrator.comm import traffic_meter
 from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
 from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, exchange_counts
 from orchestrator.protocol.usage import TrafficKind
+from tests.support import devices
 from tests.unit.comm.threads import on_ranks
+
+on_devices = pytest.mark.usefixtures("device")
+# Others have ranks that are threads, whose backward passes would share the one thread of a GPU.
 
 KIND = TrafficKind.DISPATCH
 SENT_WW = ((1, 0, 2), (3, 1, 0), (0, 0, 0))  # [source][destination] rows; rank 2 has none to send
@@ -18,9 +22,10 @@ SENT_WW = ((1, 0, 2), (3, 1, 0), (0, 0, 0))  # [source][destination] rows; rank 
 def _rows(rank: int) -> Tensor:
     """One row per (source, destination, nth), holding just these numbers."""
     rows = [(rank, to, nth) for to, count in enumerate(SENT_WW[rank]) for nth in range(count)]
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+    return torch.tensor(rows, dtype=torch.float64, device=devices.device()).reshape(-1, 3)
 
 
+@on_devices
 def test_rows_arrive_by_source_in_their_order() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[list[float]]:
         received_W = [SENT_WW[source][rank] for source in range(3)]
@@ -69,6 +74,7 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
         assert gradients == [10.0 + to for to, count in enumerate(SENT_WW[rank]) for _ in range(count)]
 
 
+@on_devices
 def test_in_a_world_of_one_nothing_moves() -> None:
     rows = _rows(1)
     journey = AsyncAllToAll([4], [4], None, KIND)
@@ -78,7 +84,7 @@ def test_in_a_world_of_one_nothing_moves() -> None:
 def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_travel() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
         under_way = []
-        weights = torch.ones(3, requires_grad=True)
+        weights = torch.ones(3, requires_grad=True, device=devices.device())
         journey = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
         on_the_way = journey.begin(_rows(rank).requires_grad_())
         beside = weights * 2.0
@@ -93,6 +99,7 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
     assert on_ranks(3, run) == [[True, False, True, False]] * 3
 
 
+@on_devices
 def test_a_journey_ends_once() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> str:
         journey = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
@@ -104,10 +111,11 @@ def test_a_journey_ends_once() -> None:
     assert len(set(on_ranks(3, run))) == 1
 
 
+@on_devices
 def test_every_rank_gets_the_counts_that_concern_it() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[int]:
         assert group is not None
-        counts: list[int] = exchange_counts(torch.tensor(SENT_WW[rank]), group).tolist()
+        counts: list[int] = exchange_counts(torch.tensor(SENT_WW[rank], device=devices.device()), group).tolist()
         return counts
 
     sent = traffic_meter.Since()
@@ -122,34 +130,36 @@ def test_rows_in_fewer_bytes_are_nearly_the_same_both_ways(wire: Wire, error: fl
 
     def run(rank: int, group: dist.ProcessGroup | None) -> None:
         counts, arriving = sent_WW[rank], [sent_WW[source][rank] for source in range(3)]
-        x_ND = torch.linspace(-3, 5, sum(counts) * 8).view(-1, 8).to(dtype).requires_grad_()
+        x_ND = torch.linspace(-3, 5, sum(counts) * 8).view(-1, 8).to(devices.device(), dtype).requires_grad_()
         journey = AsyncAllToAll(counts, arriving, group, KIND, wire)
         received_MD = journey.end(journey.begin(x_ND))
         back = AsyncAllToAll(arriving, counts, group, KIND)
         returned_ND = back.end(back.begin(received_MD))
-        (returned_ND.float() * torch.arange(8.0)).sum().backward()
+        (returned_ND.float() * torch.arange(8.0, device=devices.device())).sum().backward()
         assert returned_ND.dtype == dtype and x_ND.grad is not None
         rounding = error + (2**-8 if dtype == torch.bfloat16 else 0)
         bound = rounding * x_ND.detach().float().abs().amax(-1, keepdim=True)
         assert ((returned_ND - x_ND).detach().float().abs() <= 1.001 * bound).all()
-        assert ((x_ND.grad.float() - torch.arange(8.0)).abs() <= 7.001 * rounding).all()
+        assert ((x_ND.grad.float().cpu() - torch.arange(8.0)).abs() <= 7.001 * rounding).all()
 
     on_ranks(3, run)
 
 
+@on_devices
 def test_a_row_that_is_not_finite_stays_so() -> None:
-    x_ND = torch.ones(3, 8)
+    x_ND = torch.ones(3, 8, device=devices.device())
     x_ND[1, 2], x_ND[2, 0] = float("nan"), float("inf")
     for wire in ("bf16", "int8"):
         read_ND = decode(encode(x_ND, wire), wire, torch.float32)  # type: ignore[arg-type]
         assert read_ND[0].isfinite().all() and not read_ND[1].isfinite().all() and not read_ND[2].isfinite().all()
-    assert decode(encode(torch.zeros(0, 8), "int8"), "int8", torch.float32).shape == (0, 8)
+    assert decode(encode(x_ND[:0], "int8"), "int8", torch.float32).shape == (0, 8)
 
 
+@on_devices
 @pytest.mark.parametrize("wire", ["native", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elements_that_travel_whole_keep_all_bits(wire: Wire, dtype: torch.dtype) -> None:
-    x_ND = torch.linspace(-7, 11, 5 * 11).view(5, 11).to(dtype)
+    x_ND = torch.linspace(-7, 11, 5 * 11).view(5, 11).to(devices.device(), dtype)
     read_ND = decode(encode(x_ND, wire, 3), wire, dtype, 3)
     assert torch.equal(read_ND[:, 8:], x_ND[:, 8:]) and read_ND.dtype == dtype
     assert torch.equal(read_ND[:, :8], decode(encode(x_ND[:, :8], wire), wire, dtype))

@@ -5,20 +5,28 @@ import torch
 from torch import Tensor
 
 from orchestrator.model.moe.balance import RoutingCounts, margin_histogram, margins, next_bias, quantile_bias, sign_bias
+from orchestrator.model.moe.counting import count
 from orchestrator.model.moe.router import Limit, Router
 from orchestrator.policy.health.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS, expert_load
 from orchestrator.spec.model import ModelSpec
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def _choices(num_tokens: int, num_experts: int, spread: float, seed: int = 0) -> Tensor:
     """Scores of which some experts' lie far above the others'."""
     generator = torch.Generator().manual_seed(seed)
     offsets_E = torch.randn(num_experts, generator=generator)
-    return (spread * (torch.randn(num_tokens, num_experts, generator=generator) + 2.0 * offsets_E)).sigmoid()
+    return (
+        (spread * (torch.randn(num_tokens, num_experts, generator=generator) + 2.0 * offsets_E))
+        .sigmoid()
+        .to(devices.device())
+    )
 
 
 def _counts(choice_NE: Tensor, top_k: int) -> Tensor:
-    return torch.bincount(choice_NE.topk(top_k, -1).indices.reshape(-1), minlength=choice_NE.shape[1])
+    return count(choice_NE.topk(top_k, -1).indices.reshape(-1), choice_NE.shape[1])
 
 
 def _histogram(choice_NE: Tensor, top_k: int) -> Tensor:
@@ -26,11 +34,11 @@ def _histogram(choice_NE: Tensor, top_k: int) -> Tensor:
 
 
 def _violation(counts_E: Tensor) -> float:
-    return expert_load(counts_E[None].numpy()).max_violation
+    return expert_load(counts_E[None].cpu().numpy()).max_violation
 
 
 def test_margins_by_hand() -> None:
-    choice_NE = torch.tensor([[0.9, 0.5, 0.3], [0.1, 0.7, 0.3]])
+    choice_NE = torch.tensor([[0.9, 0.5, 0.3], [0.1, 0.7, 0.3]], device=devices.device())
     counted = _histogram(choice_NE, 1)
     wanted = torch.tensor([[0.4, -0.4, -0.6], [-0.6, 0.4, -0.4]])  # over the best of the other experts
     bins = torch.bucketize(wanted, torch.tensor(MARGIN_EDGES))
@@ -51,7 +59,7 @@ def test_a_token_chooses_the_experts_where_its_margin_is_positive(top_k: int) ->
 def test_the_quantile_rule_evens_loads_in_a_few_steps_however_far_scores_are_apart(
     num_experts: int, top_k: int, spread: float
 ) -> None:
-    scores_NE, bias_E = _choices(4096, num_experts, spread), torch.zeros(num_experts)
+    scores_NE, bias_E = _choices(4096, num_experts, spread), torch.zeros(num_experts, device=devices.device())
     before = _violation(_counts(scores_NE, top_k))
     for _ in range(16):
         margins_EM = _histogram(scores_NE + bias_E, top_k)
@@ -62,15 +70,15 @@ def test_the_quantile_rule_evens_loads_in_a_few_steps_however_far_scores_are_apa
 
 def test_the_sign_rule_lags_where_scores_are_far_apart() -> None:
     """The negative control: what the quantile rule does in 16 steps, the sign rule doesn't in 100."""
-    scores_NE, bias_E = _choices(4096, 16, 2.0), torch.zeros(16)
+    scores_NE, bias_E = _choices(4096, 16, 2.0), torch.zeros(16, device=devices.device())
     for _ in range(100):
         bias_E = sign_bias(bias_E[None], _counts(scores_NE + bias_E, 2)[None], 1e-3)[0]
     assert _violation(_counts(scores_NE + bias_E, 2)) > 1.0
 
 
 def test_an_even_load_moves_no_bias_much() -> None:
-    scores_NE = torch.eye(4).repeat(64, 1) * 0.5
-    moved_E = quantile_bias(torch.zeros(1, 4), _histogram(scores_NE, 1)[None], 1, 1.0)[0]
+    scores_NE = torch.eye(4, device=devices.device()).repeat(64, 1) * 0.5
+    moved_E = quantile_bias(scores_NE.new_zeros(1, 4), _histogram(scores_NE, 1)[None], 1, 1.0)[0]
     assert moved_E.abs().max() < 1e-6
     assert _counts(scores_NE + moved_E, 1).tolist() == [64] * 4
 
@@ -85,7 +93,7 @@ def test_a_bias_move_depends_on_sums_of_histograms_only() -> None:
 def test_layers_without_tokens_keep_their_bias() -> None:
     bias_LE = torch.tensor([[0.1, -0.1], [0.2, -0.2]])
     margins_LEM = torch.zeros(2, 2, NUM_MARGIN_BINS, dtype=torch.int64)
-    margins_LEM[1] = _histogram(_choices(50, 2, 1.0), 1)
+    margins_LEM[1] = _histogram(_choices(50, 2, 1.0), 1).cpu()
     moved_LE = quantile_bias(bias_LE, margins_LEM, 1, 0.5)
     assert torch.equal(moved_LE[0], bias_LE[0]) and not torch.equal(moved_LE[1], bias_LE[1])
     assert bias_LE.tolist() == torch.tensor([[0.1, -0.1], [0.2, -0.2]]).tolist()
@@ -105,13 +113,15 @@ LIMITS = {
 @pytest.mark.parametrize("case", LIMITS)
 def test_a_router_that_may_choose_among_some_experts_only_is_evened_as_well(case: str) -> None:
     spec, limits = LIMITS[case]
-    router, x_ND = Router(spec, limits), torch.randn(4096, 8, generator=torch.Generator().manual_seed(3)) + 1.0
+    x_ND = (torch.randn(4096, 8, generator=torch.Generator().manual_seed(3)) + 1.0).to(devices.device())
+    router = Router(spec, limits)
     with torch.no_grad():
         router.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
+    router = router.to(devices.device())
     violations = []
     for _ in range(25):
         routing = router(x_ND)
-        counts_E = torch.bincount(routing.expert_ids_NK.reshape(-1), minlength=16)
+        counts_E = count(routing.expert_ids_NK.reshape(-1), 16)
         positive_E = routing.margins_EM[:, NUM_MARGIN_BINS // 2 :].sum(-1)
         assert (counts_E - positive_E).abs().max() <= 1  # where two scores are equal, neither margin is positive
         routed = RoutingCounts(counts_E[None], routing.margins_EM[None])
@@ -134,7 +144,7 @@ def test_where_every_token_visits_all_experts_nothing_is_counted_and_nothing_mov
     num_experts: int, top_k: int
 ) -> None:
     spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=num_experts, num_experts_per_tok=top_k)
-    routing = _router(spec)(torch.randn(10, 8))
+    routing = _router(spec)(torch.randn(10, 8, device=devices.device()))
     assert routing.margins_EM is None and routing.gates_NK.isfinite().all()
     routed = RoutingCounts.zeros(1, spec)
     assert routed.margins_LEM.shape == (1, num_experts, 0)
@@ -144,7 +154,7 @@ def test_where_every_token_visits_all_experts_nothing_is_counted_and_nothing_mov
 def test_a_router_counts_margins_in_training_only() -> None:
     router, x_ND = (
         _router(ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2)),
-        torch.randn(10, 8),
+        torch.randn(10, 8, device=devices.device()),
     )
     training, evaluating = router(x_ND), router.eval()(x_ND)
     assert training.margins_EM is not None and int(training.margins_EM.sum()) == 40
@@ -156,15 +166,15 @@ def test_a_router_counts_margins_in_training_only() -> None:
 def test_fewer_tokens_than_experts_and_none_at_all() -> None:
     router = _router(ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=16, num_experts_per_tok=2))
     for num_tokens in (3, 0):
-        margins_EM = router(torch.randn(num_tokens, 8)).margins_EM
-        moved_E = quantile_bias(torch.zeros(1, 16), margins_EM[None], 2, 0.5)[0]
+        margins_EM = router(torch.randn(num_tokens, 8, device=devices.device())).margins_EM
+        moved_E = quantile_bias(torch.zeros(1, 16, device=devices.device()), margins_EM[None], 2, 0.5)[0]
         assert moved_E.isfinite().all() and moved_E.abs().max() <= 1.0
     assert moved_E.tolist() == [0.0] * 16
 
 
 def test_the_share_falls_with_the_learning_rate_to_a_tenth() -> None:
     spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2)
-    margins_EM = _histogram(_choices(400, 8, 0.5), 2)
+    margins_EM = _histogram(_choices(400, 8, 0.5), 2).cpu()
     routed = RoutingCounts(torch.zeros(1, 8, dtype=torch.int64), margins_EM[None])
     at_peak, at_half, at_end = (next_bias(torch.zeros(1, 8), routed, spec, decay) for decay in (1.0, 0.5, 0.0))
     torch.testing.assert_close(at_half, at_peak / 2)
@@ -195,4 +205,4 @@ def _router(spec: ModelSpec) -> Router:
     router = Router(spec)
     with torch.no_grad():
         router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
-    return router
+    return router.to(devices.device())

@@ -17,7 +17,11 @@ from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.moe.router import Router
 from orchestrator.spec.model import ModelSpec
+from tests.support import devices
 from tests.unit.comm.threads import on_ranks
+
+on_devices = pytest.mark.usefixtures("device")
+# Others have ranks that are threads, whose backward passes would share the one thread of a GPU.
 
 HIDDEN, INNER = 6, 10
 
@@ -39,11 +43,13 @@ def _layer(num_experts: int = 5, top_k: int = 2, n_shared_experts: int = 1) -> M
     with torch.no_grad():
         for param in layer.parameters():
             param.normal_(0.0, 0.5, generator=generator)
-    return layer.double()
+    return layer.double().to(devices.device())
 
 
 def _tokens(*shape: int) -> Tensor:
-    return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(
+        devices.device()
+    )
 
 
 def _mlp(mlp: GatedMLP, x_D: Tensor) -> Tensor:
@@ -66,12 +72,13 @@ def _token_by_token(layer: MoELayer, x_BTD: Tensor) -> Tensor:
 
 
 def _gradients(layer: MoELayer, y_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
-    weights_BTD = torch.arange(y_BTD.numel(), dtype=torch.float64).view_as(y_BTD).cos()
+    weights_BTD = torch.arange(y_BTD.numel(), dtype=torch.float64, device=y_BTD.device).view_as(y_BTD).cos()
     named = dict(layer.named_parameters())
     found = torch.autograd.grad((y_BTD * weights_BTD).sum(), [x_BTD, *named.values()])
     return dict(zip(["x", *named], found, strict=True))
 
 
+@on_devices
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "n_shared_experts"),
     [
@@ -94,6 +101,7 @@ def test_outputs_and_gradients_equal_those_of_a_loop_over_tokens(
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@on_devices
 def test_every_copy_is_counted_for_its_expert() -> None:
     layer, x_BTD = _layer(), _tokens(3, 9)
     layer(x_BTD)
@@ -102,6 +110,7 @@ def test_every_copy_is_counted_for_its_expert() -> None:
     assert layer.last_counts_E.dtype == torch.int64
 
 
+@on_devices
 def test_an_expert_that_no_token_chose_has_gradients_of_zero() -> None:
     layer = _layer()
     layer.router.correction_bias_E[4] = -10.0
@@ -112,6 +121,7 @@ def test_an_expert_that_no_token_chose_has_gradients_of_zero() -> None:
         assert bool((param.grad == 0).all()) == idle, name
 
 
+@on_devices
 def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
     layer = _layer()
     y_BTD = layer(_tokens(0, 8))
@@ -149,7 +159,7 @@ def test_layers_over_ranks_compute_what_one_layer_does(
 
     def run(rank: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
         home = ExpertParallelContext(placement, rank, group, nodes=nodes, is_exact=is_exact)
-        layer = MoELayer(whole.router.spec, home).double()
+        layer = MoELayer(whole.router.spec, home).double().to(devices.device())
         layer.load_state_dict(whole.state_dict(), strict=False)
         x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
         y_BTD = layer(x_BTD)
@@ -167,15 +177,16 @@ def test_layers_over_ranks_compute_what_one_layer_does(
         torch.testing.assert_close(ours["x"], theirs_["x"], rtol=1e-5, atol=1e-6)
 
 
+@on_devices
 def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
     layer = _layer(6, 2, 0)
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, HIDDEN))
-    x_BTD = torch.ones(1, 4, HIDDEN, dtype=torch.float64) / HIDDEN
+    x_BTD = torch.ones(1, 4, HIDDEN, dtype=torch.float64, device=devices.device()) / HIDDEN
 
     def chosen(**limits: Any) -> list[int]:
         home = ExpertParallelContext(ExpertPlacement(6, 3, ((0,), (0,), (1,), (1,), (2,), (2,))), 0, None, **limits)
-        router = Router(layer.router.spec, home.limits(2))
+        router = Router(layer.router.spec, home.limits(2)).to(devices.device())
         router.load_state_dict(layer.router.state_dict())
         ids: list[list[int]] = router(x_BTD[0]).expert_ids_NK.sort().values.tolist()
         assert ids == [ids[0]] * 4
@@ -190,6 +201,7 @@ def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
     assert chosen(nodes_per_token=1) == [0, 3]  # nobody knows the nodes
 
 
+@on_devices
 @given(_placements(), st.integers(1, 6), st.integers(1, 4), st.data())
 def test_a_limit_leaves_enough_experts_to_choose_from(
     placement: ExpertPlacement, top_k: int, asked: int, data: st.DataObject
@@ -200,8 +212,9 @@ def test_a_limit_leaves_enough_experts_to_choose_from(
     ranks = placement.destinations()[rank]
     assert limit.top <= max(asked, top_k)
     choice_NE = torch.randn(7, placement.num_experts, generator=torch.Generator().manual_seed(top_k))
-    assert [part.shape for part in limit.apply(choice_NE[:0])] == [(0, placement.num_experts)] * 2
-    limited_NE, margin_NE = limit.apply(choice_NE)
+    choice_NE, limit = choice_NE.to(devices.device()), limit.to(devices.device())
+    assert [part.shape for part in limit(choice_NE[:0])] == [(0, placement.num_experts)] * 2
+    limited_NE, margin_NE = limit(choice_NE)
     assert torch.equal(margin_NE > 0, limited_NE.isfinite())
     for open_E in limited_NE.isfinite():
         visited = {to for to, is_open in zip(ranks, open_E.tolist(), strict=True) if is_open}

@@ -5,6 +5,9 @@ import torch
 
 from orchestrator.model.moe.router import Router, balance_loss
 from orchestrator.spec.model import ModelSpec
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def _router(num_experts: int = 5, top_k: int = 2, scaling_factor: float = 1.0) -> Router:
@@ -16,14 +19,18 @@ def _router(num_experts: int = 5, top_k: int = 2, scaling_factor: float = 1.0) -
             num_experts_per_tok=top_k,
             routed_scaling_factor=scaling_factor,
         )
-    )
+    ).to(devices.device())
     with torch.no_grad():
-        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+        router.weight.copy_(_normal(num_experts, 8, seed=1))
     return router
 
 
 def _tokens(count: int = 64) -> torch.Tensor:
-    return torch.randn(count, 8, generator=torch.Generator().manual_seed(2))
+    return _normal(count, 8, seed=2)
+
+
+def _normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(devices.device())
 
 
 @pytest.mark.parametrize("scaling_factor", [1.0, 2.5])
@@ -70,29 +77,32 @@ def test_only_experts_of_the_best_groups_are_chosen() -> None:
     spec = ModelSpec(
         hidden_size=8, num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, n_group=3, topk_group=1
     )
-    router = Router(spec)
+    router = Router(spec).to(devices.device())
     with torch.no_grad():
         router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, 8))
-    x_ND = torch.ones(4, 8) / 8
+    x_ND = torch.ones(4, 8, device=devices.device()) / 8
     # The best expert, 0, is alone in its group: 2 and 3 together are better.
     assert router(x_ND).expert_ids_NK.sort().values.tolist() == [[2, 3]] * 4
 
 
 def test_softmax_scores_sum_to_one_before_they_are_chosen() -> None:
     spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=5, num_experts_per_tok=5, router="softmax")
-    router, x_ND = Router(spec), _tokens()
+    router, x_ND = Router(spec).to(devices.device()), _tokens()
     with torch.no_grad():
-        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+        router.weight.copy_(_normal(5, 8, seed=1))
     routing = router(x_ND)
-    probabilities_NE = torch.zeros(64, 5).scatter(1, routing.expert_ids_NK, routing.gates_NK)
+    probabilities_NE = x_ND.new_zeros(64, 5).scatter(1, routing.expert_ids_NK, routing.gates_NK)
     torch.testing.assert_close(probabilities_NE, (x_ND @ router.weight.T).softmax(-1))
     assert router.spec.bias_update_speed == 0.0
     assert routing.balance_loss is not None
 
 
 def test_the_balance_loss_by_hand() -> None:
-    even_NE = torch.full((4, 2), 0.5)
-    assert balance_loss(even_NE, torch.tensor([[0], [1], [0], [1]])).item() == pytest.approx(4.0)
-    skewed_NE = torch.tensor([[1.0, 0.0]]).expand(4, 2)
-    assert balance_loss(skewed_NE, torch.tensor([[0]] * 4)).item() == pytest.approx(8.0)
-    assert balance_loss(even_NE[:0], torch.zeros(0, 1, dtype=torch.int64)).item() == 0.0
+    def loss(scores: list[list[float]], ids: list[int]) -> float:
+        device = devices.device()
+        scores_NE = torch.tensor(scores, device=device).view(-1, 2)
+        return balance_loss(scores_NE, torch.tensor(ids, dtype=torch.int64, device=device)[:, None]).item()
+
+    assert loss([[0.5, 0.5]] * 4, [0, 1, 0, 1]) == pytest.approx(4.0)
+    assert loss([[1.0, 0.0]] * 4, [0] * 4) == pytest.approx(8.0)
+    assert loss([], []) == 0.0

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from orchestrator.engine import device_time
 from orchestrator.worker.step import clock
 from orchestrator.worker.step.clock import StepClock
 
@@ -29,12 +31,13 @@ class _Time:
 def moved(monkeypatch: pytest.MonkeyPatch) -> _Time:
     moved = _Time()
     monkeypatch.setattr(clock, "time", moved)
+    monkeypatch.setattr(device_time, "time", moved)
     return moved
 
 
 def test_waits_for_copies_of_the_state_are_no_computing_time_of_the_rank(moved: _Time) -> None:
     """Else a rank whose memory is slow to copy would count as a straggler."""
-    step = StepClock()
+    step = StepClock(torch.device("cpu"))
     moved.passes(1.0)()
     step.loaded()
     moved.passes(2.0)()
@@ -56,7 +59,7 @@ def test_a_wait_that_fails_counts_too(moved: _Time) -> None:
         moved.passes(8.0)()
         raise RuntimeError("a copy failed")
 
-    step = StepClock()
+    step = StepClock(torch.device("cpu"))
     with pytest.raises(RuntimeError):
         step.wait_for_copies(fail)
     step.updated()

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.worker.step.proven_sum import nonce_of
 from orchestrator.worker.step.vote import NO_FENCE, Ballot, VoteResult, vote
 from tests.unit.comm.threads import on_ranks
 
-CPU = torch.device("cpu")
+NONCE = nonce_of(3, 17)
+
+
+def _sums(*losses: float) -> torch.Tensor:
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = None) -> RoutingCounts:
@@ -22,8 +27,8 @@ def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = Non
 
 def _ballot(losses: list[float], **changes: Any) -> Ballot:
     fields: dict[str, Any] = {
-        "micro_batch_losses": np.array(losses),
-        "validation_losses": np.zeros(0),
+        "micro_batch_losses": _sums(*losses),
+        "validation_losses": _sums(),
         "routed": _routed([[1, 2], [3, 4]]),
         "applied": True,
     }
@@ -32,15 +37,15 @@ def _ballot(losses: list[float], **changes: Any) -> Ballot:
 
 def _together(ballots: list[Ballot]) -> list[VoteResult]:
     """What each rank concludes."""
-    return on_ranks(len(ballots), lambda rank, group: vote(ballots[rank], rank, len(ballots), group, CPU))
+    return on_ranks(len(ballots), lambda rank, group: vote(ballots[rank], rank, len(ballots), group, NONCE))
 
 
 def test_a_world_of_one_hears_itself() -> None:
-    outcome = vote(_ballot([1.5, 2.5], validation_losses=np.array([0.25, 0.5]), fence=7, finish=True), 0, 1, None, CPU)
+    outcome = vote(_ballot([1.5, 2.5], validation_losses=_sums(0.25, 0.5), fence=7, finish=True), 0, 1, None, NONCE)
     assert (outcome.loss_sum, outcome.validation_loss_sum) == (4.0, 0.75)
     assert outcome.routed.counts_LE.tolist() == [[1, 2], [3, 4]]
     assert (outcome.applied, outcome.fence, outcome.finish) == (True, 7, True)
-    assert vote(_ballot([1.0]), 0, 1, None, CPU).validation_loss_sum is None
+    assert vote(_ballot([1.0]), 0, 1, None, NONCE).validation_loss_sum is None
 
 
 def test_all_ranks_conclude_the_same() -> None:
@@ -52,7 +57,7 @@ def test_all_ranks_conclude_the_same() -> None:
 
 def test_the_sum_is_in_slot_order_whoever_had_the_slots() -> None:
     losses = [1e16, 1.0, -1e16, 1.0]
-    alone = vote(_ballot(losses), 0, 1, None, CPU).loss_sum
+    alone = vote(_ballot(losses), 0, 1, None, NONCE).loss_sum
     split = _together([_ballot([losses[0], 0, 0, losses[3]]), _ballot([0, losses[1], losses[2], 0])])
     assert split[0].loss_sum == split[1].loss_sum == alone
 
@@ -82,7 +87,7 @@ def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> 
     ballots = [
         _ballot(
             [10.0 + rank if micro_batch == rank else 0.0 for micro_batch in range(4)],
-            validation_losses=np.array([100.0 if micro_batch == rank else 0.0 for micro_batch in range(2)]),
+            validation_losses=_sums(*(100.0 if micro_batch == rank else 0.0 for micro_batch in range(2))),
             routed=_routed([[2**40 + rank, 0, 5]], [[[7, rank], [0, 2**41], [1, 1]]]),
             fence=6,
             finish=True,
