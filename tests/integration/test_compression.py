@@ -177,6 +177,7 @@ def _handovers(worker_group: Crew, plan: GenerationPlan) -> list[Handover]:
     return [h for report in reports for h in report.transition.handovers if h.generation == plan.generation]
 
 
+@pytest.mark.usefixtures("device")
 def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
     with Crew(job, store_dir, tmp_path, size=4) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
@@ -191,6 +192,7 @@ def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_
     assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
 
 
+@pytest.mark.usefixtures("device")
 def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
     with Crew(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
@@ -205,6 +207,7 @@ def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_d
     assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
 
 
+@pytest.mark.usefixtures("device")
 def test_auto_chooses_alike_on_all_ranks_and_anew_in_each_world(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
     job = small_job(texts).model_copy(update={"communication": communication})

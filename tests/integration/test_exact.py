@@ -80,6 +80,7 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
     return steps, [name for name in one[1] if one[1][name] != other[1][name]]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("model", "train"),
     [
@@ -108,6 +109,7 @@ def test_all_worlds_end_with_the_same_bits(
     assert runs[0][0][-1][0] < runs[0][0][0][0] - 0.3 and np.isfinite(runs[0][0][-1][1])
 
 
+@pytest.mark.usefixtures("device")
 def test_dropout_of_a_user_s_model_is_the_same_in_every_world(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     layers, forward = "self.drop = nn.Dropout(0.2)", "return self.head(self.drop(self.embedding(tokens)))"
     models = [
@@ -121,6 +123,7 @@ def test_dropout_of_a_user_s_model_is_the_same_in_every_world(texts: Path, store
     assert _run(without, store_dir, tmp_path / "without", [1])[0][-1] != first[0][-1]
 
 
+@pytest.mark.usefixtures("device")
 def test_without_it_worlds_differ(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     """Else the test above would show nothing."""
     job = small_job(texts)

@@ -28,7 +28,7 @@ from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("device")]
 
 EVERY = 5  # steps between checkpoints
 

@@ -23,6 +23,8 @@ from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import STEPS, VOCAB, small_job
 from tests.support.worker_group import Crew, Memory
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture
 def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:

@@ -17,6 +17,8 @@ from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job
 from tests.support.worker_group import Crew
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Records = dict[int, StepRecord]
 SAVED = 14  # the step after which training stops
 

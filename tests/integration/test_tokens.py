@@ -10,6 +10,8 @@ from orchestrator.spec.job import EvalSpec
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.parametrize("limit", ["ranks_per_token", "nodes_per_token"])
 def test_a_limited_token_goes_to_one_place_in_every_world(

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support import devices, forks
 
-PATIENCE_S = 200.0
+PATIENCE_S = 100.0
 
 
 def _serve(pipe: Connection, device: str, plain_attention: bool) -> None:
