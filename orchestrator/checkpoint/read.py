@@ -1,6 +1,7 @@
 """Reading of a checkpoint: its manifest, element ranges of its tensors, verification of digests."""
 
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from types import TracebackType
 from typing import Any, Self
@@ -10,9 +11,11 @@ import numpy.typing as npt
 
 from orchestrator.checkpoint.block_digests import first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, ShardPart
-from orchestrator.checkpoint.stored_shard import StoredShard, open_shard, stored_digests
+from orchestrator.checkpoint.stored_shard import ArrayPart, StoredShard, open_shard, stored_digests
 from orchestrator.errors import CheckpointCorrupt, NotFound
 from orchestrator.storage.backends.location import Location, objects_at
+
+TensorRange = tuple[str, int, int]  # a tensor's name, and elements [start, stop) of it
 
 
 def read_manifest(checkpoint: Location, digest: str | None = None) -> CheckpointManifest:
@@ -70,20 +73,30 @@ class CheckpointReader:
             CheckpointCorrupt: a file is missing or doesn't match the manifest.
             OSError: a file can't be read.
         """
-        entry = self.manifest.tensors.get(tensor)
-        if entry is None:
-            raise NotFound(f"{self.path} holds no tensor {tensor!r}", remedy="It was written for another model.")
-        if not 0 <= start <= stop <= entry.numel:
-            raise ValueError(f"[{start}, {stop}) lies outside of {tensor!r}, which has {entry.numel} elements")
-        out = np.empty(stop - start, dtype=entry.dtype)
-        at = start
-        index = bisect_right(self._starts[tensor], start) - 1
-        while at < stop:
-            piece = entry.pieces[index]
-            until = min(stop, piece.stop)
-            out[at - start : until - start] = self._read_piece(piece, at, until, entry.dtype)
-            at, index = until, index + 1
+        pieces = list(self._pieces(tensor, start, stop))
+        out = np.empty(stop - start, dtype=self.manifest.tensors[tensor].dtype)
+        for piece, begin, end in pieces:
+            part = _part(piece, begin, end)
+            values = self._shard(piece.file).read(part.key, part.length, part.start, part.stop)
+            out[begin - start : end - start] = self._checked(values, tensor, piece)
         return out
+
+    def read_all(self, ranges: Iterable[TensorRange]) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        """Yield the elements of many ranges in the order in which files have them: from a bucket that takes far fewer
+        requests than one range after the other.
+
+        Returns:
+            (index of the range, the element of the tensor that the values begin with, values). A range may come in
+            several parts, with others between them. Raises as `read`.
+        """
+        files: dict[str, list[tuple[int, str, ShardPart, ArrayPart]]] = {}
+        for index, (tensor, start, stop) in enumerate(ranges):
+            for piece, begin, end in self._pieces(tensor, start, stop):
+                files.setdefault(piece.file, []).append((index, tensor, piece, _part(piece, begin, end)))
+        for file, parts in files.items():
+            for number, element, values in self._shard(file).read_all([part for *_, part in parts]):
+                index, tensor, piece, _ = parts[number]
+                yield index, piece.start + element, self._checked(values, tensor, piece)
 
     def verify(self) -> None:
         """Digest every file. Raises CheckpointCorrupt with the file and both digests."""
@@ -109,11 +122,31 @@ class CheckpointReader:
     ) -> None:
         self.close()
 
-    def _read_piece(self, piece: ShardPart, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
-        if piece.file not in self._files:
-            self._files[piece.file] = open_shard(self.path, piece.file, len(self.manifest.files))
-        shard, length = self._files[piece.file], piece.stop - piece.start
-        found = shard.read(piece.key, length, start - piece.start, stop - piece.start)
-        if found.dtype != dtype:
-            raise CheckpointCorrupt(f"{self.path / piece.file}: {piece.key} holds {found.dtype}, not {dtype}")
-        return found
+    def _pieces(self, tensor: str, start: int, stop: int) -> Iterator[tuple[ShardPart, int, int]]:
+        """The pieces that hold elements [start, stop) of a tensor, each with its elements of them. Raises as `read`."""
+        entry = self.manifest.tensors.get(tensor)
+        if entry is None:
+            raise NotFound(f"{self.path} holds no tensor {tensor!r}", remedy="It was written for another model.")
+        if not 0 <= start <= stop <= entry.numel:
+            raise ValueError(f"[{start}, {stop}) lies outside of {tensor!r}, which has {entry.numel} elements")
+        index = bisect_right(self._starts[tensor], start) - 1
+        while start < stop:
+            piece = entry.pieces[index]
+            yield piece, start, min(stop, piece.stop)
+            start, index = piece.stop, index + 1
+
+    def _checked(self, values: npt.NDArray[Any], tensor: str, piece: ShardPart) -> npt.NDArray[Any]:
+        if values.dtype != self.manifest.tensors[tensor].dtype:
+            wanted = self.manifest.tensors[tensor].dtype
+            raise CheckpointCorrupt(f"{self.path / piece.file}: {piece.key} holds {values.dtype}, not {wanted}")
+        return values
+
+    def _shard(self, file: str) -> StoredShard:
+        if file not in self._files:
+            self._files[file] = open_shard(self.path, file, len(self.manifest.files))
+        return self._files[file]
+
+
+def _part(piece: ShardPart, start: int, stop: int) -> ArrayPart:
+    """Elements [start, stop) of a tensor, as a part of the array that holds its piece."""
+    return ArrayPart(piece.key, piece.stop - piece.start, start - piece.start, stop - piece.start)

@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from orchestrator.storage.objects import LargeObjects
 
 READ_BYTES = 16 * 2**20  # of an object at once
 LEAST_HELD_BYTES, MOST_HELD_BYTES = 2**20, 2**26  # of one object, of all
+LARGEST_GAP_BYTES = 2**16  # between arrays that one request reads
+REQUESTS_AT_ONCE = 4  # to a bucket
 _DTYPES = {"F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64", "U8": "uint8", "BOOL": "bool"}
 
 
@@ -72,6 +76,10 @@ class _File:
     def fill(self, start: int, buffer: memoryview) -> int:
         return os.preadv(self._file.fileno(), [buffer], start)
 
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of each span (start, stop), in order."""
+        return (self.read(start, stop) for start, stop in spans)
+
     def close(self) -> None:
         self._file.close()
 
@@ -94,6 +102,20 @@ class _Object:
         buffer[: len(found)] = found
         return len(found)
 
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of each span (start, stop), in order. The next ones are requested meanwhile."""
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="object") as pool:
+            requests: deque[Future[bytes]] = deque()
+            try:
+                for start, stop in spans:
+                    requests.append(pool.submit(self.read, start, stop))
+                    if len(requests) == REQUESTS_AT_ONCE:
+                        yield requests.popleft().result()
+                while requests:
+                    yield requests.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
     def close(self) -> None:
         self._held = memoryview(b"")
 
@@ -105,6 +127,20 @@ class _Array:
     dtype: str
     shape: list[int]
     begin: int
+
+    @property
+    def item_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class ArrayPart:
+    """Elements [start, stop) of an array of `length` elements."""
+
+    key: str
+    length: int
+    start: int
+    stop: int
 
 
 class StoredShard:
@@ -142,16 +178,72 @@ class StoredShard:
 
     def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements [start, stop) of an array of `length` elements. Raises CheckpointCorrupt or OSError."""
-        array = self._arrays.get(key)
-        if array is None or array.shape != [length]:
-            raise CheckpointCorrupt(f"{self._where}: {key} has shape {array.shape if array else None}")
-        size = np.dtype(array.dtype).itemsize
+        array = self._array(key, length)
         found = np.empty(stop - start, dtype=array.dtype)
         view = found.view(np.uint8).data
-        at, first = 0, array.begin + start * size
+        at, first = 0, array.begin + start * array.item_bytes
         while at < len(view):
             num_bytes = self._stored.fill(first + at, view[at:])
             if num_bytes == 0:
                 raise CheckpointCorrupt(f"{self._where} ends within {key}")
             at += num_bytes
         return found
+
+    def read_all(self, parts: Sequence[ArrayPart]) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        """Yield the elements of all parts in the order in which the file has them, with as few reads as possible.
+
+        Returns:
+            (index of the part, its element that the values begin with, values); a large part comes in several.
+
+        Raises:
+            CheckpointCorrupt, OSError: as `read`.
+        """
+        pieces = sorted((piece for index, part in enumerate(parts) for piece in self._pieces(index, part)), key=_first)
+        runs: list[list[_Piece]] = []
+        for piece in pieces:
+            if (
+                runs
+                and piece.first <= runs[-1][-1].end + LARGEST_GAP_BYTES
+                and piece.end - runs[-1][0].first <= READ_BYTES
+            ):
+                runs[-1].append(piece)
+            else:
+                runs.append([piece])
+        spans = [(run[0].first, max(piece.end for piece in run)) for run in runs]
+        for run, (start, stop), content in zip(runs, spans, self._stored.read_spans(spans), strict=True):
+            if len(content) != stop - start:
+                raise CheckpointCorrupt(f"{self._where} ends within {parts[run[-1].index].key}")
+            for piece in run:
+                count = (piece.end - piece.first) // np.dtype(piece.dtype).itemsize
+                values = np.frombuffer(content, piece.dtype, count, piece.first - start)
+                yield piece.index, piece.element, values.copy()  # aligned, and writable
+
+    def _pieces(self, index: int, part: ArrayPart) -> Iterator["_Piece"]:
+        """A part in pieces that one read may have."""
+        array = self._array(part.key, part.length)
+        most = READ_BYTES // array.item_bytes
+        for start in range(part.start, part.stop, most):
+            stop = min(start + most, part.stop)
+            first, end = (array.begin + element * array.item_bytes for element in (start, stop))
+            yield _Piece(index, start, array.dtype, first, end)
+
+    def _array(self, key: str, length: int) -> _Array:
+        array = self._arrays.get(key)
+        if array is None or array.shape != [length]:
+            raise CheckpointCorrupt(f"{self._where}: {key} has shape {array.shape if array else None}")
+        return array
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes [first, end) of a file: those of a part from `element` on."""
+
+    index: int
+    element: int
+    dtype: str
+    first: int
+    end: int
+
+
+def _first(piece: _Piece) -> int:
+    return piece.first

@@ -59,7 +59,9 @@ def load_model(checkpoint: Location, job: JobSpec, tokenizer_vocab_size: int) ->
                     f"{tuple(tensor.shape)}, it {found}",
                     remedy="Ask the run that wrote it.",
                 )
-            tensor.copy_(torch.from_numpy(reader.read(name, 0, entry.numel)).view(tensor.shape))
+        flat = [tensor.view(-1) for tensor in tensors.values()]
+        for index, start, values in reader.read_all((name, 0, tensor.numel()) for name, tensor in tensors.items()):
+            flat[index][start : start + len(values)].copy_(torch.from_numpy(values))
     return model.eval()
 
 

@@ -5,7 +5,7 @@ Checkpoints hold the fp32 masters; weights in lower precision are made from them
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from orchestrator.checkpoint.hf.pretrained import Part, Pretrained, open_pretrained
+from orchestrator.checkpoint.manifest import CheckpointManifest
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, of_model
+from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, of_model
 from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.storage.backends.location import location_of
+from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import part_of
 
@@ -67,28 +68,36 @@ def read_state(
                 unchanged="The checkpoint is as it was.",
             )
         others = range(rank, int(str(meta.get("world_size", 0))), world_size)  # ranks whose parts this one reads
-        for name, held in ranges:
-            tensor = tensors[name]
-            is_partial = tensor.sharing is Sharing.PARTIAL
-            key = part_of(tensor.stored, 0) if is_partial else tensor.stored
-            is_lacking = restore.reset_residuals or key not in reader.manifest.tensors
-            if tensor.absent is Absent.FIRST and is_lacking:
-                continue
-            if is_partial:
-                _read_parts(reader, tensor.stored, held.data, others)
-                continue
-            for start in range(held.start, held.stop, CHUNK):
+        wanted = [(tensors[name], held) for name, held in ranges if _is_read(tensors[name], reader.manifest, restore)]
+        for tensor, held in wanted:
+            if tensor.sharing is Sharing.PARTIAL:
                 between()
-                stop = min(start + CHUNK, held.stop)
-                try:
-                    values = reader.read(tensor.stored, start, stop)
-                except (NotFound, ValueError) as error:
-                    raise CheckpointCorrupt(
-                        f"{checkpoint} is of another model: {error}",
-                        remedy="Resume the run that wrote it, with its own job file.",
-                    ) from error
-                held.data[start - held.start : stop - held.start].copy_(torch.from_numpy(values))
+                _read_parts(reader, tensor.stored, held.data, others)
+        whole = [(tensor.stored, held) for tensor, held in wanted if tensor.sharing is not Sharing.PARTIAL]
+        with _of_this_model(checkpoint):
+            for index, start, values in reader.read_all((name, held.start, held.stop) for name, held in whole):
+                between()
+                held = whole[index][1]
+                held.data[start - held.start :][: len(values)].copy_(torch.from_numpy(values))
     return progress
+
+
+def _is_read(tensor: StateTensor, manifest: CheckpointManifest, restore: Restore) -> bool:
+    """Whether a tensor's values come from the checkpoint. Others keep their first values."""
+    key = part_of(tensor.stored, 0) if tensor.sharing is Sharing.PARTIAL else tensor.stored
+    return tensor.absent is not Absent.FIRST or not (restore.reset_residuals or key not in manifest.tensors)
+
+
+@contextmanager
+def _of_this_model(checkpoint: Location) -> Iterator[None]:
+    """Report tensors that a checkpoint lacks, or has in another size, as CheckpointCorrupt."""
+    try:
+        yield
+    except (NotFound, ValueError) as error:
+        raise CheckpointCorrupt(
+            f"{checkpoint} is of another model: {error}",
+            remedy="Resume the run that wrote it, with its own job file.",
+        ) from error
 
 
 def _read_parts(reader: CheckpointReader, name: str, data: torch.Tensor, ranks: range) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
+from orchestrator.checkpoint import stored_shard
 from orchestrator.checkpoint.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -80,6 +81,34 @@ def test_any_range_reads_back_whatever_world_wrote_it(tmp_path: Path, writers: i
             for start in range(values.size + 1):
                 for stop in (start, (start + values.size + 1) // 2, values.size):
                     np.testing.assert_array_equal(reader.read(name, start, stop), values[start:stop], strict=True)
+
+
+@pytest.mark.parametrize("read_bytes", [2**24, 20])
+@pytest.mark.parametrize("writers", [1, 3])
+def test_many_ranges_read_back_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: int, read_bytes: int
+) -> None:
+    monkeypatch.setattr(stored_shard, "READ_BYTES", read_bytes)
+    state = state_of(0)
+    path = save(tmp_path, state, 9, writers)
+    wanted = [
+        ("exp_avg/w", 3, 60),
+        ("master/w", 0, 77),
+        ("exp_avg/w", 70, 77),
+        ("buffer/bias", 0, 5),
+        ("master/w", 5, 9),
+    ]
+    found = [np.full(stop - start, np.nan, np.float32) for _, start, stop in [*wanted, ("buffer/empty", 0, 0)]]
+    with CheckpointReader(path) as reader:
+        for index, start, values in reader.read_all([*wanted, ("buffer/empty", 0, 0)]):
+            begin = start - wanted[index][1]
+            found[index][begin : begin + len(values)] = values
+        with pytest.raises(NotFound, match="no tensor 'lost'"):
+            list(reader.read_all([("lost", 0, 1)]))
+        with pytest.raises(ValueError, match="outside of 'master/w'"):
+            list(reader.read_all([("master/w", 70, 78)]))
+    for (name, start, stop), values in zip(wanted, found, strict=False):
+        np.testing.assert_array_equal(values, state[name][start:stop])
 
 
 def test_worlds_of_different_sizes_write_the_same_tensors(tmp_path: Path) -> None:
@@ -286,8 +315,11 @@ def test_reading_a_damaged_file_raises_and_never_invents_values(tmp_path: Path, 
         piece = ShardPiece("master/w", 0, stop, np.zeros(stop, dtype))
         other = write_shard(tmp_path, [piece], step=99, term=1, generation=0, rank=0)
         (tmp_path / checkpoint_name(99, 1, 0) / other.file).replace(shard)
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match="shard-00000"):
-        reader.read("master/w", 0, 77)
+    with CheckpointReader(path) as reader:
+        with pytest.raises(CheckpointCorrupt, match="shard-00000"):
+            reader.read("master/w", 0, 77)
+        with pytest.raises(CheckpointCorrupt, match="shard-00000"):
+            list(reader.read_all([("exp_avg/w", 0, 0), ("master/w", 0, 77)]))
 
 
 def test_a_checkpoint_whose_manifest_can_not_be_trusted_does_not_open(tmp_path: Path) -> None:

@@ -75,6 +75,26 @@ def test_a_request_answers_the_next_reads_too(checkpoints: BucketUrl, proxy: Req
     assert proxy.requests == {"GET": 2}
 
 
+def test_ranges_that_lie_together_take_one_request(
+    checkpoints: BucketUrl, proxy: RequestProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_shard, "READ_BYTES", 4_000)
+    monkeypatch.setattr(stored_shard, "LARGEST_GAP_BYTES", 100)
+    path = commit(checkpoints, write(checkpoints, 9))
+    # In the first file 700 elements and, after a gap, 34; in the second one 2,000, which are too many for one request.
+    wanted = [("master/a", 1_200, 1_234), ("master/a", 400, 700), ("master/a", 0, 395), ("master/a", 2_000, 4_000)]
+    with CheckpointReader(path) as reader:
+        reader.read("master/a", 0, 1), reader.read("buffer/b", 0, 1)  # headers
+        proxy.forget()
+        found = {index: [] for index in range(len(wanted))}
+        for index, start, values in reader.read_all(wanted):
+            found[index].append((start, values.copy()))
+        assert proxy.requests == {"GET": 4}
+    for index, (_, start, stop) in enumerate(wanted):
+        values = np.concatenate([values for _, values in sorted(found[index], key=lambda part: part[0])])
+        np.testing.assert_array_equal(values, VALUES[start:stop])
+
+
 def test_what_is_lost_on_the_way_is_sent_again(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
     for fault in (RequestFault.LOST_REPLY, RequestFault.LOST_REQUEST, RequestFault.UNAVAILABLE):
         proxy.fail("PUT", fault, None, fault)
