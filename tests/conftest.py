@@ -36,10 +36,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--device") != devices.CPU:
-        others = [item for item in items if "device" not in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    is_cpu = config.getoption("--device") == devices.CPU
+
+    def is_run(item: pytest.Item) -> bool:
+        if is_cpu:
+            return item.get_closest_marker("off_cpu") is None
+        return "device" in getattr(item, "fixturenames", ())
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_run(item)])
+    items[:] = [item for item in items if is_run(item)]
 
 
 @pytest.fixture

@@ -26,10 +26,11 @@ from tests.support.reference_engine import ReferenceEngine
 VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
 
 
-def model_spec(num_experts: int = 4) -> ModelSpec:
+def model_spec(num_experts: int = 4, num_layers: int = 3, recompute: str = "none") -> ModelSpec:
     return ModelSpec(
         hidden_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
+        gradient_checkpointing=recompute,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=64,
@@ -67,19 +68,25 @@ def build(
     train: TrainSpec,
     seed: int = 0,
     nodes: tuple[str, ...] = (),
+    spec: ModelSpec | None = None,
     **communication: Any,
 ) -> tuple[ProcessGroups, MoELanguageModel, Engine]:
-    """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
+    """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed.
+
+    Args:
+        spec: of the model, if not `model_spec` with the placement's experts.
+    """
     groups = connect(store, prefix, rank, placement, devices.backend(), timeout_s=60)
-    home = ExpertParallelContext(placement, rank, groups.exchange, nodes=nodes, is_exact=train.is_exact)
+    wanted = CommunicationSpec(**communication)
+    home = ExpertParallelContext(placement, rank, groups.exchange, wanted.tokens, nodes=nodes, is_exact=train.is_exact)
     with devices.device():
-        model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, home)
+        model = MoELanguageModel(spec or model_spec(placement.num_experts), VOCAB, home)
     engine: Engine
     if kind == "reference":
         model.init_weights(seed)
         engine = ReferenceEngine(model, train, groups)
     else:
-        engine = DeepSpeedEngineAdapter(model, train, groups, devices.device(), CommunicationSpec(**communication))
+        engine = DeepSpeedEngineAdapter(model, train, groups, devices.device(), wanted)
         model.init_weights(seed)
     engine.on_weights_initialized()
     return groups, model, engine

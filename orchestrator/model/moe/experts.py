@@ -48,7 +48,12 @@ class GatedMLP(nn.Module):
 
 
 def run_experts(
-    x_ND: Tensor, token_R: Tensor, counts_L: Tensor, experts: Sequence[GatedMLP], gates_R: Tensor | None = None
+    x_ND: Tensor,
+    token_R: Tensor,
+    counts_L: Tensor,
+    experts: Sequence[GatedMLP],
+    gates_R: Tensor | None = None,
+    may_group: bool = True,
 ) -> Tensor:
     """Run every copy through its expert and sum the outputs, times their gates, per token.
 
@@ -59,12 +64,14 @@ def run_experts(
         experts: one without copies gets zero gradients, not None: a collective may wait for them. One may be listed
             several times, with some of its copies each, if its parameters have a `gradient_sink`.
         gates_R: weights of the copies, in the precision of x; None for ones.
+        may_group: an expert's products may be computed together with those of others, where that is faster; their bits
+            may depend on the others then.
 
     Returns:
         (N, D); zeros for a token without a copy. Differentiable once, by tokens, gates and experts.
     """
     gate_ups, downs = [expert.gate_up for expert in experts], [expert.down for expert in experts]
-    if grouped_experts.can_run(x_ND, gate_ups):
+    if may_group and grouped_experts.can_run(x_ND, gate_ups):
         return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
     result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts_L.tolist(), *gate_ups, *downs)  # type: ignore[no-untyped-call]
     return result

@@ -21,11 +21,12 @@ from orchestrator.model.moe.gradient_sink import sinks_of
 ROWS = 8  # 16 bytes of bf16, to which the kernels' operands are aligned
 
 
-def can_run(x_ND: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether these kernels take tokens and weights like these. One expert may not be listed twice."""
-    is_aligned = x_ND.shape[1] % ROWS == 0 and all(size % ROWS == 0 for weight in weights[:1] for size in weight.shape)
-    is_listed_once = len({id(weight) for weight in weights}) == len(weights)
-    return bool(x_ND.is_cuda and x_ND.dtype is torch.bfloat16 and weights and is_aligned and is_listed_once)
+def can_run(x_ND: Tensor, gate_ups: Sequence[Tensor]) -> bool:
+    """Whether these kernels take tokens, and experts with these weights (2H, D). One may not be listed twice."""
+    if not (x_ND.is_cuda and x_ND.dtype is torch.bfloat16 and gate_ups):
+        return False
+    is_aligned = x_ND.shape[1] % ROWS == 0 and gate_ups[0].shape[0] % (2 * ROWS) == 0
+    return is_aligned and len({id(weight) for weight in gate_ups}) == len(gate_ups)
 
 
 def run(
@@ -58,10 +59,10 @@ class _Rows:
     @classmethod
     def of(cls, counts_L: Tensor, num_copies: int) -> "_Rows":
         padded_L = ((counts_L + (ROWS - 1)) // ROWS).clamp_(min=1) * ROWS
-        ends_L = padded_L.cumsum(0)
-        shift_L = ends_L - padded_L - (counts_L.cumsum(0) - counts_L)  # rows of padding before each expert
-        place_R = torch.arange(num_copies, device=counts_L.device)
-        place_R += shift_L.repeat_interleave(counts_L, output_size=num_copies)
+        ends_L, copies_until_L = padded_L.cumsum(0), counts_L.cumsum(0)
+        padding_before_L = ends_L - padded_L - (copies_until_L - counts_L)
+        copy_R = torch.arange(num_copies, device=counts_L.device)
+        place_R = copy_R + padding_before_L[torch.searchsorted(copies_until_L, copy_R, right=True)]
         num_rows = (num_copies + (ROWS - 1)) // ROWS * ROWS + ROWS * len(counts_L)  # at least the last end
         return cls(place_R, ends_L.int(), num_rows)
 

@@ -37,7 +37,7 @@ class MoELayer(nn.Module):
         self.router = Router(spec, home.limits(spec.num_experts_per_tok))
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
         self.shared = GatedMLP(size, spec.n_shared_experts * inner) if spec.n_shared_experts else None
-        self.dispatcher = _dispatcher_of(home)
+        self.dispatcher, self._is_exact = _dispatcher_of(home), home.is_exact
         self.real_N: Tensor | None = None  # if given, indices of the tokens that aren't padding; only these are routed
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_margins_EM: Tensor | None = None
@@ -62,7 +62,9 @@ class MoELayer(nn.Module):
         received = exchange.dispatched()
 
         experts: list[GatedMLP] = [e for e in self.experts.values() for _ in range(received.num_batches)]  # type: ignore[misc]
-        results_MD = run_experts(received.x_MD, received.row_R, received.counts, experts, received.gates_R)
+        results_MD = run_experts(
+            received.x_MD, received.row_R, received.counts, experts, received.gates_R, may_group=not self._is_exact
+        )
 
         on_the_way = exchange.combine(results_MD)
         shared_ND = None if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.comm.transport.peer_group import PeerGroup
-from orchestrator.state.digest import _TABLE, PERIOD, WORD, StateDigests, _block_key, differing, digest
+from orchestrator.state.digest import (
+    _TABLE,
+    PERIOD,
+    WORD,
+    StateDigests,
+    _block_key,
+    differing,
+    digest,
+    digest_on_device,
+)
 from orchestrator.state.ranges import NamedRanges
 from tests.support import devices
 
@@ -51,6 +60,17 @@ def test_digests_of_the_parts_add_up_however_it_is_cut(dtype: torch.dtype, cuts:
     borders = sorted([0, *cuts, len(data)])
     parts = [digest(start + a, data[a:b]) for a, b in pairwise(borders)]
     assert sum(reversed(parts)) % WRAP == digest(start, data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("start", [0, 1, 3, PERIOD * WORD - 5])
+@pytest.mark.parametrize("portion", [1, 1 << 9], ids=["a block at once", "many at once"])
+def test_a_device_computes_the_digest_of_the_host(
+    dtype: torch.dtype, start: int, portion: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.state.digest.BLOCKS_AT_ONCE", portion)
+    data = _values(3 * PERIOD + 7, dtype)
+    assert int(digest_on_device(start, data)) % WRAP == digest(start, data.cpu())
 
 
 @given(st.sampled_from(DTYPES), st.integers(0, PERIOD + 49), st.data())
