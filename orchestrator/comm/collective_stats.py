@@ -31,7 +31,7 @@ def waiting(device: torch.device) -> Iterator[None]:
     """
     global _waited_s
     if device.type == "cuda":
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         began.record()
         try:
             yield
@@ -61,7 +61,7 @@ def entered() -> int:
 def waited_s() -> float:
     """Seconds waited in this generation, on a GPU by what it has done so far."""
     global _waited_s
-    while _on_device and _on_device[0][1].query():
+    while _on_device and _on_device[0][1].query():  # type: ignore[no-untyped-call]
         began, ended = _on_device.popleft()
         _waited_s += began.elapsed_time(ended) / 1000.0
     return _waited_s

@@ -52,8 +52,8 @@ Replay = Callable[[NamedRanges, Sequence[Snapshot]], None]
 
 @torch.no_grad()
 def copy_into(snapshot: Snapshot, ranges: NamedRanges) -> None:
-    """Fill this rank's own snapshot from the live shard; a delta from the gradients as well. Copies from a GPU to pinned
-    memory are complete once its stream is."""
+    """Fill this rank's own snapshot from the live shard; a delta from the gradients as well. Copies from a GPU to
+    pinned memory are complete once its stream is."""
     for name, place in snapshot.ranges:
         place.data.copy_(ranges.view(name, place.start, place.stop), non_blocking=True)
 

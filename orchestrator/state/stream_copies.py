@@ -7,21 +7,21 @@ import torch
 
 
 class StreamCopies:
-    """Orders copies after the computation that makes their values. On a CPU, where nothing runs beside the host, it does
-    nothing.
+    """Orders copies after the computation that makes their values. On a CPU, where nothing runs beside the host, it
+    does nothing.
 
     Args:
         device: from which the copies are.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def mark(self) -> torch.cuda.Event | None:
         """The present end of the computation. Call in the thread that computes."""
         if self._stream is None:
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 
