@@ -1,6 +1,7 @@
 # A virtual environment of its own in .venv, installed once and again when the dependencies change.
 #   make demo      install, then train one small run, scale it, kill a worker in it and summarise
 #   make test      install what tests need, then run them; those of the architecture are in make check
+#   make test-emulated  the tests of what holds tensors again, on an emulated GPU
 #   make journeys  runs on a real cluster from beginning to end, as their users have them
 #   make test-all  all tests, slow ones, several hosts and injected faults included
 #   make check     format, lint, types and architecture: what CI runs first
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py),$(wildcard benchmarks/*.py)))
 
-.PHONY: demo test journeys test-all check dist check-dist bench install clean
+.PHONY: demo test test-emulated journeys test-all check dist check-dist bench install clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/orchestrator demo
@@ -23,11 +24,15 @@ test: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 tests/unit -m "not slow"
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
+test-emulated: $(VENV)/dev.stamp
+	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/unit tests/integration -m "not slow and not journey and not long_emulated"
+
 journeys: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/integration -m "journey and not slow"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --device emulated
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

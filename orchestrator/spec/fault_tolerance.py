@@ -88,7 +88,9 @@ class BudgetsSpec(Section):
     out_of_memory: int = _budget(10, "Workers out of memory, which makes the micro-batch smaller each time")
     numeric: int = _budget(5, "Explosions of the loss")
     storage: int = _budget(20, "Checkpoints that could not be written")
-    corrupted: int = _budget(5, "Workers whose state changed outside of updates, detected with verify.every")
+    corrupted: int = _budget(
+        5, "Workers whose state changed outside of updates, detected with verify.every, or whose GPU failed"
+    )
     internal: int = _budget(5, "Errors of the training loop itself")
 
 

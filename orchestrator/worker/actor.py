@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
-import torch
 
 from orchestrator.comm import collective_stats
 from orchestrator.data.bucket_store import open_store
@@ -130,7 +129,7 @@ class Worker:
         compute_here(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
-        device = device_of(spec.resources.num_gpus, torch.cuda.device_count())
+        device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)
             self._mailbox.publish(numerics=fingerprint(device))

@@ -9,6 +9,9 @@
 import gc
 import logging
 import traceback
+from contextlib import suppress
+
+import torch
 
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.comm.transport.nccl import abort_communicators
@@ -21,7 +24,7 @@ from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.plan_wait import PlanWaiter
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle
-from orchestrator.worker.runtime.errors import StateCorrupted, kind_of
+from orchestrator.worker.runtime.errors import CORRUPTED, kind_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.states import (
@@ -154,7 +157,7 @@ class Trainer:
         log.warning("generation %d stops after step %d: %s: %s", live.generation, step, kind_of(error), error)
         shut_connections()  # first: peers may wait for this worker, not for the failed one
         abort_communicators()
-        if isinstance(error, StateCorrupted):
+        if kind_of(error) == CORRUPTED:
             live.progress = None
         self._hold(live)
         return Interrupted(live.generation, error)
@@ -162,7 +165,7 @@ class Trainer:
     def _strand(self, interrupted: Interrupted) -> Stranded:
         """Report the state that this worker holds after the end of its generation."""
         error = interrupted.error
-        if isinstance(error, StateCorrupted):  # this process's memory can't be trusted; its buddy holds a copy
+        if kind_of(error) == CORRUPTED:  # this process or its GPU can't be trusted; its buddy holds a copy
             raise error
         failure = _failure(error)
         self._snapshots.leave()
@@ -181,7 +184,8 @@ class Trainer:
         self._loop.release(live)
         if live.progress is not None:
             self._snapshots.hold(live.shard, live.progress)
-        live.shard.engine.close()
+        with suppress(torch.AcceleratorError):  # of a GPU that is lost
+            live.shard.engine.close()
         disconnect()
 
     # -- between generations -----------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def _losses(
     return losses
 
 
+@pytest.mark.long_emulated
 def test_training_goes_on_nearly_as_without(ranks: Ranks) -> None:
     plain = ranks.run(_losses, 3, "none", 20)[0]
     for compression in ("bf16", "fp16", "int8"):

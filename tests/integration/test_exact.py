@@ -80,6 +80,7 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
     return steps, [name for name in one[1] if one[1][name] != other[1][name]]
 
 
+@pytest.mark.long_emulated
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("model", "train"),

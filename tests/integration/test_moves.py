@@ -67,6 +67,24 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Cre
     assert {r.world_size for r in worker_group.records.values()} == {4, 2, 3, 1}
 
 
+@pytest.mark.off_cpu
+def test_a_gpu_without_room_for_two_shards_keeps_the_old_one_in_host_memory(
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew
+) -> None:
+    job = small_job(texts, determinism="exact")
+    with Crew(job, store_dir, tmp_path, size=3, env={"EMULATED_GPU_FREE_BYTES": "1000"}) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        for members in (worker_group.ids, worker_group.ids[1:]):
+            worker_group.await_step(worker_group.newest_step + 3)
+            plan = worker_group.rescale(members)
+            assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.members[worker_group.ids[1]].kill()
+        worker_group.recover([worker_group.ids[0], worker_group.ids[2]])
+        worker_group.await_finished()
+    _same_training(worker_group, undisturbed)
+
+
 def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:

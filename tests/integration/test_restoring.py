@@ -98,6 +98,7 @@ def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
     return np.stack([reader.read(f"{name}#{rank}", 0, numel) for rank in range(size)])
 
 
+@pytest.mark.long_emulated
 def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     at, train = 57, {"max_steps": 158, "determinism": "exact"}  # 100 steps after the break
     restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)

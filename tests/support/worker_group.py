@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -116,14 +116,18 @@ class Member:
 
     Args:
         is_exact: of jobs with `train.determinism: exact`, whose processes have their own environment.
+        env: other variables of its environment.
+
+    Attributes:
+        kind: workers of the same one may follow each other in it.
     """
 
-    def __init__(self, is_exact: bool) -> None:
-        self.is_exact, self.device = is_exact, devices.selected
+    def __init__(self, is_exact: bool, env: Mapping[str, str]) -> None:
+        self.kind = (is_exact, devices.selected, env)
         self._pipe, theirs = forks.context.Pipe()
         self._lock = threading.Lock()
-        env = EXACT_ENV if is_exact else {}
-        self.process = forks.start(_serve, theirs, env, self.device)
+        env = {**(EXACT_ENV if is_exact else {}), **env}
+        self.process = forks.start(_serve, theirs, env, devices.selected)
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -170,6 +174,7 @@ class Crew:
 
     Args:
         orphan_s: how long a worker stays that isn't asked for anything.
+        env: variables of the workers' environment.
 
     Attributes:
         pace: of their steps.
@@ -183,7 +188,9 @@ class Crew:
         size: int,
         threads: int = 1,
         orphan_s: float = 3600.0,
+        env: Mapping[str, str] | None = None,
     ) -> None:
+        self._env = env or {}
         if devices.selected != devices.CPU:
             job = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 1.0})})
         self._rendezvous = RendezvousServer("127.0.0.1")
@@ -211,10 +218,11 @@ class Crew:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            idle = next((m for m in _idle if (m.is_exact, m.device) == (self.is_exact, devices.selected)), None)
+            kind = (self.is_exact, devices.selected, self._env)
+            idle = next((member for member in _idle if member.kind == kind), None)
             if idle is not None:
                 _idle.remove(idle)
-            self.members[worker] = idle or Member(self.is_exact)
+            self.members[worker] = idle or Member(self.is_exact, self._env)
         with ThreadPoolExecutor(len(new)) as pool:
             list(pool.map(self._warm, new))
         return new

@@ -81,10 +81,7 @@ def test_a_net_has_the_losses_that_it_has_on_the_cpu_and_waits_are_counted() -> 
     with host_syncs() as places:
         there = _losses(devices.device())
     assert there == _losses(torch.device("cpu")) and there[-1] < there[0]
-    assert {place.rpartition(": ")[2]: count for place, count in places.items() if "_losses" in place} == {
-        "_local_scalar_dense": 20,  # item()
-        "_to_copy": 1,  # the rows; the net's parameters are copied one by one, by torch
-    }
+    assert sum(count for place, count in places.items() if place.endswith(": _local_scalar_dense")) == 20  # item()
 
 
 def test_copies_to_the_device_wait_unless_they_are_from_pinned_memory() -> None:

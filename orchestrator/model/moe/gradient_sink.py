@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class GradientSink(Protocol):
-    """Accumulates one parameter's gradient, as its attribute `gradient_sink` (`orchestrator.comm.gradients.buckets`)."""
+    """Accumulates one parameter's gradient: its attribute `gradient_sink` (`orchestrator.comm.gradients.buckets`)."""
 
     def add(self, grad: Tensor) -> None:
         """Add a part of the gradient."""

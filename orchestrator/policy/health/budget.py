@@ -35,7 +35,7 @@ REMEDIES = {
     "user_error": "Correct the model's code.",
     "out_of_memory": "Ask for more memory per worker, for more workers, or for shorter rows.",
     "numeric": "Lower train.lr, or look at the data of the steps that were left out.",
-    "corrupted": "Test the memory of the nodes.",
+    "corrupted": "Test the memory and the GPUs of the nodes.",
     "internal": "This is an error of the orchestrator: report it with the traceback.",
 }
 

@@ -10,8 +10,6 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.data.bucket_store import open_store
 from orchestrator.engine.numerics import fingerprint, pin
@@ -40,7 +38,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
         yield plan.store_address
     compute_here(order.job.threads)
     take_secrets(spec.secrets)
-    device = device_of(spec.resources.num_gpus, torch.cuda.device_count())
+    device = device_of(spec.resources.num_gpus)
     pin(device)
     yield Numerics(fingerprint(device))
     store = open_store(location_of(order.job.store_dir))

@@ -6,6 +6,7 @@ from torch.distributed import DistError
 from orchestrator.errors import EntrypointError
 from orchestrator.model.user_model import raised_by_forward
 
+CORRUPTED = "corrupted"
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's message on a CPU, in a plain RuntimeError
 
 
@@ -33,8 +34,10 @@ def kind_of(error: Exception) -> str:
     """The error's kind, as in `WorkerError`."""
     if isinstance(error, LossExploded):
         return "numeric"
-    if isinstance(error, StateCorrupted):
-        return "corrupted"
+    if isinstance(
+        error, StateCorrupted | torch.AcceleratorError
+    ):  # after an error of CUDA its GPU is lost to a process
+        return CORRUPTED
     if isinstance(error, DigestMismatch):
         return "doubtful"
     # Also where it passed through a user's module on its way from our MoE layer.

@@ -31,6 +31,7 @@ class PreparedTransition:
         protection: connections to buddies in the new world; None where there are none.
         peers, transfer: None where state comes from the seed or a checkpoint.
         replicated: names of the tensors that each holder has in full.
+        shard_bytes: size of this worker's new shard; 0 for one that leaves.
     """
 
     plan: GenerationPlan
@@ -40,6 +41,7 @@ class PreparedTransition:
     peers: PeerGroup | None = None
     transfer: TransferPlan | None = None
     replicated: frozenset[str] = frozenset()
+    shard_bytes: int = 0
 
     def close(self) -> None:
         """Close the connections, except those of an adopted world: peers blocked on this worker fail at once."""
@@ -79,9 +81,12 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
         old = layout_at_recovery_point(old, source.holders)
     new = factory.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
-    # Where micro-batches grow until they fill the memory, none is left, and a micro-batch's use is being measured.
-    if factory.me in plan.world and factory.device.type == "cpu" and not factory.spec.train.fits_memory:
+    sizes = []
+    if factory.me in plan.world:
         rank = plan.world.rank_of(factory.me)
-        reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
+        sizes = [int(ranks[rank]) for ranks in bytes_by_part(new).values()]
+    # Where micro-batches grow until they fill the memory, none is left, and a micro-batch's use is being measured.
+    if factory.device.type == "cpu" and not factory.spec.train.fits_memory:
+        reserve(sizes)
     replicated = frozenset(name for name, tensor in old.tensors.items() if tensor.sharing is Sharing.REPLICATED)
-    return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated)
+    return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated, sum(sizes))

@@ -43,6 +43,7 @@ class Rescaler:
                 position.follow(progress)
                 self._mailbox.go_back_to(progress.step)
         else:
+            self._snapshots.make_room(prepared.shard_bytes)
             mine = self._factory.me in source.holders
             held = self._snapshots.gathered(source, position.progress, self._factory.tensors) if mine else None
             if held is not None:

@@ -7,7 +7,11 @@ due, take, agree    when the shard is copied, and what the members agree on in v
 hold, gathered      the shard without an engine around it, and all state that this worker can hand over
 """
 
+import gc
 import logging
+from dataclasses import replace
+
+import torch
 
 from orchestrator.comm.transport.stream import StreamClosed
 from orchestrator.elastic.recovery_point import Holding
@@ -20,6 +24,7 @@ from orchestrator.state.snapshot import Update, merge_ranges
 from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
+from orchestrator.worker.transition.parking import parked
 from orchestrator.worker.transition.transition import Held
 
 log = logging.getLogger("orchestrator.worker")
@@ -202,6 +207,16 @@ class SnapshotManager:
         """Keep the shard's state; its engine is about to close."""
         self._vault.leave_free()
         self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
+
+    def make_room(self, needed_bytes: int) -> None:
+        """Move the held state to host memory if its GPU lacks room for another shard. Nothing else may refer to it."""
+        if self.held is None:
+            return
+        ranges = parked(self.held.ranges, needed_bytes)
+        if ranges is not self.held.ranges:
+            self.held = replace(self.held, ranges=ranges)
+            gc.collect()  # the engine of the old shard, which is full of cycles
+            torch.cuda.empty_cache()
 
     def distrust(self, generation: int, step: int) -> None:
         """Exclude the state after a step from recovery: it no longer matches its record."""

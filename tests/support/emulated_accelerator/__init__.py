@@ -33,11 +33,13 @@ device: `item`, `tolist`, `nonzero`, `cpu`, ...
 
 Limits. Nothing else is asynchronous: races between streams, results of collectives that are read too early, and memory
 that is reused while another stream reads it stay hidden, and times mean nothing. Memory isn't counted: `torch.cuda`'s
-statistics are zeros. nccl's own ways to fail, hang and abort aren't those of gloo. Kernels are the CPU's: other
-roundings, none of CUDA's limits of shape, number format and alignment; attention is always the plain one; C++ or Triton
-kernels of others see host memory. `module.to` from the CPU makes new parameters, where CUDA keeps the objects; autocast
-does nothing; lazy modules and torch.compile don't work. One device per process, until it ends, and none where there is
-a real one. An operation costs 20 to 40 us more.
+statistics are zeros, but for the free memory, which EMULATED_GPU_FREE_BYTES names. nccl's own ways to fail, hang and
+abort aren't those of gloo. Kernels are the CPU's: other roundings, none of CUDA's limits of shape, number format and
+alignment; attention is always the plain one; C++ or Triton kernels of others see host memory. `module.to` from the CPU
+makes new parameters, where CUDA keeps the objects; autocast does nothing; lazy modules and torch.compile don't work.
+One device per process, until it ends, and none where there is a real one. An operation costs 20 to 40 us more. Ranks
+that are threads of one process share the device's one thread for backward passes, as on a GPU, so one that waits for a
+peer there waits for ever.
 
 Written with torch 2.13. It uses private parts of torch, marked P, and one C++ symbol by its name on Linux.
 """

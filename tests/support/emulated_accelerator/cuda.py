@@ -1,5 +1,6 @@
 """`torch.cuda` of the emulated device: its answers to programs, its events and its stream."""
 
+import os
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from tests.support.emulated_accelerator.rules import generator
 from tests.support.emulated_accelerator.tensor import SHOWN, is_emulated
 
 GIB = 1 << 30
+FREE_BYTES = "EMULATED_GPU_FREE_BYTES"  # variable of the environment: free memory, all of it if unset
 
 
 class Event:
@@ -66,6 +68,7 @@ def patch_cuda() -> None:
 
     answers: dict[str, Any] = {
         "_lazy_init": nothing,
+        "init": nothing,
         "_lazy_call": lambda callback, **kwargs: callback(),
         "_is_in_bad_fork": lambda: False,
         "is_available": lambda: True,
@@ -92,7 +95,10 @@ def patch_cuda() -> None:
         "get_rng_state": lambda device=None: generator.get_state(),
         "set_rng_state": lambda state, device=None: generator.set_state(state),
         "default_generators": (generator,),
-        "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
+        "mem_get_info": lambda device=None: (
+            int(os.environ.get(FREE_BYTES, properties.total_memory)),
+            properties.total_memory,
+        ),
         "memory_stats": lambda device=None: Counter(),
         "nccl": SimpleNamespace(version=lambda: (2, 0, 0)),
         "nvtx": SimpleNamespace(range_push=zero, range_pop=zero, mark=nothing),

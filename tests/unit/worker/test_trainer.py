@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import Holding
@@ -193,8 +194,16 @@ def test_an_interrupted_generation_leaves_what_belongs_to_a_finished_step(
     assert run.replays == [True, False] and run.engines[0].closed == 1 and run.releases == [0]
 
 
-def test_corrupted_memory_ends_the_worker_and_is_not_held() -> None:
-    run = _Run([FIRST], [True], [0], [StateCorrupted("a bit has flipped")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StateCorrupted("a bit has flipped"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=["memory", "gpu"],
+)
+def test_a_worker_whose_memory_or_gpu_can_t_be_trusted_ends_and_holds_nothing(error: Exception) -> None:
+    run = _Run([FIRST], [True], [0], [error])
     assert run.phases == ["moving", "ready", "training", "failed"]
     assert run.mailbox.state.health.error is not None and run.mailbox.state.health.error.kind == "corrupted"
     assert run.trainer._snapshots.holdings() == () and run.engines[0].closed == 1 and run.releases == [0]

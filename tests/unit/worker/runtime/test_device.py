@@ -1,20 +1,33 @@
+"""Device of a worker."""
+
 import pytest
 import torch
 
 from orchestrator.errors import UsageError
 from orchestrator.worker.runtime.device import device_of
+from tests.support import devices
 
 
-@pytest.mark.parametrize("num_visible", [0, 1, 8])
-def test_who_reserves_no_gpu_takes_none(num_visible: int) -> None:
-    assert device_of(0, num_visible) == torch.device("cpu")
+def test_a_worker_without_gpus_trains_on_the_cpu() -> None:
+    assert device_of(0.0) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("gpus", [0.75, 1.0])
-def test_who_reserves_one_takes_the_first_that_it_is_shown(gpus: float) -> None:
-    assert device_of(gpus, 1) == torch.device("cuda:0")
+@pytest.mark.usefixtures("device")
+def test_a_worker_that_reserves_one_trains_on_it_or_learns_why_not() -> None:
+    if devices.device().type == "cuda":
+        assert device_of(1.0) == device_of(0.6) == torch.device("cuda", 0)
+        return
+    with pytest.raises(
+        UsageError, match="resources.gpus is 1, but torch .* can't use a GPU .*: Torch not compiled"
+    ) as no:
+        device_of(1.0)
+    assert "torch build for CUDA" in no.value.remedy
 
 
-def test_nobody_trains_on_processors_while_a_gpu_is_reserved() -> None:
-    with pytest.raises(UsageError, match=r"resources\.gpus is 1, but torch .* sees no GPU"):
-        device_of(1, 0)
+def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UsageError, match=r"driver on your system is too old \(found version 11040\)"):
+        device_of(0.5)
