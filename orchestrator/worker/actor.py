@@ -31,7 +31,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import flush_logs
-from orchestrator.worker.runtime.device import device_of
+from orchestrator.worker.runtime.device import check_gpu_memory, device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
@@ -136,6 +136,7 @@ class Worker:
         store = open_store(location_of(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
         factory = ShardFactory(self._id, job, spec, vocab_size, device)
+        check_gpu_memory(factory.planned_memory(), device)
         feed = BatchReader(spec, store, device)
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)

@@ -69,6 +69,12 @@ class MemoryPlan:
         return self.state + self.gradients
 
     @property
+    def on_gpu(self) -> int:
+        """Memory of a GPU that trains. Snapshots and the process are in the host's, and at a fence so is the old shard
+        where the GPU has no room for two."""
+        return self.engine + (self.activations or 0) + (self.loss or 0)
+
+    @property
     def training(self) -> int:
         work = (self.activations or 0) + (self.loss or 0)
         return self.engine + work + self.snapshots + self.deltas + self.process

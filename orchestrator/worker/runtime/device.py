@@ -1,8 +1,16 @@
 """Device that a worker trains on."""
 
+import logging
+
 import torch
 
 from orchestrator.errors import UsageError
+from orchestrator.policy.estimate.worker_memory import MemoryPlan
+
+log = logging.getLogger("orchestrator.worker")
+
+GIB = 1 << 30
+SMALLER = "Use more workers, gradient_checkpointing, or a smaller micro-batch."
 
 
 def device_of(gpus: float) -> torch.device:
@@ -32,3 +40,20 @@ def device_of(gpus: float) -> torch.device:
             "to 0.",
         ) from error
     return torch.device("cuda", 0)
+
+
+def check_gpu_memory(planned: MemoryPlan, device: torch.device) -> None:
+    """Compare a worker's plan with the memory of its GPU. Activations are estimates, so they only make a warning.
+
+    Raises:
+        UsageError: weights, optimizer state and gradients alone exceed it.
+    """
+    if device.type != "cuda":
+        return
+    card = torch.cuda.get_device_properties(device)
+    needs, has = f"{planned.on_gpu / GIB:.1f} GiB", f"{card.name} has {card.total_memory / GIB:.1f} GiB"
+    if planned.engine > card.total_memory:
+        state = f"{planned.engine / GIB:.1f} GiB for weights, optimizer state and gradients"
+        raise UsageError(f"a worker needs {state}, and its GPU {has}", remedy=SMALLER)
+    if planned.on_gpu > card.total_memory:
+        log.warning("a worker is estimated to need %s, and its GPU %s. %s", needs, has, SMALLER)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from orchestrator.errors import UsageError
-from orchestrator.worker.runtime.device import device_of
+from orchestrator.policy.estimate.worker_memory import MemoryPlan
+from orchestrator.worker.runtime.device import GIB, check_gpu_memory, device_of
 from tests.support import devices
 
 
@@ -31,3 +32,22 @@ def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(UsageError, match=r"driver on your system is too old \(found version 11040\)"):
         device_of(0.5)
+
+
+def _plan(state_gib: int, activations_gib: int) -> MemoryPlan:
+    state, activations = state_gib * GIB, activations_gib * GIB
+    return MemoryPlan(state, 0, 0, 0, kept=0, gradients=0, activations=activations, loss=0, fence=500 * GIB)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_shard_that_no_gpu_of_the_kind_could_hold_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    if devices.device().type == "cpu":  # whose memory admission knows
+        check_gpu_memory(_plan(81, 0), devices.device())
+        return
+    check_gpu_memory(_plan(70, 9), devices.device())
+    assert caplog.text == ""
+    check_gpu_memory(_plan(70, 11), devices.device())
+    assert "a worker is estimated to need 81.0 GiB, and its GPU emulated GPU has 80.0 GiB" in caplog.text
+    with pytest.raises(UsageError, match="needs 81.0 GiB for weights, .* and its GPU emulated GPU has 80.0 GiB") as no:
+        check_gpu_memory(_plan(81, 0), devices.device())
+    assert "more workers" in no.value.remedy

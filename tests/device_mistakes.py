@@ -1,0 +1,131 @@
+"""Whether tests on the emulated GPU notice a tensor that is made on the wrong device.
+
+    python -m tests.device_mistakes [--only orchestrator/model/loss.py]
+
+In a copy of the repository, each argument `device=` of a call in the folders that hold tensors is taken out, one at a
+time, and the emulated tests are run until one fails. A mistake that none notices may be in code that they don't reach:
+then the call is made to raise, and the tests are run again. Prints each one, and how many of those reached were caught.
+Takes an hour or more.
+"""
+
+import argparse
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("comm", "engine", "model", "state", "worker")
+# The fastest first: a mistake that unit tests notice costs seconds.
+TESTS = (
+    ("tests/unit/model", "tests/unit/comm", "tests/unit/state", "tests/unit/engine", "tests/unit/worker"),
+    ("tests/integration/test_devices.py",),
+    (
+        "tests/integration/test_compression.py",
+        "tests/integration/test_transfer.py",
+        "tests/integration/test_buckets.py",
+    ),
+    ("tests/integration/test_moves.py", "tests/integration/test_ladder.py"),
+)
+LEFT_OUT = "not slow and not journey and not long_emulated"
+TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A call's argument `device=` in a file: its bytes [start, stop), with the comma that separates it."""
+
+    file: Path
+    line: int
+    start: int
+    stop: int
+    call: tuple[int, int]
+
+    def without(self, source: bytes) -> bytes:
+        return source[: self.start] + source[self.stop :]
+
+    def raising(self, source: bytes) -> bytes:
+        start, stop = self.call
+        return source[:start] + b"(_ for _ in ()).throw(AssertionError('reached'))" + source[stop:]
+
+
+def places(file: Path) -> Iterator[Place]:
+    """All arguments `device=` in calls of a file."""
+    source = file.read_bytes()
+    begins = [0]
+    for line in source.splitlines(keepends=True):
+        begins.append(begins[-1] + len(line))
+
+    def at(line: int, column: int) -> int:
+        return begins[line - 1] + column
+
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        for keyword in node.keywords:
+            if keyword.arg != "device":
+                continue
+            start = at(keyword.lineno, keyword.col_offset)
+            stop = at(keyword.value.end_lineno or 0, keyword.value.end_col_offset or 0)
+            before = source[:start].rstrip()
+            if before.endswith(b","):
+                start = len(before) - 1
+            elif source[stop : stop + 2] == b", ":
+                stop += 2
+            whole = at(node.lineno, node.col_offset), at(node.end_lineno or 0, node.end_col_offset or 0)
+            yield Place(file.relative_to(ROOT), keyword.lineno, start, stop, whole)
+
+
+def is_noticed(copy: Path, place: Place, content: bytes) -> bool:
+    """Whether an emulated test fails with this content of the place's file."""
+    file, before = copy / place.file, (copy / place.file).read_bytes()
+    file.write_bytes(content)
+    try:
+        return any(_fails(copy, tests) for tests in TESTS)
+    finally:
+        file.write_bytes(before)
+
+
+def _fails(copy: Path, tests: tuple[str, ...]) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "loadfile", "--device", "emulated"]
+    done = subprocess.run(
+        [*command, "-m", LEFT_OUT, "--timeout", "120", "-p", "no:cacheprovider", *tests],
+        cwd=copy,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=TIMEOUT_S,
+    )
+    return done.returncode != 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one file")
+    only = parser.parse_args().only
+    files = (
+        [ROOT / only] if only else [f for name in FOLDERS for f in sorted((ROOT / "orchestrator" / name).rglob("*.py"))]
+    )
+    caught, missed = 0, []
+    with tempfile.TemporaryDirectory(prefix="mistakes-") as directory:
+        copy = Path(directory) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".mypy_cache"))
+        for place in (place for file in files for place in places(file)):
+            source = (ROOT / place.file).read_bytes()
+            if is_noticed(copy, place, place.without(source)):
+                caught, verdict = caught + 1, "caught"
+            elif is_noticed(copy, place, place.raising(source)):
+                missed.append(place)
+                verdict = "missed"
+            else:
+                verdict = "not reached"
+            print(f"{place.file}:{place.line}: {verdict}", flush=True)
+    print(f"{caught} of {caught + len(missed)} mistakes in code that is reached were caught")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
