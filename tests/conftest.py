@@ -36,10 +36,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    is_cpu = config.getoption("--device") == devices.CPU
+    device = config.getoption("--device")
 
     def is_run(item: pytest.Item) -> bool:
-        if is_cpu:
+        if device != devices.EMULATED and item.get_closest_marker("emulated"):
+            return False
+        if device == devices.CPU:
             return item.get_closest_marker("off_cpu") is None
         return "device" in getattr(item, "fixturenames", ())
 

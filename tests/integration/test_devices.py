@@ -16,7 +16,7 @@ from orchestrator.worker.step.vote import Ballot, vote
 from tests.support import devices, small
 from tests.support.ranks import Ranks
 
-pytestmark = pytest.mark.off_cpu
+pytestmark = pytest.mark.emulated
 
 STEPS = 3
 MOST_ALONE = 12  # waits in a step, of which DeepSpeed has most

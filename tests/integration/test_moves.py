@@ -67,7 +67,7 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Cre
     assert {r.world_size for r in worker_group.records.values()} == {4, 2, 3, 1}
 
 
-@pytest.mark.off_cpu
+@pytest.mark.emulated
 def test_a_gpu_without_room_for_two_shards_keeps_the_old_one_in_host_memory(
     texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew
 ) -> None:

@@ -1,4 +1,4 @@
-"""The device that holds the tensors of a test's process: the processor, or an emulated GPU.
+"""The device that holds the tensors of a test's process: the processor, an emulated GPU, or a real one.
 
 Tests that run on either use the fixture `device`; `pytest --device emulated`
 runs only those, with `emulated` in their ids. A process chooses once, before its first tensor (`use`), and keeps its
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-CPU, EMULATED = "cpu", "emulated"
-DEVICES = (CPU, EMULATED)
+CPU, EMULATED, GPU = "cpu", "emulated", "gpu"
+DEVICES = (CPU, EMULATED, GPU)
 
 selected = CPU  # of the processes that a test starts
 _used = CPU  # by this process
@@ -34,10 +34,14 @@ def use(name: str, plain_attention: bool = False) -> "torch.device":
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-    from tests.support.emulated_accelerator import install
-
     os.environ["DS_ACCELERATOR"] = "cuda"
-    install()
+    if name == GPU:
+        if not torch.cuda.is_available():
+            raise RuntimeError("--device gpu was given, and torch sees no GPU; --device emulated needs none")
+    else:
+        from tests.support.emulated_accelerator import install
+
+        install()
     set_accelerator(CUDA_Accelerator())
     return device()
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
+
 from tests.support import devices, forks
 
 PATIENCE_S = 100.0
@@ -58,7 +60,13 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = PATIENCE_S
     ) -> list[Any]:
-        """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any."""
+        """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any. Skips the
+        test where there are fewer GPUs than ranks, as nccl refuses two ranks on one."""
+        if self.device == devices.GPU:
+            import torch
+
+            if world_size > torch.cuda.device_count():
+                pytest.skip(f"{world_size} ranks need {world_size} GPUs, of which {torch.cuda.device_count()} are here")
         while len(self._pipes) < world_size:
             ours, theirs = forks.context.Pipe()
             process = forks.start(_serve, theirs, self.device, self._plain_attention)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tests.support import devices
 from tests.support.emulated_accelerator import DeviceError, host_syncs, survey
 
-pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.off_cpu]
+pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.emulated]
 
 
 def _ones() -> torch.Tensor:
