@@ -25,14 +25,16 @@ test: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
 test-emulated: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/unit tests/integration -m "not slow and not journey and not long_emulated"
+	$(BIN)/pytest -n 2 --device emulated tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/integration -m "not slow and not journey and not long_emulated"
 
 journeys: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/integration -m "journey and not slow"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest
-	$(BIN)/pytest -n 2 --dist loadfile --device emulated
+	$(BIN)/pytest -n 2 --device emulated tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/integration
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -30,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=devices.DEVICES, default=devices.CPU, help="run the tests of this device")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    devices.selected = config.getoption("--device")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", [metafunc.config.getoption("--device")], indirect=True, scope="session")
@@ -43,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return False
         if device == devices.CPU:
             return item.get_closest_marker("off_cpu") is None
-        return "device" in getattr(item, "fixturenames", ())
+        return "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("on_cpu") is None
 
     config.hook.pytest_deselected(items=[item for item in items if not is_run(item)])
     items[:] = [item for item in items if is_run(item)]

@@ -8,12 +8,20 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 
 KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without notice
 
+NOT_STARTED = "because of an error raised in its creation task"  # Ray's words for an actor whose start failed
 NODE_DIED = "its node has died"  # Ray's words for the failure of a whole node
 
 
@@ -45,12 +53,20 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, ActorUnavailableError):  # its text describes a single call
         return "its connections broke, and it is not known yet whether its process or its whole host has ended"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and NOT_STARTED in lines[0]:  # a traceback follows
+        return f"it could not be started: {lines[-1]}"
     table = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
     detail = " ".join(line for line in lines if not line.startswith(table))
     detail = detail.partition(" Some common causes")[0].rpartition("Worker exit detail: ")[2]
     if KILLED in detail:
         return "its process ended suddenly: killed from outside, out of memory, or crashed"
     return detail or type(error).__name__
+
+
+def has_ended(error: BaseException) -> bool:
+    """Whether a call failed because its actor has ended for good. One with restarts has if it raised an error while it
+    started: Ray starts it no more."""
+    return isinstance(error, ActorDiedError)
 
 
 def cause_of(error: BaseException) -> str:

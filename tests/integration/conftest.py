@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import devices
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
 from tests.support.worker_group import Crew
@@ -69,7 +68,6 @@ def ray_cluster(ray_of_session: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     """The device of ranks and workers."""
-    devices.selected = request.param
     return str(request.param)
 
 

@@ -20,7 +20,7 @@ from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.step.routing import move_biases
 from orchestrator.worker.transition.save_shard import ShardSaver
-from tests.support import small
+from tests.support import devices, small
 from tests.support.ranks import Ranks
 
 BEFORE = 3  # steps until the state is saved
@@ -45,7 +45,7 @@ def _saves(
     def fail(*args: object) -> None:
         raise AssertionError(args)
 
-    saver = ShardSaver(Path(directory), tensors, "", "", written.append, fail, fail)
+    saver = ShardSaver(Path(directory), tensors, "", "", written.append, fail, fail, device=devices.device())
     may_copy = threading.Event()
 
     def late_copy(*args: Any) -> ShardMemory:
@@ -58,11 +58,15 @@ def _saves(
 
     def step(number: int) -> None:
         tokens = small.NUM_SLOTS * small.ROWS * small.LENGTH
-        mine, routed = range(rank, small.NUM_SLOTS, world_size), RoutingCounts.zeros(len(model.moe_layers), spec.model)
+        mine, routed = (
+            range(rank, small.NUM_SLOTS, world_size),
+            RoutingCounts.zeros(len(model.moe_layers), spec.model, devices.device()),
+        )
         for slot in mine:
             _, counts = engine.accumulate(small.micro_batch(number, slot), tokens, slot == mine[-1])
             routed.add(counts)
         torch.distributed.all_reduce(routed.counts_LE)
+        routed = RoutingCounts(routed.counts_LE.cpu(), routed.margins_LEM.cpu())
         assert engine.step(3e-3, before_update).applied
         move_biases(spec, model.moe_layers, routed, number)
 

@@ -7,7 +7,6 @@ from torch._C._distributed_c10d import Store
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect
-from tests.support import devices
 from tests.support.ranks import Ranks
 
 
@@ -23,10 +22,9 @@ def _shut(rank: int, world_size: int, store: Store, prefix: str, who: int) -> in
     return count
 
 
+@pytest.mark.on_cpu  # with gloo's connections
 @pytest.mark.parametrize("who", [0, 1])
 def test_either_end_can_shut_a_connection(ranks: Ranks, who: int) -> None:
     """One end has called the other, which it knows by the port that the other listens on, and not by its own. There are
     two groups of all ranks, for tokens and for gradients."""
-    if ranks.device != devices.CPU:
-        pytest.skip("nccl has connections of its own")
     assert ranks.run(_shut, 2, who)[who] == 2

@@ -74,7 +74,7 @@ def _copy(ours: MoELanguageModel, theirs: Glm4MoeForCausalLM) -> None:
     """Put our weights into their modules, where experts are stacked and gate and up are one matrix, as here."""
     state = theirs.state_dict()
     filled = set()
-    for name, tensor in [*ours.named_parameters(), *ours.named_buffers()]:
+    for name, tensor in [*ours.named_parameters(), *ours.state_buffers()]:
         for their_name, part in renamed(name, tensor.detach().numpy(), ours.spec.embedding_scale):
             filled |= _put(state, their_name, torch.from_numpy(part))
     assert filled == set(state), set(state) ^ filled
@@ -120,7 +120,7 @@ def test_logits_and_gradients_equal_transformers(variant: str) -> None:
 def _checkpoint_of(model: MoELanguageModel, directory: Path) -> Path:
     """What a run would have saved, in two shards."""
     tensors = {f"master/{name}": p for name, p in model.named_parameters()}
-    tensors |= {f"buffer/{name}": b for name, b in model.named_buffers()}
+    tensors |= {f"buffer/{name}": b for name, b in model.state_buffers()}
     shards = []
     for rank in range(2):
         pieces = []

@@ -118,6 +118,7 @@ def _measured(
     return dict(parts), built, accumulated, counted.sent
 
 
+@pytest.mark.on_cpu  # whose tensors are counted in memory
 @pytest.mark.parametrize("determinism", ["fast", "exact"])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

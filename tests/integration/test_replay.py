@@ -9,7 +9,7 @@ from orchestrator.engine.adamw import Replayer
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, copy_into
 from orchestrator.state.snapshot_store import RankSnapshots
-from tests.support import small
+from tests.support import devices, small
 from tests.support.ranks import Ranks
 
 WHOLE_EVERY, STEPS = 4, 10
@@ -25,7 +25,7 @@ def _clone(ranges: NamedRanges) -> NamedRanges:
 
 
 def _differing(kept: NamedRanges, truth: NamedRanges) -> list[str]:
-    return [name for name, held in kept if not torch.equal(held.data, truth.view(name, held.start, held.stop))]
+    return [name for name, held in kept if not torch.equal(held.data, truth.view(name, held.start, held.stop).cpu())]
 
 
 def _replayed(
@@ -42,7 +42,7 @@ def _replayed(
     train = small.train_spec(precision, stage)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, compression=compression)
     layout = small.layout_of(placement, precision, compression=compression)
-    replayer = Replayer(train, torch.device("cpu"))
+    replayer = Replayer(train, devices.device())
     truth: dict[int, NamedRanges] = {}
     num_replayed, differing = 0, []
     for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # one shelf anew each time: a state may be

@@ -81,6 +81,7 @@ def test_a_rank_killed_with_its_buddy_costs_no_committed_step_where_there_are_tw
     _same_training(worker_group, undisturbed)
 
 
+@pytest.mark.on_cpu  # the gloo that plays nccl can't be aborted
 def test_a_stopped_member_is_left_behind(worker_group: Crew, undisturbed: Crew) -> None:
     """It answers nothing and closes nothing: the others shut their own connections when they are told."""
     worker_group.start(worker_group.plan(worker_group.ids))

@@ -1,7 +1,7 @@
 """This process's nccl communicators, connected beforehand and aborted all at once. Not tried on a GPU yet.
 
-An operation of an aborted communicator doesn't raise, and its result is undefined: whoever aborts one says so by
-`aborted`, and `orchestrator.worker.step.proven_sum` shows whether a result is whole.
+An operation of an aborted communicator doesn't raise, and its result is undefined: aborts are counted by
+`aborted`, and `orchestrator.worker.step.proven_sum` finds results that are not whole.
 """
 
 import threading

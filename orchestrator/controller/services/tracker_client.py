@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec
 
 from orchestrator.cluster.actors import ActorOptions, start_host
-from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.calls import has_ended, reason_of
 from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
@@ -37,6 +37,7 @@ P = ParamSpec("P")
 NAME = "tracker"
 FINISH_S = 30.0  # how long the end of a run waits for its tracker
 ASK_AGAIN_S = 1.0
+START_AGAIN_S = 10.0  # after it could not be started, because its outbox can't be written
 DAMAGED_AGAIN_S = 60.0  # until a journal that is damaged is read again
 LOOK_EVERY_S = 3.0
 MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what would pile up here
@@ -59,6 +60,7 @@ class TrackerClient:
         self._held: list[Call] = []  # values of steps that were published meanwhile
         self._events: deque[JournalEntry] = deque(maxlen=MOST_HELD)  # the newest: run storage may not have them yet
         self._asked_s: float | None = None  # when its position was last requested
+        self._ended_s: float | None = None  # when it was found to have ended for good
         self._newest_event = -1  # `seq` of the newest event that it has or was sent, while it is current
         self._num_open = 0
         self._looked_s = 0.0  # when its description was last requested
@@ -82,8 +84,16 @@ class TrackerClient:
         self._tracker = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), actor_options).hosted()
         return self._tracker
 
+    def _start_anew(self) -> None:
+        """Start a tracker in the place of one that has ended."""
+        log.info("the tracker has ended, and is started again")
+        self._tracker, self._is_current, self._ended_s = None, False, None
+        self.start()
+
     def tend(self, now_s: float) -> None:
-        """Ask a tracker that lacks something for its position, at intervals."""
+        """Ask a tracker that lacks something for its position, and start one that has ended, at intervals."""
+        if self._ended_s is not None and now_s - self._ended_s >= START_AGAIN_S:
+            self._start_anew()
         overdue = self._asked_s is None or now_s - self._asked_s >= ASK_AGAIN_S
         is_idle = self._num_open == 0 and not self._storage.is_pending("tracker")
         if self._tracker is not None and not self._is_current and is_idle and overdue:
@@ -96,6 +106,7 @@ class TrackerClient:
         if self._tracker is not None and self._is_current and self._has_delivered and self._num_open == 0:
             self._tracker.kill()
             self._tracker, self._is_current, self._asked_s, self.is_resting = None, False, None, True
+            self._ended_s = None
 
     def prepared(self, data: PreparedData) -> None:
         """Note the run's data, which is also sent whenever the tracker has to catch up."""
@@ -133,13 +144,15 @@ class TrackerClient:
             self._looked_s = now_s
             self._call(Tracker.describe)
 
-    def _take(self, method: Callable[..., Any], answer: "Future[Any]") -> None:
+    def _take(self, tracker: Remote[Tracker], method: Callable[..., Any], answer: "Future[Any]") -> None:
         """Note an answer. After any error, the tracker is asked for its position before it gets more."""
         self._num_open -= 1
         error = answer.exception()
         if error is not None:
             self._is_current = False
             self._failed(method, reason_of(error))
+            if has_ended(error) and tracker is self._tracker and self._ended_s is None:
+                self._ended_s = time.monotonic()
         elif method is Tracker.position:
             self._storage.add("tracker", partial(self._catch_up, answer.result()))
         elif method is Tracker.describe:
@@ -147,6 +160,8 @@ class TrackerClient:
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Send the tracker what it lacks, and let it deliver. What MLflow doesn't take in time stays on disk."""
+        if self._ended_s is not None:
+            self._start_anew()
         tracker = self.start().within(FINISH_S)
         self._is_current, arrived = True, False
         try:
@@ -221,4 +236,4 @@ class TrackerClient:
         assert self._tracker is not None, "the tracker was not started"
         self._num_open += 1
         self._has_delivered = False
-        post(self._inbox, self._tracker.send(method, *args, **kwargs), partial(self._take, method))
+        post(self._inbox, self._tracker.send(method, *args, **kwargs), partial(self._take, self._tracker, method))

@@ -1,4 +1,4 @@
-"""What an operation's schema says of it, and what CUDA refuses of it."""
+"""An operation by its schema, and what CUDA refuses of it."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ generator = torch.Generator()  # the device's: it draws other numbers than the C
 
 @dataclass(frozen=True)
 class Form:
-    """What an operation's schema says.
+    """An operation by its schema.
 
     Args:
         names: of its arguments.

@@ -1,17 +1,21 @@
 """What a tracker that was away is told, from the journal alone."""
 
 import os
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
-from orchestrator.controller.services.tracker_client import TrackerClient
+from orchestrator.controller.services import tracker_client
+from orchestrator.controller.services.tracker_client import START_AGAIN_S, TrackerClient
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Submitted
@@ -112,7 +116,7 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
     path = max((run_dir / "journal").iterdir())
     away = path.rename(run_dir / "away")
     path.mkdir()
-    link._take(Tracker.position, _has_steps_up_to(-1))
+    link._take(link._tracker, Tracker.position, _has_steps_up_to(-1))
     storage.finish()
     assert link.warning == "metrics wait in the journal, which can't be read: Is a directory"
     assert "publish" not in [method for method, *_ in tracker.calls]
@@ -121,11 +125,40 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
     link._num_open = 0  # what it was sent is answered
     link.tend(now_s=10.0)
     assert tracker.calls[-1] == ("position",)
-    link._take(Tracker.position, _has_steps_up_to(-1))
+    link._take(link._tracker, Tracker.position, _has_steps_up_to(-1))
     storage.finish()
     assert link.warning is None
     steps = [point.step for method, *args in tracker.calls if method == "publish" for point in args[1]]
     assert set(steps) == set(range(STEPS))
+
+
+def test_a_tracker_that_could_not_be_started_is_started_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is killed while its outbox can't be written: Ray restarts no actor that raised while it started."""
+    started: list[Remote[Any]] = []
+
+    def start_host(*_: Any) -> Any:
+        started.append(Remote(SentCalls(), is_hosted=True))
+        return SimpleNamespace(hosted=lambda: started[-1])
+
+    monkeypatch.setattr(tracker_client, "start_host", start_host)
+    link = TrackerClient(
+        "run", run_dir, JobSpec(name="run"), "package:Tracker", 1, StorageThread(SimpleQueue()), SimpleQueue()
+    )
+    first = link.start()
+    unavailable, died = Future[Any](), Future[Any]()
+    unavailable.set_exception(ActorUnavailableError("restarting", None))
+    died.set_exception(ActorDiedError())
+    link._take(first, Tracker.describe, unavailable)
+    link.tend(time.monotonic() + START_AGAIN_S)
+    assert len(started) == 1  # Ray is restarting it
+    link._take(first, Tracker.describe, died)
+    link.tend(time.monotonic() + START_AGAIN_S / 2)
+    assert link.start() is first  # not at once: it may take a while until its outbox can be written
+    link.tend(time.monotonic() + START_AGAIN_S)
+    assert len(started) == 2 and link.start() is started[1]
+    link._take(first, Tracker.describe, died)  # of a call that was open
+    link.tend(time.monotonic() + 2 * START_AGAIN_S)
+    assert len(started) == 2
 
 
 def test_files_and_data_are_told_too(run_dir: Path) -> None:
@@ -184,7 +217,7 @@ def test_what_is_published_to_a_tracker_that_lacks_something_is_not_missed(run_d
     entry = JournalEntry(10_000, 1, 0.0, CheckpointCommitted(199, "/c/199", 0, ""))
     if when.startswith("before"):
         link.publish_event(entry)
-    link._take(Tracker.position, _has_steps_up_to(-1))
+    link._take(link._tracker, Tracker.position, _has_steps_up_to(-1))
     storage.advance()  # it is being read
     if when.startswith("while"):
         link.publish_event(entry)
