@@ -15,13 +15,19 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from orchestrator.cluster.cluster_objects import ClusterObjects, cluster_id
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.published.published_keys import published_key
-from orchestrator.cluster.published.status_publisher import StatusPublisher, publishing_the_last
+from orchestrator.cluster.published.status_publisher import (
+    StatusPublisher,
+    last_published,
+    publishing_the_last,
+)
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.journal_writer import JournalWriter
@@ -31,14 +37,14 @@ from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.polling import Polls
 from orchestrator.controller.recorder import StepRecorder
-from orchestrator.controller.requests import PendingRequests, member_of_rank
+from orchestrator.controller.requests import PATIENCE_S, PendingRequests, member_of_rank
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.controller.shutdown import let_go
+from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, let_go
 from orchestrator.controller.startup import OpenedRun, open_run
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import KeyUnknown, TermSuperseded
+from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.state.config import RunLimits
@@ -50,16 +56,31 @@ from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.spec.live_changes import check_priority
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import hold_key
+from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
 
 
+@dataclass(frozen=True)
+class _Controlled:
+    """What of the run exists once it has been opened."""
+
+    run: OpenedRun
+    worker_group: WorkerGroup
+    observer: Observer
+    loop: RunLoop
+
+
 class RunController:
     """Controls one run, whose location `run_dir` contains `job.json`. Methods may be called from any thread.
 
+    A thread opens the run, which takes as long as run storage hangs or refuses to be written. Requests are accepted
+    meanwhile, and the status is the newest one that was published.
+
     Args:
+        limits: of the run's job.
         order: request to resume from a checkpoint; applied once, whichever incarnation reads it.
         since_s: `time.time()` when the run was requested and entered the queue; None for now.
     """
@@ -68,54 +89,93 @@ class RunController:
         self,
         run_id: str,
         run_dir: str,
+        limits: RunLimits,
         parts: ActorClasses,
         order: ResumeRequest | None = None,
         since_s: float | None = None,
     ) -> None:
         name_process(self)
-        process = StorageProcess(f"controller {run_id}")
-        bulk = StorageProcess(f"checkpoints of controller {run_id}").call
-        cluster, kept = retry_until_written(cluster_id), ClusterObjects(run_id)
-        published = retry_until_written(lambda: published_key(location_of(run_dir)))
+        self._run_id, self._run_dir, self._limits = run_id, location_of(run_dir), limits
+        self._inbox = Inbox()
+        self._requests = PendingRequests(run_id, self._inbox)
+        self._opened: Future[_Controlled] = Future()
+        threading.Thread(target=self._live, args=(parts, order, since_s), name="run", daemon=True).start()
+
+    def _live(self, parts: ActorClasses, order: ResumeRequest | None, since_s: float | None) -> None:
+        """Open the run and control it to its end, then end this process."""
+        try:
+            controlled = self._control(self._open(order, since_s), parts)
+        except OrchestratorError as error:  # which another incarnation would get too
+            log.error("run %s: it can't be controlled: %s", self._run_id, error)
+        except Exception:
+            log.exception("run %s: it could not be opened; the next incarnation tries again", self._run_id)
+            flush_logs(FLUSH_S)
+            os._exit(1)
+        else:
+            log.info("run %s: controller of term %d, pid %d", self._run_id, controlled.run.memory.term, os.getpid())
+            self._opened.set_result(controlled)
+            controlled.loop.live()
+        exit_for_good()
+
+    def _open(self, order: ResumeRequest | None, since_s: float | None) -> OpenedRun:
+        process = StorageProcess(f"controller {self._run_id}")
+        bulk = StorageProcess(f"checkpoints of controller {self._run_id}").call
+        cluster, kept = retry_until_written(cluster_id), ClusterObjects(self._run_id)
+        published = retry_until_written(lambda: published_key(self._run_dir))
         if published is not None:
-            hold_key(location_of(run_dir), published.key)
+            hold_key(self._run_dir, published.key)
         job_sha256 = "" if published is None else published.job_sha256
         try:
-            with keeping_workers_alive(run_id), publishing_the_last(run_id):
-                run = open_run(
-                    run_id, location_of(run_dir), order, since_s, process.call, kept, cluster, bulk, job_sha256
+            with keeping_workers_alive(self._run_id), publishing_the_last(self._run_id):
+                return open_run(
+                    self._run_id, self._run_dir, order, since_s, process.call, kept, cluster, bulk, job_sha256
                 )
         except (TermSuperseded, KeyUnknown) as error:
             if error.cluster not in ("", cluster):  # else the run's processes are its successor's
-                let_go(run_id, error)
+                let_go(self._run_id, error)
             raise
-        inbox = Inbox()
-        storage, writer = StorageThread(inbox, bulk), JournalWriter(run.memory, inbox)
-        run.memory.writer = writer
-        self._run, self._memory = run, run.memory
-        self._requests = PendingRequests(run_id, run.memory, writer, storage, inbox)
-        self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
-        services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, storage, inbox)
-        recorder = StepRecorder(run, self._worker_group, services.tracker, Exporter(run_id))
+
+    def _control(self, run: OpenedRun, parts: ActorClasses) -> _Controlled:
+        """Make what controls the run, and let requests be recorded."""
+        inbox, memory = self._inbox, run.memory
+        storage, writer = StorageThread(inbox, run.caller), JournalWriter(memory, inbox)
+        memory.writer = writer
+        worker_group = WorkerGroup(self._run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
+        services = RunServices(self._run_id, run.run_dir, run.job, parts, memory.term, storage, inbox)
+        recorder = StepRecorder(run, worker_group, services.tracker, Exporter(self._run_id))
         checkpoints = RunCheckpoints(run, storage, inbox, recorder.note)
         monitors = Monitors(run, storage, inbox, recorder.show)
-        self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, storage, writer)
-        decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests)
-        polls = Polls(inbox, storage, run.memory, self._worker_group, services, monitors, recorder, self._observer)
-        publisher = StatusPublisher(run_id, self.status)
-        self._loop = RunLoop(
-            run, polls, storage, decisions, self._worker_group, services, self._observer, publisher, writer
-        )
+        observer = Observer(run, self._requests, worker_group, services, checkpoints, storage, writer)
+        decisions = DecisionMaker(run, observer, recorder, checkpoints, worker_group, self._requests)
+        polls = Polls(inbox, storage, memory, worker_group, services, monitors, recorder, observer)
+        publisher = StatusPublisher(self._run_id, self.status)
+        loop = RunLoop(run, polls, storage, decisions, worker_group, services, observer, publisher, writer)
         resources = run.job.resources
         log.info("each worker reserves %g CPUs and %g GPUs", resources.cpus, resources.num_gpus)
-        log.info("run %s: controller of term %d, pid %d", run_id, run.memory.term, os.getpid())
-        threading.Thread(target=self._loop.live, name="run", daemon=True).start()
+        self._requests.open(memory, writer, storage)
+        return _Controlled(run, worker_group, observer, loop)
+
+    def _controlled(self) -> _Controlled:
+        """The run, once it has been opened. Raises ClusterUnreachable if that takes long."""
+        try:
+            return self._opened.result(PATIENCE_S)
+        except TimeoutError:
+            raise ClusterUnreachable(
+                f"the controller of run {self._run_id} waits for run storage",
+                remedy="Try again in a moment.",
+                unchanged="Nothing was changed.",
+            ) from None
 
     def status(self) -> RunStatus:
-        return self._observer.status(self._loop.has_closed)
-
-    def limits(self) -> RunLimits:
-        return self._run.limits
+        """The run's status; before it has been opened, the newest one of the controller before this one. Raises
+        ClusterUnreachable if there is none."""
+        try:
+            controlled = self._controlled()
+        except ClusterUnreachable:
+            if (last := last_published(self._run_id)) is not None:
+                return last
+            raise
+        return controlled.observer.status(controlled.loop.has_closed)
 
     def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> DesiredRunState:
         """Request another size; None leaves it to the Scheduler from now on. Returns when the request is journalled,
@@ -128,23 +188,25 @@ class RunController:
             UsageError: the job doesn't allow this size, or the run is ending.
         """
         if workers is None:
-            self._run.limits.check_autoscale()
+            self._limits.check_autoscale()
             return self._requests.aim(FinishMode.NO, reason, by_hand=False)
-        self._run.limits.check_size(workers)
+        self._limits.check_size(workers)
         return self._requests.aim(FinishMode.NO, reason, workers, by_hand=by_hand)
 
     def scaling(self, draining: Mapping[str, float]) -> ScalingView | None:
-        """Input for the Scheduler's decision on this run's size; None once the run is over.
+        """Input for the Scheduler's decision on this run's size; None once the run is over. Raises ClusterUnreachable
+        before it has been opened.
 
         Args:
             draining: nodes that are being drained, with deadlines in `time.time()` seconds, 0 without one.
         """
         self._requests.drained(draining)
-        state = self._memory.state
-        if state.outcome is not None:
+        controlled = self._controlled()
+        memory = controlled.run.memory
+        if memory.state.outcome is not None:
             return None
-        submitted_s = self._memory.times.get(Submitted, time.time())
-        return scale_of(self._run.limits, state, self._observer.observe(), self._worker_group.request, submitted_s)
+        submitted_s, seen = memory.times.get(Submitted, time.time()), controlled.observer.observe()
+        return scale_of(self._limits, memory.state, seen, controlled.worker_group.request, submitted_s)
 
     def grant(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled; raises NotFinished."""
@@ -165,7 +227,7 @@ class RunController:
         Raises:
             UsageError: the job has no such stage, or the run is ending.
         """
-        self._run.limits.check_stage(name)
+        self._limits.check_stage(name)
         return self._requests.aim(FinishMode.NO, reason, stage=name)
 
     def finish(self, how: FinishMode, reason: str) -> DesiredRunState:
@@ -177,9 +239,11 @@ class RunController:
 
         Raises:
             UsageError: no member has this rank now.
+            ClusterUnreachable: the run has not been opened.
         """
-        worker = member_of_rank(self._run.run_id, self._memory.state.members, rank)
-        self._worker_group.kill(worker)
+        controlled = self._controlled()
+        worker = member_of_rank(self._run_id, controlled.run.memory.state.members, rank)
+        controlled.worker_group.kill(worker)
         return worker
 
 

@@ -6,8 +6,6 @@ import time
 import traceback
 from contextlib import suppress
 
-import ray
-
 from orchestrator.cluster.published.status_publisher import StatusPublisher
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.decisions import DecisionMaker
@@ -17,7 +15,7 @@ from orchestrator.controller.observer import Observer
 from orchestrator.controller.polling import ROUNDS_BURST_S, ROUNDS_SHARE, Polls, RoundLimiter
 from orchestrator.controller.requests import BEGIN
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.controller.shutdown import await_gone, let_go, remove_groups
+from orchestrator.controller.shutdown import FLUSH_S, await_gone, let_go, remove_groups
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import TermSuperseded
@@ -31,9 +29,6 @@ from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.tasks import StorageTask, run_inline
 
 log = logging.getLogger("orchestrator.control")
-
-
-FLUSH_S = 1.0  # for the last lines of the log
 
 
 class RunLoop:
@@ -60,7 +55,7 @@ class RunLoop:
         self.has_closed = False  # everything of the run has ended
 
     def live(self) -> None:
-        """Control the run to its end, then end this process."""
+        """Control the run to its end."""
         self._publisher.start()
         try:
             try:
@@ -82,7 +77,6 @@ class RunLoop:
             log.exception("run %s: its end could not be recorded; the next incarnation tries again", self._run_id)
             flush_logs(FLUSH_S)
             os._exit(1)
-        self._exit()
 
     def _adopt(self) -> None:
         """Poll the workers that an earlier controller started. End those that it did not journal."""
@@ -160,8 +154,3 @@ class RunLoop:
         retry_until_written(lambda: run_inline(self._memory.conclude(to_json(self._observer.status(closed=True)))))
         self.has_closed = True  # only once run storage shows it too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
-
-    def _exit(self) -> None:
-        """Exit for good, as Ray restarts an actor that merely exits. Another one may have its name by now."""
-        flush_logs(FLUSH_S)
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

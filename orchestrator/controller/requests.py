@@ -1,9 +1,12 @@
 """What others ask of a run, or report to it: requests, from the call until the controller has journalled them, and
 nodes that are being drained."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
@@ -13,9 +16,13 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
 
+log = logging.getLogger("orchestrator.control")
+
 PATIENCE_S = 1.5  # of a call while storage doesn't answer: it should be answered within 2 s
 BEGIN = "begin"  # the storage task without which no decision is made
 BUSY_S = 15.0  # of a call to a controller whose node is busy
+
+R = TypeVar("R")
 
 
 def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str:
@@ -30,18 +37,36 @@ def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str
 
 
 class PendingRequests:
-    """Newest requests of any thread, which wait until a turn of the controller has journalled them."""
+    """Newest requests of any thread, which wait until a turn of the controller has journalled them.
 
-    def __init__(
-        self, run_id: str, memory: JournaledRun, writer: JournalWriter, storage: StorageThread, inbox: Inbox
-    ) -> None:
-        self._run_id, self._memory, self._inbox = run_id, memory, inbox
-        self._writer, self._storage = writer, storage
+    Before `open` no request can be compared with the run's state: one that has waited for `PATIENCE_S` is accepted, and
+    takes effect with `open`.
+    """
+
+    newest: DesiredRunState
+    grant: Grant
+    priority: int | None
+
+    def __init__(self, run_id: str, inbox: Inbox) -> None:
+        self._run_id, self._inbox = run_id, inbox
         self._turned = threading.Condition()
-        self.newest = memory.state.target
-        self.grant = memory.state.queue.grant
-        self.priority = memory.state.priority
+        self._is_open, self._began_s = False, time.monotonic()
+        self._early: list[Callable[[], object]] = []  # changes that were accepted before `open`, oldest first
         self.draining: Mapping[str, float] = {}
+
+    def open(self, memory: JournaledRun, writer: JournalWriter, storage: StorageThread) -> None:
+        """Let requests be journalled from now on, those first that were accepted earlier."""
+        with self._turned:
+            self._memory, self._writer, self._storage = memory, writer, storage
+            self.newest, self.grant = memory.state.target, memory.state.queue.grant
+            self.priority = memory.state.priority
+            for change in self._early:
+                try:
+                    change()
+                except UsageError as error:
+                    log.warning("a request made while the controller opened the run has no effect: %s", error)
+            self._early, self._is_open = [], True
+            self._turned.notify_all()
 
     def aim(
         self,
@@ -59,16 +84,23 @@ class PendingRequests:
             NotFinished: it is accepted, and could not be journalled in time.
         """
         with self._turned:
-            self._refuse_ending(finish)
-            if by_hand is False and workers is not None and self.newest.by_hand:
-                return self.newest
-            size = self.newest.workers if workers is None else workers
-            requests = self.newest.stage_requests + (stage is not None)
-            name = self.newest.stage if stage is None else stage
-            by_hand = self.newest.by_hand if by_hand is None else by_hand
-            target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
-            self._await(lambda: self._memory.state.target.seq >= target.seq)
+            target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand))
+            if target.seq > self._memory.state.target.seq:
+                self._await(lambda: self._memory.state.target.seq >= target.seq)
         return target
+
+    def _aim(
+        self, finish: FinishMode, reason: str, workers: int | None, stage: str | None, by_hand: bool | None
+    ) -> DesiredRunState:
+        self._refuse_ending(finish)
+        if by_hand is False and workers is not None and self.newest.by_hand:
+            return self.newest
+        size = self.newest.workers if workers is None else workers
+        requests = self.newest.stage_requests + (stage is not None)
+        name = self.newest.stage if stage is None else stage
+        by_hand = self.newest.by_hand if by_hand is None else by_hand
+        self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
+        return self.newest
 
     def prioritise(self, priority: int) -> int:
         """Request this priority. Returns it when it is journalled.
@@ -78,10 +110,13 @@ class PendingRequests:
             NotFinished: it is accepted, and could not be journalled in time.
         """
         with self._turned:
-            self._refuse_ending(FinishMode.NO)
-            self.priority = priority
+            self._change(partial(self._prioritise, priority))
             self._await(lambda: self._memory.state.priority == self.priority)
         return priority
+
+    def _prioritise(self, priority: int) -> None:
+        self._refuse_ending(FinishMode.NO)
+        self.priority = priority
 
     def granted(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled.
@@ -90,7 +125,7 @@ class PendingRequests:
             NotFinished: it is accepted, and could not be journalled in time.
         """
         with self._turned:
-            self.grant = grant
+            self._change(partial(setattr, self, "grant", grant))
             self._await(lambda: self._memory.state.queue.grant == self.grant)
 
     def drained(self, nodes: Mapping[str, float]) -> None:
@@ -102,6 +137,14 @@ class PendingRequests:
         if is_new:
             wake(self._inbox)
 
+    def _change(self, change: Callable[[], R]) -> R:
+        """The result of `change`, once it can be made. Raises what it raises, and NotFinished."""
+        if not self._turned.wait_for(lambda: self._is_open, PATIENCE_S):
+            self._early.append(change)
+            waits_s = time.monotonic() - self._began_s
+            raise self._unrecorded(f"its controller has waited {waits_s:.0f} s for run storage")
+        return change()
+
     def _await(self, is_journalled: Callable[[], bool]) -> None:
         """Let the controller decide, and wait until it has. Raises NotFinished."""
         wake(self._inbox)
@@ -112,10 +155,13 @@ class PendingRequests:
             if no_turns or self._writer.unrecorded_s >= PATIENCE_S / 2 or time.monotonic() > deadline_s:
                 trouble = self._memory.trouble or self._writer.trouble() or self._storage.trouble()
                 why = trouble.why if trouble is not None else "its controller is busy"
-                raise NotFinished(
-                    f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
-                    remedy="It takes effect once it is recorded. Repeat it if the controller is restarted before that.",
-                )
+                raise self._unrecorded(why)
+
+    def _unrecorded(self, why: str) -> NotFinished:
+        return NotFinished(
+            f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
+            remedy="It takes effect once it is recorded. Repeat it if the controller is restarted before that.",
+        )
 
     def _refuse_ending(self, finish: FinishMode) -> None:
         is_other = self.newest.finish not in (FinishMode.NO, finish) and finish is not FinishMode.STOP_NOW

@@ -16,6 +16,7 @@ from orchestrator.cluster.published.known_runs import forget_taken_over
 from orchestrator.cluster.published.published_keys import forget_key
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import KeyUnknown, ProtocolError, TermSuperseded
+from orchestrator.storage.log_file import flush_logs
 
 log = logging.getLogger("orchestrator.control")
 
@@ -23,6 +24,7 @@ LAST_WORDS_S = 2.0  # how long a run that has ended waits for its members' last 
 GONE_WITHIN_S = 10.0  # and for its processes to end
 LOOK_EVERY_S = 0.02
 AGAIN_S = 1.0  # until a removal that failed is tried again
+FLUSH_S = 1.0  # for the last lines of the log
 
 
 def collect_final_records(
@@ -89,3 +91,10 @@ def await_gone(run_id: str) -> None:
         time.sleep(LOOK_EVERY_S)
     if rest:
         log.error("run %s: actors are still alive: %s", run_id, rest)
+
+
+def exit_for_good() -> None:
+    """End this controller's process, as Ray restarts an actor that merely exits. Another one may have its name by
+    now."""
+    flush_logs(FLUSH_S)
+    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

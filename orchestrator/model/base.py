@@ -64,6 +64,7 @@ class TrainableModel(nn.Module, ABC):
         routed = RoutingCounts.zeros(len(self.moe_layers), self.spec, next(self.parameters()).device)
         for layer, counts_E, margins_EM in zip(self.moe_layers, routed.counts_LE, routed.margins_LEM, strict=True):
             counts_E.copy_(layer.last_counts_E)
+            layer.counts_were_read = True
             if layer.last_margins_EM is not None:
                 margins_EM.copy_(layer.last_margins_EM)
         return routed

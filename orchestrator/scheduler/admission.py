@@ -88,8 +88,8 @@ def newcomer(
 
 def resumed_run(
     run_id: str, directory: Location, order: ResumeRequest, take_over: bool, key: SigningKey | None
-) -> ScalingView:
-    """View of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
+) -> tuple[RunLimits, ScalingView]:
+    """Limits and view of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
     if ControllerClient(run_id).find() is not None:
         raise UsageError(
             f"run {run_id} is going on",
@@ -114,7 +114,8 @@ def resumed_run(
     memory = RunHistory(directory, limits, objects=records)
     read_job(directory, memory.job_sha256, records)
     workers = order.workers or wanted_size(limits, memory.state.size_request, done)
-    return newcomer(limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority)
+    stage, is_by_hand = memory.progress.stage, order.workers is not None
+    return limits, newcomer(limits, job, workers, stage, is_by_hand, memory.state.priority)
 
 
 def _refuse_of_another_cluster(run_id: str, directory: Location, holder: Holder) -> None:

@@ -12,6 +12,7 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import ClusterUnreachable
+from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import ResumeRequest
 
 P = ParamSpec("P")
@@ -39,7 +40,14 @@ class ControllerClient:
     run_id: str
     patience_s: float = PATIENCE_S
 
-    def start(self, run_dir: str, parts: ActorClasses, order: ResumeRequest | None, queued_s: float | None) -> None:
+    def start(
+        self,
+        run_dir: str,
+        limits: RunLimits,
+        parts: ActorClasses,
+        order: ResumeRequest | None,
+        queued_s: float | None,
+    ) -> None:
         """Start it as a detached actor. Arguments are those of `RunController`."""
         options = {
             "name": self.run_id + SUFFIX,
@@ -51,7 +59,7 @@ class ControllerClient:
             "max_concurrency": 16,
             "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
         }
-        ray.remote(RunController).options(**options).remote(self.run_id, run_dir, parts, order, queued_s)
+        ray.remote(RunController).options(**options).remote(self.run_id, run_dir, limits, parts, order, queued_s)
 
     def find(self) -> Remote[RunController] | None:
         """The controller, if it lives or is being restarted."""

@@ -99,14 +99,15 @@ class Scheduler:
         with self._claims.claim(run_id):
             self._storage.call(directory.parent, WRITE_S, partial(refuse_taken, run_id, directory))
             job = with_gpus(job)
-            run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
+            limits = RunLimits.of(run_id, job)
+            run = newcomer(limits, job, job.workers.initial)
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
             job_json = job.model_dump_json(by_alias=True)
             write = partial(self._write_job, run_id, directory, job_json, job_text)
             self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory, job_json))
             publish_key(directory, key, sha256(job_json.encode()).hexdigest())
-            self._start_controller(run, run_dir, parts)
+            self._start_controller(run, run_dir, limits, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
@@ -142,13 +143,13 @@ class Scheduler:
         """
         directory = location_of(run_dir)
         with self._claims.claim(run_id):
-            run = self._storage.call(
+            limits, run = self._storage.call(
                 directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order, take_over, key)
             )
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
             publish_key(directory, key)
-            self._start_controller(run, run_dir, parts, order)
+            self._start_controller(run, run_dir, limits, parts, order)
         log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)
         return run_id
 
@@ -244,11 +245,16 @@ class Scheduler:
         return self._storage.call(directory.parent, HISTORY_S, partial(read, directory))
 
     def _start_controller(
-        self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
+        self,
+        run: ScalingView,
+        run_dir: str,
+        limits: RunLimits,
+        parts: ActorClasses | None,
+        order: ResumeRequest | None = None,
     ) -> None:
         self._statuses.forget(run.run_id)
         remember_run(run.run_id, run_dir)
-        ControllerClient(run.run_id).start(run_dir, parts or ActorClasses(), order, run.queued_s)
+        ControllerClient(run.run_id).start(run_dir, limits, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)
         self._autoscaler.stir()
 

@@ -34,5 +34,7 @@ class StreamCopies:
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(mark)
-            yield
-        self._stream.synchronize()
+            try:
+                yield
+            finally:  # after an error too: copies that were begun still write to memory that others may get next
+                self._stream.synchronize()

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import names_of
 from orchestrator.cluster.published.status_reader import published_status
+from orchestrator.errors import NotFinished, UsageError
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_files import RunFiles
@@ -216,7 +217,8 @@ def _command(process: psutil.Process) -> list[str]:
 
 def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(texts: Path, tmp_path: Path) -> None:
     """Its process ends at once, as another one is in the call that hangs; so the next one keeps the workers alive, and
-    takes up what the first one had decided: a recovery, and a request."""
+    takes up what the first one had decided: a recovery, and a request. It accepts another one, which takes effect
+    later."""
     with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
         run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant")
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
@@ -239,12 +241,18 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
                 controller.wait(60.0)
                 await_event(lambda: len(_controllers(run)) == 1, 120.0, "another controller")
             await_event(lambda: "has been restarted" in _published_warning(run), 120.0, "status of one that waits")
+            asked_s = time.monotonic()
+            with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet"):
+                client.scale(run, 2)
+            assert time.monotonic() - asked_s < SOON_S
+            with pytest.raises(UsageError, match="3 workers"):
+                client.scale(run, 3)
             while time.monotonic() - began_s < HANGS_S:
                 assert workers_of(run)["w0"] == processes["w0"]
                 assert f"{run}/worker/w0" in names_of(run)
                 time.sleep(1.0)
         ended = time.time()
-        until(client, run, lambda s: s.warning is None and s.workers_now == s.workers_wanted == 1)  # as was requested
+        until(client, run, lambda s: s.warning is None and s.workers_now == s.workers_wanted == 2)  # as was requested
         client.stop(run)
         status = client.wait(run, timeout_s=250.0)
         (recovery,) = status.recoveries

@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from ray.experimental import internal_kv
 
 from orchestrator.cluster.published.status_reader import KV_NAMESPACE, content_of, status_in
-from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.status import RunStatus
 
 log = logging.getLogger("orchestrator.control")
@@ -86,11 +87,29 @@ def _publish_the_last(key: bytes, done: threading.Event) -> None:
     since_s = time.monotonic()
     while not done.wait(EVERY_S):
         with suppress(Exception):  # of Ray's head, or there is none: readers ask the Scheduler
-            status, published_time = status_in(internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE))
-            if time.time() - published_time <= RESTARTED_WITHIN_S:  # else it may be of an earlier attempt
+            if (status := _published(key)) is not None:
                 waits_s = time.monotonic() - since_s
                 warning = f"its controller has been restarted, and has waited {waits_s:.0f} s for run storage"
                 _put(key, {**status, "warning": warning})
+
+
+def last_published(run_id: str) -> RunStatus | None:
+    """The status that a run's last controller published; None if none has of late, or it can't be read."""
+    try:
+        status = _published(run_id.encode())
+        return None if status is None else from_plain(RunStatus, status)
+    except Exception:  # Ray has several for a head that doesn't answer
+        log.exception("the status of run %s can't be read", run_id)
+        return None
+
+
+def _published(key: bytes) -> dict[str, Any] | None:
+    """The status in plain form, unless it may be of an earlier attempt."""
+    content = internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
+    if content is None:
+        return None
+    status, published_time = status_in(content)
+    return status if time.time() - published_time <= RESTARTED_WITHIN_S else None
 
 
 def _put(key: bytes, status: object) -> None:

@@ -42,7 +42,9 @@ class MoELayer(nn.Module):
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_margins_EM: Tensor | None = None
         self.last_balance_loss: Tensor | None = None
-        self._dispatched: _Dispatched | None = None  # by the last pass
+        self.counts_were_read = True  # since the last pass
+        # By passes with gradients since counts were read, two at most: of several it is unknown which is recomputed.
+        self._dispatched: tuple[_Dispatched, ...] = ()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -53,11 +55,11 @@ class MoELayer(nn.Module):
     def _mix(self, x_ND: Tensor) -> Tensor:
         """Outputs of the routed and the shared experts. The latter are computed during the transfers, half during each,
         in the backward pass too: the order of these lines is that of autograd."""
-        before = self._dispatched if _is_recomputed() and isinstance(self.router, Router) else None
+        before = self._recomputed()
         routing = self._route(x_ND) if before is None else self.router(x_ND, before.expert_ids_NK)
         ids_NK, gates_NK = routing.expert_ids_NK, routing.gates_NK.to(x_ND.dtype)
         exchange = self.dispatcher.dispatch(x_ND, ids_NK, gates_NK, None if before is None else before.sizes)
-        self._dispatched = _Dispatched(ids_NK, exchange.sizes)
+        self._keep(_Dispatched(ids_NK, exchange.sizes))
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received = exchange.dispatched()
 
@@ -69,6 +71,16 @@ class MoELayer(nn.Module):
         on_the_way = exchange.combine(results_MD)
         shared_ND = None if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         return exchange.combined(on_the_way, shared_ND)
+
+    def _recomputed(self) -> "_Dispatched | None":
+        """What the pass that is computed again has dispatched; None in another pass, or where that isn't known."""
+        is_known = _is_recomputed() and len(self._dispatched) == 1 and isinstance(self.router, Router)
+        return self._dispatched[0] if is_known else None
+
+    def _keep(self, dispatched: "_Dispatched") -> None:
+        if torch.is_grad_enabled() and not _is_recomputed():
+            earlier = () if self.counts_were_read else self._dispatched
+            self._dispatched, self.counts_were_read = (*earlier, dispatched)[:2], False
 
     def _route(self, x_ND: Tensor) -> Routing:
         routing: Routing = self.router(x_ND)

@@ -29,10 +29,7 @@ def device_of(gpus: float) -> torch.device:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         if torch.cuda.device_count() == 0:
             raise RuntimeError("the driver shows none")
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # of a torch without CUDA, of a driver that is too old or isn't there
+    except (RuntimeError, AssertionError) as error:  # the driver is too old or isn't there; torch has no CUDA
         raise UsageError(
             f"resources.gpus is {gpus:g}, but torch {torch.__version__} can't use a GPU where Ray has put a worker: "
             f"{str(error).splitlines()[0]}",

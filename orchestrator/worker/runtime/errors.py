@@ -34,9 +34,7 @@ def kind_of(error: Exception) -> str:
     """The error's kind, as in `WorkerError`."""
     if isinstance(error, LossExploded):
         return "numeric"
-    if isinstance(
-        error, StateCorrupted | torch.AcceleratorError
-    ):  # after an error of CUDA its GPU is lost to a process
+    if isinstance(error, StateCorrupted | torch.AcceleratorError):  # after the latter a process can't use its GPU
         return CORRUPTED
     if isinstance(error, DigestMismatch):
         return "doubtful"

@@ -15,6 +15,7 @@ from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.run import Queued
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
+from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import Journal
@@ -44,7 +45,9 @@ def memory(tmp_path: Path, storage: HeldObjects, cluster: HeldObjects) -> Journa
 @pytest.fixture
 def requests(memory: JournaledRun) -> PendingRequests:
     assert isinstance(memory.writer, JournalWriter)
-    return PendingRequests("run", memory, memory.writer, StorageThread(Inbox()), Inbox())
+    requests = PendingRequests("run", Inbox())
+    requests.open(memory, memory.writer, StorageThread(Inbox()))
+    return requests
 
 
 def _aim(
@@ -123,3 +126,34 @@ def test_nodes_that_drain_wake_the_controller_once_and_stay_known(requests: Pend
     assert requests._inbox.get(timeout=60.0).is_news and requests._inbox.empty()
     requests.drained({"b": 0.0})  # of a Scheduler that has never seen a
     assert requests.draining == {"a": 12.0, "b": 0.0} and requests._inbox.qsize() == 1
+
+
+def test_requests_before_a_run_is_open_are_accepted_in_order_and_take_effect_once_it_is(
+    memory: JournaledRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("orchestrator.controller.requests.PATIENCE_S", 0.05)
+    requests = PendingRequests("run", Inbox())
+    accepted = "accepted the request, and has not recorded it yet: its controller has waited 0 s for run storage"
+    for workers in (2, 3):
+        with pytest.raises(NotFinished, match=accepted):
+            requests.aim(FinishMode.NO, "asked for", workers)
+    with pytest.raises(NotFinished, match=accepted):
+        requests.prioritise(7)
+    with pytest.raises(NotFinished, match=accepted):
+        requests.granted(Grant(1, "room"))
+    for finish in (FinishMode.PAUSE, FinishMode.STOP):
+        with pytest.raises(NotFinished, match=accepted):
+            requests.aim(finish, "asked for")
+    requests.drained({"a": 12.0})
+    assert isinstance(memory.writer, JournalWriter)
+    requests.open(memory, memory.writer, StorageThread(Inbox()))
+    assert (requests.newest.workers, requests.newest.seq, requests.newest.finish) == (3, 3, FinishMode.PAUSE)
+    assert requests.priority == 7 and requests.grant == Grant(1, "room") and requests.draining == {"a": 12.0}
+    assert "has no effect: run run is ending" in caplog.text  # of the stop after the pause
+
+
+def test_a_request_waits_for_a_run_that_is_opened_soon(memory: JournaledRun) -> None:
+    requests = PendingRequests("run", Inbox())
+    assert isinstance(memory.writer, JournalWriter)
+    threading.Timer(0.1, requests.open, (memory, memory.writer, StorageThread(Inbox()))).start()
+    assert _aim(requests, FinishMode.NO, 3).workers == 3

@@ -220,3 +220,18 @@ def test_a_limit_leaves_enough_experts_to_choose_from(
         visited = {to for to, is_open in zip(ranks, open_E.tolist(), strict=True) if is_open}
         assert int(open_E.sum()) >= top_k and len(visited) == limit.top
         assert all(is_open == (to in visited) for to, is_open in zip(ranks, open_E.tolist(), strict=True))
+
+
+@on_devices
+def test_a_layer_that_is_used_twice_is_recomputed_with_the_choices_of_each_use() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x_BTD = _tokens(1, 8)
+    found = []
+    for is_kept in (True, False):
+        layer = _layer()
+        block = layer if is_kept else lambda x, layer=layer: checkpoint(layer, x, use_reentrant=False)
+        block(-3.0 * block(x_BTD)).square().sum().backward()
+        found.append([param.grad for param in layer.parameters()])
+    for kept, recomputed in zip(*found, strict=True):
+        assert torch.equal(kept, recomputed)
