@@ -28,6 +28,8 @@ start_timeout_s=180 # of the head
 room_timeout_s=600  # until there is room for the run's first workers
 end_timeout_s=90    # Ray's head takes up to 30 s to end
 cpus=${SLURM_CPUS_PER_TASK:-1}
+gpus=() # with `sbatch --gpus-per-node=8`; Ray sees those that Slurm lets a step see
+[[ -z ${SLURM_GPUS_ON_NODE:-} ]] || gpus=(--num-gpus="$SLURM_GPUS_ON_NODE")
 port=$((20000 + SLURM_JOB_ID % 10000)) # above the ports of Ray's workers
 
 # The token is in a file of yours alone; its path, not the token, is in the environment of all steps.
@@ -77,7 +79,7 @@ address=$head_ip:$port
 
 srun --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$cpus" \
   bash -c "$on_node" ray --head --node-ip-address="$head_ip" --port="$port" --num-cpus="$cpus" \
-  --include-dashboard=false < /dev/null &
+  "${gpus[@]}" --include-dashboard=false < /dev/null &
 steps+=($!)
 deadline=$((SECONDS + start_timeout_s))
 export RAY_ADDRESS=$address
@@ -90,7 +92,7 @@ done
 if ((${#nodes[@]} > 1)); then # a step per node: the end of one is not the end of the others
   for node in "${nodes[@]:1}"; do
     srun --nodes=1 --ntasks=1 --nodelist="$node" --cpus-per-task="$cpus" \
-      bash -c "$on_node" ray --address="$address" --num-cpus="$cpus" < /dev/null &
+      bash -c "$on_node" ray --address="$address" --num-cpus="$cpus" "${gpus[@]}" < /dev/null &
     steps+=($!)
   done
 fi

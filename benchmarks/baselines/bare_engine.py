@@ -31,6 +31,7 @@ from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.transition.load_state import read_pretrained
 
 
@@ -41,9 +42,10 @@ def main() -> None:
     meeting = HashStore() if size == 1 else FileStore(sys.argv[3], size)
     meeting.set_timeout(timedelta(seconds=60))
     placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
-    groups = connect(meeting, "bare", rank, placement, "gloo")
+    device = device_of(job.resources.num_gpus)
+    groups = connect(meeting, "bare", rank, placement, "nccl" if device.type == "cuda" else "gloo")
     model = build_model(job.model, store.vocab_size, ExpertParallelContext(placement, rank, groups.exchange))
-    engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), job.communication)
+    engine = DeepSpeedEngineAdapter(model, train, groups, device, job.communication)
     if job.model.init_from is None:
         model.init_weights(train.seed)
     engine.on_weights_initialized()
@@ -61,8 +63,11 @@ def main() -> None:
     gc.freeze()
     for step in count():
         rows = sample(sampler, step)
-        num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
-        routed = RoutingCounts.zeros(len(routers), job.model)
+        num_targets, loss_sum = (
+            store.target_count("train", store.spans("train", rows, length)),
+            torch.zeros((), device=device),
+        )
+        routed = RoutingCounts.zeros(len(routers), job.model, device)
         mine = [
             rows[number * train.micro_batch_rows :][: train.micro_batch_rows]
             for number in micro_batches_of(rank, size, train.most_micro_batches)
@@ -71,9 +76,10 @@ def main() -> None:
         mine += [rows[:0]] * (max_micro_batches(size, train.most_micro_batches) - len(mine))
         for number, of_micro_batch in enumerate(mine, 1):
             micro_batch = store.rows("train", of_micro_batch, length)
-            batch = MicroBatch(torch.from_numpy(micro_batch.inputs_RT), torch.from_numpy(micro_batch.targets_RT))
+            inputs_RT, targets_RT = torch.from_numpy(micro_batch.inputs_RT), torch.from_numpy(micro_batch.targets_RT)
+            batch = MicroBatch(inputs_RT.to(device), targets_RT.to(device))
             loss, counts = engine.accumulate(batch, num_targets, last=number == len(mine))
-            loss_sum += float(loss)
+            loss_sum += loss.detach()
             routed.add(counts)
         engine.step(train.lr)
         for counted in (routed.counts_LE, routed.margins_LEM):
@@ -81,8 +87,13 @@ def main() -> None:
         bias_LE = torch.stack([router.correction_bias_E for router in routers])
         for router, bias_E in zip(routers, next_bias(bias_LE, routed, job.model, decay=1.0), strict=True):
             router.correction_bias_E.copy_(bias_E)
-        violation = expert_load(routed.counts_LE.numpy()).max_violation
-        line = {"step": step, "end_time": time.time(), "loss": loss_sum / num_targets, "max_violation": violation}
+        violation = expert_load(routed.counts_LE.cpu().numpy()).max_violation
+        line = {
+            "step": step,
+            "end_time": time.time(),
+            "loss": float(loss_sum) / num_targets,
+            "max_violation": violation,
+        }
         if rank == 0:
             print(json.dumps(line), flush=True)
 

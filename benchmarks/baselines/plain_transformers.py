@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.store import TokenStore
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.runtime.device import device_of
 
 COUNT_EVERY = 20  # steps: counting costs time that the loop of a user wouldn't take
 
@@ -84,10 +85,12 @@ class Updates:
 def main() -> None:
     job, store = JobSpec.model_validate_json(Path(sys.argv[1]).read_text()), TokenStore.open(Path(sys.argv[2]))
     train, length = job.train, job.train.sequence_length
+    device = device_of(job.resources.num_gpus)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         job.model.init_from, dtype=dtype, experts_implementation="grouped_mm"
-    ).train()
+    ).to(device)
+    model.train()
     loads, updates = Loads(model, job.model.n_routed_experts), Updates(model, job)
     sampler = SamplerState(
         seed=train.seed,
@@ -103,8 +106,8 @@ def main() -> None:
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
         for number in range(train.most_micro_batches):
             micro_batch = store.rows("train", rows[number * train.micro_batch_rows :][: train.micro_batch_rows], length)
-            logits = model(input_ids=torch.from_numpy(micro_batch.inputs_RT), use_cache=False).logits
-            targets_N = torch.from_numpy(micro_batch.targets_RT).reshape(-1)
+            logits = model(input_ids=torch.from_numpy(micro_batch.inputs_RT).to(device), use_cache=False).logits
+            targets_N = torch.from_numpy(micro_batch.targets_RT).to(device).reshape(-1)
             loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets_N, reduction="sum")
             (loss / num_targets).backward()
             loss_sum += float(loss.detach())

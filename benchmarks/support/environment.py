@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from orchestrator.controller.worker_env import WORKER_ENV
 
 
-def worker_environment(threads: int, keep_memory: bool) -> dict[str, str]:
-    """For a training process on the CPU; `keep_memory`: with the malloc settings that the product gives its workers."""
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)} | (WORKER_ENV if keep_memory else {})
+def worker_environment(threads: int, keep_memory: bool, on_gpu: bool = False) -> dict[str, str]:
+    """For a training process; `keep_memory`: with the malloc settings that the product gives its workers."""
+    device = {} if on_gpu else {"DS_ACCELERATOR": "cpu"}
+    return device | {"OMP_NUM_THREADS": str(threads)} | (WORKER_ENV if keep_memory else {})
 
 
 @contextmanager

@@ -179,7 +179,7 @@ class ProcessReport:
 
     Args:
         collective: number of collectives that its training thread has entered in this generation.
-        numerics: properties that determine the bits of its results, if training is exact.
+        numerics: properties that determine the bits of its results, if training is exact; else the kind of its GPU.
     """
 
     pid: int = 0

@@ -109,10 +109,16 @@ def _doubt(state: RunState) -> str | None:
 
 
 def _unlike(memory: RunHistory) -> str | None:
-    """Warning of workers that have trained with other bits than the run's first worker, where that matters."""
+    """Warning of workers that have trained with other bits than the run's first worker, where that matters, or on
+    another kind of GPU."""
     differing = {worker: memory.differing[worker] for worker in memory.first_steps if worker in memory.differing}
     if not differing:
         return None
+    if list(memory.numerics or ()) == ["gpu"]:  # the run is not exact
+        return (
+            f"workers have another kind of GPU than the first one: {shown(differing)}; a step takes as long as on the "
+            "slowest. To have one kind, name it in workers.label_selector, as ray.io/accelerator-type"
+        )
     return (
         f"workers whose numerics differ from the run's have trained: {shown(differing)}; its bits differ since. To get "
         "the original bits, pause the run if it trains, and resume it with --step from a checkpoint before, on "

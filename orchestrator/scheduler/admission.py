@@ -1,5 +1,6 @@
 """Admission checks at submission and on resume: the run's name, its checkpoint, and room in the cluster."""
 
+import logging
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from orchestrator.controller.worker_group import request_of
 from orchestrator.errors import JobDoesNotFit, NameTaken, UsageError
 from orchestrator.policy.cluster.autoscaling import bounds
 from orchestrator.policy.cluster.capacity import places
+from orchestrator.policy.cluster.gpu_kinds import check_alike, kinds_of
 from orchestrator.policy.cluster.node_pools import Labels, check_pool, pool_of, shown
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import wanted_size
@@ -31,6 +33,8 @@ from orchestrator.storage.chain import Holder
 from orchestrator.storage.journal import newest_holder
 from orchestrator.storage.journal_age import journal_age_s
 
+log = logging.getLogger("orchestrator.control")
+
 LIVELY_S = 120.0  # age of the journal of a run that trains, at most
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
@@ -46,9 +50,14 @@ def refuse_taken(run_id: str, directory: Location) -> None:
 
 
 def with_gpus(job: JobSpec) -> JobSpec:
-    """The job with a number for `resources.gpus: auto`, by the nodes that its workers may run on."""
-    on_nodes = (node.get("GPU", 0.0) for node in whole_nodes(job.workers.label_selector))
-    return job.model_copy(update={"resources": job.resources.on_nodes(job.workers.min, on_nodes)})
+    """The job with a number for `resources.gpus: auto`, by the nodes that its workers may run on. Raises UsageError if
+    it is exact and these have GPUs of several kinds."""
+    nodes = whole_nodes(job.workers.label_selector)
+    on_nodes = (node.get("GPU", 0.0) for node in nodes)
+    job = job.model_copy(update={"resources": job.resources.on_nodes(job.workers.min, on_nodes)})
+    if job.resources.num_gpus and (warning := check_alike(kinds_of(nodes), job.train.is_exact)):
+        log.warning("%s: %s", job.name, warning)
+    return job
 
 
 def newcomer(

@@ -15,7 +15,7 @@ from orchestrator.data.corpus.files import KINDS, suffix_of, text_files
 from orchestrator.data.prepare.job_store import check_vocabulary
 from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
-from orchestrator.policy.estimate.memory_check import check_memory
+from orchestrator.policy.estimate.memory_check import check_memory, is_checked
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
 from orchestrator.storage.backends.location import location_of
@@ -57,7 +57,7 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
         )
     spec = resolved(spec)
     check_own_code(spec)
-    if spec.resources.memory is not None:  # else nothing is refused, and a process with torch takes seconds
+    if is_checked(spec):  # else nothing is refused, and a process with torch takes seconds
         check_memory(spec, plan_of(spec))
     return Submission(spec, text)
 

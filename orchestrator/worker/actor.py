@@ -17,7 +17,7 @@ import psutil
 
 from orchestrator.comm import collective_stats
 from orchestrator.data.bucket_store import open_store
-from orchestrator.engine.numerics import fingerprint, pin
+from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.dry_run import rehearse
@@ -132,7 +132,7 @@ class Worker:
         device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)
-            self._mailbox.publish(numerics=fingerprint(device))
+        self._mailbox.publish(numerics=fingerprint(device) if spec.train.is_exact else kind_of_gpu(device))
         store = open_store(location_of(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
         factory = ShardFactory(self._id, job, spec, vocab_size, device)

@@ -1,4 +1,5 @@
-"""A rank on a GPU beside one on the CPU. `pytest --device gpu tests/gpu` needs a GPU; `emulated` shows that they run."""
+"""A rank on a GPU beside one on the CPU. `pytest --device gpu tests/gpu` needs a GPU; `--device emulated` shows that
+they run."""
 
 from typing import Any
 

@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.grouped_experts import stacked
 from orchestrator.state.digest import digests
 from orchestrator.worker.step.proven_sum import nonce_of
 from orchestrator.worker.step.vote import Ballot, vote
@@ -96,6 +97,26 @@ def test_grouped_products_of_experts_train_nearly_as_those_one_by_one(ranks: Ran
         how = ("fast", "bf16", 2, {}, recompute)
         there, here = ranks.run(_trained, 2, *how), cpu_ranks.run(_trained, 2, *how)
         assert there[0][0] == pytest.approx(here[0][0], rel=2e-3)
+
+
+def _copied_layers(rank: int, world_size: int, store: Store, prefix: str) -> list[bool]:
+    """By layer of experts, whether its weights have to be copied for a grouped product."""
+    placement = ExpertPlacement.balanced(4, world_size)
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec("bf16"))
+    small.train_steps(engine, groups, range(1))
+    found = []
+    for layer in model.moe_layers:
+        for weights in zip(*(expert.parameters() for expert in layer.experts.values()), strict=True):
+            together = stacked(weights)
+            assert torch.equal(together.cpu(), torch.stack([weight.detach().cpu() for weight in weights]))
+            found.append(together.data_ptr() != weights[0].data_ptr())
+    engine.close()
+    return found
+
+
+def test_grouped_products_read_the_weights_where_the_engine_keeps_them(ranks: Ranks) -> None:
+    for world_size in (1, 2):
+        assert not any(copied for found in ranks.run(_copied_layers, world_size) for copied in found)
 
 
 def _waits(

@@ -123,6 +123,7 @@ def _show(planned: JobPlan) -> None:
     memory += [
         ("together", [size(world.memory.training) for world in worlds]),
         ("peak, at a fence too", [size(world.memory.peak) for world in worlds]),
+        ("of it on a GPU", [size(world.memory.on_gpu) for world in worlds]),
     ]
     kinds = ("gradients_reduced", "parameters_gathered", "dispatch", "combine", "control", "snapshots", "total")
     traffic = [(kind.replace("_", " "), [size(getattr(world.traffic, kind)) for world in worlds]) for kind in kinds]

@@ -10,6 +10,7 @@ L = experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from orchestrator.model.moe.gradient_sink import sinks_of
 
-ROWS = 8  # 16 bytes of bf16, to which the kernels' operands are aligned
+ALIGNED_BYTES = 16  # to which the kernels' operands are aligned
+ROWS = 8  # so many bytes of bf16
 
 
 def can_run(x_ND: Tensor, gate_ups: Sequence[Tensor]) -> bool:
@@ -40,6 +42,21 @@ def run(
     """As `orchestrator.model.moe.experts.run_experts`, with weights by expert: (2H, D) and (D, H)."""
     result: Tensor = _Grouped.apply(x_ND, gates_R, token_R, counts_L, *gate_ups, *downs)  # type: ignore[no-untyped-call]
     return result
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """Matrices of one shape as a tensor (L, ...), outside of autograd. They are copied only if they don't lie at equal
+    distances in one memory, as in an engine's flat buffer, or if the kernels don't take those."""
+    first = weights[0].detach()
+    places = [weight.data_ptr() for weight in weights]
+    distances = {after - before for before, after in pairwise(places)} or {first.nbytes}
+    step, rest = divmod(min(distances), first.element_size())
+    is_even = len(distances) == 1 and rest == 0 and step >= first.numel() and first.is_contiguous()
+    is_aligned = places[0] % ALIGNED_BYTES == 0 and step * first.element_size() % ALIGNED_BYTES == 0
+    is_one = len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    if is_even and is_aligned and is_one:
+        return first.as_strided((len(weights), *first.shape), (step, *first.stride()))
+    return torch.stack(list(weights))
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class _Grouped(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, counts_L: Tensor, *weights: Tensor
     ) -> Tensor:
         num_experts = len(counts_L)
-        gate_up_LXD, down_LDH = torch.stack(weights[:num_experts]), torch.stack(weights[num_experts:])
+        gate_up_LXD, down_LDH = stacked(weights[:num_experts]), stacked(weights[num_experts:])
         rows = _Rows.of(counts_L, len(token_R))
         x_PD = rows.spread(x_ND.index_select(0, token_R))
         before_PX = F.grouped_mm(x_PD, gate_up_LXD.transpose(1, 2), offs=rows.ends_L)  # X = 2H
@@ -99,7 +116,7 @@ class _Grouped(torch.autograd.Function):
         (dy_ND,) = grads
         x_ND, gates_R, token_R, place_R, ends_L, before_PX, *weights = ctx.saved_tensors
         rows, num_experts = _Rows(place_R, ends_L, ctx.num_rows), len(ends_L)
-        gate_up_LXD, down_LDH = torch.stack(weights[:num_experts]), torch.stack(weights[num_experts:])
+        gate_up_LXD, down_LDH = stacked(weights[:num_experts]), stacked(weights[num_experts:])
         gate_PH, up_PH = before_PX.chunk(2, 1)
         silu_PH = F.silu(gate_PH)
         inner_PH = silu_PH * up_PH

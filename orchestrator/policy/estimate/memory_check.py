@@ -1,9 +1,11 @@
-"""Check of workers' memory: a rank's state, its snapshots, and those that it keeps for another rank."""
+"""Check of workers' memory: a rank's state, its snapshots, and those that it keeps for another rank; on a GPU what
+trains there."""
 
 import math
 from dataclasses import replace
 
 from orchestrator.errors import UsageError
+from orchestrator.policy.cluster.gpu_kinds import LABEL, largest_memory
 from orchestrator.policy.estimate.job_plan import JobPlan, WorldPlan
 from orchestrator.policy.estimate.worker_memory import MemoryPlan
 from orchestrator.spec.job import JobSpec
@@ -11,12 +13,24 @@ from orchestrator.spec.job import JobSpec
 GIB = 2**30
 
 
+def is_checked(job: JobSpec) -> bool:
+    """Whether `check_memory` has something to compare with."""
+    return job.resources.memory is not None or _gpu(job) is not None
+
+
+def _gpu(job: JobSpec) -> tuple[str, int] | None:
+    """Kind and bytes of the largest GPU that a worker may get, where the job names kinds."""
+    return None if job.resources.gpus == 0 else largest_memory(job.workers.label_selector)
+
+
 def check_memory(job: JobSpec, plan: JobPlan) -> None:
-    """Compare every planned world with `resources.memory`; a job that sets none passes.
+    """Compare every planned world with `resources.memory`, and with the memory of the GPUs that the job's
+    `workers.label_selector` names. A job that sets neither passes.
 
     Raises:
         UsageError: in some world a worker needs more.
     """
+    _check_gpu(job, plan)
     given = job.resources.memory_bytes
     short = [world for world in plan.worlds if given is not None and world.memory.peak > given]
     if not short:
@@ -28,6 +42,20 @@ def check_memory(job: JobSpec, plan: JobPlan) -> None:
         f"{_amount(worst.memory.peak)} in a world of {worst.world_size}, as far as is known before it runs: "
         f"{_parts(worst.memory)}",
         remedy=_remedy(plan, worst, given),
+        unchanged="Nothing was started.",
+    )
+
+
+def _check_gpu(job: JobSpec, plan: JobPlan) -> None:
+    """Activations are estimates, and may be recomputed or of fewer rows; the rest has to fit."""
+    worst, gpu = max(plan.worlds, key=lambda world: world.memory.engine), _gpu(job)
+    if gpu is None or worst.memory.engine <= gpu[1]:
+        return
+    raise UsageError(
+        f"workers.label_selector {LABEL} admits GPUs of {_amount(gpu[1])} at most ({gpu[0]}), and a worker of "
+        f"{job.name} needs {_amount(worst.memory.engine)} for weights, optimizer state and gradients in a world of "
+        f"{worst.world_size}",
+        remedy="Set workers.min to more, which share the state, or admit larger GPUs.",
         unchanged="Nothing was started.",
     )
 

@@ -70,6 +70,7 @@ def test_the_slurm_script_has_a_private_token_and_ends_only_what_it_started() ->
     assert "umask 077" in text and 'mkdir -m 0700 "$private"' in text and "RAY_AUTH_MODE=token" in text
     assert not re.search(r"\bray stop\b|\bpkill\b|\bkillall\b|\bscancel\b", text)
     used = set(re.findall(r"(--[a-z][a-z-]*)=\S+", text[text.index("on_node='") :]))
+    assert text.count('"${gpus[@]}"') == 2 and "--num-gpus" in ray_start_options()
     of_srun = {"--nodes", "--ntasks", "--nodelist", "--cpus-per-task", "--unset"}
     assert used - of_srun <= ray_start_options()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from pydantic import ValidationError
 
 from orchestrator.spec.loading import load_job
@@ -23,7 +24,8 @@ from tests.unit.cluster_files.kubernetes import (
 )
 
 FOLDER = Path(__file__).parents[3] / "cluster" / "kuberay"
-MANIFESTS = sorted(FOLDER.glob("*.yaml"))
+OVERLAY = FOLDER / "kustomization.yaml"
+MANIFESTS = sorted(path for path in FOLDER.glob("*.yaml") if path != OVERLAY)
 CLUSTER = documents(FOLDER / "raycluster.yaml")
 JOB = documents(FOLDER / "rayjob.yaml")
 
@@ -167,3 +169,33 @@ def test_a_key_that_stands_twice_is_found(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("kind: RayJob\nspec: {}\nkind: RayCluster\n")
     with pytest.raises(ValueError, match="twice"):
         documents(tmp_path / "twice.yaml")
+
+
+def _patched(documents_of_cluster: list[Any]) -> list[Any]:
+    """The documents with the operations of the overlay for GPUs (RFC 6902), as kustomize applies them."""
+    patched = copy.deepcopy(documents_of_cluster)
+    (overlay,) = documents(OVERLAY)
+    assert overlay["resources"] == ["raycluster.yaml"]
+    (patch,) = overlay["patches"]
+    (cluster,) = [document for document in patched if document["kind"] == patch["target"]["kind"]]
+    for operation in yaml.safe_load(patch["patch"]):
+        *way, last = [part.replace("~1", "/") for part in operation["path"].split("/")[1:]]
+        place = cluster
+        for part in way:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        if last == "-":
+            place.append(operation["value"])
+        else:
+            assert (last in place) == (operation["op"] == "replace")
+            place[last] = operation["value"]
+    return patched
+
+
+def test_the_overlay_gives_each_worker_a_gpu_and_the_head_none() -> None:
+    (cluster,) = [part for part in map(checked, _patched(CLUSTER)) if isinstance(part, RayCluster)]
+    (group,) = cluster.spec.workerGroupSpecs
+    (container,) = group.template.spec.containers
+    assert container.resources.limits["nvidia.com/gpu"] == container.resources.requests["nvidia.com/gpu"] == "1"
+    assert container.image.endswith("-gpu")
+    head = cluster.spec.headGroupSpec.template.spec.containers[0]
+    assert "nvidia.com/gpu" not in head.resources.limits and not head.image.endswith("-gpu")

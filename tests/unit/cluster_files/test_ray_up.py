@@ -150,10 +150,12 @@ def test_temporary_files_are_in_a_directory_of_ones_own() -> None:
 def test_workers_of_aws_are_spot_instances_within_bounds_and_the_head_is_not() -> None:
     config = _validated(_config("aws-spot.yaml"))
     types = config["available_node_types"]
-    head, spot = types[config["head_node_type"]], types["spot"]
+    head, spot, gpu = types[config["head_node_type"]], types["spot"], types["gpu-spot"]
     assert "InstanceMarketOptions" not in head["node_config"] and head["max_workers"] == 0
-    assert spot["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert all(kind["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot" for kind in (spot, gpu))
     assert 0 < spot["min_workers"] < spot["max_workers"] <= config["max_workers"]
+    assert 0 == gpu["min_workers"] < gpu["max_workers"] <= config["max_workers"]
+    assert gpu["docker"]["worker_image"] == f"{config['docker']['image']}-gpu"
 
 
 def test_instances_are_not_reached_from_the_internet() -> None:

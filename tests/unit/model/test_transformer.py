@@ -233,3 +233,17 @@ def test_the_balance_loss_has_a_gradient_and_is_not_reported() -> None:
     assert losses[0] == losses[1]
     name = "layers.1.mlp.router.weight"
     assert not torch.equal(_gradients(spec)[name], _gradients(heavy)[name])
+
+
+@pytest.mark.emulated
+@pytest.mark.off_cpu
+def test_a_dense_block_leaves_the_host_alone_so_that_a_cuda_graph_could_hold_it() -> None:
+    from tests.support.emulated_accelerator import host_syncs
+
+    block = _model(_spec()).layers[0]
+    x_BTD = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(8)).to(devices.device()).requires_grad_()
+    rotary = rotary_tables(12, 4, 1e4, devices.device())
+    with host_syncs() as places:
+        block(x_BTD, rotary, None).square().sum().backward()
+    assert not places
+    assert x_BTD.grad is not None

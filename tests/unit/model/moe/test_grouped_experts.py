@@ -96,3 +96,28 @@ def test_bf16_takes_them_and_gives_nearly_what_fp32_gives() -> None:
         y_ND = run_experts(x_ND, token_R, counts_L, experts, gates_R)
         found.append(y_ND.float())
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.3)
+
+
+def test_weights_that_lie_at_equal_distances_are_not_copied() -> None:
+    flat = torch.arange(4 * 48, dtype=torch.bfloat16, device=devices.device())
+    weights = [flat[48 * n + 8 : 48 * n + 40].view(4, 8) for n in range(4)]
+    together = grouped_experts.stacked(weights)
+    assert together.data_ptr() == weights[0].data_ptr() and together.shape == (4, 4, 8)
+    assert torch.equal(together, torch.stack(weights))
+    (alone,) = [grouped_experts.stacked(weights[2:3])]
+    assert alone.data_ptr() == weights[2].data_ptr() and torch.equal(alone[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [(0, 32, 96), (64, 32, 0), (4, 36, 68), (0, 36, 72), (0, 16, 32)],
+    ids=["gap", "back", "odd", "step", "in"],
+)
+def test_weights_that_lie_otherwise_are_copied(offsets: tuple[int, ...]) -> None:
+    flat = torch.arange(128, dtype=torch.bfloat16, device=devices.device())
+    weights = [flat[at : at + 32].view(4, 8) for at in offsets]
+    together = grouped_experts.stacked(weights)
+    assert together.data_ptr() not in [weight.data_ptr() for weight in weights]
+    assert torch.equal(together, torch.stack(weights))
+    apart = [weight.clone() for weight in weights]
+    assert torch.equal(grouped_experts.stacked(apart), torch.stack(apart))

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
-from orchestrator.policy.estimate.memory_check import GIB, check_memory, crowding
+from orchestrator.policy.estimate.memory_check import GIB, check_memory, crowding, is_checked
 from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.spec.job import JobSpec
 
@@ -92,3 +92,26 @@ def test_a_second_copy_of_each_snapshot_takes_memory_and_traffic() -> None:
         assert 1.2 * once.memory.snapshots < twice.memory.snapshots < 2 * once.memory.snapshots
         assert once.memory.deltas < twice.memory.deltas and once.memory.peak < twice.memory.peak
         assert once.traffic.snapshots > 0 and abs(twice.traffic.snapshots - 2 * once.traffic.snapshots) <= 1
+
+
+def test_state_that_the_largest_gpu_of_the_job_can_not_hold_is_refused() -> None:
+    experts = tuple(ParamSpec(f"layers.1.mlp.experts.{n}.down", (120 * MILLION,), n) for n in range(8))
+    large = StatePlan((ParamSpec("dense", (40 * MILLION,), None), *experts), (), 512)
+
+    def on(kind: str, gpus: str | int = "auto", size: int = 1) -> tuple[JobSpec, JobPlan]:
+        workers = {"min": size, "max": size, "label_selector": {"ray.io/accelerator-type": kind}}
+        spec = {"schema": "v1", "name": "try", "workers": workers, "model": {"n_routed_experts": 8}}
+        job = JobSpec.model_validate(spec | {"resources": {"gpus": gpus}})
+        return job, plan_job(job, large, ours=False)
+
+    job, plan = on("T4")
+    (world,) = plan.worlds
+    assert is_checked(job) and world.memory.engine > 16 * GIB
+    refusal = _refusal(job, plan)
+    needs = f"{world.memory.engine / 1e9:.2f} GB"
+    assert "admits GPUs of 17.18 GB at most (T4), and a worker of try needs " + needs in refusal.message
+    assert "workers.min" in refusal.remedy
+    check_memory(*on("in(T4,A100)"))
+    check_memory(*on("T4", size=4))
+    check_memory(*on("T4", gpus=0))
+    assert not is_checked(on("T4", gpus=0)[0]) and not is_checked(on("Some-Kind")[0])
