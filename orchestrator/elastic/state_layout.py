@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.bucket_partition import buckets, piece_multiple
+from orchestrator.elastic.bucket_partition import BucketCut, cut_buckets
 from orchestrator.elastic.expert_placement import ExpertPlacement, ReplicaSet
 from orchestrator.elastic.state_spec import Inventory, Sharing, is_compressed
 from orchestrator.elastic.world import World
@@ -134,9 +134,9 @@ def training_layout(
 ) -> StateLayout:
     """The layout of a run's training state under ZeRO 1 or 2 with our parameter groups.
 
-    Dense parameters belong to all ranks, those of an expert to its replica set. Parameters of the same ranks,
-    compressed ones apart, are grouped into buckets, each of which is laid end to end in the order of the parameters,
-    padded, and divided into equal partitions, one per rank in order. Tensors that are sharded like a parameter have
+    Dense parameters belong to all ranks, those of an expert to its replica set. Parameters of the same ranks that are
+    updated alike, compressed ones apart, are grouped into buckets (`elastic.bucket_partition`), each of which is
+    divided into equal partitions, one per rank in order. Tensors that are sharded like a parameter have
     its cuts, others like it are on its ranks, all others on all ranks.
 
     Raises:
@@ -146,21 +146,24 @@ def training_layout(
         raise ValueError(f"the placement is for {placement.world_size} ranks; the world has {world.size}")
     everyone = tuple(range(world.size))
     params = list({t.like.name: t.like for t in tensors.values() if t.like is not None}.values())
-    groups: dict[tuple[ReplicaSet | None, bool], list[int]] = {(None, False): []}  # None: dense, on all ranks
+    groups: dict[tuple[ReplicaSet | None, bool, tuple[str, float]], list[int]] = {}  # None: dense, on all ranks
     for index, spec in enumerate(params):
         if spec.expert is not None and not 0 <= spec.expert < placement.num_experts:
             raise ValueError(f"{spec.name} belongs to expert {spec.expert}; {placement.num_experts} are placed")
         replicas = None if spec.expert is None else placement.replica_set(spec.expert)
-        groups.setdefault((replicas, is_compressed(spec, communication.compression)), []).append(index)
-    holder_sets = tuple(everyone if replicas is None else replicas for replicas, _ in groups)
+        key = (replicas, is_compressed(spec, communication.compression), spec.update)
+        groups.setdefault(key, []).append(index)
+    found = [everyone if replicas is None else replicas for replicas, _, _ in groups]
+    holder_sets = tuple(dict.fromkeys([everyone, *found]))
     param_numel = np.array([spec.numel for spec in params], dtype=np.int64)
     group = np.zeros(len(params) + 1, dtype=np.int64)  # the last entry is for index -1
     rows = []
-    for number, ((_, compressed), members) in enumerate(groups.items()):
+    for ranks, ((_, compressed, _), members) in zip(found, groups.items(), strict=True):
         of_group = np.array(members, dtype=np.int64)
-        group[of_group] = number
-        for cut in buckets(param_numel[of_group].tolist(), len(holder_sets[number]), communication):
-            rows.append(_partition(of_group[cut], param_numel, holder_sets[number], piece_multiple(compressed)))
+        group[of_group] = holder_sets.index(ranks)
+        is_whole = params[members[0]].is_whole
+        for cut in cut_buckets(param_numel[of_group].tolist(), len(ranks), communication, compressed, is_whole):
+            rows.append(_partition(of_group, param_numel, ranks, cut))
 
     number_of = {spec.name: index for index, spec in enumerate(params)}
     like = np.array([-1 if t.like is None else number_of[t.like.name] for t in tensors.values()], dtype=np.int64)
@@ -188,15 +191,16 @@ def _shards_of(tensors: IntArray, like: IntArray, rows: IntArray) -> IntArray:
     return np.column_stack([np.repeat(tensors, count), taken[:, 1:]])
 
 
-def _partition(param: IntArray, param_numel: IntArray, ranks: ReplicaSet, multiple: int) -> IntArray:
+def _partition(of_group: IntArray, param_numel: IntArray, ranks: ReplicaSet, cut: BucketCut) -> IntArray:
     """[n, 4], rows (param, start, stop, rank): a bucket's flat buffer divided into one partition per holder."""
-    begin = np.append(0, np.cumsum(param_numel[param]))
-    total, alignment = int(begin[-1]), multiple * len(ranks)
-    partition_size = -(-total // alignment) * alignment // len(ranks)
-    cuts = np.unique(np.append(begin, np.arange(0, total, partition_size)))  # behind `total` is padding
-    start, stop = cuts[:-1], cuts[1:]
+    param, begin = of_group[list(cut.members)], np.array(cut.starts, dtype=np.int64)
+    end = begin + param_numel[param]
+    start = np.unique(np.concatenate([begin, np.arange(0, int(end.max()), cut.piece)]))
     nth = np.searchsorted(begin, start, side="right") - 1
-    rank = np.array(ranks)[start // partition_size]
+    within = (nth >= 0) & (start < end[nth])  # what begins elsewhere is filler
+    start, nth = start[within], nth[within]
+    stop = np.minimum(end[nth], (start // cut.piece + 1) * cut.piece)
+    rank = np.array(ranks)[start // cut.piece]
     return np.stack([param[nth], start - begin[nth], stop - begin[nth], rank], axis=1)
 
 

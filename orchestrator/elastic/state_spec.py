@@ -2,26 +2,30 @@
 
 A technique that adds state adds its entries to `inventory`, and the engine provides their memory in `Engine.ranges`
 under the same names. Rescales then move the tensors, snapshots keep them, checkpoints save and restore them. What an
-update makes (`Origin.UPDATE`) must be made by its replay too (`engine.adamw.Replayer`). Pure.
+update makes (`Origin.UPDATE`) must be made by its replay too (`engine.optim.replayer.Replayer`). Pure.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from itertools import product
 
+from orchestrator.errors import UsageError
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.optimizer import ADAMW, LION, MUON, OF_MATRICES, SGD, OptimizerSpec
 
 # Kinds, the first parts of tensors' names.
 PARAM = "param"
 MASTER = "master"  # a parameter in fp32 where `param` has lower precision; in a checkpoint always
-MOMENTS = ("exp_avg", "exp_avg_sq")
+EXP_AVG, EXP_AVG_SQ, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"  # of update rules
+EMA = "ema"  # average of the masters
 BUFFER = "buffer"
 RESIDUAL, VELOCITY, THIN = "residual", "velocity", "powersgd"  # of gradient compression
 
+OF_RULE = {ADAMW: (EXP_AVG, EXP_AVG_SQ), SGD: (MOMENTUM,), LION: (EXP_AVG,), MUON: (MOMENTUM,)}  # kinds, by rule
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 SMALL = 1024  # elements; gradients of smaller parameters aren't worth compressing
 
@@ -32,11 +36,17 @@ class ParamSpec:
 
     Args:
         expert: its expert's global id, None if it is dense.
+        blocks: matrices of equal shape that are stacked in it.
+        update: its update rule, and its learning rate over the job's. Parameters of a bucket have this in common.
+        weight_decay: of each update.
     """
 
     name: str
     shape: tuple[int, ...]
     expert: int | None
+    blocks: int = 1
+    update: tuple[str, float] = (ADAMW, 1.0)
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.numel < 1:
@@ -45,6 +55,16 @@ class ParamSpec:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one rank updates all of it."""
+        return self.update[0] in OF_MATRICES
+
+    def with_settings(self, optimizer: OptimizerSpec) -> "ParamSpec":
+        """The parameter as an optimizer updates it."""
+        settings = optimizer.settings_of(self.name, self.shape)
+        return replace(self, update=settings.update, weight_decay=settings.weight_decay)
 
     @property
     def rows(self) -> int:
@@ -133,17 +153,33 @@ def inventory(
 
     Raises:
         ValueError: a name that occurs twice.
+        UsageError: patterns of the optimizer's groups that fit no parameter.
     """
-    mixed = job.train.precision == "bf16"
+    mixed, optimizer = job.train.precision == "bf16", job.train.optimizer
+    _check_patterns(optimizer, params)
+    params = [param.with_settings(optimizer) for param in params]
     tensors = [_weights(param, mixed) for param in params]
-    for kind in (MASTER, *MOMENTS) if mixed else MOMENTS:
-        tensors += [StateTensor(f"{kind}/{p.name}", p.shape, Sharing.SHARDED, Origin.UPDATE, p) for p in params]
+    kept = [(MASTER,) * mixed + OF_RULE[p.update[0]] + (EMA,) * (job.train.ema is not None) for p in params]
+    for kind in dict.fromkeys(kind for kinds in kept for kind in kinds):
+        having = [param for param, kinds in zip(params, kept, strict=True) if kind in kinds]
+        tensors += [StateTensor(f"{kind}/{p.name}", p.shape, Sharing.SHARDED, Origin.UPDATE, p) for p in having]
     tensors += [StateTensor(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Origin.COPY) for name, shape in buffers]
     tensors += _of_compression(params, job.communication.compression)
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
         raise ValueError(f"tensors {twice} are named twice in a state; names are distinct")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _check_patterns(optimizer: OptimizerSpec, params: Sequence[ParamSpec]) -> None:
+    if unmatched := optimizer.unmatched([param.name for param in params]):
+        names = [param.name for param in params]
+        raise UsageError(
+            f"train.optimizer.groups: {', '.join(unmatched)} fits none of the model's {len(names)} parameters, or only "
+            "some that a pattern before it has",
+            remedy=f"Parameters are named as {names[0]} and {names[-1]}; `*` fits any text.",
+            unchanged="Nothing was trained.",
+        )
 
 
 def _weights(param: ParamSpec, mixed: bool) -> StateTensor:
@@ -183,6 +219,12 @@ def of_model(name: str) -> str | None:
     the model, and serves training alone."""
     kind, _, plain = name.partition("/")
     return plain if kind in (PARAM, MASTER, BUFFER) else None
+
+
+def average_of(name: str) -> str:
+    """The tensor with the average of a model's tensor, by the name that this has in checkpoints; a buffer's own."""
+    kind, _, plain = name.partition("/")
+    return f"{EMA}/{plain}" if kind == MASTER else name
 
 
 def changes_in_forward(name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchestrator.comm import collective_stats
 from orchestrator.comm.gradients.bucket import Bucket
@@ -154,25 +154,25 @@ class Gradients:
         compression = self._compression
         if not group.is_compressed:
             plain = ReduceScatter(group.ranks, group.is_dense)
-            return Bucket(group.params, group.numel, plain, device, largest_term=self._largest_term)
+            exact = self._largest_term
+            return Bucket(group.params, group.numel, plain, device, largest_term=exact, starts=group.starts)
         reducer: Reducer
         if compression.scheme == "powersgd":
-            matrices = self._matrices(group.params)
+            matrices = self._matrices(group)
             reducer = PowerSGD(group.ranks, True, matrices, compression.error_feedback)
             reducer.thin_MK = [torch.zeros(m.columns, m.rank, device=device) for m in matrices]
         else:
             codec = codec_of(compression, group.ranks.size(), self._num_updates)
             reducer = Compressed(group.ranks, True, codec, compression.error_feedback)
         feedback, momentum = compression.error_feedback, compression.momentum
-        return Bucket(group.params, group.numel, reducer, device, feedback, momentum)
+        return Bucket(group.params, group.numel, reducer, device, feedback, momentum, starts=group.starts)
 
-    def _matrices(self, params: Sequence[nn.Parameter]) -> list[Matrix]:
-        matrices, start = [], 0
-        for param in params:
+    def _matrices(self, group: ParamGroup) -> list[Matrix]:
+        matrices = []
+        for param, start in zip(group.params, group.starts, strict=True):
             spec = spec_of(self._names[id(param)], param)
             rank = rank_of_product(spec, self._compression)
             matrices.append(Matrix(start, spec.rows, spec.numel // spec.rows, rank))
-            start += spec.numel
         return matrices
 
     def _count(self, num_updates: int) -> None:

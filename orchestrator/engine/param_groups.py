@@ -1,7 +1,7 @@
 """Parameter groups of a model on one rank, as passed to DeepSpeed: gradient buckets (`elastic.bucket_partition`).
 
-Dense parameters are on all ranks, an expert's on its replica set. Parameters on the same ranks that are compressed, or
-are not, are split into buckets. Each ends with a filler that makes its partitions even. DeepSpeed expects experts on
+Dense parameters are on all ranks, an expert's on its replica set. Parameters on the same ranks that are updated alike,
+and are compressed or not, are split into buckets. Fillers make their partitions even. DeepSpeed expects experts on
 every rank: one that holds none of a colour has a group with only a filler there.
 """
 
@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.elastic.bucket_partition import buckets, piece_multiple
+from orchestrator.elastic.bucket_partition import BucketCut, cut_buckets, piece_multiple
 from orchestrator.elastic.state_spec import is_compressed
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, expert_of, spec_of
 from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.optimizer import OF_MATRICES, OptimizerSpec
 
 COMPRESSED, EXPERTS = "compressed", "experts_"
 
@@ -27,57 +28,60 @@ class ParamGroup:
 
     Args:
         name: shared by all buckets of parameters on the same ranks.
-        params: in the model's order; may be empty.
-        filler: padding after them, None if none is needed.
+        params: in the order in which they lie in memory; may be empty.
+        starts: the element of the bucket at which each begins.
+        everything: the same with fillers between and after them, end to end.
         ranks: that have these parameters.
         is_dense: whether `ranks` are all ranks of the world.
         is_compressed: whether gradients are compressed for sending.
+        update: update rule and scale of the learning rate.
     """
 
     name: str
     params: tuple[nn.Parameter, ...]
-    filler: nn.Parameter | None
+    starts: tuple[int, ...]
+    everything: tuple[nn.Parameter, ...]
     ranks: dist.ProcessGroup
     is_dense: bool
     is_compressed: bool
-
-    @property
-    def everything(self) -> list[nn.Parameter]:
-        return [*self.params, self.filler] if self.filler is not None else list(self.params)
+    update: tuple[str, float]
 
     @property
     def numel(self) -> int:
         return sum(param.numel() for param in self.everything)
 
     def for_deepspeed(self) -> dict[str, Any]:
-        return {"name": self.name, "params": self.everything} | ({} if self.is_dense else {"moe": True})
+        group = {"name": self.name, "params": list(self.everything), "update": self.update}
+        return group | ({} if self.is_dense else {"moe": True})
 
 
 def is_filler(name: str) -> bool:
     return name.startswith("_filler_")
 
 
-def groups_of(model: TrainableModel, groups: ProcessGroups, communication: CommunicationSpec) -> list[ParamGroup]:
+def groups_of(
+    model: TrainableModel, groups: ProcessGroups, communication: CommunicationSpec, optimizer: OptimizerSpec
+) -> list[ParamGroup]:
     """Groups in the order in which a backward pass reaches them, the last parameters first."""
     named = list(model.named_parameters())
     place = {id(param): index for index, (_, param) in enumerate(named)}
+    cut = _Cutting(model, communication, optimizer)
     compressed = {n for n, p in named if is_compressed(spec_of(n, p), communication.compression)}
-    dense = [p for n, p in named if expert_of(n) is None and n not in compressed]
-    cut = _Cutting(model, communication)
+    dense = [(n, p) for n, p in named if expert_of(n) is None and n not in compressed]
     found = cut.groups("dense", dense, groups.reduction)
     if compressed:
-        found += cut.groups(COMPRESSED, [p for n, p in named if n in compressed], groups.reduction)
+        found += cut.groups(COMPRESSED, [(n, p) for n, p in named if n in compressed], groups.reduction)
     if model.moe_layers:
         colours = {e: groups.placement.colour_of(e) for e in groups.placement.experts_of(groups.rank)}
         for colour, replicas in enumerate(groups.replicas):
             name = group_name(colour)
-            experts = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
+            experts = [(n, p) for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
             of_colour = cut.groups(name, experts, replicas)
             for param in (p for group in of_colour for p in group.everything):
                 param.allreduce = False  # type: ignore[attr-defined]
                 param.group_name = name  # type: ignore[attr-defined]
             found += of_colour
-    return sorted(found, key=lambda group: -place[id(group.params[0])] if group.params else 0)
+    return sorted(found, key=lambda group: -min((place[id(param)] for param in group.params), default=0))
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,47 @@ class _Cutting:
 
     model: TrainableModel
     communication: CommunicationSpec
+    optimizer: OptimizerSpec
 
-    def groups(self, name: str, params: list[nn.Parameter], ranks: dist.ProcessGroup) -> list[ParamGroup]:
+    def groups(self, name: str, named: list[tuple[str, nn.Parameter]], ranks: dist.ProcessGroup) -> list[ParamGroup]:
+        by_update: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for of_param, param in named:
+            by_update.setdefault(self.optimizer.settings_of(of_param, param.shape).update, []).append(param)
         num_ranks = dist.get_world_size(ranks)
-        multiple = piece_multiple(name == COMPRESSED) * num_ranks
-        found = []
-        for number, bucket in enumerate(buckets([p.numel() for p in params], num_ranks, self.communication) or [[]]):
-            members = tuple(params[index] for index in bucket)
-            missing = -sum(p.numel() for p in members) % multiple or (0 if members else multiple)
-            filler = self._filler(f"{name}_{number}", missing) if missing else None
-            found.append(ParamGroup(name, members, filler, ranks, not name.startswith(EXPERTS), name == COMPRESSED))
+        found: list[ParamGroup] = []
+        for update, params in (by_update or {(self.optimizer.name, 1.0): []}).items():
+            numel, is_whole = [param.numel() for param in params], update[0] in OF_MATRICES
+            empty = BucketCut((), (), piece_multiple(name == COMPRESSED))
+            for cut in cut_buckets(numel, num_ranks, self.communication, name == COMPRESSED, is_whole) or [empty]:
+                members = tuple(params[index] for index in cut.members)
+                everything = self._filled(f"{name}_{len(found)}", members, cut, num_ranks)
+                found.append(
+                    ParamGroup(
+                        name,
+                        members,
+                        cut.starts,
+                        everything,
+                        ranks,
+                        not name.startswith(EXPERTS),
+                        name == COMPRESSED,
+                        update,
+                    )
+                )
         return found
+
+    def _filled(
+        self, name: str, members: tuple[nn.Parameter, ...], cut: BucketCut, num_ranks: int
+    ) -> tuple[nn.Parameter, ...]:
+        """The parameters end to end, with a filler wherever there is a gap."""
+        everything: list[nn.Parameter] = []
+        end = 0
+        for param, start in zip((*members, None), (*cut.starts, cut.piece * num_ranks), strict=True):
+            if start > end:
+                everything.append(self._filler(f"{name}_{len(everything)}", start - end))
+            if param is not None:
+                everything.append(param)
+                end = start + param.numel()
+        return tuple(everything)
 
     def _filler(self, name: str, numel: int) -> nn.Parameter:
         like = next(self.model.parameters())

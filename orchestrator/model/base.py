@@ -17,6 +17,8 @@ from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.spec.model import ModelSpec
 
+STACKED = {"gate_up": 2}  # matrices in a parameter, by the last part of its name
+
 
 class TrainableModel(nn.Module, ABC):
     """A language model as one rank holds it: all dense weights and this rank's experts.
@@ -98,7 +100,7 @@ def expert_of(name: str) -> int | None:
 
 def spec_of(name: str, param: Tensor) -> ParamSpec:
     """The parameter's description for layouts."""
-    return ParamSpec(name, tuple(param.shape), expert_of(name))
+    return ParamSpec(name, tuple(param.shape), expert_of(name), STACKED.get(name.rpartition(".")[2], 1))
 
 
 @torch.no_grad()

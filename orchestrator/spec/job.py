@@ -170,7 +170,7 @@ class JobSpec(Section):
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
         momentum = self.communication.compression.momentum
-        if momentum and (self.train.optimizer.betas[0] or self.train.zero_stage != 1):
+        if momentum and (self.train.optimizer.has_momentum or self.train.zero_stage != 1):
             of: Path = ("communication", "compression", "momentum")
             rule = "momentum of compression takes the place of the optimizer's, once per step: it needs betas[0] 0 and "
             got = f"got {self.train.optimizer.betas[0]} and {self.train.zero_stage}"

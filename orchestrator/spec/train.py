@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.spec.optimizer import EmaSpec, LrSchedulerSpec, OptimizerSpec
 from orchestrator.spec.section import Broken, Section, refuse
 
 # -- The `micro_batch_size` key: the size of one forward and backward pass of a worker ---------------------------------
@@ -34,27 +35,6 @@ def tokens_of(micro_batch: int | str) -> int | None:
 # -- The `train` section: the updates of a run and their number --------------------------------------------------------
 
 
-class OptimizerSpec(Section):
-    """AdamW (Loshchilov and Hutter, 2019)."""
-
-    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.95), description="Decay of the first and of the second moment."
-    )
-    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay, times the learning rate.")
-
-
-class LrSchedulerSpec(Section):
-    """The learning rate over the steps; `orchestrator.spec.lr_schedule` computes it."""
-
-    kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Shape after the warm-up.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps in which it rises linearly to lr.")
-    final_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="The last step's learning rate over lr; not used with kind constant."
-    )
-
-
 class TrainSpec(Section):
     """The training. Nothing here depends on the number of workers."""
 
@@ -72,6 +52,11 @@ class TrainSpec(Section):
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-4, gt=0, description="Learning rate at its highest.")
     lr_scheduler: LrSchedulerSpec = Field(default=LrSchedulerSpec(), description="The learning rate over the steps.")
+    ema: EmaSpec | None = Field(
+        default=None,
+        description="An average of the weights over the updates, kept beside them: `model export --weights ema`. null: "
+        "none.",
+    )
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="Largest global norm of the gradients. 0: no clipping."
     )
@@ -125,3 +110,9 @@ class TrainSpec(Section):
             got = f"got {self.lr_scheduler.warmup_steps} and {self.max_steps}"
             rule = f"warmup_steps must be at most train.max_steps; {got}"
             yield Broken((("lr_scheduler", "warmup_steps"), ("max_steps",)), rule)
+        decay_steps = self.lr_scheduler.decay_steps or 0
+        if self.lr_scheduler.warmup_steps + decay_steps > self.max_steps >= self.lr_scheduler.warmup_steps:
+            got = f"got {self.lr_scheduler.warmup_steps}, {decay_steps} and {self.max_steps}"
+            rule = f"warmup_steps and decay_steps must be at most train.max_steps together; {got}"
+            keys = (("lr_scheduler", "decay_steps"), ("lr_scheduler", "warmup_steps"), ("max_steps",))
+            yield Broken(keys, rule)

@@ -3,14 +3,13 @@
 import ast
 from collections.abc import Iterator
 
-from orchestrator.elastic.state_spec import ParamSpec
+from orchestrator.elastic.state_spec import EMA, OF_RULE, ParamSpec
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from tests.architecture.test_layers import MODULES
 from tests.support.layouts import state_of
 
 NAMING = {
     "orchestrator.elastic.state_spec",
-    "orchestrator.engine.adamw",  # an update rule names its own state
     "orchestrator.spec.communication",  # checkpoints record what compression keeps
 }
 
@@ -21,6 +20,7 @@ def _kinds() -> set[str]:
     for compression in (CompressionSpec(scheme="topk", momentum=0.9), CompressionSpec(scheme="powersgd")):
         communication = CommunicationSpec(compression=compression)
         tensors = state_of([ParamSpec("matrix", (64, 64), None)], True, [("bias", (4,))], communication)
+        tensors |= dict.fromkeys(f"{kind}/matrix" for kinds in OF_RULE.values() for kind in (*kinds, EMA))
         found |= {name.partition("/")[0] for name in tensors}
     return found
 

@@ -13,6 +13,7 @@ from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.optimizer import is_decayed
 from tests.support import devices, small
 from tests.support.ranks import Ranks
 
@@ -138,7 +139,16 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    params = split({"params": list(model.parameters()), "name": "all"})
+    decayed = {name: is_decayed(name, p.shape) for name, p in model.named_parameters()}
+    named = [
+        {
+            "name": f"decayed: {wanted}",
+            "params": [p for name, p in model.named_parameters() if decayed[name] == wanted],
+            "weight_decay": 0.1 * wanted,
+        }
+        for wanted in (False, True)
+    ]
+    params = split(named)
     engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=params, config=config)
     losses = []
     for step in range(STEPS):

@@ -16,6 +16,7 @@ from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.client import OrchestratorClient
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_spec import inventory, saved_shapes
 from orchestrator.model.factory import catalogue
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
@@ -55,8 +56,7 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
     members = worker_group.directive.current.world.members if worker_group.directive.current else ()
     shards = [worker_group.final[w].shards[-1] for w in members]
     params, buffers = catalogue(job.model, VOCAB)
-    wanted = {f"{kind}/{p.name}": p.shape for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
-    wanted |= {f"buffer/{name}": shape for name, shape in buffers}
+    wanted = saved_shapes(inventory(params, job, buffers))
     directory = Path(worker_group.job.storage_dir) / "checkpoints"
     written = read_shards(directory, shards, term=1)
     path = commit(directory, manifest_of(written, run_id="test", term=1, shapes=wanted))
@@ -93,6 +93,9 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
             {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 33},
             {},
         ),  # no alignment
+        ({}, {"optimizer": {"name": "muon", "groups": [{"params": ["head"], "lr_scale": 0.5}]}, "ema": {"decay": 0.9}}),
+        pytest.param({}, {"optimizer": {"name": "lion"}, "lr": 3e-4, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({}, {"optimizer": {"name": "sgd"}, "lr": 0.5, "zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(
             {"moe_intermediate_size": 33, "router": "softmax", "num_experts_per_tok": 4},
             {"gradient_clipping": 0.1},

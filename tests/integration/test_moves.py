@@ -128,6 +128,41 @@ def test_every_precision_and_stage_moves_bit_by_bit(
     assert all(r.update.applied for r in worker_group.records.values())
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"ema": {"decay": 0.9}, "optimizer": {"groups": [{"params": ["*.router.*"], "lr_scale": 0.1}]}},
+    "sgd": {"optimizer": {"name": "sgd"}, "lr": 0.5, "ema": {"decay": 0.9}},
+    "lion": {"optimizer": {"name": "lion"}, "lr": 3e-4},
+    "muon": {"optimizer": {"name": "muon"}, "ema": {"decay": 0.9}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_moved_and_replayed_bit_by_bit(
+    texts: Path, store_dir: Path, tmp_path: Path, name: str
+) -> None:
+    """A rescale, a lost worker whose updates are done again from gradients, and a rescale to one: against a world of
+    one that nothing happens to."""
+    job = small_job(texts, determinism="exact", **OPTIMIZERS[name])
+    runs = []
+    for is_disturbed in (False, True):
+        with Crew(job, store_dir, tmp_path / str(is_disturbed), size=3) as worker_group:
+            ids = worker_group.ids
+            worker_group.start(worker_group.plan(ids[:2] if is_disturbed else ids[:1]))
+            if is_disturbed:
+                worker_group.await_step(worker_group.newest_step + 3)
+                worker_group.rescale(ids)
+                worker_group.await_step(worker_group.newest_step + 4)  # whole snapshots, and deltas after them
+                worker_group.members[ids[2]].kill()
+                worker_group.recover(ids[:2])
+                worker_group.await_step(worker_group.newest_step + 3)
+                plan = worker_group.rescale(ids[1:2])
+                assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+            worker_group.await_finished()
+        runs.append(worker_group)
+    _same_training(runs[1], runs[0])
+    assert runs[0].records[STEPS - 1].loss < runs[0].records[0].loss - 0.3
+
+
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, name: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "n_routed_experts": 6}

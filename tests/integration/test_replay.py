@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from orchestrator.engine.adamw import Replayer
 from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.engine.adamw import Replayer
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, copy_into
 from orchestrator.state.snapshot_store import RankSnapshots

@@ -8,6 +8,7 @@ from orchestrator.elastic.state_spec import ParamSpec, StateTensor, inventory
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.optimizer import OptimizerSpec
 from orchestrator.spec.train import TrainSpec
 
 PLAIN = CommunicationSpec()
@@ -15,10 +16,14 @@ Buffers = Iterable[tuple[str, tuple[int, ...]]]
 
 
 def state_of(
-    params: Sequence[ParamSpec], mixed: bool, buffers: Buffers, communication: CommunicationSpec = PLAIN
+    params: Sequence[ParamSpec],
+    mixed: bool,
+    buffers: Buffers,
+    communication: CommunicationSpec = PLAIN,
+    optimizer: OptimizerSpec | None = None,
 ) -> dict[str, StateTensor]:
     """The inventory of a job in bf16 or fp32."""
-    train = TrainSpec(precision="bf16" if mixed else "fp32")
+    train = TrainSpec(precision="bf16" if mixed else "fp32", optimizer=optimizer or OptimizerSpec())
     job = JobSpec(name="layouts").model_copy(update={"train": train, "communication": communication})
     return inventory(params, job, buffers)
 
@@ -30,5 +35,7 @@ def layout_of_state(
     mixed: bool,
     buffers: Buffers,
     communication: CommunicationSpec = PLAIN,
+    optimizer: OptimizerSpec | None = None,
 ) -> StateLayout:
-    return training_layout(state_of(params, mixed, buffers, communication), placement, world, communication)
+    tensors = state_of(params, mixed, buffers, communication, optimizer)
+    return training_layout(tensors, placement, world, communication)

@@ -26,12 +26,15 @@ class ReferenceEngine:
             raise ValueError(f"precision {train.precision}; the reference engine has fp32 only")
         self._model, self._groups, self._max_norm = model, groups, train.gradient_clipping
         self._named = dict(model.named_parameters())
+        decays = {n: train.optimizer.settings_of(n, p.shape).weight_decay for n, p in self._named.items()}
         self._optimizer = torch.optim.AdamW(
-            self._named.values(),
+            [
+                {"params": [p for n, p in self._named.items() if decays[n] == decay], "weight_decay": decay}
+                for decay in sorted(set(decays.values()))
+            ],
             lr=train.lr,
             betas=train.optimizer.betas,
             eps=train.optimizer.eps,
-            weight_decay=train.optimizer.weight_decay,
         )
         for param in self._named.values():
             self._optimizer.state[param] = {

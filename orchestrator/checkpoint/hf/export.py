@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.elastic.state_spec import MASTER, of_model
+from orchestrator.elastic.state_spec import MASTER, average_of, of_model
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.atomic import new_directory
@@ -30,17 +30,20 @@ WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
 Array = npt.NDArray[Any]
 
 
-def export_hf(checkpoint: Location, job: JobSpec, tokenizer: Location, to: Path, dtype: str = "bf16") -> int:
+def export_hf(
+    checkpoint: Location, job: JobSpec, tokenizer: Location, to: Path, dtype: str = "bf16", of_ema: bool = False
+) -> int:
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
         dtype: number format of the weights, fp32 or bf16; routers stay fp32.
+        of_ema: the average of the weights in place of the weights.
 
     Returns:
         bytes of weights.
 
     Raises:
-        UsageError: `to` is not empty, or the format cannot express the model.
+        UsageError: `to` is not empty, the format cannot express the model, or the run keeps no average.
         CheckpointCorrupt: the checkpoint can't be read, or belongs to another model.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -53,6 +56,12 @@ def export_hf(checkpoint: Location, job: JobSpec, tokenizer: Location, to: Path,
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
+    if of_ema and job.train.ema is None:
+        raise UsageError(
+            f"run {job.name} keeps no average of its weights",
+            remedy="Set train.ema in its job, or leave out --weights.",
+            unchanged="Nothing was written.",
+        )
     saved = objects_at(tokenizer.parent).get(tokenizer.name)
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
@@ -61,7 +70,8 @@ def export_hf(checkpoint: Location, job: JobSpec, tokenizer: Location, to: Path,
         with CheckpointReader(checkpoint) as reader:
             reader.verify()
             _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
-            num_bytes = _write_weights(_tensors(reader, job.model.embedding_scale), DTYPES[dtype], partial)
+            tensors = _tensors(reader, job.model.embedding_scale, of_ema)
+            num_bytes = _write_weights(tensors, DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / TOKENIZER).write_bytes(saved)
         border = _border(tokenizer.parent) or library.get_added_tokens_decoder()[0].content
@@ -77,11 +87,12 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
             raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer imply {shape}")
 
 
-def _tensors(reader: CheckpointReader, embedding_scale: float) -> Iterator[tuple[str, Array]]:
+def _tensors(reader: CheckpointReader, embedding_scale: float, of_ema: bool) -> Iterator[tuple[str, Array]]:
     """Weights and buffers in fp32, under the names of transformers."""
     for key, entry in reader.manifest.tensors.items():
         name = of_model(key)
         if name is not None:
+            key = average_of(key) if of_ema else key
             yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
 
 

@@ -34,6 +34,11 @@ class ModelFormat(StrEnum):
     HF = "hf"
 
 
+class Weights(StrEnum):
+    LAST = "last"
+    EMA = "ema"
+
+
 class Dtype(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
@@ -48,6 +53,9 @@ def export(
     ] = ModelFormat.HF,
     step: Step = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights; routers stay fp32.")] = Dtype.BF16,
+    weights: Annotated[
+        Weights, typer.Option("--weights", help="ema: their average, of a job with train.ema.")
+    ] = Weights.LAST,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -63,7 +71,8 @@ def export(
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = read_job(run_dir)
-    num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", out.absolute(), dtype.value)
+    of_ema = weights is Weights.EMA
+    num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", out.absolute(), dtype.value, of_ema)
     narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
     if output is Format.JSON:
         show_json(to_plain(ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ class Bucket:
 
     Args:
         params: in memory order; may be empty.
-        numel: size of the bucket, a multiple of the reduction's pieces. Elements after the parameters are 0.
+        numel: size of the bucket, a multiple of the reduction's pieces. Elements between and after the parameters are
+            0.
         reduction: over the ranks that have these parameters.
         feedback: keep what compression did not send for the next step (error feedback).
         momentum: momentum applied to gradients before compression, if not 0.
         largest_term: if given, the sum is exact (`orchestrator.comm.gradients.exact_sum`) and sent in fp64. It is NaN
             where a gradient of one micro-batch exceeds this value.
+        starts: the element at which each parameter begins; None: they lie end to end.
     """
 
     def __init__(
@@ -33,15 +35,18 @@ class Bucket:
         feedback: bool = False,
         momentum: float = 0.0,
         largest_term: float | None = None,
+        starts: Sequence[int] | None = None,
     ) -> None:
-        ends = [0]
-        for param in params:
-            ends.append(ends[-1] + param.numel())
-        if numel < ends[-1] or numel % reduction.num_pieces:
-            rule = f"at least that of its parameters, {ends[-1]}, and a multiple of {reduction.num_pieces} pieces"
+        sizes = [param.numel() for param in params]
+        begins = [0, *accumulate(sizes)][: len(sizes)] if starts is None else list(starts)
+        self._spans = [(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
+        end = self._spans[-1][1] if self._spans else 0
+        if numel < end or numel % reduction.num_pieces:
+            rule = f"at least that of its parameters, {end}, and a multiple of {reduction.num_pieces} pieces"
             raise ValueError(f"a bucket of {numel} elements; its size is {rule}")
-        self.params, self.reduction = params, reduction
-        self._spans, self._end, self._numel = list(pairwise(ends)), ends[-1], numel
+        self.params, self.reduction, self._numel = params, reduction, numel
+        borders = [0, *(border for span in self._spans for border in span), numel]
+        self._gaps = [(low, high) for low, high in zip(borders[::2], borders[1::2], strict=True) if low < high]
         self._device = device
         # Gradients of this rank that earlier steps did not send, and their momentum. Only transfers write to these
         # tensors: a snapshot may still be reading them when their successors exist.
@@ -50,7 +55,7 @@ class Bucket:
         self._momentum = momentum
         self._largest_term, self._dtype = largest_term, torch.float32 if largest_term is None else torch.float64
         self._too_large_P = torch.zeros(len(params), dtype=torch.bool, device=device)
-        self._first_P = torch.tensor(ends[:-1], dtype=torch.int64, device=device)
+        self._first_P = torch.tensor(begins, dtype=torch.int64, device=device)
         # Which parameters' gradients exceeded the largest term since the newest sums were taken.
         self.saturated_P = torch.zeros(len(params), dtype=torch.bool, device=device)
         self._rest: Tensor | None = None  # replaces the residual once the step's update is applied
@@ -115,7 +120,8 @@ class Bucket:
         if self._flat is None:
             self._flat = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
         else:
-            self._flat[self._end :].zero_()
+            for gap in self._gaps:
+                self._flat[slice(*gap)].zero_()
             for filled, span in zip(self._filled, self._spans, strict=True):
                 if not filled:
                     self._flat[slice(*span)].zero_()

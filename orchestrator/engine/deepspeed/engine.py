@@ -23,15 +23,16 @@ from torch import Tensor, nn
 
 from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.tokens import link_priority
-from orchestrator.elastic.state_spec import BUFFER, MASTER, MOMENTS, PARAM
-from orchestrator.engine.adamw import AdamW
+from orchestrator.elastic.state_spec import BUFFER, EMA, MASTER, PARAM
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.deepspeed.process_setup import config_of, set_up, unregister
 from orchestrator.engine.deepspeed.zero_optimizer import ZeroOptimizerAdapter
 from orchestrator.engine.gradients import Gradients
+from orchestrator.engine.optim.rule import UpdateInfo
+from orchestrator.engine.optim.stepper import Part, Stepper
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
-from orchestrator.model.base import MicroBatch, TrainableModel
+from orchestrator.model.base import MicroBatch, TrainableModel, spec_of
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.train import TrainSpec
@@ -84,14 +85,14 @@ class DeepSpeedEngineAdapter:
         set_up(groups, device)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
-        param_groups = groups_of(model, groups, communication)
+        param_groups = groups_of(model, groups, communication, train.optimizer)
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
-        self._adamw = AdamW(for_deepspeed, train)
+        self._stepper, self._num_updates = Stepper(for_deepspeed, train), 0
         config = config_of(train)
         self._core = _Core(
             args=None,
             model=model,
-            optimizer=self._adamw,
+            optimizer=self._stepper,
             model_parameters=[p for group in param_groups for p in group.everything],
             config=config,
             config_class=DeepSpeedConfig(config),
@@ -103,6 +104,7 @@ class DeepSpeedEngineAdapter:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
         self._owned = self._find_owned()
+        self._name_parts(train)
         self._ranges = self._collect_ranges()
 
     @property
@@ -132,11 +134,12 @@ class DeepSpeedEngineAdapter:
         return loss.detach(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
-        self._adamw.before_update = before_update
-        self._adamw.gradients = {} if keep_gradients else None
-        applied, norm = self._adapter.step(self._gradients.sums(), lr)
+        self._stepper.before_update, self._stepper.at = before_update, UpdateInfo(self._num_updates + 1, lr)
+        self._stepper.gradients = {} if keep_gradients else None
+        applied, norm = self._adapter.step(self._gradients.sums())
         self._gradients.settle(applied)
-        kept, self._adamw.gradients = self._adamw.gradients, None
+        self._num_updates += applied
+        kept, self._stepper.gradients = self._stepper.gradients, None
         updated = self._updated(kept) if applied and kept is not None else None
         return StepOutcome(applied, norm, updated, self._gradients.saturated)
 
@@ -174,18 +177,18 @@ class DeepSpeedEngineAdapter:
 
     @torch.no_grad()
     def on_weights_initialized(self) -> None:
+        self._num_updates = 0
         self._copy_weights_to_masters()
-        for moments in self._zero.optimizer.state.values():
-            for kind in MOMENTS:
-                moments[kind].zero_()
+        for master, kept in self._stepper.state.items():
+            for kind, tensor in kept.items():
+                tensor.copy_(master) if kind == EMA else tensor.zero_()
         self._gradients.on_weights_initialized()
 
     @torch.no_grad()
     def on_state_loaded(self, num_updates: int) -> None:
         if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
             self._copy_weights_to_masters()
-        for moments in self._zero.optimizer.state.values():
-            moments["step"].fill_(float(num_updates))
+        self._num_updates = num_updates
         self._gradients.on_state_loaded(num_updates)
 
     def _copy_weights_to_masters(self) -> None:
@@ -202,12 +205,15 @@ class DeepSpeedEngineAdapter:
         return int(torch.distributed.get_rank(self._zero.real_dp_process_group[group]))
 
     def _make_optimizer_state(self) -> None:
-        """Create moments before the first step, so that a transfer has memory to write to; it needn't be zeroed."""
-        for master in self._zero.single_partition_of_fp32_groups:
-            self._zero.optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),  # where the fused kernel reads it
-                **{kind: torch.empty_like(master) for kind in MOMENTS},
-            }
+        """Create it before the first step, so that a transfer has memory to write to; it needn't be zeroed."""
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            self._stepper.state[master] = {kind: torch.empty_like(master) for kind in self._stepper.kinds(index)}
+
+    def _name_parts(self, train: TrainSpec) -> None:
+        """Let the optimizer know what its partitions hold."""
+        params = {name: spec_of(name, p).with_settings(train.optimizer) for name, p in self._model.named_parameters()}
+        for master, owned in zip(self._zero.single_partition_of_fp32_groups, self._owned, strict=True):
+            self._stepper.parts[id(master)] = [Part(params[name], here) for name, _, here in owned]
 
     def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
         """Contents of this rank's partition by group: a parameter's name, the element where its part begins, and its
@@ -230,12 +236,11 @@ class DeepSpeedEngineAdapter:
             if not is_filler(name):
                 ranges.add(f"{PARAM}/{name}", 0, param.data.view(-1))
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
-            moments = self._zero.optimizer.state[master]
             for name, start, here in self._owned[index]:
                 if self._mixed:
                     ranges.add(f"{MASTER}/{name}", start, master.detach()[here])
-                for kind in MOMENTS:
-                    ranges.add(f"{kind}/{name}", start, moments[kind][here])
+                for kind, tensor in self._stepper.state[master].items():
+                    ranges.add(f"{kind}/{name}", start, tensor[here])
         for name, buffer in self._model.state_buffers():
             ranges.add(f"{BUFFER}/{name}", 0, buffer.view(-1))
         return ranges

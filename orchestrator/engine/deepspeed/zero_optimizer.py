@@ -42,7 +42,7 @@ class ZeroOptimizerAdapter:
         zero.scaled_global_norm = lambda norm_type=2: self._norm
         zero.check_overflow = lambda partition_gradients=True: None
 
-    def step(self, sums: Sequence[Tensor], lr: float) -> tuple[bool, float]:
+    def step(self, sums: Sequence[Tensor]) -> tuple[bool, float]:
         """
         Args:
             sums: this rank's piece of each parameter group's gradients, fp32; used up.
@@ -53,8 +53,6 @@ class ZeroOptimizerAdapter:
         zero = self._zero
         self._norm = self._global_norm(sums)
         zero.averaged_gradients = {index: GradPartitionBufferGroup([piece], piece) for index, piece in enumerate(sums)}
-        for group in zero.param_groups:
-            group["lr"] = lr
         zero.step()
         if not zero.overflow:
             for flat, ranks in zip(zero.bit16_groups_flat, zero.real_dp_process_group, strict=True):

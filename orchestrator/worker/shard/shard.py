@@ -12,9 +12,9 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.state_spec import ParamSpec, inventory
 from orchestrator.elastic.world import World
-from orchestrator.engine.adamw import Replayer
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.optim.replayer import Replayer
 from orchestrator.engine.process_groups import PendingGroups, ProcessGroups
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
@@ -162,7 +162,7 @@ class ShardFactory:
             self.layout(plan.world, plan.placement),
             shared_only,
             self._whole_every,
-            Replayer(self.spec.train, self.device),
+            Replayer(self.spec.train, self.params, self.device),
             pinned=self.device.type == "cuda" and not shared_only,
             buffers=self._snapshot_memory,
         )

@@ -12,6 +12,7 @@ from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.optimizer import OptimizerSpec
 from tests.support.layouts import layout_of_state
 from tests.unit.elastic.layouts import tensor_of
 
@@ -82,6 +83,34 @@ def test_every_element_lies_where_zero_puts_it(
     item_bytes = dict(zip(layout.names, layout.itemsize.tolist(), strict=True))
     expected_bytes = [sum(item_bytes[name] for name, _ in held[worker]) for worker in world.members]
     assert layout.bytes_per_rank().tolist() == expected_bytes
+
+
+@settings(deadline=None)
+@given(models(), st.integers(1, 40))
+def test_a_matrix_of_muon_lies_whole_on_one_of_its_holders(
+    model: tuple[list[ParamSpec], ExpertPlacement], bucket: int
+) -> None:
+    params, placement = model
+    params = [ParamSpec(f"{p.name}.query", (p.numel, 3), p.expert) for p in params] + [ParamSpec("norm", (5,), None)]
+    world, muon = world_of(placement.world_size), OptimizerSpec(name="muon")
+    communication = CommunicationSpec(bucket_mb=bucket * 4 / 2**20)
+    layout = layout_of_state(params, placement, world, False, [], communication, muon)
+    for tensor, start, stop, rank in layout.shards.tolist():
+        spec = layout.tensors[layout.names[tensor]]
+        assert spec.like is not None
+        assert spec.name.startswith("momentum_buffer/") == (spec.like.name != "norm")
+        if spec.like.name != "norm":
+            assert (start, stop) == (0, spec.numel)
+            assert spec.like.expert is None or rank in placement.holders[spec.like.expert]
+
+
+def test_parameters_with_another_learning_rate_are_cut_apart() -> None:
+    params = [ParamSpec(name, (48,), None) for name in ("a", "b", "c")]
+    groups = {"groups": [{"params": ["b"], "lr_scale": 0.5}]}
+    for optimizer, wanted in ((None, 3), (OptimizerSpec.model_validate(groups), 7)):
+        layout = layout_of_state(params, ExpertPlacement.balanced(1, 3), world_of(3), False, [], optimizer=optimizer)
+        of_average = [row for row in layout.shards.tolist() if layout.names[row[0]].startswith("exp_avg/")]
+        assert len(of_average) == wanted
 
 
 def test_names_do_not_depend_on_the_world() -> None:

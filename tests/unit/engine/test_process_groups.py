@@ -16,6 +16,7 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.optimizer import OptimizerSpec
 
 SPEC = ModelSpec(
     hidden_size=8,
@@ -67,7 +68,7 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: ProcessGroups, placement
         name_of = {id(param): name for name, param in named}
         replicas = (alone.world,) * len(placement.groups())
         groups = ProcessGroups(rank, placement.world_size, placement, alone.world, alone.reduction, replicas)
-        found = groups_of(model, groups, CommunicationSpec(bucket_mb=0.0005))
+        found = groups_of(model, groups, CommunicationSpec(bucket_mb=0.0005), OptimizerSpec())
         dense = [name_of[id(p)] for group in found if group.is_dense for p in group.params]
         assert sorted(dense) == sorted(n for n in name_of.values() if expert_of(n) is None)
         assert len([group for group in found if group.is_dense]) > 3
@@ -79,7 +80,8 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: ProcessGroups, placement
             assert {p.group_name for group in of_colour for p in group.everything} == {group_name(colour)}
             assert mine or [(len(group.params), group.numel) for group in of_colour] == [(0, PIECE_MULTIPLE)]
         assert all(group.numel % PIECE_MULTIPLE == 0 for group in found)
-        assert all(group.filler is None or not group.filler.any() for group in found)
+        fillers = [p for group in found for p in group.everything if all(p is not member for member in group.params)]
+        assert not any(filler.any() for filler in fillers)
         order = [[*name_of].index(id(group.params[0])) for group in found if group.params]
         assert order == sorted(order, reverse=True)
 
@@ -87,5 +89,25 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: ProcessGroups, placement
 def test_a_model_without_experts_has_dense_groups_alone(alone: ProcessGroups) -> None:
     spec = SPEC.model_copy(update={"first_k_dense_replace": 2})
     model = MoELanguageModel(spec, 20, ExpertParallelContext(ExpertPlacement.balanced(3, 1), 0, None))
-    (dense,) = groups_of(model, alone, CommunicationSpec())
+    (dense,) = groups_of(model, alone, CommunicationSpec(), OptimizerSpec())
     assert {id(p) for p in dense.everything} == {id(p) for p in model.parameters()}
+
+
+def test_parameters_that_are_updated_otherwise_have_buckets_of_their_own(alone: ProcessGroups) -> None:
+    model = MoELanguageModel(SPEC, 20, ExpertParallelContext(ExpertPlacement.balanced(3, 1), 0, None))
+    name_of = {id(param): name for name, param in model.named_parameters()}
+    optimizer = OptimizerSpec.model_validate(
+        {"name": "muon", "groups": [{"params": ["head"], "name": "lion", "lr_scale": 0.5}]}
+    )
+    found = groups_of(model, alone, CommunicationSpec(), optimizer)
+    by_update = {group.update: {name_of[id(p)] for p in group.params} for group in found if group.is_dense}
+    assert by_update["lion", 0.5] == {"head"}
+    assert "layers.0.attention.query" in by_update["muon", 1.0] and "embedding.weight" in by_update["adamw", 1.0]
+    assert not any("norm" in name or "router" in name for name in by_update["muon", 1.0])
+    for group in found:
+        end = 0
+        at = {id(p): start for p, start in zip(group.params, group.starts, strict=True)}
+        for param in group.everything:
+            assert at.get(id(param), end) == end
+            end += param.numel()
+        assert [*group.for_deepspeed()["params"]] == [*group.everything] and end == group.numel

@@ -1,0 +1,123 @@
+"""The optimizer that DeepSpeed steps: update rules on the partitions of one rank."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.elastic.state_spec import EMA, OF_RULE, ParamSpec
+from orchestrator.engine.base import noop
+from orchestrator.engine.optim.rule import UpdateInfo, UpdateRule, decay
+from orchestrator.engine.optim.rules import RULES
+from orchestrator.spec.optimizer import OptimizerSpec
+from orchestrator.spec.train import TrainSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of a parameter within a flat tensor.
+
+    Args:
+        here: where they are in it.
+    """
+
+    param: ParamSpec
+    here: slice
+
+
+class Updates:
+    """Applies updates to flat tensors.
+
+    Args:
+        train: rules, and the average of weights.
+    """
+
+    def __init__(self, train: TrainSpec) -> None:
+        self._spec, self._rules = train.optimizer, _rules_of(train.optimizer)
+        self._ema = None if train.ema is None else train.ema.decay
+
+    def kinds(self, rule: str) -> tuple[str, ...]:
+        """Kinds of state that an update of these parameters changes."""
+        return OF_RULE[rule] if self._ema is None else (*OF_RULE[rule], EMA)
+
+    def apply(
+        self, parts: Sequence[Part], master: Tensor, grad: Tensor, state: Mapping[str, Tensor], at: UpdateInfo
+    ) -> None:
+        """Update a flat tensor in place.
+
+        Args:
+            parts: what it holds, all of the same rule and learning rate; the rest of it is filler.
+            grad, state: like it; state by kind.
+            at: with the job's learning rate.
+        """
+        if not parts:
+            return
+        name, lr_scale = parts[0].param.update
+        at = UpdateInfo(at.number, at.lr * lr_scale)
+        for here, weight_decay in _runs(parts):
+            decay(master[here], at.lr, weight_decay)
+        rule = self._rules[name]
+        if not parts[0].param.is_whole:
+            rule.update(master, grad, state, at)
+        for part in parts if parts[0].param.is_whole else ():
+            rows = {kind: _matrices(tensor, part) for kind, tensor in state.items() if kind in OF_RULE[name]}
+            for number, (of_master, of_grad) in enumerate(
+                zip(_matrices(master, part), _matrices(grad, part), strict=True)
+            ):
+                rule.update(of_master, of_grad, {kind: found[number] for kind, found in rows.items()}, at)
+        if self._ema is not None:
+            state[EMA].mul_(self._ema).add_(master * (1.0 - self._ema))
+
+
+def _rules_of(spec: OptimizerSpec) -> dict[str, UpdateRule]:
+    return {name: make(spec) for name, make in RULES.items()}
+
+
+def _runs(parts: Sequence[Part]) -> list[tuple[slice, float]]:
+    """Elements by weight decay, neighbours of equal decay together."""
+    runs: list[tuple[slice, float]] = []
+    for part in parts:
+        if runs and runs[-1][1] == part.param.weight_decay:
+            runs[-1] = (slice(runs[-1][0].start, part.here.stop), runs[-1][1])
+        else:
+            runs.append((part.here, part.param.weight_decay))
+    return runs
+
+
+def _matrices(flat: Tensor, part: Part) -> tuple[Tensor, ...]:
+    """The matrices of a parameter that lies whole in a flat tensor."""
+    return flat[part.here].view(part.param.shape).chunk(part.param.blocks)
+
+
+class Stepper(torch.optim.Optimizer):
+    """Calls back when an update begins, and keeps its gradients if requested. DeepSpeed steps it once for each group.
+
+    Attributes:
+        parts: content of each partition, by id of its tensor; set before the first step, as is the state.
+        at: of the next update.
+        gradients: by id of the updated tensor, clipped; None: not wanted.
+    """
+
+    before_update: Callable[[], None] = staticmethod(noop)
+    gradients: dict[int, Tensor] | None = None
+
+    def __init__(self, params: list[dict[str, Any]], train: TrainSpec) -> None:
+        super().__init__(params, {"lr": train.lr})
+        self.parts: dict[int, Sequence[Part]] = {}
+        self.at = UpdateInfo(1, train.lr)
+        self._updates = Updates(train)
+
+    def kinds(self, group: int) -> tuple[str, ...]:
+        """Kinds of state of a group's parameters."""
+        return self._updates.kinds(self.param_groups[group]["update"][0])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        callback, self.before_update = self.before_update, noop
+        callback()
+        for master in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if self.gradients is not None:
+                self.gradients[id(master)] = master.grad
+            self._updates.apply(self.parts[id(master)], master, master.grad, self.state[master], self.at)

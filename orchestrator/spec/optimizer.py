@@ -1,0 +1,157 @@
+"""The optimizer of a job: its update rules, by parameter, and the learning rate over the steps."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.spec.section import Broken, Section
+
+RuleName = Literal["adamw", "sgd", "lion", "muon"]
+ADAMW, SGD, LION, MUON = "adamw", "sgd", "lion", "muon"
+OF_MATRICES = (MUON,)  # rules that need a whole matrix at once
+USED_BY = {  # keys that not every rule reads
+    "betas": (ADAMW, LION, MUON),  # Muon leaves some parameters to AdamW
+    "eps": (ADAMW, MUON),
+    "momentum": (SGD, MUON),
+    "nesterov": (SGD, MUON),
+}
+
+
+@dataclass(frozen=True)
+class ParamSettings:
+    """How one parameter is updated.
+
+    Args:
+        lr_scale: its learning rate over the job's.
+        weight_decay: decoupled: the weight shrinks by this times its learning rate in each update.
+    """
+
+    rule: str
+    lr_scale: float
+    weight_decay: float
+
+    @property
+    def update(self) -> tuple[str, float]:
+        """What all parameters of a bucket have in common."""
+        return self.rule, self.lr_scale
+
+
+class ParamGroupSpec(Section):
+    """Settings of some parameters."""
+
+    params: tuple[str, ...] = Field(
+        min_length=1,
+        description="Patterns of the parameters' names, such as layers.*.attention.* (fnmatch). A parameter belongs to "
+        "the first group that has a pattern for it; a group without any is refused.",
+    )
+    name: RuleName | None = Field(default=None, description="Their update rule. null: the optimizer's.")
+    lr_scale: float = Field(default=1.0, gt=0, description="Their learning rate over train.lr.")
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="Their weight decay. null: as of parameters in no group."
+    )
+
+
+class OptimizerSpec(Section):
+    """Update rules. Their formulas, with sources, are in `orchestrator/engine/optim/`."""
+
+    name: RuleName = Field(
+        default="adamw",
+        description="The update rule. muon updates matrices, and leaves vectors, embeddings, routers and the output "
+        "matrix to adamw; it takes the learning rate and weight decay of adamw.",
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95),
+        description="Decay of the first and of the second moment; of lion, that of the update and of the momentum.",
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Of adamw: added to the root of the second moment.")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Of sgd and muon.")
+    nesterov: bool = Field(default=True, description="Of sgd and muon: look one step ahead along the momentum.")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="Decoupled weight decay, times the learning rate. Norms, biases, other vectors, embeddings and "
+        "routers have none, unless a group gives them one.",
+    )
+    groups: tuple[ParamGroupSpec, ...] = Field(default=(), description="Other settings for some parameters.")
+
+    def settings_of(self, name: str, shape: Sequence[int]) -> ParamSettings:
+        """How the parameter of this name and shape is updated."""
+        group = next((g for g in self.groups if any(fnmatchcase(name, pattern) for pattern in g.params)), None)
+        rule: str = self.name if group is None or group.name is None else group.name
+        if rule == MUON and not is_for_muon(name, shape):
+            rule = ADAMW
+        decay = self.weight_decay if is_decayed(name, shape) else 0.0
+        if group is not None and group.weight_decay is not None:
+            decay = group.weight_decay
+        return ParamSettings(rule, 1.0 if group is None else group.lr_scale, decay)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether a rule keeps a momentum of the gradients."""
+        kept = {ADAMW: self.betas[0] > 0, SGD: self.momentum > 0, LION: True, MUON: True}
+        return any(kept[rule] for rule in self._rules())
+
+    def _rules(self) -> set[str]:
+        return {self.name, *(group.name for group in self.groups if group.name is not None)}
+
+    def unmatched(self, names: Sequence[str]) -> list[str]:
+        """Patterns of groups that are first in none of these names."""
+        unused = {pattern for group in self.groups for pattern in group.params}
+        for name in names:
+            first = next((p for group in self.groups for p in group.params if fnmatchcase(name, p)), None)
+            unused.discard(first or "")
+        return sorted(unused)
+
+    def broken_rules(self) -> Iterator[Broken]:
+        rules = self._rules()
+        for key in sorted(self.model_fields_set & USED_BY.keys()):
+            if not rules & set(USED_BY[key]) and getattr(self, key) != type(self).model_fields[key].default:
+                rule = (
+                    f"{key} is of {' and '.join(USED_BY[key])}; got {getattr(self, key)} for {', '.join(sorted(rules))}"
+                )
+                yield Broken(((key,), ("name",)), rule)
+
+
+def is_decayed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter has weight decay by default: matrices but embeddings and routers, as in GPT-2, Llama and
+    DeepSeek."""
+    return len(shape) > 1 and "embed" not in name and ".router." not in f".{name}"
+
+
+def is_for_muon(name: str, shape: Sequence[int]) -> bool:
+    """Whether Muon updates a parameter: a matrix within the layers (https://kellerjordan.github.io/posts/muon/)."""
+    return len(shape) == 2 and is_decayed(name, shape) and name.rpartition(".")[2] not in ("head", "lm_head")
+
+
+class LrSchedulerSpec(Section):
+    """The learning rate over the steps; `orchestrator.spec.lr_schedule` computes it."""
+
+    kind: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = Field(
+        default="cosine",
+        description="Shape after the warm-up. warmup_stable_decay stays at lr until the last decay_steps.",
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps in which it rises linearly to lr.")
+    decay_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Of warmup_stable_decay: steps in which it falls linearly at the end. null: a tenth of max_steps.",
+    )
+    final_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="The last step's learning rate over lr; not used with kind constant."
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if self.decay_steps is not None and self.kind != "warmup_stable_decay":
+            rule = f"decay_steps is of kind warmup_stable_decay; got {self.decay_steps} for {self.kind}"
+            yield Broken((("decay_steps",), ("kind",)), rule)
+
+
+class EmaSpec(Section):
+    """An exponential moving average of the weights."""
+
+    decay: float = Field(
+        default=0.999, gt=0, lt=1, description="Share of the old average in the new one, at each update."
+    )

@@ -1,0 +1,247 @@
+"""Update rules against references, with the same bits wherever partitions are cut, and in a replay."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
+from orchestrator.elastic.recovery_point import Holding
+from orchestrator.elastic.state_spec import EMA, OF_RULE, ParamSpec
+from orchestrator.engine.optim.muon import orthogonal
+from orchestrator.engine.optim.replayer import Replayer
+from orchestrator.engine.optim.rule import UpdateInfo
+from orchestrator.engine.optim.rules import RULES
+from orchestrator.engine.optim.stepper import Part, Updates
+from orchestrator.spec.optimizer import OF_MATRICES
+from orchestrator.spec.train import TrainSpec
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import Snapshot, Update
+from tests.support import devices
+
+pytestmark = pytest.mark.usefixtures("device")
+
+NUMEL = 64 * PIECE_MULTIPLE
+LR, STEPS = 3e-3, 50
+ELEMENTWISE = [name for name in RULES if name not in OF_MATRICES]
+
+
+def _train(rule: str, **more: object) -> TrainSpec:
+    optimizer = {"name": rule, "weight_decay": 0.1, **more}
+    return TrainSpec.model_validate({"optimizer": optimizer, "ema": {"decay": 0.9}})
+
+
+def _param(train: TrainSpec, name: str, *shape: int, blocks: int = 1) -> ParamSpec:
+    return ParamSpec(name, shape, None, blocks).with_settings(train.optimizer)
+
+
+def _drawn(numel: int, count: int) -> tuple[Tensor, list[Tensor]]:
+    """Values, and gradients of some steps."""
+    generator, device = torch.Generator().manual_seed(3), devices.device()
+    values = torch.randn(numel, generator=generator).to(device)
+    return values, [(torch.randn(numel, generator=generator) * 10.0 ** -(n % 3)).to(device) for n in range(count)]
+
+
+def _zeros(train: TrainSpec, like: Tensor, rule: str) -> dict[str, Tensor]:
+    return {kind: torch.zeros_like(like) for kind in Updates(train).kinds(rule)}
+
+
+# -- references ------------------------------------------------------------------------------------------------------
+
+
+def _torch(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+    """Weights after torch's own optimizer has taken all gradients, with decoupled weight decay."""
+
+    def trained(values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+        weight = torch.nn.Parameter(values.cpu().clone())
+        optimizer = make([weight])
+        for gradient in gradients:
+            with torch.no_grad():
+                weight.mul_(1.0 - LR * 0.1)
+            weight.grad = gradient.cpu().view(weight.shape)
+            optimizer.step()
+        return weight.detach()
+
+    return trained
+
+
+def _lion(values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Algorithm 2 of arXiv:2302.06675, in fp64 but for the sign, which rounding decides near 0."""
+    weight, momentum = values.cpu().double(), torch.zeros_like(values.cpu()).double()
+    for gradient in (g.cpu().double() for g in gradients):
+        weight -= LR * ((0.9 * momentum + 0.1 * gradient).sign() + 0.1 * weight)
+        momentum = 0.95 * momentum + 0.05 * gradient
+    return weight.float()
+
+
+REFERENCES = {
+    "adamw": _torch(lambda p: torch.optim.AdamW(p, LR, (0.9, 0.95), 1e-8, weight_decay=0.0)),
+    "sgd": _torch(lambda p: torch.optim.SGD(p, LR, momentum=0.95, nesterov=True)),
+    "lion": _lion,
+}
+
+
+@pytest.mark.parametrize("rule", ELEMENTWISE)
+def test_weights_are_those_of_the_reference(rule: str) -> None:
+    train = _train(rule)
+    values, gradients = _drawn(NUMEL, STEPS)
+    wanted, ours = REFERENCES[rule](values, gradients), values.clone()
+    state, parts = _zeros(train, ours, rule), [Part(_param(train, "a.query", 64, 16), slice(0, NUMEL))]
+    for number, gradient in enumerate(gradients, 1):
+        Updates(train).apply(parts, ours, gradient, state, UpdateInfo(number, LR))
+    torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 40), (16, 16)], ids=str)
+def test_muon_is_that_of_torch_but_for_its_bf16(shape: tuple[int, int]) -> None:
+    """torch's iterations in bf16 differ by about 1 %, ours with the same formula in fp32 by rounding."""
+    train = _train("muon")
+    values, gradients = _drawn(shape[0] * shape[1], STEPS)
+    theirs = _torch(lambda p: torch.optim.Muon(p, LR, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    wanted, ours = theirs(values.view(shape), gradients), values.clone()
+    state, parts = _zeros(train, ours, "muon"), [Part(_param(train, "a.query", *shape), slice(0, len(values)))]
+    for number, gradient in enumerate(gradients, 1):
+        Updates(train).apply(parts, ours, gradient, state, UpdateInfo(number, LR))
+    moved = (wanted - values.view(shape).cpu()).norm()
+    assert (ours.view(shape).cpu() - wanted).norm() < 0.03 * moved
+    torch.testing.assert_close(
+        ours.view(shape).cpu(), _muon_by_hand(values.view(shape), gradients), rtol=1e-5, atol=1e-6
+    )
+
+
+def _muon_by_hand(values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Its formula with Newton-Schulz iterations in fp64."""
+    weight, momentum = values.cpu().double(), torch.zeros_like(values.cpu()).double()
+    for gradient in (g.cpu().double().view(weight.shape) for g in gradients):
+        weight *= 1.0 - LR * 0.1
+        momentum = 0.95 * momentum + 0.05 * gradient
+        x = 0.95 * momentum + 0.05 * gradient
+        x = x.t() if x.shape[0] > x.shape[1] else x
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            a = x @ x.t()
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.t() if weight.shape[0] > weight.shape[1] else x
+        weight -= LR * 0.2 * max(weight.shape) ** 0.5 * x
+    return weight.float()
+
+
+def test_an_orthogonal_matrix_has_singular_values_near_one() -> None:
+    matrix = torch.randn(20, 32, generator=torch.Generator().manual_seed(1)).to(devices.device())
+    found = torch.linalg.svdvals(orthogonal(matrix).cpu())
+    assert float(found.min()) > 0.6 and float(found.max()) < 1.3
+
+
+def test_stacked_matrices_are_updated_each_for_itself() -> None:
+    train = _train("muon")
+    values, gradients = _drawn(2 * 12 * 16, 3)
+    stacked, halves = values.clone(), [values[:192].clone(), values[192:].clone()]
+    state = _zeros(train, stacked, "muon")
+    own = [_zeros(train, half, "muon") for half in halves]
+    both = [Part(_param(train, "mlp.gate_up", 24, 16, blocks=2), slice(0, 384))]
+    one = [Part(_param(train, "mlp.query", 12, 16), slice(0, 192))]
+    for number, gradient in enumerate(gradients, 1):
+        at = UpdateInfo(number, LR)
+        Updates(train).apply(both, stacked, gradient, state, at)
+        for half, kept, part in zip(halves, own, gradient.split(192), strict=True):
+            Updates(train).apply(one, half, part, kept, at)
+    assert torch.equal(stacked, torch.cat(halves))
+
+
+# -- bits ------------------------------------------------------------------------------------------------------------
+
+
+def _updated(rule: str, values: Tensor, gradients: Sequence[Tensor], cuts: Sequence[int]) -> dict[str, Tensor]:
+    """After several steps for the pieces between the cuts, each in memory of its own. The first 100 elements, and some
+    at the end, are of parameters without weight decay."""
+    train = _train(rule)
+    layout = [(_param(train, "norm", 100), 0, 100), (_param(train, "query", 25, 32), 100, 900)]
+    layout.append((_param(train, "bias", NUMEL - 900), 900, NUMEL))
+    found: dict[str, list[Tensor]] = {}
+    for start, stop in pairwise([0, *cuts, len(values)]):
+        master = values[start:stop].clone()
+        spans = [(param, max(low, start), min(high, stop)) for param, low, high in layout]
+        parts = [Part(param, slice(low - start, high - start)) for param, low, high in spans if low < high]
+        state = _zeros(train, master, rule)
+        for number, gradient in enumerate(gradients, 1):
+            Updates(train).apply(parts, master, gradient[start:stop].clone(), state, UpdateInfo(number, LR))
+        for kind, part in {"weights": master, **state}.items():
+            found.setdefault(kind, []).append(part)
+    return {kind: torch.cat(parts) for kind, parts in found.items()}
+
+
+@pytest.mark.parametrize("rule", ELEMENTWISE)
+@given(cuts=st.sets(st.integers(1, NUMEL // PIECE_MULTIPLE - 1), max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_updates_have_the_same_bits_wherever_partitions_are_cut(rule: str, cuts: set[int]) -> None:
+    values, gradients = _drawn(NUMEL, 3)
+    whole = _updated(rule, values, gradients, [])
+    pieces = _updated(rule, values, gradients, sorted(cut * PIECE_MULTIPLE for cut in cuts))
+    assert [kind for kind in whole if not torch.equal(whole[kind], pieces[kind])] == []
+    assert EMA in whole and not torch.equal(whole[EMA], torch.zeros_like(values))
+
+
+@pytest.mark.on_cpu
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no vectors here")
+def test_a_piece_that_fills_no_vectors_would_have_others() -> None:
+    """Else partitions needn't be multiples of anything."""
+    values, gradients = _drawn(NUMEL, 3)
+    whole = _updated("adamw", values, gradients, [])
+    ragged = _updated("adamw", values, gradients, list(range(PIECE_MULTIPLE + 7, NUMEL, PIECE_MULTIPLE + 7)))
+    assert any(not torch.equal(whole[kind], ragged[kind]) for kind in whole)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.engine.optim.replayer.PIECE", 256)  # several pieces
+    train = _train(rule, groups=[{"params": ["*key"], "lr_scale": 0.5}])
+    params = [
+        ParamSpec("norm", (48,), None),
+        ParamSpec("a.query", (24, 16), None),
+        ParamSpec("a.gate_up", (32, 16), None, 2),
+        ParamSpec("a.key", (16, 24), None),
+    ]
+    by_update: dict[tuple[str, float], list[ParamSpec]] = {}
+    for param in (param.with_settings(train.optimizer) for param in params):
+        by_update.setdefault(param.update, []).append(param)
+    live, before, deltas = NamedRanges(), NamedRanges(), [NamedRanges() for _ in range(3)]
+    for same in by_update.values():
+        numel = sum(param.numel for param in same)
+        values, gradients = _drawn(numel, 3)
+        padding = -numel % PIECE_MULTIPLE
+        master, grads = (torch.nn.functional.pad(t, (0, padding)) for t in (values, torch.stack(gradients)))
+        state, parts, end = _zeros(train, master, same[0].update[0]), [], 0
+        for param in same:
+            parts.append(Part(param, slice(end, end + param.numel)))
+            end += param.numel
+        named = {"master" if mixed else "param": master, **state}
+        for ranges in (before, live):
+            for kind, tensor in named.items():
+                for part in parts:
+                    data = tensor[part.here]
+                    ranges.add(f"{kind}/{part.param.name}", 0, data.clone() if ranges is before else data)
+        for part in parts if mixed else ():
+            for ranges in (before, live):
+                ranges.add(f"param/{part.param.name}", 0, master[part.here].bfloat16())
+        for number, delta in enumerate(deltas):
+            Updates(train).apply(parts, master, grads[number], state, UpdateInfo(number + 5, LR / (number + 1)))
+            for part in parts:
+                delta.add(f"grad/{part.param.name}", 0, grads[number][part.here])
+                if mixed:
+                    live.view(f"param/{part.param.name}", 0, part.param.numel).copy_(master[part.here])
+    kept = [
+        Snapshot(Holding(0, n, 0), "", torch.empty(0), delta, Update(n + 5, LR / (n + 1)))
+        for n, delta in enumerate(deltas)
+    ]
+    Replayer(train, params, devices.device())(before, kept)
+    for name, held in live:
+        assert torch.equal(before.view(name, held.start, held.stop), held.data), name
+    kinds = {name.partition("/")[0] for name in live.names()}
+    assert kinds == {*OF_RULE[rule], *OF_RULE["adamw" if rule in OF_MATRICES else rule], EMA, "param"} | (
+        {"master"} if mixed else set()
+    )
