@@ -221,6 +221,12 @@ def of_model(name: str) -> str | None:
     return plain if kind in (PARAM, MASTER, BUFFER) else None
 
 
+def begins_as(name: str) -> str | None:
+    """The model's parameter or buffer whose first values a tensor of the state has; None: zeros, or drawn ones."""
+    kind, _, plain = name.partition("/")
+    return plain if kind == EMA else of_model(name)
+
+
 def average_of(name: str) -> str:
     """The tensor with the average of a model's tensor, by the name that this has in checkpoints; a buffer's own."""
     kind, _, plain = name.partition("/")

@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.checkpoint.hf.pretrained import Part, Pretrained, open_pretrained
 from orchestrator.checkpoint.manifest import CheckpointManifest
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, of_model
+from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, begins_as
 from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
@@ -120,7 +120,8 @@ def _without_stages(sampler: str) -> object:
 
 @torch.no_grad()
 def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
-    """Fill this rank's weights, masters and router biases from `spec.init_from`. State of training keeps its values.
+    """Fill this rank's weights, masters, their averages and router biases from `spec.init_from`. Other state keeps its
+    values.
 
     Raises:
         UsageError, CheckpointCorrupt: the directory no longer exists, or isn't of this model.
@@ -130,7 +131,7 @@ def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
     source.check(spec)
     with _Weights(source) as weights:
         for name, held in ranges:
-            ours = of_model(name)
+            ours = begins_as(name)
             for start, values in weights.read(ours, held.start, held.stop) if ours is not None else ():
                 held.data[start - held.start : start - held.start + len(values)].copy_(values)
 
