@@ -36,6 +36,7 @@ from benchmarks.harness import ROOT, Bar, Result, at_least, at_most, equals, mea
 from benchmarks.support.data import data_spec, prepared, prepared_storage, stores_dir
 from benchmarks.support.product import Product
 from orchestrator.data.store import TokenStore
+from orchestrator.engine.optim.lr_schedule import decay, learning_rate
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.moe.balance import next_bias
@@ -44,7 +45,6 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.lr_schedule import decay, learning_rate
 
 STEPS, QUICK_STEPS = 300, 12
 SEEDS, QUICK_SEEDS = 3, 1

@@ -127,7 +127,7 @@ def is_for_muon(name: str, shape: Sequence[int]) -> bool:
 
 
 class LrSchedulerSpec(Section):
-    """The learning rate over the steps; `orchestrator.spec.lr_schedule` computes it."""
+    """The learning rate over the steps; `orchestrator.engine.optim.lr_schedule` computes it."""
 
     kind: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = Field(
         default="cosine",

@@ -26,7 +26,7 @@ def _kinds() -> set[str]:
 
 
 KINDS = _kinds()
-SCHEME = "powersgd"  # the name of its scheme as well
+OTHERWISE = {"powersgd", "ema"}  # names of a scheme and of an option as well
 
 
 def _named(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -34,7 +34,7 @@ def _named(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             kind, slash, _ = node.value.partition("/")
-            if kind in KINDS and (slash or kind != SCHEME):
+            if kind in KINDS and (slash or kind not in OTHERWISE):
                 yield node.lineno, node.value
 
 

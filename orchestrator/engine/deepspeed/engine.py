@@ -29,7 +29,7 @@ from orchestrator.engine.deepspeed.process_setup import config_of, set_up, unreg
 from orchestrator.engine.deepspeed.zero_optimizer import ZeroOptimizerAdapter
 from orchestrator.engine.gradients import Gradients
 from orchestrator.engine.optim.rule import UpdateInfo
-from orchestrator.engine.optim.stepper import Part, Stepper
+from orchestrator.engine.optim.stepper import ParamPart, Stepper
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel, spec_of
@@ -213,7 +213,7 @@ class DeepSpeedEngineAdapter:
         """Let the optimizer know what its partitions hold."""
         params = {name: spec_of(name, p).with_settings(train.optimizer) for name, p in self._model.named_parameters()}
         for master, owned in zip(self._zero.single_partition_of_fp32_groups, self._owned, strict=True):
-            self._stepper.parts[id(master)] = [Part(params[name], here) for name, _, here in owned]
+            self._stepper.parts[id(master)] = [ParamPart(params[name], here) for name, _, here in owned]
 
     def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
         """Contents of this rank's partition by group: a parameter's name, the element where its part begins, and its

@@ -8,7 +8,7 @@ from torch import Tensor
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.elastic.state_spec import MASTER, PARAM, ParamSpec
 from orchestrator.engine.optim.rule import UpdateInfo
-from orchestrator.engine.optim.stepper import Part, Updates
+from orchestrator.engine.optim.stepper import ParamPart, Updates
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update
@@ -90,11 +90,11 @@ class _Parts:
                 self._ranges.view(f"{kind}/{param.name}", start, stop).copy_(flat[part.here])
 
 
-def _parts_of(piece: Sequence[Row]) -> list[Part]:
+def _parts_of(piece: Sequence[Row]) -> list[ParamPart]:
     """Where the rows of a piece are in a flat tensor."""
     parts, begin = [], 0
     for param, start, stop in piece:
-        parts.append(Part(param, slice(begin, begin + stop - start)))
+        parts.append(ParamPart(param, slice(begin, begin + stop - start)))
         begin += stop - start
     return parts
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from orchestrator.elastic.state_spec import EMA, OF_RULE, ParamSpec
 from orchestrator.engine.base import noop
+from orchestrator.engine.optim.all_rules import RULES
 from orchestrator.engine.optim.rule import UpdateInfo, UpdateRule, decay
-from orchestrator.engine.optim.rules import RULES
 from orchestrator.spec.optimizer import OptimizerSpec
 from orchestrator.spec.train import TrainSpec
 
 
 @dataclass(frozen=True)
-class Part:
+class ParamPart:
     """Elements of a parameter within a flat tensor.
 
     Args:
@@ -43,7 +43,7 @@ class Updates:
         return OF_RULE[rule] if self._ema is None else (*OF_RULE[rule], EMA)
 
     def apply(
-        self, parts: Sequence[Part], master: Tensor, grad: Tensor, state: Mapping[str, Tensor], at: UpdateInfo
+        self, parts: Sequence[ParamPart], master: Tensor, grad: Tensor, state: Mapping[str, Tensor], at: UpdateInfo
     ) -> None:
         """Update a flat tensor in place.
 
@@ -75,7 +75,7 @@ def _rules_of(spec: OptimizerSpec) -> dict[str, UpdateRule]:
     return {name: make(spec) for name, make in RULES.items()}
 
 
-def _runs(parts: Sequence[Part]) -> list[tuple[slice, float]]:
+def _runs(parts: Sequence[ParamPart]) -> list[tuple[slice, float]]:
     """Elements by weight decay, neighbours of equal decay together."""
     runs: list[tuple[slice, float]] = []
     for part in parts:
@@ -86,7 +86,7 @@ def _runs(parts: Sequence[Part]) -> list[tuple[slice, float]]:
     return runs
 
 
-def _matrices(flat: Tensor, part: Part) -> tuple[Tensor, ...]:
+def _matrices(flat: Tensor, part: ParamPart) -> tuple[Tensor, ...]:
     """The matrices of a parameter that lies whole in a flat tensor."""
     return flat[part.here].view(part.param.shape).chunk(part.param.blocks)
 
@@ -105,7 +105,7 @@ class Stepper(torch.optim.Optimizer):
 
     def __init__(self, params: list[dict[str, Any]], train: TrainSpec) -> None:
         super().__init__(params, {"lr": train.lr})
-        self.parts: dict[int, Sequence[Part]] = {}
+        self.parts: dict[int, Sequence[ParamPart]] = {}
         self.at = UpdateInfo(1, train.lr)
         self._updates = Updates(train)
 

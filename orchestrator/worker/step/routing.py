@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orchestrator.engine.optim.lr_schedule import decay
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.policy.health.expert_load import expert_load, is_shown
 from orchestrator.protocol.step_record import RoutingRecord
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.lr_schedule import decay
 
 
 class RoutingRecorder:

@@ -14,12 +14,12 @@ from torch import Tensor
 from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport import nccl
 from orchestrator.engine.base import StepOutcome, noop
+from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.model.base import seed_draws
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.protocol.step_record import BatchRecord, CommunicationRecord, StateRecord, StepRecord, UpdateRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory
-from orchestrator.spec.lr_schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress

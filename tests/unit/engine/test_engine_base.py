@@ -12,6 +12,7 @@ from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.optimizer import is_decayed
 from orchestrator.spec.train import TrainSpec
 from tests.support.reference_engine import ReferenceEngine
 from tests.support.small import empty, micro_batch
@@ -50,7 +51,12 @@ def _engine(groups: ProcessGroups, clipping: float = 1.0) -> tuple[MoELanguageMo
 def test_steps_equal_those_of_torch_on_the_mean_loss(alone: ProcessGroups, clipping: float) -> None:
     model, engine = _engine(alone, clipping)
     plain = _model()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    decayed = {name: is_decayed(name, param.shape) for name, param in plain.named_parameters()}
+    groups = [
+        {"params": [p for n, p in plain.named_parameters() if decayed[n] == wanted], "weight_decay": 0.1 * wanted}
+        for wanted in (False, True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for step in range(3):
         batches: list[MicroBatch] = [micro_batch(step, 0), micro_batch(step, 1), empty()]
         for batch in batches:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.spec.lr_schedule import learning_rate
+from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.spec.optimizer import LrSchedulerSpec, OptimizerSpec, ParamSettings
 from orchestrator.spec.train import TrainSpec
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.state_spec import EMA, OF_RULE, ParamSpec
+from orchestrator.engine.optim.all_rules import RULES
 from orchestrator.engine.optim.muon import orthogonal
 from orchestrator.engine.optim.replayer import Replayer
 from orchestrator.engine.optim.rule import UpdateInfo
-from orchestrator.engine.optim.rules import RULES
-from orchestrator.engine.optim.stepper import Part, Updates
+from orchestrator.engine.optim.stepper import ParamPart, Updates
 from orchestrator.spec.optimizer import OF_MATRICES
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
@@ -90,7 +90,7 @@ def test_weights_are_those_of_the_reference(rule: str) -> None:
     train = _train(rule)
     values, gradients = _drawn(NUMEL, STEPS)
     wanted, ours = REFERENCES[rule](values, gradients), values.clone()
-    state, parts = _zeros(train, ours, rule), [Part(_param(train, "a.query", 64, 16), slice(0, NUMEL))]
+    state, parts = _zeros(train, ours, rule), [ParamPart(_param(train, "a.query", 64, 16), slice(0, NUMEL))]
     for number, gradient in enumerate(gradients, 1):
         Updates(train).apply(parts, ours, gradient, state, UpdateInfo(number, LR))
     torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-5, atol=1e-6)
@@ -103,7 +103,7 @@ def test_muon_is_that_of_torch_but_for_its_bf16(shape: tuple[int, int]) -> None:
     values, gradients = _drawn(shape[0] * shape[1], STEPS)
     theirs = _torch(lambda p: torch.optim.Muon(p, LR, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
     wanted, ours = theirs(values.view(shape), gradients), values.clone()
-    state, parts = _zeros(train, ours, "muon"), [Part(_param(train, "a.query", *shape), slice(0, len(values)))]
+    state, parts = _zeros(train, ours, "muon"), [ParamPart(_param(train, "a.query", *shape), slice(0, len(values)))]
     for number, gradient in enumerate(gradients, 1):
         Updates(train).apply(parts, ours, gradient, state, UpdateInfo(number, LR))
     moved = (wanted - values.view(shape).cpu()).norm()
@@ -142,8 +142,8 @@ def test_stacked_matrices_are_updated_each_for_itself() -> None:
     stacked, halves = values.clone(), [values[:192].clone(), values[192:].clone()]
     state = _zeros(train, stacked, "muon")
     own = [_zeros(train, half, "muon") for half in halves]
-    both = [Part(_param(train, "mlp.gate_up", 24, 16, blocks=2), slice(0, 384))]
-    one = [Part(_param(train, "mlp.query", 12, 16), slice(0, 192))]
+    both = [ParamPart(_param(train, "mlp.gate_up", 24, 16, blocks=2), slice(0, 384))]
+    one = [ParamPart(_param(train, "mlp.query", 12, 16), slice(0, 192))]
     for number, gradient in enumerate(gradients, 1):
         at = UpdateInfo(number, LR)
         Updates(train).apply(both, stacked, gradient, state, at)
@@ -165,7 +165,7 @@ def _updated(rule: str, values: Tensor, gradients: Sequence[Tensor], cuts: Seque
     for start, stop in pairwise([0, *cuts, len(values)]):
         master = values[start:stop].clone()
         spans = [(param, max(low, start), min(high, stop)) for param, low, high in layout]
-        parts = [Part(param, slice(low - start, high - start)) for param, low, high in spans if low < high]
+        parts = [ParamPart(param, slice(low - start, high - start)) for param, low, high in spans if low < high]
         state = _zeros(train, master, rule)
         for number, gradient in enumerate(gradients, 1):
             Updates(train).apply(parts, master, gradient[start:stop].clone(), state, UpdateInfo(number, LR))
@@ -217,7 +217,7 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
         master, grads = (torch.nn.functional.pad(t, (0, padding)) for t in (values, torch.stack(gradients)))
         state, parts, end = _zeros(train, master, same[0].update[0]), [], 0
         for param in same:
-            parts.append(Part(param, slice(end, end + param.numel)))
+            parts.append(ParamPart(param, slice(end, end + param.numel)))
             end += param.numel
         named = {"master" if mixed else "param": master, **state}
         for ranges in (before, live):

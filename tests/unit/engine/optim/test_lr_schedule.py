@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.spec.lr_schedule import decay, learning_rate
+from orchestrator.engine.optim.lr_schedule import decay, learning_rate
 from orchestrator.spec.train import TrainSpec
 
 
