@@ -16,10 +16,11 @@ from orchestrator.errors import UsageError
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.optimizer import ADAMW, LION, MUON, OF_MATRICES, SGD, OptimizerSpec
+from orchestrator.spec.train import TrainSpec
 
 # Kinds, the first parts of tensors' names.
 PARAM = "param"
-MASTER = "master"  # a parameter in fp32 where `param` has lower precision; in a checkpoint always
+MASTER = "master"  # a parameter in fp32 where `TrainSpec.has_masters`; in a checkpoint always
 EXP_AVG, EXP_AVG_SQ, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"  # of update rules
 EMA = "ema"  # average of the masters
 BUFFER = "buffer"
@@ -155,11 +156,11 @@ def inventory(
         ValueError: a name that occurs twice.
         UsageError: patterns of the optimizer's groups that fit no parameter.
     """
-    mixed, optimizer = job.train.precision == "bf16", job.train.optimizer
+    train, optimizer = job.train, job.train.optimizer
     _check_patterns(optimizer, params)
     params = [param.with_settings(optimizer) for param in params]
-    tensors = [_weights(param, mixed) for param in params]
-    kept = [(MASTER,) * mixed + OF_RULE[p.update[0]] + (EMA,) * (job.train.ema is not None) for p in params]
+    tensors = [_weights(param, train) for param in params]
+    kept = [(MASTER,) * train.has_masters + OF_RULE[p.update[0]] + (EMA,) * (train.ema is not None) for p in params]
     for kind in dict.fromkeys(kind for kinds in kept for kind in kinds):
         having = [param for param, kinds in zip(params, kept, strict=True) if kind in kinds]
         tensors += [StateTensor(f"{kind}/{p.name}", p.shape, Sharing.SHARDED, Origin.UPDATE, p) for p in having]
@@ -182,16 +183,16 @@ def _check_patterns(optimizer: OptimizerSpec, params: Sequence[ParamSpec]) -> No
         )
 
 
-def _weights(param: ParamSpec, mixed: bool) -> StateTensor:
+def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
     return StateTensor(
         f"{PARAM}/{param.name}",
         param.shape,
         Sharing.REPLICATED,
         Origin.GATHER,
         param,
-        dtype="bfloat16" if mixed else "float32",
+        dtype="bfloat16" if train.precision == "bf16" else "float32",
         stored_as=f"{MASTER}/{param.name}",
-        is_copy=mixed,
+        is_copy=train.has_masters,
     )
 
 

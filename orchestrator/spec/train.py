@@ -80,6 +80,12 @@ class TrainSpec(Section):
         return self.determinism == "exact"
 
     @property
+    def has_masters(self) -> bool:
+        """Whether fp32 weights are state beside those of the model: these are rounded, or an average follows updates,
+        which a replay makes from the part of the state that only one rank has."""
+        return self.precision == "bf16" or self.ema is not None
+
+    @property
     def most_micro_batches(self) -> int:
         """Largest number of micro-batches in a step, each with at least one row."""
         return self.global_batch_size // (self.micro_batch_rows or 1)

@@ -1,6 +1,7 @@
 """A rank on a GPU beside one on the CPU. `pytest --device gpu tests/gpu` needs a GPU; `--device emulated` shows that
 they run."""
 
+import os
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ def _trained(
     rank: int, world_size: int, store: Store, prefix: str, determinism: str, precision: str, recompute: str
 ) -> tuple[list[float], list[int]]:
     """Losses, and digests of the state after some steps."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product, as in a worker's environment
     if determinism == "exact":
         pin(devices.device())
     train = small.train_spec(precision, determinism=determinism)

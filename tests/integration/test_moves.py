@@ -131,7 +131,7 @@ def test_every_precision_and_stage_moves_bit_by_bit(
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"ema": {"decay": 0.9}, "optimizer": {"groups": [{"params": ["*.router.*"], "lr_scale": 0.1}]}},
     "sgd": {"optimizer": {"name": "sgd"}, "lr": 0.5, "ema": {"decay": 0.9}},
-    "lion": {"optimizer": {"name": "lion"}, "lr": 3e-4},
+    "lion": {"optimizer": {"name": "lion"}, "lr": 1e-3},
     "muon": {"optimizer": {"name": "muon"}, "ema": {"decay": 0.9}},
 }
 

@@ -80,7 +80,7 @@ class DeepSpeedEngineAdapter:
         communication: CommunicationSpec = DEFAULT,
     ) -> None:
         self._model = model
-        self._mixed = train.precision == "bf16"
+        self._has_masters = train.has_masters
         has_experts = bool(model.moe_layers)
         set_up(groups, device)
         if has_experts:
@@ -171,7 +171,7 @@ class DeepSpeedEngineAdapter:
     def idle_state(self) -> NamedRanges:
         ranges = self._ranges.detached()
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
-            for name, start, here in [] if self._mixed else self._owned[index]:
+            for name, start, here in [] if self._has_masters else self._owned[index]:
                 ranges.add(f"{MASTER}/{name}", start, master.detach()[here])
         return ranges
 
@@ -186,7 +186,7 @@ class DeepSpeedEngineAdapter:
 
     @torch.no_grad()
     def on_state_loaded(self, num_updates: int) -> None:
-        if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
+        if not self._has_masters:  # the weights are the masters; DeepSpeed keeps its partition as a copy
             self._copy_weights_to_masters()
         self._num_updates = num_updates
         self._gradients.on_state_loaded(num_updates)
@@ -237,7 +237,7 @@ class DeepSpeedEngineAdapter:
                 ranges.add(f"{PARAM}/{name}", 0, param.data.view(-1))
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             for name, start, here in self._owned[index]:
-                if self._mixed:
+                if self._has_masters:
                     ranges.add(f"{MASTER}/{name}", start, master.detach()[here])
                 for kind, tensor in self._stepper.state[master].items():
                     ranges.add(f"{kind}/{name}", start, tensor[here])

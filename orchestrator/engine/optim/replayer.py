@@ -52,7 +52,7 @@ class Replayer:
     def _replay(
         self, state: "_Parts", piece: list[Row], updates: Sequence[Update], gradients: Sequence["_Parts"]
     ) -> None:
-        master = state.read(MASTER if state.mixed else PARAM, piece)
+        master = state.read(MASTER if state.has_masters else PARAM, piece)
         kinds = self._updates.kinds(piece[0][0].update[0])
         kept, parts = {kind: state.read(kind, piece) for kind in kinds}, _parts_of(piece)
         for update, gradient in zip(updates, gradients, strict=True):
@@ -61,7 +61,7 @@ class Replayer:
         for kind, values in kept.items():
             state.write(kind, piece, values)
         state.write(PARAM, piece, master)
-        if state.mixed:
+        if state.has_masters:
             state.write(MASTER, piece, master)
 
 
@@ -70,7 +70,7 @@ class _Parts:
 
     def __init__(self, ranges: NamedRanges, device: torch.device) -> None:
         self._ranges, self._device, self.names = ranges, device, set(ranges.names())
-        self.mixed = any(name.startswith(f"{MASTER}/") for name in self.names)
+        self.has_masters = any(name.startswith(f"{MASTER}/") for name in self.names)
 
     def read(self, kind: str, piece: list[Row]) -> Tensor:
         """A copy, fp32; zeros for parameters that aren't held."""

@@ -224,14 +224,15 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
             for kind, tensor in named.items():
                 for part in parts:
                     data = tensor[part.here]
-                    ranges.add(f"{kind}/{part.param.name}", 0, data.clone() if ranges is before else data)
+                    ranges.add(f"{kind}/{part.param.name}", 0, data.cpu().clone() if ranges is before else data)
         for part in parts if mixed else ():
             for ranges in (before, live):
-                ranges.add(f"param/{part.param.name}", 0, master[part.here].bfloat16())
+                rounded = master[part.here].bfloat16()
+                ranges.add(f"param/{part.param.name}", 0, rounded.cpu() if ranges is before else rounded)
         for number, delta in enumerate(deltas):
             Updates(train).apply(parts, master, grads[number], state, UpdateInfo(number + 5, LR / (number + 1)))
             for part in parts:
-                delta.add(f"grad/{part.param.name}", 0, grads[number][part.here])
+                delta.add(f"grad/{part.param.name}", 0, grads[number][part.here].cpu())
                 if mixed:
                     live.view(f"param/{part.param.name}", 0, part.param.numel).copy_(master[part.here])
     kept = [
@@ -240,7 +241,7 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
     ]
     Replayer(train, params, devices.device())(before, kept)
     for name, held in live:
-        assert torch.equal(before.view(name, held.start, held.stop), held.data), name
+        assert torch.equal(before.view(name, held.start, held.stop), held.data.cpu()), name
     kinds = {name.partition("/")[0] for name in live.names()}
     assert kinds == {*OF_RULE[rule], *OF_RULE["adamw" if rule in OF_MATRICES else rule], EMA, "param"} | (
         {"master"} if mixed else set()
