@@ -67,6 +67,24 @@ def test_checkpoint_writes_the_same_state_in_every_way() -> None:
     assert all(num_bytes["ours"] <= 1.1 * num_bytes[other] for other in ("deepspeed", "dcp_async", "torch_save"))
 
 
+def test_optimizers_are_those_of_the_references() -> None:
+    line = quick("optimizers")
+    assert {bar["name"] for bar in line["bars"]} == {f"error of {rule}" for rule in ("adamw", "sgd", "lion", "muon")}
+    assert all(bar["met"] for bar in line["bars"])
+    assert line["metrics"]["error"]["torch's muon"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_gpu_runs_on_a_processor_too() -> None:
+    line = quick("gpu", "--device", "cpu")
+    assert [bar["name"] for bar in line["bars"]] == ["one over transformers"]
+    losses = line["metrics"]["first_loss"]
+    assert losses["one"] == pytest.approx(losses["transformers"], rel=0.01)
+    assert set(line["metrics"]["experts"]["ms"]) == {"grouped", "one by one", "torchtitan"}
+    assert line["metrics"]["copies"][0]["copy"]["median"] > 0
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)

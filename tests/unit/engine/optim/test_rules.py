@@ -1,6 +1,6 @@
 """Update rules against references, with the same bits wherever partitions are cut, and in a replay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -22,6 +22,7 @@ from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update
 from tests.support import devices
+from tests.support.reference_rules import REFERENCES, TORCH_MUON
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -50,84 +51,26 @@ def _zeros(train: TrainSpec, like: Tensor, rule: str) -> dict[str, Tensor]:
     return {kind: torch.zeros_like(like) for kind in Updates(train).kinds(rule)}
 
 
-# -- references ------------------------------------------------------------------------------------------------------
-
-
-def _torch(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
-    """Weights after torch's own optimizer has taken all gradients, with decoupled weight decay."""
-
-    def trained(values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-        weight = torch.nn.Parameter(values.cpu().clone())
-        optimizer = make([weight])
-        for gradient in gradients:
-            with torch.no_grad():
-                weight.mul_(1.0 - LR * 0.1)
-            weight.grad = gradient.cpu().view(weight.shape)
-            optimizer.step()
-        return weight.detach()
-
-    return trained
-
-
-def _lion(values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Algorithm 2 of arXiv:2302.06675, in fp64 but for the sign, which rounding decides near 0."""
-    weight, momentum = values.cpu().double(), torch.zeros_like(values.cpu()).double()
-    for gradient in (g.cpu().double() for g in gradients):
-        weight -= LR * ((0.9 * momentum + 0.1 * gradient).sign() + 0.1 * weight)
-        momentum = 0.95 * momentum + 0.05 * gradient
-    return weight.float()
-
-
-REFERENCES = {
-    "adamw": _torch(lambda p: torch.optim.AdamW(p, LR, (0.9, 0.95), 1e-8, weight_decay=0.0)),
-    "sgd": _torch(lambda p: torch.optim.SGD(p, LR, momentum=0.95, nesterov=True)),
-    "lion": _lion,
-}
-
-
-@pytest.mark.parametrize("rule", ELEMENTWISE)
-def test_weights_are_those_of_the_reference(rule: str) -> None:
-    train = _train(rule)
-    values, gradients = _drawn(NUMEL, STEPS)
-    wanted, ours = REFERENCES[rule](values, gradients), values.clone()
-    state, parts = _zeros(train, ours, rule), [ParamPart(_param(train, "a.query", 64, 16), slice(0, NUMEL))]
+def _ours(rule: str, values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """A matrix after updates by all gradients."""
+    train, device = _train(rule), devices.device()
+    ours = values.reshape(-1).to(device, copy=True)
+    state, parts = _zeros(train, ours, rule), [ParamPart(_param(train, "a.query", *values.shape), slice(0, len(ours)))]
     for number, gradient in enumerate(gradients, 1):
-        Updates(train).apply(parts, ours, gradient, state, UpdateInfo(number, LR))
-    torch.testing.assert_close(ours.cpu(), wanted, rtol=1e-5, atol=1e-6)
+        Updates(train).apply(parts, ours, gradient.reshape(-1).to(device), state, UpdateInfo(number, LR))
+    return ours.cpu().view(values.shape)
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 40), (16, 16)], ids=str)
-def test_muon_is_that_of_torch_but_for_its_bf16(shape: tuple[int, int]) -> None:
-    """torch's iterations in bf16 differ by about 1 %, ours with the same formula in fp32 by rounding."""
-    train = _train("muon")
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_are_those_of_the_reference(rule: str, shape: tuple[int, int]) -> None:
     values, gradients = _drawn(shape[0] * shape[1], STEPS)
-    theirs = _torch(lambda p: torch.optim.Muon(p, LR, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
-    wanted, ours = theirs(values.view(shape), gradients), values.clone()
-    state, parts = _zeros(train, ours, "muon"), [ParamPart(_param(train, "a.query", *shape), slice(0, len(values)))]
-    for number, gradient in enumerate(gradients, 1):
-        Updates(train).apply(parts, ours, gradient, state, UpdateInfo(number, LR))
-    moved = (wanted - values.view(shape).cpu()).norm()
-    assert (ours.view(shape).cpu() - wanted).norm() < 0.03 * moved
-    torch.testing.assert_close(
-        ours.view(shape).cpu(), _muon_by_hand(values.view(shape), gradients), rtol=1e-5, atol=1e-6
-    )
-
-
-def _muon_by_hand(values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Its formula with Newton-Schulz iterations in fp64."""
-    weight, momentum = values.cpu().double(), torch.zeros_like(values.cpu()).double()
-    for gradient in (g.cpu().double().view(weight.shape) for g in gradients):
-        weight *= 1.0 - LR * 0.1
-        momentum = 0.95 * momentum + 0.05 * gradient
-        x = 0.95 * momentum + 0.05 * gradient
-        x = x.t() if x.shape[0] > x.shape[1] else x
-        x = x / (x.norm() + 1e-7)
-        for _ in range(5):
-            a = x @ x.t()
-            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        x = x.t() if weight.shape[0] > weight.shape[1] else x
-        weight -= LR * 0.2 * max(weight.shape) ** 0.5 * x
-    return weight.float()
+    values, gradients = values.cpu().view(shape), [gradient.cpu().view(shape) for gradient in gradients]
+    ours, wanted = _ours(rule, values, gradients), REFERENCES[rule](values, gradients, LR, 0.1)
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+    if rule == "muon":
+        moved = (wanted - values).norm()
+        assert (ours - TORCH_MUON(values, gradients, LR, 0.1)).norm() < 0.03 * moved
 
 
 def test_an_orthogonal_matrix_has_singular_values_near_one() -> None:

@@ -528,6 +528,7 @@ def test_what_is_given_up_while_storage_refuses_it_is_not_reported_after_that(re
 
     def refuse(why: StorageTrouble | None) -> None:
         if why is not None:
+            _until(lambda: scene.saver.is_writing)  # `save` knows its thread
             gives_up.append(_in_thread(give_up))
             with pytest.raises(TimeoutError):  # it waits for this report
                 gives_up[0].result(0.2)
