@@ -133,7 +133,7 @@ class _Optimizer:
 
     def __init__(self, model: TrainableModel, train: TrainSpec) -> None:
         self._updates = Updates(train)
-        self._params = [(spec_of(n, p).with_settings(train.optimizer), p) for n, p in model.named_parameters()]
+        self._params = [(spec_of(n, p).with_settings(train), p) for n, p in model.named_parameters()]
         kinds = self._updates.kinds
         self._state = [{k: torch.zeros(p.numel()) for k in kinds(spec.update[0])} for spec, p in self._params]
 
@@ -214,7 +214,7 @@ def _error(
     rule: str, name: str, first: Tensor, gradients: Sequence[Tensor], lr: float, is_torch: bool = False
 ) -> float:
     train = TrainSpec.model_validate({"optimizer": {"name": rule}})
-    spec = spec_of(name, first).with_settings(train.optimizer)
+    spec = spec_of(name, first).with_settings(train)
     ours, updates = copy.deepcopy(first), Updates(train)
     state = {kind: torch.zeros(first.numel()) for kind in updates.kinds(rule)}
     for number, gradient in enumerate(gradients, 1):

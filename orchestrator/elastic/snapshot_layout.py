@@ -61,7 +61,7 @@ class SnapshotFormat:
         rows = [(f"grad/{name}", "float32", *here, False) for name, here in updates.items()]
         for tensor, start, stop in layout.ranges_of(layout.world.members[rank]).tolist():
             spec = layout.tensors[layout.names[tensor]]
-            remade = (start, stop) if spec.origin is Origin.UPDATE else (start, start)
+            remade = (start, stop) if spec.origin in (Origin.UPDATE, Origin.CONSTANT) else (start, start)
             if spec.origin is Origin.GATHER and spec.like is not None:
                 remade = updates.get(spec.like.name, remade)
             rest = ((start, remade[0]), (remade[1], stop))

@@ -146,21 +146,24 @@ def training_layout(
         raise ValueError(f"the placement is for {placement.world_size} ranks; the world has {world.size}")
     everyone = tuple(range(world.size))
     params = list({t.like.name: t.like for t in tensors.values() if t.like is not None}.values())
-    groups: dict[tuple[ReplicaSet | None, bool, tuple[str, float]], list[int]] = {}  # None: dense, on all ranks
+    # Of None for ranks: dense, on all. Of None for the update: not trained, in no bucket.
+    groups: dict[tuple[ReplicaSet | None, bool, tuple[str, float] | None], list[int]] = {}
     for index, spec in enumerate(params):
         if spec.expert is not None and not 0 <= spec.expert < placement.num_experts:
             raise ValueError(f"{spec.name} belongs to expert {spec.expert}; {placement.num_experts} are placed")
         replicas = None if spec.expert is None else placement.replica_set(spec.expert)
-        key = (replicas, is_compressed(spec, communication.compression), spec.update)
+        key = (replicas, is_compressed(spec, communication.compression), spec.update if spec.is_trained else None)
         groups.setdefault(key, []).append(index)
     found = [everyone if replicas is None else replicas for replicas, _, _ in groups]
     holder_sets = tuple(dict.fromkeys([everyone, *found]))
     param_numel = np.array([spec.numel for spec in params], dtype=np.int64)
     group = np.zeros(len(params) + 1, dtype=np.int64)  # the last entry is for index -1
     rows = []
-    for ranks, ((_, compressed, _), members) in zip(found, groups.items(), strict=True):
+    for ranks, ((_, compressed, update), members) in zip(found, groups.items(), strict=True):
         of_group = np.array(members, dtype=np.int64)
         group[of_group] = holder_sets.index(ranks)
+        if update is None:
+            continue
         is_whole = params[members[0]].is_whole
         for cut in cut_buckets(param_numel[of_group].tolist(), len(ranks), communication, compressed, is_whole):
             rows.append(_partition(of_group, param_numel, ranks, cut))

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from fnmatch import fnmatchcase
 from itertools import product
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.optimizer import ADAMW, LION, MUON, OF_MATRICES, SGD, OptimizerSpec
+from orchestrator.spec.optimizer import ADAMW, LION, MUON, OF_MATRICES, SGD
 from orchestrator.spec.train import TrainSpec
 
 # Kinds, the first parts of tensors' names.
@@ -40,6 +41,7 @@ class ParamSpec:
         blocks: matrices of equal shape that are stacked in it.
         update: its update rule, and its learning rate over the job's. Parameters of a bucket have this in common.
         weight_decay: of each update.
+        is_trained: it has gradients and updates; else it is constant.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ParamSpec:
     blocks: int = 1
     update: tuple[str, float] = (ADAMW, 1.0)
     weight_decay: float = 0.0
+    is_trained: bool = True
 
     def __post_init__(self) -> None:
         if self.numel < 1:
@@ -62,10 +65,10 @@ class ParamSpec:
         """Whether one rank updates all of it."""
         return self.update[0] in OF_MATRICES
 
-    def with_settings(self, optimizer: OptimizerSpec) -> "ParamSpec":
-        """The parameter as an optimizer updates it."""
-        settings = optimizer.settings_of(self.name, self.shape)
-        return replace(self, update=settings.update, weight_decay=settings.weight_decay)
+    def with_settings(self, train: TrainSpec) -> "ParamSpec":
+        """The parameter as a job trains it."""
+        settings, is_trained = train.optimizer.settings_of(self.name, self.shape), train.is_trained(self.name)
+        return replace(self, update=settings.update, weight_decay=settings.weight_decay, is_trained=is_trained)
 
     @property
     def rows(self) -> int:
@@ -87,6 +90,7 @@ class Origin(Enum):
     UPDATE = "update"  # the update of the rank that holds them: none, since gradients remake them
     GATHER = "gather"  # the updates of all holders, who send each other theirs: those that other ranks update
     COPY = "copy"  # anything else: all
+    CONSTANT = "constant"  # nothing changes them: none
 
 
 class Absent(Enum):
@@ -154,12 +158,13 @@ def inventory(
 
     Raises:
         ValueError: a name that occurs twice.
-        UsageError: patterns of the optimizer's groups that fit no parameter.
+        UsageError: patterns of parameters that fit none.
     """
-    train, optimizer = job.train, job.train.optimizer
-    _check_patterns(optimizer, params)
-    params = [param.with_settings(optimizer) for param in params]
+    train = job.train
+    _check_patterns(train, [param.name for param in params])
+    params = [param.with_settings(train) for param in params]
     tensors = [_weights(param, train) for param in params]
+    params = [param for param in params if param.is_trained]
     kept = [(MASTER,) * train.has_masters + OF_RULE[p.update[0]] + (EMA,) * (train.ema is not None) for p in params]
     for kind in dict.fromkeys(kind for kinds in kept for kind in kinds):
         having = [param for param, kinds in zip(params, kept, strict=True) if kind in kinds]
@@ -172,15 +177,18 @@ def inventory(
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _check_patterns(optimizer: OptimizerSpec, params: Sequence[ParamSpec]) -> None:
-    if unmatched := optimizer.unmatched([param.name for param in params]):
-        names = [param.name for param in params]
-        raise UsageError(
-            f"train.optimizer.groups: {', '.join(unmatched)} fits none of the model's {len(names)} parameters, or only "
-            "some that a pattern before it has",
-            remedy=f"Parameters are named as {names[0]} and {names[-1]}; `*` fits any text.",
-            unchanged="Nothing was trained.",
-        )
+def _check_patterns(train: TrainSpec, names: Sequence[str]) -> None:
+    trained = [name for name in names if train.is_trained(name)]
+    unused = [pattern for pattern in train.trainable if not any(fnmatchcase(name, pattern) for name in names)]
+    wrong = {"train.trainable": unused, "train.optimizer.groups": train.optimizer.unmatched(trained)}
+    for key, patterns in wrong.items() if names else ():
+        if patterns:
+            raise UsageError(
+                f"{key}: {', '.join(patterns)} fits none of the model's {len(names)} parameters, or only some that "
+                "aren't trained or that a pattern before it has",
+                remedy=f"Parameters are named as {names[0]} and {names[-1]}; `*` fits any text.",
+                unchanged="Nothing was trained.",
+            )
 
 
 def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
@@ -188,11 +196,11 @@ def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
         f"{PARAM}/{param.name}",
         param.shape,
         Sharing.REPLICATED,
-        Origin.GATHER,
+        Origin.GATHER if param.is_trained else Origin.CONSTANT,
         param,
         dtype="bfloat16" if train.precision == "bf16" else "float32",
         stored_as=f"{MASTER}/{param.name}",
-        is_copy=train.has_masters,
+        is_copy=train.has_masters and param.is_trained,
     )
 
 

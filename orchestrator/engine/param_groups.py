@@ -62,8 +62,9 @@ def is_filler(name: str) -> bool:
 def groups_of(
     model: TrainableModel, groups: ProcessGroups, communication: CommunicationSpec, optimizer: OptimizerSpec
 ) -> list[ParamGroup]:
-    """Groups in the order in which a backward pass reaches them, the last parameters first."""
-    named = list(model.named_parameters())
+    """Groups of the parameters that are trained, in the order in which a backward pass reaches them, the last ones
+    first."""
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     place = {id(param): index for index, (_, param) in enumerate(named)}
     cut = _Cutting(model, communication, optimizer)
     compressed = {n for n, p in named if is_compressed(spec_of(n, p), communication.compression)}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -49,6 +50,12 @@ class TrainSpec(Section):
     sequence_length: int = Field(
         default=128, ge=1, description="Tokens of a row; with data.row_format: documents, of the longest row."
     )
+    trainable: tuple[str, ...] = Field(
+        default=("*",),
+        min_length=1,
+        description="Patterns of the names of the parameters that are trained (fnmatch). All others stay as they are: "
+        "they have no gradients and no optimizer state, and are sent and protected only when workers change.",
+    )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-4, gt=0, description="Learning rate at its highest.")
     lr_scheduler: LrSchedulerSpec = Field(default=LrSchedulerSpec(), description="The learning rate over the steps.")
@@ -74,6 +81,10 @@ class TrainSpec(Section):
         "they are, on the same kind of processor with the same versions and threads; takes longer. fast: rounding may "
         "differ.",
     )
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return any(fnmatchcase(name, pattern) for pattern in self.trainable)
 
     @property
     def is_exact(self) -> bool:

@@ -276,3 +276,28 @@ def _growth_mb(rank: int, world_size: int, store: Store, prefix: str, rebuilds: 
 
 def test_rebuilding_does_not_grow_the_process(ranks: Ranks) -> None:
     assert max(ranks.run(_growth_mb, 2, 30)) < 1.0
+
+
+def _frozen(rank: int, world_size: int, store: Store, prefix: str, precision: str) -> dict[str, tuple[bool, set[str]]]:
+    """By parameter here, whether steps have changed it, and the kinds of its state."""
+    train = small.train_spec(precision).model_copy(update={"trainable": ("head", "*.experts.[13].*", "*.query")})
+    placement = ExpertPlacement.balanced(4, world_size)
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
+    before = {name: param.detach().clone() for name, param in model.named_parameters() if "_filler" not in name}
+    small.train_steps(engine, groups, range(2))
+    names = engine.ranges().names()
+    changed = {name: not torch.equal(dict(model.named_parameters())[name], old) for name, old in before.items()}
+    kinds = {name: {n.partition("/")[0] for n in names if n.partition("/")[2] == name} for name in before}
+    engine.close()
+    return {name: (changed[name], kinds[name]) for name in before}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_trained_stays_as_it_is_and_keeps_nothing(ranks: Ranks, precision: str) -> None:
+    for world_size in (1, 2):
+        for found in ranks.run(_frozen, world_size, precision):
+            for name, (changed, kinds) in found.items():
+                is_trained = name == "head" or ".experts.1." in name or ".experts.3." in name or name.endswith(".query")
+                assert changed == is_trained, name
+                assert is_trained or kinds == {"param"}, name

@@ -92,7 +92,8 @@ def _tensors(reader: CheckpointReader, embedding_scale: float, of_ema: bool) -> 
     for key, entry in reader.manifest.tensors.items():
         name = of_model(key)
         if name is not None:
-            key = average_of(key) if of_ema else key
+            average = average_of(key)
+            key = average if of_ema and average in reader.manifest.tensors else key
             yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
 
 

@@ -85,6 +85,8 @@ class DeepSpeedEngineAdapter:
         set_up(groups, device)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
+        for name, param in model.named_parameters():
+            param.requires_grad_(train.is_trained(name))
         param_groups = groups_of(model, groups, communication, train.optimizer)
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
         self._stepper, self._num_updates = Stepper(for_deepspeed, train), 0
@@ -211,7 +213,7 @@ class DeepSpeedEngineAdapter:
 
     def _name_parts(self, train: TrainSpec) -> None:
         """Let the optimizer know what its partitions hold."""
-        params = {name: spec_of(name, p).with_settings(train.optimizer) for name, p in self._model.named_parameters()}
+        params = {name: spec_of(name, p).with_settings(train) for name, p in self._model.named_parameters()}
         for master, owned in zip(self._zero.single_partition_of_fp32_groups, self._owned, strict=True):
             self._stepper.parts[id(master)] = [ParamPart(params[name], here) for name, _, here in owned]
 

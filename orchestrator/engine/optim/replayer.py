@@ -28,7 +28,7 @@ class Replayer:
     """
 
     def __init__(self, train: TrainSpec, params: Sequence[ParamSpec], device: torch.device) -> None:
-        self._params = {param.name: param.with_settings(train.optimizer) for param in params}
+        self._params = {param.name: param.with_settings(train) for param in params}
         self._updates, self._device = Updates(train), device
 
     @torch.no_grad()

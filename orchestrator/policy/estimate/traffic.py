@@ -99,6 +99,7 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
         reductions *= 2  # of fp64
     compression = job.communication.compression
     others = [CompressionSpec.model_validate({"scheme": scheme, "share": compression.share}) for scheme in SCHEMES]
+    params = [param for param in params if train.is_trained(param.name)]
     gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in params)
     return TrafficPlan(
         gradients_reduced=reductions * gradient_bytes(params, placement, compression),

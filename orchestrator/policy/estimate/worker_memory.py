@@ -128,12 +128,13 @@ def _memory(
 ) -> MemoryPlan:
     fullest = int(layout.bytes_per_rank().argmax())
     held = _bytes_by_origin(layout, fullest)
-    weights = held[Origin.GATHER, True]
-    elements = weights // item_bytes(job.train)
+    trained = held[Origin.GATHER, True]
+    elements = trained // item_bytes(job.train)
     partition = 4 * sum(stop - start for start, stop in layout.updates_of(fullest).values())  # fp32, as masters are
     item = 8 if job.train.is_exact else 4
     own = item * elements  # in buckets, in fp32 or fp64; the last one of a step, or each micro-batch's, travels
-    shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
+    sent = (p for p in state.params if job.train.is_trained(p.name) and _is_shared(p, fullest, placement))
+    shared = sum(item * p.numel for p in sent)
     under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
     gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.n_routed_experts
@@ -142,7 +143,7 @@ def _memory(
     if deltas:  # the newest step's gradients stay until they are copied
         deltas += partition
     return MemoryPlan(
-        weights=weights,
+        weights=trained + held[Origin.CONSTANT, True],
         masters=partition,  # fp32 weights are their own; ZeRO keeps its partition once more
         moments=held[Origin.UPDATE, False],
         buffers=held[Origin.COPY, True],

@@ -22,7 +22,8 @@ from torch import Tensor
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.checkpoint.write import write_image
-from orchestrator.elastic.state_spec import Inventory, Sharing, saved_shapes
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_spec import Inventory, Origin, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.stream_copies import StreamCopies
@@ -113,7 +114,7 @@ class ShardSaver:
             return self._caller(write_image, self._checkpoints, image, **where)
 
         ranges = shard.engine.ranges().until_update()
-        copy = partial(self._copy, ranges, self._copies.mark(), shard.rank, shard.world.size, progress)
+        copy = partial(self._copy, ranges, self._copies.mark(), shard.rank, shard.groups.placement, progress)
         write = ShardWrite(copy, attempt, self._done, self._refused, self._failed, is_verified=shard.seal is None)
         try:
             write.start()
@@ -130,7 +131,7 @@ class ShardSaver:
         ranges: NamedRanges,
         mark: torch.cuda.Event | None,
         rank: int,
-        world_size: int,
+        placement: ExpertPlacement,
         progress: TrainingProgress,
     ) -> ShardMemory:
         meta = {
@@ -138,10 +139,11 @@ class ShardSaver:
             "shapes": saved_shapes(self._tensors),
             "compression": self._keeps,
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
-            "world_size": world_size,
+            "world_size": placement.world_size,
         }
         with self._copies.after(mark):
-            return ShardMemory(pieces_of(ranges, self._tensors, rank), json.dumps(meta, sort_keys=True), rank)
+            pieces = pieces_of(ranges, self._tensors, rank, placement)
+            return ShardMemory(pieces, json.dumps(meta, sort_keys=True), rank)
 
     def copied(self) -> None:
         """Wait until no shard is read any more: then it may change."""
@@ -170,7 +172,7 @@ class ShardSaver:
         return self._write is None or not self._write.is_alive()
 
 
-def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardPiece]:
+def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int, placement: ExpertPlacement) -> list[ShardPiece]:
     """All pieces that this rank saves, in place."""
     held = [tensors[name] for name in ranges.names() if not tensors[name].is_copy]
     updated = {tensor.like: ranges.spans(tensor.name) for tensor in held if tensor.sharing is Sharing.SHARDED}
@@ -179,6 +181,9 @@ def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int) -> list[ShardP
         name, spans = tensor.stored, ranges.spans(tensor.name)
         if tensor.sharing is Sharing.PARTIAL:
             name = part_of(name, rank)
+        elif tensor.origin is Origin.CONSTANT and tensor.like is not None:
+            expert = tensor.like.expert
+            spans = spans if rank == (0 if expert is None else placement.replica_set(expert)[0]) else []
         elif tensor.sharing is Sharing.REPLICATED and tensor.like is not None:
             spans = updated.get(
                 tensor.like, []
@@ -195,5 +200,6 @@ def part_of(name: str, rank: int) -> str:
 
 
 def _piece(name: str, start: int, data: Tensor) -> ShardPiece:
-    array = data.detach().cpu().numpy()
+    # numpy has no bf16; a constant weight comes back from fp32 as it was.
+    array = data.detach().to("cpu", torch.float32 if data.dtype is torch.bfloat16 else data.dtype).numpy()
     return ShardPiece(tensor=name, start=start, stop=start + len(array), array=array)

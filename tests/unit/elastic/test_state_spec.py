@@ -14,15 +14,26 @@ from torch import Tensor
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import Absent, Inventory, Origin, ParamSpec, Sharing, StateTensor, saved_shapes
+from orchestrator.elastic.state_spec import (
+    Absent,
+    Inventory,
+    Origin,
+    ParamSpec,
+    Sharing,
+    StateTensor,
+    inventory,
+    saved_shapes,
+)
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
-from orchestrator.errors import CheckpointCorrupt
+from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.train import TrainSpec
 from orchestrator.state.fingerprint import StateFingerprint
 from orchestrator.state.ranges import NamedRanges, zeros_like
 from orchestrator.worker.shard.shard import TrainingProgress
@@ -62,6 +73,42 @@ def test_what_a_job_s_state_consists_of(
     in_checkpoints = [f"{kind}/{p.name}" for kind in ("master", "exp_avg", "exp_avg_sq") for p in (MATRIX, NORM)]
     assert saved_shapes(tensors).keys() == {*in_checkpoints, "buffer/bias"}
     assert not any(tensor.is_copy and tensor.stored not in tensors for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_trained_has_weights_alone_and_is_in_whole_snapshots_alone(precision: str) -> None:
+    train = TrainSpec.model_validate({"precision": precision, "trainable": ["head", "*.1.*"], "ema": {"decay": 0.9}})
+    job = JobSpec(name="frozen").model_copy(update={"train": train})
+    tensors = inventory(PARAMS, job, BUFFERS)
+    kinds = {
+        name: {n.partition("/")[0] for n in tensors if n.endswith(f"/{name}")} for name in ("head", PARAMS[1].name)
+    }
+    assert kinds == {
+        "head": {"param", "master", "exp_avg", "exp_avg_sq", "ema"},
+        "experts.0.up": {"param"},
+    }
+    assert saved_shapes(tensors)["master/experts.0.up"] == (7, 5)
+    layout = training_layout(tensors, ExpertPlacement.balanced(3, 2), World(0, ("a", "b")), PLAIN)
+    for rank in range(2):
+        holds = "param/experts.0.up" in [layout.names[t] for t, *_ in layout.ranges_of("ab"[rank]).tolist()]
+        assert ("param/experts.0.up" in SnapshotFormat.of(layout, rank).names) == holds
+        assert not {n for n in SnapshotFormat.of_delta(layout, rank).names if n.endswith("experts.0.up")}
+        assert "experts.0.up" not in layout.updates_of(rank)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"trainable": ["head", "heads*"]}, "train.trainable: heads[*] fits none of the model's 4 parameters"),
+        ({"optimizer": {"groups": [{"params": ["heads"]}]}}, "train.optimizer.groups: heads fits none"),
+        ({"trainable": ["head"], "optimizer": {"groups": [{"params": ["*up"]}]}}, "groups: [*]up fits none"),
+    ],
+)
+def test_patterns_that_fit_nothing_are_refused(train: dict[str, Any], message: str) -> None:
+    job = JobSpec(name="frozen").model_copy(update={"train": TrainSpec.model_validate(train)})
+    with pytest.raises(UsageError, match=message) as refused:
+        inventory(PARAMS, job, BUFFERS)
+    assert "named as head and experts.2.up" in refused.value.remedy
 
 
 def test_mistakes_are_refused() -> None:

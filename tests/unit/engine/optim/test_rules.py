@@ -37,7 +37,7 @@ def _train(rule: str, **more: object) -> TrainSpec:
 
 
 def _param(train: TrainSpec, name: str, *shape: int, blocks: int = 1) -> ParamSpec:
-    return ParamSpec(name, shape, None, blocks).with_settings(train.optimizer)
+    return ParamSpec(name, shape, None, blocks).with_settings(train)
 
 
 def _drawn(numel: int, count: int) -> tuple[Tensor, list[Tensor]]:
@@ -150,7 +150,7 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
         ParamSpec("a.key", (16, 24), None),
     ]
     by_update: dict[tuple[str, float], list[ParamSpec]] = {}
-    for param in (param.with_settings(train.optimizer) for param in params):
+    for param in (param.with_settings(train) for param in params):
         by_update.setdefault(param.update, []).append(param)
     live, before, deltas = NamedRanges(), NamedRanges(), [NamedRanges() for _ in range(3)]
     for same in by_update.values():

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import math
 import os
 import resource
 import signal
@@ -29,12 +30,14 @@ from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import StateLayout
-from orchestrator.elastic.state_spec import ParamSpec
+from orchestrator.elastic.state_layout import StateLayout, training_layout
+from orchestrator.elastic.state_spec import ParamSpec, inventory, saved_shapes
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ShardWritten
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.train import TrainSpec
 from orchestrator.state.fingerprint import MemoryGuard
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.caller import Caller, call_here
@@ -95,17 +98,37 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: ExpertPlaceme
         values |= {n: _value(layout, t) for t, n in enumerate(layout.names) if n.startswith("master/")}
     times: Counter[tuple[str, int]] = Counter()
     for rank, ranges in enumerate(ranks):
-        for piece in pieces_of(ranges, layout.tensors, rank):
+        for piece in pieces_of(ranges, layout.tensors, rank, placement):
             times.update((piece.tensor, i) for i in range(piece.start, piece.stop))
             assert piece.array.dtype == np.float32
             assert np.array_equal(piece.array, values[piece.tensor][piece.start : piece.stop].numpy())
     assert times == Counter((name, i) for name, (numel,) in SHAPES.items() for i in range(numel))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_weights_that_are_not_trained_are_saved_once_in_fp32(placement: ExpertPlacement, precision: str) -> None:
+    train = TrainSpec.model_validate({"precision": precision, "trainable": [PARAMS[0].name]})
+    job = JobSpec(name="frozen").model_copy(update={"train": train})
+    tensors = inventory(PARAMS, job, BUFFERS)
+    world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
+    layout = training_layout(tensors, placement, world, job.communication)
+    times: Counter[str] = Counter()
+    for rank, worker in enumerate(world.members):
+        ranges = NamedRanges()
+        for tensor, start, stop in layout.ranges_of(worker).tolist():
+            ranges.add(layout.names[tensor], start, _value(layout, tensor)[start:stop].clone())
+        for piece in pieces_of(ranges, tensors, rank, placement):
+            assert piece.array.dtype == np.float32
+            times[piece.tensor] += piece.stop - piece.start
+    assert times == Counter({name: math.prod(shape) for name, shape in saved_shapes(tensors).items()})
+
+
 def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int, seal: MemoryGuard | None = None) -> Any:
     """As much of a shard as is saved: no engine is needed to have ranges."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
-    return SimpleNamespace(term=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges), seal=seal)
+    groups, engine = SimpleNamespace(placement=placement), SimpleNamespace(ranges=lambda: ranges)
+    return SimpleNamespace(term=2, world=world, rank=rank, groups=groups, engine=engine, seal=seal)
 
 
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
