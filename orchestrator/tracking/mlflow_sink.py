@@ -5,8 +5,11 @@ imports MLflow (2 s), and the first use of a new database makes its tables (2 s)
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset as MlflowDataset
@@ -40,6 +43,19 @@ _DIGEST_CHARS = 36
 _STATUS = {Outcome.SUCCEEDED: "FINISHED", Outcome.FAILED: "FAILED", Outcome.STOPPED: "KILLED"}
 
 
+def make_database(path: Path) -> None:
+    """Make an SQLite file with MLflow's tables unless there is one. It appears whole: MLflow can't use one whose tables
+    it was killed while making, now and later."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
+        made = Path(folder) / path.name
+        MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another run's tracker was faster
+            os.link(made, path)
+
+
 class MlflowSink:
     """A `Sink` that writes to one run of one MLflow experiment.
 
@@ -58,7 +74,7 @@ class MlflowSink:
         self._experiment = experiment
         self._artifact_root = artifact_root(uri, artifacts)
         if uri.startswith("sqlite:"):
-            sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
+            make_database(sqlite_path(uri))
         elif self._artifact_root is not None:  # MLflow itself would retry for an hour before it reports an error
             engine = create_engine(with_driver(uri), poolclass=NullPool)
             engine.connect().close()

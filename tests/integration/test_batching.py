@@ -53,9 +53,11 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
     assert {r.world_size for r in records} == {2, 3}
     for record in records:
         wanted = alone.records[record.step]
-        assert record.loss == pytest.approx(wanted.loss, rel=1e-5) and record.batch.tokens == wanted.batch.tokens
+        # Rounding decides after some steps which of two equally good experts a token gets.
+        near = pytest.approx(wanted.loss, rel=1e-5 if record.step < 2 * STEPS // 3 else 1e-4)
+        assert record.loss == near and record.batch.tokens == wanted.batch.tokens
         if wanted.validation_loss is not None:
-            assert record.validation_loss == pytest.approx(wanted.validation_loss, rel=1e-5)
+            assert record.validation_loss == pytest.approx(wanted.validation_loss, rel=1e-4)
     assert 0 < max(r.batch.padding for r in records) < 0.5
     assert min(r.batch.num_micro_batches for r in records if r.generation == worker_group.newest_generation) > max(
         r.batch.num_micro_batches for r in records if r.generation == 0

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from orchestrator.engine.adamw import Replayer
 from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.engine.optim.replayer import Replayer
+from orchestrator.model.factory import catalogue
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, copy_into
 from orchestrator.state.snapshot_store import RankSnapshots
@@ -42,7 +43,8 @@ def _replayed(
     train = small.train_spec(precision, stage)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, compression=compression)
     layout = small.layout_of(placement, precision, compression=compression)
-    replayer = Replayer(train, devices.device())
+    params, _ = catalogue(small.model_spec(placement.num_experts), small.VOCAB)
+    replayer = Replayer(train, params, devices.device())
     truth: dict[int, NamedRanges] = {}
     num_replayed, differing = 0, []
     for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # one shelf anew each time: a state may be

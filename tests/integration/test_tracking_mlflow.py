@@ -155,6 +155,25 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
     assert list(elsewhere.iterdir()) == []  # nothing depends on the current directory
 
 
+def test_a_process_that_is_killed_while_it_makes_the_database_leaves_none(tmp_path: Path) -> None:
+    """MLflow finds half of its tables there otherwise, and can make the others never."""
+    path = tmp_path / "mlflow.db"
+    make = "import sys; from pathlib import Path as P; from orchestrator.tracking.mlflow_sink import make_database as m"
+    make += "; m(P(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", make, str(path)])
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not any(part.stat().st_size > 0 for part in tmp_path.glob(".mlflow-*/mlflow.db")):
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait(PATIENCE_S)
+    assert not path.exists()
+    tracker = Tracker(setup_of(tmp_path, f"sqlite:///{path}"))
+    tracker.publish(1, points("train/loss", range(3), 1.0), after=-1)
+    assert tracker.finish(1, "stopped", "", PATIENCE_S)
+    assert only_run(client_of(f"sqlite:///{path}")).data.metrics["train/loss"] == 3.0
+
+
 def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     setup = setup_of(tmp_path, run_id="demo-2")
     broken = Tracker(setup)
