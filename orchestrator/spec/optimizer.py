@@ -109,8 +109,8 @@ class OptimizerSpec(Section):
         rules = self._rules()
         for key in sorted(self.model_fields_set & USED_BY.keys()):
             if not rules & set(USED_BY[key]) and getattr(self, key) != type(self).model_fields[key].default:
-                rule = (
-                    f"{key} is of {' and '.join(USED_BY[key])}; got {getattr(self, key)} for {', '.join(sorted(rules))}"
+                rule = f"only {' and '.join(USED_BY[key])} read {key}; got {getattr(self, key)} for " + ", ".join(
+                    sorted(rules)
                 )
                 yield Broken(((key,), ("name",)), rule)
 

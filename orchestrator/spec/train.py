@@ -82,6 +82,11 @@ class TrainSpec(Section):
         "differ.",
     )
 
+    @property
+    def names_parameters(self) -> bool:
+        """Whether there are patterns of parameters, which the model's must fit."""
+        return bool(self.optimizer.groups) or self.trainable != ("*",)
+
     def is_trained(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
         return any(fnmatchcase(name, pattern) for pattern in self.trainable)

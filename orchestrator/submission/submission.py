@@ -57,7 +57,9 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
         )
     spec = resolved(spec)
     check_own_code(spec)
-    if is_checked(spec):  # else nothing is refused, and a process with torch takes seconds
+    if (
+        is_checked(spec) or spec.train.names_parameters
+    ):  # else nothing is refused, and a process with torch takes seconds
         check_memory(spec, plan_of(spec))
     return Submission(spec, text)
 

@@ -59,8 +59,8 @@ def test_the_first_group_with_a_pattern_for_a_parameter_has_it() -> None:
 @pytest.mark.parametrize(
     ("keys", "rule"),
     [
-        ({"name": "sgd", "betas": [0.8, 0.9]}, "betas is of adamw and lion and muon; got"),
-        ({"momentum": 0.5}, "momentum is of sgd and muon; got 0.5 for adamw"),
+        ({"name": "sgd", "betas": [0.8, 0.9]}, "only adamw and lion and muon read betas; got"),
+        ({"momentum": 0.5}, "only sgd and muon read momentum; got 0.5 for adamw"),
         ({"name": "adagrad"}, "Input should be"),
         ({"groups": [{"params": []}]}, "at least 1"),
         ({"groups": [{"params": ["*"], "lr_scale": 0}]}, "greater than 0"),
