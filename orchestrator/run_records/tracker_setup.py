@@ -8,6 +8,7 @@ from orchestrator.storage.backends.home import home
 from orchestrator.storage.backends.location import Location
 from orchestrator.tracking.sink import RunInfo, TrackerSetup, flattened, redacted
 
+NOTE = "mlflow.note.content"  # MLflow's own name of a run's description
 DIRECTORY = "tracking"  # in the run's directory, or this machine's
 
 
@@ -33,7 +34,7 @@ def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
         run_id=run_id,
         name=run_id,
         params=params,
-        tags={"orchestrator.run_dir": str(run_dir)},
+        tags={NOTE: f"Run storage: `{run_dir}`"} | job.tracking.tags | {"orchestrator.run_dir": str(run_dir)},
         register_as=job.tracking.register_as,
         alias=job.tracking.alias,
     )

@@ -10,10 +10,10 @@ from orchestrator.spec.section import Broken, Section, refuse
 
 
 def _tracking_uri(uri: str) -> str:
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+", uri):
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?", uri):
         raise refuse(
-            "must be sqlite:////ABSOLUTE/PATH.db, postgresql://HOST/DATABASE or the http(s):// address of an MLflow "
-            "server"
+            "must be sqlite:////ABSOLUTE/PATH.db, postgresql://HOST/DATABASE, the http(s):// address of an MLflow "
+            "server, or databricks"
         )
     return uri
 
@@ -38,10 +38,19 @@ class TrackingSpec(Section):
     uri: Annotated[str, AfterValidator(_tracking_uri)] | None = Field(
         default=None,
         description="MLflow's database or server: sqlite:////PATH.db, postgresql://HOST/DATABASE, http(s)://ADDRESS. "
-        "null: an SQLite database in the run storage. Put no password here.",
+        "null: MLFLOW_TRACKING_URI where it is set at submission, else an SQLite database in the run storage. Put no "
+        "password here.",
     )
     experiment: str = Field(
-        default="orchestrator", min_length=1, max_length=200, description="Name of the MLflow experiment."
+        default="orchestrator",
+        min_length=1,
+        max_length=200,
+        description="Name of the MLflow experiment. Left out: MLFLOW_EXPERIMENT_NAME where it is set at submission.",
+    )
+    tags: dict[str, str] = Field(
+        default={},
+        description="Tags of the MLflow run. A submission adds mlflow.user, and the job file with the commit of its "
+        "directory as mlflow.source.*, unless they are given.",
     )
     register_as: Annotated[str, Field(max_length=200), AfterValidator(_registered_name)] | None = Field(
         default=None,

@@ -20,6 +20,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
+from orchestrator.submission.provenance import with_provenance
 from orchestrator.submission.user_code import check_own_code
 
 
@@ -55,7 +56,7 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
             remedy="Choose another name (--name) or storage, or move that directory away.",
             unchanged="Nothing was started.",
         )
-    spec = resolved(spec)
+    spec = with_provenance(resolved(spec), None if isinstance(job, JobSpec) else Path(job))
     check_own_code(spec)
     if (
         is_checked(spec) or spec.train.names_parameters

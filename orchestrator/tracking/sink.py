@@ -187,10 +187,10 @@ class Sink(Protocol):
 
 def check_uri(uri: str) -> None:
     """Raises UsageError unless the URI has a supported form, which works from any directory."""
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+", uri):
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?", uri):
         raise UsageError(
             f"tracking URI {redacted(uri)!r} is neither sqlite:////ABSOLUTE/PATH.db, nor postgresql://HOST/DATABASE, "
-            "nor the http(s):// address of an MLflow server",
+            "nor the http(s):// address of an MLflow server, nor databricks",
             remedy="Set tracking.uri in the job file to one of them, or leave it out",
         )
 
@@ -199,7 +199,7 @@ def artifact_root(uri: str, artifacts: str) -> str | None:
     """Root of artifacts for the tracker at `uri`: beside an sqlite file, in `artifacts` for another database, None if a
     server decides. Raises UsageError as `check_uri` does."""
     check_uri(uri)
-    if uri.startswith("http"):
+    if uri.startswith(("http", "databricks")):
         return None
     if uri.startswith("sqlite:"):
         return (sqlite_path(uri).parent / "mlflow-artifacts").as_uri()
