@@ -62,6 +62,8 @@ from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
 
+OPEN_AGAIN_S = 10.0  # after an error that nothing explains
+
 
 @dataclass(frozen=True)
 class _Controlled:
@@ -105,11 +107,12 @@ class RunController:
         """Open the run and control it to its end, then end this process."""
         try:
             controlled = self._control(self._open(order, since_s), parts)
-        except OrchestratorError as error:  # which another incarnation would get too
+        except OrchestratorError as error:  # another incarnation would get it too: none of them is of the cluster
             log.error("run %s: it can't be controlled: %s", self._run_id, error)
         except Exception:
             log.exception("run %s: it could not be opened; the next incarnation tries again", self._run_id)
             flush_logs(FLUSH_S)
+            time.sleep(OPEN_AGAIN_S)  # an error that comes back takes a term each time
             os._exit(1)
         else:
             log.info("run %s: controller of term %d, pid %d", self._run_id, controlled.run.memory.term, os.getpid())

@@ -83,10 +83,12 @@ class PendingRequests:
             UsageError: the run is ending, or is to end in another way.
             NotFinished: it is accepted, and could not be journalled in time.
         """
+        began_s = time.monotonic()
         with self._turned:
             target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand))
-            if target.seq > self._memory.state.target.seq:
-                self._await(lambda: self._memory.state.target.seq >= target.seq)
+            is_yielding = by_hand is False and workers is not None and target.by_hand
+            if not is_yielding:
+                self._await(lambda: self._memory.state.target.seq >= target.seq, began_s)
         return target
 
     def _aim(
@@ -109,9 +111,10 @@ class PendingRequests:
             UsageError: the run is ending.
             NotFinished: it is accepted, and could not be journalled in time.
         """
+        began_s = time.monotonic()
         with self._turned:
             self._change(partial(self._prioritise, priority))
-            self._await(lambda: self._memory.state.priority == self.priority)
+            self._await(lambda: self._memory.state.priority == self.priority, began_s)
         return priority
 
     def _prioritise(self, priority: int) -> None:
@@ -124,9 +127,10 @@ class PendingRequests:
         Raises:
             NotFinished: it is accepted, and could not be journalled in time.
         """
+        began_s = time.monotonic()
         with self._turned:
             self._change(partial(setattr, self, "grant", grant))
-            self._await(lambda: self._memory.state.queue.grant == self.grant)
+            self._await(lambda: self._memory.state.queue.grant == self.grant, began_s)
 
     def drained(self, nodes: Mapping[str, float]) -> None:
         """Note nodes that are being drained, with deadlines in `time.time()` seconds, 0 without one. They stay noted
@@ -145,11 +149,16 @@ class PendingRequests:
             raise self._unrecorded(f"its controller has waited {waits_s:.0f} s for run storage")
         return change()
 
-    def _await(self, is_journalled: Callable[[], bool]) -> None:
-        """Let the controller decide, and wait until it has. Raises NotFinished."""
+    def _await(self, is_journalled: Callable[[], bool], began_s: float) -> None:
+        """Let the controller decide, and wait until it has. Raises NotFinished.
+
+        Args:
+            began_s: when the caller began to wait, in `time.monotonic()` seconds.
+        """
         wake(self._inbox)
-        deadline_s = time.monotonic() + BUSY_S
-        while not self._turned.wait_for(is_journalled, PATIENCE_S):
+        deadline_s, patience_s = began_s + BUSY_S, began_s + PATIENCE_S - time.monotonic()
+        while not self._turned.wait_for(is_journalled, max(patience_s, 0.0)):
+            patience_s = PATIENCE_S
             self._refuse_ending(self.newest.finish)  # it has ended meanwhile
             no_turns = self._storage.is_pending(BEGIN)
             if no_turns or self._writer.unrecorded_s >= PATIENCE_S / 2 or time.monotonic() > deadline_s:

@@ -47,10 +47,12 @@ def cut_buckets(
     Args:
         numel: of each parameter, in the model's order.
         compressed: gradients are sent compressed.
-        is_whole: each parameter lies in one piece. Buckets are larger then by the number of ranks, as pieces are as
-            long as the longest.
+        is_whole: each parameter lies in one piece. Pieces are as long as the largest then, so that one is the size of
+            a piece, and buckets are larger by the number of ranks.
     """
-    size = capacity(communication, num_ranks) * (num_ranks if is_whole else 1)
+    size = capacity(communication, num_ranks)
+    if is_whole:
+        size = max(size, max(numel, default=0)) * num_ranks
     multiple = piece_multiple(compressed)
     return [
         _dealt(bucket, numel, num_ranks, multiple) if is_whole else _laid_out(bucket, numel, num_ranks, multiple)

@@ -34,7 +34,7 @@ SMALL = 1024  # elements; gradients of smaller parameters aren't worth compressi
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One trainable parameter of the whole model.
+    """One parameter of the whole model.
 
     Args:
         expert: its expert's global id, None if it is dense.

@@ -55,9 +55,16 @@ def with_gpus(job: JobSpec) -> JobSpec:
     nodes = whole_nodes(job.workers.label_selector)
     on_nodes = (node.get("GPU", 0.0) for node in nodes)
     job = job.model_copy(update={"resources": job.resources.on_nodes(job.workers.min, on_nodes)})
-    if job.resources.num_gpus and (warning := check_alike(kinds_of(nodes), job.train.is_exact)):
-        log.warning("%s: %s", job.name, warning)
+    check_gpus(job)
     return job
+
+
+def check_gpus(job: JobSpec) -> None:
+    """Log a warning if the nodes that workers may run on have GPUs of several kinds. Raises UsageError if the job is
+    exact."""
+    kinds = kinds_of(whole_nodes(job.workers.label_selector)) if job.resources.num_gpus else {}
+    if warning := check_alike(kinds, job.train.is_exact):
+        log.warning("%s: %s", job.name, warning)
 
 
 def newcomer(
@@ -109,6 +116,7 @@ def resumed_run(
     if not take_over:
         _refuse_of_another_cluster(run_id, directory, newest_holder(records))
     job = read_job(directory)
+    check_gpus(job)
     limits = RunLimits.of(run_id, job)
     done = order.restore.step + 1 if order.restore else 0
     if done >= limits.steps:

@@ -172,9 +172,12 @@ class JobSpec(Section):
         momentum = self.communication.compression.momentum
         if momentum and (self.train.optimizer.has_momentum or self.train.zero_stage != 1):
             of: Path = ("communication", "compression", "momentum")
-            rule = "momentum of compression takes the place of the optimizer's, once per step: it needs betas[0] 0 and "
-            got = f"got {self.train.optimizer.betas[0]} and {self.train.zero_stage}"
-            yield Broken((of, ("train", "optimizer", "betas"), ("train", "zero_stage")), f"{rule}zero_stage 1; {got}")
+            rule = "momentum of compression takes the place of the optimizer's, once per step: it needs one without, "
+            rule += "adamw with betas[0] 0 or sgd with momentum 0, and zero_stage 1; "
+            optimizer = self.train.optimizer
+            got = f"got {optimizer.name} with betas[0] {optimizer.betas[0]}, momentum {optimizer.momentum}, and "
+            keys: tuple[Path, ...] = (of, ("train", "optimizer", "betas"), ("train", "zero_stage"))
+            yield Broken(keys, f"{rule}{got}{self.train.zero_stage}")
         for key in ("ranks_per_token", "nodes_per_token"):
             if getattr(self.communication, key) is not None and self.model.n_group > 1:
                 rule = f"{key} and n_group both limit what a token may visit: leave one out; got "

@@ -12,6 +12,7 @@ from orchestrator.spec.section import Broken, Section
 RuleName = Literal["adamw", "sgd", "lion", "muon"]
 ADAMW, SGD, LION, MUON = "adamw", "sgd", "lion", "muon"
 OF_MATRICES = (MUON,)  # rules that need a whole matrix at once
+EMBEDDINGS, OUTPUTS = {"wte", "wpe", "tokens", "router"}, {"head", "lm_head"}  # parts of parameters' names
 USED_BY = {  # keys that not every rule reads
     "betas": (ADAMW, LION, MUON),  # Muon leaves some parameters to AdamW
     "eps": (ADAMW, MUON),
@@ -92,7 +93,7 @@ class OptimizerSpec(Section):
     def has_momentum(self) -> bool:
         """Whether a rule keeps a momentum of the gradients."""
         kept = {ADAMW: self.betas[0] > 0, SGD: self.momentum > 0, LION: True, MUON: True}
-        return any(kept[rule] for rule in self._rules())
+        return any(kept.get(rule, True) for rule in self._rules())
 
     def _rules(self) -> set[str]:
         return {self.name, *(group.name for group in self.groups if group.name is not None)}
@@ -116,14 +117,15 @@ class OptimizerSpec(Section):
 
 
 def is_decayed(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter has weight decay by default: matrices but embeddings and routers, as in GPT-2, Llama and
-    DeepSeek."""
-    return len(shape) > 1 and "embed" not in name and ".router." not in f".{name}"
+    """Whether a parameter has weight decay by default: matrices but embeddings and routers, which their names show, as
+    in GPT-2, Llama and DeepSeek."""
+    parts = name.split(".")
+    return len(shape) > 1 and not EMBEDDINGS & {*parts} and not any("embed" in part for part in parts)
 
 
 def is_for_muon(name: str, shape: Sequence[int]) -> bool:
     """Whether Muon updates a parameter: a matrix within the layers (https://kellerjordan.github.io/posts/muon/)."""
-    return len(shape) == 2 and is_decayed(name, shape) and name.rpartition(".")[2] not in ("head", "lm_head")
+    return len(shape) == 2 and is_decayed(name, shape) and not OUTPUTS & {*name.split(".")}
 
 
 class LrSchedulerSpec(Section):

@@ -54,7 +54,7 @@ class TrainSpec(Section):
         default=("*",),
         min_length=1,
         description="Patterns of the names of the parameters that are trained (fnmatch). All others stay as they are: "
-        "they have no gradients and no optimizer state, and are sent and protected only when workers change.",
+        "they have no gradients and no optimizer state, and steps send nothing of them.",
     )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-4, gt=0, description="Learning rate at its highest.")
@@ -69,7 +69,8 @@ class TrainSpec(Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initial weights and of the order of rows.")
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Number format of forward and backward. Weights are kept in fp32 with either."
+        default="fp32",
+        description="Number format of forward and backward. Weights that are trained are kept in fp32 with either.",
     )
     zero_stage: Literal[1, 2] = Field(
         default=1, description="State partitioned over the workers: 1 optimizer state, 2 gradients as well."

@@ -7,7 +7,6 @@ imports MLflow (2 s), and the first use of a new database makes its tables (2 s)
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,8 +51,13 @@ def make_database(path: Path) -> None:
     with TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as folder:
         made = Path(folder) / path.name
         MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
-        with suppress(FileExistsError):  # another run's tracker was faster
+        try:
             os.link(made, path)
+        except FileExistsError:  # another run's tracker was faster
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                made.rename(path)
 
 
 class MlflowSink:

@@ -136,7 +136,7 @@ class Worker:
         store = open_store(location_of(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
         factory = ShardFactory(self._id, job, spec, vocab_size, device)
-        check_gpu_memory(factory.planned_memory(), device)
+        check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
         feed = BatchReader(spec, store, device)
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)

@@ -35,10 +35,9 @@ def _saves(
     step's update is about to begin, and of the state after that step."""
     placement = ExpertPlacement.balanced(4, world_size)
     train, communication = small.train_spec(precision), {"compression": compression}
-    _, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, **communication)
-    shard: Any = SimpleNamespace(
-        term=1, rank=rank, world=World(0, tuple(f"w{r}" for r in range(world_size))), engine=engine, seal=None
-    )
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, **communication)
+    world = World(0, tuple(f"w{r}" for r in range(world_size)))
+    shard: Any = SimpleNamespace(term=1, rank=rank, world=world, groups=groups, engine=engine, seal=None)
     spec: Any = SimpleNamespace(model=small.model_spec(), train=train)
     tensors, written = small.layout_of(placement, precision, **communication).tensors, list[ShardWritten]()
 

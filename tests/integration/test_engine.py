@@ -2,6 +2,7 @@
 
 import gc
 import os
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -278,9 +279,11 @@ def test_rebuilding_does_not_grow_the_process(ranks: Ranks) -> None:
     assert max(ranks.run(_growth_mb, 2, 30)) < 1.0
 
 
-def _frozen(rank: int, world_size: int, store: Store, prefix: str, precision: str) -> dict[str, tuple[bool, set[str]]]:
+def _frozen(
+    rank: int, world_size: int, store: Store, prefix: str, precision: str, trainable: tuple[str, ...]
+) -> dict[str, tuple[bool, set[str]]]:
     """By parameter here, whether steps have changed it, and the kinds of its state."""
-    train = small.train_spec(precision).model_copy(update={"trainable": ("head", "*.experts.[13].*", "*.query")})
+    train = small.train_spec(precision).model_copy(update={"trainable": trainable})
     placement = ExpertPlacement.balanced(4, world_size)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
     before = {name: param.detach().clone() for name, param in model.named_parameters() if "_filler" not in name}
@@ -293,11 +296,23 @@ def _frozen(rank: int, world_size: int, store: Store, prefix: str, precision: st
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_trained_stays_as_it_is_and_keeps_nothing(ranks: Ranks, precision: str) -> None:
-    for world_size in (1, 2):
-        for found in ranks.run(_frozen, world_size, precision):
+@pytest.mark.parametrize(
+    ("precision", "trainable"),
+    [
+        ("fp32", ("head", "*.experts.[13].*", "*.query")),
+        ("bf16", ("head", "*.experts.[13].*", "*.query")),
+        ("fp32", ("*.experts.0.*",)),  # of one rank, and nothing else that needs the tokens' gradients
+        ("fp32", ("head", "layers.2.mlp.experts.3.*")),
+        ("fp32", ("norm.weight",)),
+    ],
+    ids=str,
+)
+def test_what_is_not_trained_stays_as_it_is_and_keeps_nothing(
+    ranks: Ranks, precision: str, trainable: tuple[str, ...]
+) -> None:
+    for world_size in (1, 2, 3):
+        for found in ranks.run(_frozen, world_size, precision, trainable):
             for name, (changed, kinds) in found.items():
-                is_trained = name == "head" or ".experts.1." in name or ".experts.3." in name or name.endswith(".query")
+                is_trained = any(fnmatchcase(name, pattern) for pattern in trainable)
                 assert changed == is_trained, name
                 assert is_trained or kinds == {"param"}, name

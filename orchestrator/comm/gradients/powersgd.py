@@ -49,7 +49,7 @@ class PowerSGD(Reducer):
     """PowerSGD for one bucket.
 
     Args:
-        matrices: in the bucket, back to back; elements after them are padding.
+        matrices: in the bucket; elements between and after them are padding.
         keeps_rest: leave the approximation error in the terms.
     """
 

@@ -34,6 +34,7 @@ from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel, spec_of
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
@@ -63,6 +64,17 @@ class _Core(DeepSpeedEngine):  # type: ignore[misc]
         return "zero_optimization"
 
 
+def _freeze(model: TrainableModel, train: TrainSpec) -> None:
+    """Let only the parameters that are trained need gradients, and layers know whether experts of any rank do."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(train.is_trained(name))
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, MoELayer):
+            of_expert = dict(next(iter(layer.experts.values())).named_parameters()) if len(layer.experts) else ("down",)
+            names = (f"{prefix}.experts.{e}.{name}" for e in range(layer.num_experts) for name in of_expert)
+            layer.trains_experts = any(train.is_trained(name) for name in names)
+
+
 class DeepSpeedEngineAdapter:
     """Implements `orchestrator.engine.base.Engine`.
 
@@ -85,8 +97,7 @@ class DeepSpeedEngineAdapter:
         set_up(groups, device)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
-        for name, param in model.named_parameters():
-            param.requires_grad_(train.is_trained(name))
+        _freeze(model, train)
         param_groups = groups_of(model, groups, communication, train.optimizer)
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
         self._stepper, self._num_updates = Stepper(for_deepspeed, train), 0

@@ -6,6 +6,7 @@ alignment. The scale is that of arXiv:2502.16982, by which learning rate and wei
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from orchestrator.elastic.state_spec import MOMENTUM
@@ -35,7 +36,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with singular values near 1, by Newton-Schulz iterations of fifth degree, fp32."""
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x_RC = matrix.t().contiguous() if is_tall else matrix.clone()
+    x_RC = (matrix.t() if is_tall else matrix).clone(memory_format=torch.contiguous_format)
     x_RC.div_(x_RC.norm() + TINY)
     for _ in range(ITERATIONS):
         square_RR = x_RC @ x_RC.t()

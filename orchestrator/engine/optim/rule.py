@@ -1,7 +1,8 @@
 """Update rules: how gradients change a parameter, and what is kept for that between steps.
 
-A rule is a file here, an entry in `orchestrator.engine.optim.all_rules`, its name in `orchestrator.spec.optimizer`, and
-the kinds of its state in `orchestrator.elastic.state_spec`. All else (buckets, snapshots and their replay, rescales,
+A rule is a file here, an entry in `orchestrator.engine.optim.all_rules`, its name in `orchestrator.spec.optimizer` (and
+in `USED_BY` and `OF_MATRICES` there, where it belongs), and the kinds of its state in
+`orchestrator.elastic.state_spec`. All else (buckets, snapshots and their replay, rescales,
 checkpoints, memory plans) follows from those.
 
 An element's update must have the same bits wherever its partition begins and ends, as a rescale cuts them otherwise.

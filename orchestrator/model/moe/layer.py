@@ -39,6 +39,7 @@ class MoELayer(nn.Module):
         self.shared = GatedMLP(size, spec.n_shared_experts * inner) if spec.n_shared_experts else None
         self.dispatcher, self._is_exact = _dispatcher_of(home), home.is_exact
         self.real_N: Tensor | None = None  # if given, indices of the tokens that aren't padding; only these are routed
+        self.trains_experts = True  # of this rank or another
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_margins_EM: Tensor | None = None
         self.last_balance_loss: Tensor | None = None
@@ -54,7 +55,12 @@ class MoELayer(nn.Module):
 
     def _mix(self, x_ND: Tensor) -> Tensor:
         """Outputs of the routed and the shared experts. The latter are computed during the transfers, half during each,
-        in the backward pass too: the order of these lines is that of autograd."""
+        in the backward pass too: the order of these lines is that of autograd.
+
+        Ranks exchange gradients of tokens for experts that are trained. So tokens need a gradient then on every rank,
+        also where nothing before this layer is trained and none of the rank's own experts is."""
+        if self.trains_experts and torch.is_grad_enabled() and not x_ND.requires_grad:
+            x_ND = x_ND.detach().requires_grad_()
         before = self._recomputed()
         routing = self._route(x_ND) if before is None else self.router(x_ND, before.expert_ids_NK)
         ids_NK, gates_NK = routing.expert_ids_NK, routing.gates_NK.to(x_ND.dtype)

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from orchestrator.errors import UsageError
-from orchestrator.policy.cluster.node_pools import Labels, matches
+from orchestrator.policy.cluster.node_pools import Labels
+from orchestrator.spec.labels import Condition
 
 LABEL = "ray.io/accelerator-type"
 RESOURCE = "accelerator_type:"  # before a kind, among a node's resources
@@ -34,15 +35,12 @@ MEMORY_GIB = {
 
 
 def largest_memory(selector: Labels) -> tuple[str, int] | None:
-    """The kind with the largest memory among those that a `workers.label_selector` admits, and its bytes; None if it
-    names no kind, or none that is known."""
-    if LABEL not in selector:
+    """The kind with the largest memory among those that a `workers.label_selector` names, and its bytes; None if it
+    names none, or admits any whose memory is not known."""
+    condition = Condition.of(selector.get(LABEL, ""))
+    if condition is None or condition.is_negated or not {*condition.values} <= MEMORY_GIB.keys():
         return None
-    wanted = {LABEL: selector[LABEL]}
-    admitted = [kind for kind in MEMORY_GIB if matches({LABEL: kind}, wanted)]
-    if not admitted:
-        return None
-    kind = max(admitted, key=lambda kind: MEMORY_GIB[kind])
+    kind = max(condition.values, key=lambda kind: MEMORY_GIB[kind])
     return kind, MEMORY_GIB[kind] << 30
 
 

@@ -11,6 +11,7 @@ log = logging.getLogger("orchestrator.worker")
 
 GIB = 1 << 30
 SMALLER = "Use more workers, gradient_checkpointing, or a smaller micro-batch."
+SHARE = "Set workers.max to more, which share the state, or use larger GPUs."
 
 
 def device_of(gpus: float) -> torch.device:
@@ -39,18 +40,23 @@ def device_of(gpus: float) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def check_gpu_memory(planned: MemoryPlan, device: torch.device) -> None:
-    """Compare a worker's plan with the memory of its GPU. Activations are estimates, so they only make a warning.
+def check_gpu_memory(first: MemoryPlan, least: MemoryPlan, device: torch.device) -> None:
+    """Compare a worker's plans with the memory of its GPU. Activations are estimates, and the world may be another one
+    than the first, so they only make a warning.
+
+    Args:
+        first: in the run's first world.
+        least: in the largest one, where it needs least.
 
     Raises:
-        UsageError: weights, optimizer state and gradients alone exceed it.
+        UsageError: weights, optimizer state and gradients alone exceed it in any world.
     """
     if device.type != "cuda":
         return
     card = torch.cuda.get_device_properties(device)
-    needs, has = f"{planned.on_gpu / GIB:.1f} GiB", f"{card.name} has {card.total_memory / GIB:.1f} GiB"
-    if planned.engine > card.total_memory:
-        state = f"{planned.engine / GIB:.1f} GiB for weights, optimizer state and gradients"
-        raise UsageError(f"a worker needs {state}, and its GPU {has}", remedy=SMALLER)
-    if planned.on_gpu > card.total_memory:
+    needs, has = f"{first.on_gpu / GIB:.1f} GiB", f"{card.name} has {card.total_memory / GIB:.1f} GiB"
+    if least.engine > card.total_memory:
+        state = f"{least.engine / GIB:.1f} GiB for weights, optimizer state and gradients, with as many as may be"
+        raise UsageError(f"a worker needs {state}, and its GPU {has}", remedy=SHARE)
+    if first.on_gpu > card.total_memory:
         log.warning("a worker is estimated to need %s, and its GPU %s. %s", needs, has, SMALLER)

@@ -112,11 +112,11 @@ class ShardFactory:
         """Which rank holds which state in a world; every worker computes the same."""
         return training_layout(self.tensors, placement, world, self.spec.communication)
 
-    def planned_memory(self) -> MemoryPlan:
-        """Memory of a worker in the run's first world; in a smaller one it may need more."""
+    def planned_memory(self, size: int | None = None) -> MemoryPlan:
+        """Memory of a worker in a world of this size, or in the run's first one; in a smaller one it may need more."""
         state = StatePlan(tuple(self.params), tuple(self.buffers), self.vocab_size)
         is_ours = self.spec.model.entrypoint is None
-        return plan_memory(self.spec, state, self.spec.workers.initial, is_ours)
+        return plan_memory(self.spec, state, size or self.spec.workers.initial, is_ours)
 
     def meet(self, store: Store, plan: GenerationPlan) -> PendingGroups:
         """Connect to the other members of a generation. Collective over them."""

@@ -16,7 +16,8 @@ def test_ray_knows_all_kinds_by_these_names() -> None:
 def test_the_largest_kind_that_a_selector_admits() -> None:
     assert largest_memory({LABEL: "T4"}) == ("T4", 16 * GIB)
     assert largest_memory({LABEL: "in(T4,A100-40G)"}) == ("A100-40G", 40 * GIB)
-    assert largest_memory({LABEL: "!in(B300,GB300)"}) == ("B200", 192 * GIB)
+    assert largest_memory({LABEL: "!in(B300,GB300)"}) is None  # which admits kinds that aren't known
+    assert largest_memory({LABEL: "in(A100,AMD-Instinct-MI300A)"}) is None
     assert largest_memory({LABEL: "TPU-V4"}) is None
     assert largest_memory({"zone": "a"}) is None
 

@@ -42,12 +42,13 @@ def _plan(state_gib: int, activations_gib: int) -> MemoryPlan:
 @pytest.mark.usefixtures("device")
 def test_a_shard_that_no_gpu_of_the_kind_could_hold_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     if devices.device().type == "cpu":  # whose memory admission knows
-        check_gpu_memory(_plan(81, 0), devices.device())
+        check_gpu_memory(_plan(81, 0), _plan(81, 0), devices.device())
         return
-    check_gpu_memory(_plan(70, 9), devices.device())
+    check_gpu_memory(_plan(70, 9), _plan(60, 9), devices.device())
     assert caplog.text == ""
-    check_gpu_memory(_plan(70, 11), devices.device())
+    check_gpu_memory(_plan(70, 11), _plan(60, 11), devices.device())
     assert "a worker is estimated to need 81.0 GiB, and its GPU emulated GPU has 80.0 GiB" in caplog.text
     with pytest.raises(UsageError, match="needs 81.0 GiB for weights, .* and its GPU emulated GPU has 80.0 GiB") as no:
-        check_gpu_memory(_plan(81, 0), devices.device())
-    assert "more workers" in no.value.remedy
+        check_gpu_memory(_plan(90, 0), _plan(81, 0), devices.device())
+    check_gpu_memory(_plan(90, 0), _plan(79, 0), devices.device())  # a larger world fits
+    assert "workers.max" in no.value.remedy
