@@ -191,7 +191,7 @@ class Trainee:
         params, buffers = catalogue(job.model, vocab_size)
         self.tensors = inventory(params, job, buffers)
         world = World(GENERATION, tuple(f"w{number}" for number in range(world_size)))
-        self.shard = SimpleNamespace(term=TERM, world=world, rank=rank, engine=self.engine, seal=None)
+        self.shard = SimpleNamespace(term=TERM, world=world, rank=rank, groups=groups, engine=self.engine, seal=None)
         self.rank, self._job, self._vocab_size = rank, job, vocab_size
         self._generator = torch.Generator().manual_seed(rank)
 
@@ -206,7 +206,7 @@ class Trainee:
 
     def pieces(self) -> dict[str, torch.Tensor]:
         """This rank's part of a checkpoint; names differ between ranks."""
-        pieces = pieces_of(self.engine.ranges(), self.tensors, self.rank)
+        pieces = pieces_of(self.engine.ranges(), self.tensors, self.rank, self.shard.groups.placement)
         return {piece.key: torch.from_numpy(piece.array) for piece in pieces}
 
 
