@@ -69,8 +69,9 @@ def measure(quick: bool) -> Result:
         with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
             errors = pool.submit(relative_errors, data, store, QUICK_RECORDED if quick else RECORDED)
             run_arms = partial(_trained_by, pool, steps, data, store)
-            sweep = run_arms([Arm(rule, lr, 0) for rule, lrs in LRS.items() for lr in (lrs[:1] if quick else lrs)])
-            best = {rule: min((a for a in sweep if a.rule == rule), key=lambda arm: sweep[arm]).lr for rule in LRS}
+            wanted = {rule: LRS[rule][:1] for rule in ("adamw", "muon")} if quick else LRS
+            sweep = run_arms([Arm(rule, lr, 0) for rule, lrs in wanted.items() for lr in lrs])
+            best = {rule: min((a for a in sweep if a.rule == rule), key=lambda arm: sweep[arm]).lr for rule in wanted}
             best[CONTROL] = best["muon"]
             seeds = (0, 1) if quick else (0, 1, 2)
             others = [Arm(rule, lr, seed) for rule, lr in best.items() for seed in seeds]

@@ -137,7 +137,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+LONG = ("adamw", "sgd", "lion")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long_emulated] * (name in LONG)) for name in OPTIMIZERS]
+)
 def test_every_optimizer_is_moved_and_replayed_bit_by_bit(
     texts: Path, store_dir: Path, tmp_path: Path, name: str
 ) -> None:
