@@ -1,20 +1,21 @@
 """Whether tests on the emulated GPU notice a tensor that is made on the wrong device.
 
-    python -m tests.device_mistakes [--only orchestrator/model/loss.py]
+    python -m tests.device_mistakes [--only orchestrator/model/loss.py] [--results FILE]
 
 In a copy of the repository, each argument `device=` of a call in the folders that hold tensors is taken out, one at a
 time, and the emulated tests are run until one fails. A mistake that none notices may be in code that they don't reach:
 then the call is made to raise, and the tests are run again. Prints each one, and how many of those reached were caught.
-Takes an hour or more.
+Takes two hours or more; with a results file it goes on where it was, while the sources are the same.
 """
 
 import argparse
 import ast
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ TESTS = (
 )
 LEFT_OUT = "not slow and not journey and not long_emulated"
 TIMEOUT_S = 900.0
+CAUGHT, MISSED = "caught", "missed"
 NO_TESTS = 5  # pytest's exit code where none is selected
 
 
@@ -81,6 +83,13 @@ def places(file: Path) -> Iterator[Place]:
             yield Place(file.relative_to(ROOT), keyword.lineno, start, stop, whole)
 
 
+def shuffled(places: Iterable[Place]) -> list[Place]:
+    """In an order that is always the same, and favours no folder in a run that is stopped."""
+    found = list(places)
+    random.Random(0).shuffle(found)
+    return found
+
+
 def is_noticed(copy: Path, place: Place, content: bytes) -> bool:
     """Whether an emulated test fails with this content of the place's file."""
     file, before = copy / place.file, (copy / place.file).read_bytes()
@@ -99,39 +108,57 @@ def _own_tests(file: Path) -> Iterator[tuple[str, ...]]:
 
 def _fails(copy: Path, tests: tuple[str, ...]) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "loadfile", "--device", "emulated"]
-    done = subprocess.run(
-        [*command, "-m", LEFT_OUT, "--timeout", "120", "-p", "no:cacheprovider", *tests],
-        cwd=copy,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        timeout=TIMEOUT_S,
-    )
+    try:
+        done = subprocess.run(
+            [*command, "-m", LEFT_OUT, "--timeout", "120", "-p", "no:cacheprovider", *tests],
+            cwd=copy,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:  # which is noticed too
+        return True
     return done.returncode not in (0, NO_TESTS)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="one file")
-    only = parser.parse_args().only
+    parser.add_argument("--results", type=Path, help="what was found, a line each; known places are left out")
+    given = parser.parse_args()
+    only, results = given.only, given.results
+    known = dict(_results(results)) if results is not None and results.exists() else {}
     files = (
         [ROOT / only] if only else [f for name in FOLDERS for f in sorted((ROOT / "orchestrator" / name).rglob("*.py"))]
     )
-    caught, missed = 0, []
+    found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mistakes-") as directory:
         copy = Path(directory) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".mypy_cache"))
-        for place in (place for file in files for place in places(file)):
+        for place in shuffled(place for file in files for place in places(file)):
             source = (ROOT / place.file).read_bytes()
-            if is_noticed(copy, place, place.without(source)):
-                caught, verdict = caught + 1, "caught"
-            elif is_noticed(copy, place, place.raising(source)):
-                missed.append(place)
-                verdict = "missed"
-            else:
-                verdict = "not reached"
+            name = f"{place.file}:{place.start}"
+            verdict = known.get(name) or _verdict(copy, place, source)
+            found.append(verdict)
             print(f"{place.file}:{place.line}: {verdict}", flush=True)
-    print(f"{caught} of {caught + len(missed)} mistakes in code that is reached were caught")
+            if results is not None and name not in known:
+                with results.open("a") as file:
+                    print(f"{name} {verdict}", file=file)
+    caught, reached = found.count(CAUGHT), found.count(CAUGHT) + found.count(MISSED)
+    print(f"{caught} of {reached} mistakes in code that is reached were caught")
     return 0
+
+
+def _results(file: Path) -> Iterator[tuple[str, str]]:
+    for line in file.read_text().splitlines():
+        name, _, verdict = line.partition(" ")
+        yield name, verdict
+
+
+def _verdict(copy: Path, place: Place, source: bytes) -> str:
+    if is_noticed(copy, place, place.without(source)):
+        return CAUGHT
+    return MISSED if is_noticed(copy, place, place.raising(source)) else "not reached"
 
 
 if __name__ == "__main__":
