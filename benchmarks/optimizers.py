@@ -4,8 +4,8 @@
 
 - `error`: a dense model of 4 layers is trained for 50 steps with AdamW, and its clipped gradients are recorded. Each
   rule applies them to the first weights; the largest relative error of a matrix of the layers is that to the reference
-  (`tests.support.reference_rules`): torch's own optimizers, and formulas in fp64. torch's own Muon, whose iterations
-  are in bf16, is beside it.
+  (`tests.support.reference_rules`): torch's own optimizers, Lion's formula in fp32, and Muon's in fp64. torch's own
+  Muon, whose iterations are in bf16, is beside it.
 - `loss`: a mixture of 8 experts of `benchmarks.balance` is trained for 200 steps of 2,048 tokens by each rule, one
   process of one thread each: with three learning rates from the first seed, with the best of them from two more. The
   control is Muon without what makes it Muon: its momentum is scaled to the same size, and not made orthogonal.
@@ -45,8 +45,8 @@ STEPS, QUICK_STEPS, RECORDED, QUICK_RECORDED = 200, 4, 50, 3
 LRS = {
     "adamw": (1.5e-3, 3e-3, 6e-3),
     "sgd": (0.1, 0.3, 1.0),
-    "lion": (1e-4, 3e-4, 1e-3),
-    "muon": (1.5e-3, 3e-3, 6e-3),
+    "lion": (3e-4, 1e-3, 3e-3),
+    "muon": (3e-3, 6e-3, 1.2e-2),
 }
 CONTROL = "muon, not orthogonal"
 RELATIVE_ERROR = 1e-5  # bar

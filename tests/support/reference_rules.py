@@ -1,4 +1,4 @@
-"""References for update rules: torch's own optimizers, or formulas of their papers in fp64.
+"""References for update rules: torch's own optimizers, or formulas of their papers.
 
 Weight decay is decoupled in all.
 """
@@ -29,12 +29,14 @@ def _by_torch(make: Callable[[list[Tensor], float], torch.optim.Optimizer]) -> R
 
 
 def lion(values: Tensor, gradients: Sequence[Tensor], lr: float, weight_decay: float) -> Tensor:
-    """Algorithm 2 of arXiv:2302.06675."""
-    weight, momentum = values.double(), torch.zeros_like(values).double()
-    for gradient in (g.double() for g in gradients):
-        weight = weight - lr * ((BETAS[0] * momentum + (1 - BETAS[0]) * gradient).sign() + weight_decay * weight)
-        momentum = BETAS[1] * momentum + (1 - BETAS[1]) * gradient
-    return weight.float()
+    """Algorithm 2 of arXiv:2302.06675, in fp32 as its authors' code: in fp64 other signs come out near 0, of some 8 in
+    a million elements over 50 steps."""
+    weight, momentum = values.clone(), torch.zeros_like(values)
+    for gradient in gradients:
+        weight.mul_(1.0 - lr * weight_decay)
+        weight.add_(momentum.mul(BETAS[0]).add(gradient, alpha=1 - BETAS[0]).sign_(), alpha=-lr)
+        momentum.mul_(BETAS[1]).add_(gradient, alpha=1 - BETAS[1])
+    return weight
 
 
 def muon(values: Tensor, gradients: Sequence[Tensor], lr: float, weight_decay: float) -> Tensor:
