@@ -162,6 +162,7 @@ def inventory(
     """
     train = job.train
     _check_patterns(train, [param.name for param in params])
+    _check_experts(train, params)
     params = [param.with_settings(train) for param in params]
     tensors = [_weights(param, train) for param in params]
     params = [param for param in params if param.is_trained]
@@ -189,6 +190,22 @@ def _check_patterns(train: TrainSpec, names: Sequence[str]) -> None:
                 remedy=f"Parameters are named as {names[0]} and {names[-1]}; `*` fits any text.",
                 unchanged="Nothing was trained.",
             )
+
+
+def _check_experts(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
+    """Refuse to train some experts of a layer alone: ranks without any of them would send their gradients at other
+    moments of a backward pass than the others, which the one communicator of GPUs doesn't allow."""
+    trained: dict[str, set[bool]] = {}
+    for param in params:
+        if param.expert is not None:
+            part = param.name.replace(f".experts.{param.expert}.", ".experts.*.")
+            trained.setdefault(part, set()).add(train.is_trained(param.name))
+    if partly := [part for part, which in trained.items() if len(which) > 1]:
+        raise UsageError(
+            f"train.trainable picks some of the experts' {partly[0]}; those of a layer are trained together",
+            remedy=f"Name all of them, as {partly[0]}, or none.",
+            unchanged="Nothing was trained.",
+        )
 
 
 def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:

@@ -299,10 +299,10 @@ def _frozen(
 @pytest.mark.parametrize(
     ("precision", "trainable"),
     [
-        ("fp32", ("head", "*.experts.[13].*", "*.query")),
-        ("bf16", ("head", "*.experts.[13].*", "*.query")),
-        ("fp32", ("*.experts.0.*",)),  # of one rank, and nothing else that needs the tokens' gradients
-        ("fp32", ("head", "layers.2.mlp.experts.3.*")),
+        ("fp32", ("head", "*.experts.*", "*.query")),
+        ("bf16", ("head", "*.experts.*", "*.query")),
+        ("fp32", ("layers.2.mlp.experts.*",)),  # and nothing before them that needs the tokens' gradients
+        ("fp32", ("head", "layers.1.mlp.experts.*.down")),
         ("fp32", ("norm.weight",)),
     ],
     ids=str,

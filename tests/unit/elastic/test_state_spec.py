@@ -77,7 +77,7 @@ def test_what_a_job_s_state_consists_of(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_not_trained_has_weights_alone_and_is_in_whole_snapshots_alone(precision: str) -> None:
-    train = TrainSpec.model_validate({"precision": precision, "trainable": ["head", "*.1.*"], "ema": {"decay": 0.9}})
+    train = TrainSpec.model_validate({"precision": precision, "trainable": ["head"], "ema": {"decay": 0.9}})
     job = JobSpec(name="frozen").model_copy(update={"train": train})
     tensors = inventory(PARAMS, job, BUFFERS)
     kinds = {
@@ -109,6 +109,17 @@ def test_patterns_that_fit_nothing_are_refused(train: dict[str, Any], message: s
     with pytest.raises(UsageError, match=message) as refused:
         inventory(PARAMS, job, BUFFERS)
     assert "named as head and experts.2.up" in refused.value.remedy
+
+
+def test_some_experts_of_a_layer_are_not_trained_alone() -> None:
+    params = [ParamSpec(f"layers.1.mlp.experts.{e}.{part}", (4, 4), e) for e in range(3) for part in ("down", "up")]
+    for trainable, is_refused in (["*.down"], False), (["*.experts.1.down"], True), (["*.experts.*"], False):
+        job = JobSpec(name="frozen").model_copy(update={"train": TrainSpec(trainable=tuple(trainable))})
+        if is_refused:
+            with pytest.raises(UsageError, match=r"some of the experts' layers.1.mlp.experts.\*.down"):
+                inventory(params, job, BUFFERS)
+        else:
+            inventory(params, job, BUFFERS)
 
 
 def test_mistakes_are_refused() -> None:
