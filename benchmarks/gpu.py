@@ -167,7 +167,7 @@ def _write_weights(job: JobSpec, given: Prepared, directory: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.bfloat16)
     say(f"{sum(param.numel() for param in model.parameters()):,} parameters")
     model.save_pretrained(directory)
-    given.store.tokenizer.save(directory / "tokenizer.json")
+    given.store.tokenizer().save(directory / "tokenizer.json")
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------

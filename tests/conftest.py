@@ -18,7 +18,7 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call that forgets to connect fa
 os.environ.update(RAY_prestart_worker_first_driver="0")  # as in `local_head`
 os.environ.update(RAY_worker_niceness="0")  # else actors wait for the tests of the other process of pytest
 
-for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # of whoever runs the tests
+for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):  # as the developer's shell may have them
     os.environ.pop(variable, None)
 
 # A busy machine makes single examples slow; pytest-timeout still ends a test that hangs.

@@ -107,7 +107,7 @@ class RunController:
         """Open the run and control it to its end, then end this process."""
         try:
             controlled = self._control(self._open(order, since_s), parts)
-        except OrchestratorError as error:  # another incarnation would get it too: none of them is of the cluster
+        except OrchestratorError as error:  # permanent: another incarnation would raise it too
             log.error("run %s: it can't be controlled: %s", self._run_id, error)
         except Exception:
             log.exception("run %s: it could not be opened; the next incarnation tries again", self._run_id)

@@ -58,9 +58,8 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
         )
     spec = with_provenance(resolved(spec), None if isinstance(job, JobSpec) else Path(job))
     check_own_code(spec)
-    if (
-        is_checked(spec) or spec.train.names_parameters
-    ):  # else nothing is refused, and a process with torch takes seconds
+    # The plan takes a process with torch, some seconds, so it is made only if something may be refused by it.
+    if is_checked(spec) or spec.train.names_parameters:
         check_memory(spec, plan_of(spec))
     return Submission(spec, text)
 

@@ -56,7 +56,7 @@ def check_gpu_memory(first: MemoryPlan, least: MemoryPlan, device: torch.device)
     card = torch.cuda.get_device_properties(device)
     needs, has = f"{first.on_gpu / GIB:.1f} GiB", f"{card.name} has {card.total_memory / GIB:.1f} GiB"
     if least.engine > card.total_memory:
-        state = f"{least.engine / GIB:.1f} GiB for weights, optimizer state and gradients, with as many as may be"
+        state = f"{least.engine / GIB:.1f} GiB for weights, optimizer state and gradients, also among workers.max"
         raise UsageError(f"a worker needs {state}, and its GPU {has}", remedy=SHARE)
     if first.on_gpu > card.total_memory:
         log.warning("a worker is estimated to need %s, and its GPU %s. %s", needs, has, SMALLER)
