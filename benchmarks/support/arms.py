@@ -29,10 +29,8 @@ from orchestrator.controller.recorder import RECORDS_EVERY_S
 from orchestrator.controller.worker_group import POLL_PAUSE_S, POLL_S
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic
-from orchestrator.run_records.run_history import committed_steps
+from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.journal import read_events
 from tests.support.worker_group import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
@@ -195,11 +193,11 @@ class WholeProduct(Arm):
             time.sleep(JOURNAL_EVERY_S)
             if self._is_paused.is_set():
                 continue
-            events = read_events(objects_at(self._run_dir), seq)
-            for record in committed_steps(events):
+            entries = read_entries(self._run_dir, seq)
+            for record in committed_steps(entries):
                 self.records[record.step] = record
                 self.tell(record.step, record.timing.vote_time, record.loss)
-            seq = max((event["seq"] for event in events), default=seq)
+            seq = max((entry.seq for entry in entries), default=seq)
 
 
 class Loop(Arm):
