@@ -27,7 +27,7 @@ from benchmarks import recovery, rescale
 from benchmarks.harness import ROOT, Bar, Result, Spread, alternate, at_most, median_ratio_interval, run, say
 from benchmarks.support.data import data_spec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.old_keys import OLD_KEYS
+from orchestrator.spec.job_file.old_keys import OLD_KEYS
 
 RESCALES_OF, RECOVERIES_OF = "1aebb70", "f9f86ac"  # the last commits whose README shows stalls within the bars
 WORST_RATIO = 1.10

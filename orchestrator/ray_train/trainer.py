@@ -43,10 +43,10 @@ from orchestrator.ray_train.results import result_of
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_files import RunFiles, holds_run
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import job_from, load_job
+from orchestrator.spec.job_file.loading import job_from, load_job
+from orchestrator.spec.job_file.yaml import dotted
 from orchestrator.spec.section import Path as Key
 from orchestrator.spec.workers import AUTO
-from orchestrator.spec.yaml import dotted
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import read_key
 from orchestrator.submission.submission import resolved

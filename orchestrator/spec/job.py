@@ -1,8 +1,8 @@
 """The job file as frozen, validated values.
 
-`orchestrator.spec.loading` reads them from YAML with errors that name file, line and column. When constructed directly,
-as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value raises pydantic's `ValidationError`. Only `name`
-has no default.
+`orchestrator.spec.job_file.loading` reads them from YAML with errors that name file, line and column. When constructed
+directly, as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value raises pydantic's `ValidationError`. Only
+`name` has no default.
 """
 
 import re

@@ -14,7 +14,7 @@ from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import load_job
+from orchestrator.spec.job_file.loading import load_job
 from orchestrator.submission.user_code import check_places, own_code_of
 
 BEGUN = f"{MARK}{MARK}begun"  # the driver prints it once the run is submitted

@@ -17,7 +17,7 @@ from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.estimate.memory_check import check_memory, is_checked
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import load_job
+from orchestrator.spec.job_file.loading import load_job
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
 from orchestrator.submission.provenance import with_provenance

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from orchestrator.cli.main import app
 from orchestrator.client import OrchestratorClient
-from orchestrator.spec.loading import load_job
+from orchestrator.spec.job_file.loading import load_job
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]

@@ -48,7 +48,7 @@ def init(
 ) -> None:
     """Write a job file with comments, ready to run. Overwrites nothing. Prints its path."""
     from orchestrator.errors import StorageError, UsageError
-    from orchestrator.spec.loading import parse_job
+    from orchestrator.spec.job_file.loading import parse_job
 
     text = TEMPLATE.format(file=out, name=name)
     parse_job(text, str(out))  # refuses a name that no run can have

@@ -32,7 +32,7 @@ app = typer.Typer(no_args_is_help=True, help="Job files, without a cluster.")
 def validate(job: JobFile, output: Output = Format.TEXT) -> None:
     """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing. With -o json
     prints the job with every default."""
-    from orchestrator.spec.loading import load_job
+    from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.submission import with_pretrained
     from orchestrator.submission.user_code import check_own_code
 
@@ -70,7 +70,7 @@ def plan(
     """
     import psutil
 
-    from orchestrator.spec.loading import load_job
+    from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.param_listing import plan_of
     from orchestrator.submission.submission import with_pretrained
     from orchestrator.submission.user_code import check_own_code

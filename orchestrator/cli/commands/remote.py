@@ -98,7 +98,7 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
     """Submit a job from within the cluster and stay until the run's end."""
     from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
     from orchestrator.cluster.packages import keep, sweep
-    from orchestrator.spec.loading import load_job
+    from orchestrator.spec.job_file.loading import load_job
 
     stopped = _Stopped()
     overrides = overrides_of(settings, None)

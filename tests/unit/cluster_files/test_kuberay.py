@@ -10,7 +10,7 @@ import ray
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.spec.loading import load_job
+from orchestrator.spec.job_file.loading import load_job
 from tests.unit.cluster_files.kubernetes import (
     ConfigMap,
     NetworkPolicy,

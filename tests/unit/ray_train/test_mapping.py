@@ -11,7 +11,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from orchestrator.errors import SpecError, UsageError
 from orchestrator.ray_train.mapping import settings_of
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import job_from
+from orchestrator.spec.job_file.loading import job_from
 
 Job = dict[str, Any]
 HEAD: Job = {"schema": "v1", "name": "try"}

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.fault_tolerance import MAX_UNPUBLISHED, ProtectionSpec
-from orchestrator.spec.loading import parse_job
+from orchestrator.spec.job_file.loading import parse_job
 
 HEAD = "schema: v1\nname: try\n"
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import parse_job
+from orchestrator.spec.job_file.loading import parse_job
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Section
 from orchestrator.spec.workers import WorkersSpec

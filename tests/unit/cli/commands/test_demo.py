@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.commands import demo
-from orchestrator.spec.loading import load_job
+from orchestrator.spec.job_file.loading import load_job
 
 ROOT = Path(__file__).parents[4]
 

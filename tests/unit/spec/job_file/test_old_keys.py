@@ -4,8 +4,8 @@ import pytest
 
 from orchestrator.errors import SpecError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import parse_job
-from orchestrator.spec.old_keys import OLD_KEYS
+from orchestrator.spec.job_file.loading import parse_job
+from orchestrator.spec.job_file.old_keys import OLD_KEYS
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_KEYS.items(), ids=list(OLD_KEYS))

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.yaml import MAX_DEPTH, read_document
+from orchestrator.spec.job_file.yaml import MAX_DEPTH, read_document
 
 
 @pytest.mark.parametrize(

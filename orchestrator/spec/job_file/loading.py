@@ -14,9 +14,9 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.old_keys import OLD_KEYS
+from orchestrator.spec.job_file.old_keys import OLD_KEYS
+from orchestrator.spec.job_file.yaml import YamlDocument, dotted, read_document
 from orchestrator.spec.section import Broken, Path, all_keys, keys_at
-from orchestrator.spec.yaml import YamlDocument, dotted, read_document
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more isn't a job file, which the first ones show

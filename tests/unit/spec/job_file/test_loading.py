@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import MAX_PROBLEMS, Setting, job_from, load_job, parse_job
+from orchestrator.spec.job_file.loading import MAX_PROBLEMS, Setting, job_from, load_job, parse_job
 
 HEAD = "schema: v1\nname: try\n"
 
