@@ -7,10 +7,18 @@ functions of Python or its installed packages, such as `os:system`.
 import importlib
 import sys
 import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from orchestrator.errors import EntrypointError
+
+PACKAGE = Path(__file__).parent
 _from: dict[str, Path] = {}  # directory of each top-level package imported here
 
 
@@ -72,3 +80,61 @@ def _forget(top: str) -> None:
     left = str(_from.pop(top))
     if left in sys.path and left not in map(str, _from.values()):
         sys.path.remove(left)
+
+
+def function_of(key: str, entrypoint: str, code_dir: Path) -> Callable[..., Any]:
+    """The function that an entrypoint names.
+
+    Args:
+        key: of the job file, under which it stands.
+
+    Raises:
+        EntrypointError: it can't be imported, or there is none of this name.
+    """
+    directory, section = code_dir.absolute(), key.partition(".")[0]
+    module_name, _, name = entrypoint.partition(":")
+    try:
+        module = imported(module_name, directory)
+    except (Exception, SystemExit) as error:
+        raise EntrypointError(
+            f"{key} {entrypoint} can't be imported: {type(error).__name__}: {error}",
+            traceback=_traceback_of(error),
+            remedy=f'`python -c "import {module_name}"` must work in {directory}; {section}.code_dir names another.',
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [other for other, value in vars(module).items() if callable(value)]
+        nearest = get_close_matches(name, functions, n=1)
+        raise EntrypointError(
+            f"{key} {entrypoint}: {module.__file__} has no function {name}",
+            remedy=f"It must name a function of that module{f'; nearest: {nearest[0]}' if nearest else ''}.",
+        )
+    return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def calling_user(what: str) -> Iterator[None]:
+    """Turn exceptions of the user's code into EntrypointErrors with its traceback; memory errors pass unchanged."""
+    try:
+        yield
+    except (EntrypointError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which control code doesn't load
+            raise
+        raise EntrypointError(
+            f"{what} raised {type(error).__name__}: {error}", traceback=_traceback_of(error), remedy="Fix your code."
+        ) from error
+
+
+def _traceback_of(error: BaseException) -> str:
+    """The error's traceback without the frames above the user's code (ours and importlib's)."""
+    frames = error.__traceback__
+    while frames is not None and _is_ours(frames):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))
+
+
+def _is_ours(frames: Any) -> bool:
+    file: str = frames.tb_frame.f_code.co_filename
+    return file.startswith(("<frozen importlib", str(Path(importlib.__file__).parent), f"{PACKAGE}/"))

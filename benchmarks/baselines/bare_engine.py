@@ -23,7 +23,6 @@ from orchestrator.data.store import TokenStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import build_model
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
@@ -77,9 +76,9 @@ def main() -> None:
         for number, of_micro_batch in enumerate(mine, 1):
             micro_batch = store.rows("train", of_micro_batch, length)
             inputs_RT, targets_RT = torch.from_numpy(micro_batch.inputs_RT), torch.from_numpy(micro_batch.targets_RT)
-            batch = MicroBatch(inputs_RT.to(device), targets_RT.to(device))
+            batch = {"inputs": inputs_RT.to(device), "targets": targets_RT.to(device)}
             loss, counts = engine.accumulate(batch, num_targets, last=number == len(mine))
-            loss_sum += loss.detach()
+            loss_sum += loss.total
             routed.add(counts)
         engine.step(train.lr)
         for counted in (routed.counts_LE, routed.margins_LEM):

@@ -30,7 +30,6 @@ from orchestrator.elastic.world import World
 from orchestrator.engine.base import noop
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.protocol.worker_report import ShardWritten
@@ -200,7 +199,7 @@ class Trainee:
         rows = train.global_batch_size // len(self.shard.world.members)
         shape = (rows, train.sequence_length + 1)
         tokens = torch.randint(0, self._vocab_size, shape, generator=self._generator)
-        batch = MicroBatch(tokens[:, :-1], tokens[:, 1:])
+        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
         self.engine.accumulate(batch, train.global_batch_size * train.sequence_length, last=True)
         self.engine.step(1e-4, before_update)
 

@@ -16,7 +16,6 @@ from orchestrator.comm.gradients.reduce_scatter import LocalReduction, Reducer, 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import TrafficKind
@@ -88,7 +87,7 @@ def _stepper(engine: DeepSpeedEngineAdapter, rank: int) -> Callable[[], float]:
         began_s = time.perf_counter()
         for _ in range(STEPS):
             tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
-            engine.accumulate(MicroBatch(tokens[:, :-1], tokens[:, 1:]), global_tokens, last=True)
+            engine.accumulate({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, global_tokens, last=True)
             engine.step(1e-4)
         dist.barrier()
         return (time.perf_counter() - began_s) / STEPS

@@ -9,7 +9,7 @@ a run reads.
 """
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,14 +44,15 @@ def node_stores() -> Path:
     return home() / "data"
 
 
-def upload(store: TokenStore, place: Location) -> None:
-    """Copy a store's files below `place`, the manifest last. What is there already stays. Raises OSError."""
+def upload(directory: Path, files: Mapping[str, FileDigest], place: Location) -> None:
+    """Copy the files of a store in `directory` below `place`, the manifest last. What is there already stays. Raises
+    OSError."""
     objects = objects_at(place)
     there = {found.key: found.num_bytes for found in objects.objects("")}
-    for name, recorded in store.manifest.files.items():
+    for name, recorded in files.items():
         if there.get(name) != recorded.num_bytes:
-            objects.put(name, store.directory / name)
-    objects.create(MANIFEST, (store.directory / MANIFEST).read_bytes())
+            objects.put(name, directory / name)
+    objects.create(MANIFEST, (directory / MANIFEST).read_bytes())
 
 
 def open_store(place: Location) -> TokenStore:
@@ -66,9 +67,9 @@ def open_store(place: Location) -> TokenStore:
     if isinstance(place, Path):
         return TokenStore.open(place)
     objects, here = objects_at(place), node_stores() / place.name
-    with _only_one(here.with_name(f".{here.name}.lock")):  # of this node's workers, which start together
+    with only_one(here.with_name(f".{here.name}.lock")):  # of this node's workers, which start together
         if not here.is_dir():
-            _copy_small_files(objects, place, here)
+            copy_files(objects, place, here, lambda text: _small_files(StoreManifest.model_validate_json(text)))
     manifest = StoreManifest.model_validate_json((here / MANIFEST).read_bytes())
     for name, recorded in _small_files(manifest).items():
         check_file(here / name, recorded, verify=False)
@@ -80,16 +81,22 @@ def _small_files(manifest: StoreManifest) -> dict[str, FileDigest]:
     return {name: recorded for name, recorded in manifest.files.items() if name not in NOT_COPIED}
 
 
-def _copy_small_files(objects: LargeObjects, place: BucketUrl, here: Path) -> None:
-    """Copy the manifest and the small files into a new directory, which appears once all of them have their digests."""
+def copy_files(
+    objects: LargeObjects, place: BucketUrl, here: Path, files: Callable[[bytes], Mapping[str, FileDigest]]
+) -> None:
+    """Copy a store's manifest and files into a new directory, which appears once all of them have their digests.
+
+    Args:
+        files: those to copy, from the manifest.
+    """
     try:
         manifest = objects.get(MANIFEST)
     except FileNotFoundError:
         raise DataError(
-            f"{place} is no token store: it holds no {MANIFEST}", remedy="Resume the run, which prepares it again."
+            f"{place} is no store of data: it holds no {MANIFEST}", remedy="Resume the run, which prepares it again."
         ) from None
     with new_directory(here) as directory:
-        for name, recorded in _small_files(StoreManifest.model_validate_json(manifest)).items():
+        for name, recorded in files(manifest).items():
             with (directory / name).open("wb") as file:
                 for start in range(0, recorded.num_bytes, READ_BYTES):
                     file.write(objects.get(name, start, min(start + READ_BYTES, recorded.num_bytes)))
@@ -122,7 +129,7 @@ def _token_blocks(
 
 
 @contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
+def only_one(lock: Path) -> Iterator[None]:
     """Keep other processes of this node out meanwhile."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

@@ -57,8 +57,9 @@ class TextTokenizer:
         self.digest = hashlib.sha256(saved + (b"" if border == DOCUMENT_TOKEN else border.encode())).hexdigest()
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "TextTokenizer":
-        """Train up to `vocab_size` tokens on `texts`. Raises DataError below MIN_VOCAB_SIZE."""
+    def train(cls, texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> "TextTokenizer":
+        """Train up to `vocab_size` tokens on `texts`, with further `special` ones. Raises DataError below
+        MIN_VOCAB_SIZE."""
         if vocab_size < MIN_VOCAB_SIZE:
             raise DataError(
                 f"data.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}",
@@ -70,7 +71,7 @@ class TextTokenizer:
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[DOCUMENT_TOKEN],
+            special_tokens=[DOCUMENT_TOKEN, *special],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.task import Batch, Loss
 from orchestrator.state.ranges import NamedRanges
 
 
@@ -36,9 +34,9 @@ class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
     def accumulate(
-        self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
-    ) -> tuple[Tensor, RoutingCounts]:
-        """Forward and backward of one micro-batch. Accumulates the gradient of its loss sum / `global_tokens`.
+        self, micro_batch: Batch, global_units: int, last: bool, before_backward: Callable[[], None] = noop
+    ) -> tuple[Loss, RoutingCounts]:
+        """Forward and backward of one micro-batch. Accumulates the gradient of its loss sum / `global_units`.
 
         Every rank calls it equally often per step; a rank without a micro-batch passes one with no rows.
 
@@ -47,7 +45,7 @@ class Engine(Protocol):
             before_backward: called between the two.
 
         Returns:
-            the micro-batch's loss sum (scalar, fp32, detached), and its routers' counts.
+            the micro-batch's loss, detached, and its routers' counts.
         """
         ...
 
@@ -61,8 +59,8 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
-        """Loss sum of a micro-batch, no gradient. Every rank calls it equally often."""
+    def evaluate(self, micro_batch: Batch) -> Loss:
+        """Loss of a micro-batch, no gradient. Every rank calls it equally often."""
         ...
 
     def ranges(self) -> NamedRanges:

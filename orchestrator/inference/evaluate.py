@@ -1,4 +1,4 @@
-"""Loss of a model on a text: per token, per byte, and as perplexity.
+"""Loss of a model on a text: per token, per byte, and as perplexity; or of its task on rows, with the task's metrics.
 
 Shape legend: R = rows, T = tokens of a row.
 """
@@ -13,11 +13,13 @@ import torch
 
 from orchestrator.data.bucket_store import open_store
 from orchestrator.data.corpus.sources import read_documents
+from orchestrator.data.rows.bucket_rows import open_rows
 from orchestrator.data.store import IGNORED_TARGET, Rows
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.inference.rows import rows_of_documents
 from orchestrator.model.base import TrainableModel
+from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark, Split
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
@@ -26,14 +28,18 @@ REMARK_EVERY_S = 5.0
 
 
 def evaluate(
-    request: Evaluation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
+    request: Evaluation, job: JobSpec, tokenizer: TextTokenizer | None, model: TrainableModel
 ) -> Iterator[Remark | EvaluationResult]:
     """Yield remarks on progress, then the result. Attention stays within documents if it did so in training.
 
     Raises:
         DataError: the text can't be read, has no tokens, or was encoded by another tokenizer.
     """
+    if job.has_rows:
+        yield _of_rows(request, job, model)
+        return
     loss_sum, num_rows, num_tokens = 0.0, 0, 0
+    assert tokenizer is not None
     text = _TextLength(tokenizer)
     reported_s = time.monotonic()
     for rows in _limited(_rows(request, job, tokenizer), request.max_rows):
@@ -52,12 +58,45 @@ def evaluate(
     loss = loss_sum / num_tokens
     yield EvaluationResult(
         rows=num_rows,
-        tokens=num_tokens,
-        num_bytes=num_bytes,
+        units=num_tokens,
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float soon after 700
+        num_bytes=num_bytes,
+        perplexity=_perplexity(loss),
         bits_per_byte=loss_sum / math.log(2.0) / num_bytes,
     )
+
+
+@torch.no_grad()
+def _of_rows(request: Evaluation, job: JobSpec, model: TrainableModel) -> EvaluationResult:
+    """The task's loss and metrics on rows of a split."""
+    if request.store_dir is None:
+        raise DataError(
+            f"run {job.name} has task {job.task.entrypoint or job.task.name}, whose rows no text can replace",
+            remedy="Leave --corpus out: the run's own rows are read.",
+        )
+    task, device = task_of(job.task), next(model.parameters()).device
+    store = open_rows(location_of(request.store_dir))
+    split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
+    num_rows = min(store.num_rows(split), request.max_rows or store.num_rows(split))
+    if not num_rows:
+        raise DataError(f"the {split} split of run {job.name} has no rows", remedy="Name another one: --split.")
+    loss_sum, units, at_once = 0.0, 0, max(1, job.train.micro_batch_rows)
+    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in task.metrics}
+    for number, start in enumerate(range(0, num_rows, at_once)):
+        rows_R = np.arange(start, min(start + at_once, num_rows))
+        arrays = task.collate(store.read(split, rows_R), np.random.default_rng((job.train.seed, 0, number)))
+        loss = task.loss(model, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+        loss_sum, units = loss_sum + float(loss.total), units + int(store.units(split, rows_R).sum())
+        for name, pair in loss.metrics.items():
+            sums[name] = [before + float(each) for before, each in zip(sums[name], pair, strict=True)]
+    means = {name: each / weight if weight else 0.0 for name, (each, weight) in sums.items()}
+    mean, unit = loss_sum / max(units, 1), job.task.unit
+    perplexity = _perplexity(mean) if unit == "tokens" else None
+    return EvaluationResult(num_rows, units, mean, unit, perplexity=perplexity, metrics=task.report(means))
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # exp overflows a float soon after 700
 
 
 def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:

@@ -6,26 +6,35 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import UsageError
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.decoding import next_token
 from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.model.user_entrypoint import calling_user
 from orchestrator.protocol.child_process import Generation, GenerationResult, Remark, TextPiece
 from orchestrator.spec.job import JobSpec
+from orchestrator.user_code import calling_user
 
 
 def generate(
-    request: Generation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
+    request: Generation,
+    job: JobSpec,
+    tokenizer: TextTokenizer,
+    model: TrainableModel,
+    chats: ChatPrompts | None = None,
 ) -> Iterator[TextPiece | Remark | GenerationResult]:
     """Yield pieces of the continuation as they are generated, then the result with all of it.
+
+    Args:
+        chats: of a run of chats: the prompt is then what the user says, and the continuation the answer.
 
     Raises:
         UsageError: the prompt has no tokens.
     """
-    prompt = tokenizer.encode_prompt(request.prompt)
+    prompt = tokenizer.encode_prompt(request.prompt) if chats is None else chats.encode(request.prompt)
+    ends = {tokenizer.document_token} if chats is None else chats.ends
     if not prompt:
         raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
     longest = len(prompt) + request.max_tokens
@@ -44,7 +53,7 @@ def generate(
         # Logits beyond the tokenizer's vocabulary are padding.
         logits_V = continued(new_BT)[0, : tokenizer.vocab_size].float().cpu()
         token = next_token(logits_V, request.temperature, request.top_k, request.top_p, generator)
-        ended = token == tokenizer.document_token
+        ended = token in ends
         if not ended:
             tokens.append(token)
             if text := decode(token):

@@ -12,14 +12,17 @@ from collections.abc import Iterator
 import torch
 
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.data.manifest import TOKENIZER
+from orchestrator.data.rows.bucket_rows import open_rows
+from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.state_spec import BUFFER, MASTER
-from orchestrator.errors import CheckpointCorrupt, OrchestratorError
+from orchestrator.errors import CheckpointCorrupt, OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request, answering
+from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Generation, Request, answering
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 
@@ -28,17 +31,26 @@ def answers(request: Request) -> Iterator[Answer]:
     """Answers to the request, the result last."""
     run_dir = location_of(request.run_dir)
     job = JobSpec.model_validate_json(objects_at(run_dir).get("job.json"))
-    tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
-    model = load_model(location_of(request.checkpoint), job, tokenizer.vocab_size)
+    tokenizer = TextTokenizer.load(run_dir / TOKENIZER) if job.has_tokens else None
+    prepared = 0 if tokenizer is None else tokenizer.vocab_size
+    if isinstance(request, Evaluation) and request.store_dir is not None and not job.has_tokens:
+        prepared = open_rows(location_of(request.store_dir)).manifest.num_outputs
+    if isinstance(request, Generation) and tokenizer is None:
+        raise UsageError(f"run {job.name} has task {job.task.entrypoint or job.task.name}, which has no text")
+    model = load_model(location_of(request.checkpoint), job, prepared)
     if isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model)
-    else:
-        yield from generate(request, job, tokenizer, model)
+    elif tokenizer is not None:
+        chats = ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
+        yield from generate(request, job, tokenizer, model, chats)
 
 
 @torch.no_grad()
-def load_model(checkpoint: Location, job: JobSpec, tokenizer_vocab_size: int) -> TrainableModel:
+def load_model(checkpoint: Location, job: JobSpec, prepared: int) -> TrainableModel:
     """The whole model in fp32, on a GPU if there is one.
+
+    Args:
+        prepared: tokens of the tokenizer, or classes of the data.
 
     Raises:
         CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
@@ -46,7 +58,7 @@ def load_model(checkpoint: Location, job: JobSpec, tokenizer_vocab_size: int) ->
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
-        model = build_model(job.model, job.model.vocab_size or tokenizer_vocab_size, single_rank(job.model))
+        model = build_model(job.model, job.num_outputs(prepared), single_rank(job.model))
     tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:

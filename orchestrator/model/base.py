@@ -6,7 +6,6 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E =
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +47,19 @@ class TrainableModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """The cross-entropy (B, T) of each target in nats, fp32; 0 where it is `IGNORED`. Arguments as of `forward`."""
+
+    @abstractmethod
+    def outputs(self, *args: Any, **kwargs: Any) -> Any:
+        """What a user's module returns for these arguments; of our model the logits (B, T, V) of tokens."""
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """A part of the model that each pass calls once."""
+
+    @abstractmethod
     def init_weights(self, seed: int) -> None:
         """Set the weights from the seed: the same on every rank and at every world size."""
 
@@ -71,11 +83,20 @@ class TrainableModel(nn.Module, ABC):
                 margins_EM.copy_(layer.last_margins_EM)
         return routed
 
-    def with_balance_losses(self, loss: Tensor) -> Tensor:
-        """The loss value unchanged, with the gradients of the last forward pass's auxiliary losses added."""
+    def with_balance_losses(self, loss: Tensor, units: int | None = None) -> Tensor:
+        """The loss value unchanged, with the gradients of the last forward pass's auxiliary losses added.
+
+        Args:
+            units: over which the loss is a sum. An auxiliary loss is a sum over the layer's tokens, so it is scaled to
+                as many units as there are. None: units are tokens.
+        """
         for moe in self.moe_layers:
-            if moe.last_balance_loss is not None:
-                loss = _Besides.apply(loss, moe.last_balance_loss)  # type: ignore[no-untyped-call]
+            other = moe.last_balance_loss
+            if other is None:
+                continue
+            if units is not None:
+                other = other * (units * self.spec.num_experts_per_tok / moe.last_counts_E.sum().clamp_min(1))
+            loss = _Besides.apply(loss, other)  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -117,24 +138,3 @@ def seed_draws(seed: int, step: int, micro_batch: int) -> None:
 
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
-
-
-# -- One micro-batch of the global batch, as tensors
-# --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A micro-batch: B rows of T tokens. B may be 0: a rank without a micro-batch still runs the forward pass.
-
-    Args:
-        inputs_BT: token ids, int64.
-        targets_BT: the next token of each, or `IGNORED`, int64.
-        documents_BT: document number per token where attention must stay within documents, else None.
-        lengths_B: given, row b's tokens from lengths_B[b] on are padding.
-    """
-
-    inputs_BT: Tensor
-    targets_BT: Tensor
-    documents_BT: Tensor | None = None
-    lengths_B: Tensor | None = None

@@ -1,36 +1,39 @@
-"""Dry run of a user's own model: build it, and run one forward and backward pass on a row and one on no rows.
+"""Dry run of a user's own model or task: build them, and run forward and backward passes on rows and on no rows.
 
-    python -m orchestrator.model.dry_run < job.json      # writes a line of JSON: null, or the fault
-
-Workers run it while they warm up. `orchestrator.submission.user_code` runs the command above at submission, so that
-mistakes are reported at once.
+Workers run it while they warm up, and a process at submission (`orchestrator.worker.check_user_code`), so that mistakes
+are reported at once.
 
 Shape legend: B = rows, T = tokens in a row.
 """
 
-import json
-import sys
-from contextlib import redirect_stdout
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
-from orchestrator.model.factory import build_model, catalogue, single_rank
-from orchestrator.model.user_entrypoint import calling_user
+from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.task import DPO
+from orchestrator.user_code import calling_user
 
-MAX_ELEMENTS = 200_000_000  # dense ones; larger models aren't built where the job is submitted, possibly a laptop
+SAME = 1e-3  # relative difference of losses that are taken to be equal
 
 
-def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
-    """Run a user's model without an update, in a world of one and with as few experts as routing needs.
+def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, rows: Sequence[Row] = ()) -> None:
+    """Run a user's model and task without an update, in a world of one and with as few experts as routing needs.
+
+    Args:
+        rows: first ones of the data, two if there are; none for text and chats, in whose place are rows of token 0.
 
     Raises:
-        EntrypointError: it can't be trained.
+        EntrypointError: they can't be trained.
     """
     few = {"n_routed_experts": job.model.num_experts_per_tok, "n_group": 1, "topk_group": 1}
     spec = job.model.model_copy(update=few)
@@ -40,39 +43,156 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
     if job.train.precision == "bf16":
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
-    for num_rows in (1, 0):
-        tokens_BT = torch.zeros(num_rows, job.train.sequence_length, dtype=torch.int64, device=device)
-        documents_BT = tokens_BT if job.data.isolate_documents else None
-        before = {name: buffer.clone() for name, buffer in model.state_buffers()}
-        first = _pass(model, tokens_BT, documents_BT)
-        if job.train.is_exact and num_rows:
-            _check_buffers(model, before)
-            _check_repeats(model, first, _pass(model, tokens_BT, documents_BT))
+    trial = _Trial(job, model, task)
+    samples = _Samples(job, task, device, rows)
+    before = {name: buffer.clone() for name, buffer in model.state_buffers()}
+    first = trial.run(samples.of(0))
+    if job.train.is_exact:
+        _check_buffers(model, before)
+    if job.train.is_exact or (job.task.entrypoint is not None and device.type == "cpu"):
+        trial.check_repeats(first, trial.run(samples.of(0)))
+    if job.task.entrypoint is not None:
+        last = 1 if samples.num_rows > 1 else 0
+        trial.check_sum(trial.run(samples.of(0, last)), first, trial.run(samples.of(last)))
+    trial.check_calls(first, trial.run(samples.of()))
 
 
-def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None) -> dict[str, Tensor]:
-    """Gradients by parameter name, after a forward and backward pass."""
-    rows = "a row" if len(tokens_BT) else "no rows"
-    try:
-        with torch.random.fork_rng(), calling_user(f"a pass of {model.spec.entrypoint} on {rows}"):
-            seed_draws(0, 0, 0)
-            model(tokens_BT, tokens_BT, documents_BT).backward()
-    except EntrypointError as error:
-        if not len(tokens_BT):
-            error.remedy = (
-                "A rank that has no part of the global batch left runs such passes, so that all ranks keep step. Write "
-                "sizes out where view or reshape has to guess a -1."
+@dataclass(frozen=True)
+class _Samples:
+    """Micro-batches of a dry run."""
+
+    job: JobSpec
+    task: Task
+    device: torch.device
+    rows: Sequence[Row]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows) or 2
+
+    def of(self, *numbers: int) -> tuple[Batch, int | None]:
+        """The rows with these numbers; None of tasks whose units the data count by themselves."""
+        if self.rows:
+            some = [self.rows[number] for number in numbers] or list(self.rows[:1])
+            arrays = self.task.collate(some, np.random.default_rng(0))
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            kept = {name: tensor if numbers else tensor[:0] for name, tensor in tensors.items()}
+            return {name: tensor.to(self.device) for name, tensor in kept.items()}, len(numbers)
+        parts = 2 if self.job.has_chats and self.job.task.name == DPO else 1
+        shape = (parts * len(numbers), self.job.train.sequence_length)
+        tokens_BT = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        batch: dict[str, Tensor] = {"inputs": tokens_BT, "targets": tokens_BT}
+        if self.job.data.isolate_documents:
+            batch["documents"] = tokens_BT
+        if self.job.has_chats:
+            batch["lengths"] = torch.full(shape[:1], shape[1], device=self.device)
+            batch["reference"] = torch.zeros(shape[:1], device=self.device)
+        return batch, None if parts == 1 else len(numbers)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Result of a pass: its loss, gradients by parameter name, and how often it called the model."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    num_calls: int
+
+
+class _Trial:
+    """Passes of a model and a task, and what is wrong with them."""
+
+    def __init__(self, job: JobSpec, model: TrainableModel, task: Task) -> None:
+        self._job, self._model, self._task = job, model, task
+        own = [name for name in (job.task.entrypoint, job.model.entrypoint) if name is not None]
+        self._name = " with ".join(own)
+        self._calls = 0
+        model.backbone.register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self._calls += 1
+
+    def run(self, sample: tuple[Batch, int | None]) -> _Pass:
+        """A forward and backward pass."""
+        batch, units = sample
+        num_rows = len(next(iter(batch.values())))
+        rows = "no rows" if not num_rows else "a row" if num_rows == 1 else f"{num_rows} rows"
+        self._calls = 0
+        try:
+            with torch.random.fork_rng(), calling_user(f"a pass of {self._name} on {rows}"):
+                seed_draws(0, 0, 0)
+                loss = self._task.loss(self._model, batch)
+                self._check_loss(loss, units, rows)
+                self._model.with_balance_losses(loss.total, loss.units).backward()  # type: ignore[no-untyped-call]
+        except EntrypointError as error:
+            if not num_rows:
+                error.remedy = (
+                    "A rank that has no part of the global batch left runs such passes, so that all ranks keep step. "
+                    "Write sizes out where view or reshape has to guess a -1."
+                )
+            raise
+        return _Pass(float(loss.total.detach()), self._grads(rows), self._calls)
+
+    def _check_loss(self, loss: Loss, units: int | None, rows: str) -> None:
+        if units is not None and loss.units != units:
+            raise EntrypointError(
+                f"the loss of {self._name} on {rows} is a sum over {loss.units} units; the data have {units}",
+                remedy="Return Loss(total, units) with the sum over the rows and their number.",
             )
-        raise
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
-    without = [name for name, _ in model.named_parameters() if name not in grads]
-    model.zero_grad(set_to_none=True)
-    if without:
-        raise EntrypointError(
-            f"parameters {shown(without)} of {model.spec.entrypoint} have no dense gradient after a pass on {rows}",
-            remedy="Every parameter must take part in every pass, since ranks add up gradients. Remove unused ones.",
-        )
-    return grads
+        if not math.isfinite(float(loss.total.detach())):
+            raise EntrypointError(
+                f"the loss of {self._name} on {rows} is {float(loss.total.detach())}",
+                remedy="A loss must be finite with first weights, and 0 on no rows.",
+            )
+
+    def _grads(self, rows: str) -> dict[str, Tensor]:
+        model = self._model
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
+        without = [name for name, _ in model.named_parameters() if name not in grads]
+        model.zero_grad(set_to_none=True)
+        if without:
+            raise EntrypointError(
+                f"parameters {shown(without)} of {self._name} have no dense gradient after a pass on {rows}",
+                remedy="Every parameter must take part in every pass, as ranks add up gradients. Remove unused ones.",
+            )
+        return grads
+
+    def check_repeats(self, first: _Pass, second: _Pass) -> None:
+        """Raises EntrypointError if a second pass on the same row had other gradients."""
+        differing = [name for name, grad in first.grads.items() if not torch.equal(grad, second.grads[name])]
+        if differing:
+            why = " and train.determinism is exact" if self._job.train.is_exact else " so it matters which rank runs it"
+            raise EntrypointError(
+                f"parameters {shown(differing)} of {self._name} have another gradient in a second pass on the same "
+                f"row,{why}",
+                remedy="Draw random numbers in a pass from torch's own generator, as dropout does, and from no other; "
+                "use only deterministic operations; or set train.determinism: fast.",
+            )
+
+    def check_sum(self, both: _Pass, first: _Pass, last: _Pass) -> None:
+        """Raises EntrypointError if the loss of two rows is the mean of their losses, and not the sum. It may be
+        neither, where rows are compared with each other."""
+        total = first.loss + last.loss
+        if _is_near(both.loss, total / 2) and not _is_near(both.loss, total):
+            raise EntrypointError(
+                f"the loss of {self._name} is a mean: {first.loss:.6g} and {last.loss:.6g} of two rows, and of both "
+                f"{both.loss:.6g}",
+                remedy="Return the sum over the micro-batch's units. It is divided by the number of units of the whole "
+                "global batch, which no rank knows the others' part of.",
+            )
+
+    def check_calls(self, first: _Pass, empty: _Pass) -> None:
+        """Raises EntrypointError if a pass on no rows calls the model less or more often."""
+        if first.num_calls != empty.num_calls:
+            raise EntrypointError(
+                f"a pass of {self._name} calls the model {first.num_calls} times on a row and {empty.num_calls} times "
+                "on no rows",
+                remedy="Call it equally often for any micro-batch: experts of all ranks take part in each call.",
+            )
+
+
+def _is_near(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SAME, abs_tol=1e-9)
 
 
 def _check_buffers(model: TrainableModel, before: dict[str, Tensor]) -> None:
@@ -83,46 +203,3 @@ def _check_buffers(model: TrainableModel, before: dict[str, Tensor]) -> None:
             "and train.determinism is exact",
             remedy="Leave buffers as they are in a pass, or set train.determinism: fast.",
         )
-
-
-def _check_repeats(model: TrainableModel, first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    differing = [name for name, grad in first.items() if not torch.equal(grad, second[name])]
-    if differing:
-        raise EntrypointError(
-            f"parameters {shown(differing)} of {model.spec.entrypoint} have another gradient in a second pass on the "
-            "same row, and train.determinism is exact",
-            remedy="Draw random numbers in a pass from torch's own generator, as dropout does, and from no other; use "
-            "only deterministic operations; or set train.determinism: fast.",
-        )
-
-
-@dataclass(frozen=True)
-class DryRunFault:
-    """What is wrong with a model, serialized for the calling process. Fields as in EntrypointError."""
-
-    message: str
-    remedy: str
-    traceback: str
-
-
-def fault_of(job: JobSpec) -> DryRunFault | None:
-    """The first fault that would keep the job's model from being trained, as far as this process can check."""
-    vocab_size = job.model.vocab_size or job.data.vocab_size
-    try:
-        params, _ = catalogue(job.model, vocab_size)
-        if sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
-            rehearse(job, vocab_size, torch.device("cpu"))
-    except EntrypointError as error:
-        return DryRunFault(error.message, error.remedy, error.traceback)
-    return None
-
-
-def main() -> None:
-    job = JobSpec.model_validate_json(sys.stdin.read())
-    with redirect_stdout(sys.stderr):  # keep the user code's prints out of the answer
-        fault = fault_of(job)
-    print(json.dumps(None if fault is None else vars(fault)))
-
-
-if __name__ == "__main__":
-    main()

@@ -28,11 +28,24 @@ def cross_entropy_sum(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: i
         targets_N: token ids, or `IGNORED`.
         chunk: C; None for a size that suits the vocabulary and the device.
     """
-    if chunk is None:
-        elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
-        chunk = max(MIN_CHUNK, elements // head_VD.shape[0])
-    loss: Tensor = _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk or _chunk_of(x_ND, head_VD))  # type: ignore[no-untyped-call]
     return loss
+
+
+def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
+    """The cross-entropy (N,) of each token in nats, fp32; 0 where the target is `IGNORED`. Arguments as of
+    `cross_entropy_sum`.
+
+    Losses may be weighted by what depends on them, so the backward pass computes the logits of each chunk again: four
+    matrix products instead of three.
+    """
+    loss_N: Tensor = _TokenCrossEntropy.apply(x_ND, head_VD, targets_N, chunk or _chunk_of(x_ND, head_VD))  # type: ignore[no-untyped-call]
+    return loss_N
+
+
+def _chunk_of(x_ND: Tensor, head_VD: Tensor) -> int:
+    elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
+    return max(MIN_CHUNK, elements // head_VD.shape[0])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -72,3 +85,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad,) = grads
         grad_ND, grad_VD = ctx.saved_tensors
         return grad_ND * grad.to(grad_ND.dtype), (grad_VD * grad).to(ctx.head_dtype), None, None
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(x_ND, head_VD, targets_N)
+        ctx.chunk = chunk
+        loss_N = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
+        for start in range(0, len(x_ND), chunk):
+            targets_C = targets_N[start : start + chunk]
+            logits_CV = F.linear(x_ND[start : start + chunk], head_VD).float()
+            target_C = logits_CV.gather(1, targets_C.clamp_min(0)[:, None])[:, 0]
+            loss_N[start : start + chunk] = (logits_CV.logsumexp(-1) - target_C) * (targets_C != IGNORED)
+        return loss_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad_N,) = grads
+        x_ND, head_VD, targets_N = ctx.saved_tensors
+        grad_ND = torch.empty_like(x_ND)
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        for start in range(0, len(x_ND), ctx.chunk):
+            here = slice(start, start + ctx.chunk)
+            targets_C = targets_N[here]
+            # Gradient with respect to the logits: softmax minus one at the target, times the token's own.
+            d_CV = F.linear(x_ND[here], head_VD).float().softmax(-1)
+            d_CV.scatter_add_(1, targets_C.clamp_min(0)[:, None], -torch.ones_like(d_CV[:, :1]))
+            d_CV = d_CV.mul_((grad_N[here] * (targets_C != IGNORED))[:, None]).to(x_ND.dtype)
+            torch.mm(d_CV, head_VD, out=grad_ND[here])
+            grad_VD += torch.mm(d_CV.T, x_ND[here])
+        return grad_ND, grad_VD.to(head_VD.dtype), None, None

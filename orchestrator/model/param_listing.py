@@ -14,7 +14,7 @@ from orchestrator.spec.job import JobSpec
 
 def main() -> None:
     job = JobSpec.model_validate_json(sys.stdin.read())
-    params, buffers = catalogue(job.model, job.model.vocab_size or job.data.vocab_size)
+    params, buffers = catalogue(job.model, job.num_outputs())
     print(json.dumps({"params": [[p.name, p.shape, p.expert] for p in params], "buffers": buffers}))
 
 

@@ -11,6 +11,7 @@ heads, G = key/value heads, S = head size, C = tokens in a cache.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
-from orchestrator.model.loss import cross_entropy_sum
+from orchestrator.model.loss import cross_entropy, cross_entropy_sum
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
@@ -162,19 +163,38 @@ class MoELanguageModel(TrainableModel):
         documents_BT: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> Tensor:
+        x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
+        if targets_BT is None:
+            logits_BTV = F.linear(x_BTD, self.head)
+            return logits_BTV if padding is None else padding.pad(logits_BTV[0])
+        targets_N = (targets_BT if padding is None else padding.unpad(targets_BT)).reshape(-1)
+        return cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_N)
+
+    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        x_BTD, padding = self._hidden(inputs_BT, None, lengths_B)
+        targets_N = (targets_BT if padding is None else padding.unpad(targets_BT)).reshape(-1)
+        loss_N = cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_N)
+        return loss_N.view(targets_BT.shape) if padding is None else padding.pad(loss_N)
+
+    def outputs(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits_BTV: Tensor = self(*args, **kwargs)
+        return logits_BTV
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.norm
+
+    def _hidden(
+        self, inputs_BT: Tensor, documents_BT: Tensor | None, lengths_B: Tensor | None
+    ) -> tuple[Tensor, Padding | None]:
+        """Final hidden states (B, T, D), or (1, N, D) with the padding that was left out."""
         rotary = rotary_tables(inputs_BT.shape[1], self.spec.rotary_size, self.spec.rope_theta, inputs_BT.device)
         mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
         padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
         if padding is not None:
             inputs_BT = padding.unpad(inputs_BT)[None]
-            targets_BT = None if targets_BT is None else padding.unpad(targets_BT)[None]
         x_BTD = self._run_layers(self._embedded(inputs_BT), rotary, mask_B1TT, padding)
-        x_BTD = self.norm(x_BTD)
-        if targets_BT is None:
-            logits_BTV = F.linear(x_BTD, self.head)
-            return logits_BTV if padding is None else padding.pad(logits_BTV[0])
-        loss = cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_BT.reshape(-1))
-        return self.with_balance_losses(loss)
+        return self.norm(x_BTD), padding
 
     @torch.no_grad()
     def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:

@@ -2,8 +2,9 @@
 
     def build(spec: ModelSpec, vocab_size: int, experts: ExpertParallelContext) -> nn.Module
 
-The module that `build` returns maps tokens (B, T) to logits (B, T, V); `UserModel` adds the loss and the rest of the
-interface that training needs. docs/own-model.md is the guide for users.
+The module that `build` returns maps tokens (B, T) to logits (B, T, V), or whatever a task gives it to whatever the task
+takes; `UserModel` adds the loss and the rest of the interface that training needs. docs/own-model.md is the guide for
+users.
 
 Shape legend: B = rows, T = tokens in a row, V = vocabulary.
 """
@@ -11,10 +12,11 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary.
 import inspect
 import traceback
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
@@ -23,9 +25,10 @@ from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.padding import Padding
-from orchestrator.model.user_entrypoint import built, calling_user
+from orchestrator.model.user_entrypoint import built
 from orchestrator.model.user_rules import broken_rules, shown
 from orchestrator.spec.model import ModelSpec
+from orchestrator.user_code import calling_user
 
 DOCUMENTS = "documents_BT"  # parameter of `forward` by which attention stays within documents
 
@@ -67,9 +70,26 @@ class UserModel(TrainableModel):
         logits_BTV = self._logits(inputs_BT, documents_BT)
         if targets_BT is None:
             return logits_BTV
+        return self._cross_entropy(logits_BTV, targets_BT, "sum")
+
+    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
+        for layer in self.moe_layers:
+            layer.real_N = None if padding is None else padding.place_N
+        return self._cross_entropy(self._logits(inputs_BT, None), targets_BT, "none").view_as(targets_BT)
+
+    def outputs(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self.moe_layers:
+            layer.real_N = None
+        return self.model(*args, **kwargs)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    def _cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor, reduction: str) -> Tensor:
         logits_NV = logits_BTV.reshape(-1, self.vocab_size).float()
-        loss = F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
-        return self.with_balance_losses(loss)
+        return F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction=reduction)
 
     def _logits(self, inputs_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
         if documents_BT is None:

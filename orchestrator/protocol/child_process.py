@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -94,7 +94,7 @@ class Evaluation:
     Args:
         run_dir: the run's directory, with its job and tokenizer.
         checkpoint: directory of a complete checkpoint.
-        store_dir: the run's token store, of which `split` is read; None for another corpus.
+        store_dir: the run's prepared data, of which `split` is read; None for another corpus.
         corpus, text_key: a whole source as in the job file; None for the run's store.
         max_rows: maximum number of rows of the job's length.
     """
@@ -110,14 +110,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Loss on a text: mean over `tokens` targets, in nats. `num_bytes` is the length of their text in UTF-8."""
+    """Loss of rows: mean over `units`, in nats; of text these are target tokens.
+
+    Args:
+        unit: what units are, in the plural.
+        num_bytes: length of the targets' text in UTF-8; None where they aren't those of a text.
+        perplexity: of tokens; None for other units.
+        bits_per_byte: of a text; else None.
+        metrics: what the task reports, by name.
+    """
 
     rows: int
-    tokens: int
-    num_bytes: int
+    units: int
     loss: float
-    perplexity: float
-    bits_per_byte: float
+    unit: str = "tokens"
+    num_bytes: int | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

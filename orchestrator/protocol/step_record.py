@@ -116,8 +116,9 @@ class StepRecord(Compact):
     """One finished step, as known to every member.
 
     Args:
-        loss: mean over the step's target tokens, nats.
+        loss: mean over the step's units, which are target tokens unless the task has others; nats.
         validation_loss: None in a step without validation.
+        metrics, validation_metrics: what the task reports, by name.
     """
 
     step: int
@@ -131,3 +132,5 @@ class StepRecord(Compact):
     communication: CommunicationRecord = field(default_factory=CommunicationRecord)
     routing: RoutingRecord = field(default_factory=RoutingRecord)
     state: StateRecord = field(default_factory=StateRecord)
+    metrics: dict[str, float] = field(default_factory=dict)
+    validation_metrics: dict[str, float] = field(default_factory=dict)

@@ -5,13 +5,20 @@ from pathlib import Path
 from orchestrator.data.bucket_store import node_stores, upload
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
+from orchestrator.data.rows.chat_tokenizer import SAVED
+from orchestrator.data.rows.prepare_rows import prepare_rows
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
+from orchestrator.data.tokenizer import CONFIG
 from orchestrator.run_records.prepared_data import PreparedData
+from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.task import DPO
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.tracking.sink import Dataset
+
+OF_RUN = {TOKENIZER, CONFIG, SAVED}  # files of a store of rows that are saved with the run too
 
 
 class Preparation:
@@ -37,6 +44,8 @@ class Preparation:
         """
         job = JobSpec.model_validate_json(job_json)
         data, place = job.data, location_of(data_dir)
+        if job.has_rows:
+            return self._prepare_rows(job, location_of(run_dir), place)
         store = prepare(
             data.source,
             data.vocab_size,
@@ -67,6 +76,29 @@ class Preparation:
         )
         return PreparedData(str(stored), store.vocab_size, str(tokenizer), datasets)
 
+    def _prepare_rows(self, job: JobSpec, run: Location, place: Location) -> PreparedData:
+        """Make or find the job's store of rows, and save what turns text into tokens with the run."""
+        here = place if isinstance(place, Path) else node_stores()
+        store = prepare_rows(job, here, self._tell)
+        if job.has_chats:
+            check_vocabulary(job.model.vocab_size, store.manifest.num_outputs)
+            if job.task.name == DPO:
+                store = with_reference(job, store, here, self._tell)
+        stored: Location = store.directory
+        if not isinstance(place, Path):
+            stored = place / store.digest[:32]
+            upload(store.directory, store.manifest.files, stored)
+        files = {name for name in store.manifest.files if name in OF_RUN}
+        for name in files:
+            objects_at(run).create(name, (store.directory / name).read_bytes())
+        made_of, name = store.manifest.made_of, job.data.entrypoint or job.data.source
+        datasets = tuple(
+            Dataset(f"{name}/{split}", split, store.digest, str(made_of["source"]), counts.num_rows, counts.num_tokens)
+            for split, counts in store.manifest.splits.items()
+        )
+        tokenizer = str(run / TOKENIZER) if TOKENIZER in files else ""
+        return PreparedData(str(stored), store.manifest.num_outputs, tokenizer, datasets)
+
     def _tell(self, stage: str, fraction: float) -> None:
         self._progress = (stage, fraction)
 
@@ -84,5 +116,5 @@ def _save(store: TokenStore, run: Location, place: Location) -> tuple[Location, 
     for name, data in store.tokenizer().files(TOKENIZER).items():
         objects_at(run).create(name, data)
     stored = place / store.digest[:32]  # the user may have named the directory
-    upload(store, stored)
+    upload(store.directory, store.manifest.files, stored)
     return run / TOKENIZER, stored

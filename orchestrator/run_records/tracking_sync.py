@@ -118,4 +118,5 @@ def _points_of(progress: Progress, steps: list[StepRecord]) -> list[MetricPoint]
 
 
 def calls_for_data(data: PreparedData) -> list[Call]:
-    return [(Tracker.artifact, (data.tokenizer,)), (Tracker.inputs, (data.datasets,))]
+    artifacts: list[Call] = [(Tracker.artifact, (data.tokenizer,))] if data.tokenizer else []
+    return [*artifacts, (Tracker.inputs, (data.datasets,))]

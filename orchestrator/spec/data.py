@@ -1,14 +1,17 @@
-"""The `data` section: the text to train on."""
+"""The `data` section: the text, chats or arrays to train on."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section, directory, refuse
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.section import HERE, Broken, Path, Section, directory, refuse
+from orchestrator.spec.task import CLASSIFICATION, Entrypoint, TaskSpec
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
+BUILTIN = "builtin:stdlib"  # text that is read unless a job names another
 BY_DOCUMENT = "documents"  # of data.row_format
 
 
@@ -23,14 +26,26 @@ def _source(source: str) -> str:
 
 
 class DataSpec(Section):
-    """The training text, and its conversion to tokens."""
+    """The training data, and the conversion of text to tokens."""
 
     source: Annotated[str, AfterValidator(_source)] = Field(
-        default="builtin:stdlib",
+        default=BUILTIN,
         description="`builtin:stdlib` (the running Python's own library), `builtin:pydocs` (Python's manual, from "
         "Debian's python3.13-doc), one file, or a folder of files: .txt or .jsonl, both also as .gz, .parquet or "
         ".arrow. If the datasets library saved the folder, its listed files are read in their order; of one with "
-        "several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written.",
+        "several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written. Of tasks "
+        "sft and dpo: rows with chats (docs/tasks.md); of classification: a folder that the datasets library saved.",
+    )
+    entrypoint: Entrypoint | None = Field(
+        default=None,
+        description='A function "package.module:function" that gives the rows instead of `source`, as arrays by name; '
+        "it gets the name of a split, and `options` (docs/tasks.md).",
+    )
+    options: dict[str, JsonValue] = Field(default={}, description="Keys for `entrypoint`, of your own choice.")
+    code_dir: str = Field(
+        default=HERE,
+        min_length=1,
+        description="Directory from which `entrypoint` is imported; relative to the current one.",
     )
     text_key: str = Field(default="text", min_length=1, description="Key or column of the text, in files with rows.")
     vocab_size: int = Field(
@@ -44,6 +59,11 @@ class DataSpec(Section):
         description="A tokenizer.json to use instead of training one; the files beside it name the token that begins a "
         "document. null: the one of model.init_from, else a trained one.",
     )
+    chat_template: Annotated[str, AfterValidator(directory)] | None = Field(
+        default=None,
+        description="Of tasks sft and dpo: a file with the Jinja template that turns a chat into text, as transformers "
+        "has it. null: the one beside the tokenizer, else ChatML.",
+    )
     holdout: float = Field(default=0.05, gt=0, lt=1, description="Fraction of the documents kept for validation.")
     row_format: Literal["packed", "documents"] = Field(
         default="packed",
@@ -56,6 +76,28 @@ class DataSpec(Section):
     )
 
     def broken_rules(self) -> Iterator[Broken]:
+        if self.entrypoint is not None and self.source != BUILTIN:
+            rule = f"entrypoint gives the rows instead of source: leave one out; got {self.entrypoint} and "
+            yield Broken((("source",), ("entrypoint",)), rule + self.source)
         if self.row_format == BY_DOCUMENT and self.isolate_documents:
             rule = "isolate_documents has no meaning with row_format: documents, a document per row: leave it out"
             yield Broken((("isolate_documents",), ("row_format",)), rule)
+
+
+def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec, has_rows: bool) -> Iterator[Broken]:
+    """Rules between a task, its data, and the model.
+
+    Args:
+        has_rows: the data are rows of arrays, not tokens of one text.
+    """
+    of_task: Path = ("task", "name")
+    if task.entrypoint is None and data.entrypoint is not None and task.name != CLASSIFICATION:
+        rule = "rows of data.entrypoint need a task that knows them: classification, or one of your own, "
+        yield Broken((of_task, ("data", "entrypoint")), f"{rule}task.entrypoint; got {task.name}")
+    if task.entrypoint is None and task.name == CLASSIFICATION and model.entrypoint is None:
+        rule = "task classification needs a model of your own, which maps rows to logits: set model.entrypoint"
+        yield Broken((("model", "entrypoint"), of_task), rule)
+    of_text = {"row_format": data.row_format == BY_DOCUMENT, "isolate_documents": data.isolate_documents}
+    for key in [key for key, is_given in of_text.items() if is_given and has_rows]:
+        rule = f"data.{key} is of text, and task {task.entrypoint or task.name} has rows: leave it out"
+        yield Broken((("data", key), of_task), rule)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.data import DataSpec
+from orchestrator.spec.data import DataSpec, broken_rows
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -24,6 +24,7 @@ from orchestrator.spec.fault_tolerance import (
 )
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
+from orchestrator.spec.task import OF_CHATS, OF_ROWS, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, ResourcesSpec, ScheduledScale, Workers, WorkersSpec
@@ -41,6 +42,7 @@ __all__ = [
     "RecoverySpec",
     "ResourcesSpec",
     "ScheduledScale",
+    "TaskSpec",
     "TrackingSpec",
     "TrainSpec",
     "VerifySpec",
@@ -111,13 +113,14 @@ class JobSpec(Section):
     )
     autoscale: AutoscaleSpec = Field(default=AutoscaleSpec(), description="Automatic changes of the number of workers.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="Resources that each worker reserves.")
-    model: ModelSpec = Field(default=ModelSpec(), description="The language model.")
+    task: TaskSetting = Field(default=TaskSpec(), description="What is learned: a name, or a mapping.")
+    model: ModelSpec = Field(default=ModelSpec(), description="The model.")
     train: TrainSpec = Field(default=TrainSpec(), description="The training.")
     communication: CommunicationSpec = Field(
         default=CommunicationSpec(), description="Transfer of data between workers in a step."
     )
     eval: EvalSpec = Field(default=EvalSpec(), description="Validation.")
-    data: DataSpec = Field(default=DataSpec(), description="The training text.")
+    data: DataSpec = Field(default=DataSpec(), description="The training data.")
     curriculum: CurriculumSpec | None = Field(
         default=None, description="Stages of difficulty. null: all rows in a random order, epoch after epoch."
     )
@@ -152,7 +155,39 @@ class JobSpec(Section):
         "auto, a key of this user that is made if there is none yet. null: it isn't signed.",
     )
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether the data are rows of arrays, each a sample by itself, and not tokens of one text."""
+        return self.data.entrypoint is not None or (self.task.entrypoint is None and self.task.name in OF_ROWS)
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether the data are chats."""
+        return self.data.entrypoint is None and self.task.entrypoint is None and self.task.name in OF_CHATS
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a tokenizer makes the model's inputs."""
+        return not self.has_rows or self.has_chats
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether the model or the task is a user's own."""
+        return self.model.entrypoint is not None or self.task.entrypoint is not None
+
+    def num_outputs(self, prepared: int = 0) -> int:
+        """Rows of the model's last matrix: tokens of the vocabulary, or classes.
+
+        Args:
+            prepared: as many as the prepared data have; 0 before that: then the most that they may have.
+        """
+        return self.model.vocab_size or self.task.num_classes or prepared or self.data.vocab_size
+
     def broken_rules(self) -> Iterator[Broken]:
+        yield from broken_rows(self.task, self.data, self.model, self.has_rows)
+        if self.has_rows and self.curriculum is not None:
+            rule = "a curriculum orders text, and the task has rows: leave one out"
+            yield Broken((("curriculum",), ("task", "name")), rule)
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"

@@ -1,12 +1,12 @@
 """The `model` section: a decoder-only mixture-of-experts language model."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, Section, directory, refuse
+from orchestrator.spec.section import HERE, Broken, Section, directory
+from orchestrator.spec.task import Entrypoint
 
 # Keys that an init_from directory's config.json sets too.
 IN_CONFIG = frozenset(
@@ -37,12 +37,6 @@ IN_CONFIG = frozenset(
 
 EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding
 BIAS_UPDATE_SPEED = {"quantile": 0.5, "sign": 1e-3}
-
-
-def _entrypoint(entrypoint: str) -> str:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", entrypoint):
-        raise refuse('must be "package.module:function"')
-    return entrypoint
 
 
 class ModelSpec(Section):
@@ -126,7 +120,7 @@ class ModelSpec(Section):
         "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with a softmax router.",
     )
 
-    entrypoint: Annotated[str, AfterValidator(_entrypoint)] | None = Field(
+    entrypoint: Entrypoint | None = Field(
         default=None,
         description='A function "package.module:build" that builds the model instead of ours; it gets these keys '
         "(docs/own-model.md).",

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
-from orchestrator.run_records.prepared_data import DataPrepared
+from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.backends.location import Location, is_there, location_of
@@ -54,11 +54,11 @@ def checkpoint_to_ask(run_id: str, run_dir: Location, step: int | None) -> Locat
     return checkpoint
 
 
-def store_of(run_id: str, run_dir: Location) -> str:
-    """Directory of the run's token store. Raises DataError if it no longer exists."""
+def data_of(run_id: str, run_dir: Location) -> PreparedData:
+    """The run's prepared data. Raises DataError if they no longer exist."""
     entries = read_entries(run_dir, only=(DataPrepared,))
-    prepared = [entry.event.data.store_dir for entry in entries if isinstance(entry.event, DataPrepared)]
-    if not prepared or not is_there(location_of(prepared[-1])):
-        gone = f"is gone: {prepared[-1]}" if prepared else "was never prepared"
+    prepared = [entry.event.data for entry in entries if isinstance(entry.event, DataPrepared)]
+    if not prepared or not is_there(location_of(prepared[-1].store_dir)):
+        gone = f"is gone: {prepared[-1].store_dir}" if prepared else "was never prepared"
         raise DataError(f"the token store of run {run_id} {gone}", remedy="Name a text instead: --corpus SOURCE.")
-    return str(prepared[-1])
+    return prepared[-1]

@@ -23,9 +23,8 @@ def state_of(job: JobSpec) -> StatePlan:
         UsageError: the model can't be built; the message is the stderr of the process.
     """
     found = json.loads(_listed(job.name, job.model_dump_json(by_alias=True)))
-    vocab_size = job.model.vocab_size or job.data.vocab_size
     params = tuple(ParamSpec(name, tuple(shape), expert) for name, shape, expert in found["params"])
-    return StatePlan(params, tuple((name, tuple(shape)) for name, shape in found["buffers"]), vocab_size)
+    return StatePlan(params, tuple((name, tuple(shape)) for name, shape in found["buffers"]), job.num_outputs())
 
 
 @cache  # a command checks a job before it connects to a cluster, and again as it submits it

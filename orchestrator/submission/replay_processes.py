@@ -102,10 +102,11 @@ class _Rank:
         self._job = WorkerJob(
             run_id=order.run_id,
             job_json=order.job.model_dump_json(by_alias=True),
-            store_dir=order.store_dir,
+            store_dir=order.data.store_dir,
             storage_dir=str(order.run_dir),
             head_host=LOOPBACK,
             threads=_threads_of(order.job),
+            vocab_size=order.data.vocab_size,
         )
 
     def tell(self, plan: GenerationPlan) -> None:

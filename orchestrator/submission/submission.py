@@ -16,6 +16,7 @@ from orchestrator.data.prepare.job_store import check_vocabulary
 from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.estimate.memory_check import check_memory, is_checked
+from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
 from orchestrator.storage.backends.location import location_of
@@ -73,8 +74,11 @@ def resolved(spec: JobSpec) -> JobSpec:
     """The job as run storage keeps it: self-contained, every path absolute. Raises as `with_pretrained`, and DataError
     if the corpus doesn't exist."""
     spec = with_pretrained(spec)
-    data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
-    changes = {"storage": str(location_of(spec.storage)), "data": data, **_with_absolute_code(spec)}
+    changes = {
+        "storage": str(location_of(spec.storage)),
+        "data": _absolute_data(spec.data),
+        **_with_absolute_code(spec),
+    }
     return spec.model_copy(update=changes)
 
 
@@ -105,9 +109,18 @@ def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if spec.model.entrypoint is not None:
         changed["model"] = spec.model.model_copy(update={"code_dir": _absolute(spec.model.code_dir)})
+    if spec.task.entrypoint is not None:
+        changed["task"] = spec.task.model_copy(update={"code_dir": _absolute(spec.task.code_dir)})
     if spec.curriculum is not None and ":" in spec.curriculum.signal:
         changed["curriculum"] = spec.curriculum.model_copy(update={"code_dir": _absolute(spec.curriculum.code_dir)})
     return changed
+
+
+def _absolute_data(data: DataSpec) -> DataSpec:
+    if data.entrypoint is not None:
+        return data.model_copy(update={"code_dir": _absolute(data.code_dir)})
+    template = None if data.chat_template is None else _absolute(data.chat_template)
+    return data.model_copy(update={"source": _absolute_source(data.source), "chat_template": template})
 
 
 def _absolute(path: str) -> str:

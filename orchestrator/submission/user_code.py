@@ -15,20 +15,19 @@ from orchestrator.submission.torch_process import run_module
 from orchestrator.user_code import place_of
 
 TIMEOUT_S = 120.0
-REHEARSAL = "orchestrator.model.dry_run"
+REHEARSAL = "orchestrator.worker.check_user_code"
 UNCHANGED = "Nothing was started."
 
 
 def check_own_code(job: JobSpec) -> None:
-    """Check that user-defined code is in the job's directory; import and build its model as a worker would. Does
-    nothing for a job without such code.
+    """Check that user-defined code is in the job's directory; import it, build its model and run its task on its first
+    rows, as a worker would. Does nothing for a job without such code.
 
     Raises:
-        EntrypointError: there is no such module, or the model can't be trained. Carries the traceback of the user's
-            code.
+        EntrypointError: there is no such module, or it can't be trained. Carries the traceback of the user's code.
     """
     check_places(job)
-    if job.model.entrypoint is not None:
+    if job.has_own_code or job.data.entrypoint is not None:
         _rehearse(job.model_dump_json(by_alias=True))
 
 
@@ -36,6 +35,10 @@ def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
     """Key in the job file, name and directory of each user-defined function."""
     if job.model.entrypoint is not None:
         yield "model.entrypoint", job.model.entrypoint, job.model.code_dir
+    if job.task.entrypoint is not None:
+        yield "task.entrypoint", job.task.entrypoint, job.task.code_dir
+    if job.data.entrypoint is not None:
+        yield "data.entrypoint", job.data.entrypoint, job.data.code_dir
     if job.curriculum is not None and ":" in job.curriculum.signal:
         yield "curriculum.signal", job.curriculum.signal, job.curriculum.code_dir
 
@@ -57,17 +60,18 @@ def check_places(job: JobSpec) -> None:
 def _rehearse(job_json: str) -> None:
     job = JobSpec.model_validate_json(job_json)
     secrets, missing = _secrets_here(job)
+    named = ", ".join(f"{key} {name}" for key, name, _ in own_code_of(job) if key != "curriculum.signal")
     try:
         done = run_module(REHEARSAL, job_json, {**job.envs, **secrets}, TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise EntrypointError(
-            f"model.entrypoint {job.model.entrypoint} was neither built nor refused within {TIMEOUT_S:.0f} s",
-            remedy="It is imported, built and run on a row of tokens: let none of it wait or compute for long.",
+            f"{named} was neither tried nor refused within {TIMEOUT_S:.0f} s",
+            remedy="It is imported, built and run on a row or two: let none of it wait or compute for long.",
             unchanged=UNCHANGED,
         ) from None
     if done.returncode != 0:
         raise EntrypointError(
-            f"the process that built model.entrypoint {job.model.entrypoint} ended with code {done.returncode}",
+            f"the process that tried {named} ended with code {done.returncode}",
             traceback=without(done.stderr, secrets.values()),
             unchanged=UNCHANGED,
         )

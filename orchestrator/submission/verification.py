@@ -20,11 +20,12 @@ from orchestrator.protocol.events.notices import NumericsDiffer, NumericsRecorde
 from orchestrator.protocol.events.training import StageDecided
 from orchestrator.protocol.messages import PastWorld
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
-from orchestrator.submission.model_process import store_of
+from orchestrator.submission.model_process import data_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Verification:
     worlds: tuple[PastWorld, ...]
     workers: int
     checkpoint: Location | None
-    store_dir: str
+    data: PreparedData
     numerics: Mapping[str, Any] | None
     differing: Mapping[str, Differences]
 
@@ -109,7 +110,7 @@ def what_to_verify(
         worlds=worlds,
         workers=workers or next(size for size in (1, 2, 3) if size not in sizes or sizes >= {1, 2, 3}),
         checkpoint=checkpoint,
-        store_dir=store_of(run_id, run_dir),
+        data=data_of(run_id, run_dir),
         numerics=next((e.event.fingerprint for e in entries if isinstance(e.event, NumericsRecorded)), None),
         differing=differing_workers(entries, worlds),
     )

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 
 from orchestrator.comm import collective_stats
-from orchestrator.data.bucket_store import open_store
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
@@ -28,13 +27,12 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.worker.runtime.device import check_gpu_memory, device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
-from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.step.open_batches import open_batches
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.transition.reserved_memory import ReservedMemory
 from orchestrator.worker.transition.warmup import warm_up
@@ -133,14 +131,12 @@ class Worker:
         if spec.train.is_exact:
             pin(device)
         self._mailbox.publish(numerics=fingerprint(device) if spec.train.is_exact else kind_of_gpu(device))
-        store = open_store(location_of(job.store_dir))
-        vocab_size = spec.model.vocab_size or store.vocab_size
-        factory = ShardFactory(self._id, job, spec, vocab_size, device)
+        factory = ShardFactory(self._id, job, spec, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
-        feed = BatchReader(spec, store, device)
-        if spec.model.entrypoint is not None:
-            rehearse(spec, vocab_size, device)
-        warm_up(spec, vocab_size, device, factory.address)
+        feed = open_batches(spec, job.store_dir, factory.task, device)
+        if spec.has_own_code:
+            rehearse(spec, factory.vocab_size, factory.task, device, feed.first_rows(2))
+        warm_up(spec, factory.vocab_size, device, factory.address)
         memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None
         self._trainer = Trainer(self._mailbox, factory, feed, self._caller)
         self._mailbox.publish(phase=Phase.STANDBY)

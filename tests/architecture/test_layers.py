@@ -51,7 +51,7 @@ RETIRED = {"crew", "slots", "ward", "desk", "wish", "wishes", "seam", "voice", "
 SHARED_NAMES = {
     *("base", "curriculum", "data", "energy", "errors", "expert_load", "export", "html", "manifest", "param_listing"),
     *("progress", "report", "requests", "sample_order", "status", "tracking", "trainer", "user_code", "workers"),
-    *("actors", "checkpoints", "doctor", "job", "model", "remote", "run"),
+    *("actors", "checkpoints", "doctor", "job", "model", "remote", "run", "task"),
 }
 
 MODULES = read_package(PACKAGE)

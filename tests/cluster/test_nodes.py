@@ -12,7 +12,6 @@ from orchestrator.comm import traffic_meter
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.transformer import MoELanguageModel
@@ -116,7 +115,7 @@ def _train(
 
     def step() -> None:
         tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
-        engine.accumulate(MicroBatch(tokens[:, :-1], tokens[:, 1:]), ROWS * LENGTH * size, last=True)
+        engine.accumulate({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, ROWS * LENGTH * size, last=True)
         engine.step(1e-4)
 
     step()

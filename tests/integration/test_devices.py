@@ -135,7 +135,8 @@ def _waits(
         sums = torch.zeros(2 * world_size, dtype=torch.float64, device=devices.device())
         routed = RoutingCounts.zeros(len(model.moe_layers), spec, devices.device())
         for number, batch in enumerate(batches):
-            sums[2 * rank + number], counted = engine.accumulate(batch, 1000, last=number == 1)
+            loss, counted = engine.accumulate(batch, 1000, last=number == 1)
+            sums[2 * rank + number] = loss.total
             routed.add(counted)
         outcome = engine.step(1e-3)
         ballot = Ballot(sums, sums[:0], routed, outcome.applied)

@@ -156,7 +156,7 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
         total = torch.zeros((), dtype=torch.float64, device=devices.device())
         for number in range(rank * per_rank, (rank + 1) * per_rank):
             batch = small.micro_batch(step, number)
-            loss = engine(batch.inputs_BT, batch.targets_BT) / (small.ROWS * small.LENGTH)
+            loss = engine(batch["inputs"], batch["targets"]) / (small.ROWS * small.LENGTH)
             engine.backward(loss)
             engine.step()
             total += float(loss)

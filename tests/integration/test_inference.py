@@ -35,7 +35,7 @@ from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
-from orchestrator.submission.model_process import ask_model, store_of
+from orchestrator.submission.model_process import ask_model, data_of
 from tests.integration.test_glm4_moe import _checkpoint_of
 from tests.support.texts import small_job
 
@@ -152,7 +152,7 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
     targets = torch.from_numpy(rows.targets_RT).flatten()
     wanted = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100).item()
     found = json.loads(orchestrator("model", "eval", "tried", "--max-rows", "5", "-o", "json").stdout)
-    assert (found["rows"], found["tokens"]) == (5, int((targets != -100).sum()))
+    assert (found["rows"], found["units"]) == (5, int((targets != -100).sum()))
     assert found["loss"] == pytest.approx(wanted, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
 
@@ -199,7 +199,7 @@ def test_a_table_without_the_text_is_named_by_the_option(orchestrator: Callable[
 
 
 def _ask(run_dir: Path, checkpoint: Path) -> EvaluationResult:
-    (result,) = ask_model(Evaluation(str(run_dir), str(checkpoint), store_of("tried", run_dir), max_rows=1))
+    (result,) = ask_model(Evaluation(str(run_dir), str(checkpoint), data_of("tried", run_dir).store_dir, max_rows=1))
     assert isinstance(result, EvaluationResult)
     return result
 

@@ -23,7 +23,7 @@ def with_marked_steps(job: JobSpec, store_dir: Path, folder: Path, steps: Sequen
         forward: its body. `mark` is the index in `steps` of the step that the micro-batch `tokens` begins, else -1.
     """
     feed = BatchReader(job, TokenStore.open(store_dir), torch.device("cpu"))
-    rows = [feed.step(step, 0, 1, ONE_ROW).micro_batches[0].batch.inputs_BT[0].tolist() for step in steps]
+    rows = [feed.step(step, 0, 1, ONE_ROW).micro_batches[0].batch["inputs"][0].tolist() for step in steps]
     source = linear(
         init=f"self.register_buffer('rows', torch.tensor({rows}), persistent=False)",
         forward="\n        ".join(

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.process_groups import ProcessGroups
-from orchestrator.model.base import MicroBatch, TrainableModel, expert_of
+from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.task import Batch, Loss, Task
+from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
@@ -21,10 +22,13 @@ from orchestrator.state.ranges import NamedRanges
 class ReferenceEngine:
     """Implements `orchestrator.engine.base.Engine`. Raises ValueError for a precision other than fp32."""
 
-    def __init__(self, model: TrainableModel, train: TrainSpec, groups: ProcessGroups) -> None:
+    def __init__(
+        self, model: TrainableModel, train: TrainSpec, groups: ProcessGroups, task: Task | None = None
+    ) -> None:
         if train.precision != "fp32":
             raise ValueError(f"precision {train.precision}; the reference engine has fp32 only")
         self._model, self._groups, self._max_norm = model, groups, train.gradient_clipping
+        self._task = task or LanguageModeling()
         self._named = dict(model.named_parameters())
         decays = {n: train.optimizer.settings_of(n, p.shape).weight_decay for n, p in self._named.items()}
         self._optimizer = torch.optim.AdamW(
@@ -44,15 +48,13 @@ class ReferenceEngine:
             }
 
     def accumulate(
-        self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
-    ) -> tuple[Tensor, RoutingCounts]:
-        loss = self._model(
-            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
-        )
+        self, micro_batch: Batch, global_units: int, last: bool, before_backward: Callable[[], None] = noop
+    ) -> tuple[Loss, RoutingCounts]:
+        loss = self._task.loss(self._model, micro_batch)
         routed = self._model.routing_counts()
         before_backward()
-        (loss / global_tokens).backward()
-        return loss.detach(), routed
+        (self._model.with_balance_losses(loss.total, loss.units) / global_units).backward()
+        return loss.detached(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         square = torch.zeros((), dtype=torch.float64, device=next(iter(self._named.values())).device)
@@ -85,11 +87,9 @@ class ReferenceEngine:
         return ranges
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+    def evaluate(self, micro_batch: Batch) -> Loss:
         self._model.eval()
-        loss: Tensor = self._model(
-            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
-        )
+        loss = self._task.loss(self._model, micro_batch)
         self._model.train()
         return loss
 

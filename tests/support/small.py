@@ -11,9 +11,9 @@ from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine, StepOutcome
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import ProcessGroups, connect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.task import Batch
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -92,16 +92,16 @@ def build(
     return groups, model, engine
 
 
-def micro_batch(step: int, number: int) -> MicroBatch:
+def micro_batch(step: int, number: int) -> Batch:
     """Rows of a micro-batch: a learnable pattern that depends on (step, number) alone."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     tokens = (torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator) // 8 * 8).to(devices.device())
-    return MicroBatch(tokens[:, :-1], tokens[:, 1:])
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-def empty() -> MicroBatch:
+def empty() -> Batch:
     nothing = torch.zeros(0, LENGTH, dtype=torch.int64, device=devices.device())
-    return MicroBatch(nothing, nothing)
+    return {"inputs": nothing, "targets": nothing}
 
 
 def train_steps(engine: Engine, groups: ProcessGroups, steps: range, lr: float = 3e-3) -> list[float]:
@@ -126,7 +126,7 @@ def train_step(
         batch = micro_batch(step, mine[index]) if index < len(mine) else empty()
         loss, _ = engine.accumulate(batch, tokens, index == num_micro_batches - 1)
         if index < len(mine):
-            sums[mine[index]] = float(loss)
+            sums[mine[index]] = float(loss.total)
     outcome = engine.step(lr, keep_gradients=keep_gradients)
     torch.distributed.all_reduce(sums)
     return float(sums.sum()) / tokens, outcome

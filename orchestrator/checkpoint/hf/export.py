@@ -75,7 +75,12 @@ def export_hf(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / TOKENIZER).write_bytes(saved)
         border = _border(tokenizer.parent) or library.get_added_tokens_decoder()[0].content
-        _write_tokenizer_config(border, library, job.train.sequence_length, partial)
+        ends = border
+        if (chats := _chat_template(tokenizer.parent)) is not None:
+            (partial / "chat_template.jinja").write_text(chats["template"])
+            ends = chats["tokens"].get("eos_token", "<|im_end|>")
+            ends = ends if library.token_to_id(ends) is not None else border
+        _write_tokenizer_config(border, ends, library, job.train.sequence_length, partial)
     return num_bytes
 
 
@@ -152,16 +157,25 @@ def _border(run: Location) -> str | None:
         return None
 
 
-def _write_tokenizer_config(border: str, library: Tokenizer, sequence_length: int, directory: Path) -> None:
-    """Write the tokenizer's configuration. The token that separates documents is both BOS and EOS."""
+def _chat_template(run: Location) -> dict[str, Any] | None:
+    """The template of a run's chats, and the special tokens that it knows; None for a run of text."""
+    try:
+        found: dict[str, Any] = json.loads(objects_at(run).get("chat_template.json"))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _write_tokenizer_config(border: str, ends: str, library: Tokenizer, sequence_length: int, directory: Path) -> None:
+    """Write the tokenizer's configuration. The token that separates documents is BOS, and EOS too unless answers of
+    chats end by another one."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": border,
-        "eos_token": border,
+        "eos_token": ends,
         "model_max_length": sequence_length,
         "clean_up_tokenization_spaces": False,
     }
     (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    number = library.token_to_id(border)
-    generation = {"bos_token_id": number, "eos_token_id": number}
+    generation = {"bos_token_id": library.token_to_id(border), "eos_token_id": library.token_to_id(ends)}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -101,7 +101,7 @@ def evaluate(
     """Measure a run's model on a text: loss per token in nats, perplexity, bits per byte. Computed in fp32."""
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.cli.terminal.summary import aligned
-    from orchestrator.submission.model_process import ask_model, checkpoint_to_ask, store_of
+    from orchestrator.submission.model_process import ask_model, checkpoint_to_ask, data_of
 
     chosen = _chosen(corpus, text_key, split)
     files = find_run(run, storage, address).files
@@ -111,7 +111,7 @@ def evaluate(
     request = Evaluation(
         run_dir=str(run_dir),
         checkpoint=str(checkpoint),
-        store_dir=store_of(run, run_dir) if corpus is None else None,
+        store_dir=data_of(run, run_dir).store_dir if corpus is None else None,
         split=chosen,
         corpus=where,
         text_key=text_key or files.job().data.text_key,
@@ -128,19 +128,29 @@ def evaluate(
     if output is Format.JSON:
         show_json(to_plain(EvaluatedModel(**vars(result), run_id=run, checkpoint=str(checkpoint), source=text)))
         return
-    lines = [
-        ("loss", f"{result.loss:.4f} nats per token"),
-        ("perplexity", f"{result.perplexity:,.2f}"),
-        ("bits per byte", f"{result.bits_per_byte:.4f}"),
-        ("tokens", f"{result.tokens:,} in {counted(result.rows, 'row')}, {result.num_bytes:,} bytes of text"),
-    ]
+    unit = result.unit.removesuffix("s")
+    lines = [("loss", f"{result.loss:.4f} nats per {unit}")]
+    if result.perplexity is not None:
+        lines.append(("perplexity", f"{result.perplexity:,.2f}"))
+    if result.bits_per_byte is not None:
+        lines.append(("bits per byte", f"{result.bits_per_byte:.4f}"))
+    of_text = f", {result.num_bytes:,} bytes of text" if result.num_bytes else ""
+    lines.append((result.unit, f"{result.units:,} in {counted(result.rows, 'row')}{of_text}"))
+    lines += [(name, f"{value:.4f}") for name, value in result.metrics.items()]
     show(aligned(lines))
 
 
 @app.command()
 def generate(
     run: RunId,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Start of the text; - reads it from stdin.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="Start of the text, or of a chat what the user says; - reads it from stdin.",
+        ),
+    ],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens to generate.")] = 100,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, metavar="T", help="0: the likeliest token each time.")

@@ -32,14 +32,17 @@ from orchestrator.engine.optim.rule import UpdateInfo
 from orchestrator.engine.optim.stepper import ParamPart, Stepper
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
-from orchestrator.model.base import MicroBatch, TrainableModel, spec_of
+from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.task import Batch, Loss, Task
+from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
 DEFAULT = CommunicationSpec()
+LANGUAGE_MODELING = LanguageModeling()
 
 
 class _ExpertMarker(MoE):  # type: ignore[misc]
@@ -81,6 +84,7 @@ class DeepSpeedEngineAdapter:
     Args:
         model: with this rank's experts; weights may still be unset.
         train: optimizer, precision, stage, clipping.
+        task: gives the loss of a micro-batch.
     """
 
     def __init__(
@@ -90,8 +94,9 @@ class DeepSpeedEngineAdapter:
         groups: ProcessGroups,
         device: torch.device,
         communication: CommunicationSpec = DEFAULT,
+        task: Task = LANGUAGE_MODELING,
     ) -> None:
-        self._model = model
+        self._model, self._task = model, task
         self._has_masters = train.has_masters
         has_experts = bool(model.moe_layers)
         set_up(groups, device)
@@ -133,18 +138,17 @@ class DeepSpeedEngineAdapter:
     # -- training ----------------------------------------------------------------------------------------------
 
     def accumulate(
-        self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
-    ) -> tuple[Tensor, RoutingCounts]:
+        self, micro_batch: Batch, global_units: int, last: bool, before_backward: Callable[[], None] = noop
+    ) -> tuple[Loss, RoutingCounts]:
         link_priority.begin()
-        loss = self._model(
-            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
-        )
+        loss = self._task.loss(self._model, micro_batch)
         routed = self._model.routing_counts()
         before_backward()
         self._gradients.begin_micro_batch(last)
-        (loss / global_tokens).backward()
+        whole = self._model.with_balance_losses(loss.total, loss.units)
+        (whole / global_units).backward()  # type: ignore[no-untyped-call]
         self._gradients.end_micro_batch()
-        return loss.detach(), routed
+        return loss.detached(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         self._stepper.before_update, self._stepper.at = before_update, UpdateInfo(self._num_updates + 1, lr)
@@ -164,11 +168,9 @@ class DeepSpeedEngineAdapter:
         return ranges
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+    def evaluate(self, micro_batch: Batch) -> Loss:
         self._model.eval()
-        loss: Tensor = self._model(
-            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
-        )
+        loss = self._task.loss(self._model, micro_batch)
         self._model.train()
         return loss
 

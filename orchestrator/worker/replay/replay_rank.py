@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
-from orchestrator.data.bucket_store import open_store
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import OrchestratorError
@@ -20,12 +19,11 @@ from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import location_of
 from orchestrator.worker.replay.replay import replay
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.errors import kind_of
 from orchestrator.worker.shard.shard import ShardFactory
-from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.step.open_batches import open_batches
 from orchestrator.worker.transition.prepared_transition import prepare
 
 
@@ -41,9 +39,9 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     device = device_of(spec.resources.num_gpus)
     pin(device)
     yield Numerics(fingerprint(device))
-    store = open_store(location_of(order.job.store_dir))
-    factory = ShardFactory(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
-    yield from replay(factory, BatchReader(spec, store, device), prepare(factory, plan), order.last_step)
+    factory = ShardFactory(order.worker, order.job, spec, device)
+    feed = open_batches(spec, order.job.store_dir, factory.task, device)
+    yield from replay(factory, feed, prepare(factory, plan), order.last_step)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from orchestrator.engine.process_groups import PendingGroups, ProcessGroups
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.policy.estimate.worker_memory import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.protocol.messages import GenerationPlan, Keeper, PastWorld
@@ -96,15 +97,19 @@ class ShardFactory:
         me: this worker's id.
         job: from the controller.
         spec: the job file.
-        vocab_size: of the model; at least the tokenizer's.
+        device: that trains.
+
+    Attributes:
+        task: of the run.
+        vocab_size: rows of the model's last matrix; for text at least the tokenizer's tokens.
     """
 
-    def __init__(self, me: str, job: WorkerJob, spec: JobSpec, vocab_size: int, device: torch.device) -> None:
-        self.me, self.job, self.spec = me, job, spec
-        self.vocab_size, self.device = vocab_size, device
+    def __init__(self, me: str, job: WorkerJob, spec: JobSpec, device: torch.device) -> None:
+        self.me, self.job, self.spec, self.device = me, job, spec, device
+        self.vocab_size, self.task = spec.num_outputs(job.vocab_size), task_of(spec.task)
         self.address = local_address(job.head_host)
         self.params: Sequence[ParamSpec]
-        self.params, self.buffers = catalogue(spec.model, vocab_size)
+        self.params, self.buffers = catalogue(spec.model, self.vocab_size)
         self.tensors = inventory(self.params, spec, self.buffers)
         self._snapshot_memory = Buffers()
 
@@ -176,9 +181,10 @@ class ShardFactory:
         with self.device:
             home = self._home(plan, groups)
             model = build_model(self.spec.model, self.vocab_size, home)
-        engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
+        train, communication = self.spec.train, self.spec.communication
+        engine = DeepSpeedEngineAdapter(model, train, groups, self.device, communication, self.task)
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
-        micro_batch, communication = plan.micro_batch or micro_batch_of(self.spec), self.spec.communication
+        micro_batch = plan.micro_batch or micro_batch_of(self.spec)
         choosing = CompressionTuner(engine.gradients, communication.compression, communication.overlap, plan.world.size)
         return Shard(
             term=plan.term,

@@ -4,7 +4,7 @@ After the vote every member knows that all have finished the step.
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,15 +15,17 @@ from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport import nccl
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.optim.lr_schedule import learning_rate
+from orchestrator.errors import EntrypointError
 from orchestrator.model.base import seed_draws
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.task import Loss
 from orchestrator.protocol.step_record import BatchRecord, CommunicationRecord, StateRecord, StepRecord, UpdateRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
-from orchestrator.worker.step.batches import BatchReader, StepBatches
+from orchestrator.worker.step.batches import BatchReader, StepBatches, StepMicroBatch
 from orchestrator.worker.step.clock import StepClock
 from orchestrator.worker.step.hooks import StepHooks
 from orchestrator.worker.step.memory_probe import MemoryProbe
@@ -69,16 +71,34 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Losses:
-    """Loss sums per micro-batch of a batch, 0 where the micro-batch is another rank's, and the targets in all of them.
-    Sums and counts stay on the device until the vote: the host doesn't wait for a micro-batch.
+    """Sums per micro-batch of a batch, 0 where the micro-batch is another rank's, and the units in all of them. Sums
+    and counts stay on the device until the vote: the host doesn't wait for a micro-batch.
 
     Args:
+        sums_SM: fp64; of the loss, then of each metric its sum and its weight.
         routed: counts of this rank's routers.
     """
 
-    sums: Tensor
-    tokens: int
+    sums_SM: Tensor
+    units: int
     routed: RoutingCounts
+
+    def enter(self, micro_batch: StepMicroBatch, loss: Loss) -> None:
+        """Enter the loss of one of this rank's micro-batches.
+
+        Raises:
+            EntrypointError: the task counts other units than the data.
+        """
+        if loss.units is not None and loss.units != micro_batch.units:
+            raise EntrypointError(
+                f"the task's loss is a sum over {loss.units} units in a micro-batch in which the data have "
+                f"{micro_batch.units}",
+                remedy="Return as many units as the rows have, 1 each unless the data say otherwise (docs/tasks.md).",
+            )
+        if micro_batch.number is not None:
+            metrics = (each for pair in loss.metrics.values() for each in pair)
+            for column, value in enumerate((loss.total, *metrics)):
+                self.sums_SM[micro_batch.number, column] = value
 
 
 class TrainStep:
@@ -90,6 +110,7 @@ class TrainStep:
 
     def __init__(self, factory: ShardFactory, feed: BatchReader, validates: bool = True) -> None:
         self._spec, self._device, self._validates = factory.spec, factory.device, validates
+        self._task = factory.task
         self._prefetch = Prefetch(feed, factory.spec.train.max_steps)
         self._traffic = traffic_meter.Since()
         self._routing = RoutingRecorder(factory.spec.train.max_steps)
@@ -136,9 +157,9 @@ class TrainStep:
             step.hooks.before_micro_batch()
             last, before_backward = number == len(batches.micro_batches), self._measured()
             seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
-            loss, routed = step.shard.engine.accumulate(micro_batch.batch, batches.global_tokens, last, before_backward)
+            loss, routed = step.shard.engine.accumulate(micro_batch.batch, batches.global_units, last, before_backward)
+            losses.enter(micro_batch, loss)
             if micro_batch.number is not None:
-                losses.sums[micro_batch.number] = loss
                 losses.routed.add(routed)
         return losses
 
@@ -173,8 +194,8 @@ class TrainStep:
         proposal = step.hooks.propose(step.number)
         clock.proposed()
         ballot = Ballot(
-            micro_batch_losses=losses.sums,
-            validation_losses=losses.sums[:0] if validation is None else validation.sums,
+            sums_SM=losses.sums_SM,
+            validation_SM=losses.sums_SM[:0] if validation is None else validation.sums_SM,
             routed=losses.routed,
             applied=update.applied,
             fence=proposal.fence,
@@ -211,14 +232,14 @@ class TrainStep:
     ) -> StepRecord:
         """The step's record, equal on all members but for the times."""
         timing, world = step.clock.timing(outcome.busy_s), step.shard.world
-        validation_sum = outcome.validation_loss_sum
+        validation_sums, units = outcome.validation_sums, max(batches.global_units, 1)
         return StepRecord(
             step=step.number,
             generation=world.generation,
             world_size=world.size,
-            loss=outcome.loss_sum / max(batches.global_tokens, 1),
+            loss=outcome.sums[0] / units,
             batch=BatchRecord(
-                tokens=batches.global_tokens,
+                tokens=batches.global_units,
                 first_position=batches.first_position,
                 num_positions=batches.num_positions,
                 stage=batches.stage,
@@ -233,9 +254,9 @@ class TrainStep:
                 skipped=step.is_skipped,
             ),
             timing=timing,
-            validation_loss=(
-                None if validation is None or validation_sum is None else validation_sum / max(validation.tokens, 1)
-            ),
+            validation_loss=validation_sums[0] / max(validation.units, 1) if validation and validation_sums else None,
+            metrics=self._metrics(outcome.sums),
+            validation_metrics=self._metrics(validation_sums),
             communication=CommunicationRecord(outcome.traffic, compression),
             routing=self._routing.record(world.generation, step.number, outcome.routed.counts_LE),
             state=StateRecord(outcome.digests),
@@ -249,15 +270,21 @@ class TrainStep:
         for micro_batch in batches.micro_batches:
             step.hooks.before_micro_batch()
             seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
-            loss = step.shard.engine.evaluate(micro_batch.batch)
-            if micro_batch.number is not None:
-                losses.sums[micro_batch.number] = loss
+            losses.enter(micro_batch, step.shard.engine.evaluate(micro_batch.batch))
         return losses
+
+    def _metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """What the task reports of the metrics' sums and weights, which follow the loss."""
+        if not self._task.metrics or not sums:
+            return {}
+        pairs = zip(self._task.metrics, sums[1::2], sums[2::2], strict=True)
+        return self._task.report({name: each / weight if weight else 0.0 for name, each, weight in pairs})
 
     def _no_losses(self, step: _Step, batches: StepBatches) -> _Losses:
         routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model, self._device)
-        sums = torch.zeros(batches.num_micro_batches, dtype=torch.float64, device=self._device)
-        return _Losses(sums, batches.global_tokens, routed)
+        shape = (batches.num_micro_batches, 1 + 2 * len(self._task.metrics))
+        sums_SM = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        return _Losses(sums_SM, batches.global_units, routed)
 
     def _measured(self) -> Callable[[], None]:
         """Called before a micro-batch. Returns the callback between its forward and its backward pass."""

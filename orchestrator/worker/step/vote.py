@@ -3,8 +3,8 @@
 Every rank fills its own places in a vector of zeros, so the sum holds each rank's values and adds no rounding: losses
 per micro-batch stay apart until they are summed in micro-batch order, whatever the world size.
 
-Layout of the vector, int64. Of one rank's own, as the bits of float64: loss sum per micro-batch, validation loss sum
-per validation micro-batch, and per rank: update applied, generation of the fence it has seen, request to finish,
+Layout of the vector, int64. Of one rank's own, as the bits of float64: sums of the loss and of metrics per micro-batch,
+the same of validation, and per rank: update applied, generation of the fence it has seen, request to finish,
 preferred steps between two snapshots, seconds that it computed for a micro-batch, version of the decided stages that it
 has seen, number of its preferred compression, whether a checkpoint is due by its clock, whether it still writes its
 part of an earlier one. Summed over the ranks: expert counts per (layer, expert), histograms of margins per (layer,
@@ -34,8 +34,8 @@ class Ballot:
     """One rank's contribution to the vote at the end of a step.
 
     Args:
-        micro_batch_losses: [S], fp64, loss sums of this rank's micro-batches, 0 elsewhere.
-        validation_losses: [S'], likewise; empty in a step without validation.
+        sums_SM: fp64, of this rank's micro-batches, 0 elsewhere: the sum of the loss, then those of metrics.
+        validation_SM: likewise; empty in a step without validation.
         routed: counts of this rank's routers. All three are on the device that trains.
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
@@ -50,8 +50,8 @@ class Ballot:
         digests: by rank of the requested world, this rank's part (`orchestrator.state.fingerprint`).
     """
 
-    micro_batch_losses: Tensor
-    validation_losses: Tensor
+    sums_SM: Tensor
+    validation_SM: Tensor
     routed: RoutingCounts
     applied: bool
     fence: int = NO_FENCE
@@ -71,8 +71,8 @@ class VoteResult:
     """Result of the vote; equal on every rank.
 
     Args:
-        loss_sum: over all micro-batches in micro-batch order, nats.
-        validation_loss_sum: None in a step without validation.
+        sums: of the loss, in nats, and of metrics, over all micro-batches in micro-batch order.
+        validation_sums: the same; empty in a step without validation.
         routed: counts of all routers over the whole global batch.
         applied: every rank updated.
         fence: the generation to hand over to now, if every rank named the same one; else `NO_FENCE`.
@@ -87,8 +87,8 @@ class VoteResult:
         digests: by rank, in 16 hexadecimal digits; empty where none were taken.
     """
 
-    loss_sum: float
-    validation_loss_sum: float | None
+    sums: tuple[float, ...]
+    validation_sums: tuple[float, ...]
     routed: RoutingCounts
     applied: bool
     fence: int
@@ -120,8 +120,8 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     traffic = np.array([astuple(ballot.traffic.get(kind, Traffic())) for kind in TrafficKind], dtype=np.int64)
     from_host = np.concatenate([voices.reshape(-1).view(np.int64), traffic.reshape(-1), ballot.digests.view(np.int64)])
     mine = (
-        ballot.micro_batch_losses.view(torch.int64),
-        ballot.validation_losses.view(torch.int64),
+        ballot.sums_SM.view(torch.int64).reshape(-1),
+        ballot.validation_SM.view(torch.int64).reshape(-1),
         counts_LE.reshape(-1),
         margins_LEM.reshape(-1),
         _sent_beside(from_host, counts_LE.device),
@@ -132,8 +132,8 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     by_rank = on_host_parts[0].view(np.float64).reshape(world_size, NUM_VOICES).T.tolist()
     applied, fences, finish, intervals, busy_s, stages, schemes, checkpoints, is_writing = by_rank
     return VoteResult(
-        loss_sum=sum(losses.view(torch.float64).tolist()),
-        validation_loss_sum=sum(validation.view(torch.float64).tolist()) if len(validation) else None,
+        sums=_in_order(losses, ballot.sums_SM.shape[1]),
+        validation_sums=_in_order(validation, ballot.validation_SM.shape[1]),
         routed=RoutingCounts(counts.view(counts_LE.shape), margins.view(margins_LEM.shape)),
         applied=all(applied),
         fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
@@ -151,6 +151,12 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         is_writing=any(is_writing),
         digests=tuple(f"{digest:016x}" for digest in on_host_parts[2].view(np.uint64).tolist()),
     )
+
+
+def _in_order(values_N: Tensor, num_columns: int) -> tuple[float, ...]:
+    """The sums of each column, row after row; none without rows."""
+    columns = values_N.view(torch.float64).reshape(-1, num_columns).T.tolist()
+    return tuple(sum(column) for column in columns) if len(values_N) else ()
 
 
 def _sent_beside(values: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -13,7 +13,6 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect, disconnect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import single_rank
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
@@ -40,7 +39,8 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
         train = spec.train.model_copy(update={"trainable": ("*",)})  # the job's names may be of no parameter here
         engine = DeepSpeedEngineAdapter(model, train, groups, device, spec.communication)
         engine.on_weights_initialized()
-        engine.accumulate(MicroBatch(tokens_BU[:, :-1], tokens_BU[:, 1:]), spec.train.sequence_length, last=True)
+        batch = {"inputs": tokens_BU[:, :-1], "targets": tokens_BU[:, 1:]}
+        engine.accumulate(batch, spec.train.sequence_length, last=True)
         engine.step(0.0)
         engine.close()
     finally:

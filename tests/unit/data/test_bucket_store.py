@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> TokenStore:
 
 
 def test_a_store_in_a_bucket_is_the_one_that_was_put_there(store: TokenStore, place: BucketUrl) -> None:
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     opened = open_store(place)
     assert opened.directory == node_stores() / place.name and opened.digest == store.digest
     rows = np.arange(10)
@@ -53,7 +53,7 @@ def test_a_store_in_a_bucket_is_the_one_that_was_put_there(store: TokenStore, pl
 
 def test_the_files_on_a_node_are_no_store_of_their_own(store: TokenStore, place: BucketUrl) -> None:
     """Their tokens are full of holes."""
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     opened = open_store(place)
     opened.rows("train", np.arange(10), 16)
     with pytest.raises(StoreCorrupt, match=r"documents\.jsonl can't be read"):
@@ -64,7 +64,7 @@ def test_the_files_on_a_node_are_no_store_of_their_own(store: TokenStore, place:
 def test_small_files_are_copied_once_by_a_nodes_workers_and_no_tokens(
     store: TokenStore, place: BucketUrl, bucket: tuple[str, RequestProxy]
 ) -> None:
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     opened: list[str] = []
     bucket[1].forget()
     threads = [threading.Thread(target=lambda: opened.append(open_store(place).digest)) for _ in range(4)]
@@ -83,11 +83,11 @@ def test_an_upload_that_is_cut_off_goes_on(
 ) -> None:
     bucket[1].fail("PUT", None, None, RequestFault.FORBIDDEN)
     with pytest.raises(PermissionError):
-        upload(store, place)
-    with pytest.raises(DataError, match=f"{place} is no token store"):
+        upload(store.directory, store.manifest.files, place)
+    with pytest.raises(DataError, match=f"{place} is no store of data"):
         open_store(place)
     bucket[1].forget()
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     assert bucket[1].requests["PUT"] == len(store.manifest.files) - 2 + 1  # the other files, and the manifest
     assert open_store(place).digest == store.digest
 
@@ -95,7 +95,7 @@ def test_an_upload_that_is_cut_off_goes_on(
 def test_files_that_are_cut_off_or_damaged_do_not_appear(
     store: TokenStore, place: BucketUrl, bucket: tuple[str, RequestProxy]
 ) -> None:
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     bucket[1].fail("GET", None, None, None, RequestFault.FORBIDDEN)
     with pytest.raises(PermissionError):
         open_store(place)
@@ -108,13 +108,13 @@ def test_files_that_are_cut_off_or_damaged_do_not_appear(
     assert f"Delete {place}/train.index.npy" in raised.value.remedy
     assert [path.name for path in node_stores().iterdir()] == [f".{place.name}.lock"]
     objects.delete(["train.index.npy"])
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     assert open_store(place).digest == store.digest
 
 
 def test_damaged_digests_on_a_node_are_found(store: TokenStore, place: BucketUrl) -> None:
     """Else good blocks would count as damaged."""
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     path = open_store(place).directory / "train.digests"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(StoreCorrupt, match=r"train\.digests has sha256"):
@@ -122,5 +122,5 @@ def test_damaged_digests_on_a_node_are_found(store: TokenStore, place: BucketUrl
 
 
 def test_what_is_no_store_is_refused(place: BucketUrl) -> None:
-    with pytest.raises(DataError, match=f"{place} is no token store: it holds no manifest.json"):
+    with pytest.raises(DataError, match=f"{place} is no store of data: it holds no manifest.json"):
         open_store(place)

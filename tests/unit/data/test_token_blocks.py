@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 def place(bucket: tuple[str, RequestProxy], store: TokenStore) -> BucketUrl:
     bucket[1].forget()
     place = BucketUrl(bucket[0]) / ".data" / f"blocks{next(number)}"  # servers of one process share buckets
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     return place
 
 
@@ -170,7 +170,7 @@ def test_a_block_that_is_damaged_in_the_bucket_is_fetched_twice_and_named(
     objects.delete(["train.tokens"])
     with pytest.raises(StoreCorrupt, match=f"{place}/train.tokens is no longer there"):
         _rows(opened, _blocks(8))
-    upload(store, place)
+    upload(store.directory, store.manifest.files, place)
     _assert_same(opened, store)
 
 

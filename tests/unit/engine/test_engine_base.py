@@ -8,8 +8,8 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
-from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.task import Batch
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.optimizer import is_decayed
@@ -58,12 +58,12 @@ def test_steps_equal_those_of_torch_on_the_mean_loss(alone: ProcessGroups, clipp
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     for step in range(3):
-        batches: list[MicroBatch] = [micro_batch(step, 0), micro_batch(step, 1), empty()]
+        batches: list[Batch] = [micro_batch(step, 0), micro_batch(step, 1), empty()]
         for batch in batches:
             engine.accumulate(batch, TOKENS, last=True)
         outcome = engine.step(1e-2)
         optimizer.zero_grad()
-        sum((plain(b.inputs_BT, b.targets_BT) for b in batches[:2]), torch.zeros(())).div(TOKENS).backward()
+        sum((plain(b["inputs"], b["targets"]) for b in batches[:2]), torch.zeros(())).div(TOKENS).backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clipping or float("inf"))
         optimizer.step()
         assert outcome.applied and outcome.grad_norm == pytest.approx(float(norm), rel=1e-5)
@@ -87,7 +87,7 @@ def test_evaluation_leaves_no_trace(alone: ProcessGroups) -> None:
     model, engine = _engine(alone)
     loss, routed = engine.accumulate(micro_batch(0, 0), TOKENS, last=True)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    assert engine.evaluate(micro_batch(0, 0)).item() == pytest.approx(loss.item())
+    assert engine.evaluate(micro_batch(0, 0)).total.item() == pytest.approx(loss.total.item())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
     assert routed.counts_LE.sum().item() == 64 * SPEC.num_experts_per_tok
 

@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from orchestrator.errors import EntrypointError
-from orchestrator.model.dry_run import fault_of, rehearse
+from orchestrator.model import dry_run
+from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.check_user_code import fault_of
 from tests.support.own_models import ROOT, example, linear, own_spec
 
 CPU = torch.device("cpu")
+
+
+def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
+    dry_run.rehearse(job, vocab_size, task_of(job.task), device)
 
 
 def _job(model: Any, precision: str = "fp32", isolated: bool = False, determinism: str = "fast") -> JobSpec:
@@ -81,7 +87,7 @@ def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None
 def test_the_command_answers_with_json_alone_whatever_the_code_prints(tmp_path: Path) -> None:
     spec = own_spec(tmp_path, "print('hello')\ndef build(*a):\n    raise ValueError('sizes')\n")
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.model.dry_run"],
+        [sys.executable, "-m", "orchestrator.worker.check_user_code"],
         input=_job(spec).model_dump_json(by_alias=True),
         capture_output=True,
         text=True,

@@ -202,7 +202,7 @@ def test_a_parameters_name_says_which_expert_it_is(name: str, expert: int | None
 def _gradients(spec: ModelSpec) -> dict[str, torch.Tensor]:
     model = _model(spec)
     tokens_BU = _tokens(2, 13)
-    model(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).backward()
+    model.with_balance_losses(model(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous())).backward()
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 

@@ -23,8 +23,9 @@ from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.worker.step import prefetch as module
-from orchestrator.worker.step.batches import BatchReader, StepBatches
+from orchestrator.worker.step.batches import StepBatches
 from orchestrator.worker.step.prefetch import Prefetch, StepsAhead, Wanted
+from orchestrator.worker.step.token_batches import TokenBatches
 from tests.support.request_proxy import RequestFault, RequestProxy
 from tests.unit.data.stores import write_store
 
@@ -133,7 +134,7 @@ def test_another_order_of_rows_drops_what_was_read(recorder: Recorder, prefetch:
     prefetch.step(3, 0, 1, TWO, _ignore)
     recorder.await_asked(4)
     recorder.order = RowOrder(replace(recorder.order.state, seed=7))
-    assert prefetch.step(4, 0, 1, TWO, _ignore).global_tokens == 7
+    assert prefetch.step(4, 0, 1, TWO, _ignore).global_units == 7
 
 
 def test_an_error_in_the_thread_is_raised_where_the_rows_are_wanted() -> None:
@@ -182,7 +183,7 @@ def test_the_thread_ends_with_the_feed(recorder: Recorder) -> None:
 # -- Steps ahead, of a store in a bucket -------------------------------------------------------------------------------
 
 
-class Fetches(BatchReader):
+class Fetches(TokenBatches):
     """Counts the fetches that have ended, and those of them that storage refused."""
 
     def __init__(self, job: JobSpec, store: TokenStore) -> None:
@@ -212,7 +213,8 @@ def far(bucket: tuple[str, RequestProxy], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(location.objects_at, "__defaults__", (Patience(answer_s=30.0, retry_s=30.0),))
     place = BucketUrl(bucket[0]) / ".data" / tmp_path.name
-    upload(write_store(tmp_path / "original", [50_000] * 40), place)
+    original = write_store(tmp_path / "original", [50_000] * 40)
+    upload(original.directory, original.manifest.files, place)
     bucket[1].forget()
     return open_store(place)
 

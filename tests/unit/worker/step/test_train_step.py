@@ -9,6 +9,8 @@ import torch
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import StepOutcome
 from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.task import Loss
+from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.errors import StateCorrupted
 from orchestrator.worker.shard.shard import TrainingProgress
@@ -47,17 +49,17 @@ class _Parts:
         return self.validation(*args[1:])
 
     def validation(self, *_: Any) -> StepBatches:
-        rows = tuple(StepMicroBatch(number, None) for number in (0, None))  # type: ignore[arg-type]
+        rows = tuple(StepMicroBatch(number, {}) for number in (0, None))
         return StepBatches(rows, 1, 10, first_position=0, num_positions=4, tokens=(10,), padded_tokens=(10,))
 
     # The engine
-    def accumulate(self, *_: Any) -> tuple[torch.Tensor, RoutingCounts]:
+    def accumulate(self, *_: Any) -> tuple[Loss, RoutingCounts]:
         self.calls.append("accumulate")
-        return torch.tensor(30.0), RoutingCounts.zeros(0, JOB.model)
+        return Loss(torch.tensor(30.0)), RoutingCounts.zeros(0, JOB.model)
 
-    def evaluate(self, _: Any) -> torch.Tensor:
+    def evaluate(self, _: Any) -> Loss:
         self.calls.append("evaluate")
-        return torch.tensor(20.0)
+        return Loss(torch.tensor(20.0))
 
     # The hooks
     def wait_for_rows(self, _: Any) -> None:
@@ -102,7 +104,7 @@ def _do(parts: _Parts, step: int, skips: frozenset[int] = frozenset()) -> StepRe
         seal=parts,
         choosing=parts,
     )
-    factory: Any = SimpleNamespace(spec=JOB, device=torch.device("cpu"))
+    factory: Any = SimpleNamespace(spec=JOB, device=torch.device("cpu"), task=LanguageModeling())
     train_step = TrainStep(factory, parts)  # type: ignore[arg-type]
     try:
         return train_step.step(shard, TrainingProgress(step - 1, 3, "order"), parts, keep_gradients=False)

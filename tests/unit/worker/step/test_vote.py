@@ -15,7 +15,7 @@ NONCE = nonce_of(3, 17)
 
 
 def _sums(*losses: float) -> torch.Tensor:
-    return torch.tensor(losses, dtype=torch.float64)
+    return torch.tensor(losses, dtype=torch.float64)[:, None]
 
 
 def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = None) -> RoutingCounts:
@@ -27,8 +27,8 @@ def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = Non
 
 def _ballot(losses: list[float], **changes: Any) -> Ballot:
     fields: dict[str, Any] = {
-        "micro_batch_losses": _sums(*losses),
-        "validation_losses": _sums(),
+        "sums_SM": _sums(*losses),
+        "validation_SM": _sums(),
         "routed": _routed([[1, 2], [3, 4]]),
         "applied": True,
     }
@@ -41,25 +41,25 @@ def _together(ballots: list[Ballot]) -> list[VoteResult]:
 
 
 def test_a_world_of_one_hears_itself() -> None:
-    outcome = vote(_ballot([1.5, 2.5], validation_losses=_sums(0.25, 0.5), fence=7, finish=True), 0, 1, None, NONCE)
-    assert (outcome.loss_sum, outcome.validation_loss_sum) == (4.0, 0.75)
+    outcome = vote(_ballot([1.5, 2.5], validation_SM=_sums(0.25, 0.5), fence=7, finish=True), 0, 1, None, NONCE)
+    assert (outcome.sums, outcome.validation_sums) == ((4.0,), (0.75,))
     assert outcome.routed.counts_LE.tolist() == [[1, 2], [3, 4]]
     assert (outcome.applied, outcome.fence, outcome.finish) == (True, 7, True)
-    assert vote(_ballot([1.0]), 0, 1, None, NONCE).validation_loss_sum is None
+    assert vote(_ballot([1.0]), 0, 1, None, NONCE).validation_sums == ()
 
 
 def test_all_ranks_conclude_the_same() -> None:
     ballots = [_ballot([1.0, 0.0, 0.0]), _ballot([0.0, 2.0, 4.0])]
     one, other = _together(ballots)
-    assert one.loss_sum == other.loss_sum == 7.0
+    assert one.sums == other.sums == (7.0,)
     assert one.routed.counts_LE.tolist() == other.routed.counts_LE.tolist() == [[2, 4], [6, 8]]
 
 
 def test_the_sum_is_in_slot_order_whoever_had_the_slots() -> None:
     losses = [1e16, 1.0, -1e16, 1.0]
-    alone = vote(_ballot(losses), 0, 1, None, NONCE).loss_sum
+    alone = vote(_ballot(losses), 0, 1, None, NONCE).sums
     split = _together([_ballot([losses[0], 0, 0, losses[3]]), _ballot([0, losses[1], losses[2], 0])])
-    assert split[0].loss_sum == split[1].loss_sum == alone
+    assert split[0].sums == split[1].sums == alone
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> 
     ballots = [
         _ballot(
             [10.0 + rank if micro_batch == rank else 0.0 for micro_batch in range(4)],
-            validation_losses=_sums(*(100.0 if micro_batch == rank else 0.0 for micro_batch in range(2))),
+            validation_SM=_sums(*(100.0 if micro_batch == rank else 0.0 for micro_batch in range(2))),
             routed=_routed([[2**40 + rank, 0, 5]], [[[7, rank], [0, 2**41], [1, 1]]]),
             fence=6,
             finish=True,
@@ -95,8 +95,8 @@ def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> 
         for rank in range(world_size)
     ]
     for outcome in _together(ballots):
-        assert outcome.loss_sum == sum(10.0 + rank for rank in range(world_size))
-        assert outcome.validation_loss_sum == 100.0 * min(world_size, 2)
+        assert outcome.sums == (sum(10.0 + rank for rank in range(world_size)),)
+        assert outcome.validation_sums == (100.0 * min(world_size, 2),)
         assert outcome.routed.counts_LE.tolist() == [[2**40 * world_size + sum(range(world_size)), 0, 5 * world_size]]
         assert outcome.routed.counts_LE.dtype == outcome.routed.margins_LEM.dtype == torch.int64
         ranks = sum(range(world_size))
@@ -106,7 +106,7 @@ def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> 
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
-    assert all(np.isnan(outcome.loss_sum) for outcome in _together([_ballot([np.nan, 0.0]), _ballot([0.0, 1.0])]))
+    assert all(np.isnan(outcome.sums[0]) for outcome in _together([_ballot([np.nan, 0.0]), _ballot([0.0, 1.0])]))
 
 
 def test_a_model_without_experts_votes_too() -> None:

@@ -37,8 +37,8 @@ def _store() -> RendezvousServer:
 
 @pytest.fixture(scope="module")
 def factory() -> ShardFactory:
-    job = WorkerJob("try", JOB.model_dump_json(), "", "", "127.0.0.1", threads=1)
-    return ShardFactory("w0", job, JOB, 300, torch.device("cpu"))
+    job = WorkerJob("try", JOB.model_dump_json(), "", "", "127.0.0.1", threads=1, vocab_size=300)
+    return ShardFactory("w0", job, JOB, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -1,0 +1,203 @@
+"""Preparation of a job's rows as a store: of chats, of a folder of arrays, or of a user's own data sets.
+
+Everything is read once, or twice for a tokenizer that is trained, and written to a store that is named by its content.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.data.holdout import Holdout
+from orchestrator.data.manifest import SPLITS, Split
+from orchestrator.data.prepare.request import load_tokenizer
+from orchestrator.data.rows.chat_rows import ChatEncoder, text_of
+from orchestrator.data.rows.chat_template import END, START, ChatTemplate
+from orchestrator.data.rows.chat_tokenizer import SAVED, ChatTokenizer, saved_template, template_beside
+from orchestrator.data.rows.row_files import FileRow, read_rows
+from orchestrator.data.rows.row_store import RowStore
+from orchestrator.data.rows.row_writer import RowWriter, new_rows, rows_key
+from orchestrator.data.rows.user_rows import UserRows
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.errors import DataError
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.task import CLASSIFICATION, DPO
+
+Progress = Callable[[str, float], None]
+TOLD_EVERY = 256  # rows
+
+
+def prepare_rows(job: JobSpec, directory: Path, progress: Progress | None = None) -> RowStore:
+    """The store of a job's rows below `directory`, written unless it is there.
+
+    Args:
+        progress: called with a stage ("tokenizer", "encoding", "reading", "done") and its finished fraction.
+
+    Raises:
+        DataError: no such source, a row that can't be used, of which the message has file and line, or too few rows.
+        EntrypointError: the user's code raises, or gives no rows.
+    """
+    report = progress or (lambda stage, fraction: None)
+    directory.mkdir(parents=True, exist_ok=True)
+    store = _chats(job, directory, report) if job.has_chats else _arrays(job, directory, report)
+    check_enough_rows(job, store)
+    report("done", 1.0)
+    return store
+
+
+def check_enough_rows(job: JobSpec, store: RowStore) -> None:
+    """Raises DataError for a store with less than one global batch, or without validation rows that the job needs."""
+    wanted: tuple[tuple[Split, int, str], ...] = (
+        ("train", job.train.global_batch_size, "one global batch"),
+        ("validation", int(job.eval.every is not None), "validation"),
+    )
+    for split, needed, purpose in wanted:
+        if (found := store.num_rows(split)) < needed:
+            raise DataError(
+                f"the {split} split has {found} rows, and {purpose} needs {needed}",
+                remedy="Add rows, or make train.global_batch_size smaller, or set eval.every to null.",
+                unchanged="Nothing was started.",
+            )
+
+
+def first_rows(job: JobSpec, most: int) -> list[Mapping[str, Any]]:
+    """The first rows of a job whose rows are arrays, before they are prepared. Raises as `prepare_rows`."""
+    found = UserRows(job.data).rows("train", most) if job.data.entrypoint is not None else _of_file(job.data.source)
+    return [row for (_, row), _ in zip(found, range(most), strict=False)]
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def _arrays(job: JobSpec, directory: Path, report: Progress) -> RowStore:
+    made_of = {"source": job.data.entrypoint or job.data.source, "options": job.data.options}
+    labels = _Labels(job)
+    with new_rows(directory) as (writer, named):
+        for split, where, row, share in _split_rows(job):
+            labels.check(row, where)
+            writer.add(split, row, where)
+            report("reading", share)
+        writer.finish(str(made_of["source"]), made_of, labels.num_classes)
+        named.append(directory / _name_of(writer))
+    return RowStore.open(named[0])
+
+
+def _split_rows(job: JobSpec) -> Iterator[tuple[Split, str, Mapping[str, Any], float]]:
+    """Every row with its split, where it is, and the share that has been read."""
+    if job.data.entrypoint is not None:
+        found = UserRows(job.data)
+        total, done = max(sum(found.num_rows.values()), 1), 0
+        for split in SPLITS:
+            for where, row in found.rows(split):
+                done += 1
+                yield split, where, row, done / total
+        return
+    held_out = _held_out(job.data.holdout, (row for row in read_rows(job.data.source)))
+    for number, found_row in enumerate(read_rows(job.data.source)):
+        yield _split(held_out[number]), found_row.where, found_row.values, (number + 1) / len(held_out)
+
+
+def _of_file(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    return ((row.where, row.values) for row in read_rows(source))
+
+
+class _Labels:
+    """The classes of a classification's rows; of other tasks' rows nothing."""
+
+    def __init__(self, job: JobSpec) -> None:
+        task = job.task
+        self._is_wanted = task.entrypoint is None and task.name == CLASSIFICATION
+        self._columns, self._given = (task.inputs, task.labels), task.num_classes
+        self._most = -1
+
+    @property
+    def num_classes(self) -> int:
+        """As many as the job gives, or as the labels show; 0 where there are none."""
+        return self._given or self._most + 1
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        if not self._is_wanted or not isinstance(row, Mapping):
+            return
+        for name in self._columns:
+            if name not in row:
+                raise _refused(
+                    f"{where} has no {name!r}; it has {', '.join(map(repr, row))}",
+                    "Name the columns in task.inputs and task.labels.",
+                )
+        label = np.asarray(row[self._columns[1]])
+        if label.shape != () or label.dtype.kind not in "iu" or label < 0 or label >= (self._given or np.inf):
+            classes = f"below {self._given}" if self._given else "from 0"
+            raise _refused(
+                f"the label of {where} is {row[self._columns[1]]!r}; it must be a whole number {classes}",
+                "Correct the rows, or task.num_classes.",
+            )
+        self._most = max(self._most, int(label))
+
+
+# -- chats -------------------------------------------------------------------------------------------------------------
+
+
+def _chats(job: JobSpec, directory: Path, report: Progress) -> RowStore:
+    data, task = job.data, job.task
+    path = None if data.tokenizer is None else Path(data.tokenizer)
+    source, tokens = template_beside(path, None if data.chat_template is None else Path(data.chat_template))
+    template = ChatTemplate(source, tokens)
+    report("reading", 0.0)
+    held_out = _held_out(data.holdout, read_rows(data.source))
+    tokenizer = load_tokenizer(path) if path is not None else _learned(job, template, held_out, report)
+    encoder = ChatEncoder(template, ChatTokenizer(tokenizer), job.train.sequence_length, task.assistant_only_loss)
+    made_of = {"source": data.source, "task": task.name, "template": hashlib.sha256(source.encode()).hexdigest()}
+    made_of["tokenizer"] = tokenizer.digest
+    with new_rows(directory) as (writer, named):
+        for number, row in enumerate(read_rows(data.source)):
+            try:
+                encoded = encoder.pair(row.values) if task.name == DPO else encoder.chat(row.values)
+            except DataError as error:
+                raise DataError(
+                    f"{row.where}: {error.message}", remedy=error.remedy, unchanged=error.unchanged
+                ) from error
+            units = 1 if task.name == DPO else encoded.num_targets
+            writer.add(_split(held_out[number]), encoded.arrays, row.where, units, encoded.num_tokens, encoded.is_cut)
+            if number % TOLD_EVERY == 0:
+                report("encoding", number / len(held_out))
+        writer.add_file(SAVED, saved_template(source, tokens))
+        writer.finish(data.source, made_of, tokenizer.vocab_size, tokenizer)
+        named.append(directory / _name_of(writer))
+    return RowStore.open(named[0])
+
+
+def _learned(job: JobSpec, template: ChatTemplate, held_out: bytearray, report: Progress) -> TextTokenizer:
+    """A tokenizer that is trained on the text of the chats that are trained on."""
+    report("tokenizer", 0.0)
+
+    def texts() -> Iterator[str]:
+        for number, row in enumerate(read_rows(job.data.source)):
+            if not held_out[number]:
+                try:
+                    yield text_of(row.values, template)
+                except DataError as error:
+                    raise DataError(f"{row.where}: {error.message}", remedy=error.remedy) from error
+
+    return TextTokenizer.train(texts(), job.data.vocab_size, (START, END))
+
+
+def _held_out(holdout: float, rows: Iterator[FileRow]) -> bytearray:
+    """1 for each row that is held out, else 0. Raises DataError for fewer than two rows."""
+    found = Holdout(holdout)
+    for row in rows:
+        found.add(row.id)
+    return found.finished()
+
+
+def _split(is_held_out: int) -> Split:
+    return "validation" if is_held_out else "train"
+
+
+def _name_of(writer: RowWriter) -> str:
+    return rows_key({"content": writer.digest})
+
+
+def _refused(message: str, remedy: str) -> DataError:
+    return DataError(message, remedy=remedy, unchanged="No store was written.")

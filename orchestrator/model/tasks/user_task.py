@@ -1,0 +1,81 @@
+"""A user's own task: `task: {entrypoint: "package.module:function"}`.
+
+    def function(options: dict) -> Task
+
+What it returns has `loss(model, batch)`, and may have `collate(rows, rng)`, `metrics` and `report(means)`
+(`orchestrator.model.task.Task`). docs/tasks.md is the guide for users.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.errors import EntrypointError
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.task import Batch, Loss, Row
+from orchestrator.spec.task import TaskSpec
+from orchestrator.user_code import calling_user, function_of
+
+KEY = "task.entrypoint"
+
+
+class UserTask:
+    """Adapts what a user's function returns to a task, and names what is wrong with it.
+
+    Raises:
+        EntrypointError: the function can't be imported, raises, or returns no task.
+    """
+
+    def __init__(self, spec: TaskSpec) -> None:
+        assert spec.entrypoint is not None
+        self._name = f"{KEY} {spec.entrypoint}"
+        make = function_of(KEY, spec.entrypoint, Path(spec.code_dir))
+        with calling_user(self._name):
+            self._task: Any = make(dict(spec.options))
+        if not callable(getattr(self._task, "loss", None)):
+            raise self._refused(f"returned a {type(self._task).__name__} without a method loss", "Return a task.")
+        self.metrics: tuple[str, ...] = tuple(getattr(self._task, "metrics", ()))
+
+    def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
+        """By the user's `collate`; without one, each column's arrays stacked."""
+        with calling_user(f"collate of {self._name}"):
+            if callable(getattr(self._task, "collate", None)):
+                arrays = self._task.collate(rows, rng)
+            else:
+                arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if not isinstance(arrays, Mapping) or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise self._refused("collates rows to something else than numpy arrays by name", "Return a dict of arrays.")
+        return arrays
+
+    def loss(self, model: TrainableModel, batch: Batch) -> Loss:
+        """The user's loss, checked."""
+        with calling_user(f"loss of {self._name}"):
+            loss = self._task.loss(model, batch)
+        if not isinstance(loss, Loss):
+            raise self._refused(
+                f"returned a {type(loss).__name__} as loss",
+                "Return orchestrator.model.task.Loss(total, units): a sum over the units, not a mean.",
+            )
+        if not isinstance(loss.total, Tensor) or loss.total.shape != ():
+            raise self._refused("returned a total that is no scalar tensor", "Sum it: loss.sum().")
+        if tuple(loss.metrics) != self.metrics:
+            raise self._refused(
+                f"returned the metrics {', '.join(loss.metrics) or 'none'}; `metrics` names "
+                f"{', '.join(self.metrics) or 'none'}",
+                "Return all of them, in this order, for every micro-batch.",
+            )
+        return loss
+
+    def report(self, means: Mapping[str, float]) -> dict[str, float]:
+        """By the user's `report`; without one, the means."""
+        if not callable(getattr(self._task, "report", None)):
+            return dict(means)
+        with calling_user(f"report of {self._name}"):
+            return {str(name): float(value) for name, value in self._task.report(means).items()}
+
+    def _refused(self, what: str, remedy: str) -> EntrypointError:
+        return EntrypointError(f"{self._name} {what}", remedy=remedy)

@@ -1,0 +1,60 @@
+"""Process that tries a job's own model, task and rows before it is submitted.
+
+    python -m orchestrator.worker.check_user_code < job.json      # writes a line of JSON: null, or the fault
+
+`orchestrator.submission.user_code` starts it: control code never imports torch.
+"""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orchestrator.data.rows.prepare_rows import first_rows
+from orchestrator.errors import DataError, EntrypointError
+from orchestrator.model.dry_run import rehearse
+from orchestrator.model.factory import catalogue
+from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.spec.job import JobSpec
+
+MAX_ELEMENTS = 200_000_000  # dense ones; larger models aren't built where the job is submitted, possibly a laptop
+
+
+@dataclass(frozen=True)
+class DryRunFault:
+    """What is wrong with a job's own code, serialized for the calling process. Fields as in EntrypointError."""
+
+    message: str
+    remedy: str
+    traceback: str
+
+
+def fault_of(job: JobSpec) -> DryRunFault | None:
+    """The first fault that would keep the job's model from being trained, as far as this process can check."""
+    vocab_size = job.num_outputs()
+    try:
+        rows = [] if job.has_tokens else first_rows(job, 2)
+        task = task_of(job.task)
+        params, _ = catalogue(job.model, vocab_size)
+        if job.has_own_code and sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
+            arrays = [{name: np.asarray(value) for name, value in row.items()} for row in rows]
+            rehearse(job, vocab_size, task, torch.device("cpu"), arrays)
+    except EntrypointError as error:
+        return DryRunFault(error.message, error.remedy, error.traceback)
+    except DataError as error:
+        return DryRunFault(error.message, error.remedy, "")
+    return None
+
+
+def main() -> None:
+    job = JobSpec.model_validate_json(sys.stdin.read())
+    with redirect_stdout(sys.stderr):  # keep the user code's prints out of the answer
+        fault = fault_of(job)
+    print(json.dumps(None if fault is None else vars(fault)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Process that computes the starting model's log-probabilities of pairs of answers, for preference optimization.
+
+    python -m orchestrator.worker.reference_model FD < order.json
+
+It reads `{"job", "store", "to", "name"}`: a store of pairs, and the directory and the name of a new store with the same
+rows and the log-probabilities beside them, `reference_chosen` and `reference_rejected`. On the way it writes the share
+that is done to the file descriptor, a line each. The whole model is in this process: on a GPU if there is one.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from orchestrator.data.manifest import SPLITS
+from orchestrator.data.rows.row_store import RowStore
+from orchestrator.data.rows.row_writer import new_rows
+from orchestrator.elastic.state_spec import BUFFER, PARAM
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
+from orchestrator.spec.job import JobSpec
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.worker.transition.load_state import read_pretrained
+
+
+def starting_model(job: JobSpec, num_outputs: int, device: torch.device) -> TrainableModel:
+    """The whole model with the weights that training starts from, in the precision of training."""
+    with device:
+        model = build_model(job.model, job.num_outputs(num_outputs), single_rank(job.model))
+    model.init_weights(job.train.seed)
+    if job.model.init_from is not None:
+        ranges = NamedRanges()
+        for name, param in model.named_parameters():
+            ranges.add(f"{PARAM}/{name}", 0, param.data.view(-1))
+        for name, buffer in model.state_buffers():
+            ranges.add(f"{BUFFER}/{name}", 0, buffer.view(-1))
+        read_pretrained(job.model, ranges)
+    if job.train.precision == "bf16":
+        for param in model.parameters():  # buffers keep their dtype, as in the engine
+            param.data = param.data.bfloat16()
+    return model.eval()
+
+
+@torch.no_grad()
+def write_reference(job: JobSpec, store: RowStore, to: Path, name: str, progress: TextIO) -> None:
+    """Write the store with log-probabilities as `to` / `name`, unless it is there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, task = starting_model(job, store.manifest.num_outputs, device), DirectPreference(job.task.beta)
+    at_once, rng = max(1, job.train.micro_batch_tokens // job.train.sequence_length), np.random.default_rng(0)
+    done, total = 0, sum(store.num_rows(split) for split in SPLITS)
+    with new_rows(to) as (writer, named):
+        for split in SPLITS:
+            for start in range(0, store.num_rows(split), at_once):
+                rows_R = np.arange(start, min(start + at_once, store.num_rows(split)))
+                rows = store.read(split, rows_R)
+                arrays = task.collate(rows, rng)
+                batch = {key: torch.from_numpy(array).to(device) for key, array in arrays.items()}
+                chosen_R, rejected_R = log_probabilities(model, batch).double().cpu().numpy().reshape(2, -1)
+                lengths_R = store.lengths(split, rows_R).tolist()
+                for number, row in enumerate(rows):
+                    reference = {"reference_chosen": chosen_R[number], "reference_rejected": rejected_R[number]}
+                    writer.add(split, {**row, **reference}, f"row {start + number}", length=lengths_R[number])
+                done += len(rows)
+                print(done / total, file=progress, flush=True)
+        for other in store.further_files:
+            writer.add_file(other, (store.directory / other).read_bytes())
+        made_of: dict[str, Any] = {**store.manifest.made_of, "rows": store.digest}
+        writer.finish(store.manifest.source, made_of, store.manifest.num_outputs)
+        named.append(to / name)
+
+
+def main() -> None:
+    order = json.loads(sys.stdin.read())
+    with os.fdopen(int(sys.argv[1]), "w") as progress:
+        job = JobSpec.model_validate_json(order["job"])
+        write_reference(job, RowStore.open(Path(order["store"])), Path(order["to"]), order["name"], progress)
+
+
+if __name__ == "__main__":
+    main()
