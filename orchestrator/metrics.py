@@ -65,15 +65,38 @@ class Metric:
 
 DECLARED = (
     Metric(
-        "train/loss", "nats", MetricKind.GAUGE, "mean cross-entropy over the target tokens of the step's global batch"
+        "train/loss",
+        "nats",
+        MetricKind.GAUGE,
+        "mean over the target tokens, or other units of the task, of the step's global batch",
     ),
     Metric("train/lr", "1", MetricKind.GAUGE, "learning rate of the step"),
     Metric("train/grad_norm", "1", MetricKind.GAUGE, "global L2 norm of the gradients before clipping"),
     Metric("train/skipped", "updates", MetricKind.COUNTER, "updates skipped on all ranks because they were not finite"),
-    Metric("train/tokens", "tokens", MetricKind.COUNTER, "target tokens trained on since the run began"),
-    Metric("eval/loss", "nats", MetricKind.GAUGE, "mean cross-entropy over the target tokens of the validation rows"),
     Metric(
-        "perf/tokens_per_second", "tokens/s", MetricKind.GAUGE, "target tokens of the step over its duration, all ranks"
+        "train/tokens", "tokens", MetricKind.COUNTER, "target tokens, or other units of the task, since the run began"
+    ),
+    Metric(
+        "eval/loss",
+        "nats",
+        MetricKind.GAUGE,
+        "mean over the target tokens, or other units of the task, of the validation rows",
+    ),
+    Metric(
+        "train/metric",
+        "1",
+        MetricKind.GAUGE,
+        "a metric of the task in the step's global batch, by name",
+        label="metric",
+    ),
+    Metric(
+        "eval/metric", "1", MetricKind.GAUGE, "a metric of the task on the validation rows, by name", label="metric"
+    ),
+    Metric(
+        "perf/tokens_per_second",
+        "tokens/s",
+        MetricKind.GAUGE,
+        "target tokens, or other units of the task, of the step over its duration, all ranks",
     ),
     Metric("perf/step_s", "s", MetricKind.GAUGE, "duration of the step, vote to vote, without the stall of a rescale"),
     Metric("perf/data_wait_s", "s", MetricKind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),

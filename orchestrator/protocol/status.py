@@ -89,7 +89,8 @@ class RunStatus:
 
     `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds. `held_by` is the number
     of failure domains that hold the newest of them: nodes where the run has several, else workers. `uncommitted` counts
-    finished steps that neither two domains nor a checkpoint hold.
+    finished steps that neither two domains nor a checkpoint hold. `unit` is what losses are a mean over, in the plural:
+    the tokens of `tokens_per_second`. `metrics` are those of the task, by name.
     """
 
     run_id: str
@@ -126,6 +127,9 @@ class RunStatus:
     held_by: int = 0
     storage: StorageCondition = StorageCondition.WELL  # after the end: as it was then
     uncommitted: int = 0
+    unit: str = "tokens"
+    metrics: dict[str, float] = field(default_factory=dict)  # of the newest step
+    validation_metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     as_of_time: float | None = field(default=None, compare=False)  # when its controller answered; None from run storage
 
 

@@ -7,11 +7,11 @@ from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.rows.chat_tokenizer import SAVED
 from orchestrator.data.rows.prepare_rows import prepare_rows
+from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import CONFIG
 from orchestrator.run_records.prepared_data import PreparedData
-from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import DPO

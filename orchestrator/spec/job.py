@@ -185,6 +185,10 @@ class JobSpec(Section):
 
     def broken_rules(self) -> Iterator[Broken]:
         yield from broken_rows(self.task, self.data, self.model, self.has_rows)
+        if self.has_rows and not self.has_chats and not self.train.micro_batch_rows:
+            rule = "micro_batch_size must be a number of rows where rows have no tokens; got "
+            keys_of_size: tuple[Path, ...] = (("train", "micro_batch_size"), ("task", "name"))
+            yield Broken(keys_of_size, f"{rule}{self.train.micro_batch_size}")
         if self.has_rows and self.curriculum is not None:
             rule = "a curriculum orders text, and the task has rows: leave one out"
             yield Broken((("curriculum",), ("task", "name")), rule)

@@ -81,7 +81,7 @@ class Exporter:
         declared, value = metric(point.name), point.value
         if declared.kind is MetricKind.AMOUNT:
             value = self._sums[point.name] = self._sums.get(point.name, 0.0) + value
-        self._set(declared, value, point.node)
+        self._set(declared, value, point.label)
 
     def _set(self, declared: Metric, value: float, label: str = "") -> None:
         if declared.name not in self._series:

@@ -46,9 +46,10 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             values["train/grad_norm"] = record.update.grad_norm
         if record.validation_loss is not None:
             values["eval/loss"] = record.validation_loss
-        points += [
-            MetricPoint(name, float(value), record.step, record.timing.vote_time) for name, value in values.items()
-        ]
+        at = (record.step, record.timing.vote_time)
+        points += [MetricPoint(name, float(value), *at) for name, value in values.items()]
+        for name, metrics in (("train/metric", record.metrics), ("eval/metric", record.validation_metrics)):
+            points += [MetricPoint(name, value, *at, label=label) for label, value in metrics.items()]
     return points
 
 

@@ -27,7 +27,8 @@ class TrackerPosition:
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """One value of one metric at one step. `time` is `time.time()` seconds; `node` is set for metrics per node.
+    """One value of one metric at one step. `time` is `time.time()` seconds; `label` is set for metrics that have one:
+    the node, or the name of a task's metric.
 
     Raises:
         NotFound: the name is not declared in `orchestrator.metrics`.
@@ -37,7 +38,7 @@ class MetricPoint:
     value: float
     step: int
     time: float
-    node: str = ""
+    label: str = ""
 
     def __post_init__(self) -> None:
         metric(self.name)
@@ -45,7 +46,7 @@ class MetricPoint:
     @property
     def key(self) -> str:
         """The metric's name in the tracker: `train/loss`, `system/cpu_percent/10.0.0.7`."""
-        return f"{self.name}/{self.node}" if self.node else self.name
+        return f"{self.name}/{self.label}" if self.label else self.name
 
 
 @dataclass(frozen=True)

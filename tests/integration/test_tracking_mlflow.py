@@ -83,7 +83,7 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     first = Tracker(setup)
     first.publish(1, points("train/loss", range(1200), 5.0), after=-1, loads={0: ((5, 1),), 600: ((3, 3),)})
     first.publish(1, [MetricPoint("train/grad_norm", float("inf"), 0, time.time())])
-    first.publish(1, [MetricPoint("system/cpu_percent", 50.0, 3, time.time(), node="10.0.0.7")])
+    first.publish(1, [MetricPoint("system/cpu_percent", 50.0, 3, time.time(), label="10.0.0.7")])
     first.artifact(1, str(directory / "job.yaml"))
     first.artifact(1, str(directory / "tokenizer"))
     first.inputs(1, DATASETS)

@@ -8,7 +8,7 @@ import torch
 from orchestrator.data.store import TokenStore
 from orchestrator.sampling.micro_batches import ONE_ROW
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.step.token_batches import TokenBatches
 from tests.support.own_models import linear, own_spec
 
 LOGITS = "self.head(self.embedding(tokens))"
@@ -22,7 +22,7 @@ def with_marked_steps(job: JobSpec, store_dir: Path, folder: Path, steps: Sequen
         folder: for its module.
         forward: its body. `mark` is the index in `steps` of the step that the micro-batch `tokens` begins, else -1.
     """
-    feed = BatchReader(job, TokenStore.open(store_dir), torch.device("cpu"))
+    feed = TokenBatches(job, TokenStore.open(store_dir), torch.device("cpu"))
     rows = [feed.step(step, 0, 1, ONE_ROW).micro_batches[0].batch["inputs"][0].tolist() for step in steps]
     source = linear(
         init=f"self.register_buffer('rows', torch.tensor({rows}), persistent=False)",

@@ -7,6 +7,7 @@ with Crew(job, store_dir, run_dir, size=3) as crew:
 
 import atexit
 import gc
+import json
 import os
 import signal
 import threading
@@ -166,6 +167,12 @@ def _end_the_idle() -> None:
         member.kill()
 
 
+def _num_outputs(store_dir: Path) -> int:
+    """Tokens of the vocabulary, or classes, of a store of tokens or of rows."""
+    manifest = json.loads((store_dir / "manifest.json").read_text())
+    return int(manifest["vocab_size"] if "vocab_size" in manifest else manifest["num_outputs"])
+
+
 class Crew:
     """Workers of one run, and the simplest controller that can lead them.
 
@@ -202,6 +209,7 @@ class Crew:
             head_host="127.0.0.1",
             threads=threads,
             orphan_s=orphan_s,
+            vocab_size=_num_outputs(store_dir),
         )
         self.num_experts, self.is_exact = job.model.n_routed_experts, job.train.is_exact
         self._copies = job.protection.copies

@@ -8,6 +8,7 @@ from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.protocol.usage import Traffic
 
 NONE = "-"
+SHOWN_METRICS = 2  # of a task, in a line
 STAMPS = ("seq", "term", "time", "kind")  # of an event
 
 
@@ -19,10 +20,8 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def rate(tokens_per_second: float | None) -> str:
-    if tokens_per_second is None:
-        return NONE
-    return f"{tokens_per_second:,.0f} tokens/s"
+def rate(per_second: float | None, unit: str = "tokens") -> str:
+    return NONE if per_second is None else f"{per_second:,.0f} {unit}/s"
 
 
 def size(num_bytes: int) -> str:
@@ -68,8 +67,9 @@ def progress(status: RunStatus) -> str:
         parts.append(f"loss {status.loss:.3f}")
     if status.validation_loss is not None:
         parts.append(f"val {status.validation_loss:.3f}")
+    parts += [f"{name} {value:.3f}" for name, value in list(status.validation_metrics.items())[:SHOWN_METRICS]]
     if status.tokens_per_second is not None:
-        parts.append(rate(status.tokens_per_second))
+        parts.append(rate(status.tokens_per_second, status.unit))
     if status.workers_now:
         parts.append(workers(status))
     if status.phase in (RunPhase.QUEUED, RunPhase.STARTING, RunPhase.RECOVERING) and status.why:

@@ -26,7 +26,8 @@ def summary(status: RunStatus) -> list[tuple[str, str]]:
         ("run", f"{status.run_id}: {status.phase}, {status.step} of {status.steps} steps{_took(status)}"),
         ("train loss", _from_to(status.first_loss, status.loss)),
         ("validation loss", _from_to(status.first_validation_loss, status.validation_loss)),
-        ("speed", rate(status.tokens_per_second)),
+        *((f"validation {name}", f"{value:.4f}") for name, value in status.validation_metrics.items()),
+        ("speed", rate(status.tokens_per_second, status.unit)),
     ]
     changes = [rescale(change) for change in status.rescales] or ["none"]
     lines += list(zip(["rescales", *[""] * (len(changes) - 1)], changes, strict=True))

@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.cli.terminal.format import (
     NONE,
+    SHOWN_METRICS,
     STAMPS,
     counted,
     duration,
@@ -192,7 +193,8 @@ def _figures(status: RunStatus, records: Sequence[StepRecord], goodput: float | 
     parts = [f"loss {number(status.loss)}"]
     if status.validation_loss is not None:
         parts.append(f"validation {number(status.validation_loss)}")
-    parts.append(rate(status.tokens_per_second))
+    parts += [f"{name} {number(value)}" for name, value in list(status.validation_metrics.items())[:SHOWN_METRICS]]
+    parts.append(rate(status.tokens_per_second, status.unit))
     if goodput is not None:
         parts.append(f"goodput {goodput:.1%}")
     if records and not status.phase.ended:

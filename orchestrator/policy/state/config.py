@@ -32,7 +32,7 @@ class RunLimits:
     `steps` are numbered from 0; `protected`: workers keep snapshots, each in the memory of `copies` others;
     `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory` only the
     first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal length.
-    `checkpoints_by_time`: at intervals that are chosen.
+    `checkpoints_by_time`: at intervals that are chosen. `unit`: what a loss is a mean over.
     """
 
     run_id: str
@@ -58,6 +58,7 @@ class RunLimits:
     label_selector: Mapping[str, str] = field(default_factory=dict)
     verify: VerifySpec = DEFAULT_VERIFY
     checkpoints_by_time: bool = False
+    unit: str = "tokens"
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -77,13 +78,14 @@ class RunLimits:
             fits_memory=job.train.fits_memory,
             memory_bytes=job.resources.memory_bytes,
             global_batch_size=job.train.global_batch_size,
-            by_document=job.data.row_format == BY_DOCUMENT,
+            by_document=job.data.row_format == BY_DOCUMENT or job.has_chats,
             curriculum=job.curriculum,
             autoscale=job.autoscale,
             priority=job.priority,
             label_selector=job.workers.label_selector,
             verify=job.verify,
             checkpoints_by_time=job.checkpoint.every == AUTO,
+            unit=job.task.unit,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

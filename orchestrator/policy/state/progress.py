@@ -80,6 +80,12 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
     )
 
 
+def newest_metrics(progress: Progress) -> tuple[dict[str, float], dict[str, float]]:
+    """The task's metrics of the newest step, and of the newest validation among the `recent` ones."""
+    validations = (r.validation_metrics for r in reversed(progress.recent) if r.validation_loss is not None)
+    return progress.recent[-1].metrics if progress.recent else {}, next(validations, {})
+
+
 def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:
     """Records of first steps of stages among the `fresh` ones that follow `progress`."""
     stages = [progress.stage, *(record.batch.stage for record in fresh)]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.model.loss import IGNORED, cross_entropy_sum
+from orchestrator.model.loss import IGNORED, cross_entropy, cross_entropy_sum
 from tests.support import devices
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -37,6 +37,23 @@ def test_loss_and_gradients_equal_the_plain_form(chunk: int | None, dtype: torch
     torch.testing.assert_close(loss, plain, rtol=tolerance, atol=0.0)
     (loss / 3).backward()
     (plain / 3).backward()
+    for ours, theirs in zip(found[:2], wanted[:2], strict=True):
+        assert ours.grad is not None and ours.grad.dtype == dtype
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64, None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_losses_of_tokens_may_be_weighted_by_what_depends_on_them(
+    chunk: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    found, wanted = _case(dtype), _case(dtype)
+    ours_N = cross_entropy(*found, chunk)
+    logits_NV = F.linear(wanted[0], wanted[1]).float()
+    theirs_N = F.cross_entropy(logits_NV, wanted[2], ignore_index=IGNORED, reduction="none")
+    torch.testing.assert_close(ours_N, theirs_N, rtol=tolerance, atol=1e-6)
+    for loss_N in (ours_N, theirs_N):
+        (loss_N * torch.sigmoid(loss_N)).sum().backward()
     for ours, theirs in zip(found[:2], wanted[:2], strict=True):
         assert ours.grad is not None and ours.grad.dtype == dtype
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)

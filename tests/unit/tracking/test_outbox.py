@@ -61,7 +61,7 @@ def test_what_was_put_survives_the_process(tmp_path: Path) -> None:
 def test_every_kind_of_thing_comes_back_as_it_was(tmp_path: Path) -> None:
     things = [
         MetricPoint("train/loss", math.inf, 3, 1.5),
-        MetricPoint("system/cpu_percent", 12.5, 3, 1.5, node="10.0.0.7"),
+        MetricPoint("system/cpu_percent", 12.5, 3, 1.5, label="10.0.0.7"),
         Artifact("/runs/r/job.yaml"),
         Inputs((Dataset("corpus/train", "train", "sha256:1", "/texts", 3, 400),)),
         Checkpoint(7, 20, "/runs/r/step-20", (MetricPoint("eval/loss", 2.0, 19, 1.0),)),

@@ -1,0 +1,70 @@
+"""Tasks through rescales and lost workers, in real processes: the bits of a run that nothing happens to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.sampling.sample_ledger import audit
+from tests.support.tasks import TASKS, prepared, task_job
+from tests.support.worker_group import Crew
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def _trained(job: Any, store_dir: Path, run_dir: Path, is_disturbed: bool) -> Crew:
+    with Crew(job, store_dir, run_dir, size=3 if is_disturbed else 1) as worker_group:
+        ids = worker_group.ids
+        worker_group.start(worker_group.plan(ids[:2] if is_disturbed else ids))
+        if is_disturbed:
+            worker_group.await_step(worker_group.newest_step + 3)
+            worker_group.rescale(ids)
+            worker_group.await_step(worker_group.newest_step + 3)
+            worker_group.members[ids[2]].kill()
+            worker_group.recover(ids[:2])
+            worker_group.await_step(worker_group.newest_step + 3)
+            worker_group.rescale(ids[1:2])
+        worker_group.await_finished()
+    return worker_group
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_moved_and_recovered_bit_by_bit(tmp_path: Path, task: str) -> None:
+    job = task_job(task, tmp_path, determinism="exact")
+    store = prepared(job, tmp_path / "data")
+    calm = _trained(job, store.directory, tmp_path / "calm", is_disturbed=False)
+    moved = _trained(job, store.directory, tmp_path / "moved", is_disturbed=True)
+    assert sorted(moved.records) == sorted(calm.records) == list(range(job.train.max_steps))
+    assert {record.world_size for record in moved.records.values()} == {1, 2, 3}
+    ours, theirs = ([records[step] for step in sorted(records)] for records in (moved.records, calm.records))
+    assert audit([(r.step, r.batch.first_position, r.batch.num_positions) for r in ours]).ok
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.loss, one.update.grad_norm, one.batch.tokens) == (
+            other.loss,
+            other.update.grad_norm,
+            other.batch.tokens,
+        )
+        assert (one.metrics, one.validation_loss, one.validation_metrics) == (
+            other.metrics,
+            other.validation_loss,
+            other.validation_metrics,
+        )
+    validations = [record for record in ours if record.validation_loss is not None]
+    assert validations[-1].validation_loss < validations[0].validation_loss  # type: ignore[operator]
+    wanted = {"dpo": {"accuracy", "margin", "chosen_reward", "rejected_reward"}, "sft": set(), "own": {"within"}}
+    assert set(ours[0].metrics) == set(validations[0].validation_metrics) == wanted.get(task, {"accuracy"})
+
+
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_a_world_of_two_learns_what_one_learns(tmp_path: Path, task: str) -> None:
+    """In fast mode, in micro-batches of tokens where rows have some: the same loss to rounding."""
+    size: dict[str, Any] = {"micro_batch_size": "96 tokens"} if task == "sft" else {}
+    job = task_job(task, tmp_path, max_steps=6, **size)
+    store = prepared(job, tmp_path / "data")
+    losses = []
+    for count in (1, 2):
+        with Crew(job, store.directory, tmp_path / str(count), size=count) as worker_group:
+            worker_group.start(worker_group.plan(worker_group.ids))
+            worker_group.await_finished()
+        losses.append([worker_group.records[step].loss for step in range(6)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
