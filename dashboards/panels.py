@@ -158,9 +158,18 @@ RUN = Board(
         ),
         Chart(
             "Loss",
-            "Mean cross-entropy over target tokens, in nats: of the step's global batch, and of the validation rows.",
+            "Mean over target tokens or other units, in nats: of the step's global batch, and of the validation rows.",
             "short",
             (of("train/loss", "{{run}} train"), of("eval/loss", "{{run}} validation")),
+        ),
+        Chart(
+            "Metrics of the task",
+            "Means of the task's metrics: over the step's global batch, and over the validation rows.",
+            "short",
+            (
+                Query(newest("train/metric", RUNS, "run, metric"), "{{run}} {{metric}} train"),
+                Query(newest("eval/metric", RUNS, "run, metric"), "{{run}} {{metric}} validation"),
+            ),
         ),
         simple("Gradient norm", "train/grad_norm", "short"),
         simple("Learning rate", "train/lr", "sci"),

@@ -97,6 +97,9 @@ def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec, has_rows: bool
     if task.entrypoint is None and task.name == CLASSIFICATION and model.entrypoint is None:
         rule = "task classification needs a model of your own, which maps rows to logits: set model.entrypoint"
         yield Broken((("model", "entrypoint"), of_task), rule)
+    if has_rows and data.entrypoint is None and data.source.startswith("builtin:"):
+        rule = f"data.source must name a file or a folder with the rows of task {task.name}; got {data.source}"
+        yield Broken((("data", "source"), of_task), rule)
     of_text = {"row_format": data.row_format == BY_DOCUMENT, "isolate_documents": data.isolate_documents}
     for key in [key for key, is_given in of_text.items() if is_given and has_rows]:
         rule = f"data.{key} is of text, and task {task.entrypoint or task.name} has rows: leave it out"

@@ -14,6 +14,7 @@ from orchestrator.checkpoint.hf.pretrained import resolved as resolved_model
 from orchestrator.data.corpus.files import KINDS, suffix_of, text_files
 from orchestrator.data.prepare.job_store import check_vocabulary
 from orchestrator.data.prepare.request import load_tokenizer
+from orchestrator.data.rows.prepare_rows import check_first_chats
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.estimate.memory_check import check_memory, is_checked
 from orchestrator.spec.data import DataSpec
@@ -59,6 +60,8 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
         )
     spec = with_provenance(resolved(spec), None if isinstance(job, JobSpec) else Path(job))
     check_own_code(spec)
+    if spec.has_chats:
+        check_first_chats(spec)
     # The plan takes a process with torch, some seconds, so it is made only if something may be refused by it.
     if is_checked(spec) or spec.train.names_parameters:
         check_memory(spec, plan_of(spec))

@@ -51,10 +51,7 @@ class ChatEncoder:
         Raises:
             DataError: it is no chat, or no target is left of it.
         """
-        messages = _column(values, CHAT)
-        rendered = self.template.chat(messages_of(messages))
-        if self.assistant_only and not rendered.spans:
-            raise _refused("the assistant says nothing in the chat")
+        rendered = _said(values, self.template, self.assistant_only)
         row = self._encoded(
             rendered if self.assistant_only else RenderedChat(rendered.text, ((0, len(rendered.text)),))
         )
@@ -92,6 +89,23 @@ class ChatEncoder:
         arrays = {"inputs": ids_T[:-1], "targets": targets_T}
         is_cut = len(tokens) > self.longest + 1
         return TokenRow(arrays, int((targets_T != IGNORED_TARGET).sum()), len(targets_T), is_cut)
+
+
+def check_chat(values: Mapping[str, Any], template: ChatTemplate, is_pair: bool, assistant_only: bool) -> None:
+    """Raises DataError for a row that is no chat or pair, as far as that shows without a tokenizer."""
+    if is_pair:
+        asked, *answers = prompt_and_answers(values)
+        for answer in answers:
+            template.completion(asked, answer)
+    else:
+        _said(values, template, assistant_only)
+
+
+def _said(values: Mapping[str, Any], template: ChatTemplate, assistant_only: bool) -> RenderedChat:
+    rendered = template.chat(messages_of(_column(values, CHAT)))
+    if assistant_only and not rendered.spans:
+        raise _refused("the assistant says nothing in the chat")
+    return rendered
 
 
 def text_of(values: Mapping[str, Any], template: ChatTemplate) -> str:

@@ -5,6 +5,7 @@ Everything is read once, or twice for a tokenizer that is trained, and written t
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from orchestrator.data.holdout import Holdout
 from orchestrator.data.manifest import SPLITS, Split
 from orchestrator.data.prepare.request import load_tokenizer
-from orchestrator.data.rows.chat_rows import ChatEncoder, text_of
+from orchestrator.data.rows.chat_rows import ChatEncoder, check_chat, text_of
 from orchestrator.data.rows.chat_template import END, START, ChatTemplate
 from orchestrator.data.rows.chat_tokenizer import SAVED, ChatTokenizer, saved_template, template_beside
 from orchestrator.data.rows.row_files import FileRow, read_rows
@@ -27,6 +28,7 @@ from orchestrator.spec.task import CLASSIFICATION, DPO
 
 Progress = Callable[[str, float], None]
 TOLD_EVERY = 256  # rows
+FIRST_CHATS = 100  # that are checked before a job is submitted
 
 
 def prepare_rows(job: JobSpec, directory: Path, progress: Progress | None = None) -> RowStore:
@@ -66,6 +68,14 @@ def first_rows(job: JobSpec, most: int) -> list[Mapping[str, Any]]:
     """The first rows of a job whose rows are arrays, before they are prepared. Raises as `prepare_rows`."""
     found = UserRows(job.data).rows("train", most) if job.data.entrypoint is not None else _of_file(job.data.source)
     return [row for (_, row), _ in zip(found, range(most), strict=False)]
+
+
+def check_first_chats(job: JobSpec, most: int = FIRST_CHATS) -> None:
+    """Check the template, and the first chats with it. Raises as `prepare_rows`."""
+    template = _template(job)[0]
+    for _, row in zip(range(most), read_rows(job.data.source), strict=False):
+        with _at(row):
+            check_chat(row.values, template, job.task.name == DPO, job.task.assistant_only_loss)
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
@@ -141,23 +151,18 @@ class _Labels:
 
 def _chats(job: JobSpec, directory: Path, report: Progress) -> RowStore:
     data, task = job.data, job.task
-    path = None if data.tokenizer is None else Path(data.tokenizer)
-    source, tokens = template_beside(path, None if data.chat_template is None else Path(data.chat_template))
-    template = ChatTemplate(source, tokens)
+    template, source, tokens = _template(job)
     report("reading", 0.0)
     held_out = _held_out(data.holdout, read_rows(data.source))
-    tokenizer = load_tokenizer(path) if path is not None else _learned(job, template, held_out, report)
+    given = data.tokenizer
+    tokenizer = _learned(job, template, held_out, report) if given is None else load_tokenizer(Path(given))
     encoder = ChatEncoder(template, ChatTokenizer(tokenizer), job.train.sequence_length, task.assistant_only_loss)
     made_of = {"source": data.source, "task": task.name, "template": hashlib.sha256(source.encode()).hexdigest()}
     made_of["tokenizer"] = tokenizer.digest
     with new_rows(directory) as (writer, named):
         for number, row in enumerate(read_rows(data.source)):
-            try:
+            with _at(row):
                 encoded = encoder.pair(row.values) if task.name == DPO else encoder.chat(row.values)
-            except DataError as error:
-                raise DataError(
-                    f"{row.where}: {error.message}", remedy=error.remedy, unchanged=error.unchanged
-                ) from error
             units = 1 if task.name == DPO else encoded.num_targets
             writer.add(_split(held_out[number]), encoded.arrays, row.where, units, encoded.num_tokens, encoded.is_cut)
             if number % TOLD_EVERY == 0:
@@ -168,6 +173,25 @@ def _chats(job: JobSpec, directory: Path, report: Progress) -> RowStore:
     return RowStore.open(named[0])
 
 
+def _template(job: JobSpec) -> tuple[ChatTemplate, str, dict[str, str]]:
+    """The job's template, its source, and the special tokens that it knows."""
+    tokenizer, given = job.data.tokenizer, job.data.chat_template
+    source, tokens = template_beside(
+        None if tokenizer is None else Path(tokenizer), None if given is None else Path(given)
+    )
+    return ChatTemplate(source, tokens), source, tokens
+
+
+@contextmanager
+def _at(row: FileRow) -> Iterator[None]:
+    """Name the row in errors that are raised meanwhile."""
+    try:
+        yield
+    except DataError as error:
+        message = f"{row.where}: {error.message}"
+        raise DataError(message, remedy=error.remedy, unchanged=error.unchanged) from error
+
+
 def _learned(job: JobSpec, template: ChatTemplate, held_out: bytearray, report: Progress) -> TextTokenizer:
     """A tokenizer that is trained on the text of the chats that are trained on."""
     report("tokenizer", 0.0)
@@ -175,10 +199,8 @@ def _learned(job: JobSpec, template: ChatTemplate, held_out: bytearray, report: 
     def texts() -> Iterator[str]:
         for number, row in enumerate(read_rows(job.data.source)):
             if not held_out[number]:
-                try:
+                with _at(row):
                     yield text_of(row.values, template)
-                except DataError as error:
-                    raise DataError(f"{row.where}: {error.message}", remedy=error.remedy) from error
 
     return TextTokenizer.train(texts(), job.data.vocab_size, (START, END))
 

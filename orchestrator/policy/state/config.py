@@ -51,6 +51,7 @@ class RunLimits:
     fits_memory: bool = False
     memory_bytes: int | None = None
     global_batch_size: int = 1
+    unit: str = "tokens"
     by_document: bool = False
     curriculum: CurriculumSpec | None = None
     autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
@@ -58,7 +59,6 @@ class RunLimits:
     label_selector: Mapping[str, str] = field(default_factory=dict)
     verify: VerifySpec = DEFAULT_VERIFY
     checkpoints_by_time: bool = False
-    unit: str = "tokens"
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -78,6 +78,7 @@ class RunLimits:
             fits_memory=job.train.fits_memory,
             memory_bytes=job.resources.memory_bytes,
             global_batch_size=job.train.global_batch_size,
+            unit=job.task.unit,
             by_document=job.data.row_format == BY_DOCUMENT or job.has_chats,
             curriculum=job.curriculum,
             autoscale=job.autoscale,
@@ -85,7 +86,6 @@ class RunLimits:
             label_selector=job.workers.label_selector,
             verify=job.verify,
             checkpoints_by_time=job.checkpoint.every == AUTO,
-            unit=job.task.unit,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

@@ -22,7 +22,7 @@ from orchestrator.protocol.child_process import (
     "message",
     [
         Evaluation("/run", "/run/step", split=Split.TRAIN, corpus=None, max_rows=3),
-        EvaluationResult(1, 2, 3, 4.0, 5.0, 6.0),
+        EvaluationResult(1, 2, 3.0, "pairs", metrics={"accuracy": 0.5}),
         Generation("/run", "/run/step", "two\nlines ü", 9, 0.5, None, 1.0, 7),
         GenerationResult("text", (1, 2), 3, True, 4.5),
         TextPiece("\n"),

@@ -18,9 +18,9 @@ def _job(**sections: Any) -> JobSpec:
     ("sections", "has_rows", "has_chats", "has_tokens", "unit"),
     [
         ({}, False, False, True, "tokens"),
-        ({"task": "sft"}, True, True, True, "tokens"),
-        ({"task": {"name": "dpo", "beta": 0.2}}, True, True, True, "pairs"),
-        ({"task": "classification", "model": OWN_MODEL}, True, False, False, "rows"),
+        ({"task": "sft", "data": {"source": "here"}}, True, True, True, "tokens"),
+        ({"task": {"name": "dpo", "beta": 0.2}, "data": {"source": "here"}}, True, True, True, "pairs"),
+        ({"task": "classification", "model": OWN_MODEL, "data": {"source": "here"}}, True, False, False, "rows"),
         ({"task": {"entrypoint": "mine:task"}}, False, False, True, "units"),
         ({"task": {"entrypoint": "mine:task"}, "data": {"entrypoint": "mine:rows"}}, True, False, False, "units"),
     ],
@@ -48,6 +48,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "entrypoint gives the rows instead of source",
     ),
     "documents of chats": ({"task": "sft", "data": {"row_format": "documents"}}, "data.row_format is of text"),
+    "chats of no file": ({"task": "sft"}, "data.source must name a file or a folder with the rows of task sft"),
     "isolated chats": ({"task": "sft", "data": {"isolate_documents": True}}, "data.isolate_documents is of text"),
     "a curriculum of chats": (
         {"task": "sft", "curriculum": {"signal": "length", "stages": [{"name": "all"}]}},
@@ -71,5 +72,5 @@ def test_the_last_matrix_has_as_many_rows_as_the_data_ask_for() -> None:
     text = _job(data={"vocab_size": 500})
     assert (text.num_outputs(), text.num_outputs(400)) == (500, 400)
     assert _job(model={"vocab_size": 600}).num_outputs(400) == 600
-    classes = _job(task={"name": "classification", "num_classes": 7}, model=OWN_MODEL)
+    classes = _job(task={"name": "classification", "num_classes": 7}, model=OWN_MODEL, data={"source": "here"})
     assert classes.num_outputs() == classes.num_outputs(5) == 7

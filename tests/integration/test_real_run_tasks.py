@@ -1,0 +1,72 @@
+"""Runs of tasks on a local cluster: scaled, killed, paused and resumed, with the bits of an undisturbed one."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
+from orchestrator.protocol.child_process import Evaluation, EvaluationResult
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.worker_report import Report
+from orchestrator.run_records.run_history import read_steps
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
+from orchestrator.submission.model_process import ask_model, data_of
+from tests.support.real_runs import assert_same_tensors, own_cluster, until
+from tests.support.tasks import task_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
+        yield client
+
+
+def _submitted(client: OrchestratorClient, job: JobSpec, name: str, storage: Path, most: int) -> str:
+    workers = WorkersSpec(min=1, max=most, initial=min(2, most))
+    return client.submit(job.model_copy(update={"name": name, "workers": workers, "storage": str(storage)}))
+
+
+def _ended(client: OrchestratorClient, run: str) -> RunStatus:
+    ended = client.wait(run, timeout_s=240.0)
+    assert ended.phase is RunPhase.SUCCEEDED and client.audit(run).ok, ended
+    return ended
+
+
+@pytest.mark.parametrize("task", ["dpo", "own"])
+def test_a_task_survives_what_happens_to_its_run(client: OrchestratorClient, tmp_path: Path, task: str) -> None:
+    """2 to 3 workers, one killed, a pause, and a resume on 1."""
+    job = task_job(task, tmp_path, max_steps=300, determinism="exact", lr_scheduler={"kind": "constant"}, lr=1e-3)
+    storage = tmp_path / "runs"
+    run = _submitted(client, job, f"{task}-moved", storage, most=3)
+    until(client, run, lambda s: s.step > 10)
+    client.scale(run, 3)
+    scaled = until(client, run, lambda s: s.workers_now == 3)
+    status = until(client, run, lambda s: s.step > scaled.step + 10)
+    member = next(each.worker for each in status.worker_group if each.rank == 2)
+    report: Report = ask(find(f"{run}/worker/{member}"), "call", "report", None, -1, 0.0)
+    os.kill(report.process.pid, signal.SIGKILL)
+    recovered = until(client, run, lambda s: len(s.recoveries) == 1 and s.recoveries[0].stall_s is not None)
+    until(client, run, lambda s: s.step > recovered.step + 10)
+    client.pause(run)
+    paused = until(client, run, lambda s: s.phase is RunPhase.PAUSED)
+    assert paused.step < 300
+    client.resume(run, workers=1)
+    moved = _ended(client, run)
+    calm = _ended(client, _submitted(client, job, f"{task}-calm", storage, most=1))
+    assert_same_tensors(moved, calm)
+    for one, other in zip(read_steps(Path(moved.run_dir)), read_steps(Path(calm.run_dir)), strict=True):
+        assert (one.loss, one.metrics, one.validation_metrics) == (other.loss, other.metrics, other.validation_metrics)
+    assert moved.unit == job.task.unit and moved.validation_metrics == calm.validation_metrics != {}
+
+    request = Evaluation(moved.run_dir, str(moved.checkpoint), data_of(run, Path(moved.run_dir)).store_dir)
+    (result,) = [answer for answer in ask_model(request) if isinstance(answer, EvaluationResult)]
+    assert result.unit == moved.unit and set(result.metrics) == set(moved.validation_metrics)
+    assert moved.validation_loss is not None and result.loss == pytest.approx(moved.validation_loss, rel=0.5)
