@@ -2,9 +2,10 @@
 
     python -m benchmarks.tasks [--quick]
 
-- `cost`: two engines in one process train the same rows of text, one with the built-in task and one with the same task
-  written as a user's, a function that a job names. They take turns, a step each; `cost` is the median of the second's
-  time over the first's, less one. Both must end with the same bits, after as many collectives.
+- `cost`: an engine trains rows of text with the built-in task, and with the same task written as a user's, a function
+  that a job names. They take turns, a step each; `cost` is the median of the second's time over the first's, less one.
+  Some steps of each alone must end with the same bits. That both enter the same collectives between workers is in
+  `tests/integration/test_tasks.py`.
 - `digits`: jobs/digits.yaml, against a plain loop of torch with the same model, rows and learning rates, whose loss is
   the mean of a batch's cross-entropy and whose routers aren't balanced.
 - `dpo`: jobs/dpo.yaml on pairs made of Python's documentation, and as a control the same with each pair's order drawn
@@ -18,19 +19,22 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
 from benchmarks.harness import ROOT, Bar, Result, alternate, at_least, at_most, median_interval, ratios, run, say
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from jobs.rows.docstrings import chats, pairs
-from orchestrator.comm import collective_stats
 from orchestrator.data.rows.prepare_rows import prepare_rows
 from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.rows.row_store import RowStore
@@ -42,7 +46,7 @@ from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.moe.balance import RoutingCounts
-from orchestrator.model.task import Task
+from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.spec.job import JobSpec
@@ -54,7 +58,7 @@ from orchestrator.worker.step.row_batches import RowBatches
 from orchestrator.worker.step.token_batches import TokenBatches
 
 MOST_COST, ACCURACY, POINTS, PREFERRED = 0.03, 0.95, 0.01, 0.8  # bars
-ROUNDS, QUICK_ROUNDS = 40, 2
+ROUNDS, QUICK_ROUNDS, COMPARED_STEPS = 40, 2, 5
 CPU = torch.device("cpu")
 AS_USERS = """
 from orchestrator.model.task import Loss
@@ -158,32 +162,61 @@ def cost_of_own_task(workspace: Path, quick: bool) -> dict[str, Any]:
     store = TokenStore.open(prepared(data, stores_dir(quick, workspace)).directory)
     train = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128, "max_steps": 1000}
     job = JobSpec.model_validate({"schema": "v1", "name": "cost", "train": train, "data": data})
-    own = TaskSpec(entrypoint="as_users:task", code_dir=str(workspace))
-    loops = {
-        name: Loop(job, TokenBatches(job, store, CPU), task_of(task), store.vocab_size)
-        for name, task in (("built-in", TaskSpec()), ("own", own))
-    }
-    entered: dict[str, int] = {}
+    own = task_of(TaskSpec(entrypoint="as_users:task", code_dir=str(workspace)))
+    tasks: dict[str, Task] = {"built-in": task_of(TaskSpec()), "own": own}
+    ends = {name: _end_of(job, store, task) for name, task in tasks.items()}
+    same = all(torch.equal(held, ends["own"].state[name]) for name, held in ends["built-in"].state.items())
+    assert same and ends["built-in"].losses == ends["own"].losses
+
+    either = _Either(tasks)
+    loop = Loop(job, TokenBatches(job, store, CPU), either, store.vocab_size)
 
     def step(name: str) -> float:
-        before = collective_stats.entered()
-        seconds = loops[name].train()
-        entered[name] = entered.get(name, 0) + collective_stats.entered() - before
-        return seconds
+        either.chosen = name
+        return loop.train()
 
-    for _ in range(3):  # warm
-        for name in loops:
-            step(name)
-    taken = alternate({name: lambda name=name: step(name) for name in loops}, QUICK_ROUNDS if quick else ROUNDS)  # type: ignore[misc]
+    for name in (*tasks, *tasks):  # warm
+        step(name)
+    taken = alternate({name: partial(step, name) for name in tasks}, QUICK_ROUNDS if quick else ROUNDS)
+    loop.close()
     cost = median_interval([ratio - 1.0 for ratio in ratios(taken["own"], taken["built-in"])])
-    states = [{name: held.data.clone() for name, held in loop.engine.ranges()} for loop in loops.values()]
-    same = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     say(f"a user's task costs {cost.median:.2%} [{cost.low:.2%}, {cost.high:.2%}], same bits: {same}")
-    assert same and loops["built-in"].losses == loops["own"].losses and len({*entered.values()}) == 1
-    for loop in loops.values():
-        loop.engine.close()
-    disconnect()
-    return {"cost": cost, "same_bits": same, "collectives": entered["own"]}
+    return {"cost": cost, "same_bits": same}
+
+
+@dataclass(frozen=True)
+class _End:
+    """State after some steps, and their losses."""
+
+    state: dict[str, torch.Tensor]
+    losses: list[float]
+
+
+def _end_of(job: JobSpec, store: TokenStore, task: Task) -> _End:
+    loop = Loop(job, TokenBatches(job, store, CPU), task, store.vocab_size)
+    for _ in range(COMPARED_STEPS):
+        loop.train()
+    state = {name: held.data.clone() for name, held in loop.engine.ranges()}
+    loop.close()
+    return _End(state, loop.losses)
+
+
+class _Either:
+    """One of several tasks of text, for each step anew: only one engine can be in a process."""
+
+    metrics: tuple[str, ...] = ()
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        self._tasks, self.chosen = tasks, next(iter(tasks))
+
+    def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
+        raise NotImplementedError("the token store collates text")
+
+    def loss(self, model: TrainableModel, batch: Batch) -> Loss:
+        return self._tasks[self.chosen].loss(model, batch)
+
+    def report(self, means: Mapping[str, float]) -> dict[str, float]:
+        return {}
 
 
 # -- what tasks learn --------------------------------------------------------------------------------------------------
@@ -194,13 +227,13 @@ def _loop_of(job: JobSpec, store: RowStore) -> Loop:
     return Loop(job, RowBatches(job, store, task, CPU), task, store.manifest.num_outputs)
 
 
-def _job(name: str, quick: bool, data: Mapping[str, Any] | None = None) -> JobSpec:
-    job = load_job(ROOT / "jobs" / f"{name}.yaml")
-    changes: dict[str, Any] = {"model": job.model.model_copy(update={"code_dir": str(ROOT)})}
-    changes["data"] = job.data.model_copy(update={"code_dir": str(ROOT), **(data or {})})
+def _job(name: str, quick: bool, settings: Mapping[str, Any] = MappingProxyType({})) -> JobSpec:
+    wanted = dict(settings)
+    if name == "digits":
+        wanted |= {"model.code_dir": str(ROOT), "data.code_dir": str(ROOT)}
     if quick:
-        changes["train"] = job.train.model_copy(update={"max_steps": 3})
-    return job.model_copy(update=changes)
+        wanted |= {"train.max_steps": 3, "train.lr_scheduler.warmup_steps": 1}
+    return load_job(ROOT / "jobs" / f"{name}.yaml", [f"{key}={value}" for key, value in wanted.items()])
 
 
 def digits_learned(workspace: Path, quick: bool) -> dict[str, float]:
@@ -251,7 +284,7 @@ def pairs_learned(workspace: Path, quick: bool, order: str) -> dict[str, float]:
             if order == "by chance" and draw.random() < 0.5:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
             file.write(json.dumps(row) + "\n")
-    job = _job("dpo", quick, {"source": str(path)})
+    job = _job("dpo", quick, {"data.source": path})
     rows = prepare_rows(job, workspace / "rows")
     loop = _loop_of(job, with_reference(job, rows, workspace / "rows", lambda stage, share: None))
     for _ in range(job.train.max_steps):
@@ -266,7 +299,7 @@ def chats_learned(workspace: Path, quick: bool) -> dict[str, float]:
     """Validation loss before and after."""
     path = workspace / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in chats()))
-    job = _job("sft", quick, {"source": str(path)})
+    job = _job("sft", quick, {"data.source": path})
     loop = _loop_of(job, prepare_rows(job, workspace / "rows"))
     first, _ = loop.validated()
     for _ in range(job.train.max_steps):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, JsonValue
 
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.section import HERE, Broken, Path, Section, directory, refuse
+from orchestrator.spec.section import HERE, Broken, Path, Section, broken_own_code, directory, refuse
 from orchestrator.spec.task import CLASSIFICATION, Entrypoint, TaskSpec
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
@@ -76,6 +76,7 @@ class DataSpec(Section):
     )
 
     def broken_rules(self) -> Iterator[Broken]:
+        yield from broken_own_code(self.entrypoint, self.options, self.code_dir)
         if self.entrypoint is not None and self.source != BUILTIN:
             rule = f"entrypoint gives the rows instead of source: leave one out; got {self.entrypoint} and "
             yield Broken((("source",), ("entrypoint",)), rule + self.source)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, Section, directory
+from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, directory
 from orchestrator.spec.task import Entrypoint
 
 # Keys that an init_from directory's config.json sets too.
@@ -204,6 +204,4 @@ class ModelSpec(Section):
                 rule = "init_from is for our own model; with entrypoint, let your init_weights(seed) read the weights"
                 yield Broken((("init_from",), ("entrypoint",)), rule)
             return
-        for key, is_default in (("options", not self.options), ("code_dir", self.code_dir == HERE)):
-            if not is_default:
-                yield Broken(((key,), ("entrypoint",)), f"{key} has a meaning with entrypoint only; remove it")
+        yield from broken_own_code(self.entrypoint, self.options, self.code_dir)

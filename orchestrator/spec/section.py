@@ -4,7 +4,7 @@ A rule between keys names all keys that it reads. So all mistakes of a file are 
 key that the user wrote, without rules that only break because of another mistake.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self, get_args
 
@@ -49,6 +49,13 @@ class Section(BaseModel):
             text = "; ".join(b.rule for b in broken)
             raise PydanticCustomError("broken_rules", "{text}", {"text": text, "broken": broken})
         return self
+
+
+def broken_own_code(entrypoint: str | None, options: Mapping[str, object], code_dir: str) -> Iterator[Broken]:
+    """The rules between keys of a section that may name code of the user's."""
+    given = {"options": bool(options), "code_dir": code_dir != HERE}
+    for key in [key for key, is_given in given.items() if is_given and entrypoint is None]:
+        yield Broken(((key,), ("entrypoint",)), f"{key} has a meaning with entrypoint only; remove it")
 
 
 def refuse(rule: str) -> PydanticCustomError:

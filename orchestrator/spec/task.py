@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, Section, refuse
+from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, refuse
 
 TaskName = Literal["lm", "sft", "dpo", "classification"]
 LM: TaskName = "lm"
@@ -82,6 +82,7 @@ class TaskSpec(Section):
         if self.entrypoint is not None and self.name != LM:
             rule = f"entrypoint takes the place of a built-in task: leave name out; got {self.entrypoint}, {self.name}"
             yield Broken((("name",), ("entrypoint",)), rule)
+        yield from broken_own_code(self.entrypoint, self.options, self.code_dir)
         for key, task in USED_BY.items():
             mine = self.entrypoint or self.name
             if mine != task and getattr(self, key) != type(self).model_fields[key].default:

@@ -40,10 +40,12 @@ def _ended(client: OrchestratorClient, run: str) -> RunStatus:
     return ended
 
 
-@pytest.mark.parametrize("task", ["dpo", "own"])
-def test_a_task_survives_what_happens_to_its_run(client: OrchestratorClient, tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), ("own", 1500)])
+def test_a_task_survives_what_happens_to_its_run(
+    client: OrchestratorClient, tmp_path: Path, task: str, steps: int
+) -> None:
     """2 to 3 workers, one killed, a pause, and a resume on 1."""
-    job = task_job(task, tmp_path, max_steps=300, determinism="exact", lr_scheduler={"kind": "constant"}, lr=1e-3)
+    job = task_job(task, tmp_path, max_steps=steps, determinism="exact", lr_scheduler={"kind": "constant"}, lr=1e-3)
     storage = tmp_path / "runs"
     run = _submitted(client, job, f"{task}-moved", storage, most=3)
     until(client, run, lambda s: s.step > 10)
@@ -57,7 +59,7 @@ def test_a_task_survives_what_happens_to_its_run(client: OrchestratorClient, tmp
     until(client, run, lambda s: s.step > recovered.step + 10)
     client.pause(run)
     paused = until(client, run, lambda s: s.phase is RunPhase.PAUSED)
-    assert paused.step < 300
+    assert paused.step < steps
     client.resume(run, workers=1)
     moved = _ended(client, run)
     calm = _ended(client, _submitted(client, job, f"{task}-calm", storage, most=1))
@@ -66,7 +68,9 @@ def test_a_task_survives_what_happens_to_its_run(client: OrchestratorClient, tmp
         assert (one.loss, one.metrics, one.validation_metrics) == (other.loss, other.metrics, other.validation_metrics)
     assert moved.unit == job.task.unit and moved.validation_metrics == calm.validation_metrics != {}
 
-    request = Evaluation(moved.run_dir, str(moved.checkpoint), data_of(run, Path(moved.run_dir)).store_dir)
+    rows = data_of(run, Path(moved.run_dir)).store_dir
+    request = Evaluation(moved.run_dir, str(moved.checkpoint), rows, max_rows=job.eval.rows)
     (result,) = [answer for answer in ask_model(request) if isinstance(answer, EvaluationResult)]
     assert result.unit == moved.unit and set(result.metrics) == set(moved.validation_metrics)
-    assert moved.validation_loss is not None and result.loss == pytest.approx(moved.validation_loss, rel=0.5)
+    # The routers' biases move after a step's validation, so a few tokens of the checkpoint visit other experts.
+    assert moved.validation_loss is not None and result.loss == pytest.approx(moved.validation_loss, rel=5e-2)

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from orchestrator.sampling.sample_ledger import audit
+from orchestrator.spec.task import TaskSpec
 from tests.support.tasks import TASKS, prepared, task_job
+from tests.support.texts import small_job
 from tests.support.worker_group import Crew
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -53,6 +55,40 @@ def test_every_task_is_moved_and_recovered_bit_by_bit(tmp_path: Path, task: str)
     assert validations[-1].validation_loss < validations[0].validation_loss  # type: ignore[operator]
     wanted = {"dpo": {"accuracy", "margin", "chosen_reward", "rejected_reward"}, "sft": set(), "own": {"within"}}
     assert set(ours[0].metrics) == set(validations[0].validation_metrics) == wanted.get(task, {"accuracy"})
+
+
+AS_USERS = """
+from orchestrator.model.task import Loss
+
+class Task:
+    def loss(self, model, batch):
+        return Loss(model(batch["inputs"], batch["targets"], batch.get("documents"), batch.get("lengths")))
+
+def task(options):
+    return Task()
+"""
+
+
+def test_the_builtin_task_written_as_a_users_has_the_same_bits_and_collectives(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "as_users.py").write_text(AS_USERS)
+    own = TaskSpec(entrypoint="as_users:task", code_dir=str(tmp_path))
+    runs = []
+    for task in (TaskSpec(), own):
+        job = small_job(texts, max_steps=8).model_copy(update={"task": task})
+        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
+            worker_group.start(worker_group.plan(worker_group.ids))
+            worker_group.await_finished()
+        reports = [worker_group.final[worker] for worker in worker_group.ids]
+        records = [worker_group.records[step] for step in range(8)]
+        runs.append(
+            (
+                [(r.loss, r.update.grad_norm, r.validation_loss, r.communication.traffic) for r in records[1:]],
+                [report.process.collective for report in reports],
+            )
+        )
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("task", ["sft", "classification"])

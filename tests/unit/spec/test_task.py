@@ -58,6 +58,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"task": "classification", "model": OWN_MODEL, "train": {"micro_batch_size": "512 tokens"}},
         "micro_batch_size must be a number of rows",
     ),
+    "a directory without code": ({"data": {"code_dir": "there"}}, "code_dir has a meaning with entrypoint only"),
     "no function": ({"task": {"entrypoint": "mine"}}, 'must be "package.module:function"'),
 }
 
