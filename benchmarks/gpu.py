@@ -44,7 +44,7 @@ from benchmarks.harness import (
 from benchmarks.support.arms import START_TIMEOUT_S, Arm, Loop, WholeProduct
 from benchmarks.support.data import Prepared, prepared_storage
 from benchmarks.support.environment import worker_environment
-from orchestrator.checkpoint.hf.glm4_moe import configuration
+from orchestrator.checkpoint.hf.families import GLM4_MOE
 from orchestrator.engine.device_time import finished_s
 from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.spec.job import JobSpec
@@ -160,7 +160,7 @@ def _job(given: Prepared, batch: dict[str, int], device: torch.device, quick: bo
 
 def _write_weights(job: JobSpec, given: Prepared, directory: Path) -> None:
     """A model with random weights, as transformers writes it."""
-    config = configuration(job.model, given.store.vocab_size, job.train.sequence_length, "bfloat16")
+    config = GLM4_MOE.configuration(job.model, given.store.vocab_size, job.train.sequence_length, "bfloat16")
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(SEED)

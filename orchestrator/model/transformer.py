@@ -46,8 +46,11 @@ class Attention(nn.Module):
         self.query_bias = nn.Parameter(torch.empty(spec.num_attention_heads * size)) if spec.attention_bias else None
         self.key_bias = nn.Parameter(torch.empty(spec.num_key_value_heads * size)) if spec.attention_bias else None
         self.value_bias = nn.Parameter(torch.empty(spec.num_key_value_heads * size)) if spec.attention_bias else None
-        self.query_norm = nn.RMSNorm(size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity()
+        self.norms_all_heads = spec.qk_norm == "all_heads"
+        heads = (self.num_attention_heads, self.num_key_value_heads) if self.norms_all_heads else (1, 1)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(count * size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity() for count in heads
+        )
 
     def forward(
         self,
@@ -59,10 +62,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are explicit (no -1): a forward pass on no rows must work too.
-        q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_attention_heads, self.head_dim)
-        k_BTGS = F.linear(x_BTD, self.key, self.key_bias).view(B, T, self.num_key_value_heads, self.head_dim)
+        q_BTN, k_BTN = F.linear(x_BTD, self.query, self.query_bias), F.linear(x_BTD, self.key, self.key_bias)
+        if self.norms_all_heads:
+            q_BTN, k_BTN = self.query_norm(q_BTN), self.key_norm(k_BTN)
+        q_BTAS = q_BTN.view(B, T, self.num_attention_heads, self.head_dim)
+        k_BTGS = k_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
         v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_key_value_heads, self.head_dim)
-        q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
+        if not self.norms_all_heads:
+            q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
         if padding is not None:
             q_BTAS, k_BTGS, v_BTGS = padding.pad(q_BTAS[0]), padding.pad(k_BTGS[0]), padding.pad(v_BTGS[0])
         q_BATS = rotate(q_BTAS.transpose(1, 2), *rotary)

@@ -24,6 +24,7 @@ IN_CONFIG = frozenset(
         "moe_intermediate_size",
         "n_shared_experts",
         "router",
+        "norm_topk_prob",
         "n_group",
         "topk_group",
         "routed_scaling_factor",
@@ -44,8 +45,9 @@ class ModelSpec(Section):
 
     init_from: Annotated[str, AfterValidator(directory)] | None = Field(
         default=None,
-        description="Directory of a Glm4MoeForCausalLM saved by transformers: its weights replace random ones. "
-        "Omitted sizes come from its config.json, others must agree. Every worker reads it.",
+        description="Directory of a model saved by transformers, of one of the families in docs/pretrained.md: its "
+        "weights replace random ones. Omitted sizes come from its config.json, others must agree. Every worker reads "
+        "what it holds of it.",
     )
     vocab_size: int | None = Field(
         default=None,
@@ -77,6 +79,9 @@ class ModelSpec(Section):
         description="Scores of the router: sigmoid, balanced by a bias (bias_update_speed), or softmax, balanced by an "
         "auxiliary loss (router_aux_loss_coef).",
     )
+    norm_topk_prob: bool = Field(
+        default=True, description="true: the weights of a token's experts add up to routed_scaling_factor."
+    )
     n_group: int = Field(
         default=1, ge=1, description="Groups of equally many experts; a token visits only experts of its best groups."
     )
@@ -88,7 +93,10 @@ class ModelSpec(Section):
         default=1.0, gt=0, description="Factor on the sum of the routed experts' outputs."
     )
     attention_bias: bool = Field(default=False, description="true: biases on queries, keys and values.")
-    qk_norm: bool = Field(default=False, description="true: RMSNorm on each head's queries and keys.")
+    qk_norm: bool | Literal["all_heads"] = Field(
+        default=False,
+        description="RMSNorm on queries and keys. true: on those of each head; all_heads: of all heads as one.",
+    )
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
     partial_rotary_factor: float = Field(
         default=1.0, ge=0, le=1, description="Part of each head that is rotated; its width must be even."

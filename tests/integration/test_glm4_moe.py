@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, Glm
 
 from orchestrator.checkpoint.hf import export
 from orchestrator.checkpoint.hf.export import export_hf
-from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
+from orchestrator.checkpoint.hf.families import GLM4_MOE
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.write import commit, write_shard
@@ -64,7 +64,7 @@ def _both(spec: ModelSpec) -> tuple[MoELanguageModel, Glm4MoeForCausalLM]:
             param.normal_(0.0, 0.2, generator=generator)
         for layer in ours.moe_layers:
             layer.router.correction_bias_E.normal_(0.0, 0.1, generator=generator)
-    theirs = Glm4MoeForCausalLM(Glm4MoeConfig(**configuration(spec, VOCAB, LENGTH, "float32")))
+    theirs = Glm4MoeForCausalLM(Glm4MoeConfig(**GLM4_MOE.configuration(spec, VOCAB, LENGTH, "float32")))
     theirs.config._attn_implementation = "eager"
     _copy(ours, theirs)
     return ours, theirs
@@ -75,7 +75,7 @@ def _copy(ours: MoELanguageModel, theirs: Glm4MoeForCausalLM) -> None:
     state = theirs.state_dict()
     filled = set()
     for name, tensor in [*ours.named_parameters(), *ours.state_buffers()]:
-        for their_name, part in renamed(name, tensor.detach().numpy(), ours.spec.embedding_scale):
+        for their_name, part in GLM4_MOE.renamed(name, tensor.detach().numpy(), ours.spec.embedding_scale):
             filled |= _put(state, their_name, torch.from_numpy(part))
     assert filled == set(state), set(state) ^ filled
 
@@ -108,7 +108,7 @@ def test_logits_and_gradients_equal_transformers(variant: str) -> None:
     wanted = {name: torch.zeros_like(grad) for name, grad in gradients.items() if grad is not None}
     for name, param in ours.named_parameters():
         assert param.grad is not None, name
-        for their_name, part in renamed(
+        for their_name, part in GLM4_MOE.renamed(
             name, param.grad.numpy(), 1.0 / ours.spec.embedding_scale
         ):  # a factor of ours alone
             _put(wanted, their_name, torch.from_numpy(part))
@@ -202,8 +202,3 @@ def test_rounding_is_that_of_torch() -> None:
     values = torch.cat([values, edges])
     found = torch.from_numpy(export.rounded_to_bf16(values.numpy()).view("int16")).view(torch.bfloat16)
     assert torch.equal(found, values.bfloat16())
-
-
-def test_a_softmax_router_has_no_counterpart() -> None:
-    with pytest.raises(UsageError, match="sigmoid routers only"):
-        configuration(ModelSpec(router="softmax"), VOCAB, LENGTH, "float32")

@@ -166,7 +166,7 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
             nats += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum").item()
     options = ("--corpus", str(tmp_path / "mine.jsonl"), "--text-key", "body", "-o", "json")
     found = json.loads(orchestrator("model", "eval", "tried", *options).stdout)
-    assert (found["tokens"], found["num_bytes"]) == (len(tokens) - 1, len(text.encode()))
+    assert (found["units"], found["num_bytes"]) == (len(tokens) - 1, len(text.encode()))
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch._C._distributed_c10d import Store
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from orchestrator.checkpoint.hf.glm4_moe import configuration, shapes
+from orchestrator.checkpoint.hf.families import GLM4_MOE
+from orchestrator.checkpoint.hf.family import shapes
 from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
@@ -44,7 +45,7 @@ SPEC = ModelSpec(
 
 def _saved(directory: Path, dtype: torch.dtype, **changes: Any) -> Glm4MoeForCausalLM:
     """A random model, written by transformers."""
-    config = Glm4MoeConfig(**(configuration(SPEC, VOCAB, LENGTH, "float32") | changes))
+    config = Glm4MoeConfig(**(GLM4_MOE.configuration(SPEC, VOCAB, LENGTH, "float32") | changes))
     config._attn_implementation = "eager"
     model = Glm4MoeForCausalLM(config)
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from orchestrator.checkpoint.hf.glm4_moe import configuration, shapes, their_names
+from orchestrator.checkpoint.hf.families import GLM4_MOE
+from orchestrator.checkpoint.hf.family import shapes
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.spec.model import ModelSpec
 
@@ -31,11 +32,11 @@ def write_directory(directory: Path, **changes: Any) -> Path:
     directory.mkdir(parents=True)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, shape in shapes(SPEC, VOCAB):
-        names = their_names(name)
+        names = GLM4_MOE.their_names(name)
         for theirs in names:
             tensors[theirs] = np.ones((shape[0] // len(names), *shape[1:]), dtype=np.float32)
     save_file(tensors, directory / "model.safetensors")
-    config = configuration(SPEC, VOCAB, 32, "float32") | changes
+    config = GLM4_MOE.configuration(SPEC, VOCAB, 32, "float32") | changes
     left = {key: value for key, value in config.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(left))
     TextTokenizer.train(["some text to learn from, and some more text"], 280).save(directory / "tokenizer.json")

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 
-from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
+from orchestrator.checkpoint.hf.families import family_of_spec
+from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.elastic.state_spec import MASTER, average_of, of_model
 from orchestrator.errors import CheckpointCorrupt, UsageError
@@ -23,7 +24,7 @@ from orchestrator.storage.backends.location import Location, objects_at
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FILE_BYTES = 4 * 2**30  # a weights file is closed once it reaches this size
-FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # the architecture keeps these in fp32
+FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # of Glm4Moe, which keeps these in fp32
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
 
@@ -52,7 +53,7 @@ def export_hf(
         )
     if job.model.entrypoint is not None:
         raise UsageError(
-            f"run {job.name} trains a model of its own, {job.model.entrypoint}; this format has Glm4Moe models only",
+            f"run {job.name} trains a model of its own, {job.model.entrypoint}; which transformers does not know",
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
@@ -65,12 +66,13 @@ def export_hf(
     saved = objects_at(tokenizer.parent).get(tokenizer.name)
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
-    config = configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
+    family = family_of_spec(job.model)
+    config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     with new_directory(to) as partial:
         with CheckpointReader(checkpoint) as reader:
             reader.verify()
             _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
-            tensors = _tensors(reader, job.model.embedding_scale, of_ema)
+            tensors = _tensors(reader, family, job.model.embedding_scale, of_ema)
             num_bytes = _write_weights(tensors, DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / TOKENIZER).write_bytes(saved)
@@ -92,14 +94,16 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
             raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer imply {shape}")
 
 
-def _tensors(reader: CheckpointReader, embedding_scale: float, of_ema: bool) -> Iterator[tuple[str, Array]]:
+def _tensors(
+    reader: CheckpointReader, family: Family, embedding_scale: float, of_ema: bool
+) -> Iterator[tuple[str, Array]]:
     """Weights and buffers in fp32, under the names of transformers."""
     for key, entry in reader.manifest.tensors.items():
         name = of_model(key)
         if name is not None:
             average = average_of(key)
             key = average if of_ema and average in reader.manifest.tensors else key
-            yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
+            yield from family.renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
 
 
 def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: Path) -> int:

@@ -1,4 +1,4 @@
-"""Directory of a `Glm4MoeForCausalLM` saved by `transformers`, as the initial weights of a run.
+"""Directory of a model saved by `transformers`, as the initial weights of a run.
 
 Torch-free, so that a submission can check it: only `config.json`, the index and the headers of the weights' files are
 read. `orchestrator.worker.transition.load_state` reads the weights. Experts may be stored one by one or stacked.
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.checkpoint.hf.glm4_moe import settings, shapes, stacked_name, their_names
+from orchestrator.checkpoint.hf.families import family_of_config
+from orchestrator.checkpoint.hf.family import Family, shapes
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.model import ModelSpec
 
@@ -44,15 +45,17 @@ class Pretrained:
     """
 
     path: Path
+    family: Family
     files: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     tied: bool
 
     def parts(self, name: str) -> tuple[Part, ...]:
-        """Parts of one of our tensors, in the order of their rows. Raises KeyError if the directory lacks it."""
-        wanted = their_names("embedding.weight" if self.tied and name == "head" else name)
-        stacked = stacked_name(name)
+        """Parts of one of our tensors, in the order of their rows; none of a buffer that the family doesn't have.
+        Raises KeyError if the directory lacks it."""
+        wanted = self.family.their_names("embedding.weight" if self.tied and name == "head" else name)
+        stacked = self.family.stacked_name(name)
         if stacked is not None and stacked[0] in self.files:
             return (Part(self.path / self.files[stacked[0]], *stacked),)
         return tuple(Part(self.path / self.files[theirs], theirs) for theirs in wanted)
@@ -62,14 +65,14 @@ class Pretrained:
         assert spec.vocab_size is not None
         wanted: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes(spec, spec.vocab_size):
-            stacked = stacked_name(name)
+            stacked = self.family.stacked_name(name)
             if self.tied and name == "head":
                 continue
             if stacked is not None and stacked[0] in self.files:
                 wanted[stacked[0]] = (spec.n_routed_experts, *shape)
                 continue
-            names = their_names(name)
-            wanted |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
+            names = self.family.their_names(name)
+            wanted |= {each: (shape[0] // len(names), *shape[1:]) for each in names}
         self._refuse("lacks", [name for name in wanted if name not in self.files])
         held = [name for name in wanted if name in self.files]
         wrong = [f"{n} has {self.shapes[n]}, not {wanted[n]}" for n in held if self.shapes[n] != wanted[n]]
@@ -105,7 +108,8 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
     """
     path = directory / CONFIG
     try:
-        found = settings(_read_json(path))
+        config = _read_json(path)
+        found = family_of_config(config).settings(config)
     except UsageError as error:
         raise _refused(f"model.init_from: {path}: {error.message}") from error
     differing = [
@@ -132,7 +136,8 @@ def open_pretrained(directory: Path) -> Pretrained:
         UsageError: there is no `config.json`.
         CheckpointCorrupt: a file is missing, truncated, or not of the format that its name implies.
     """
-    tied = bool(_read_json(directory / CONFIG).get("tie_word_embeddings", False))
+    config = _read_json(directory / CONFIG)
+    family, tied = family_of_config(config), bool(config.get("tie_word_embeddings", False))
     index = directory / INDEX
     if index.exists():
         named = _read_json(index).get("weight_map")
@@ -157,7 +162,7 @@ def open_pretrained(directory: Path) -> Pretrained:
     lost = [name for name, file in (named or {}).items() if files.get(name) != file]
     if lost:
         raise _broken(f"{index} names tensors that its files lack: {', '.join(lost[:NAMED_AT_MOST])}")
-    return Pretrained(directory, files, found_shapes, dtypes, tied)
+    return Pretrained(directory, family, files, found_shapes, dtypes, tied)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +189,9 @@ def _is_plain(file: object) -> bool:
 
 def _refused(message: str, remedy: str = "") -> UsageError:
     remedy = (
-        remedy or "Name a directory that Glm4MoeForCausalLM.save_pretrained or `orchestrator model export` has written."
+        remedy
+        or "Name a directory that `orchestrator model export` has written, or `save_pretrained` of a family in "
+        "docs/pretrained.md."
     )
     return UsageError(message, remedy=remedy, unchanged="Nothing was started.")
 

@@ -29,7 +29,7 @@ class Routing:
 
     Args:
         expert_ids_NK: chosen experts, global ids.
-        gates_NK: weights of their outputs; sum to the scaling factor per token.
+        gates_NK: weights of their outputs; with `norm_topk_prob` they sum to the scaling factor per token.
         balance_loss: to be added to the sum of the tokens' losses; None if there is no auxiliary loss.
         margins_EM: histogram of the tokens by their margin at each expert; None if not counted.
     """
@@ -113,7 +113,9 @@ class Router(nn.Module):
         if expert_ids_NK is None:
             expert_ids_NK, margins_EM = self._choose(scores_NE.detach())
         gates_NK = scores_NE.gather(1, expert_ids_NK)
-        gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20) * self.spec.routed_scaling_factor
+        if self.spec.norm_topk_prob:
+            gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
+        gates_NK = gates_NK * self.spec.routed_scaling_factor
         weight = self.spec.router_aux_loss_coef
         loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.router == "softmax" and weight else None
         return Routing(expert_ids_NK, gates_NK, loss, margins_EM)

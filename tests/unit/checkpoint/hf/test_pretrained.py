@@ -57,7 +57,7 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        pytest.param({"architectures": ["LlamaForCausalLM"]}, "its architecture is LlamaForCausalLM", id="another one"),
+        pytest.param({"architectures": ["GPT2LMHeadModel"]}, "its architecture is GPT2LMHeadModel", id="another one"),
         pytest.param({"architectures": None}, "its architecture is null", id="none named"),
         pytest.param({"hidden_size": None, "vocab_size": None}, "lacks vocab_size, hidden_size", id="missing keys"),
         pytest.param({"hidden_act": "gelu"}, 'hidden_act "gelu"', id="another activation"),

@@ -1,0 +1,149 @@
+"""The families of models that can be read from transformers' directories, and written to them."""
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from orchestrator.checkpoint.hf.family import Family
+from orchestrator.errors import UsageError
+from orchestrator.spec.model import ModelSpec
+
+_EXPERTS = {"num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "moe_intermediate_size"}
+_DENSE = {"intermediate_size": "intermediate_size"}
+_SOFTMAX = {"router": "softmax", "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+_NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}  # attention sees all earlier tokens
+
+GLM4_MOE = Family(
+    architecture="Glm4MoeForCausalLM",
+    model_type="glm4_moe",
+    keys={
+        **_EXPERTS,
+        **_DENSE,
+        "n_routed_experts": "n_routed_experts",
+        "n_shared_experts": "n_shared_experts",
+        "routed_scaling_factor": "routed_scaling_factor",
+        "n_group": "n_group",
+        "topk_group": "topk_group",
+        "first_k_dense_replace": "first_k_dense_replace",
+        "attention_bias": "attention_bias",
+        "use_qk_norm": "qk_norm",
+    },
+    is_ours={"router": "sigmoid", "norm_topk_prob": True},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    fixed={"norm_topk_prob": True},
+    also={"num_nextn_predict_layers": 0},
+    router="mlp.gate.weight",
+    correction="mlp.gate.e_score_correction_bias",
+    stacked=True,
+    partial_rotary_factor=0.5,
+)
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    keys={**_EXPERTS, "num_experts": "n_routed_experts", "norm_topk_prob": "norm_topk_prob"},
+    is_ours={**_SOFTMAX, "qk_norm": True, "attention_bias": False, "first_k_dense_replace": 0},
+    aliases={"num_local_experts": "num_experts"},  # as transformers 5 writes it
+    defaults={"norm_topk_prob": False},
+    fixed={"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], **_NO_WINDOW},
+    router="mlp.gate.weight",
+    stacked=True,
+)
+MIXTRAL = Family(
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    keys={
+        "num_experts_per_tok": "num_experts_per_tok",
+        "num_local_experts": "n_routed_experts",
+        "intermediate_size": "moe_intermediate_size",
+    },
+    is_ours={
+        **_SOFTMAX,
+        "norm_topk_prob": True,
+        "qk_norm": False,
+        "attention_bias": False,
+        "first_k_dense_replace": 0,
+    },
+    defaults={"rms_norm_eps": 1e-5},
+    fixed={"sliding_window": None},
+    router="block_sparse_moe.gate.weight",
+    experts="block_sparse_moe.experts.{expert}",
+    projections=("w1", "w3", "w2"),
+)
+OLMOE = Family(
+    architecture="OlmoeForCausalLM",
+    model_type="olmoe",
+    keys={
+        "num_experts_per_tok": "num_experts_per_tok",
+        "num_experts": "n_routed_experts",
+        "intermediate_size": "moe_intermediate_size",
+        "norm_topk_prob": "norm_topk_prob",
+    },
+    is_ours={**_SOFTMAX, "qk_norm": "all_heads", "attention_bias": False, "first_k_dense_replace": 0},
+    aliases={"num_local_experts": "num_experts"},
+    defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+    fixed={"attention_bias": False, "clip_qkv": None},
+    router="mlp.gate.weight",
+    stacked=True,
+)
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    keys=_DENSE,
+    is_ours={"qk_norm": False, "attention_bias": False},
+    fixed={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+)
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    keys=_DENSE,
+    is_ours={"qk_norm": True, "attention_bias": False},
+    fixed={"attention_bias": False, **_NO_WINDOW},
+)
+QWEN2 = Family(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    keys=_DENSE,
+    is_ours={"qk_norm": False, "attention_bias": True},
+    fixed=_NO_WINDOW,
+)
+# In the order in which they are tried for an export: dense ones first, as they say more of a dense model.
+FAMILIES = (LLAMA, QWEN3, QWEN2, GLM4_MOE, QWEN3_MOE, MIXTRAL, OLMOE)
+BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`. Raises UsageError for an architecture that none has."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in BY_ARCHITECTURE:
+        return BY_ARCHITECTURE[architectures[0]]
+    named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else json.dumps(architectures)
+    nearest = get_close_matches(named, BY_ARCHITECTURE, n=1)
+    hint = f"; nearest: {nearest[0]}" if nearest else ""
+    raise UsageError(f"its architecture is {named}; those that can be read are {', '.join(BY_ARCHITECTURE)}{hint}")
+
+
+def family_of_spec(spec: ModelSpec) -> Family:
+    """The first family that can express a model of ours.
+
+    Raises:
+        UsageError: none can; it names what stands in the way of each.
+    """
+    refusals = {family.architecture: family.inexpressible(spec) for family in FAMILIES}
+    for family in FAMILIES:
+        if not refusals[family.architecture]:
+            return family
+    reasons = "; ".join(f"{name} has no {', '.join(keys)}" for name, keys in refusals.items())
+    raise UsageError(
+        f"no architecture of transformers that can be written expresses the model: {reasons}",
+        unchanged="Nothing was written.",
+    )

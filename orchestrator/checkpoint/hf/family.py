@@ -1,0 +1,239 @@
+"""A family of models of transformers as our model: keys of its `config.json`, and names of its tensors, both ways.
+
+The maths is the same, so weights are only renamed, the embedding is multiplied by its scale, and the joint gate-and-up
+matrices are split in two, or joined when such a directory is read (`orchestrator.checkpoint.hf.pretrained`).
+`orchestrator.checkpoint.hf.families` lists the families, each a value of the class here;
+`tests/integration/test_families.py` compares logits and gradients of each with transformers.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.errors import UsageError
+from orchestrator.spec.model import ModelSpec
+
+_OUTSIDE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+_WITHIN = {  # our name within a layer: theirs
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query": "self_attn.q_proj.weight",
+    "attention.key": "self_attn.k_proj.weight",
+    "attention.value": "self_attn.v_proj.weight",
+    "attention.output": "self_attn.o_proj.weight",
+    "attention.query_bias": "self_attn.q_proj.bias",
+    "attention.key_bias": "self_attn.k_proj.bias",
+    "attention.value_bias": "self_attn.v_proj.bias",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+}
+_MLP = re.compile(r"(mlp(?:\.experts\.\d+|\.shared)?)\.(gate_up|down)")
+_EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_up|down)")
+_CORRECTION = "mlp.router.correction_bias_E"
+_COMMON = (  # keys of every family's config.json and of our `model` section, under one name
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+)
+_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+_FIXED: dict[str, Any] = {"hidden_act": "silu"}  # the only values that our model supports
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of one architecture are ours.
+
+    Args:
+        architecture, model_type: as in `config.json`.
+        keys: further keys: ours, by theirs.
+        aliases: other names of keys, in files of other versions.
+        defaults: values that transformers takes for keys that `config.json` lacks, under their names.
+        fixed: their keys that may have one value only.
+        also: further keys that are written.
+        is_ours: values of our keys that all its models have.
+        router: name of a router's matrix; None: without experts.
+        correction: name of its correction bias; None: it has none.
+        experts: path of an expert, with its number as `{expert}`.
+        projections: names of the gate, up and down matrices of an expert, and of an MLP.
+        stacked: whether some files stack a layer's experts.
+        partial_rotary_factor: what transformers takes where `config.json` lacks it.
+    """
+
+    architecture: str
+    model_type: str
+    keys: Mapping[str, str]
+    is_ours: Mapping[str, Any]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Any] = field(default_factory=dict)
+    router: str | None = None
+    correction: str | None = None
+    experts: str = "mlp.experts.{expert}"
+    projections: tuple[str, str, str] = PROJECTIONS
+    stacked: bool = False
+    partial_rotary_factor: float = 1.0
+
+    # -- tensors -----------------------------------------------------------------------------------------------
+
+    def their_names(self, name: str) -> tuple[str, ...]:
+        """Names in transformers of one of our parameters or buffers: one, or two for the halves of a gate-and-up
+        matrix; none for a buffer that the family doesn't have.
+
+        Raises:
+            KeyError: our model has no tensor of this name.
+        """
+        layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if layer is None:
+            return (_OUTSIDE[name],)
+        prefix, inner = f"model.layers.{layer[1]}.", layer[2]
+        if inner == _CORRECTION:
+            return () if self.correction is None else (prefix + self.correction,)
+        if inner == "mlp.router.weight" and self.router is not None:
+            return (prefix + self.router,)
+        mlp = _MLP.fullmatch(inner)
+        if mlp is None:
+            return (prefix + _WITHIN[inner],)
+        expert = re.fullmatch(r"mlp\.experts\.(\d+)", mlp[1])
+        path = self.experts.format(expert=expert[1]) if expert else mlp[1].replace(".shared", ".shared_experts")
+        gate, up, down = self.projections if expert else PROJECTIONS
+        return tuple(f"{prefix}{path}.{kind}.weight" for kind in ((down,) if mlp[2] == "down" else (gate, up)))
+
+    def stacked_name(self, name: str) -> tuple[str, int] | None:
+        """Name of the tensor that stacks all experts of a layer, as in memory and in some files, and the index of our
+        tensor in it; None for a tensor that belongs to no expert."""
+        expert = _EXPERT.fullmatch(name) if self.stacked else None
+        return (f"model.layers.{expert[1]}.mlp.experts.{expert[3]}_proj", int(expert[2])) if expert else None
+
+    def renamed(
+        self, name: str, tensor: npt.NDArray[Any], embedding_scale: float
+    ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """One of our tensors, converted to the names and values of transformers. Raises KeyError for an unknown
+        name."""
+        names = self.their_names(name)
+        if name == "embedding.weight":
+            tensor = tensor * np.float32(embedding_scale)
+        if names:
+            yield from zip(names, np.split(tensor, len(names)), strict=True)
+
+    # -- configuration -----------------------------------------------------------------------------------------
+
+    def configuration(self, spec: ModelSpec, vocab_size: int, sequence_length: int, dtype: str) -> dict[str, Any]:
+        """The content of `config.json` for a model that the family can express (`inexpressible`)."""
+        rope: dict[str, Any] = _ROPE | {"rope_theta": spec.rope_theta}
+        rope["partial_rotary_factor"] = spec.partial_rotary_factor
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "dtype": dtype,
+            **{key: getattr(spec, key) for key in _COMMON},
+            **{theirs: getattr(spec, ours) for theirs, ours in self.keys.items()},
+            "vocab_size": vocab_size,
+            "max_position_embeddings": sequence_length,
+            "initializer_range": spec.initializer_range,
+            "tie_word_embeddings": False,
+            "rope_parameters": rope,
+            **_FIXED,
+            **self.fixed,
+            **self.also,
+            "use_cache": True,
+        }
+
+    def inexpressible(self, spec: ModelSpec) -> list[str]:
+        """Keys of ours, with their values, for which the family has no counterpart; empty: it can express the model."""
+        wanted = dict(self.is_ours)
+        if self.router is None:
+            wanted = {key: value for key, value in wanted.items() if key in ("qk_norm", "attention_bias")}
+            wanted["first_k_dense_replace"] = spec.num_hidden_layers
+        elif self.correction is None:
+            wanted["bias_update_speed"] = 0.0
+        if self.partial_rotary_factor == 1.0:
+            wanted["partial_rotary_factor"] = 1.0
+        return [
+            f"{key} {json.dumps(getattr(spec, key))}" for key, value in wanted.items() if getattr(spec, key) != value
+        ]
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A `config.json` as our `model` section.
+
+        Raises:
+            UsageError: missing keys, or values that our model does not support. It names all of them.
+        """
+        known = {"head_dim": None, "rms_norm_eps": 1e-6} | dict(self.defaults)
+        known |= {self.aliases.get(key, key): value for key, value in config.items() if value is not None}
+        if missing := [key for key in (*_COMMON, *self.keys) if key not in known]:
+            raise UsageError(f"it lacks {', '.join(missing)}")
+        rope = _ROPE | {"partial_rotary_factor": self.partial_rotary_factor}
+        rope |= {key: config[key] for key in _ROPE if config.get(key) is not None}
+        for scaling in ("rope_scaling", "rope_parameters"):  # keys of older and newer versions of transformers
+            rope |= config.get(scaling) or {}
+        fixed = _FIXED | dict(self.fixed)
+        wrong = {key: known[key] for key, value in fixed.items() if known.get(key, value) != value}
+        default = (("rope_type", "default"), ("type", "default"))
+        wrong |= {key: rope[key] for key, value in default if rope.get(key, value) != value}
+        if wrong:
+            shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in wrong.items())
+            raise UsageError(f"it has {shown}, which no model of ours can have")
+        if known["head_dim"] is None:
+            known["head_dim"] = int(known["hidden_size"]) // int(known["num_attention_heads"])
+        found = {key: known[key] for key in _COMMON} | {ours: known[theirs] for theirs, ours in self.keys.items()}
+        if self.router is None:
+            found["first_k_dense_replace"] = found["num_hidden_layers"]
+        return {
+            **found,
+            **self.is_ours,
+            "rope_theta": float(rope["rope_theta"]),
+            "partial_rotary_factor": float(rope["partial_rotary_factor"]),
+        }
+
+
+def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter and buffer of our model."""
+    wide, queries, keys = (
+        spec.hidden_size,
+        spec.num_attention_heads * spec.head_dim,
+        spec.num_key_value_heads * spec.head_dim,
+    )
+    yield from (("embedding.weight", (vocab_size, wide)), ("norm.weight", (wide,)), ("head", (vocab_size, wide)))
+    within: dict[str, tuple[int, ...]] = {
+        "attention_norm.weight": (wide,),
+        "attention.query": (queries, wide),
+        "attention.key": (keys, wide),
+        "attention.value": (keys, wide),
+        "attention.output": (wide, queries),
+        "mlp_norm.weight": (wide,),
+    }
+    if spec.attention_bias:
+        within |= {f"attention.{kind}_bias": (n,) for kind, n in (("query", queries), ("key", keys), ("value", keys))}
+    if spec.qk_norm:
+        of_all = spec.qk_norm == "all_heads"
+        sizes = (queries, keys) if of_all else (spec.head_dim, spec.head_dim)
+        within |= {f"attention.{kind}_norm.weight": (n,) for kind, n in zip(("query", "key"), sizes, strict=True)}
+    routed: dict[str, tuple[int, ...]] = {
+        "mlp.router.weight": (spec.n_routed_experts, wide),
+        _CORRECTION: (spec.n_routed_experts,),
+    }
+    widths = {f"experts.{expert}.": spec.moe_intermediate_size for expert in range(spec.n_routed_experts)}
+    if spec.n_shared_experts:
+        widths["shared."] = spec.n_shared_experts * spec.moe_intermediate_size
+    for layer in range(spec.num_hidden_layers):
+        dense = layer < spec.first_k_dense_replace
+        for inner, shape in within.items() if dense else (within | routed).items():
+            yield f"layers.{layer}.{inner}", shape
+        for mlp, width in ({"": spec.intermediate_size} if dense else widths).items():
+            yield f"layers.{layer}.mlp.{mlp}gate_up", (2 * width, wide)
+            yield f"layers.{layer}.mlp.{mlp}down", (wide, width)

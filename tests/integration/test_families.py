@@ -1,0 +1,191 @@
+"""Each family of models against transformers: the same weights, logits and gradients, read and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from orchestrator.checkpoint.hf.export import export_hf
+from orchestrator.checkpoint.hf.families import BY_ARCHITECTURE, FAMILIES, family_of_spec
+from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
+from orchestrator.errors import CheckpointCorrupt, UsageError
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.worker.reference_model import starting_model
+from tests.integration.test_glm4_moe import _checkpoint_of
+
+VOCAB, LENGTH = 97, 24
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": LENGTH,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "head_dim": 12,
+    },
+    "Qwen3MoeForCausalLM": EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
+    "MixtralForCausalLM": {"num_local_experts": 8, "num_experts_per_tok": 3},
+    "OlmoeForCausalLM": {"num_experts": 8, "num_experts_per_tok": 3},
+    "LlamaForCausalLM": {"rope_theta": 5e5},
+    "Qwen3ForCausalLM": {"head_dim": 16, "tie_word_embeddings": True},
+    "Qwen2ForCausalLM": {},
+}
+
+
+def _saved(architecture: str, directory: Path) -> Any:
+    """Their model, with random weights, and its directory."""
+    family = BY_ARCHITECTURE[architecture]
+    config = AutoConfig.for_model(family.model_type, **(SIZES | VARIANTS[architecture]))
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            if "norm" in name:
+                param.add_(0.2 * torch.randn_like(param))
+            else:
+                param.normal_(0.0, 0.2)
+    theirs.save_pretrained(directory)
+    return theirs.eval()
+
+
+def _read(directory: Path) -> MoELanguageModel:
+    spec = resolved(ModelSpec(init_from=str(directory)), directory)
+    open_pretrained(directory).check(spec)
+    model = starting_model(JobSpec(name="read", model=spec), VOCAB, torch.device("cpu"))
+    assert isinstance(model, MoELanguageModel)
+    return model
+
+
+@pytest.mark.parametrize("architecture", VARIANTS)
+def test_logits_and_gradients_equal_transformers(tmp_path: Path, architecture: str) -> None:
+    assert [*BY_ARCHITECTURE] and set(VARIANTS) == set(BY_ARCHITECTURE)
+    theirs, family = _saved(architecture, tmp_path / "theirs"), BY_ARCHITECTURE[architecture]
+    ours = _read(tmp_path / "theirs")
+    tokens_BU = torch.randint(0, VOCAB, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    inputs_BT, targets_BT = tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()
+    their_logits = theirs(input_ids=inputs_BT).logits
+    torch.testing.assert_close(ours(inputs_BT), their_logits, rtol=2e-5, atol=2e-5)
+
+    ours(inputs_BT, targets_BT).backward()
+    F.cross_entropy(their_logits.flatten(0, 1), targets_BT.flatten(), reduction="sum").backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    scale = {name: float(grad.abs().max()) for name, grad in gradients.items()}
+    compared = set()
+    for name, param in ours.named_parameters():
+        assert param.grad is not None, name
+        for their_name, part in family.renamed(name, param.grad.numpy(), 1.0):
+            if theirs.config.tie_word_embeddings and name in ("head", "embedding.weight"):
+                continue  # theirs is the sum of both of ours
+            place, known = _place(gradients, their_name)
+            compared.add(known)
+            torch.testing.assert_close(
+                torch.from_numpy(part), place, rtol=1e-4, atol=1e-5 * max(scale[known], 1e-3), msg=their_name
+            )
+    left = set(gradients) - compared - {"model.embed_tokens.weight"}
+    assert not left, left
+
+
+def _place(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, str]:
+    """The tensor of this name, or its part of one that stacks experts in memory, and the name of that."""
+    if name in tensors:
+        return tensors[name], name
+    name = name.replace("block_sparse_moe", "mlp")  # in memory
+    if name in tensors:
+        return tensors[name], name
+    path, _, tail = name.partition(".experts.")
+    number, kind, _ = tail.split(".")
+    kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(kind, kind)
+    if kind == "down_proj":
+        return tensors[f"{path}.experts.down_proj"][int(number)], f"{path}.experts.down_proj"
+    both = tensors[f"{path}.experts.gate_up_proj"][int(number)]
+    half = both.shape[0] // 2
+    return both[:half] if kind == "gate_proj" else both[half:], f"{path}.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("architecture", VARIANTS)
+def test_what_was_read_is_written_as_the_same_family(store_dir: Path, tmp_path: Path, architecture: str) -> None:
+    theirs = _saved(architecture, tmp_path / "theirs")
+    ours = _read(tmp_path / "theirs")
+    assert family_of_spec(ours.spec).architecture == architecture
+    tokenizer = store_dir / "tokenizer.json"
+    spec = ours.spec.model_copy(update={"init_from": None})
+    job = JobSpec(name="run", model=spec, train={"sequence_length": LENGTH})  # type: ignore[arg-type]
+    export_hf(_checkpoint_of(ours, tmp_path / "checkpoints"), job, tokenizer, tmp_path / "again", "fp32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto", attn_implementation="eager")
+    assert type(again).__name__ == architecture
+    inputs_BT = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = theirs(input_ids=inputs_BT).logits
+        torch.testing.assert_close(again(input_ids=inputs_BT).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", VARIANTS)
+def test_a_swapped_tensor_is_found(tmp_path: Path, architecture: str) -> None:
+    """Of equal shapes: by logits; of others: when the directory is opened."""
+    theirs = _saved(architecture, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(path)
+    first, second = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
+    tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+    save_file(tensors, path, {"format": "pt"})
+    inputs_BT = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        swapped = _read(tmp_path / "theirs")(inputs_BT)
+        assert not torch.allclose(swapped, theirs(input_ids=inputs_BT).logits, rtol=1e-2, atol=1e-2)
+    tensors[first] = torch.zeros(3, 3)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointCorrupt, match="k_proj.weight has"):
+        _read(tmp_path / "theirs")
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "scaled positions": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
+        'rope_type "llama3"',
+    ),
+    "a window": ("MixtralForCausalLM", {"sliding_window": 4096}, "sliding_window 4096"),
+    "clipped": ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
+    "some layers dense": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
+    "biases": ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias true"),
+    "an unknown one": (
+        "LlamaForCausalLM",
+        {"architectures": ["Qwen3NextForCausalLM"]},
+        "Qwen3NextForCausalLM; those that can be read are .*; nearest: Qwen3ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_ours_cannot_be_is_refused(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], message: str
+) -> None:
+    _saved(architecture, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UsageError, match=message):
+        resolved(ModelSpec(init_from=str(tmp_path)), tmp_path)
+
+
+def test_a_model_that_no_family_can_express_is_not_exported() -> None:
+    with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no router \"softmax\".*n_shared_experts 1"):
+        family_of_spec(ModelSpec(router="softmax"))
+    assert len(FAMILIES) == len(BY_ARCHITECTURE) == 7
