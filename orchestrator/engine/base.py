@@ -34,7 +34,12 @@ class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
     def accumulate(
-        self, micro_batch: Batch, global_units: int, last: bool, before_backward: Callable[[], None] = noop
+        self,
+        micro_batch: Batch,
+        global_units: int,
+        last: bool,
+        before_backward: Callable[[], None] = noop,
+        scale: int | None = None,
     ) -> tuple[Loss, RoutingCounts]:
         """Forward and backward of one micro-batch. Accumulates the gradient of its loss sum / `global_units`.
 
@@ -43,6 +48,7 @@ class Engine(Protocol):
         Args:
             last: `step` comes next: gradients may be sent during this backward pass.
             before_backward: called between the two.
+            scale: units to which auxiliary losses, sums over tokens, are scaled; None: as many as there are tokens.
 
         Returns:
             the micro-batch's loss, detached, and its routers' counts.

@@ -5,7 +5,7 @@ Shape legend: R = rows, T = tokens of a row.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.inference.rows import rows_of_documents
 from orchestrator.model.base import TrainableModel
+from orchestrator.model.task import Batch, Loss
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark, Split
 from orchestrator.spec.job import JobSpec
@@ -27,6 +28,7 @@ from orchestrator.storage.backends.location import location_of
 REMARK_EVERY_S = 5.0
 
 
+@torch.no_grad()
 def evaluate(
     request: Evaluation, job: JobSpec, tokenizer: TextTokenizer | None, model: TrainableModel
 ) -> Iterator[Remark | EvaluationResult]:
@@ -38,12 +40,15 @@ def evaluate(
     if job.has_rows:
         yield _of_rows(request, job, model)
         return
-    loss_sum, num_rows, num_tokens = 0.0, 0, 0
+    loss_sum, num_rows, num_tokens, task = 0.0, 0, 0, task_of(job.task)
+    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in task.metrics}
     assert tokenizer is not None
     text = _TextLength(tokenizer)
     reported_s = time.monotonic()
     for rows in _limited(_rows(request, job, tokenizer), request.max_rows):
-        loss_sum += _loss_sum(model, rows, job.data.isolate_documents)
+        found = task.loss(model, _batch(model, rows, job.data.isolate_documents))
+        loss_sum += float(found.total)
+        _add(sums, found)
         num_rows += len(rows.inputs_RT)
         num_tokens += int((rows.targets_RT != IGNORED_TARGET).sum())
         text.add(rows)
@@ -63,17 +68,14 @@ def evaluate(
         num_bytes=num_bytes,
         perplexity=_perplexity(loss),
         bits_per_byte=loss_sum / math.log(2.0) / num_bytes,
+        metrics=task.report(_means(sums)),
     )
 
 
 @torch.no_grad()
 def _of_rows(request: Evaluation, job: JobSpec, model: TrainableModel) -> EvaluationResult:
     """The task's loss and metrics on rows of a split."""
-    if request.store_dir is None:
-        raise DataError(
-            f"run {job.name} has task {job.task.entrypoint or job.task.name}, whose rows no text can replace",
-            remedy="Leave --corpus out: the run's own rows are read.",
-        )
+    assert request.store_dir is not None
     task, device = task_of(job.task), next(model.parameters()).device
     store = open_rows(location_of(request.store_dir))
     split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
@@ -87,12 +89,19 @@ def _of_rows(request: Evaluation, job: JobSpec, model: TrainableModel) -> Evalua
         arrays = task.collate(store.read(split, rows_R), np.random.default_rng((job.train.seed, 0, number)))
         loss = task.loss(model, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
         loss_sum, units = loss_sum + float(loss.total), units + int(store.units(split, rows_R).sum())
-        for name, pair in loss.metrics.items():
-            sums[name] = [before + float(each) for before, each in zip(sums[name], pair, strict=True)]
-    means = {name: each / weight if weight else 0.0 for name, (each, weight) in sums.items()}
+        _add(sums, loss)
     mean, unit = loss_sum / max(units, 1), job.task.unit
     perplexity = _perplexity(mean) if unit == "tokens" else None
-    return EvaluationResult(num_rows, units, mean, unit, perplexity=perplexity, metrics=task.report(means))
+    return EvaluationResult(num_rows, units, mean, unit, perplexity=perplexity, metrics=task.report(_means(sums)))
+
+
+def _add(sums: dict[str, list[float]], loss: Loss) -> None:
+    for name, pair in loss.metrics.items():
+        sums[name] = [before + float(each) for before, each in zip(sums[name], pair, strict=True)]
+
+
+def _means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: each / weight if weight else 0.0 for name, (each, weight) in sums.items()}
 
 
 def _perplexity(loss: float) -> float:
@@ -127,13 +136,11 @@ def _limited(batches: Iterator[Rows], max_rows: int | None) -> Iterator[Rows]:
         left = None if left is None else left - len(rows.inputs_RT)
 
 
-@torch.no_grad()
-def _loss_sum(model: TrainableModel, rows: Rows, isolate_documents: bool) -> float:
+def _batch(model: TrainableModel, rows: Rows, isolate_documents: bool) -> Batch:
+    arrays = {"inputs": rows.inputs_RT, "targets": rows.targets_RT}
     device = next(model.parameters()).device
-    inputs_RT, targets_RT, documents_RT = (
-        torch.from_numpy(array).to(device) for array in (rows.inputs_RT, rows.targets_RT, rows.documents_RT)
-    )
-    return float(model(inputs_RT, targets_RT, documents_RT if isolate_documents else None))
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return tensors | ({"documents": torch.from_numpy(rows.documents_RT).to(device)} if isolate_documents else {})
 
 
 class _TextLength:

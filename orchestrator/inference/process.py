@@ -35,6 +35,11 @@ def answers(request: Request) -> Iterator[Answer]:
     prepared = 0 if tokenizer is None else tokenizer.vocab_size
     if isinstance(request, Evaluation) and request.store_dir is not None and not job.has_tokens:
         prepared = open_rows(location_of(request.store_dir)).manifest.num_outputs
+    if isinstance(request, Evaluation) and request.store_dir is None and job.has_rows:
+        raise UsageError(
+            f"run {job.name} has task {job.task.entrypoint or job.task.name}, whose rows no text can replace",
+            remedy="Leave --corpus out: the run's own rows are read.",
+        )
     if isinstance(request, Generation) and tokenizer is None:
         raise UsageError(f"run {job.name} has task {job.task.entrypoint or job.task.name}, which has no text")
     model = load_model(location_of(request.checkpoint), job, prepared)

@@ -51,10 +51,12 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         _check_buffers(model, before)
     if job.train.is_exact or (job.task.entrypoint is not None and device.type == "cpu"):
         trial.check_repeats(first, trial.run(samples.of(0)))
+    both = trial.run(samples.of(0, samples.last))
     if job.task.entrypoint is not None:
-        last = 1 if samples.num_rows > 1 else 0
-        trial.check_sum(trial.run(samples.of(0, last)), first, trial.run(samples.of(last)))
-    trial.check_calls(first, trial.run(samples.of()))
+        trial.check_sum(both, first, trial.run(samples.of(samples.last)))
+        task.report(dict.fromkeys(task.metrics, 0.0))
+    for other in (both, trial.run(samples.of())):
+        trial.check_calls(first, other)
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ class _Samples:
     rows: Sequence[Row]
 
     @property
-    def num_rows(self) -> int:
-        return len(self.rows) or 2
+    def last(self) -> int:
+        """Number of another row than 0, if there is one."""
+        return 0 if len(self.rows) == 1 else 1
 
-    def of(self, *numbers: int) -> tuple[Batch, int | None]:
-        """The rows with these numbers; None of tasks whose units the data count by themselves."""
+    def of(self, *numbers: int) -> tuple[Batch, int]:
+        """The rows with these numbers, and how many units the data count in them."""
         if self.rows:
             some = [self.rows[number] for number in numbers] or list(self.rows[:1])
             arrays = self.task.collate(some, np.random.default_rng(0))
@@ -87,7 +90,7 @@ class _Samples:
         if self.job.has_chats:
             batch["lengths"] = torch.full(shape[:1], shape[1], device=self.device)
             batch["reference"] = torch.zeros(shape[:1], device=self.device)
-        return batch, None if parts == 1 else len(numbers)
+        return batch, len(numbers) if parts == 2 else tokens_BT.numel()
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class _Pass:
     loss: float
     grads: dict[str, Tensor]
     num_calls: int
+    rows: str
 
 
 class _Trial:
@@ -112,7 +116,7 @@ class _Trial:
     def _count(self, *_: object) -> None:
         self._calls += 1
 
-    def run(self, sample: tuple[Batch, int | None]) -> _Pass:
+    def run(self, sample: tuple[Batch, int]) -> _Pass:
         """A forward and backward pass."""
         batch, units = sample
         num_rows = len(next(iter(batch.values())))
@@ -123,7 +127,8 @@ class _Trial:
                 seed_draws(0, 0, 0)
                 loss = self._task.loss(self._model, batch)
                 self._check_loss(loss, units, rows)
-                self._model.with_balance_losses(loss.total, loss.units).backward()  # type: ignore[no-untyped-call]
+                scale = units if self._job.has_rows else None
+                self._model.with_balance_losses(loss.total, scale).backward()  # type: ignore[no-untyped-call]
         except EntrypointError as error:
             if not num_rows:
                 error.remedy = (
@@ -131,10 +136,11 @@ class _Trial:
                     "Write sizes out where view or reshape has to guess a -1."
                 )
             raise
-        return _Pass(float(loss.total.detach()), self._grads(rows), self._calls)
+        return _Pass(float(loss.total.detach()), self._grads(rows), self._calls, rows)
 
-    def _check_loss(self, loss: Loss, units: int | None, rows: str) -> None:
-        if units is not None and loss.units != units:
+    def _check_loss(self, loss: Loss, units: int, rows: str) -> None:
+        counts_itself = not self._job.has_rows or self._job.has_chats  # tokens, which the data count
+        if loss.units != units and not (counts_itself and loss.units is None):
             raise EntrypointError(
                 f"the loss of {self._name} on {rows} is a sum over {loss.units} units; the data have {units}",
                 remedy="Return Loss(total, units) with the sum over the rows and their number.",
@@ -181,13 +187,18 @@ class _Trial:
                 "global batch, which no rank knows the others' part of.",
             )
 
-    def check_calls(self, first: _Pass, empty: _Pass) -> None:
-        """Raises EntrypointError if a pass on no rows calls the model less or more often."""
-        if first.num_calls != empty.num_calls:
+    def check_calls(self, first: _Pass, other: _Pass) -> None:
+        """Raises EntrypointError if another pass calls the model less or more often, or one with experts not once."""
+        if first.num_calls != other.num_calls:
             raise EntrypointError(
-                f"a pass of {self._name} calls the model {first.num_calls} times on a row and {empty.num_calls} times "
-                "on no rows",
+                f"a pass of {self._name} calls the model {first.num_calls} times on a row and {other.num_calls} times "
+                f"on {other.rows}",
                 remedy="Call it equally often for any micro-batch: experts of all ranks take part in each call.",
+            )
+        if first.num_calls != 1 and self._model.moe_layers:
+            raise EntrypointError(
+                f"a pass of {self._name} calls a model with experts {first.num_calls} times",
+                remedy="Call it once, on all inputs together: experts are balanced by the load of one call.",
             )
 
 

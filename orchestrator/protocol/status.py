@@ -89,8 +89,8 @@ class RunStatus:
 
     `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds. `held_by` is the number
     of failure domains that hold the newest of them: nodes where the run has several, else workers. `uncommitted` counts
-    finished steps that neither two domains nor a checkpoint hold. `unit` is what losses are a mean over, in the plural:
-    the tokens of `tokens_per_second`. `metrics` are those of the task, by name.
+    finished steps that neither two domains nor a checkpoint hold. `unit` is what `tokens_per_second` counts: tokens,
+    or the rows of a task whose rows have none. `metrics` are those of the task, by name.
     """
 
     run_id: str

@@ -15,7 +15,7 @@ class BatchRecord(Compact):
     """The global batch of a step.
 
     Args:
-        tokens: target tokens in it.
+        tokens: target tokens in it; of chats all tokens, of rows that have none the rows.
         first_position, num_positions: the sample positions [first_position, first_position + num_positions).
         stage: of the curriculum; empty without one.
         sequence_length: tokens of its rows, or of the longest.

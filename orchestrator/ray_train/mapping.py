@@ -26,6 +26,7 @@ from orchestrator.spec.section import Path
 from orchestrator.spec.workers import AVAILABLE, MANUAL
 
 VALIDATION = "eval/loss"  # the metric by which checkpoints can be kept
+OF_TASK = "eval/metric"  # begins those of a task on validation rows, each with its own name after it
 # Kinds that Ray Train counts as failures of workers. It doesn't know loss explosions and failures of the storage.
 WORKER_FAILURES = ("worker", "node", "network", "hang", "user_error", "out_of_memory", "internal")
 GENERATED_NAME = re.compile(r"ray_train_run-\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
@@ -148,8 +149,13 @@ def _failures(config: FailureConfig) -> _Said:
 
 def _checkpoints(config: CheckpointConfig) -> _Said:
     metric, count = config.checkpoint_score_attribute, config.num_to_keep
-    if metric is not None and (metric not in METRICS or METRICS[metric].live):
-        of_steps = [name for name, declared in METRICS.items() if not declared.live]
+    is_of_task = metric is not None and metric.startswith((f"{OF_TASK}/", "train/metric/"))
+    if (
+        metric is not None
+        and not is_of_task
+        and (metric not in METRICS or METRICS[metric].live or METRICS[metric].label)
+    ):
+        of_steps = [name for name, declared in METRICS.items() if not declared.live and not declared.label]
         rule = f"must be a metric of steps. {nearest(metric, of_steps)}docs/metrics.md lists them"
         yield _Refusal(_said(config, "checkpoint_score_attribute"), rule)
     elif metric is not None and count is not None and (metric, config.checkpoint_score_order) != (VALIDATION, "min"):

@@ -25,6 +25,7 @@ from orchestrator.tracking.sink import MetricPoint
 
 Row = dict[str, Any]
 VALIDATION = "eval/loss"
+OF_TASK = "eval/metric/"  # begins metrics of a task
 
 
 def result_of(
@@ -66,7 +67,7 @@ def rows_of(before: Progress, steps: Sequence[StepRecord], entries: Sequence[Jou
         points += points_of_event(entry)
     for point in points:
         if point.step in rows:
-            rows[point.step][point.name] = point.value
+            rows[point.step][point.key] = point.value
     return list(rows.values())
 
 
@@ -75,7 +76,8 @@ def with_validations(rows: Sequence[Row]) -> dict[int, Row]:
     known: Row = {}
     found = {}
     for row in rows:
-        known = {VALIDATION: row[VALIDATION]} if VALIDATION in row else known
+        if VALIDATION in row:
+            known = {name: value for name, value in row.items() if name == VALIDATION or name.startswith(OF_TASK)}
         found[row["step"]] = row | known
     return found
 

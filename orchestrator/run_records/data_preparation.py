@@ -6,12 +6,13 @@ from orchestrator.data.bucket_store import node_stores, upload
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.rows.chat_tokenizer import SAVED
-from orchestrator.data.rows.prepare_rows import prepare_rows
+from orchestrator.data.rows.prepare_rows import check_outputs, prepare_rows
 from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import CONFIG
 from orchestrator.run_records.prepared_data import PreparedData
+from orchestrator.secrets import take_secrets
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import DPO
@@ -45,6 +46,7 @@ class Preparation:
         job = JobSpec.model_validate_json(job_json)
         data, place = job.data, location_of(data_dir)
         if job.has_rows:
+            take_secrets(job.secrets)  # which a user's rows may need
             return self._prepare_rows(job, location_of(run_dir), place)
         store = prepare(
             data.source,
@@ -80,13 +82,13 @@ class Preparation:
         """Make or find the job's store of rows, and save what turns text into tokens with the run."""
         here = place if isinstance(place, Path) else node_stores()
         store = prepare_rows(job, here, self._tell)
-        if job.has_chats:
-            check_vocabulary(job.model.vocab_size, store.manifest.num_outputs)
-            if job.task.name == DPO:
-                store = with_reference(job, store, here, self._tell)
+        if store.manifest.num_outputs:
+            check_outputs(job, store.manifest.num_outputs)
+        if job.has_chats and job.task.name == DPO:
+            store = with_reference(job, store, here, self._tell)
         stored: Location = store.directory
         if not isinstance(place, Path):
-            stored = place / store.digest[:32]
+            stored = place / store.directory.name  # as it is named on this node, which needs no copy
             upload(store.directory, store.manifest.files, stored)
         files = {name for name in store.manifest.files if name in OF_RUN}
         for name in files:

@@ -44,6 +44,7 @@ def progress_up_to(objects: Objects, progress: Progress, step: int, before: int 
         tokens=progress.tokens - sum(record.batch.tokens for record in undone),
         skipped=progress.skipped - sum(not record.update.applied for record in undone),
         validations=validations,
+        validation_metrics=next((r.validation_metrics for r in reversed(recent) if r.validation_loss is not None), {}),
         stages=tuple((name, first_step) for name, first_step in progress.stages if first_step <= step),
     )
 

@@ -12,7 +12,7 @@ from orchestrator.policy.recovery.holders import num_holders
 from orchestrator.policy.replay_check import shown
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import newest_metrics, tokens_per_second, traffic_per_step
+from orchestrator.policy.state.progress import tokens_per_second, traffic_per_step
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.protocol.codec import to_plain
@@ -51,7 +51,6 @@ def status_of(
         resources: that each worker reserves.
     """
     state, progress = memory.state, memory.progress
-    metrics, validation_metrics = newest_metrics(progress)
     over = state.outcome is not None
     record = memory.checkpoints.of(state.checkpoint_done)
     return RunStatus(
@@ -71,8 +70,8 @@ def status_of(
         first_validation_loss=progress.first_validation_loss,
         tokens_per_second=tokens_per_second(progress),
         unit=limits.unit,
-        metrics=metrics,
-        validation_metrics=validation_metrics,
+        metrics=progress.recent[-1].metrics if progress.recent else {},
+        validation_metrics=progress.validation_metrics,
         rescales=state.rescales,
         recoveries=state.recoveries,
         checkpoint=str(path_of(run_dir, record)) if record else None,

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import HERE, Broken, Path, Section, broken_own_code, directory, refuse
-from orchestrator.spec.task import CLASSIFICATION, Entrypoint, TaskSpec
+from orchestrator.spec.task import CLASSIFICATION, OF_CHATS, Entrypoint, TaskSpec
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
 BUILTIN = "builtin:stdlib"  # text that is read unless a job names another
@@ -101,6 +101,14 @@ def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec, has_rows: bool
     if has_rows and data.entrypoint is None and data.source.startswith("builtin:"):
         rule = f"data.source must name a file or a folder with the rows of task {task.name}; got {data.source}"
         yield Broken((("data", "source"), of_task), rule)
+    of_files = {"holdout": 0.05, "tokenizer": None, "text_key": "text"}
+    for key, default in of_files.items():
+        if data.entrypoint is not None and getattr(data, key) != default:
+            rule = f"data.{key} is of files, and the rows are those of data.entrypoint: leave it out"
+            yield Broken((("data", key), ("data", "entrypoint")), rule)
+    if data.chat_template is not None and (task.entrypoint is not None or task.name not in OF_CHATS):
+        rule = f"data.chat_template is of tasks {' and '.join(OF_CHATS)}; got {task.entrypoint or task.name}"
+        yield Broken((("data", "chat_template"), of_task), rule)
     of_text = {"row_format": data.row_format == BY_DOCUMENT, "isolate_documents": data.isolate_documents}
     for key in [key for key, is_given in of_text.items() if is_given and has_rows]:
         rule = f"data.{key} is of text, and task {task.entrypoint or task.name} has rows: leave it out"

@@ -189,6 +189,10 @@ class JobSpec(Section):
             rule = "micro_batch_size must be a number of rows where rows have no tokens; got "
             keys_of_size: tuple[Path, ...] = (("train", "micro_batch_size"), ("task", "name"))
             yield Broken(keys_of_size, f"{rule}{self.train.micro_batch_size}")
+        if self.task.num_classes and self.model.vocab_size and self.model.vocab_size < self.task.num_classes:
+            rule = "vocab_size must be at least task.num_classes; got "
+            got = f"{self.model.vocab_size} and {self.task.num_classes}"
+            yield Broken((("model", "vocab_size"), ("task", "num_classes")), rule + got)
         if self.has_rows and self.curriculum is not None:
             rule = "a curriculum orders text, and the task has rows: leave one out"
             yield Broken((("curriculum",), ("task", "name")), rule)

@@ -60,5 +60,8 @@ def data_of(run_id: str, run_dir: Location) -> PreparedData:
     prepared = [entry.event.data for entry in entries if isinstance(entry.event, DataPrepared)]
     if not prepared or not is_there(location_of(prepared[-1].store_dir)):
         gone = f"is gone: {prepared[-1].store_dir}" if prepared else "was never prepared"
-        raise DataError(f"the token store of run {run_id} {gone}", remedy="Name a text instead: --corpus SOURCE.")
+        raise DataError(
+            f"the prepared data of run {run_id} {gone}",
+            remedy="Resume the run, which prepares it again; of a run of text, name a text: --corpus SOURCE.",
+        )
     return prepared[-1]

@@ -43,6 +43,8 @@ def _size(job: JobSpec, entries: Iterable[JournalEntry]) -> tuple[ModelSize | No
     prepared = [entry.event.data.vocab_size for entry in entries if isinstance(entry.event, DataPrepared)]
     if job.model.vocab_size is None and prepared:
         job = job.model_copy(update={"model": job.model.model_copy(update={"vocab_size": prepared[-1]})})
+    if not job.has_tokens:
+        return None, f"not known: rows of task {job.task.entrypoint or job.task.name} have no tokens"
     try:
         return size_of(job, state_of(job).params), ""
     except UsageError as error:  # a user-defined model whose code isn't on this machine

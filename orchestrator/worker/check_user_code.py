@@ -10,7 +10,6 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from orchestrator.data.rows.prepare_rows import first_rows
@@ -40,8 +39,7 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
         task = task_of(job.task)
         params, _ = catalogue(job.model, vocab_size)
         if job.has_own_code and sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
-            arrays = [{name: np.asarray(value) for name, value in row.items()} for row in rows]
-            rehearse(job, vocab_size, task, torch.device("cpu"), arrays)
+            rehearse(job, vocab_size, task, torch.device("cpu"), rows)
     except EntrypointError as error:
         return DryRunFault(error.message, error.remedy, error.traceback)
     except DataError as error:

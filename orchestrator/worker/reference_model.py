@@ -4,7 +4,9 @@
 
 It reads `{"job", "store", "to", "name"}`: a store of pairs, and the directory and the name of a new store with the same
 rows and the log-probabilities beside them, `reference_chosen` and `reference_rejected`. On the way it writes the share
-that is done to the file descriptor, a line each. The whole model is in this process: on a GPU if there is one.
+that is done to the file descriptor, a line each, and in the last one the name.
+
+The whole model is in this process, without a GPU: those are the workers'.
 """
 
 import json
@@ -18,7 +20,7 @@ import torch
 
 from orchestrator.data.manifest import SPLITS
 from orchestrator.data.rows.row_store import RowStore
-from orchestrator.data.rows.row_writer import new_rows
+from orchestrator.data.rows.row_writer import new_rows, rows_key
 from orchestrator.elastic.state_spec import BUFFER, PARAM
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
@@ -48,13 +50,19 @@ def starting_model(job: JobSpec, num_outputs: int, device: torch.device) -> Trai
 
 @torch.no_grad()
 def write_reference(job: JobSpec, store: RowStore, to: Path, name: str, progress: TextIO) -> None:
-    """Write the store with log-probabilities as `to` / `name`, unless it is there."""
+    """Write the store with log-probabilities as `to` / `name`, unless it is there.
+
+    Args:
+        name: empty for one by the content.
+        progress: gets the share that is done, a line each, and in the last one the name.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, task = starting_model(job, store.manifest.num_outputs, device), DirectPreference(job.task.beta)
     at_once, rng = max(1, job.train.micro_batch_tokens // job.train.sequence_length), np.random.default_rng(0)
     done, total = 0, sum(store.num_rows(split) for split in SPLITS)
     with new_rows(to) as (writer, named):
         for split in SPLITS:
+            writer.count_cut(split, store.manifest.splits[split].cut)
             for start in range(0, store.num_rows(split), at_once):
                 rows_R = np.arange(start, min(start + at_once, store.num_rows(split)))
                 rows = store.read(split, rows_R)
@@ -71,7 +79,9 @@ def write_reference(job: JobSpec, store: RowStore, to: Path, name: str, progress
             writer.add_file(other, (store.directory / other).read_bytes())
         made_of: dict[str, Any] = {**store.manifest.made_of, "rows": store.digest}
         writer.finish(store.manifest.source, made_of, store.manifest.num_outputs)
+        name = name or rows_key({"content": writer.digest})
         named.append(to / name)
+    print(name, file=progress, flush=True)
 
 
 def main() -> None:

@@ -48,12 +48,17 @@ class ReferenceEngine:
             }
 
     def accumulate(
-        self, micro_batch: Batch, global_units: int, last: bool, before_backward: Callable[[], None] = noop
+        self,
+        micro_batch: Batch,
+        global_units: int,
+        last: bool,
+        before_backward: Callable[[], None] = noop,
+        scale: int | None = None,
     ) -> tuple[Loss, RoutingCounts]:
         loss = self._task.loss(self._model, micro_batch)
         routed = self._model.routing_counts()
         before_backward()
-        (self._model.with_balance_losses(loss.total, loss.units) / global_units).backward()
+        (self._model.with_balance_losses(loss.total, scale) / global_units).backward()
         return loss.detached(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:

@@ -89,7 +89,7 @@ class ExportedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel(EvaluationResult):
-    """Loss of a run's model on a text: the mean over `tokens` targets, in nats."""
+    """Loss of a run's model on rows: the mean over `units`, in nats."""
 
     run_id: str
     checkpoint: str

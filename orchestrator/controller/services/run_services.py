@@ -73,7 +73,7 @@ class RunServices:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent
         if self.data is None:
-            actor_options = ActorOptions(logs=LogTarget(self._run_dir, PREPARATION))
+            actor_options = ActorOptions(env=self._job.envs, logs=LogTarget(self._run_dir, PREPARATION))
             preparation = start_host(self._name(PREPARATION), self._parts.preparation, (), actor_options)
             self._preparation = preparation.hosted()
             data_dir = str(storage / ".data")

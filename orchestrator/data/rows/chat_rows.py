@@ -118,14 +118,16 @@ def text_of(values: Mapping[str, Any], template: ChatTemplate) -> str:
 
 
 def prompt_and_answers(values: Mapping[str, Any]) -> tuple[Sequence[Message], Sequence[Message], Sequence[Message]]:
-    """The prompt, the chosen and the rejected answer of a row, each as text or as messages. Without a prompt it is what
-    both chats begin with.
+    """The prompt, the chosen and the rejected answer of a row, each as text or as messages. Without a prompt, or where
+    both are chats that begin with one themselves, it is what both begin with.
 
     Raises:
         DataError: it is no pair, or both answers are equal.
     """
     chosen, rejected = (_turns(_column(values, name), "assistant") for name in (CHOSEN, REJECTED))
-    if values.get(PROMPT) is not None:
+    if values.get(PROMPT) is not None and all(
+        turns and turns[0]["role"] == "assistant" for turns in (chosen, rejected)
+    ):
         asked = _turns(values[PROMPT], "user")
     else:
         same = 0

@@ -1,5 +1,8 @@
 """Chats as text, by a Jinja template as transformers has it, and what of the text the assistant says.
 
+There is no `strftime_now`: today's date in rows would make other rows of the same data tomorrow. Templates that ask for
+it have another date for its absence.
+
 A template marks what the assistant says by `{% generation %}`, as in transformers. In one without these marks it is
 what a turn adds to the text of the turns before it with the prompt for an answer: that takes a template which renders a
 chat's beginning as the beginning of the chat.
@@ -9,7 +12,6 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -33,6 +35,14 @@ CHATML = (
     "{% endif %}{% endfor %}"
     f"{{% if add_generation_prompt %}}{START}assistant\n{{% endif %}}"
 )
+# For a tokenizer without ChatML's tokens: an answer ends with the token that begins documents.
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}\n{% endgeneration %}"
+    "{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 class RenderedChat(NamedTuple):
@@ -54,15 +64,15 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        self._tokens, self._mark = dict(tokens), secrets.token_hex(8)
+        self._tokens, mark = dict(tokens), secrets.token_hex(8)
+        self._begin, self._end = f"\x02{mark}\x03", f"\x03{mark}\x02"
         self.marks_assistant = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.globals["_begin"], environment.globals["_end"] = f"\x02{self._mark}\x03", f"\x03{self._mark}\x02"
+        environment.globals["_begin"], environment.globals["_end"] = self._begin, self._end
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -79,9 +89,9 @@ class ChatTemplate:
         """
         try:
             marked = self._template.render(messages=messages, add_generation_prompt=prompt, tools=None, **self._tokens)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise _refused(f"the chat template refuses the chat: {error}") from error
-        begin, end = f"\x02{self._mark}\x03", f"\x03{self._mark}\x02"
+        except Exception as error:  # of any kind: a template is a program
+            raise _refused(f"the chat template refuses the chat: {error or type(error).__name__}") from error
+        begin, end = self._begin, self._end
         text, spans, opened = "", [], 0
         for piece in re.split(f"({begin}|{end})", marked):
             if piece == begin:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import tokenizers
 
-from orchestrator.data.rows.chat_template import CHATML, ChatTemplate
+from orchestrator.data.rows.chat_template import CHATML, END, PLAIN, START, ChatTemplate
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.storage.backends.location import Location, objects_at
@@ -35,7 +35,10 @@ class ChatTokenizer:
     def encode(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """The tokens of a text, and of each whether any of its characters is in one of the spans [start, stop), which
         are in order."""
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:  # half of a surrogate pair, which JSON can hold and UTF-8 can't
+            raise DataError(f"the text can't be encoded: {error}", unchanged="No store was written.") from error
         is_said, place = [], 0
         for begin, end in encoded.offsets:
             while place < len(spans) and spans[place][1] <= begin:
@@ -104,7 +107,20 @@ def template_beside(tokenizer: Path | None, given: Path | None) -> tuple[str, di
                 remedy="Correct data.chat_template.",
                 unchanged="Nothing was started.",
             ) from error
-    return (named if isinstance(named, str) else CHATML), tokens
+    if isinstance(named, str):
+        return named, tokens
+    return _template_for(tokenizer, tokens)
+
+
+def _template_for(tokenizer: Path | None, tokens: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """ChatML; for a given tokenizer that lacks its tokens a plain one, whose answers end with the document token."""
+    if tokenizer is None or not tokenizer.exists():
+        return CHATML, tokens
+    known = TextTokenizer.load(tokenizer)
+    library = tokenizers.Tokenizer.from_str(known.to_bytes().decode())
+    if all(library.token_to_id(token) is not None for token in (START, END)):
+        return CHATML, tokens
+    return PLAIN, {**tokens, "eos_token": str(library.id_to_token(known.document_token))}
 
 
 def _text(value: Any) -> str | None:

@@ -1,6 +1,7 @@
 """Preparation of a job's rows as a store: of chats, of a folder of arrays, or of a user's own data sets.
 
-Everything is read once, or twice for a tokenizer that is trained, and written to a store that is named by its content.
+Files are read twice, as a row's split needs the ids of all, and once more for a tokenizer that is trained; rows of a
+user once. They are written to a store that is named by its content.
 """
 
 import hashlib
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from orchestrator.data.bucket_store import only_one
 from orchestrator.data.holdout import Holdout
 from orchestrator.data.manifest import SPLITS, Split
 from orchestrator.data.prepare.request import load_tokenizer
@@ -19,7 +22,7 @@ from orchestrator.data.rows.chat_template import END, START, ChatTemplate
 from orchestrator.data.rows.chat_tokenizer import SAVED, ChatTokenizer, saved_template, template_beside
 from orchestrator.data.rows.row_files import FileRow, read_rows
 from orchestrator.data.rows.row_store import RowStore
-from orchestrator.data.rows.row_writer import RowWriter, new_rows, rows_key
+from orchestrator.data.rows.row_writer import RowWriter, arrays_of, new_rows, rows_key
 from orchestrator.data.rows.user_rows import UserRows
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
@@ -43,7 +46,8 @@ def prepare_rows(job: JobSpec, directory: Path, progress: Progress | None = None
     """
     report = progress or (lambda stage, fraction: None)
     directory.mkdir(parents=True, exist_ok=True)
-    store = _chats(job, directory, report) if job.has_chats else _arrays(job, directory, report)
+    with only_one(directory / ".rows.lock"):  # of processes that may prepare the same
+        store = _chats(job, directory, report) if job.has_chats else _arrays(job, directory, report)
     check_enough_rows(job, store)
     report("done", 1.0)
     return store
@@ -64,10 +68,26 @@ def check_enough_rows(job: JobSpec, store: RowStore) -> None:
             )
 
 
-def first_rows(job: JobSpec, most: int) -> list[Mapping[str, Any]]:
-    """The first rows of a job whose rows are arrays, before they are prepared. Raises as `prepare_rows`."""
-    found = UserRows(job.data).rows("train", most) if job.data.entrypoint is not None else _of_file(job.data.source)
-    return [row for (_, row), _ in zip(found, range(most), strict=False)]
+def check_outputs(job: JobSpec, needed: int) -> None:
+    """Raises DataError if the model's last matrix has fewer rows than there are tokens, or classes."""
+    found = job.model.vocab_size
+    if found is not None and found < needed:
+        what = "tokens" if job.has_chats else "classes"
+        raise DataError(
+            f"the data have {needed} {what}, the model has rows for {found} only (model.vocab_size)",
+            remedy="Leave model.vocab_size out, or make it larger.",
+            unchanged="Nothing was started.",
+        )
+
+
+def first_rows(job: JobSpec, most: int) -> list[dict[str, NDArray[np.generic]]]:
+    """The first training rows of a job whose rows are arrays, before they are prepared. Raises as `prepare_rows`."""
+    labels, found = _Labels(job), []
+    rows = UserRows(job.data, ("train",)).rows("train", most) if job.data.entrypoint is not None else _of_file(job)
+    for (where, row), _ in zip(rows, range(most), strict=False):
+        labels.check(row, where)
+        found.append(arrays_of(row, where))
+    return found
 
 
 def check_first_chats(job: JobSpec, most: int = FIRST_CHATS) -> None:
@@ -104,13 +124,15 @@ def _split_rows(job: JobSpec) -> Iterator[tuple[Split, str, Mapping[str, Any], f
                 done += 1
                 yield split, where, row, done / total
         return
-    held_out = _held_out(job.data.holdout, (row for row in read_rows(job.data.source)))
-    for number, found_row in enumerate(read_rows(job.data.source)):
-        yield _split(held_out[number]), found_row.where, found_row.values, (number + 1) / len(held_out)
+    held_out = _held_out(job.data.holdout, read_rows(job.data.source))
+    for number, (where, row) in enumerate(_of_file(job)):
+        yield _split(held_out[number]), where, row, (number + 1) / len(held_out)
 
 
-def _of_file(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((row.where, row.values) for row in read_rows(source))
+def _of_file(job: JobSpec) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a source, each with where it is, and the columns that the task reads."""
+    wanted = (job.task.inputs, job.task.labels) if job.task.entrypoint is None else None
+    return ((row.where, row.values) for row in read_rows(job.data.source, wanted))
 
 
 class _Labels:
@@ -164,7 +186,9 @@ def _chats(job: JobSpec, directory: Path, report: Progress) -> RowStore:
             with _at(row):
                 encoded = encoder.pair(row.values) if task.name == DPO else encoder.chat(row.values)
             units = 1 if task.name == DPO else encoded.num_targets
-            writer.add(_split(held_out[number]), encoded.arrays, row.where, units, encoded.num_tokens, encoded.is_cut)
+            split = _split(held_out[number])
+            writer.add(split, encoded.arrays, row.where, units, encoded.num_tokens)
+            writer.count_cut(split, encoded.is_cut)
             if number % TOLD_EVERY == 0:
                 report("encoding", number / len(held_out))
         writer.add_file(SAVED, saved_template(source, tokens))
@@ -207,9 +231,12 @@ def _learned(job: JobSpec, template: ChatTemplate, held_out: bytearray, report: 
 
 def _held_out(holdout: float, rows: Iterator[FileRow]) -> bytearray:
     """1 for each row that is held out, else 0. Raises DataError for fewer than two rows."""
-    found = Holdout(holdout)
+    found, count = Holdout(holdout), 0
     for row in rows:
         found.add(row.id)
+        count += 1
+    if count < 2:
+        raise _refused(f"there is {count} row; one is needed to train and one to validate on", "Add rows.")
     return found.finished()
 
 

@@ -2,9 +2,11 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from orchestrator.data.corpus.files import ROWS_AT_ONCE
 from orchestrator.data.corpus.sources import find_files
@@ -21,11 +23,12 @@ class FileRow(NamedTuple):
     values: dict[str, Any]
 
 
-def read_rows(source: str) -> Iterator[FileRow]:
+def read_rows(source: str, columns: Sequence[str] | None = None) -> Iterator[FileRow]:
     """The rows of a source in a fixed order.
 
     Args:
         source: a file, or a folder of files.
+        columns: names of those that are read, as arrays of the numbers' own type; None: all, as Python's values.
 
     Raises:
         DataError: no such source, a file that can't be read, or no row at all.
@@ -35,9 +38,9 @@ def read_rows(source: str) -> Iterator[FileRow]:
     is_empty = True
     for path in files:
         name = path.relative_to(root).as_posix()
-        for number, values in enumerate(_rows_of(path)):
+        for number, (line, values) in enumerate(_rows_of(path, columns)):
             is_empty = False
-            yield FileRow(f"{name}#{number}", f"{path}:{number + 1}", values)
+            yield FileRow(f"{name}#{number}", f"{path}:{line}", values)
     if is_empty:
         raise DataError(
             f"data.source {source} has no row: {len(files)} files of {', '.join(ENDINGS)}",
@@ -46,18 +49,21 @@ def read_rows(source: str) -> Iterator[FileRow]:
         )
 
 
-def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+def _rows_of(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows, each with its line, from 1."""
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _lines(path)
-    return _columns(path)
+        for line, row in _lines(path):
+            yield line, row if columns is None else {name: row[name] for name in columns if name in row}
+    else:
+        yield from enumerate(_columns(path, columns), 1)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _object(path, number, line)
+                    yield number, _object(path, number, line)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 
@@ -75,7 +81,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _columns(path: Path) -> Iterator[dict[str, Any]]:
+def _columns(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -84,13 +90,32 @@ def _columns(path: Path) -> Iterator[dict[str, Any]]:
             if path.suffix == ".parquet":
                 with parquet.ParquetFile(source, pre_buffer=False) as file:
                     for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
-                        yield from batch.to_pylist()
+                        yield from _values(batch, columns)
             else:  # `datasets` writes a stream of batches
                 with pyarrow.ipc.open_stream(source) as stream:
                     for batch in stream:
-                        yield from batch.to_pylist()
+                        yield from _values(batch, columns)
     except (pyarrow.lib.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _values(batch: Any, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    if columns is None:
+        yield from batch.to_pylist()
+        return
+    there = [name for name in columns if name in batch.schema.names]
+    types = [_number_type(batch.column(name).type) for name in there]
+    for row in batch.select(there).to_pylist():
+        yield {name: np.asarray(row[name], dtype) for name, dtype in zip(there, types, strict=True)}
+
+
+def _number_type(kind: Any) -> Any:
+    """The type of a column's numbers, however deep in lists; None for other values."""
+    from pyarrow import types
+
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return kind.to_pandas_dtype() if types.is_integer(kind) or types.is_floating(kind) else None
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

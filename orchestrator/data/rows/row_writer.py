@@ -28,6 +28,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.storage.atomic import flush
 
+PREFIX = "rows-"  # of the names of stores
 KINDS = "biuf"  # of numpy's dtypes: booleans, integers, floats
 NAME = r"letters, digits and _"
 
@@ -45,23 +46,20 @@ class RowWriter(ExitStack):
         self._columns: dict[str, ArrayColumn] = {}
         self._files: dict[tuple[Split, str], BinaryIO] = {}
         self._ends: dict[tuple[Split, str], array[int]] = {}
-        self._rows: dict[Split, list[tuple[int, int]]] = {split: [] for split in SPLITS}
+        self._rows: dict[Split, array[int]] = {split: array("q") for split in SPLITS}  # units and length of each
         self._cut: dict[Split, int] = dict.fromkeys(SPLITS, 0)
 
-    def add(
-        self, split: Split, row: Mapping[str, Any], where: str, units: int = 1, length: int = 1, cut: bool = False
-    ) -> None:
+    def add(self, split: Split, row: Mapping[str, Any], where: str, units: int = 1, length: int = 1) -> None:
         """Append a row.
 
         Args:
             where: names the row in an error.
             units, length: see `RowStore`.
-            cut: it was longer than the job takes.
 
         Raises:
             DataError: it is no mapping of arrays of numbers, or differs from the first row.
         """
-        arrays = {name: _array(value, name, where) for name, value in _items(row, where)}
+        arrays = arrays_of(row, where)
         if not self._columns:
             self._columns = {name: ArrayColumn(dtype=a.dtype.str, shape=a.shape) for name, a in arrays.items()}
         if arrays.keys() != self._columns.keys():
@@ -75,8 +73,11 @@ class RowWriter(ExitStack):
             self._files[split, name].write(np.ascontiguousarray(values).tobytes())
             ends = self._ends[split, name]
             ends.append(ends[-1] + (values.shape[0] if values.shape else 1))
-        self._rows[split].append((units, length))
-        self._cut[split] += cut
+        self._rows[split].extend((units, length))
+
+    def count_cut(self, split: Split, count: int = 1) -> None:
+        """Count rows that were longer than the job takes."""
+        self._cut[split] += count
 
     def _fit(self, name: str, values: NDArray[np.generic], where: str) -> None:
         """Widen a column's shape to that of the values; refuse those that can't be in it."""
@@ -102,7 +103,8 @@ class RowWriter(ExitStack):
         """Write all other files, the manifest last, and flush everything to disk."""
         self.close()
         for split in SPLITS:
-            np.save(self._directory / rows_file(split), np.array(self._rows[split], ROWS_DTYPE), allow_pickle=False)
+            rows_R = np.frombuffer(self._rows[split].tobytes(), ROWS_DTYPE)
+            np.save(self._directory / rows_file(split), rows_R, allow_pickle=False)
             for name, column in self._columns.items():
                 if (split, name) not in self._files:
                     (self._directory / values_file(split, name)).touch()
@@ -119,9 +121,9 @@ class RowWriter(ExitStack):
             columns=self._columns,
             splits={
                 split: RowCounts(
-                    num_rows=len(rows),
-                    num_units=sum(units for units, _ in rows),
-                    num_tokens=sum(length for _, length in rows),
+                    num_rows=len(rows) // 2,
+                    num_units=sum(rows[::2]),
+                    num_tokens=sum(rows[1::2]),
                     cut=self._cut[split],
                 )
                 for split, rows in self._rows.items()
@@ -142,7 +144,7 @@ class RowWriter(ExitStack):
 def rows_key(made_of: Mapping[str, Any]) -> str:
     """Directory name of a store, unique for all that its rows depend on."""
     text = json.dumps({"format": FORMAT_VERSION, **made_of}, sort_keys=True)
-    return "rows-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return PREFIX + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -175,6 +177,11 @@ def new_rows(directory: Path) -> Iterator[tuple[RowWriter, list[Path]]]:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
 
 
+def arrays_of(row: Mapping[str, Any], where: str) -> dict[str, NDArray[np.generic]]:
+    """A row as it is read from a store. Raises DataError if it is no mapping of arrays of numbers."""
+    return {name: _array(value, name, where) for name, value in _items(row, where)}
+
+
 def _items(row: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
     if not isinstance(row, Mapping) or not row:
         raise _refused(f"{where} is a {type(row).__name__}; a row must be arrays by name, as a dict")
@@ -185,7 +192,10 @@ def _items(row: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
 
 
 def _array(value: Any, name: str, where: str) -> NDArray[np.generic]:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:  # lists of different lengths
+        raise _refused(f"{name} of {where} is no array: {error}") from error
     if array.dtype.kind not in KINDS:
         raise _refused(f"{name} of {where} is of type {type(value).__name__}; it must be an array of numbers")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)

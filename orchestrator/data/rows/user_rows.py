@@ -6,7 +6,7 @@ The function is called with `train` and with `validation`, and returns a map-sty
 gives a row for each number below it, as a dict of arrays by name; None for no validation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,19 @@ KEY = "data.entrypoint"
 class UserRows:
     """The data sets of an entrypoint.
 
+    Args:
+        splits: for which it is asked.
+
     Raises:
         EntrypointError: it can't be imported, raises, or gives no data set.
     """
 
-    def __init__(self, data: DataSpec) -> None:
+    def __init__(self, data: DataSpec, splits: Sequence[Split] = SPLITS) -> None:
         assert data.entrypoint is not None
         self._entrypoint = data.entrypoint
         function = function_of(KEY, data.entrypoint, Path(data.code_dir))
         self._sets: dict[Split, Any] = {}
-        for split in SPLITS:
+        for split in splits:
             with calling_user(f"{KEY} {data.entrypoint} for {split}"):
                 found = function(split, dict(data.options))
             if found is not None:

@@ -138,14 +138,19 @@ class DeepSpeedEngineAdapter:
     # -- training ----------------------------------------------------------------------------------------------
 
     def accumulate(
-        self, micro_batch: Batch, global_units: int, last: bool, before_backward: Callable[[], None] = noop
+        self,
+        micro_batch: Batch,
+        global_units: int,
+        last: bool,
+        before_backward: Callable[[], None] = noop,
+        scale: int | None = None,
     ) -> tuple[Loss, RoutingCounts]:
         link_priority.begin()
         loss = self._task.loss(self._model, micro_batch)
         routed = self._model.routing_counts()
         before_backward()
         self._gradients.begin_micro_batch(last)
-        whole = self._model.with_balance_losses(loss.total, loss.units)
+        whole = self._model.with_balance_losses(loss.total, scale)
         (whole / global_units).backward()  # type: ignore[no-untyped-call]
         self._gradients.end_micro_batch()
         return loss.detached(), routed

@@ -6,11 +6,13 @@ What it returns has `loss(model, batch)`, and may have `collate(rows, rng)`, `me
 (`orchestrator.model.task.Task`). docs/tasks.md is the guide for users.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from orchestrator.spec.task import TaskSpec
 from orchestrator.user_code import calling_user, function_of
 
 KEY = "task.entrypoint"
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a metric: what MLflow takes, without a slash
 
 
 class UserTask:
@@ -39,6 +42,7 @@ class UserTask:
         if not callable(getattr(self._task, "loss", None)):
             raise self._refused(f"returned a {type(self._task).__name__} without a method loss", "Return a task.")
         self.metrics: tuple[str, ...] = tuple(getattr(self._task, "metrics", ()))
+        self._check_names(self.metrics)
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
         """By the user's `collate`; without one, each column's arrays stacked."""
@@ -62,20 +66,39 @@ class UserTask:
             )
         if not isinstance(loss.total, Tensor) or loss.total.shape != ():
             raise self._refused("returned a total that is no scalar tensor", "Sum it: loss.sum().")
-        if tuple(loss.metrics) != self.metrics:
+        if not isinstance(loss.metrics, Mapping) or tuple(loss.metrics) != self.metrics:
             raise self._refused(
-                f"returned the metrics {', '.join(loss.metrics) or 'none'}; `metrics` names "
+                f"returned the metrics {', '.join(loss.metrics or ()) or 'none'}; `metrics` names "
                 f"{', '.join(self.metrics) or 'none'}",
                 "Return all of them, in this order, for every micro-batch.",
             )
-        return loss
+        metrics = {name: self._pair(name, value, loss.total) for name, value in loss.metrics.items()}
+        return Loss(loss.total, loss.units, metrics)
+
+    def _pair(self, name: str, value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A metric's sum and weight as scalar tensors; numbers are as good."""
+        parts = value if isinstance(value, tuple) else ()
+        if len(parts) != 2 or any(not isinstance(part, Tensor | int | float) for part in parts):
+            raise self._refused(f"returned {name} as {type(value).__name__}", "A metric is a sum and its weight.")
+        found = [part.detach() if isinstance(part, Tensor) else torch.full_like(like.detach(), part) for part in parts]
+        if any(part.shape != () for part in found):
+            raise self._refused(f"returned {name} that is no scalar", "A metric is a sum and its weight.")
+        return found[0], found[1]
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        wrong = [name for name in names if not isinstance(name, str) or not NAME.fullmatch(name)]
+        if wrong:
+            rule = "letters, digits, _, - and . only, and begin with a letter"
+            raise self._refused(f"names a metric {wrong[0]!r}", f"Names of metrics have {rule}.")
 
     def report(self, means: Mapping[str, float]) -> dict[str, float]:
         """By the user's `report`; without one, the means."""
         if not callable(getattr(self._task, "report", None)):
             return dict(means)
         with calling_user(f"report of {self._name}"):
-            return {str(name): float(value) for name, value in self._task.report(means).items()}
+            found = {name: float(value) for name, value in self._task.report(means).items()}
+        self._check_names(found)
+        return found
 
     def _refused(self, what: str, remedy: str) -> EntrypointError:
         return EntrypointError(f"{self._name} {what}", remedy=remedy)

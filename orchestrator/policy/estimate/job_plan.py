@@ -70,7 +70,6 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
     Args:
         ours: the model is the product's own, so the activations that its forward pass keeps are known.
     """
-    job = with_longest_rows(job)
     sizes = range(job.workers.min, job.workers.max + 1)
     return JobPlan(
         num_parameters=sum(param.numel for param in state.params),
@@ -87,7 +86,7 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
         micro_batches=tuple(len(micro_batches_of(rank, size, num_micro_batches(job))) for rank in range(size)),
         memory=plan_memory(job, state, size, ours),
-        traffic=traffic_of(job, state.params, placement, _shared_bytes(job, layout)),
+        traffic=traffic_of(with_longest_rows(job), state.params, placement, _shared_bytes(job, layout)),
         rescales=tuple(_plan_rescale(job, state, layout, placement, to) for to in neighbours(job, size)),
     )
 

@@ -32,7 +32,8 @@ class RunLimits:
     `steps` are numbered from 0; `protected`: workers keep snapshots, each in the memory of `copies` others;
     `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory` only the
     first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal length.
-    `checkpoints_by_time`: at intervals that are chosen. `unit`: what a loss is a mean over.
+    `checkpoints_by_time`: at intervals that are chosen. `unit`: what speed is
+    measured in, in the plural.
     """
 
     run_id: str
@@ -78,7 +79,7 @@ class RunLimits:
             fits_memory=job.train.fits_memory,
             memory_bytes=job.resources.memory_bytes,
             global_batch_size=job.train.global_batch_size,
-            unit=job.task.unit,
+            unit="tokens" if job.has_tokens else job.task.unit,
             by_document=job.data.row_format == BY_DOCUMENT or job.has_chats,
             curriculum=job.curriculum,
             autoscale=job.autoscale,

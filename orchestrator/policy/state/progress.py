@@ -1,7 +1,7 @@
 """Progress of a run by the step records received: the watermark, and figures over the newest steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from statistics import median
 
 from orchestrator.errors import ProtocolError
@@ -32,6 +32,7 @@ class Progress:
     skipped: int = 0  # updates that were not finite
     validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
     stages: tuple[tuple[str, int], ...] = ()  # of the curriculum, each that began with its first step
+    validation_metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
 
     @property
     def stage(self) -> str:
@@ -77,13 +78,11 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
         skipped=progress.skipped + sum(not r.update.applied for r in fresh),
         validations=(*progress.validations, *validations),
         stages=(*progress.stages, *((r.batch.stage, r.step) for r in stages_begun(progress, fresh))),
+        validation_metrics=next(
+            (r.validation_metrics for r in reversed(fresh) if r.validation_loss is not None),
+            progress.validation_metrics,
+        ),
     )
-
-
-def newest_metrics(progress: Progress) -> tuple[dict[str, float], dict[str, float]]:
-    """The task's metrics of the newest step, and of the newest validation among the `recent` ones."""
-    validations = (r.validation_metrics for r in reversed(progress.recent) if r.validation_loss is not None)
-    return progress.recent[-1].metrics if progress.recent else {}, next(validations, {})
 
 
 def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:

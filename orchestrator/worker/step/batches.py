@@ -22,11 +22,13 @@ class StepMicroBatch:
 
     Args:
         units: in it, as the data count them.
+        scale: units to which auxiliary losses, sums over tokens, are scaled; None: the tokens themselves.
     """
 
     number: int | None
     batch: Batch
     units: int = 0
+    scale: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class StepBatches:
         micro_batches: as many on every rank; a rank without a micro-batch left has a batch of no rows.
         num_micro_batches: micro-batches of the whole global batch.
         global_units: units in the whole global batch: target tokens, or what else a loss is a mean over.
+        global_tokens: tokens in it: of text the targets, of chats all, of rows that have none the rows.
         first_position, num_positions: the sample positions that the step consumes.
         stage: of the curriculum; empty without one.
         sequence_length: tokens of a row, or of the longest possible row.
@@ -47,6 +50,7 @@ class StepBatches:
     micro_batches: tuple[StepMicroBatch, ...]
     num_micro_batches: int
     global_units: int
+    global_tokens: int
     first_position: int
     num_positions: int
     stage: str = ""

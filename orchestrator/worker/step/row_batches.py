@@ -82,6 +82,7 @@ class RowBatches:
             micro_batches=rank_micro_batches(cut, rank, world_size, read),
             num_micro_batches=len(cut),
             global_units=int(self._store.units(split, rows_R).sum()),
+            global_tokens=int(lengths_R.sum()),
             first_position=wanted.first_position,
             num_positions=wanted.num_positions,
             sequence_length=self._job.train.sequence_length if self._job.has_tokens else 1,
@@ -96,4 +97,5 @@ class RowBatches:
         arrays = self._task.collate(self._store.read(split, some), rng)
         if not len(rows_R):
             arrays = {name: array[:0] for name, array in arrays.items()}
-        return StepMicroBatch(number, on_device(arrays, self._device), int(self._store.units(split, rows_R).sum()))
+        units = int(self._store.units(split, rows_R).sum())
+        return StepMicroBatch(number, on_device(arrays, self._device), units, scale=units)

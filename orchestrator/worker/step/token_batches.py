@@ -68,7 +68,8 @@ class TokenBatches:
         return StepBatches(
             micro_batches=self._micro_batches("train", wanted.rows, cut, rank, world_size),
             num_micro_batches=len(cut),
-            global_units=self._store.target_count("train", wanted.rows.spans),
+            global_units=(num_targets := self._store.target_count("train", wanted.rows.spans)),
+            global_tokens=num_targets,
             first_position=wanted.first_position,
             num_positions=wanted.num_positions,
             stage=wanted.stage if self._job.curriculum else "",
@@ -98,7 +99,8 @@ class TokenBatches:
         return StepBatches(
             micro_batches=self._micro_batches("validation", rows, cut, rank, world_size),
             num_micro_batches=len(cut),
-            global_units=self._store.target_count("validation", rows.spans),
+            global_units=(num_targets := self._store.target_count("validation", rows.spans)),
+            global_tokens=num_targets,
             first_position=0,
             num_positions=0,
         )

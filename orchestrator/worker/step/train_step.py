@@ -157,7 +157,9 @@ class TrainStep:
             step.hooks.before_micro_batch()
             last, before_backward = number == len(batches.micro_batches), self._measured()
             seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
-            loss, routed = step.shard.engine.accumulate(micro_batch.batch, batches.global_units, last, before_backward)
+            loss, routed = step.shard.engine.accumulate(
+                micro_batch.batch, batches.global_units, last, before_backward, micro_batch.scale
+            )
             losses.enter(micro_batch, loss)
             if micro_batch.number is not None:
                 losses.routed.add(routed)
@@ -239,7 +241,7 @@ class TrainStep:
             world_size=world.size,
             loss=outcome.sums[0] / units,
             batch=BatchRecord(
-                tokens=batches.global_units,
+                tokens=batches.global_tokens,
                 first_position=batches.first_position,
                 num_positions=batches.num_positions,
                 stage=batches.stage,

@@ -94,3 +94,11 @@ def test_validations_are_carried_to_the_steps_after_them() -> None:
     rated = with_validations(rows)
     assert [rated[step]["eval/loss"] for step in range(5)] == [5.0, 5.0, 3.0, 3.0, 4.0]
     assert "eval/loss" not in rows[1] and "eval/loss" not in with_validations(rows[1:2])[1]
+
+
+def test_metrics_of_a_task_keep_their_names() -> None:
+    metrics, validated = {"accuracy": 0.5, "margin": 1.0}, {"accuracy": 0.25}
+    steps = [record(0, metrics=metrics, validation_loss=2.0, validation_metrics=validated), record(1, metrics=metrics)]
+    rows = with_validations(rows_of(Progress(), steps))
+    assert rows[1]["train/metric/accuracy"] == 0.5 and rows[1]["train/metric/margin"] == 1.0
+    assert rows[1]["eval/metric/accuracy"] == 0.25 and rows[1]["eval/loss"] == 2.0

@@ -59,6 +59,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "micro_batch_size must be a number of rows",
     ),
     "a directory without code": ({"data": {"code_dir": "there"}}, "code_dir has a meaning with entrypoint only"),
+    "fewer outputs than classes": (
+        {"task": {"name": "classification", "num_classes": 9}, "model": {**OWN_MODEL, "vocab_size": 5}},
+        "vocab_size must be at least task.num_classes; got 5 and 9",
+    ),
+    "a holdout of one's own rows": (
+        {"task": {"entrypoint": "mine:task"}, "data": {"entrypoint": "mine:rows", "holdout": 0.3}},
+        "data.holdout is of files",
+    ),
+    "a template of text": ({"data": {"chat_template": "there"}}, "data.chat_template is of tasks sft and dpo"),
     "no function": ({"task": {"entrypoint": "mine"}}, 'must be "package.module:function"'),
 }
 

@@ -14,7 +14,7 @@ from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, EntrypointError
 from orchestrator.spec.job import JobSpec
-from tests.support.tasks import task_job, write_chats
+from tests.support.tasks import task_job
 
 
 def _with_rows(folder: Path, rows: list[Any], task: str = "sft") -> JobSpec:
@@ -81,6 +81,50 @@ def test_pairs_may_be_whole_chats_of_which_the_beginning_is_the_prompt(tmp_path:
     assert all(text.startswith("river ") for text in _texts(store, "chosen_targets"))
 
 
+def test_a_prompt_beside_whole_chats_is_their_beginning(tmp_path: Path) -> None:
+    """As in UltraFeedback: it is in the chats already."""
+    asked = {"role": "user", "content": "say river"}
+    row = {
+        "prompt": "say river",
+        "chosen": [asked, {"role": "assistant", "content": "river"}],
+        "rejected": [asked, {"role": "assistant", "content": "stone"}],
+    }
+    store = prepare_rows(_with_rows(tmp_path, [row] * 20, "dpo"), tmp_path / "data")
+    assert {*_texts(store, "chosen_targets")} == {"river\n"}
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
+    job = _with_rows(tmp_path, [GOOD] * 3)
+    path = Path(job.data.source)
+    path.write_text(path.read_text() + "\n\n" + json.dumps({"messages": [USER]}) + "\n")
+    with pytest.raises(DataError, match=r"sft.jsonl:6: the assistant says nothing"):
+        prepare_rows(job, tmp_path / "data")
+
+
+def test_text_that_no_tokenizer_takes_is_named_by_file_and_line(tmp_path: Path) -> None:
+    broken = {"messages": [USER, {"role": "assistant", "content": "half \ud800"}]}
+    job = _with_rows(tmp_path, [GOOD] * 5)
+    tokenizer = tmp_path / "tokenizer.json"
+    TextTokenizer.train(["river stone"] * 3, 300).save(tokenizer)
+    with Path(job.data.source).open("a") as file:
+        file.write(json.dumps(broken) + "\n")
+    job = job.model_copy(update={"data": job.data.model_copy(update={"tokenizer": str(tokenizer)})})
+    with pytest.raises(DataError, match=r"sft.jsonl:6: .*encode"):
+        prepare_rows(job, tmp_path / "data")
+
+
+def test_a_tokenizer_without_chatmls_tokens_ends_answers_by_its_own(tmp_path: Path) -> None:
+    job = task_job("sft", tmp_path, sequence_length=400)
+    tokenizer = tmp_path / "tokenizer.json"
+    TextTokenizer.train(["river stone user assistant"] * 3, 300).save(tokenizer)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"tokenizer": str(tokenizer)})})
+    store = prepare_rows(job, tmp_path / "data")
+    known = TextTokenizer.load(store.directory / "tokenizer.json")
+    for row in store.read("train", np.arange(20)):
+        assert known.document_token in row["targets"].tolist()
+        assert known.decode(row["inputs"].tolist()).startswith("user: say ")
+
+
 USER = {"role": "user", "content": "say river"}
 SAID = {"role": "assistant", "content": "river"}
 GOOD = {"messages": [USER, SAID]}
@@ -102,7 +146,7 @@ def test_a_bad_chat_is_named_by_file_and_line(tmp_path: Path, row: Any, message:
     job = _with_rows(tmp_path, [*[GOOD] * 12, row])
     with pytest.raises(DataError, match=rf"sft.jsonl:13: {message}"):
         prepare_rows(job, tmp_path / "data")
-    assert list((tmp_path / "data").glob("*")) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".rows.lock"]
 
 
 BAD_PAIRS: dict[str, tuple[Any, str]] = {
@@ -147,9 +191,10 @@ def test_classes_are_counted_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_datasets_saved_is_rows_too(tmp_path: Path) -> None:
-    table = pyarrow.table(
-        {"pixels": [[[float(n), 1.0], [2.0, 3.0]] for n in range(40)], "digit": [n % 4 for n in range(40)]}
+    pixels = pyarrow.array(
+        [[[float(n), 1.0], [2.0, 3.0]] for n in range(40)], pyarrow.list_(pyarrow.list_(pyarrow.float32()))
     )
+    table = pyarrow.table({"pixels": pixels, "digit": [n % 4 for n in range(40)], "file": ["a.png"] * 40})
     folder = tmp_path / "saved"
     folder.mkdir()
     with pyarrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as file:
@@ -166,6 +211,7 @@ def test_a_folder_that_datasets_saved_is_rows_too(tmp_path: Path) -> None:
     store = prepare_rows(plain, tmp_path / "data")
     assert store.manifest.num_outputs == 4 and store.num_rows("train") + store.num_rows("validation") == 40
     assert store.read("train", np.array([0]))[0]["pixels"].shape == (2, 2)
+    assert {name: column.dtype for name, column in store.manifest.columns.items()} == {"pixels": "<f4", "digit": "<i8"}
 
 
 BAD_CODE: dict[str, tuple[str, str]] = {
@@ -193,4 +239,3 @@ def test_a_source_without_rows_is_refused(tmp_path: Path) -> None:
     job = job.model_copy(update={"data": job.data.model_copy(update={"source": str(tmp_path / "only.txt")})})
     with pytest.raises(DataError, match=r"has no row: 0 files of .jsonl"):
         prepare_rows(job, tmp_path / "data")
-    assert write_chats(tmp_path / "chats.jsonl", 3).read_text().count("\n") == 3

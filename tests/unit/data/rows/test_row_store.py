@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no mapping": ([1, 2], "row 1 is a list; a row must be arrays by name"),
     "another name": ({"y": 1.0}, "row 1 has y; the first row has x"),
     "text": ({"x": "abc"}, "x of row 1 is of type str; it must be an array of numbers"),
-    "ragged": ({"x": [[1.0], [1.0, 2.0]]}, "inhomogeneous|array of numbers"),
+    "ragged": ({"x": [[1.0], [1.0, 2.0]]}, "x of row 1 is no array: .*inhomogeneous"),
     "another type": ({"x": np.zeros((2, 2), np.int32)}, "x of row 1 is int32; that of the first row is float64"),
     "another shape": ({"x": np.zeros((2, 3))}, r"x of row 1 has shape \(2, 3\); others have \(2, 2\)"),
     "a name that is none": ({"a b": 1.0}, "row 1 has the name 'a b'"),
@@ -61,7 +61,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("row", "message"), WRONG.values(), ids=WRONG.keys())
 def test_rows_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path, row: Any, message: str) -> None:
-    with pytest.raises((DataError, ValueError), match=message):
+    with pytest.raises(DataError, match=message):
         _written(tmp_path, [{"x": np.zeros((2, 2))}, row])
     assert list(tmp_path.iterdir()) == []
 

@@ -186,7 +186,28 @@ BAD: dict[str, tuple[str, str, str]] = {
     "as many calls as rows": (
         "[model.outputs(row[None]) for row in batch['x']]; return Loss(error.sum(), len(error), metrics)",
         "Task()",
-        "calls the model 2 times on a row and 1 times on no rows",
+        "calls the model 2 times on a row and 3 times on 2 rows",
+    ),
+    "metrics that are none": (
+        "return Loss(error.sum(), len(error), {'error': 3.0})",
+        "Task()",
+        "returned error as float",
+    ),
+    "metrics of many": (
+        "return Loss(error.sum(), len(error), {'error': (error, 1)})",
+        "Task()",
+        "returned error that is no scalar",
+    ),
+    "calls by the number of rows": (
+        "[model.outputs(batch['x']) for _ in range(max(1, len(error)))]; return Loss(error.sum(), len(error), metrics)",
+        "Task()",
+        "calls the model 2 times on a row and 3 times on 2 rows",
+    ),
+    "more calls without rows": (
+        "[model.outputs(batch['x']) for _ in range(3 if not len(error) else 1)]; "
+        "return Loss(error.sum(), len(error), metrics)",
+        "Task()",
+        "calls the model 2 times on a row and 4 times on no rows",
     ),
     "no task": (SUM, "42", "returned a int without a method loss"),
     "raises": ("return Loss(error.total(), len(error), metrics)", "Task()", "raised AttributeError"),
@@ -217,6 +238,17 @@ def _rehearse(job: JobSpec) -> None:
 
 def test_a_task_that_sums_is_accepted(tmp_path: Path) -> None:
     _rehearse(_own(tmp_path, SUM))
+
+
+def test_numbers_are_as_good_as_tensors_in_metrics(tmp_path: Path) -> None:
+    _rehearse(_own(tmp_path, "return Loss(error.sum(), len(error), {'error': (float(error.sum()), len(error))})"))
+
+
+@pytest.mark.parametrize("name", ["within@0.1", "a/b", "", "ä"])
+def test_metrics_have_names_that_trackers_take(tmp_path: Path, name: str) -> None:
+    job = _own(tmp_path, SUM, f"type('Named', (Task,), {{'metrics': ({name!r},)}})()")
+    with pytest.raises(EntrypointError, match="names a metric"):
+        _rehearse(job)
 
 
 def test_a_task_that_compares_rows_is_accepted(tmp_path: Path) -> None:

@@ -70,3 +70,13 @@ def test_a_rescale_moves_what_the_new_world_lacks() -> None:
     # To one: the four experts of the other, and the half of all moments and masters' moments that it held.
     assert down.moved_bytes == 4 * 4000 + 2 * 4 * 6000
     assert down.busiest_bytes == down.moved_bytes and down.stall_s == pytest.approx(0.08, abs=0.01)
+
+
+def test_both_answers_of_a_pair_are_in_memory_and_counted_once() -> None:
+    sizes = {"sequence_length": 64, "micro_batch_size": 2, "global_batch_size": 4}
+    shared = {"schema": "v1", "name": "plan", "train": sizes, "data": {"source": "pairs.jsonl"}}
+    of_pairs, of_chats = (
+        plan_job(JobSpec.model_validate({**shared, "task": task}), STATE).worlds[0].memory for task in ("dpo", "sft")
+    )
+    assert of_pairs.activations is not None and of_chats.activations is not None
+    assert of_pairs.activations == 2 * of_chats.activations

@@ -50,3 +50,11 @@ def test_paces() -> None:
     progress = absorb(Progress(), [record(step, vote_time=2.0 * step, step_s=0.5) for step in range(5)])
     assert typical_step_s(progress) == 0.5
     assert tokens_per_second(progress) == pytest.approx(50.0)
+
+
+def test_metrics_of_the_newest_validation_stay_known() -> None:
+    validated = record(0, validation_loss=2.0, validation_metrics={"accuracy": 0.5})
+    progress = absorb(Progress(), [validated, *(record(step) for step in range(1, 600))])
+    assert len(progress.recent) == 512 and progress.validation_metrics == {"accuracy": 0.5}
+    again = absorb(progress, [record(600, validation_loss=1.0, validation_metrics={"accuracy": 0.75})])
+    assert again.validation_metrics == {"accuracy": 0.75}

@@ -65,7 +65,7 @@ class Recorder:
             assert self.release.wait(PATIENCE_S)
         if step == self.bad_step and self._errors:
             raise self._errors.pop(0)
-        return StepBatches((), 0, self.order.state.seed, step, world_size)
+        return StepBatches((), 0, self.order.state.seed, 0, step, world_size)
 
     def await_asked(self, step: int) -> Asked:
         """The read of this step, once it has begun."""

@@ -50,7 +50,7 @@ class _Parts:
 
     def validation(self, *_: Any) -> StepBatches:
         rows = tuple(StepMicroBatch(number, {}) for number in (0, None))
-        return StepBatches(rows, 1, 10, first_position=0, num_positions=4, tokens=(10,), padded_tokens=(10,))
+        return StepBatches(rows, 1, 10, 10, first_position=0, num_positions=4, tokens=(10,), padded_tokens=(10,))
 
     # The engine
     def accumulate(self, *_: Any) -> tuple[Loss, RoutingCounts]:

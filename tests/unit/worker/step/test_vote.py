@@ -82,6 +82,19 @@ def test_an_end_needs_everyone_and_one_skipped_update_counts_for_all() -> None:
     assert [(o.finish, o.applied) for o in outcomes] == [(False, False)] * 2
 
 
+def test_metrics_are_summed_each_for_itself() -> None:
+    def sums(*rows: tuple[float, ...]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.float64)
+
+    first, second, nothing = (1.0, 10.0, 100.0), (2.0, 20.0, 200.0), (0.0, 0.0, 0.0)
+    ballots = [
+        _ballot([], sums_SM=sums(first, nothing), validation_SM=sums(first, nothing)),
+        _ballot([], sums_SM=sums(nothing, second), validation_SM=sums(nothing, second)),
+    ]
+    for outcome in _together(ballots):
+        assert outcome.sums == outcome.validation_sums == (3.0, 30.0, 300.0)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> None:
     ballots = [
