@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py gpu.py),$(wildcard benchmarks/*.py)))
 
-.PHONY: demo test test-emulated journeys test-all check dist check-dist bench install clean
+.PHONY: demo test test-emulated journeys test-all check types architecture dist check-dist bench install clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/orchestrator demo
@@ -39,7 +39,12 @@ test-all: $(VENV)/dev.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --no-print-directory --jobs 2 --output-sync types architecture
+
+types: $(VENV)/dev.stamp
 	$(BIN)/mypy
+
+architecture: $(VENV)/dev.stamp
 	$(BIN)/pytest -q tests/architecture
 
 dist: $(VENV)/dev.stamp

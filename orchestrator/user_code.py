@@ -91,7 +91,7 @@ def function_of(key: str, entrypoint: str, code_dir: Path) -> Callable[..., Any]
     Raises:
         EntrypointError: it can't be imported, or there is none of this name.
     """
-    directory, section = code_dir.absolute(), key.partition(".")[0]
+    directory, section = code_dir.absolute(), key.rpartition(".")[0]
     module_name, _, name = entrypoint.partition(":")
     try:
         module = imported(module_name, directory)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.spec.section import Broken, Section
+from orchestrator.spec.section import HERE, Broken, Section, broken_own_code
+from orchestrator.spec.task import Entrypoint
 
 RuleName = Literal["adamw", "sgd", "lion", "muon"]
 ADAMW, SGD, LION, MUON = "adamw", "sgd", "lion", "muon"
@@ -145,7 +146,23 @@ class LrSchedulerSpec(Section):
         default=0.1, ge=0, le=1, description="The last step's learning rate over lr; not used with kind constant."
     )
 
+    entrypoint: Entrypoint | None = Field(
+        default=None,
+        description='A function "package.module:function" of the step, from 0, and the number of steps that gives the '
+        "learning rate over lr; `kind` and the other keys are then left out.",
+    )
+    code_dir: str = Field(
+        default=HERE,
+        min_length=1,
+        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
+    )
+
     def broken_rules(self) -> Iterator[Broken]:
+        yield from broken_own_code(self.entrypoint, {}, self.code_dir)
+        for key in ("kind", "warmup_steps", "decay_steps", "final_fraction"):
+            if self.entrypoint is not None and getattr(self, key) != type(self).model_fields[key].default:
+                rule = f"{key} is of a schedule of ours: leave it out with entrypoint; got {getattr(self, key)}"
+                yield Broken(((key,), ("entrypoint",)), rule)
         if self.decay_steps is not None and self.kind != "warmup_stable_decay":
             rule = f"decay_steps is of kind warmup_stable_decay; got {self.decay_steps} for {self.kind}"
             yield Broken((("decay_steps",), ("kind",)), rule)

@@ -112,6 +112,9 @@ def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if spec.model.entrypoint is not None:
         changed["model"] = spec.model.model_copy(update={"code_dir": _absolute(spec.model.code_dir)})
+    if (schedule := spec.train.lr_scheduler).entrypoint is not None:
+        placed = schedule.model_copy(update={"code_dir": _absolute(schedule.code_dir)})
+        changed["train"] = spec.train.model_copy(update={"lr_scheduler": placed})
     if spec.task.entrypoint is not None:
         changed["task"] = spec.task.model_copy(update={"code_dir": _absolute(spec.task.code_dir)})
     if spec.curriculum is not None and ":" in spec.curriculum.signal:

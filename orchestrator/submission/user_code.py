@@ -27,7 +27,7 @@ def check_own_code(job: JobSpec) -> None:
         EntrypointError: there is no such module, or it can't be trained. Carries the traceback of the user's code.
     """
     check_places(job)
-    if job.has_own_code or job.data.entrypoint is not None:
+    if any(key != "curriculum.signal" for key, _, _ in own_code_of(job)):
         _rehearse(job.model_dump_json(by_alias=True))
 
 
@@ -39,6 +39,9 @@ def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
         yield "task.entrypoint", job.task.entrypoint, job.task.code_dir
     if job.data.entrypoint is not None:
         yield "data.entrypoint", job.data.entrypoint, job.data.code_dir
+    if job.train.lr_scheduler.entrypoint is not None:
+        schedule = job.train.lr_scheduler
+        yield "train.lr_scheduler.entrypoint", str(schedule.entrypoint), schedule.code_dir
     if job.curriculum is not None and ":" in job.curriculum.signal:
         yield "curriculum.signal", job.curriculum.signal, job.curriculum.code_dir
 
@@ -51,7 +54,7 @@ def check_places(job: JobSpec) -> None:
         except ImportError as error:
             raise EntrypointError(
                 f"{key} {name} can't be imported: {type(error).__name__}: {error}",
-                remedy=f"Name a function of a module in the current directory, or in {key.partition('.')[0]}.code_dir.",
+                remedy=f"Name a function of a module in this directory, or set {key.rpartition('.')[0]}.code_dir.",
                 unchanged=UNCHANGED,
             ) from None
 

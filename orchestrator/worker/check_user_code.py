@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from orchestrator.data.rows.prepare_rows import first_rows
+from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.errors import DataError, EntrypointError
 from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import catalogue
@@ -35,6 +36,8 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
     """The first fault that would keep the job's model from being trained, as far as this process can check."""
     vocab_size = job.num_outputs()
     try:
+        for step in (0, job.train.max_steps - 1):
+            learning_rate(job.train, step)
         rows = [] if job.has_tokens else first_rows(job, 2)
         task = task_of(job.task)
         params, _ = catalogue(job.model, vocab_size)

@@ -1,8 +1,16 @@
 """The learning rate schedule: a pure function of the step, so every rank of every world uses the same value."""
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+from orchestrator.errors import EntrypointError
 from orchestrator.spec.train import TrainSpec
+from orchestrator.user_code import calling_user, function_of
+
+KEY = "train.lr_scheduler.entrypoint"
 
 
 def learning_rate(train: TrainSpec, step: int) -> float:
@@ -10,9 +18,14 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
     It rises linearly from lr / warmup_steps at step 0 to lr at the last step of the warm-up, then follows the kind's
     curve from lr down to final_fraction * lr at the last step of the run, and stays there. That of warmup_stable_decay
-    is flat until the last `decay_steps`, and then linear (arXiv:2404.06395).
+    is flat until the last `decay_steps`, and then linear (arXiv:2404.06395). A user's function gives the factor of lr.
+
+    Raises:
+        EntrypointError: the user's function can't be imported, raises, or gives no factor.
     """
     schedule = train.lr_scheduler
+    if schedule.entrypoint is not None:
+        return train.lr * _own_factor(schedule.entrypoint, schedule.code_dir, step, train.max_steps)
     if step < schedule.warmup_steps:
         return train.lr * ((step + 1) / schedule.warmup_steps)  # exactly lr at the end of the warm-up
     if schedule.kind == "constant":
@@ -27,4 +40,19 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
 def decay(train: TrainSpec, step: int) -> float:
     """The learning rate of `step` over its highest, and 1 in the warm-up, which leads there."""
-    return 1.0 if step < train.lr_scheduler.warmup_steps else learning_rate(train, step) / train.lr
+    return 1.0 if step < train.lr_scheduler.warmup_steps else min(learning_rate(train, step) / train.lr, 1.0)
+
+
+def _own_factor(entrypoint: str, code_dir: str, step: int, num_steps: int) -> float:
+    with calling_user(f"{KEY} {entrypoint} for step {step}"):
+        factor = _own(entrypoint, code_dir)(step, num_steps)
+    if not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 0:
+        raise EntrypointError(
+            f"{KEY} {entrypoint} returned {factor!r} for step {step}", remedy="Return a number of at least 0."
+        )
+    return float(factor)
+
+
+@lru_cache(maxsize=8)
+def _own(entrypoint: str, code_dir: str) -> Callable[..., Any]:
+    return function_of(KEY, entrypoint, Path(code_dir))

@@ -1,10 +1,13 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from orchestrator.engine.optim.lr_schedule import decay, learning_rate
+from orchestrator.errors import EntrypointError
 from orchestrator.spec.train import TrainSpec
 
 
@@ -56,3 +59,34 @@ def test_the_decay_is_1_until_the_peak_and_falls_with_the_learning_rate() -> Non
     assert [decay(spec, step) for step in (0, 5, 9)] == [1.0, 1.0, 1.0]
     later = [decay(spec, step) for step in range(9, 100)]
     assert later == sorted(later, reverse=True) and later[-1] == pytest.approx(0.1)
+
+
+def _own(folder: Path, body: str) -> TrainSpec:
+    module = f"schedule_{abs(hash(body))}"
+    (folder / f"{module}.py").write_text(f"def schedule(step, num_steps):\n    {body}\n")
+    return TrainSpec(lr=2.0, max_steps=10, lr_scheduler={"entrypoint": f"{module}:schedule", "code_dir": str(folder)})  # type: ignore[arg-type]
+
+
+def test_a_users_function_gives_the_factor(tmp_path: Path) -> None:
+    own = _own(tmp_path, "return 3 * step / num_steps")
+    assert [learning_rate(own, step) for step in (0, 5, 9)] == pytest.approx([0.0, 3.0, 5.4])
+    assert [decay(own, step) for step in (0, 1, 9)] == pytest.approx([0.0, 0.3, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", "returned None for step 3"),
+        ("return -1.0", "returned -1.0 for step 3"),
+        ("return float('nan')", "returned nan for step 3"),
+        ("return 1 / 0", "for step 3 raised ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_factor_is_named(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(EntrypointError, match=message):
+        learning_rate(_own(tmp_path, body), 3)
+
+
+def test_an_own_schedule_has_no_other_keys() -> None:
+    with pytest.raises(ValidationError, match="warmup_steps is of a schedule of ours"):
+        TrainSpec(lr_scheduler={"entrypoint": "mine:schedule", "warmup_steps": 5})  # type: ignore[arg-type]
