@@ -2,10 +2,10 @@
 
     python -m tests.device_mistakes [--only orchestrator/model/loss.py] [--results FILE]
 
-In a copy of the repository, in which the tests must pass as it is, each argument `device=` of a call in the folders that
-hold tensors is taken out, one at a
-time, and the emulated tests are run until one fails. A mistake that none notices may be in code that they don't reach:
-then the call is made to raise, and the tests are run again. Prints each one, and how many of those reached were caught.
+In a copy of the repository, in which the tests must pass as it is, each argument `device=` of a call in the folders
+that hold tensors is taken out, one at a time, and the emulated tests are run until one fails. A mistake that none
+notices may be in code that they don't reach: then the call is made to raise, and the tests are run again. Prints each
+one, and how many of those reached were caught.
 Takes two hours or more; with a results file it goes on where it was, while the sources are the same.
 """
 
