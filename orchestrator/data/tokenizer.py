@@ -132,7 +132,7 @@ def _border_of(path: Location, saved: bytes) -> str:
         return DOCUMENT_TOKEN
     named = [
         _token_named(known, content, kind)
-        for content in (_content(path.parent / name) for name in BORDER_FILES)
+        for content in (content_of(path.parent / name) for name in BORDER_FILES)
         for kind in ("bos", "eos")
     ]
     border: str | None = next((t for t in named if t is not None and known.token_to_id(t) is not None), None)
@@ -161,7 +161,8 @@ def _token_named(known: tokenizers.Tokenizer, content: dict[str, Any], kind: str
     return named
 
 
-def _content(path: Location) -> dict[str, Any]:
+def content_of(path: Location) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none. Raises DataError if it can't be read."""
     try:
         content = json.loads(objects_at(path.parent).get(path.name))
     except FileNotFoundError:

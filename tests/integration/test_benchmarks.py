@@ -310,6 +310,21 @@ def test_hosts_with_slow_links_do_steps(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_tasks_are_compared_with_a_users_own_and_a_plain_loop() -> None:
+    line = quick("tasks")
+    assert [bar["name"] for bar in line["bars"]] == [
+        "cost",
+        "accuracy of digits",
+        "points below the plain loop",
+        "accuracy of dpo",
+    ]
+    assert line["metrics"]["cost"]["same_bits"]
+    for found in line["metrics"]["dpo"].values():
+        assert abs(found["first loss"] - 0.6931) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_balance_trains_each_arm_and_judges_it() -> None:
     line = quick("balance")
     arms = line["metrics"]["arms"]

@@ -11,11 +11,11 @@ from typing import Any, Self
 import tokenizers
 
 from orchestrator.data.rows.chat_template import CHATML, END, PLAIN, START, ChatTemplate
-from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.data.tokenizer import CONFIG, TextTokenizer, content_of
 from orchestrator.errors import DataError
 from orchestrator.storage.backends.location import Location, objects_at
 
-CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TEMPLATE = "chat_template.jinja"  # beside a tokenizer
 SAVED = "chat_template.json"  # in a store and with a run: the template, and the special tokens that it knows
 
 
@@ -89,7 +89,7 @@ def template_beside(tokenizer: Path | None, given: Path | None) -> tuple[str, di
     Raises:
         DataError: a file can't be read.
     """
-    config = _config(tokenizer.with_name(CONFIG)) if tokenizer is not None else {}
+    config = content_of(tokenizer.with_name(CONFIG)) if tokenizer is not None else {}
     tokens = {name: text for name, value in config.items() if name.endswith("_token") and (text := _text(value))}
     named = config.get("chat_template")
     if isinstance(named, list):  # several, by name
@@ -127,15 +127,3 @@ def _text(value: Any) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} can't be read: {error}", remedy="Mend it.", unchanged="Nothing was started."
-        ) from error
-    return content if isinstance(content, dict) else {}
