@@ -39,7 +39,7 @@ test-all: $(VENV)/dev.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MAKE) --no-print-directory --jobs 2 --output-sync types architecture
+	$(MAKE) --no-print-directory --jobs 2 types architecture
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy

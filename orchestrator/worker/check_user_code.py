@@ -10,6 +10,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from orchestrator.data.rows.prepare_rows import first_rows
@@ -20,6 +21,7 @@ from orchestrator.model.factory import catalogue
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.spec.job import JobSpec
 
+MOST_STEPS = 1000  # whose learning rates are asked for
 MAX_ELEMENTS = 200_000_000  # dense ones; larger models aren't built where the job is submitted, possibly a laptop
 
 
@@ -36,7 +38,7 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
     """The first fault that would keep the job's model from being trained, as far as this process can check."""
     vocab_size = job.num_outputs()
     try:
-        for step in (0, job.train.max_steps - 1):
+        for step in np.linspace(0, job.train.max_steps - 1, MOST_STEPS).astype(int).tolist():
             learning_rate(job.train, step)
         rows = [] if job.has_tokens else first_rows(job, 2)
         task = task_of(job.task)

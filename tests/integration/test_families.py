@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "OlmoeForCausalLM": {"num_experts": 8, "num_experts_per_tok": 3},
     "LlamaForCausalLM": {"rope_theta": 5e5},
     "Qwen3ForCausalLM": {"head_dim": 16, "tie_word_embeddings": True},
-    "Qwen2ForCausalLM": {},
+    "Qwen2ForCausalLM": {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21},
 }
 
 
@@ -166,6 +166,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "clipped": ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
     "some layers dense": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]"),
     "biases": ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias true"),
+    "key-value heads that don't divide": ("LlamaForCausalLM", {"num_key_value_heads": 3}, "must divide"),
+    "more experts per token than there are": ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "must be at most"),
+    "heads that don't divide": ("OlmoeForCausalLM", {"head_dim": 32}, "takes to be 12"),
     "an unknown one": (
         "LlamaForCausalLM",
         {"architectures": ["Qwen3NextForCausalLM"]},
@@ -189,3 +192,8 @@ def test_a_model_that_no_family_can_express_is_not_exported() -> None:
     with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no router \"softmax\".*n_shared_experts 1"):
         family_of_spec(ModelSpec(router="softmax"))
     assert len(FAMILIES) == len(BY_ARCHITECTURE) == 7
+    with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no qk_norm \"all_heads\""):
+        family_of_spec(ModelSpec(qk_norm="all_heads"))
+    wide = ModelSpec(router="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64)
+    with pytest.raises(UsageError, match="OlmoeForCausalLM has no head_dim 64"):
+        family_of_spec(wide)

@@ -12,7 +12,7 @@ from orchestrator.spec.model import ModelSpec
 _EXPERTS = {"num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "moe_intermediate_size"}
 _DENSE = {"intermediate_size": "intermediate_size"}
 _SOFTMAX = {"router": "softmax", "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
-_NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}  # attention sees all earlier tokens
+_NO_WINDOW = {"use_sliding_window": False}  # attention sees all earlier tokens, whatever sliding_window is
 
 GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
@@ -78,6 +78,7 @@ MIXTRAL = Family(
     router="block_sparse_moe.gate.weight",
     experts="block_sparse_moe.experts.{expert}",
     projections=("w1", "w3", "w2"),
+    rope_theta=1e6,
 )
 OLMOE = Family(
     architecture="OlmoeForCausalLM",
@@ -89,6 +90,7 @@ OLMOE = Family(
         "norm_topk_prob": "norm_topk_prob",
     },
     is_ours={**_SOFTMAX, "qk_norm": "all_heads", "attention_bias": False, "first_k_dense_replace": 0},
+    divides_hidden=True,
     aliases={"num_local_experts": "num_experts"},
     defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
     fixed={"attention_bias": False, "clip_qkv": None},
@@ -107,6 +109,7 @@ QWEN3 = Family(
     model_type="qwen3",
     keys=_DENSE,
     is_ours={"qk_norm": True, "attention_bias": False},
+    defaults={"head_dim": 128},
     fixed={"attention_bias": False, **_NO_WINDOW},
 )
 QWEN2 = Family(

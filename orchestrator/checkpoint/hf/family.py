@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model import IN_CONFIG, ModelSpec
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -70,7 +70,8 @@ class Family:
         experts: path of an expert, with its number as `{expert}`.
         projections: names of the gate, up and down matrices of an expert, and of an MLP.
         stacked: whether some files stack a layer's experts.
-        partial_rotary_factor: what transformers takes where `config.json` lacks it.
+        divides_hidden: whether head_dim is always hidden_size over num_attention_heads.
+        rope_theta, partial_rotary_factor: what transformers takes where `config.json` lacks them.
     """
 
     architecture: str
@@ -86,6 +87,8 @@ class Family:
     experts: str = "mlp.experts.{expert}"
     projections: tuple[str, str, str] = PROJECTIONS
     stacked: bool = False
+    divides_hidden: bool = False
+    rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
 
     # -- tensors -----------------------------------------------------------------------------------------------
@@ -140,6 +143,7 @@ class Family:
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "dtype": dtype,
+            "torch_dtype": dtype,  # for transformers before version 5, and other tools
             **{key: getattr(spec, key) for key in _COMMON},
             **{theirs: getattr(spec, ours) for theirs, ours in self.keys.items()},
             "vocab_size": vocab_size,
@@ -147,6 +151,8 @@ class Family:
             "initializer_range": spec.initializer_range,
             "tie_word_embeddings": False,
             "rope_parameters": rope,
+            "rope_theta": spec.rope_theta,
+            **({} if spec.partial_rotary_factor == 1.0 else {"partial_rotary_factor": spec.partial_rotary_factor}),
             **_FIXED,
             **self.fixed,
             **self.also,
@@ -163,6 +169,10 @@ class Family:
             wanted["bias_update_speed"] = 0.0
         if self.partial_rotary_factor == 1.0:
             wanted["partial_rotary_factor"] = 1.0
+        if self.divides_hidden:
+            wanted["head_dim"] = spec.hidden_size // spec.num_attention_heads
+        if "qk_norm" in self.keys.values():
+            wanted["qk_norm"] = bool(spec.qk_norm) and spec.qk_norm != "all_heads"
         return [
             f"{key} {json.dumps(getattr(spec, key))}" for key, value in wanted.items() if getattr(spec, key) != value
         ]
@@ -177,7 +187,7 @@ class Family:
         known |= {self.aliases.get(key, key): value for key, value in config.items() if value is not None}
         if missing := [key for key in (*_COMMON, *self.keys) if key not in known]:
             raise UsageError(f"it lacks {', '.join(missing)}")
-        rope = _ROPE | {"partial_rotary_factor": self.partial_rotary_factor}
+        rope = _ROPE | {"partial_rotary_factor": self.partial_rotary_factor, "rope_theta": self.rope_theta}
         rope |= {key: config[key] for key in _ROPE if config.get(key) is not None}
         for scaling in ("rope_scaling", "rope_parameters"):  # keys of older and newer versions of transformers
             rope |= config.get(scaling) or {}
@@ -188,12 +198,16 @@ class Family:
         if wrong:
             shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in wrong.items())
             raise UsageError(f"it has {shown}, which no model of ours can have")
+        divided = int(known["hidden_size"]) // int(known["num_attention_heads"])
         if known["head_dim"] is None:
-            known["head_dim"] = int(known["hidden_size"]) // int(known["num_attention_heads"])
+            known["head_dim"] = divided
+        if self.divides_hidden and known["head_dim"] != divided:
+            raise UsageError(f"it has head_dim {known['head_dim']}, which {self.architecture} takes to be {divided}")
         found = {key: known[key] for key in _COMMON} | {ours: known[theirs] for theirs, ours in self.keys.items()}
         if self.router is None:
             found["first_k_dense_replace"] = found["num_hidden_layers"]
         return {
+            **{key: ModelSpec.model_fields[key].default for key in IN_CONFIG - {"head_dim"}},  # that it has no use for
             **found,
             **self.is_ours,
             "rope_theta": float(rope["rope_theta"]),

@@ -125,15 +125,16 @@ def prompt_and_answers(values: Mapping[str, Any]) -> tuple[Sequence[Message], Se
         DataError: it is no pair, or both answers are equal.
     """
     chosen, rejected = (_turns(_column(values, name), "assistant") for name in (CHOSEN, REJECTED))
-    if values.get(PROMPT) is not None and all(
-        turns and turns[0]["role"] == "assistant" for turns in (chosen, rejected)
-    ):
-        asked = _turns(values[PROMPT], "user")
+    prompt = [] if values.get(PROMPT) is None else _turns(values[PROMPT], "user")
+    if prompt and all(turns[0]["role"] == "assistant" for turns in (chosen, rejected)):
+        asked = prompt
     else:
         same = 0
         while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
             same += 1
         asked, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if any(turn not in asked for turn in prompt):
+            raise _refused("the answers are whole chats, and don't both begin with the prompt")
     if not asked or not chosen or not rejected or chosen == rejected:
         raise _refused("a pair needs a prompt, and two answers that differ")
     return asked, chosen, rejected

@@ -1,7 +1,6 @@
 """Chats as text, by a Jinja template as transformers has it, and what of the text the assistant says.
 
-There is no `strftime_now`: today's date in rows would make other rows of the same data tomorrow. Templates that ask for
-it have another date for its absence.
+`strftime_now` gives a fixed date: today's would make other rows of the same data tomorrow.
 
 A template marks what the assistant says by `{% generation %}`, as in transformers. In one without these marks it is
 what a turn adds to the text of the turns before it with the prompt for an answer: that takes a template which renders a
@@ -12,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -24,6 +24,7 @@ from orchestrator.errors import DataError
 
 Message = Mapping[str, Any]
 
+TODAY = datetime(2024, 7, 26)  # that of Llama's templates where there is no date
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
     "{% for message in messages %}"
@@ -72,6 +73,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = TODAY.strftime
         environment.globals["_begin"], environment.globals["_end"] = self._begin, self._end
         try:
             self._template = environment.from_string(source)

@@ -124,7 +124,7 @@ def _split_rows(job: JobSpec) -> Iterator[tuple[Split, str, Mapping[str, Any], f
                 done += 1
                 yield split, where, row, done / total
         return
-    held_out = _held_out(job.data.holdout, read_rows(job.data.source))
+    held_out = _held_out(job.data.holdout, read_rows(job.data.source, ()))
     for number, (where, row) in enumerate(_of_file(job)):
         yield _split(held_out[number]), where, row, (number + 1) / len(held_out)
 

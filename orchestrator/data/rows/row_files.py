@@ -106,7 +106,16 @@ def _values(batch: Any, columns: Sequence[str] | None) -> Iterator[dict[str, Any
     there = [name for name in columns if name in batch.schema.names]
     types = [_number_type(batch.column(name).type) for name in there]
     for row in batch.select(there).to_pylist():
-        yield {name: np.asarray(row[name], dtype) for name, dtype in zip(there, types, strict=True)}
+        yield {name: _typed(row[name], dtype) for name, dtype in zip(there, types, strict=True)}
+
+
+def _typed(value: Any, dtype: Any) -> Any:
+    """The value as an array of this type; unchanged where it is none, as with nulls in it, which is refused later."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return value
+    return value if dtype is None or array.dtype.kind not in "biuf" else array.astype(dtype)
 
 
 def _number_type(kind: Any) -> Any:

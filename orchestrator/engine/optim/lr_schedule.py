@@ -40,17 +40,33 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
 def decay(train: TrainSpec, step: int) -> float:
     """The learning rate of `step` over its highest, and 1 in the warm-up, which leads there."""
-    return 1.0 if step < train.lr_scheduler.warmup_steps else min(learning_rate(train, step) / train.lr, 1.0)
+    schedule = train.lr_scheduler
+    if schedule.entrypoint is None:
+        return 1.0 if step < schedule.warmup_steps else learning_rate(train, step) / train.lr
+    peak_step, peak = _own_peak(schedule.entrypoint, schedule.code_dir, train.max_steps)
+    return 1.0 if step < peak_step or not peak else learning_rate(train, step) / train.lr / peak
 
 
 def _own_factor(entrypoint: str, code_dir: str, step: int, num_steps: int) -> float:
     with calling_user(f"{KEY} {entrypoint} for step {step}"):
-        factor = _own(entrypoint, code_dir)(step, num_steps)
-    if not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 0:
+        found = _own(entrypoint, code_dir)(step, num_steps)
+    try:
+        factor = float("nan") if isinstance(found, bool) else float(found)
+    except (TypeError, ValueError):
+        factor = float("nan")
+    if not math.isfinite(factor) or factor < 0:
         raise EntrypointError(
-            f"{KEY} {entrypoint} returned {factor!r} for step {step}", remedy="Return a number of at least 0."
+            f"{KEY} {entrypoint} returned {found!r} for step {step}", remedy="Return a number of at least 0."
         )
-    return float(factor)
+    return factor
+
+
+@lru_cache(maxsize=8)
+def _own_peak(entrypoint: str, code_dir: str, num_steps: int) -> tuple[int, float]:
+    """The first step with the highest factor, and that."""
+    factors = [_own_factor(entrypoint, code_dir, step, num_steps) for step in range(num_steps)]
+    peak = max(factors)
+    return factors.index(peak), peak
 
 
 @lru_cache(maxsize=8)

@@ -150,6 +150,10 @@ def test_a_bad_chat_is_named_by_file_and_line(tmp_path: Path, row: Any, message:
 
 
 BAD_PAIRS: dict[str, tuple[Any, str]] = {
+    "another prompt": (
+        {"prompt": [{"role": "system", "content": "s"}, USER], "chosen": [USER, SAID], "rejected": [USER, USER]},
+        "the answers are whole chats, and don't both begin with the prompt",
+    ),
     "equal answers": ({"prompt": "p", "chosen": "a", "rejected": "a"}, "a pair needs a prompt, and two answers that"),
     "no prompt": ({"chosen": [SAID], "rejected": [USER]}, "a pair needs a prompt"),
     "one answer": ({"prompt": "p", "chosen": "a"}, "no key 'rejected'"),
@@ -212,6 +216,20 @@ def test_a_folder_that_datasets_saved_is_rows_too(tmp_path: Path) -> None:
     assert store.manifest.num_outputs == 4 and store.num_rows("train") + store.num_rows("validation") == 40
     assert store.read("train", np.array([0]))[0]["pixels"].shape == (2, 2)
     assert {name: column.dtype for name, column in store.manifest.columns.items()} == {"pixels": "<f4", "digit": "<i8"}
+
+
+def test_what_is_missing_in_a_column_is_refused(tmp_path: Path) -> None:
+    for number, missing in enumerate(([None], None)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        table = pyarrow.table({"inputs": pyarrow.array([[1.0]] * 30 + [missing]), "labels": [0] * 31})
+        with pyarrow.ipc.new_stream(str(folder / "data.arrow"), table.schema) as file:
+            file.write_table(table)
+        job = task_job("classification", tmp_path)
+        sections = {"task": "classification", "data": {"source": str(folder)}}
+        job = JobSpec.model_validate({**job.model_dump(by_alias=True, exclude_unset=True), **sections})
+        with pytest.raises(DataError, match=r"inputs of .*data.arrow:31 is .* must be an array of numbers"):
+            prepare_rows(job, tmp_path / "data")
 
 
 BAD_CODE: dict[str, tuple[str, str]] = {

@@ -70,13 +70,16 @@ def _own(folder: Path, body: str) -> TrainSpec:
 def test_a_users_function_gives_the_factor(tmp_path: Path) -> None:
     own = _own(tmp_path, "return 3 * step / num_steps")
     assert [learning_rate(own, step) for step in (0, 5, 9)] == pytest.approx([0.0, 3.0, 5.4])
-    assert [decay(own, step) for step in (0, 1, 9)] == pytest.approx([0.0, 0.3, 1.0])
+    assert [decay(own, step) for step in (0, 1, 9)] == [1.0, 1.0, 1.0]  # a warm-up to its end
+    falling = _own(tmp_path, "import numpy; return numpy.float32(2.0 - step / num_steps)")
+    assert [decay(falling, step) for step in (0, 5)] == pytest.approx([1.0, 0.75])
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("return None", "returned None for step 3"),
+        ("return True", "returned True for step 3"),
         ("return -1.0", "returned -1.0 for step 3"),
         ("return float('nan')", "returned nan for step 3"),
         ("return 1 / 0", "for step 3 raised ZeroDivisionError"),
