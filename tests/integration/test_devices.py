@@ -132,14 +132,14 @@ def _waits(
     small.train_steps(engine, groups, range(1))
     batches = [small.micro_batch(1, 2 * rank + number) for number in range(2)]
     with host_syncs() as places:
-        sums = torch.zeros(2 * world_size, dtype=torch.float64, device=devices.device())
+        sums_SM = torch.zeros(2 * world_size, 1, dtype=torch.float64, device=devices.device())
         routed = RoutingCounts.zeros(len(model.moe_layers), spec, devices.device())
         for number, batch in enumerate(batches):
             loss, counted = engine.accumulate(batch, 1000, last=number == 1)
-            sums[2 * rank + number] = loss.total
+            sums_SM[2 * rank + number, 0] = loss.total
             routed.add(counted)
         outcome = engine.step(1e-3)
-        ballot = Ballot(sums, sums[:0], routed, outcome.applied)
+        ballot = Ballot(sums_SM, sums_SM[:0], routed, outcome.applied)
         vote(ballot, rank, world_size, groups.exchange, nonce_of(0, 1))
     engine.close()
     return Counter(places)
