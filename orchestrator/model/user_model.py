@@ -163,4 +163,5 @@ def _parameters(function: object) -> Collection[str]:
 
 def raised_by_forward(error: BaseException) -> bool:
     """Whether `error` was raised within the forward pass of a user's module."""
-    return any(frame.f_code is UserModel._logits.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+    passes = (UserModel._logits.__code__, UserModel.outputs.__code__)
+    return any(frame.f_code in passes for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -40,12 +40,14 @@ def _ended(client: OrchestratorClient, run: str) -> RunStatus:
     return ended
 
 
-@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), ("own", 1500)])
+@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), ("own", 800)])
 def test_a_task_survives_what_happens_to_its_run(
     client: OrchestratorClient, tmp_path: Path, task: str, steps: int
 ) -> None:
     """2 to 3 workers, one killed, a pause, and a resume on 1."""
     job = task_job(task, tmp_path, max_steps=steps, determinism="exact", lr_scheduler={"kind": "constant"}, lr=1e-3)
+    # The default limit of a step's loss is made for language models; the regression's varies more than that.
+    job = job.model_copy(update={"recovery": job.recovery.model_copy(update={"loss_explosion": None})})
     storage = tmp_path / "runs"
     run = _submitted(client, job, f"{task}-moved", storage, most=3)
     until(client, run, lambda s: s.step > 10)

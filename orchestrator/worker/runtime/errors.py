@@ -32,13 +32,16 @@ class DigestMismatch(RuntimeError):
 
 def kind_of(error: Exception) -> str:
     """The error's kind, as in `WorkerError`."""
+    if isinstance(error, EntrypointError) and isinstance(error.__cause__, Exception):
+        # The user's code may only have passed it on: a peer that was lost in our MoE layer, or a GPU.
+        cause = kind_of(error.__cause__)
+        return "user_error" if cause == "internal" else cause
     if isinstance(error, LossExploded):
         return "numeric"
     if isinstance(error, StateCorrupted | torch.AcceleratorError):  # after the latter a process can't use its GPU
         return CORRUPTED
     if isinstance(error, DigestMismatch):
         return "doubtful"
-    # Also where it passed through a user's module on its way from our MoE layer.
     if isinstance(error, AbortedGeneration | SumNotProven) or _is_peer_loss(error):
         return "peer_lost"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in str(error):

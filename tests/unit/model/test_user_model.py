@@ -225,7 +225,8 @@ def test_weights_that_only_some_ranks_build_are_refused(tmp_path: Path) -> None:
 
 def test_an_error_of_the_forward_pass_is_known_as_the_users(tmp_path: Path) -> None:
     model = _model(own_spec(tmp_path, linear(forward="return self.nothing")))
-    with pytest.raises(AttributeError) as caught:
-        model(TOKENS)
-    assert raised_by_forward(caught.value)
+    for call in (model, model.outputs):
+        with pytest.raises(AttributeError) as caught:
+            call(TOKENS)
+        assert raised_by_forward(caught.value)
     assert not raised_by_forward(ValueError())
