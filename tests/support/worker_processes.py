@@ -32,11 +32,15 @@ def pid_of_actor(title: str) -> int:
 
 
 def title_of(process: psutil.Process) -> str:
-    """Its command line; empty once it has ended."""
+    """Its command line; empty once it has ended. Read until it is the same twice: Ray rewrites an actor's title at each
+    call, and what is read in that moment is anything."""
     try:
-        return " ".join(process.cmdline()).strip()
+        before, now = None, process.cmdline()
+        while now != before:
+            before, now = now, process.cmdline()
     except psutil.Error:
         return ""
+    return " ".join(now).strip()
 
 
 def is_child_of_actor(process: psutil.Process) -> bool:
