@@ -22,7 +22,7 @@ from orchestrator.protocol.usage import EnergyReading
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.node import Reading, points_of_readings
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 NODES_EVERY_S = 10.0
 

@@ -35,7 +35,7 @@ from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.prometheus import Exporter
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
 

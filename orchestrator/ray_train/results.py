@@ -21,7 +21,7 @@ from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 Row = dict[str, Any]
 VALIDATION = "eval/loss"

@@ -17,7 +17,7 @@ from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import DPO
 from orchestrator.storage.backends.location import Location, location_of, objects_at
-from orchestrator.tracking.sink import Dataset
+from orchestrator.tracking.sinks.sink import Dataset
 
 OF_RUN = {TOKENIZER, CONFIG, SAVED}  # files of a store of rows that are saved with the run too
 

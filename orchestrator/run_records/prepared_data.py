@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.protocol.events.base import Event
-from orchestrator.tracking.sink import Dataset
+from orchestrator.tracking.sinks.sink import Dataset
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.home import home
 from orchestrator.storage.backends.location import Location
-from orchestrator.tracking.sink import RunInfo, TrackerSetup, flattened, redacted
+from orchestrator.tracking.sinks.sink import RunInfo, TrackerSetup, flattened, redacted
 
 NOTE = "mlflow.note.content"  # MLflow's own name of a run's description
 DIRECTORY = "tracking"  # in the run's directory, or this machine's
@@ -44,6 +44,7 @@ def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
         run=run,
         directory=str(outbox_of(run_dir)),
         artifacts=str(storage / "mlflow-artifacts"),
+        sinks=tuple(job.tracking.sinks),
     )
 
 

@@ -27,7 +27,7 @@ from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
-from orchestrator.tracking.sink import MetricPoint, TrackerPosition
+from orchestrator.tracking.sinks.sink import MetricPoint, TrackerPosition
 from orchestrator.tracking.tracker import Tracker, TrackerState
 
 POINTS_PER_CALL = 2000

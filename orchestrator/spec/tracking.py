@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from orchestrator.spec.section import Broken, Section, refuse
+
+SinkName = Literal["tensorboard", "wandb"]
 
 
 def _tracking_uri(uri: str) -> str:
@@ -47,6 +49,11 @@ class TrackingSpec(Section):
         max_length=200,
         description="Name of the MLflow experiment. Left out: MLFLOW_EXPERIMENT_NAME where it is set at submission.",
     )
+    sinks: list[SinkName] = Field(
+        default=[],
+        description="Where metrics go beside MLflow: tensorboard writes event files, wandb an offline run (it needs "
+        "`pip install wandb` where the run's controller is). Both into tracking/ of the run's directory.",
+    )
     tags: dict[str, str] = Field(
         default={},
         description="Tags of the MLflow run. A submission adds mlflow.user, and the job file with the commit of its "
@@ -61,5 +68,7 @@ class TrackingSpec(Section):
     )
 
     def broken_rules(self) -> Iterator[Broken]:
+        if len(set(self.sinks)) < len(self.sinks):
+            yield Broken((("sinks",),), f"sinks names one twice: {', '.join(self.sinks)}")
         if self.alias is not None and self.register_as is None:
             yield Broken((("alias",), ("register_as",)), f"alias needs register_as; got {self.alias!r} and null")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.tracking.sink import check_uri, redacted
+from orchestrator.tracking.sinks.sink import check_uri, redacted
 
 URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
 GIT_S = 2.0  # a repository on a file system that hangs delays no submission

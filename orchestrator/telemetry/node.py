@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 
 from orchestrator.storage.caller import Caller, call_here
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ray.util.metrics import Gauge
 from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
 from orchestrator.protocol.status import RunPhase
 from orchestrator.storage.condition import StorageCondition
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
 

@@ -5,7 +5,7 @@ from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 
 def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricPoint]:

@@ -6,8 +6,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.tracking.mlflow_sink import RUN_TAG
-from orchestrator.tracking.sink import TrackerSetup, redacted, sqlite_path, with_driver
+from orchestrator.tracking.sinks.mlflow_sink import RUN_TAG
+from orchestrator.tracking.sinks.sink import TrackerSetup, redacted, sqlite_path, with_driver
 
 
 def delete_run(setup: TrackerSetup) -> str | None:

@@ -20,7 +20,7 @@ from typing import Self
 import psutil
 
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.tracking.sink import artifact_root, check_uri, redacted, with_driver
+from orchestrator.tracking.sinks.sink import artifact_root, check_uri, redacted, with_driver
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0

@@ -22,7 +22,7 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.history import CURVES, History, read_history
 from orchestrator.tracking.outbox_file import open_outbox_file
-from orchestrator.tracking.sink import (
+from orchestrator.tracking.sinks.sink import (
     Artifact,
     Checkpoint,
     CheckpointMark,

@@ -52,10 +52,12 @@ def open_outbox_file(directory: Path) -> sqlite3.Connection:
 
 
 def num_waiting(directory: Path) -> int:
-    """Number of waiting items in an ended run's outbox; 0 without an outbox. Raises sqlite3.Error if it is held."""
-    path = directory / FILE
-    if not path.exists():
-        return 0
+    """Number of waiting items in the outboxes of an ended run, that of `directory` and those of its folders; 0 without
+    any. Raises sqlite3.Error if one is held."""
+    return sum(_num_waiting(path) for path in (directory / FILE, *directory.glob(f"*/{FILE}")) if path.exists())
+
+
+def _num_waiting(path: Path) -> int:
     db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=0.5)
     try:
         return int(db.execute("SELECT count(*) FROM waiting").fetchone()[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.tracking.history import History
 from orchestrator.tracking.outbox import Outbox
-from orchestrator.tracking.sink import (
+from orchestrator.tracking.sinks.sink import (
     Artifact,
     Checkpoint,
     CheckpointMark,
@@ -66,6 +66,7 @@ class Publisher:
 
     Args:
         connect: makes the sink; called again until it succeeds.
+        reporting: None for a sink that takes no files.
         explain: turns a failure into one line for the user.
     """
 
@@ -74,7 +75,7 @@ class Publisher:
         outbox: Outbox,
         connect: Callable[[], Sink],
         run: RunInfo,
-        reporting: Reporting,
+        reporting: Reporting | None,
         explain: Callable[[Exception], str],
         pace: Pace = Pace(),
     ) -> None:
@@ -172,6 +173,8 @@ class Publisher:
 
     def _report(self, sink: Sink, is_last: bool) -> None:
         """Send the table and the charts, each when it is due."""
+        if (reporting := self._reporting) is None:
+            return
         now_s = time.monotonic()
         table_due = is_last or now_s - self._table_s >= self._pace.table_s
         charts_due = is_last or now_s - self._charts_s >= self._pace.charts_s
@@ -179,18 +182,18 @@ class Publisher:
             return
         history = self._outbox.history()
         if table_due and history.events and (is_last or len(history.events) > self._num_told):
-            sink.log_table(self._reporting.table(history))
+            sink.log_table(reporting.table(history))
             self._num_told = len(history.events)
             self._table_s = now_s
         if charts_due and history.curves["train/loss"]:
-            for path in self._drawn(history):
+            for path in self._drawn(history, reporting):
                 sink.log_artifact(path)
             self._charts_s = now_s
 
-    def _drawn(self, history: History) -> Sequence[Path]:
+    def _drawn(self, history: History, reporting: Reporting) -> Sequence[Path]:
         """The charts; none if they can't be drawn, so that a fault in drawing doesn't block later items."""
         try:
-            return self._reporting.charts(history)
+            return reporting.charts(history)
         except Exception:
             logger.exception("the charts of run %s can't be drawn", self._run.run_id)
             return ()

@@ -5,14 +5,17 @@
     tracker.publish(term, [MetricPoint("train/loss", 2.5, step=0, time=time.time())], after=-1)
     tracker.finish(term, "succeeded")
 
-Training never waits for it, and failures of MLflow never raise. Items are on disk when a method returns.
+Training never waits for it, and failures of MLflow never raise. Items are on disk when a method returns. MLflow and
+each sink beside it have an outbox and a thread of their own, so none waits for another.
 """
 
 import logging
-import os
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -25,14 +28,14 @@ from orchestrator.tracking.history import History, write_table
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.outbox_file import FILE
 from orchestrator.tracking.publisher import Publisher, Reporting
-from orchestrator.tracking.sink import (
+from orchestrator.tracking.sinks.open_sink import MLFLOW, explain, open_sink, outbox_directory
+from orchestrator.tracking.sinks.sink import (
     Artifact,
     Dataset,
     Finish,
     Inputs,
     MetricPoint,
     Outcome,
-    Sink,
     TrackerPosition,
     TrackerSetup,
     check_uri,
@@ -50,13 +53,22 @@ class TrackerState(TypedDict):
     mlflow_run_id: str
     term: int  # the highest seen
     position: int  # the newest step up to which no values are missing here
-    waiting: int  # items on disk that MLflow has not taken yet
+    waiting: int  # items on disk that MLflow or another sink has not taken yet
     published: int  # metric values that this process has sent to MLflow
-    error: str  # the newest failure; empty once MLflow takes items again
+    error: str  # the newest failures; empty once all sinks take items again
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """A sink, by its thread, and what it has not taken yet."""
+
+    name: str
+    outbox: Outbox
+    publisher: Publisher
 
 
 class Tracker:
-    """Publishes one run to MLflow. Thread-safe; every method but `finish` returns once the item is on disk.
+    """Publishes one run to its sinks. Thread-safe; every method but `finish` returns once the item is on disk.
 
     Raises:
         UsageError: the URI has no supported form.
@@ -69,13 +81,13 @@ class Tracker:
         self._term = -1
         self._term_lock = threading.Lock()
         self._directory = Path(setup.directory)
-        self._outbox = _open_outbox(self._directory)
-        self._outbox.withdraw_finish()  # the starting controller continues the run, or reports its end again
-        self._publisher = publisher_of(setup, self._outbox)
+        self._mlflow, *others = [_outlet(name, setup) for name in (MLFLOW, *setup.sinks)]
+        self._outlets = (self._mlflow, *others)
 
     def position(self) -> TrackerPosition:
-        """What was published without gaps."""
-        return self._outbox.position
+        """What was published without gaps, to the sink that has least."""
+        positions = [outlet.outbox.position for outlet in self._outlets]
+        return TrackerPosition(min(p.step for p in positions), min(p.event for p in positions))
 
     def publish(
         self, term: int, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
@@ -90,9 +102,7 @@ class Tracker:
             ProtocolError: values of earlier steps are missing; see `position`. Nothing was taken.
             TermSuperseded: a controller with a higher term has published here. The methods below raise it too.
         """
-        self._admit(term)
-        self._outbox.put_points(points, after, loads)
-        self._publisher.wake()
+        self._put(term, lambda outbox: outbox.put_points(points, after, loads))
 
     def event(
         self, term: int, entry: JournalEntry, points: Sequence[MetricPoint] = (), after: int | None = None
@@ -104,15 +114,11 @@ class Tracker:
 
         Events `checkpoint`, `checkpoints_deleted` and `resumed` create and update models in MLflow.
         """
-        self._admit(term)
-        self._outbox.put_event(entry, points, after)
-        self._publisher.wake()
+        self._put(term, lambda outbox: outbox.put_event(entry, points, after))
 
     def inputs(self, term: int, datasets: Sequence[Dataset]) -> None:
         """Take the datasets for training and validation."""
-        self._admit(term)
-        self._outbox.put([Inputs(tuple(datasets))])
-        self._publisher.wake()
+        self._put(term, lambda outbox: outbox.put([Inputs(tuple(datasets))]))
 
     def artifact(self, term: int, path: str) -> None:
         """Take the path of a file or directory, which is copied later, or the URL of an object, which is copied now.
@@ -122,8 +128,7 @@ class Tracker:
         file = place if isinstance(place, Path) else self._copy_of(place)
         if file is None or not file.exists():
             raise NotFound(f"artifact {path} does not exist", unchanged="Nothing was published.")
-        self._outbox.put([Artifact(str(file))])
-        self._publisher.wake()
+        self._put(term, lambda outbox: outbox.put([Artifact(str(file))]))
 
     def _copy_of(self, place: BucketUrl) -> Path | None:
         """The object in a file beside what waits; None if there is no such object."""
@@ -143,23 +148,34 @@ class Tracker:
         Returns:
             whether everything has arrived; if not, `describe` gives the reason, and delivery goes on.
         """
-        self._admit(term)
-        self._outbox.put_finish(Finish(Outcome(outcome), reason))
-        self._publisher.wake(hurry=True)
-        return self._publisher.wait(timeout_s)
+        end, deadline_s = Finish(Outcome(outcome), reason), time.monotonic() + timeout_s
+        self._put(term, lambda outbox: outbox.put_finish(end), hurry=True)
+        waits = [outlet.publisher.wait(max(0.0, deadline_s - time.monotonic())) for outlet in self._outlets]
+        return all(waits)
 
     def describe(self) -> TrackerState:
-        state = self._publisher.state()
+        states = {outlet.name: outlet.publisher.state() for outlet in self._outlets}
+        state = states[MLFLOW]
+        errors = [
+            each.error if name == MLFLOW else f"{name}: {each.error}" for name, each in states.items() if each.error
+        ]
         return TrackerState(
             uri=redacted(self._uri),
             url=state.url,
             mlflow_run_id=state.tracked_id,
             term=self._term,
-            position=self._outbox.position.step,
-            waiting=state.waiting,
+            position=self.position().step,
+            waiting=sum(each.waiting for each in states.values()),
             published=state.published,
-            error=state.error,
+            error="; ".join(errors),
         )
+
+    def _put(self, term: int, put: Callable[[Outbox], None], hurry: bool = False) -> None:
+        """Put into all outboxes. After an error the caller repeats it, which changes nothing where it succeeded."""
+        self._admit(term)
+        for outlet in self._outlets:
+            put(outlet.outbox)
+            outlet.publisher.wake(hurry)
 
     def _admit(self, term: int) -> None:
         with self._term_lock:
@@ -170,23 +186,10 @@ class Tracker:
             self._term = term
 
 
-def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:
-    """A publisher to MLflow. Its thread imports MLflow, which takes 2 s, so the caller doesn't wait."""
-    directory = Path(setup.directory)
-
-    def connect() -> Sink:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # The publisher retries. MLflow's own retries would hide an unreachable server for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        from orchestrator.tracking.mlflow_sink import MlflowSink
-
-        return MlflowSink(setup.uri, setup.experiment, setup.artifacts)
-
-    def explain(error: Exception) -> str:
-        from orchestrator.tracking.mlflow_errors import explain
-
-        return explain(error, setup.uri)
+def _outlet(name: str, setup: TrackerSetup) -> Outlet:
+    directory = outbox_directory(name, setup)
+    outbox = _open_outbox(directory)
+    outbox.withdraw_finish()  # the starting controller continues the run, or reports its end again
 
     def charts(history: History) -> Sequence[Path]:
         from orchestrator.tracking.charts import draw  # and with it matplotlib
@@ -195,7 +198,11 @@ def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:
         return [*draw(history, setup.run.name, directory), *draw_loads(history.loads, setup.run.name, directory)]
 
     reporting = Reporting(table=lambda history: write_table(history, directory), charts=charts)
-    return Publisher(outbox, connect, setup.run, reporting, explain)
+    files = reporting if name == MLFLOW else None
+    publisher = Publisher(
+        outbox, partial(open_sink, name, setup), setup.run, files, lambda error: explain(name, setup, error)
+    )
+    return Outlet(name, outbox, publisher)
 
 
 def _open_outbox(directory: Path) -> Outbox:

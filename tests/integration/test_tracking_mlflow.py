@@ -22,9 +22,10 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.mlflow_server import MlflowServer
 from orchestrator.tracking.outbox_file import FILE
-from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerPosition, TrackerSetup, with_driver
+from orchestrator.tracking.sinks.sink import Dataset, MetricPoint, RunInfo, TrackerPosition, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
 from tests.support.ports import free_port
+from tests.support.sink_files import of_tensorboard, of_wandb
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -33,16 +34,21 @@ PARAMS = {"name": "demo", "train.lr": "0.001", "notes": "x" * 7000}
 DATASETS = [Dataset(f"texts/{split}", split, "ab" * 32, "/texts", 3, 400) for split in ("train", "validation")]
 
 
-def setup_of(directory: Path, uri: str = "", run_id: str = "demo-1") -> TrackerSetup:
+def setup_of(directory: Path, uri: str = "", run_id: str = "demo-1", sinks: tuple[str, ...] = ()) -> TrackerSetup:
     run = RunInfo(run_id, "demo", params=PARAMS, register_as="demo-moe", alias="newest")
     uri = uri or f"sqlite:///{directory}/store/mlflow.db"
-    return TrackerSetup(uri, "tests", run, str(directory / run_id), str(directory / "artifacts"))
+    return TrackerSetup(uri, "tests", run, str(directory / run_id), str(directory / "artifacts"), sinks)
 
 
 def reborn(tracker: Tracker, setup: TrackerSetup) -> Tracker:
     """Another tracker over the same outbox, as after the end of the process."""
-    tracker._outbox.close()
+    close(tracker)
     return Tracker(setup)
+
+
+def close(tracker: Tracker) -> None:
+    for outlet in tracker._outlets:
+        outlet.outbox.close()
 
 
 def points(name: str, steps: range, value: float) -> list[MetricPoint]:
@@ -74,12 +80,12 @@ def error_of(tracker: Tracker) -> str:
     return error
 
 
-def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
+def whole_life(directory: Path, uri: str, sinks: tuple[str, ...] = ()) -> tuple[Any, Any]:
     """A run that fails, goes on in another process and succeeds. Returns MLflow's client and run."""
     (directory / "job.yaml").write_text("name: demo\n")
     (directory / "tokenizer").mkdir()
     (directory / "tokenizer" / "tokenizer.json").write_text("{}")
-    setup = setup_of(directory, uri)
+    setup = setup_of(directory, uri, sinks=sinks)
     first = Tracker(setup)
     first.publish(1, points("train/loss", range(1200), 5.0), after=-1, loads={0: ((5, 1),), 600: ((3, 3),)})
     first.publish(1, [MetricPoint("train/grad_norm", float("inf"), 0, time.time())])
@@ -146,6 +152,34 @@ def check_whole_life(client: Any, run: Any, artifacts: Path) -> None:
     assert (folder / "story.png").stat().st_size > 10_000 and "<svg" in (folder / "story.html").read_text()
 
 
+def test_sinks_side_by_side_have_the_same_values(tmp_path: Path) -> None:
+    client, run = whole_life(tmp_path, f"sqlite:///{tmp_path}/store/mlflow.db", ("tensorboard", "wandb"))
+    check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts")
+    loss = [(step, (5.0 if step < 1200 else 9.0) + step) for step in range(1500)]
+    curves, summary, exit_code = of_wandb(tmp_path / "demo-1" / "wandb")
+    for found in (curves, of_tensorboard(tmp_path / "demo-1" / "tensorboard")):
+        assert found["train/loss"] == loss and found["system/cpu_percent/10.0.0.7"] == [(3, 50.0)]
+        assert found["train/grad_norm"] == [(0, float("inf"))]
+    assert (summary["outcome"], exit_code) == ("succeeded", 0)
+
+
+def test_a_sink_that_is_away_holds_up_no_other_and_gets_everything_later(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, sinks=("tensorboard",))
+    (tmp_path / "demo-1" / "tensorboard").mkdir(parents=True)
+    broken = tmp_path / "demo-1" / "tensorboard" / "events.out.tfevents.0"
+    broken.mkdir()  # a folder can't be read as a file
+    tracker = Tracker(setup)
+    tracker.publish(1, points("train/loss", range(3), 5.0), after=-1)
+    assert not tracker.finish(1, "succeeded", timeout_s=20.0)
+    client = client_of(setup.uri)
+    assert only_run(client).info.status == "FINISHED" and tracker.describe()["waiting"] == 4
+    assert error_of(tracker).startswith("tensorboard: ")
+    broken.rmdir()
+    assert tracker.finish(1, "succeeded", timeout_s=PATIENCE_S), tracker.describe()
+    loss = of_tensorboard(tmp_path / "demo-1" / "tensorboard")["train/loss"]
+    assert loss == [(step, 5.0 + step) for step in range(3)]
+
+
 def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "cwd"
     elsewhere.mkdir()
@@ -158,7 +192,8 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
 def test_a_process_that_is_killed_while_it_makes_the_database_leaves_none(tmp_path: Path) -> None:
     """MLflow finds half of its tables there otherwise, and can make the others never."""
     path = tmp_path / "mlflow.db"
-    make = "import sys; from pathlib import Path as P; from orchestrator.tracking.mlflow_sink import make_database as m"
+    make = "import sys; from pathlib import Path as P; "
+    make += "from orchestrator.tracking.sinks.mlflow_sink import make_database as m"
     make += "; m(P(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", make, str(path)])
     deadline_s = time.monotonic() + PATIENCE_S
@@ -259,7 +294,7 @@ def test_a_database_of_an_older_schema_is_told(tmp_path: Path) -> None:
     setup = setup_of(tmp_path)
     tracker = Tracker(setup)
     assert tracker.finish(1, "paused", timeout_s=PATIENCE_S)
-    tracker._outbox.close()
+    close(tracker)
     store = sqlite3.connect(tmp_path / "store" / "mlflow.db")
     store.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
     store.commit()
@@ -273,7 +308,7 @@ def test_a_database_of_an_older_schema_is_told(tmp_path: Path) -> None:
 
 TOLD = """
 import sys, time
-from orchestrator.tracking.sink import RunInfo, TrackerSetup, with_driver
+from orchestrator.tracking.sinks.sink import RunInfo, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
 tracker = Tracker(TrackerSetup(sys.argv[1], "tests", RunInfo("r", "r"), sys.argv[2], sys.argv[2]))
 while not tracker.describe()["error"]:

@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.prepared_data import PreparedData
-from orchestrator.tracking.sink import TrackerPosition, TrackerSetup
+from orchestrator.tracking.sinks.sink import TrackerPosition, TrackerSetup
 
 HURRY, HOLD = Path("sim", "hurry"), Path("sim", "hold")
 

@@ -27,7 +27,7 @@ from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
-from orchestrator.tracking.sink import MetricPoint, TrackerPosition
+from orchestrator.tracking.sinks.sink import MetricPoint, TrackerPosition
 from orchestrator.tracking.tracker import Tracker
 
 log = logging.getLogger("orchestrator.control")

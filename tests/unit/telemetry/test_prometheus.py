@@ -24,7 +24,7 @@ from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.prometheus import EVERY_S, Exporter
 from orchestrator.telemetry.step_metrics import points_of_steps
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 from tests.unit.policy.imagined import limits_of, record
 
 Values = dict[tuple[str, str], float]

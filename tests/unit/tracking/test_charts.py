@@ -11,7 +11,7 @@ from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.tracking.charts import draw, figure_of
 from orchestrator.tracking.history import MOST_POINTS, History, write_table
 from orchestrator.tracking.outbox import Outbox
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 RESCALED = JournalEntry(3, 1, 1.7e9, Rescaled(1, 2, 3, step=39, why="asked for", stall_s=0.30127))
 DETAILS = "generation 1, from_size 2, to_size 3, why asked for, moved_bytes 0, stall_s 0.3013, steps_lost 0"

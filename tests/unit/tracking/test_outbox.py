@@ -15,7 +15,7 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.outbox_file import FILE
-from orchestrator.tracking.sink import (
+from orchestrator.tracking.sinks.sink import (
     Artifact,
     Checkpoint,
     CheckpointMark,
@@ -46,7 +46,7 @@ def test_what_was_put_survives_the_process(tmp_path: Path) -> None:
         "import os, sys\n"
         "from pathlib import Path\n"
         "from orchestrator.tracking.outbox import Outbox\n"
-        "from orchestrator.tracking.sink import MetricPoint\n"
+        "from orchestrator.tracking.sinks.sink import MetricPoint\n"
         "outbox = Outbox(Path(sys.argv[1]))\n"
         "outbox.put_points([MetricPoint('train/loss', 0.1 * s, s, s / 7) for s in range(50)], after=-1)\n"
         "os.kill(os.getpid(), 9)\n"

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.errors import NotFinished
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.outbox_file import num_waiting
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.sinks.sink import MetricPoint
 
 
 def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.tracking.history import History
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.publisher import Pace, Publisher, Reporting
-from orchestrator.tracking.sink import (
+from orchestrator.tracking.sinks.sink import (
     Artifact,
     Checkpoint,
     CheckpointMark,

@@ -29,7 +29,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system
 from orchestrator.tracking.outbox import Outbox
-from orchestrator.tracking.sink import Dataset, MetricPoint, TrackerPosition
+from orchestrator.tracking.sinks.sink import Dataset, MetricPoint, TrackerPosition
 from orchestrator.tracking.tracker import Tracker
 from tests.unit.policy.imagined import limits_of, record
 

@@ -17,8 +17,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import NullPool, create_engine
 
 from orchestrator.errors import UsageError
-from orchestrator.tracking.mlflow_models import RunModels
-from orchestrator.tracking.sink import (
+from orchestrator.tracking.sinks.mlflow_models import RunModels
+from orchestrator.tracking.sinks.sink import (
     Checkpoint,
     CheckpointMark,
     Dataset,

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.errors import NotFound, UsageError
-from orchestrator.tracking.sink import MetricPoint, artifact_root, flattened, redacted
+from orchestrator.tracking.sinks.sink import MetricPoint, artifact_root, flattened, redacted
 
 
 def test_a_point_of_an_undeclared_metric_can_not_be_made() -> None:

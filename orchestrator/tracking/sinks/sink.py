@@ -140,7 +140,8 @@ class RunInfo:
 class TrackerSetup:
     """Arguments of a tracker's process.
 
-    `directory` holds the outbox and must outlive the process; `artifacts` is for files that no server stores.
+    `directory` holds the outbox and must outlive the process; `artifacts` is for files that no server stores. `sinks`
+    names those beside MLflow: each has an outbox of its own in a folder of `directory`, by its name.
     """
 
     uri: str
@@ -148,6 +149,7 @@ class TrackerSetup:
     run: RunInfo
     directory: str
     artifacts: str
+    sinks: tuple[str, ...] = ()
 
 
 class Sink(Protocol):

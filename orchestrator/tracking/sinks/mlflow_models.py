@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Run
 from mlflow.exceptions import MlflowException
 
-from orchestrator.tracking.sink import Checkpoint, CheckpointMark, Fate
+from orchestrator.tracking.sinks.sink import Checkpoint, CheckpointMark, Fate
 
 FATE_TAG = "orchestrator.checkpoint"  # a `Fate`
 STEP_TAG = "orchestrator.step"

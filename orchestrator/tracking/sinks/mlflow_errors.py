@@ -2,7 +2,7 @@
 
 import re
 
-from orchestrator.tracking.sink import redacted
+from orchestrator.tracking.sinks.sink import redacted
 
 NO_SERVER = ("Connection refused", "Name or service not known", "Max retries exceeded", "timed out", "No route to host")
 CREDENTIALS = (
