@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -15,12 +16,12 @@ from orchestrator.cluster.actors import find, names_of
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.protocol.status import RunPhase
-from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.journal import newest_term
 from tests.support.control import PATIENCE_S, Cluster
 from tests.support.hosts import until
 from tests.support.simulated_services import simulated_parts
+from tests.support.worker_processes import pid_of_actor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -190,8 +191,9 @@ def test_a_scheduler_that_dies_takes_nothing_with_it(on: Cluster) -> None:
     on.until("low", lambda s: s.workers_now == 4)
     on.submit("high", wait=True, **_job("2..2", priority=5))
     on.until("high", lambda s: s.phase is RunPhase.TRAINING)
-    ray.kill(on.scheduler.handle, no_restart=False)
-    on.scheduler = get_or_create_scheduler()
+    killed = psutil.Process(pid_of_actor("ray::scheduler"))
+    killed.kill()
+    killed.wait(PATIENCE_S)  # one that dies may pass a request on, and the repeated one finds that the run has ended
     on.ask("stop", "high")
     on.end_of("high")
     on.until("low", lambda s: s.workers_now == 4)
