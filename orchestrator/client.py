@@ -157,6 +157,16 @@ class OrchestratorClient:
         """
         return self._ask(Scheduler.kill_worker, run_id, rank)
 
+    def checkpoint(self, run_id: str) -> DesiredRunState:
+        """Request a checkpoint besides those of the job's `checkpoint.every`. Returns at once; the field `checkpoint`
+        of the result is the step that it will be of, at least. It is complete once the status shows that step.
+
+        Raises:
+            UsageError: the run has ended, or finished no step yet.
+            NotFound: there is no such run.
+        """
+        return self._ask(Scheduler.checkpoint, run_id)
+
     def stop(self, run_id: str, *, now: bool = False) -> DesiredRunState:
         """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound.
 

@@ -63,6 +63,7 @@ OUTPUTS = {
     "job validate": JsonOutput(JobSpec),
     "job plan": JsonOutput(JobPlan),
     "checkpoint ls": JsonOutput(ListedCheckpoint, "list"),
+    "checkpoint now": JsonOutput(NamedCheckpoint),
     "checkpoint verify": JsonOutput(NamedCheckpoint),
     "checkpoint adopt": JsonOutput(AdoptedRun),
     "checkpoint rm": JsonOutput(NamedCheckpoint),

@@ -44,7 +44,7 @@ from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, let_go
 from orchestrator.controller.startup import OpenedRun, open_run
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded
+from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded, UsageError
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.state.config import RunLimits
@@ -232,6 +232,19 @@ class RunController:
         """
         self._limits.check_stage(name)
         return self._requests.aim(FinishMode.NO, reason, stage=name)
+
+    def checkpoint(self, reason: str) -> DesiredRunState:
+        """Request a checkpoint of the newest finished step or a later one. Returns when the request is journalled, not
+        when the checkpoint is complete; the result names the step.
+
+        Raises:
+            UsageError: the run is ending, or has finished no step yet.
+            ClusterUnreachable: the run has not been opened.
+        """
+        step = self._controlled().observer.observe().step
+        if step < 0:
+            raise UsageError(f"run {self._run_id} has not finished a step yet", unchanged="Nothing was changed.")
+        return self._requests.aim(FinishMode.NO, reason, checkpoint=step)
 
     def finish(self, how: FinishMode, reason: str) -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it is already ending another way."""

@@ -75,9 +75,10 @@ class PendingRequests:
         workers: int | None = None,
         stage: str | None = None,
         by_hand: bool | None = None,
+        checkpoint: int | None = None,
     ) -> DesiredRunState:
-        """Request this state; None keeps the previous value of `workers`, `stage` or `by_hand`. Returns when it is
-        journalled. A size that was not requested by hand yields at once to one that was.
+        """Request this state; None keeps the previous value. Returns when it is journalled. A size that was not
+        requested by hand yields at once to one that was. Other arguments as in `DesiredRunState`.
 
         Raises:
             UsageError: the run is ending, or is to end in another way.
@@ -85,23 +86,35 @@ class PendingRequests:
         """
         began_s = time.monotonic()
         with self._turned:
-            target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand))
+            target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand, checkpoint))
             is_yielding = by_hand is False and workers is not None and target.by_hand
             if not is_yielding:
                 self._await(lambda: self._memory.state.target.seq >= target.seq, began_s)
         return target
 
     def _aim(
-        self, finish: FinishMode, reason: str, workers: int | None, stage: str | None, by_hand: bool | None
+        self,
+        finish: FinishMode,
+        reason: str,
+        workers: int | None,
+        stage: str | None,
+        by_hand: bool | None,
+        checkpoint: int | None,
     ) -> DesiredRunState:
         self._refuse_ending(finish)
         if by_hand is False and workers is not None and self.newest.by_hand:
             return self.newest
-        size = self.newest.workers if workers is None else workers
-        requests = self.newest.stage_requests + (stage is not None)
-        name = self.newest.stage if stage is None else stage
-        by_hand = self.newest.by_hand if by_hand is None else by_hand
-        self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
+        newest = self.newest
+        self.newest = DesiredRunState(
+            seq=newest.seq + 1,
+            workers=newest.workers if workers is None else workers,
+            finish=finish,
+            reason=reason,
+            stage=newest.stage if stage is None else stage,
+            stage_requests=newest.stage_requests + (stage is not None),
+            by_hand=newest.by_hand if by_hand is None else by_hand,
+            checkpoint=newest.checkpoint if checkpoint is None else checkpoint,
+        )
         return self.newest
 
     def prioritise(self, priority: int) -> int:

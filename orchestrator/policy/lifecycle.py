@@ -119,6 +119,7 @@ def directive_of(state: RunState, term: int, seq: int | None = None, journalled:
         checkpoint_done=state.checkpoint_done,
         checkpoint_generation=state.checkpoint_generation,
         checkpoint_interval_s=state.checkpoint_interval.seconds,
+        checkpoint_from=state.target.checkpoint if state.target.checkpoint > state.checkpoint_done else -1,
         stages=state.curriculum.stages,
         stages_version=state.curriculum.version,
         check=state.replay.task,

@@ -29,7 +29,8 @@ class FinishMode(StrEnum):
 @dataclass(frozen=True)
 class DesiredRunState:
     """Desired state of a run, from the Scheduler. `by_hand`: a user requested this size. `stage` is the stage requested
-    last, or `next` for the following one, and `stage_requests` counts such requests."""
+    last, or `next` for the following one, and `stage_requests` counts such requests. `checkpoint`: a checkpoint of this
+    step or a later one was requested; -1: none."""
 
     seq: int
     workers: int
@@ -38,6 +39,7 @@ class DesiredRunState:
     stage: str = ""
     stage_requests: int = 0
     by_hand: bool = False
+    checkpoint: int = -1
 
 
 FIRST_INTERVAL_S = 600.0  # of training between two checkpoints with `checkpoint.every: auto`, until their cost is known
@@ -237,7 +239,8 @@ class Directive:
     newest generation that has committed a step of its own: state of older ones may be freed. `finish` requests a fence,
     a checkpoint and the end. `checkpoint_done` is the step of the newest checkpoint that the controller has marked
     complete, `checkpoint_generation` the generation that wrote it. `checkpoint_interval_s` is the training
-    time between two checkpoints with `checkpoint.every: auto`.
+    time between two checkpoints with `checkpoint.every: auto`. `checkpoint_from`: a checkpoint of this step or a later
+    one was requested, and is not complete yet; -1: none.
     `stages` are all decisions so far, in order, and `stages_version` counts them: members apply a decision once all of
     them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
     `keepers` are standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
@@ -257,6 +260,7 @@ class Directive:
     checkpoint_done: int = -1
     checkpoint_generation: int = -1
     checkpoint_interval_s: float = FIRST_INTERVAL_S
+    checkpoint_from: int = -1
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     check: ReplayTask | None = None

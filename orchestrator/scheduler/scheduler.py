@@ -187,6 +187,11 @@ class Scheduler:
         self._autoscaler.stir()
         return changed
 
+    def checkpoint(self, run_id: str, reason: str = "asked for") -> DesiredRunState:
+        """Request a checkpoint now; the result names the step that it will be of, at least. Raises UsageError if the
+        run has ended or finished no step yet; NotFound."""
+        return self._forward(run_id, RunController.checkpoint, reason)
+
     def stop(self, run_id: str, reason: str = "stopped", now: bool = False) -> DesiredRunState:
         """Request the run's end, with a checkpoint unless `now`. Raises UsageError if it has ended; NotFound."""
         how = FinishMode.STOP_NOW if now else FinishMode.STOP

@@ -111,6 +111,7 @@ ANSWERS: dict[str, Any] = {  # methods that may be called, and the types of thei
     "audit": AuditResult,
     "scale": DesiredRunState,
     "stage": DesiredRunState,
+    "checkpoint": DesiredRunState,
     "kill_worker": str,
     "set_priority": int,
     "stop": DesiredRunState,

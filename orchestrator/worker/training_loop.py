@@ -84,7 +84,7 @@ class TrainingHooks:
         if self.snapshots.due(step) or finish or fence != NO_FENCE:
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
-        is_due = self.timer.wants(directive.checkpoint_interval_s)
+        is_due = self.timer.wants(step, directive.checkpoint_interval_s, directive.checkpoint_from)
         return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_writing)
 
 

@@ -1,5 +1,6 @@
-"""`checkpoint ls | verify | rm | adopt`: the checkpoints of a run."""
+"""`checkpoint ls | now | verify | rm | adopt`: the checkpoints of a run."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,10 @@ from orchestrator.cli.terminal.answers import AdoptedRun, ListedCheckpoint, Name
 from orchestrator.cli.terminal.format import moment, number, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
 from orchestrator.cli.terminal.output import Format, narrate, show_json, show_table
+from orchestrator.errors import NotFinished
 from orchestrator.protocol.codec import to_plain
+
+LOOK_EVERY_S = 0.2
 
 app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
 
@@ -46,6 +50,34 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
         (str(c.step), size(c.bytes), number(c.loss), number(c.validation_loss), moment(c.time), c.path) for c in found
     ]
     show_table(("STEP", "SIZE", "LOSS", "VAL", "WRITTEN", "PATH"), rows)
+
+
+@app.command()
+def now(
+    run: RunId,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, metavar="SECONDS", help="How long to wait until it is complete.")
+    ] = 60.0,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Write a checkpoint of an active run besides those of its job, and wait for it. Exits 101 if it takes longer."""
+    from orchestrator.client import OrchestratorClient
+
+    client = OrchestratorClient(address)
+    step, deadline_s = client.checkpoint(run).checkpoint, time.monotonic() + timeout
+    status = client.get(run)
+    while status.checkpoint_step is None or status.checkpoint_step < step:
+        if status.phase.ended or time.monotonic() > deadline_s:
+            raise NotFinished(
+                f"run {run} is {status.phase}, and a checkpoint of step {step} or a later one is not complete",
+                remedy=f"`orchestrator checkpoint ls {run}` shows which are.",
+            )
+        time.sleep(LOOK_EVERY_S)
+        status = client.get(run)
+    narrate(f"The checkpoint of step {status.checkpoint_step} of run {run} is complete: {status.checkpoint}.")
+    if output is Format.JSON:
+        show_json(to_plain(NamedCheckpoint(run, status.checkpoint_step, str(status.checkpoint))))
 
 
 @app.command()

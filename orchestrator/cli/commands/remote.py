@@ -25,7 +25,7 @@ from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 FORWARDED = (
     *("ls", "status", "wait", "logs", "events", "report"),
     *("scale", "pause", "resume", "stop", "rm", "set", "curriculum set", "fault kill-worker"),
-    *("checkpoint ls", "checkpoint verify", "checkpoint rm", "check data"),
+    *("checkpoint now", "checkpoint ls", "checkpoint verify", "checkpoint rm", "check data"),
 )
 STAYS = frozenset({"-f", "--follow", "--watch"})
 STOPPED = 103

@@ -60,7 +60,7 @@ class ListedCheckpoint:
 
 @dataclass(frozen=True)
 class NamedCheckpoint:
-    """A checkpoint that was verified, or removed."""
+    """A checkpoint that was written on request, verified, or removed."""
 
     run_id: str
     step: int

@@ -38,6 +38,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         finish=FinishMode.NO,
         reason="resumed",
         stage_requests=state.curriculum.requests,
+        checkpoint=-1,
     )
     begun = replace(begun_again(state, order.restore), target=target, size_request=size_request)
     return Decision(begun, (event,))

@@ -1,4 +1,4 @@
-"""The steps after which all members write a checkpoint: by number, or by time."""
+"""The steps after which all members write a checkpoint: by number, by time, or on request."""
 
 import time
 from collections.abc import Callable
@@ -26,22 +26,27 @@ class CheckpointTimer:
         self._by_number = every if isinstance(every, int) else at_least_every if every == AUTO else None
         self._since_s: float | None = None  # the newest checkpoint, or the first step here
         self._step = -1  # the newest one that ended here
+        self._saved = -1  # the step of the newest checkpoint that was begun here
 
     def begin(self, step: int) -> None:
         """Start the clock, unless it runs. It runs anew for a worker that was no member when `step` ended."""
         if self._since_s is None or step > self._step:
-            self.restart()
+            self._since_s = self._clock()
+        self._saved = min(self._saved, step)  # the run may have gone back
 
     def restart(self) -> None:
         """Start the clock anew: a checkpoint is being written."""
-        self._since_s = self._clock()
+        self._since_s, self._saved = self._clock(), self._step
 
-    def wants(self, interval_s: float) -> bool:
+    def wants(self, step: int, interval_s: float, requested_from: int = -1) -> bool:
         """This member's vote for a checkpoint after the step.
 
         Args:
             interval_s: training time between two checkpoints with `every: auto`.
+            requested_from: a checkpoint of this step or a later one is requested, and not complete yet; -1: none.
         """
+        if self._saved < requested_from <= step:
+            return True
         return self._every == AUTO and self._since_s is not None and self._clock() - self._since_s >= interval_s
 
     def due(self, step: int, agreed: bool) -> bool:

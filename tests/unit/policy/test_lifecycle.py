@@ -502,3 +502,15 @@ def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers()
     plan = decide(limits, state, replace(seen, reports=warm)).state.next
     assert plan is not None and plan.generation == before.num_generations
     assert plan.source is None and plan.restore == order.restore and plan.world.size == 3
+
+
+def test_a_requested_checkpoint_is_in_the_directive_until_one_of_its_step_is_complete() -> None:
+    life = Life(limits_of(steps=60), checkpoint_every=10)
+    life.run_until(lambda: life.step == 12)
+    assert life.committed == 9 and life.directive.checkpoint_from == -1
+    life.target = replace(life.target, seq=life.target.seq + 1, checkpoint=12)
+    life.run_until(lambda: life.directive.checkpoint_from == 12)
+    assert life.step < 19
+    life.run_until(lambda: life.committed >= 12)
+    life.run_until(lambda: life.directive.checkpoint_from == -1)
+    assert life.state.target.checkpoint == 12 and life.state.checkpoint_done == 19
