@@ -78,7 +78,9 @@ class Observer:
             run_dir=self._run.run_dir,
             tracking_url=self._services.tracker.url,
             storage=trouble.condition if trouble is not None else StorageCondition.WELL,
-            warning=(trouble.why if trouble is not None else seen.unreadable) or self._services.tracker.warning,
+            warning=(trouble.why if trouble is not None else seen.unreadable)
+            or self._services.tracker.warning
+            or self._services.callbacks.warning,
             preparing=self._services.preparing,
             resources=self._worker_group.request,
             closed=closed,

@@ -23,6 +23,7 @@ from orchestrator.spec.fault_tolerance import (
     broken_protection,
 )
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.task import OF_CHATS, OF_ROWS, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
@@ -31,6 +32,7 @@ from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, ResourcesSpe
 
 __all__ = [
     "AutoscaleSpec",
+    "CallbackSpec",
     "CheckpointSpec",
     "CommunicationSpec",
     "CurriculumSpec",
@@ -130,6 +132,9 @@ class JobSpec(Section):
     )
     recovery: RecoverySpec = Field(default=RecoverySpec(), description="Response to failures.")
     verify: VerifySpec = Field(default=VerifySpec(), description="Replay of steps, to compare results.")
+    callbacks: list[CallbackSpec] = Field(
+        default=[], description="Code of your own that follows the committed steps, and may scale or end the run."
+    )
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(
         default="./runs",
@@ -184,6 +189,7 @@ class JobSpec(Section):
         return self.model.vocab_size or self.task.num_classes or prepared or self.data.vocab_size
 
     def broken_rules(self) -> Iterator[Broken]:
+        yield from broken_callbacks(self.callbacks)
         yield from broken_rows(self.task, self.data, self.model, self.has_rows)
         if self.has_rows and not self.has_chats and not self.train.micro_batch_rows:
             rule = "micro_batch_size must be a number of rows where rows have no tokens; got "

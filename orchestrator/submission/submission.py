@@ -119,6 +119,10 @@ def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
         changed["task"] = spec.task.model_copy(update={"code_dir": _absolute(spec.task.code_dir)})
     if spec.curriculum is not None and ":" in spec.curriculum.signal:
         changed["curriculum"] = spec.curriculum.model_copy(update={"code_dir": _absolute(spec.curriculum.code_dir)})
+    if spec.callbacks:
+        changed["callbacks"] = [
+            callback.model_copy(update={"code_dir": _absolute(callback.code_dir)}) for callback in spec.callbacks
+        ]
     return changed
 
 

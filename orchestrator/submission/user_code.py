@@ -42,6 +42,8 @@ def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
     if job.train.lr_scheduler.entrypoint is not None:
         schedule = job.train.lr_scheduler
         yield "train.lr_scheduler.entrypoint", str(schedule.entrypoint), schedule.code_dir
+    for i, callback in enumerate(job.callbacks):
+        yield f"callbacks[{i}].entrypoint", callback.entrypoint, callback.code_dir
     if job.curriculum is not None and ":" in job.curriculum.signal:
         yield "curriculum.signal", job.curriculum.signal, job.curriculum.code_dir
 

@@ -1,4 +1,4 @@
-"""Process that tries a job's own model, task and rows before it is submitted.
+"""Process that tries a job's own model, task, rows and callbacks before it is submitted.
 
     python -m orchestrator.worker.check_user_code < job.json      # writes a line of JSON: null, or the fault
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from orchestrator.callback import made
 from orchestrator.data.rows.prepare_rows import first_rows
 from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.errors import DataError, EntrypointError
@@ -40,6 +41,8 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
     try:
         for step in np.linspace(0, job.train.max_steps - 1, MOST_STEPS).astype(int).tolist():
             learning_rate(job.train, step)
+        for callback in job.callbacks:
+            made(callback)
         rows = [] if job.has_tokens else first_rows(job, 2)
         task = task_of(job.task)
         params, _ = catalogue(job.model, vocab_size)

@@ -20,7 +20,7 @@ OUTSIDE = ("benchmarks", "chaos", "cluster_files", "dashboards", "docs")
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"spec", "metrics", "secrets", "user_code", "storage"}),
-    frozenset({"elastic", "sampling"}),
+    frozenset({"elastic", "sampling", "callback"}),
     frozenset({"protocol"}),
     frozenset({"policy"}),
     frozenset({"comm", "checkpoint", "tracking"}),
@@ -29,15 +29,15 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"worker", "cluster", "run_records"}),
     frozenset({"controller"}),
     frozenset({"scheduler"}),
-    frozenset({"submission"}),
+    frozenset({"submission", "callback_process"}),
     frozenset({"client"}),
     frozenset({"cli", "ray_train"}),
 )
 PURE = ("errors", "metrics", "spec", "elastic", "sampling", "protocol", "policy")
 NO_TORCH = (
     *PURE,
-    *("storage", "data", "checkpoint", "tracking", "telemetry", "cluster", "run_records"),
-    *("controller", "scheduler", "submission", "client", "cli", "ray_train"),
+    *("callback", "storage", "data", "checkpoint", "tracking", "telemetry", "cluster", "run_records"),
+    *("controller", "scheduler", "submission", "callback_process", "client", "cli", "ray_train"),
 )
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 LONG_FILE, LONGEST_FILE = 270, 400  # lines

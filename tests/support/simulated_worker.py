@@ -68,6 +68,7 @@ class SimulatedWorker:
         self._counters: dict[int, int] = {}  # the experts that this worker holds
         self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and its ward's
         self._step = -1
+        self._saved = -1  # step of the newest checkpoint that it has written
         self._begun = -1
 
     # -- the face of a worker ----------------------------------------------------------------------------------
@@ -189,12 +190,14 @@ class SimulatedWorker:
             ballot = {
                 "fence": -1 if following is None else following.generation,
                 "finish": order.finish is not FinishMode.NO,
+                "save": self._saved < order.checkpoint_from <= self._step + 1,
                 "counters": {expert: count + 1 for expert, count in self._counters.items()},
             }
             votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)
             self._finish_step(plan, started)
             self._keep(plan, votes)
-            if isinstance(every, int) and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.max_steps:
+            is_due = isinstance(every, int) and (self._step + 1) % every == 0
+            if (is_due or any(vote["save"] for vote in votes.values())) and self._step + 1 < self._spec.train.max_steps:
                 self._save(plan)
             if all(vote["finish"] for vote in votes.values()):
                 return None
@@ -313,7 +316,7 @@ class SimulatedWorker:
 
     def _save(self, plan: GenerationPlan) -> None:
         """Each expert's counter is a tensor of one element, written by the first of its holders."""
-        rank = plan.world.rank_of(self._me)
+        rank, self._saved = plan.world.rank_of(self._me), self._step
         pieces = [
             ShardPiece(f"master/expert.{expert}", 0, 1, np.array([count], dtype=np.float32))
             for expert, count in self._counters.items()

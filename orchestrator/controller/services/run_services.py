@@ -1,7 +1,7 @@
-"""Services of a run besides its workers, one process each: data preparation, rendezvous store and tracker.
+"""Services of a run besides its workers, one process each: data preparation, rendezvous store, tracker, callbacks.
 
-All start while workers start; the tracker, for which nothing waits, a little later. Tracker and store may fail at any
-time and come back, and end while the run waits for room; a service that can't be provided shows as a fault.
+All start while workers start; those for which nothing waits a little later. Tracker, store and callbacks may fail at
+any time and come back, and end while the run waits for room; a service that can't be provided shows as a fault.
 """
 
 import logging
@@ -17,6 +17,8 @@ from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.actor_classes import ActorClasses
+from orchestrator.controller.services.callbacks_client import NAME as CALLBACKS
+from orchestrator.controller.services.callbacks_client import CallbacksClient
 from orchestrator.controller.services.rendezvous_client import NAME as STORE
 from orchestrator.controller.services.rendezvous_client import RendezvousClient
 from orchestrator.controller.services.tracker_client import NAME as TRACKER
@@ -30,7 +32,7 @@ from orchestrator.storage.tasks import StorageTask
 log = logging.getLogger("orchestrator.control")
 
 PREPARATION = "preparation"
-NAMES = (PREPARATION, STORE, TRACKER)
+NAMES = (PREPARATION, STORE, TRACKER, CALLBACKS)
 
 LOOK_EVERY_S = 1.0
 TRACKER_AFTER_S = 10.0  # by then MLflow shows even a run that is still queued
@@ -58,6 +60,7 @@ class RunServices:
         self._asked_s = 0.0  # when that progress was last requested
         self._known_data: PreparedData | None = None
         self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, term, storage, inbox)
+        self.callbacks = CallbacksClient(run_id, run_dir, job, parts.callbacks, inbox)
         self.store = RendezvousClient(run_id, run_dir, parts.rendezvous, inbox)
         self._faults: list[str] = []
 
@@ -92,8 +95,11 @@ class RunServices:
         if is_queued:
             self.store.end()
             self.tracker.rest()
+            self.callbacks.end()
         else:
             self.store.tend(now_s)
+            if has_places:
+                self.callbacks.tend(now_s)
         is_resting = is_queued and self.tracker.is_resting
         if not is_resting and (has_places or now_s - self._made_s >= TRACKER_AFTER_S):
             self.tracker.start()
@@ -103,7 +109,8 @@ class RunServices:
             post(self._inbox, self._preparation.send(PreparationApi.progress), self._progressed)
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
-        """Let the tracker finish, then end all services."""
+        """Let callbacks and tracker finish, then end all services."""
+        self.callbacks.close(outcome, why)
         self.tracker.close(outcome, why, watermark)
         for name in NAMES:
             if (handle := find(self._name(name))) is not None:

@@ -76,3 +76,29 @@ def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pyt
         told = f"{caught.value}\n{caught.value.traceback}"
         assert "hunter22" not in told and "***" in told
         assert ("secrets that are not on this machine were not set: FAR" in told) is (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("def make(options):\n    return 7", "callbacks.entrypoint mine:make returned a int"),
+        ("def make(options):\n    return 1 / 0", "callbacks.entrypoint mine:make raised ZeroDivisionError"),
+        ("def other(options): ...", "has no function make"),
+    ],
+)
+def test_a_callback_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, why: str
+) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    job = JobSpec.model_validate({"schema": "v1", "name": "own", "callbacks": [{"entrypoint": "mine:make"}]})
+    with pytest.raises(EntrypointError, match=why) as caught:
+        order_of(job, None)
+    assert caught.value.unchanged == "Nothing was started."
+
+
+def test_a_callback_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("from orchestrator.callback import Callback\ndef make(o):\n    return Callback()")
+    monkeypatch.chdir(tmp_path)
+    job = JobSpec.model_validate({"schema": "v1", "name": "own", "callbacks": [{"entrypoint": "mine:make"}]})
+    assert order_of(job, None).spec.callbacks[0].code_dir == str(tmp_path)
