@@ -10,6 +10,9 @@
     )
     result = trainer.fit()
 
+Functions of the script can take the place of the job's task, model and data: `ElasticTrainer(task=…, model=…,
+datasets=…)`.
+
 The configs and the `Result` are Ray Train's own; the training loop is the job's. docs/ray-train.md lists the mapping.
 Nothing is printed: events are logged by `logging`, under `orchestrator.ray_train`.
 """
@@ -39,6 +42,7 @@ from orchestrator.errors import NotFinished, NotFound, OrchestratorError, RunFai
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.ray_train.callbacks import CallbackError, Follower
 from orchestrator.ray_train.mapping import settings_of
+from orchestrator.ray_train.parts import Part, settings_of_parts
 from orchestrator.ray_train.results import result_of
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_files import RunFiles, holds_run
@@ -61,7 +65,11 @@ class ElasticTrainer:
     """A job with Ray Train's configs, which override it.
 
     Args:
-        job: a job file, the same as a dict, or a JobSpec.
+        job: a job file, the same as a dict, or a JobSpec; None for the defaults of all keys.
+        task: a function of yours that makes the task (docs/tasks.md), or the name of a built-in one. Like the other
+            parts it overrides the job's, and is imported by other processes: it is defined at the top of a file.
+        model: a function of yours that builds the model (docs/own-model.md).
+        datasets: a function of yours that gives the rows of a split (docs/tasks.md), or a path, as `data.source`.
         scaling_config: number of workers, and resources of each; None for the job's.
         run_config: name, storage, failures, checkpoints, callbacks; None for the job's.
         address: HOST:PORT of the cluster's head; None for the one that this process is connected to, RAY_ADDRESS, or
@@ -69,14 +77,18 @@ class ElasticTrainer:
         take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
 
     Raises:
-        UsageError: a config asks for something unsupported, or is none of Ray Train's.
+        UsageError: a config asks for something unsupported, or is none of Ray Train's; or a part can't be imported by
+            other processes.
         SpecError: the job, with the configs applied, has mistakes.
     """
 
     def __init__(
         self,
-        job: JobSpec | Mapping[str, Any] | str | os.PathLike[str],
+        job: JobSpec | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         *,
+        task: Part | str | None = None,
+        model: Part | None = None,
+        datasets: Part | str | os.PathLike[str] | None = None,
         scaling_config: ScalingConfig | None = None,
         run_config: RunConfig | None = None,
         address: str | None = None,
@@ -84,7 +96,9 @@ class ElasticTrainer:
     ) -> None:
         _check_type("scaling_config", scaling_config, ScalingConfig)
         _check_type("run_config", run_config, RunConfig)
-        settings = settings_of(scaling_config, run_config)
+        settings = (*settings_of_parts(task, model, datasets), *settings_of(scaling_config, run_config))
+        if job is None:
+            job = {"schema": "v1"}
         if isinstance(job, JobSpec):
             job = {"schema": job.version, **job.model_dump(mode="json", by_alias=True, exclude_unset=True)}
         self.job = job_from(job, "job", settings) if isinstance(job, Mapping) else load_job(job, settings)
