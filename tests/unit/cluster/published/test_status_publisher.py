@@ -87,9 +87,10 @@ def test_after_the_end_nothing_is_published(
     store: Store, publisher: StatusPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)
+    earlier = set(threading.enumerate())  # those of other tests may not have ended yet
     publisher.start()
     await_true(lambda: store.num_puts >= 1)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "status")
+    (thread,) = (thread for thread in set(threading.enumerate()) - earlier if thread.name == "status")
     publisher.close()
     num_puts = store.num_puts
     thread.join(PATIENCE_S)
