@@ -165,8 +165,8 @@ def job_of(what: str, storage: Path, folder: Path, quick: bool) -> dict[str, Any
 
 
 def as_of(tree: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The job with keys that the tree knows: those of before `orchestrator/spec/old_keys.py`, or ours."""
-    if (tree / "orchestrator" / "spec" / "old_keys.py").exists():
+    """The job with keys that the tree knows: those of before there was an `old_keys.py`, or ours."""
+    if next((tree / "orchestrator" / "spec").rglob("old_keys.py"), None) is not None:
         return job
     former = {new: old for old, new in OLD_KEYS.items()}
 
