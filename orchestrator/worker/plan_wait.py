@@ -9,6 +9,7 @@ from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.transition.fence import announced
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
+from orchestrator.worker.transition.snapshots import SnapshotManager
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -20,6 +21,7 @@ class PlanWaiter:
 
     Args:
         checker: replays steps meanwhile.
+        snapshots: states that a plan after a failure may need.
     """
 
     def __init__(
@@ -29,9 +31,11 @@ class PlanWaiter:
         preparer: TransitionPreparer,
         position: RunPosition,
         checker: ReplayChecker,
+        snapshots: SnapshotManager,
     ) -> None:
         self._me, self._mailbox, self._preparer, self._position = me, mailbox, preparer, position
-        self._checker = checker
+        self._checker, self._snapshots = checker, snapshots
+        self._replayed = -1  # newest generation whose source's snapshots have been made whole here
 
     def await_transition(self, may_replay: bool) -> PreparedTransition:
         """Wait until a plan includes this worker and its transition can begin.
@@ -41,12 +45,15 @@ class PlanWaiter:
         """
 
         def is_asked(directive: Directive) -> bool:
-            return may_replay and self._checker.is_asked(directive)
+            return self._to_replay(directive) is not None or (may_replay and self._checker.is_asked(directive))
 
         while True:
             prepared = self._preparer.await_next(meanwhile=is_asked)
             if prepared is None:
-                self._checker.run()
+                if (plan := self._to_replay(self._mailbox.directive)) is not None:
+                    self._replay(plan)
+                else:
+                    self._checker.run()
                 continue
             source = prepared.plan.source
             if source is None or self._me in source.holders or self._await_fence(prepared):
@@ -60,6 +67,21 @@ class PlanWaiter:
     def close(self) -> None:
         """Drop the prepared transitions."""
         self._preparer.close()
+
+    def _to_replay(self, directive: Directive) -> GenerationPlan | None:
+        """A plan after a failure for which this worker may have to replay deltas of snapshots."""
+        for plan in (directive.next, directive.current):
+            if plan is not None and plan.generation > max(directive.activated, self._replayed):
+                if plan.source is not None and plan.source.step is not None and self._me in plan.source.holders:
+                    return plan
+        return None
+
+    def _replay(self, plan: GenerationPlan) -> None:
+        """Replay them now, while other threads connect: in the transition the other workers would wait for it."""
+        assert plan.source is not None
+        self._replayed = plan.generation
+        self._snapshots.make_whole(plan.source)
+        self._mailbox.publish(holdings=self._snapshots.holdings)
 
     def _await_fence(self, prepared: PreparedTransition) -> bool:
         """Wait for the old world to reach its fence. False if the plan is dropped before, or its store fails."""

@@ -82,7 +82,7 @@ class Trainer:
         self._snapshots = SnapshotManager(factory.me, spec.protection, spec.train.max_steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_communicators, self._snapshots.shut))
         checker = ReplayChecker(factory, feed, mailbox, preparer)
-        self._waiter = PlanWaiter(factory.me, mailbox, preparer, position, checker)
+        self._waiter = PlanWaiter(factory.me, mailbox, preparer, position, checker, self._snapshots)
         self._rescaler = Rescaler(factory, mailbox, self._snapshots, position)
         train_step = TrainStep(factory, feed)
         link = KeeperLink(factory, mailbox, self._snapshots)

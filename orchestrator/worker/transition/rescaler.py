@@ -59,7 +59,6 @@ class Rescaler:
                 raise
         with closed_on_error(shard):
             self._snapshots.acknowledged()  # of the old world: the snapshot begun at the fence
-            prepared.close_transfer()
             log.info("generation %d is ready: %s", plan.generation, handover)
             self._mailbox.publish(
                 phase=Phase.READY,
@@ -67,4 +66,5 @@ class Rescaler:
                 holdings=self._snapshots.holdings,
                 handovers=(*self._mailbox.state.transition.handovers[1 - MOST_HANDOVERS :], handover),
             )
+            prepared.close_transfer()  # only now: each of gloo's connections takes up to 10 ms to close
         return shard

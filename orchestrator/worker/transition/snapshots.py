@@ -9,6 +9,7 @@ hold, gathered      the shard without an engine around it, and all state that th
 
 import gc
 import logging
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -242,18 +243,34 @@ class SnapshotManager:
             KeyError: one of them isn't here.
         """
         step = progress.step if source.step is None else source.step
-        generation, parts, mine = source.world.generation, [], -1
-        ranks = [rank for rank, holder in enumerate(source.holders) if holder == self._me]
-        for rank in sorted(ranks, key=lambda rank: source.world.members[rank] != self._me):
-            wanted = Holding(generation, step, rank)
+        parts, mine = [], -1
+        for wanted in self._wanted(source, step):
             if self.held is not None and _holding(self.held) == wanted:
                 parts.append(self.held.ranges)
-                progress, mine = self.held.progress, rank
+                progress, mine = self.held.progress, wanted.rank
             else:
                 snapshot = self._vault.find(wanted)
                 parts.append(snapshot.ranges)
                 progress = TrainingProgress.from_json(snapshot.note)
-        return Held(generation, mine, progress, merge_ranges(parts, tensors))
+        return Held(source.world.generation, mine, progress, merge_ranges(parts, tensors))
+
+    def make_whole(self, source: StateSource) -> None:
+        """Replay the deltas of the snapshots that `gathered` will need. What isn't here is left out.
+
+        Args:
+            source: that of a plan after a failure, which names a step.
+        """
+        assert source.step is not None
+        for wanted in self._wanted(source, source.step):
+            if self.held is None or _holding(self.held) != wanted:
+                with suppress(KeyError):
+                    self._vault.find(wanted)
+
+    def _wanted(self, source: StateSource, step: int) -> list[Holding]:
+        """What this worker hands over, its own rank's shard first."""
+        ranks = [rank for rank, holder in enumerate(source.holders) if holder == self._me]
+        ranks.sort(key=lambda rank: source.world.members[rank] != self._me)
+        return [Holding(source.world.generation, step, rank) for rank in ranks]
 
 
 def _holding(held: Held) -> Holding:
