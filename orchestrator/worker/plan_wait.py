@@ -70,10 +70,11 @@ class PlanWaiter:
 
     def _to_replay(self, directive: Directive) -> GenerationPlan | None:
         """A plan after a failure for which this worker may have to replay deltas of snapshots."""
+        began = max(directive.activated, self._replayed)
         for plan in (directive.next, directive.current):
-            if plan is not None and plan.generation > max(directive.activated, self._replayed):
-                if plan.source is not None and plan.source.step is not None and self._me in plan.source.holders:
-                    return plan
+            source = None if plan is None or plan.generation <= began else plan.source
+            if source is not None and source.step is not None and self._me in source.holders:
+                return plan
         return None
 
     def _replay(self, plan: GenerationPlan) -> None:
