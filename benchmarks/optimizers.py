@@ -12,6 +12,7 @@
 """
 
 import copy
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,7 @@ from benchmarks.balance import CASES, LENGTH, PROCESSES, ROWS, validated
 from benchmarks.harness import Bar, Interval, Result, at_most, mean_interval, run, say
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from orchestrator.data.store import TokenStore
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.engine.optim import muon
 from orchestrator.engine.optim.lr_schedule import decay, learning_rate
 from orchestrator.engine.optim.rule import UpdateInfo
@@ -47,6 +49,7 @@ LRS = {
     "sgd": (0.1, 0.3, 1.0),
     "lion": (3e-4, 1e-3, 3e-3),
     "muon": (3e-3, 6e-3, 1.2e-2),
+    "adafactor": (1e-2, 3e-2, 1e-1),
 }
 CONTROL = "muon, not orthogonal"
 RELATIVE_ERROR = 1e-5  # bar
@@ -135,8 +138,7 @@ class _Optimizer:
     def __init__(self, model: TrainableModel, train: TrainSpec) -> None:
         self._updates = Updates(train)
         self._params = [(spec_of(n, p).with_settings(train), p) for n, p in model.named_parameters()]
-        kinds = self._updates.kinds
-        self._state = [{k: torch.zeros(p.numel()) for k in kinds(spec.update[0])} for spec, p in self._params]
+        self._state = [_zeros(self._updates, spec) for spec, _ in self._params]
 
     @torch.no_grad()
     def step(self, at: UpdateInfo) -> None:
@@ -211,13 +213,18 @@ def relative_errors(data: DataSpec, store_dir: Path, steps: int) -> dict[str, fl
     return found
 
 
+def _zeros(updates: Updates, param: ParamSpec) -> dict[str, Tensor]:
+    """State of a parameter before its first update."""
+    return {kind: torch.zeros(math.prod(param.shape_of(kind))) for kind in updates.kinds(param.update[0])}
+
+
 def _error(
     rule: str, name: str, first: Tensor, gradients: Sequence[Tensor], lr: float, is_torch: bool = False
 ) -> float:
     train = TrainSpec.model_validate({"optimizer": {"name": rule}})
     spec = spec_of(name, first).with_settings(train)
     ours, updates = copy.deepcopy(first), Updates(train)
-    state = {kind: torch.zeros(first.numel()) for kind in updates.kinds(rule)}
+    state = _zeros(updates, spec)
     for number, gradient in enumerate(gradients, 1):
         part = ParamPart(spec, slice(0, first.numel()))
         updates.apply([part], ours.view(-1), gradient.reshape(-1), state, UpdateInfo(number, lr))

@@ -100,9 +100,10 @@ class StateLayout:
 
     def updates_of(self, rank: int) -> dict[str, tuple[int, int]]:
         """By parameter, the elements [start, stop) that a rank updates, where it updates any."""
-        parameter = {index: name for name, index in self.cuts.items()}
+        parameter = {index: (name, self.tensors[self.names[index]]) for name, index in self.cuts.items()}
         mine = self.shards[self.shards[:, 3] == rank, :3].tolist()
-        return {parameter[tensor]: (start, stop) for tensor, start, stop in mine if tensor in parameter}
+        of_cuts = [(*parameter[tensor], start, stop) for tensor, start, stop in mine if tensor in parameter]
+        return {name: tensor.of_param(start, stop) for name, tensor, start, stop in of_cuts}
 
     def line(self) -> IntArray:
         """[T + 1]: offset of each tensor if only the sharded ones are laid end to end; last, the total length."""
@@ -171,12 +172,16 @@ def training_layout(
     number_of = {spec.name: index for index, spec in enumerate(params)}
     like = np.array([-1 if t.like is None else number_of[t.like.name] for t in tensors.values()], dtype=np.int64)
     is_sharded = np.array([t.sharing is Sharing.SHARDED for t in tensors.values()], dtype=np.bool_)
+    shards = _shards_of(np.flatnonzero(is_sharded), like[is_sharded], _sorted(rows))
+    numel = np.array([t.numel for t in tensors.values()], dtype=np.int64)
+    is_other_size = (numel != np.append(param_numel, 0)[like])[shards[:, 0]]  # so its parameter is whole, and it too
+    shards[is_other_size, 2] = numel[shards[is_other_size, 0]]
     return StateLayout(
         world=world,
         tensors=tensors,
         holder_sets=holder_sets,
         holder_set=np.where(is_sharded, -1, group[like]),
-        shards=_shards_of(np.flatnonzero(is_sharded), like[is_sharded], _sorted(rows)),
+        shards=shards,
     )
 
 

@@ -16,18 +16,25 @@ from itertools import product
 from orchestrator.errors import UsageError
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.optimizer import ADAMW, LION, MUON, OF_MATRICES, SGD
+from orchestrator.spec.optimizer import ADAFACTOR, ADAMW, LION, MUON, OF_MATRICES, SGD
 from orchestrator.spec.train import TrainSpec
 
 # Kinds, the first parts of tensors' names.
 PARAM = "param"
 MASTER = "master"  # a parameter in fp32 where `TrainSpec.has_masters`; in a checkpoint always
 EXP_AVG, EXP_AVG_SQ, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"  # of update rules
+FACTORS = "exp_avg_sq_factors"  # of a matrix: by row, then by column
 EMA = "ema"  # average of the masters
 BUFFER = "buffer"
 RESIDUAL, VELOCITY, THIN = "residual", "velocity", "powersgd"  # of gradient compression
 
-OF_RULE = {ADAMW: (EXP_AVG, EXP_AVG_SQ), SGD: (MOMENTUM,), LION: (EXP_AVG,), MUON: (MOMENTUM,)}  # kinds, by rule
+OF_RULE = {  # kinds, by rule
+    ADAMW: (EXP_AVG, EXP_AVG_SQ),
+    SGD: (MOMENTUM,),
+    LION: (EXP_AVG,),
+    MUON: (MOMENTUM,),
+    ADAFACTOR: (FACTORS,),
+}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 SMALL = 1024  # elements; gradients of smaller parameters aren't worth compressing
 
@@ -75,6 +82,13 @@ class ParamSpec:
         """Of a matrix, its first dimension; 1 for a vector."""
         return self.shape[0] if len(self.shape) > 1 else 1
 
+    def shape_of(self, kind: str) -> tuple[int, ...]:
+        """Shape of a kind of state that an update rule keeps of it."""
+        if kind != FACTORS:
+            return self.shape
+        is_matrix = len(self.shape) == 2
+        return (self.blocks, self.rows // self.blocks + self.shape[1]) if is_matrix else (1, self.numel)
+
 
 class Sharing(IntEnum):
     """How the ranks of a tensor share it."""
@@ -106,13 +120,14 @@ class StateTensor:
 
     Args:
         name: `KIND/PARAMETER` or `KIND/BUFFER`, distinct.
-        like: the parameter whose holders it has, or whose cut if it is sharded; None: all ranks hold it.
+        like: the parameter whose holders it has, or whose cut if it is sharded; None: all ranks hold it. Only if one
+            rank updates all of the parameter, a tensor that is sharded like it may have another size.
         dtype: torch's name of it.
         stored_as: its name in checkpoints, if that is another one.
         is_copy: it is the tensor `stored`, rounded to `dtype`: no checkpoint and no fingerprint contains it.
 
     Raises:
-        ValueError: a tensor that is sharded like nothing, or like a parameter of another size.
+        ValueError: a tensor that is sharded like nothing, or like a parameter of another size that is cut.
     """
 
     name: str
@@ -126,8 +141,20 @@ class StateTensor:
     is_copy: bool = False
 
     def __post_init__(self) -> None:
-        if self.sharing is Sharing.SHARDED and (self.like is None or self.like.numel != self.numel):
+        if self.sharing is Sharing.SHARDED and (self.like is None or not (self._has_its_size or self.like.is_whole)):
             raise ValueError(f"{self.name} of {self.numel} elements is sharded like {self.like}; sizes must be equal")
+
+    @property
+    def _has_its_size(self) -> bool:
+        return self.like is not None and self.like.numel == self.numel
+
+    def cut(self, start: int, stop: int) -> tuple[int, int]:
+        """Its elements that belong to elements [start, stop) of the parameter that it is like."""
+        return (start, stop) if self._has_its_size else (0, self.numel)
+
+    def of_param(self, start: int, stop: int) -> tuple[int, int]:
+        """Elements of the parameter that its elements [start, stop) belong to."""
+        return (start, stop) if self._has_its_size or self.like is None else (0, self.like.numel)
 
     @property
     def stored(self) -> str:
@@ -169,7 +196,9 @@ def inventory(
     kept = [(MASTER,) * train.has_masters + OF_RULE[p.update[0]] + (EMA,) * (train.ema is not None) for p in params]
     for kind in dict.fromkeys(kind for kinds in kept for kind in kinds):
         having = [param for param, kinds in zip(params, kept, strict=True) if kind in kinds]
-        tensors += [StateTensor(f"{kind}/{p.name}", p.shape, Sharing.SHARDED, Origin.UPDATE, p) for p in having]
+        tensors += [
+            StateTensor(f"{kind}/{p.name}", p.shape_of(kind), Sharing.SHARDED, Origin.UPDATE, p) for p in having
+        ]
     tensors += [StateTensor(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Origin.COPY) for name, shape in buffers]
     tensors += _of_compression(params, job.communication.compression)
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]

@@ -10,9 +10,9 @@ from pydantic import Field
 from orchestrator.spec.section import HERE, Broken, Section, broken_own_code
 from orchestrator.spec.task import Entrypoint
 
-RuleName = Literal["adamw", "sgd", "lion", "muon"]
-ADAMW, SGD, LION, MUON = "adamw", "sgd", "lion", "muon"
-OF_MATRICES = (MUON,)  # rules that need a whole matrix at once
+RuleName = Literal["adamw", "sgd", "lion", "muon", "adafactor"]
+ADAMW, SGD, LION, MUON, ADAFACTOR = "adamw", "sgd", "lion", "muon", "adafactor"
+OF_MATRICES = (MUON, ADAFACTOR)  # rules that need a whole matrix at once
 EMBEDDINGS, OUTPUTS = {"wte", "wpe", "tokens", "router"}, {"head", "lm_head"}  # parts of parameters' names
 USED_BY = {  # keys that not every rule reads
     "betas": (ADAMW, LION, MUON),  # Muon leaves some parameters to AdamW
@@ -62,7 +62,8 @@ class OptimizerSpec(Section):
     name: RuleName = Field(
         default="adamw",
         description="The update rule. muon updates matrices, and leaves vectors, embeddings, routers and the output "
-        "matrix to adamw; it takes the learning rate and weight decay of adamw.",
+        "matrix to adamw; it takes the learning rate and weight decay of adamw. adafactor's learning rate is "
+        "relative to the weights.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.95),
@@ -93,7 +94,7 @@ class OptimizerSpec(Section):
     @property
     def has_momentum(self) -> bool:
         """Whether a rule keeps a momentum of the gradients."""
-        kept = {ADAMW: self.betas[0] > 0, SGD: self.momentum > 0, LION: True, MUON: True}
+        kept = {ADAMW: self.betas[0] > 0, SGD: self.momentum > 0, LION: True, MUON: True, ADAFACTOR: False}
         return any(kept.get(rule, True) for rule in self._rules())
 
     def _rules(self) -> set[str]:

@@ -52,8 +52,10 @@ def _parts(ranges: NamedRanges, layout: StateLayout) -> Iterator[tuple[int, str,
         for mine in ranges.spans(layout.names[cut]):
             for start, stop, rank in zip(starts[low:high], stops[low:high], ranks[low:high], strict=True):
                 begin, end = max(int(start), mine[0]), min(int(stop), mine[1])
+                updated = layout.tensors[layout.names[cut]].of_param(begin, end)
                 for name in names[parameter] if begin < end else ():
-                    yield int(rank), name, Range(begin, end, ranges.view(name, begin, end))
+                    span = layout.tensors[name].cut(*updated)
+                    yield int(rank), name, Range(*span, ranges.view(name, *span))
 
 
 class MemoryGuard:

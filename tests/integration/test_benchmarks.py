@@ -69,7 +69,8 @@ def test_checkpoint_writes_the_same_state_in_every_way() -> None:
 
 def test_optimizers_are_those_of_the_references() -> None:
     line = quick("optimizers")
-    assert {bar["name"] for bar in line["bars"]} == {f"error of {rule}" for rule in ("adamw", "sgd", "lion", "muon")}
+    rules = ("adamw", "sgd", "lion", "muon", "adafactor")
+    assert {bar["name"] for bar in line["bars"]} == {f"error of {rule}" for rule in rules}
     assert all(bar["met"] for bar in line["bars"])
     assert line["metrics"]["error"]["torch's muon"] > 0
 

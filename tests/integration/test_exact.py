@@ -98,6 +98,7 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
             {},
             {"precision": "bf16", "trainable": ["*.experts.*", "*.attention.*", "head"], "ema": {"decay": 0.9}},
         ),
+        pytest.param({}, {"optimizer": {"name": "adafactor"}, "lr": 0.02, "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({}, {"optimizer": {"name": "lion"}, "lr": 3e-4, "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({}, {"optimizer": {"name": "sgd"}, "lr": 0.5, "zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(

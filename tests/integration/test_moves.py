@@ -133,6 +133,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": {"name": "sgd"}, "lr": 0.5, "ema": {"decay": 0.9}},
     "lion": {"optimizer": {"name": "lion"}, "lr": 1e-3},
     "muon": {"optimizer": {"name": "muon"}, "ema": {"decay": 0.9}},
+    "adafactor": {"optimizer": {"name": "adafactor"}, "lr": 0.2},
     "frozen": {"trainable": ["*.experts.*", "head", "*norm*"], "lr": 1e-2},
 }
 

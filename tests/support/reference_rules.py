@@ -61,6 +61,7 @@ REFERENCES: dict[str, Reference] = {
     "sgd": _by_torch(lambda p, lr: torch.optim.SGD(p, lr, momentum=MOMENTUM, nesterov=True)),
     "lion": lion,
     "muon": muon,
+    "adafactor": _by_torch(lambda p, lr: torch.optim.Adafactor(p, lr)),
 }
 TORCH_MUON = _by_torch(  # its iterations are in bf16
     lambda p, lr: torch.optim.Muon(p, lr, weight_decay=0.0, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")

@@ -29,7 +29,7 @@ from orchestrator.engine.deepspeed.process_setup import config_of, set_up, unreg
 from orchestrator.engine.deepspeed.zero_optimizer import ZeroOptimizerAdapter
 from orchestrator.engine.gradients import Gradients
 from orchestrator.engine.optim.rule import UpdateInfo
-from orchestrator.engine.optim.stepper import ParamPart, Stepper
+from orchestrator.engine.optim.stepper import ParamPart, Stepper, places
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
@@ -120,9 +120,9 @@ class DeepSpeedEngineAdapter:
         self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
         self._adapter = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._make_optimizer_state()
         self._owned = self._find_owned()
         self._name_parts(train)
+        self._make_optimizer_state()
         self._ranges = self._collect_ranges()
 
     @property
@@ -227,7 +227,7 @@ class DeepSpeedEngineAdapter:
     def _make_optimizer_state(self) -> None:
         """Create it before the first step, so that a transfer has memory to write to; it needn't be zeroed."""
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
-            self._stepper.state[master] = {kind: torch.empty_like(master) for kind in self._stepper.kinds(index)}
+            self._stepper.state[master] = self._stepper.empty_state(index, master)
 
     def _name_parts(self, train: TrainSpec) -> None:
         """Let the optimizer know what its partitions hold."""
@@ -259,7 +259,9 @@ class DeepSpeedEngineAdapter:
             for name, start, here in self._owned[index]:
                 if self._has_masters:
                     ranges.add(f"{MASTER}/{name}", start, master.detach()[here])
-                for kind, tensor in self._stepper.state[master].items():
+            for kind, tensor in self._stepper.state[master].items():
+                where = places(kind, self._stepper.parts[id(master)])
+                for (name, start, _), here in zip(self._owned[index], where, strict=True):
                     ranges.add(f"{kind}/{name}", start, tensor[here])
         for name, buffer in self._model.state_buffers():
             ranges.add(f"{BUFFER}/{name}", 0, buffer.view(-1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from orchestrator.engine.optim.adafactor import Adafactor
 from orchestrator.engine.optim.adamw import AdamW
 from orchestrator.engine.optim.lion import Lion
 from orchestrator.engine.optim.muon import Muon
@@ -15,4 +16,5 @@ RULES: dict[str, Callable[[OptimizerSpec], UpdateRule]] = {
     names.SGD: SGD,
     names.LION: Lion,
     names.MUON: Muon,
+    names.ADAFACTOR: Adafactor,
 }

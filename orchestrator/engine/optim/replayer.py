@@ -1,5 +1,6 @@
 """Replay of a rank's updates on snapshots, with the bits of the first time."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.elastic.state_spec import MASTER, PARAM, ParamSpec
 from orchestrator.engine.optim.rule import UpdateInfo
-from orchestrator.engine.optim.stepper import ParamPart, Updates
+from orchestrator.engine.optim.stepper import ParamPart, Updates, places
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update
@@ -74,20 +75,25 @@ class _Parts:
 
     def read(self, kind: str, piece: list[Row]) -> Tensor:
         """A copy, fp32; zeros for parameters that aren't held."""
-        num_elements = sum(stop - start for _, start, stop in piece)
+        named = [(f"{kind}/{param.name}", *_span(kind, param, start, stop)) for param, start, stop in piece]
+        num_elements = sum(stop - start for _, start, stop in named)
         parts = [
-            self._ranges.view(f"{kind}/{param.name}", start, stop)
-            if f"{kind}/{param.name}" in self.names
-            else torch.zeros(stop - start)
-            for param, start, stop in piece
+            self._ranges.view(name, start, stop) if name in self.names else torch.zeros(stop - start)
+            for name, start, stop in named
         ]
         return torch.cat([*parts, torch.zeros(-num_elements % PIECE_MULTIPLE)]).to(self._device)
 
     def write(self, kind: str, piece: list[Row], flat: Tensor) -> None:
         """Write to the held ranges of it, in their own number format."""
-        for part, (param, start, stop) in zip(_parts_of(piece), piece, strict=True):
-            if f"{kind}/{param.name}" in self.names:
-                self._ranges.view(f"{kind}/{param.name}", start, stop).copy_(flat[part.here])
+        for here, (param, start, stop) in zip(places(kind, _parts_of(piece)), piece, strict=True):
+            if (name := f"{kind}/{param.name}") in self.names:
+                self._ranges.view(name, *_span(kind, param, start, stop)).copy_(flat[here])
+
+
+def _span(kind: str, param: ParamSpec, start: int, stop: int) -> tuple[int, int]:
+    """Elements of a kind of state that belong to elements [start, stop) of the parameter."""
+    size = math.prod(param.shape_of(kind))
+    return (start, stop) if size == param.numel else (0, size)
 
 
 def _parts_of(piece: Sequence[Row]) -> list[ParamPart]:

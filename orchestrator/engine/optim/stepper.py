@@ -1,7 +1,9 @@
 """The optimizer that DeepSpeed steps: update rules on the partitions of one rank."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +29,16 @@ class ParamPart:
     here: slice
 
 
+def places(kind: str, parts: Sequence[ParamPart]) -> list[slice]:
+    """Where a kind of state of these parts is in its flat tensor: as the parts are in theirs, or end to end where it
+    has another size."""
+    sizes = [math.prod(part.param.shape_of(kind)) for part in parts]
+    if all(size == part.param.numel for size, part in zip(sizes, parts, strict=True)):
+        return [part.here for part in parts]
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
 class Updates:
     """Applies updates to flat tensors.
 
@@ -49,7 +61,8 @@ class Updates:
 
         Args:
             parts: what it holds, all of the same rule and learning rate; the rest of it is filler.
-            grad, state: like it; state by kind.
+            grad: like it.
+            state: by kind, each as `places` has it.
             at: with the job's learning rate.
         """
         if not parts:
@@ -61,12 +74,13 @@ class Updates:
         rule = self._rules[name]
         if not parts[0].param.is_whole:
             rule.update(master, grad, state, at)
-        for part in parts if parts[0].param.is_whole else ():
-            rows = {kind: _matrices(tensor, part) for kind, tensor in state.items() if kind in OF_RULE[name]}
+        kept = {kind: (state[kind], places(kind, parts)) for kind in OF_RULE[name]}
+        for index, part in enumerate(parts if parts[0].param.is_whole else ()):
+            blocks = {kind: _blocks(tensor[where[index]], kind, part.param) for kind, (tensor, where) in kept.items()}
             for number, (of_master, of_grad) in enumerate(
                 zip(_matrices(master, part), _matrices(grad, part), strict=True)
             ):
-                rule.update(of_master, of_grad, {kind: found[number] for kind, found in rows.items()}, at)
+                rule.update(of_master, of_grad, {kind: found[number] for kind, found in blocks.items()}, at)
         if self._ema is not None:
             state[EMA].mul_(self._ema).add_(master * (1.0 - self._ema))
 
@@ -91,6 +105,12 @@ def _matrices(flat: Tensor, part: ParamPart) -> tuple[Tensor, ...]:
     return flat[part.here].view(part.param.shape).chunk(part.param.blocks)
 
 
+def _blocks(flat: Tensor, kind: str, param: ParamSpec) -> tuple[Tensor, ...]:
+    """What a rule keeps of each matrix of a parameter: like the matrix, or a vector."""
+    kept = flat.view(param.shape_of(kind))
+    return kept.chunk(param.blocks) if kept.shape == param.shape else kept.unbind()
+
+
 class Stepper(torch.optim.Optimizer):
     """Calls back when an update begins, and keeps its gradients if requested. DeepSpeed steps it once for each group.
 
@@ -109,9 +129,14 @@ class Stepper(torch.optim.Optimizer):
         self.at = UpdateInfo(1, train.lr)
         self._updates = Updates(train)
 
-    def kinds(self, group: int) -> tuple[str, ...]:
-        """Kinds of state of a group's parameters."""
-        return self._updates.kinds(self.param_groups[group]["update"][0])
+    def empty_state(self, group: int, master: Tensor) -> dict[str, Tensor]:
+        """Memory for the state of a group's partition, by kind."""
+        found, parts = {}, self.parts[id(master)]
+        for kind in self._updates.kinds(self.param_groups[group]["update"][0]):
+            where = places(kind, parts)
+            is_like = where == [part.here for part in parts]
+            found[kind] = torch.empty_like(master) if is_like else master.detach().new_empty(where[-1].stop)
+        return found
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -175,7 +175,8 @@ class ShardSaver:
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int, placement: ExpertPlacement) -> list[ShardPiece]:
     """All pieces that this rank saves, in place."""
     held = [tensors[name] for name in ranges.names() if not tensors[name].is_copy]
-    updated = {tensor.like: ranges.spans(tensor.name) for tensor in held if tensor.sharing is Sharing.SHARDED}
+    cut = [tensor for tensor in held if tensor.sharing is Sharing.SHARDED]
+    updated = {tensor.like: [tensor.of_param(*span) for span in ranges.spans(tensor.name)] for tensor in cut}
     pieces = []
     for tensor in held:
         name, spans = tensor.stored, ranges.spans(tensor.name)

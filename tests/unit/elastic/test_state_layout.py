@@ -85,23 +85,28 @@ def test_every_element_lies_where_zero_puts_it(
     assert layout.bytes_per_rank().tolist() == expected_bytes
 
 
+@pytest.mark.parametrize(("rule", "kind"), [("muon", "momentum_buffer"), ("adafactor", "exp_avg_sq_factors")])
 @settings(deadline=None)
 @given(models(), st.integers(1, 40))
-def test_a_matrix_of_muon_lies_whole_on_one_of_its_holders(
-    model: tuple[list[ParamSpec], ExpertPlacement], bucket: int
+def test_a_matrix_lies_whole_on_one_of_its_holders(
+    rule: str, kind: str, model: tuple[list[ParamSpec], ExpertPlacement], bucket: int
 ) -> None:
     params, placement = model
     params = [ParamSpec(f"{p.name}.query", (p.numel, 3), p.expert) for p in params] + [ParamSpec("norm", (5,), None)]
-    world, muon = world_of(placement.world_size), OptimizerSpec(name="muon")
+    world, optimizer = world_of(placement.world_size), OptimizerSpec.model_validate({"name": rule})
     communication = CommunicationSpec(bucket_mb=bucket * 4 / 2**20)
-    layout = layout_of_state(params, placement, world, False, [], communication, muon)
+    layout = layout_of_state(params, placement, world, False, [], communication, optimizer)
     for tensor, start, stop, rank in layout.shards.tolist():
         spec = layout.tensors[layout.names[tensor]]
         assert spec.like is not None
-        assert spec.name.startswith("momentum_buffer/") == (spec.like.name != "norm")
+        assert spec.name.startswith(f"{kind}/") == (spec.like.name != "norm" or rule == "adafactor")
         if spec.like.name != "norm":
             assert (start, stop) == (0, spec.numel)
             assert spec.like.expert is None or rank in placement.holders[spec.like.expert]
+    updated = [(name, span) for rank in range(world.size) for name, span in layout.updates_of(rank).items()]
+    sizes = {spec.name: spec.numel for spec in params}
+    assert all(span == (0, sizes[name]) for name, span in updated if name != "norm")
+    assert {name for name, _ in updated} == set(sizes)
 
 
 def test_parameters_with_another_learning_rate_are_cut_apart() -> None:

@@ -16,7 +16,7 @@ from orchestrator.engine.optim.all_rules import RULES
 from orchestrator.engine.optim.muon import orthogonal
 from orchestrator.engine.optim.replayer import Replayer
 from orchestrator.engine.optim.rule import UpdateInfo
-from orchestrator.engine.optim.stepper import ParamPart, Updates
+from orchestrator.engine.optim.stepper import ParamPart, Stepper, Updates, places
 from orchestrator.spec.optimizer import OF_MATRICES
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
@@ -47,18 +47,29 @@ def _drawn(numel: int, count: int) -> tuple[Tensor, list[Tensor]]:
     return values, [(torch.randn(numel, generator=generator) * 10.0 ** -(n % 3)).to(device) for n in range(count)]
 
 
-def _zeros(train: TrainSpec, like: Tensor, rule: str) -> dict[str, Tensor]:
-    return {kind: torch.zeros_like(like) for kind in Updates(train).kinds(rule)}
+def _zeros(train: TrainSpec, like: Tensor, parts: Sequence[ParamPart]) -> dict[str, Tensor]:
+    """State of a partition before the first update."""
+    state = Stepper([{"params": [like], "update": parts[0].param.update}], train)
+    state.parts[id(like)] = parts
+    return {kind: tensor.zero_() for kind, tensor in state.empty_state(0, like).items()}
 
 
 def _ours(rule: str, values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
     """A matrix after updates by all gradients."""
     train, device = _train(rule), devices.device()
     ours = values.reshape(-1).to(device, copy=True)
-    state, parts = _zeros(train, ours, rule), [ParamPart(_param(train, "a.query", *values.shape), slice(0, len(ours)))]
+    parts = [ParamPart(_param(train, "a.query", *values.shape), slice(0, len(ours)))]
+    state = _zeros(train, ours, parts)
     for number, gradient in enumerate(gradients, 1):
         Updates(train).apply(parts, ours, gradient.reshape(-1).to(device), state, UpdateInfo(number, LR))
     return ours.cpu().view(values.shape)
+
+
+def test_a_vector_of_adafactor_is_updated_as_torch_does() -> None:
+    values, gradients = _drawn(48, STEPS)
+    values, gradients = values.cpu(), [gradient.cpu() for gradient in gradients]
+    wanted = REFERENCES["adafactor"](values, gradients, LR, 0.0)
+    torch.testing.assert_close(_ours("adafactor", values, gradients), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 40), (16, 16)], ids=str)
@@ -79,14 +90,14 @@ def test_an_orthogonal_matrix_has_singular_values_near_one() -> None:
     assert float(found.min()) > 0.6 and float(found.max()) < 1.3
 
 
-def test_stacked_matrices_are_updated_each_for_itself() -> None:
-    train = _train("muon")
+@pytest.mark.parametrize("rule", OF_MATRICES)
+def test_stacked_matrices_are_updated_each_for_itself(rule: str) -> None:
+    train = _train(rule)
     values, gradients = _drawn(2 * 12 * 16, 3)
     stacked, halves = values.clone(), [values[:192].clone(), values[192:].clone()]
-    state = _zeros(train, stacked, "muon")
-    own = [_zeros(train, half, "muon") for half in halves]
     both = [ParamPart(_param(train, "mlp.gate_up", 24, 16, blocks=2), slice(0, 384))]
     one = [ParamPart(_param(train, "mlp.query", 12, 16), slice(0, 192))]
+    state, own = _zeros(train, stacked, both), [_zeros(train, half, one) for half in halves]
     for number, gradient in enumerate(gradients, 1):
         at = UpdateInfo(number, LR)
         Updates(train).apply(both, stacked, gradient, state, at)
@@ -109,7 +120,7 @@ def _updated(rule: str, values: Tensor, gradients: Sequence[Tensor], cuts: Seque
         master = values[start:stop].clone()
         spans = [(param, max(low, start), min(high, stop)) for param, low, high in layout]
         parts = [ParamPart(param, slice(low - start, high - start)) for param, low, high in spans if low < high]
-        state = _zeros(train, master, rule)
+        state = _zeros(train, master, parts)
         for number, gradient in enumerate(gradients, 1):
             Updates(train).apply(parts, master, gradient[start:stop].clone(), state, UpdateInfo(number, LR))
         for kind, part in {"weights": master, **state}.items():
@@ -158,15 +169,16 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
         values, gradients = _drawn(numel, 3)
         padding = -numel % PIECE_MULTIPLE
         master, grads = (torch.nn.functional.pad(t, (0, padding)) for t in (values, torch.stack(gradients)))
-        state, parts, end = _zeros(train, master, same[0].update[0]), [], 0
+        parts, end = list[ParamPart](), 0
         for param in same:
             parts.append(ParamPart(param, slice(end, end + param.numel)))
             end += param.numel
+        state = _zeros(train, master, parts)
         named = {"master" if mixed else "param": master, **state}
         for ranges in (before, live):
             for kind, tensor in named.items():
-                for part in parts:
-                    data = tensor[part.here]
+                for part, here in zip(parts, places(kind, parts), strict=True):
+                    data = tensor[here]
                     ranges.add(f"{kind}/{part.param.name}", 0, data.cpu().clone() if ranges is before else data)
         for part in parts if mixed else ():
             for ranges in (before, live):
@@ -186,6 +198,6 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
     for name, held in live:
         assert torch.equal(before.view(name, held.start, held.stop), held.data.cpu()), name
     kinds = {name.partition("/")[0] for name in live.names()}
-    assert kinds == {*OF_RULE[rule], *OF_RULE["adamw" if rule in OF_MATRICES else rule], EMA, "param"} | (
+    assert kinds == {*OF_RULE[rule], *OF_RULE["adamw" if rule == "muon" else rule], EMA, "param"} | (
         {"master"} if mixed else set()
     )
