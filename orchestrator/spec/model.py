@@ -1,5 +1,6 @@
 """The `model` section: a decoder-only mixture-of-experts language model."""
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -36,6 +37,9 @@ IN_CONFIG = frozenset(
     }
 )
 
+# Keys with the values by which a mixture of equal experts is the dense model that they come from.
+UPCYCLED = {"n_shared_experts": 0, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
+
 EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding
 BIAS_UPDATE_SPEED = {"quantile": 0.5, "sign": 1e-3}
 
@@ -48,6 +52,12 @@ class ModelSpec(Section):
         description="Directory of a model saved by transformers, of one of the families in docs/pretrained.md: its "
         "weights replace random ones. Omitted sizes come from its config.json, others must agree. Every worker reads "
         "what it holds of it.",
+    )
+    upcycle: bool = Field(
+        default=False,
+        description="true: init_from is a dense model, whose layers from first_k_dense_replace on (default 0) become "
+        "mixtures. Each of their experts begins as the layer's MLP, so the mixture begins as the dense model; routers "
+        "begin at random (sparse upcycling, arXiv:2212.05055).",
     )
     vocab_size: int | None = Field(
         default=None,
@@ -163,6 +173,12 @@ class ModelSpec(Section):
         if self.init_from is not None and self.embedding_scale != 1.0:
             rule = f"embedding_scale must be 1 with init_from, as its weights have it; got {self.embedding_scale:g}"
             yield Broken((("embedding_scale",), ("init_from",)), rule)
+        if self.upcycle and self.init_from is None:
+            yield Broken((("upcycle",), ("init_from",)), "upcycle needs a dense model in init_from; got none")
+        for key, value in UPCYCLED.items() if self.upcycle else ():
+            if key in self.model_fields_set and getattr(self, key) != value:
+                rule = f"{key} must be {json.dumps(value)} with upcycle, so that the mixture begins as the dense model"
+                yield Broken(((key,), ("upcycle",)), f"{rule}; got {json.dumps(getattr(self, key))}")
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()

@@ -197,3 +197,26 @@ def test_a_model_that_no_family_can_express_is_not_exported() -> None:
     wide = ModelSpec(router="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64)
     with pytest.raises(UsageError, match="OlmoeForCausalLM has no head_dim 64"):
         family_of_spec(wide)
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("architecture", [name for name in VARIANTS if BY_ARCHITECTURE[name].router is None])
+def test_an_upcycled_model_begins_as_the_dense_one(tmp_path: Path, architecture: str, router: str) -> None:
+    theirs, directory = _saved(architecture, tmp_path), tmp_path
+    asked = {"init_from": str(directory), "upcycle": True, "n_routed_experts": 6, "router": router}
+    spec = resolved(ModelSpec.model_validate(asked), directory)
+    assert (spec.first_k_dense_replace, spec.moe_intermediate_size, spec.n_shared_experts) == (0, 40, 0)
+    open_pretrained(directory).check(spec)
+    ours = starting_model(JobSpec(name="read", model=spec), VOCAB, torch.device("cpu"))
+    inputs_BT = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(inputs_BT), theirs(input_ids=inputs_BT).logits, rtol=2e-5, atol=2e-5)
+    weights = dict(ours.named_parameters())
+    assert torch.equal(weights["layers.1.mlp.experts.0.down"], weights["layers.1.mlp.experts.5.down"])
+    assert float(weights["layers.1.mlp.router.weight"].detach().std()) > 0
+
+
+def test_a_mixture_is_not_upcycled(tmp_path: Path) -> None:
+    _saved("MixtralForCausalLM", tmp_path)
+    with pytest.raises(UsageError, match="it is a mixture already, and model.upcycle is for a dense model"):
+        resolved(ModelSpec(init_from=str(tmp_path), upcycle=True), tmp_path)

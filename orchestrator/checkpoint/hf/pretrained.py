@@ -18,12 +18,29 @@ from safetensors import SafetensorError, safe_open
 from orchestrator.checkpoint.hf.families import family_of_config
 from orchestrator.checkpoint.hf.family import Family, shapes
 from orchestrator.errors import CheckpointCorrupt, UsageError
-from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model import IN_CONFIG, UPCYCLED, ModelSpec
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
 NAMED_AT_MOST = 8  # tensors in a message
+_DENSE = frozenset(  # keys of a dense model
+    {
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "attention_bias",
+        "qk_norm",
+        "rope_theta",
+        "partial_rotary_factor",
+        "rms_norm_eps",
+    }
+)
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
+_EXPERT, _ROUTER = re.compile(r"\.mlp\.experts\.\d+\."), ".mlp.router."
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older versions of transformers saved this computed table
 
 
@@ -52,8 +69,12 @@ class Pretrained:
     tied: bool
 
     def parts(self, name: str) -> tuple[Part, ...]:
-        """Parts of one of our tensors, in the order of their rows; none of a buffer that the family doesn't have.
-        Raises KeyError if the directory lacks it."""
+        """Parts of one of our tensors, in the order of their rows; none of a buffer that the family doesn't have, or of
+        an upcycled model's router. Raises KeyError if the directory lacks it."""
+        dense = self._dense(name)
+        if dense is None:
+            return ()
+        name = dense
         wanted = self.family.their_names("embedding.weight" if self.tied and name == "head" else name)
         stacked = self.family.stacked_name(name)
         if stacked is not None and stacked[0] in self.files:
@@ -64,7 +85,10 @@ class Pretrained:
         """Raises CheckpointCorrupt, which names tensors that are missing, unexpected, or of another shape or format."""
         assert spec.vocab_size is not None
         wanted: dict[str, tuple[int, ...]] = {}
-        for name, shape in shapes(spec, spec.vocab_size):
+        for ours, shape in shapes(spec, spec.vocab_size):
+            name = self._dense(ours)
+            if name is None:
+                continue
             stacked = self.family.stacked_name(name)
             if self.tied and name == "head":
                 continue
@@ -81,6 +105,13 @@ class Pretrained:
         self._refuse("holds numbers that are none of fp32, fp16 and bf16:", other)
         over = [name for name in self.files if name not in wanted and not self._ignored(name, spec)]
         self._refuse("holds tensors that such a model has no place for:", over)
+
+    def _dense(self, name: str) -> str | None:
+        """The tensor whose values one of ours has: of a dense model that becomes a mixture an expert has those of the
+        MLP, and a router has none."""
+        if self.family.router is not None:
+            return name
+        return None if _ROUTER in name else _EXPERT.sub(".mlp.", name)
 
     def _ignored(self, name: str, spec: ModelSpec) -> bool:
         """Whether transformers ignores it too: multi-token prediction layers, RoPE tables, the head of a tied model."""
@@ -110,6 +141,8 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
     try:
         config = _read_json(path)
         found = family_of_config(config).settings(config)
+        if spec.upcycle:
+            found = _upcycled(spec, found)
     except UsageError as error:
         raise _refused(f"model.init_from: {path}: {error.message}") from error
     differing = [
@@ -127,6 +160,16 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
         raise _refused(f"model.init_from: {path} is of a model that can't be trained: {wrong}") from error
+
+
+def _upcycled(spec: ModelSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the mixture that a dense model becomes: what the job says of experts, and the rest as found."""
+    if dense["first_k_dense_replace"] < dense["num_hidden_layers"]:
+        raise UsageError("it is a mixture already, and model.upcycle is for a dense model")
+    of_job = IN_CONFIG - _DENSE - UPCYCLED.keys()
+    first = spec.first_k_dense_replace if "first_k_dense_replace" in spec.model_fields_set else 0
+    of_experts = {key: getattr(spec, key) for key in of_job} | {"first_k_dense_replace": first} | UPCYCLED
+    return {**dense, **of_experts, "moe_intermediate_size": dense["intermediate_size"]}
 
 
 def open_pretrained(directory: Path) -> Pretrained:

@@ -45,7 +45,8 @@ def _weights(job: JobSpec) -> dict[str, Any]:
     if job.model.init_from is None:
         return {"seed": job.train.seed}
     files = sorted(Path(job.model.init_from).glob("*.safetensors"))
-    return {path.name: digest_file(path).sha256 for path in files}
+    of_routers = {"seed": job.train.seed} if job.model.upcycle else {}
+    return of_routers | {path.name: digest_file(path).sha256 for path in files}
 
 
 def _computed(job: JobSpec, store: RowStore, directory: Path, name: str, progress: Callable[[str, float], None]) -> str:

@@ -74,7 +74,7 @@ def _fill_first(
     factory: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
 ) -> TrainingProgress:
     progress, model, engine = TrainingProgress(-1, 0, sampler), factory.spec.model, shard.engine
-    if plan.restore is None and model.init_from is None:
+    if plan.restore is None and (model.init_from is None or model.upcycle):  # whose routers are in no file
         shard.model.init_weights(factory.spec.train.seed)
         if model.entrypoint is not None:
             check_agreement(shard.model, shard.groups.exchange)

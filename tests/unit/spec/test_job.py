@@ -214,6 +214,11 @@ def test_entrypoints_refused(entrypoint: str) -> None:
             "gradient_checkpointing must be none with entrypoint",
         ),
         ({"entrypoint": "m:f", "init_from": "there"}, "init_from is for our own model"),
+        ({"upcycle": True}, "upcycle needs a dense model in init_from; got none"),
+        (
+            {"init_from": "there", "upcycle": True, "n_shared_experts": 1},
+            "n_shared_experts must be 0 with upcycle, so that the mixture begins as the dense model; got 1",
+        ),
     ],
 )
 def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) -> None:
