@@ -54,10 +54,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Scale:
-    """Request for another number of workers, as `orchestrator scale`."""
+    """Request for another number of workers, as `orchestrator scale`. Raises TypeError for a number that is no int."""
 
     workers: int
     reason: str = "asked for by a callback"
+
+    def __post_init__(self) -> None:
+        if type(self.workers) is not int:
+            raise TypeError(f"Scale takes a number of workers, an int; got {self.workers!r}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Json]) -> None:
         """Called before the first step if the process was replaced, or the run resumed, with what `state_dict` gave
-        after the last step that isn't called again."""
+        after some step. The first step that is called then is the one after that."""
 
 
 def made(spec: CallbackSpec) -> Callback:

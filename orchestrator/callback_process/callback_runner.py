@@ -4,6 +4,7 @@ Training waits for none of it, and no error of a callback ends the run: such a c
 run's status shows.
 """
 
+import json
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.callback import Callback, Pause, Request, SaveCheckpoint, Scale, Step, Stop, made
+from orchestrator.callback import Callback, Json, Pause, Request, SaveCheckpoint, Scale, Step, Stop, made
 from orchestrator.callback_process.callback_position import Position, read_position, read_steps_after, store_position
 from orchestrator.cluster.published.published_keys import signer_in_cluster
 from orchestrator.errors import ClusterUnreachable, NotFinished, OrchestratorError
@@ -32,18 +33,20 @@ SLOW_S = 30.0  # a call that lasts longer shows in the run's status
 class _Called:
     """A callback that is called until it raises."""
 
-    def __init__(self, spec: CallbackSpec) -> None:
+    def __init__(self, spec: CallbackSpec, state: dict[str, Json] | None) -> None:
         self.name = spec.entrypoint
         self.error = ""
         self.since_s: float | None = None  # when the call that lasts began
+        self._state = state  # the newest that is known
         self._callback: Callback | None = self._guarded("its construction", lambda: made(spec))
+        if state is not None:
+            self._call("load_state_dict", lambda callback: callback.load_state_dict(state))
 
-    def load(self, state: dict[str, Any]) -> None:
-        self._call("load_state_dict", lambda callback: callback.load_state_dict(state))
-
-    def state(self) -> dict[str, Any]:
-        found = self._call("state_dict", lambda callback: callback.state_dict())
-        return found if isinstance(found, dict) else {}
+    def state(self) -> dict[str, Json] | None:
+        """Its state now; the newest one of a callback that has raised. None: it has given none."""
+        found: dict[str, Json] | None = self._call("state_dict", lambda callback: _plain(callback.state_dict()))
+        self._state = self._state if found is None else found
+        return self._state
 
     def step(self, step: Step) -> Request | None:
         request: Request | None = self._call(f"on_step of step {step.step}", lambda callback: callback.on_step(step))
@@ -71,7 +74,7 @@ class _Called:
         self.since_s = time.monotonic()
         try:
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.error("callback %s: %s", self.name, "".join(traceback.format_exception(error)))
             self._end(f"{what} raised {type(error).__name__}: {error}")
             return None
@@ -80,6 +83,14 @@ class _Called:
 
     def _end(self, error: str) -> None:
         self.error, self._callback = error, None
+
+
+def _plain(state: object) -> dict[str, Json]:
+    """What reading a stored state will give. Raises TypeError or ValueError if it can't be stored."""
+    if not isinstance(state, dict):
+        raise TypeError(f"it returned a {type(state).__name__}; a dict is needed")
+    found: dict[str, Json] = json.loads(json.dumps(state))
+    return found
 
 
 class CallbackRunner:
@@ -95,7 +106,9 @@ class CallbackRunner:
         self._position = self._stored = Position()
         self._stored_s = time.monotonic()
         self._requests: list[Request] = []  # not passed on yet
-        self._is_ending = False  # a callback has requested the run's end
+        self._has_passed_on = False  # some since the position was stored
+        self._is_ending = False  # a callback has requested the run's end, or it is ending
+        self._has_called_end = False
         self._waits = ""  # why nothing goes on
         self._refused = ""  # why the newest request was refused
         self._end: tuple[str, str] | None = None  # of the run: outcome and reason
@@ -121,14 +134,20 @@ class CallbackRunner:
                     begins[0]()
                     begins.pop()
                 self._read_on()
-                self._pass_on()
+                self._pass_on()  # before the position is stored: a process in its place requests the same again
                 if end is not None:
-                    self._finish(*end)
+                    self._call_end(*end)
+                self._store(is_due=end is not None)
+                if end is not None:
+                    self._has_ended.set()
                     return
                 self._waits = ""
             except (OSError, OrchestratorError) as error:
                 self._waits = f"callbacks wait: {error}"
                 log.warning("%s", self._waits)
+            except Exception as error:  # of any kind: it is shown, and tried again
+                self._waits = f"callbacks wait: {error!r}"
+                log.exception("callbacks wait")
             self._changed.wait(READ_EVERY_S)
             self._changed.clear()
 
@@ -138,29 +157,27 @@ class CallbackRunner:
         if (key := signer_in_cluster(run_dir)) is not None:
             hold_key(run_dir, key)
         self._position = self._stored = self._caller(read_position, self._run_dir)
-        self._called = [_Called(spec) for spec in self._specs]
         states = dict(self._position.states)
-        for called in self._called:
-            if called.name in states:
-                called.load(states[called.name])
+        self._called = [_Called(spec, states.get(spec.entrypoint)) for spec in self._specs]
 
     def _read_on(self) -> None:
         """Call the callbacks for new steps."""
-        for seq, steps in self._caller(read_steps_after, self._run_dir, self._position):
-            for step in steps:
+        for read in self._caller(read_steps_after, self._run_dir, self._position):
+            for step in read.steps:
                 for called in self._called:
                     if (request := called.step(step)) is not None:
                         log.info("%s after step %d: %s", called.name, step.step, request)
                         self._requests.append(request)
-            self._position = replace(self._position, seq=seq, step=steps[-1].step if steps else self._position.step)
-        is_due = time.monotonic() - self._stored_s >= STORE_EVERY_S
-        if self._position.seq > self._stored.seq and (is_due or self._requests):
-            self._store()
+            self._position = replace(self._position, seq=read.seq, step=read.newest)
 
-    def _store(self) -> None:
-        self._position = replace(self._position, states=tuple((c.name, c.state()) for c in self._called))
-        self._caller(store_position, self._run_dir, self._position)
-        self._stored, self._stored_s = self._position, time.monotonic()
+    def _store(self, is_due: bool) -> None:
+        """Store the position, if it is a new one, after a while or when it `is_due`."""
+        is_due |= self._has_passed_on or time.monotonic() - self._stored_s >= STORE_EVERY_S
+        if self._position.seq > self._stored.seq and is_due:
+            states = tuple((c.name, state) for c in self._called if (state := c.state()) is not None)
+            self._position = replace(self._position, states=states)
+            self._caller(store_position, self._run_dir, self._position)
+            self._stored, self._stored_s, self._has_passed_on = self._position, time.monotonic(), False
 
     def _pass_on(self) -> None:
         """Pass on requests, the oldest first. One that is refused is dropped; a cluster that doesn't answer is asked
@@ -175,10 +192,12 @@ class CallbackRunner:
                 raise
             except NotFinished as error:  # it is accepted
                 log.info("%s", error)
+                self._is_ending = isinstance(request, Stop | Pause)
             except OrchestratorError as error:
                 self._refused = f"a callback's request {request} was refused: {error}"
                 log.warning("%s", self._refused)
             del self._requests[0]
+            self._has_passed_on = True
 
     def _ask(self, request: Request) -> None:
         scheduler = get_or_create_scheduler()
@@ -192,9 +211,8 @@ class CallbackRunner:
             case SaveCheckpoint(reason):
                 scheduler.ask(Scheduler.checkpoint, self._run_id, reason)
 
-    def _finish(self, outcome: str, reason: str) -> None:
-        for called in self._called:
+    def _call_end(self, outcome: str, reason: str) -> None:
+        """Call the callbacks for the run's end, unless they were called for it."""
+        for called in self._called if not self._has_called_end else ():
             called.end(outcome, reason)
-        if self._position.seq > self._stored.seq:
-            self._store()
-        self._has_ended.set()
+        self._has_called_end = True

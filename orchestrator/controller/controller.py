@@ -243,7 +243,11 @@ class RunController:
         """
         step = self._controlled().observer.observe().step
         if step < 0:
-            raise UsageError(f"run {self._run_id} has not finished a step yet", unchanged="Nothing was changed.")
+            raise UsageError(
+                f"run {self._run_id} has not finished a step yet",
+                remedy=f"Ask again once `orchestrator status {self._run_id}` shows one.",
+                unchanged="Nothing was changed.",
+            )
         return self._requests.aim(FinishMode.NO, reason, checkpoint=step)
 
     def finish(self, how: FinishMode, reason: str) -> DesiredRunState:

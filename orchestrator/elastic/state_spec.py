@@ -23,7 +23,7 @@ from orchestrator.spec.train import TrainSpec
 PARAM = "param"
 MASTER = "master"  # a parameter in fp32 where `TrainSpec.has_masters`; in a checkpoint always
 EXP_AVG, EXP_AVG_SQ, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"  # of update rules
-FACTORS = "exp_avg_sq_factors"  # of a matrix: by row, then by column
+FACTORS = "exp_avg_sq_factors"  # of each matrix: by row, then by column
 EMA = "ema"  # average of the masters
 BUFFER = "buffer"
 RESIDUAL, VELOCITY, THIN = "residual", "velocity", "powersgd"  # of gradient compression
@@ -86,8 +86,10 @@ class ParamSpec:
         """Shape of a kind of state that an update rule keeps of it."""
         if kind != FACTORS:
             return self.shape
-        is_matrix = len(self.shape) == 2
-        return (self.blocks, self.rows // self.blocks + self.shape[1]) if is_matrix else (1, self.numel)
+        if len(self.shape) < 2:
+            return (self.numel,)
+        *stacked, rows, columns = self.shape
+        return (*stacked, self.blocks, rows // self.blocks + columns)
 
 
 class Sharing(IntEnum):

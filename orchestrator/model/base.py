@@ -121,7 +121,9 @@ def expert_of(name: str) -> int | None:
 
 def spec_of(name: str, param: Tensor) -> ParamSpec:
     """The parameter's description for layouts."""
-    return ParamSpec(name, tuple(param.shape), expert_of(name), STACKED.get(name.rpartition(".")[2], 1))
+    blocks = STACKED.get(name.rpartition(".")[2], 1)
+    is_stacked = param.dim() == 2 and len(param) % blocks == 0  # else it is a user's of the same name
+    return ParamSpec(name, tuple(param.shape), expert_of(name), blocks if is_stacked else 1)
 
 
 @torch.no_grad()

@@ -62,9 +62,10 @@ def _named(argument: str, section: str, function: Part) -> Iterator[Setting]:
 
 def _check_guard(script: Path, written: str) -> None:
     """Raise UsageError if the script would begin a run wherever it is imported."""
-    statements = ast.parse(script.read_text()).body
-    guarded = (s for s in statements if isinstance(s, ast.If) and "__name__" in ast.unparse(s.test))
-    if next(guarded, None) is None:
+    statements = ast.parse(script.read_text(encoding="utf-8")).body
+    guards = ('__name__ == "__main__"', '"__main__" == __name__')
+    same = {ast.dump(ast.parse(guard, mode="eval").body) for guard in guards}
+    if not any(isinstance(s, ast.If) and ast.dump(s.test) in same for s in statements):
         raise UsageError(
             f"{written} is defined in {script.name}, which workers import too: it would begin a run there",
             remedy='Put what the script does behind `if __name__ == "__main__":`, or the function into another file.',

@@ -67,7 +67,7 @@ class ElasticTrainer:
     Args:
         job: a job file, the same as a dict, or a JobSpec; None for the defaults of all keys.
         task: a function of yours that makes the task (docs/tasks.md), or the name of a built-in one. Like the other
-            parts it overrides the job's, and is imported by other processes: it is defined at the top of a file.
+            parts it sets a key of the job, and is imported by other processes: it is defined at the top of a file.
         model: a function of yours that builds the model (docs/own-model.md).
         datasets: a function of yours that gives the rows of a split (docs/tasks.md), or a path, as `data.source`.
         scaling_config: number of workers, and resources of each; None for the job's.

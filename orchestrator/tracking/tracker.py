@@ -99,7 +99,7 @@ class Tracker:
             loads: expert loads by step, for steps that the heat map shows.
 
         Raises:
-            ProtocolError: values of earlier steps are missing; see `position`. Nothing was taken.
+            ProtocolError: values of earlier steps are missing in an outbox; see `position`. It has taken nothing.
             TermSuperseded: a controller with a higher term has published here. The methods below raise it too.
         """
         self._put(term, lambda outbox: outbox.put_points(points, after, loads))

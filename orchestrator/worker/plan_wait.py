@@ -78,10 +78,14 @@ class PlanWaiter:
         return None
 
     def _replay(self, plan: GenerationPlan) -> None:
-        """Replay them now, while other threads connect: in the transition the other workers would wait for it."""
+        """Replay them now, while other threads connect: in the transition the other workers would wait for it. An error
+        is left to the transition, which tries again and can be abandoned."""
         assert plan.source is not None
         self._replayed = plan.generation
-        self._snapshots.make_whole(plan.source)
+        try:
+            self._snapshots.make_whole(plan.source)
+        except Exception as error:
+            log.warning("deltas for generation %d could not be replayed: %s", plan.generation, error)
         self._mailbox.publish(holdings=self._snapshots.holdings)
 
     def _await_fence(self, prepared: PreparedTransition) -> bool:

@@ -84,7 +84,10 @@ class TrainingHooks:
         if self.snapshots.due(step) or finish or fence != NO_FENCE:
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
-        is_due = self.timer.wants(step, directive.checkpoint_interval_s, directive.checkpoint_from)
+        if self.saver.is_writing:
+            is_due = False  # the next one waits for it
+        else:
+            is_due = self.timer.wants(step, directive.checkpoint_interval_s, directive.checkpoint_from)
         return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_writing)
 
 
@@ -105,6 +108,7 @@ class TrainingLoop:
         self._spec, self._mailbox, self._train_step, self._preparer = spec, mailbox, train_step, preparer
         self._snapshots, self._position, self._saver, self._link = snapshots, position, saver, link
         most_steps = MAX_UNPUBLISHED if spec.protection.publish == COMMITTED else None
+        self._has_skipped = False  # a checkpoint, for one that was not written yet
         self._timer = CheckpointTimer(spec.checkpoint.every, spec.train.max_steps, at_least_every=most_steps)
 
     def live(self, shard: Shard) -> LiveShard:
@@ -137,8 +141,11 @@ class TrainingLoop:
     def _save(self, shard: Shard, is_writing: bool) -> None:
         """Write a checkpoint, unless storage has not yet taken an earlier one from all ranks."""
         if is_writing:
-            log.warning("no checkpoint of step %d: an earlier one is not written yet", self._position.step)
+            if not self._has_skipped:
+                log.warning("no checkpoint of step %d: an earlier one is not written yet", self._position.step)
+            self._has_skipped = True
         else:
+            self._has_skipped = False
             self._timer.restart()
             self._saver.save(shard, self._position.progress)
 

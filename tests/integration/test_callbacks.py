@@ -100,7 +100,7 @@ def test_callbacks_have_every_step_once_and_their_requests_are_met(on: Cluster, 
     assert {line["workers"] for line in steps} == {2, 3} and (end["end"], end["reason"]) == ("stopped", ended.why)
     log = (Path(ended.run_dir) / "logs" / "callbacks.log").read_text()
     assert "raise ValueError" in log and "Scale(workers=9" in log and "was refused" in log
-    assert names_of("heard") == []
+    until(lambda: names_of("heard") == [], PATIENCE_S, "the end of its processes")
 
 
 def test_a_process_that_is_killed_goes_on_with_the_state_of_its_callbacks(on: Cluster, tmp_path: Path) -> None:

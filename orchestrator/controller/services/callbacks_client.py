@@ -3,13 +3,13 @@
 import logging
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import Protocol
 
 from orchestrator.cluster.actors import ActorOptions, find, start_host
 from orchestrator.cluster.calls import has_ended, reason_of
 from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
-from orchestrator.errors import OrchestratorError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.log_target import LogTarget
@@ -19,6 +19,7 @@ log = logging.getLogger("orchestrator.control")
 NAME = "callbacks"
 LOOK_EVERY_S = 5.0
 FINISH_S = 30.0  # that the run's end waits for its callbacks
+LAST_TRIES = 2  # to have them called for the end
 
 
 class CallbacksApi(Protocol):
@@ -52,24 +53,29 @@ class CallbacksClient:
         if not self._job.callbacks or now_s - self._looked_s < LOOK_EVERY_S:
             return
         self._looked_s = now_s
-        post(self._inbox, self._started().send(CallbacksApi.warning), self._answered)
+        runner = self._started()
+        post(self._inbox, runner.send(CallbacksApi.warning), partial(self._answered, runner))
 
     def end(self) -> None:
         """End the process: a run without workers commits no steps."""
         if self._runner is not None:
             self._runner.kill()
-            self._runner = None
+            self._runner, self.warning = None, None
 
     def close(self, outcome: str, why: str) -> None:
         """Let the callbacks have the last steps and the run's end. One that takes longer is left behind."""
         if not self._job.callbacks:
             return
-        try:
-            runner = self._started().within(FINISH_S + 5.0)
-            if not runner.ask(CallbacksApi.finish, outcome, why, FINISH_S):
-                log.warning("callbacks have not ended within %.0f s: %s", FINISH_S, runner.ask(CallbacksApi.warning))
-        except OrchestratorError as error:
-            log.warning("callbacks did not see the run's end: %s", error)
+        for _ in range(LAST_TRIES):
+            try:
+                runner = self._started().within(FINISH_S + 5.0)
+                if not runner.ask(CallbacksApi.finish, outcome, why, FINISH_S):
+                    seen = runner.ask(CallbacksApi.warning)
+                    log.warning("callbacks have not ended within %.0f s: %s", FINISH_S, seen)
+                return
+            except Exception as error:  # of any kind: the run's end must not depend on it
+                log.warning("callbacks did not see the run's end: %s", error)
+                self._runner = None  # it may have been killed
 
     def _started(self) -> Remote[CallbacksApi]:
         if self._runner is None:
@@ -80,7 +86,9 @@ class CallbacksClient:
             self._runner = start_host(self._name, self._target, args, actor_options).hosted()
         return self._runner
 
-    def _answered(self, answer: "Future[str]") -> None:
+    def _answered(self, runner: Remote[CallbacksApi], answer: "Future[str]") -> None:
+        if runner is not self._runner:  # ended meanwhile
+            return
         if (error := answer.exception()) is None:
             self.warning = answer.result() or None
             return

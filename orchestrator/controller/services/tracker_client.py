@@ -178,7 +178,7 @@ class TrackerClient:
             self.warning = f"the tracker failed: {error}"
         if not arrived:
             deliver = f"`orchestrator tracking sync {self._run_id}` delivers what waits in {outbox_of(self._run_dir)}"
-            self.warning = f"{self.warning or 'MLflow has not taken everything in time'}; {deliver}"
+            self.warning = f"{self.warning or 'not every sink has taken everything in time'}; {deliver}"
         if self.warning:
             log.warning(self.warning)
 

@@ -102,13 +102,14 @@ def _runs(parts: Sequence[ParamPart]) -> list[tuple[slice, float]]:
 
 def _matrices(flat: Tensor, part: ParamPart) -> tuple[Tensor, ...]:
     """The matrices of a parameter that lies whole in a flat tensor."""
-    return flat[part.here].view(part.param.shape).chunk(part.param.blocks)
+    whole = flat[part.here].view(part.param.shape)
+    return whole.chunk(part.param.blocks) if part.param.blocks > 1 else (whole,)
 
 
 def _blocks(flat: Tensor, kind: str, param: ParamSpec) -> tuple[Tensor, ...]:
-    """What a rule keeps of each matrix of a parameter: like the matrix, or a vector."""
+    """What a rule keeps of each of a parameter's blocks."""
     kept = flat.view(param.shape_of(kind))
-    return kept.chunk(param.blocks) if kept.shape == param.shape else kept.unbind()
+    return (kept,) if param.blocks == 1 else kept.chunk(param.blocks)
 
 
 class Stepper(torch.optim.Optimizer):

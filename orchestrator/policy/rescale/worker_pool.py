@@ -37,7 +37,7 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if target.seq <= state.target.seq:
         return Decision(state)
     event = TargetChanged(target.workers, target.finish.value, target.reason)
-    if target.finish is not FinishMode.NO or _asks_for_a_stage(state, target):
+    if target.finish is not FinishMode.NO or _keeps_the_size(state, target):
         return Decision(replace(state, target=target), (event,))
     wanted, before = (
         wanted_size(limits, state.size_request, seen.step + 1),
@@ -55,10 +55,12 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     )
 
 
-def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
-    """Whether it asks for a stage only: the size in it then repeats the last request, which may be long ago."""
+def _keeps_the_size(state: RunState, target: DesiredRunState) -> bool:
+    """Whether it asks for a stage or a checkpoint only: the size in it then repeats the last request, which may be long
+    ago."""
     same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
-    return target.stage_requests != state.target.stage_requests and same
+    asks = target.stage_requests != state.target.stage_requests or target.checkpoint != state.target.checkpoint
+    return asks and same
 
 
 def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

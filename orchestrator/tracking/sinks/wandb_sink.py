@@ -6,8 +6,9 @@ in a file of lines too, from which the next process writes the offline run anew.
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,23 @@ from orchestrator.tracking.sinks.sink import Finish, MetricPoint, Outcome, RunIn
 from orchestrator.tracking.sinks.values_sink import ValuesSink
 
 VALUES = "values.jsonl"  # a line per value: key, value, step, time
+NOT_IN_PROJECTS = re.compile(r"[/\\#?%:]")  # W&B refuses these in a project's name, MLflow has them in experiments'
+LONGEST_PROJECT = 128
+
+Row = tuple[str, float, int, float]  # key, value, step, time
 
 
 class WandbSink(ValuesSink):
-    """A `Sink` that writes to one offline run of the project `project`, with the run's id."""
+    """A `Sink` that writes to one offline run, with the run's id.
+
+    Args:
+        project: its name; what W&B doesn't take in one is replaced.
+    """
 
     def __init__(self, directory: Path, project: str) -> None:
         super().__init__()
-        self._directory, self._project = directory, project
+        self._directory = directory
+        self._project = NOT_IN_PROJECTS.sub("-", project)[:LONGEST_PROJECT]
         self._info = RunInfo("", "")
         self._run: Any = None
 
@@ -62,9 +72,8 @@ class WandbSink(ValuesSink):
             reinit="create_new",
         )
         self._run.define_metric("*", step_metric="step")  # values of a metric come in order; not those of two
-        points = self._kept()
-        self._send(points)
-        self.newest = {key: step for key, _, step, _ in points}
+        self.newest = {}
+        self._send(self._kept())
 
     def write(self, points: Sequence[MetricPoint]) -> None:
         if self._run is None:  # it was ended, and goes on
@@ -72,7 +81,7 @@ class WandbSink(ValuesSink):
         rows = [(point.key, point.value, point.step, point.time) for point in points]
         with (self._directory / VALUES).open("a") as file:
             file.writelines(f"{json.dumps(row)}\n" for row in rows)
-        self._send(rows)
+        self._send(rows)  # if it fails, the next start sends what the file has
 
     def finish(self, end: Finish) -> None:
         if self._run is not None:
@@ -81,16 +90,23 @@ class WandbSink(ValuesSink):
             wandb.teardown()  # waits for wandb's process, which writes the file after `finish` has returned
             self._run = None
 
-    def _kept(self) -> list[tuple[str, float, int, float]]:
-        """Values in the file. A last line that was cut off is removed."""
-        file = self._directory / VALUES
-        if not file.exists():
-            return []
-        whole, newline, cut_off = file.read_text().rpartition("\n")
-        if cut_off:
-            file.write_text(whole + newline)
-        return [tuple(json.loads(line)) for line in whole.splitlines()]
+    def _kept(self) -> Iterator[Row]:
+        """Values in the file, each once. A last line that was cut off is removed."""
+        if not (self._directory / VALUES).exists():
+            return
+        with (self._directory / VALUES).open("r+b") as file:
+            end = 0
+            for line in file:  # one after the other: a long run has many
+                if not line.endswith(b"\n"):
+                    file.truncate(end)
+                    break
+                end += len(line)
+                key, value, step, time = json.loads(line)
+                if step > self.newest.get(key, -1):
+                    yield key, value, step, time
 
-    def _send(self, rows: Sequence[tuple[str, float, int, float]]) -> None:
-        for step, values in groupby(rows, key=lambda row: row[2]):
-            self._run.log({key: value for key, value, _, _ in values} | {"step": step})
+    def _send(self, rows: Iterable[Row]) -> None:
+        for step, of_step in groupby(rows, key=lambda row: row[2]):
+            values = {key: value for key, value, _, _ in of_step}
+            self._run.log(values | {"step": step})
+            self.newest |= dict.fromkeys(values, step)

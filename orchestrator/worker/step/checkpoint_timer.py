@@ -32,7 +32,7 @@ class CheckpointTimer:
         """Start the clock, unless it runs. It runs anew for a worker that was no member when `step` ended."""
         if self._since_s is None or step > self._step:
             self._since_s = self._clock()
-        self._saved = min(self._saved, step)  # the run may have gone back
+        self._saved = -1  # what the generation before has begun may not be completed
 
     def restart(self) -> None:
         """Start the clock anew: a checkpoint is being written."""

@@ -514,3 +514,14 @@ def test_a_requested_checkpoint_is_in_the_directive_until_one_of_its_step_is_com
     life.run_until(lambda: life.committed >= 12)
     life.run_until(lambda: life.directive.checkpoint_from == -1)
     assert life.state.target.checkpoint == 12 and life.state.checkpoint_done == 19
+
+
+def test_a_requested_checkpoint_changes_no_size() -> None:
+    """The target repeats the size that was requested last, which a schedule has replaced."""
+    life = Life(limits_of(steps=60, schedule=(ScheduledSize(10, 4),)), checkpoint_every=100)
+    life.run_until(lambda: life.step > 14)
+    before = life.state.size_request
+    life.target = replace(life.target, seq=life.target.seq + 1, checkpoint=life.step)
+    life.run_to_the_end()
+    assert life.sizes[-1] == 4 and life.state.size_request == before
+    assert life.state.checkpoint_done == 59

@@ -63,7 +63,7 @@ def task(options): ...
 
 def test_a_function_of_the_script_needs_a_guard(tmp_path: Path) -> None:
     outputs = []
-    for guard in ('if __name__ == "__main__":', "if True:"):
+    for guard in ('if __name__ == "__main__":', "if '__main__' in __name__:"):
         (tmp_path / "train.py").write_text(SCRIPT.format(guard=guard))
         command = [sys.executable, "train.py"]
         env = {"PYTHONPATH": str(ROOT), "PATH": ""}

@@ -1,5 +1,6 @@
 """Update rules against references, with the same bits wherever partitions are cut, and in a replay."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -65,10 +66,11 @@ def _ours(rule: str, values: Tensor, gradients: Sequence[Tensor]) -> Tensor:
     return ours.cpu().view(values.shape)
 
 
-def test_a_vector_of_adafactor_is_updated_as_torch_does() -> None:
-    values, gradients = _drawn(48, STEPS)
-    values, gradients = values.cpu(), [gradient.cpu() for gradient in gradients]
-    wanted = REFERENCES["adafactor"](values, gradients, LR, 0.0)
+@pytest.mark.parametrize("shape", [(48,), (), (3, 8, 16), (2, 3, 4, 8)], ids=str)
+def test_adafactor_updates_every_shape_as_torch_does(shape: tuple[int, ...]) -> None:
+    values, gradients = _drawn(math.prod(shape), STEPS)
+    values, gradients = values.cpu().view(shape), [gradient.cpu().view(shape) for gradient in gradients]
+    wanted = REFERENCES["adafactor"](values, gradients, LR, 0.1 if len(shape) > 1 else 0.0)
     torch.testing.assert_close(_ours("adafactor", values, gradients), wanted, rtol=1e-5, atol=1e-6)
 
 

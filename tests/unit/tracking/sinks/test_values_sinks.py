@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,3 +100,30 @@ def test_what_is_not_installed_is_named() -> None:
     why = explain("wandb", setup_of(Path("/r")), ModuleNotFoundError("No module named 'wandb'", name="wandb"))
     assert why == ("No module named 'wandb': `pip install wandb` where the run's controller is; values wait until then")
     assert explain("tensorboard", setup_of(Path("/r")), OSError("no space")) == "OSError: no space"
+
+
+def test_an_experiment_that_w_and_b_cannot_name_gets_another_name(tmp_path: Path) -> None:
+    setup = replace(setup_of(tmp_path), experiment="/Users/me@here/50%: " + 200 * "a")
+    sink = open_sink("wandb", setup)
+    sink.start(RUN)
+    sink.log_metrics(points("train/loss", range(2)))
+    sink.finish(END)
+    assert of_wandb(tmp_path / "wandb")[0]["train/loss"] == curve(range(2))
+
+
+def test_values_that_w_and_b_could_not_be_given_are_given_once(tmp_path: Path) -> None:
+    sink = opened("wandb", tmp_path)
+    real, sink._run = sink._run, None  # type: ignore[attr-defined]
+    sink._run = SimpleNamespace(log=_refuses)  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            sink.log_metrics(points("train/loss", range(3)))
+    sink._run = real  # type: ignore[attr-defined]
+    sink.finish(END)
+    again = opened("wandb", tmp_path)
+    again.finish(END)
+    assert of_wandb(tmp_path / "wandb")[0]["train/loss"] == curve(range(3))
+
+
+def _refuses(_: object) -> None:
+    raise ConnectionError("wandb's process has ended")
