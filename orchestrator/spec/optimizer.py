@@ -12,7 +12,7 @@ from orchestrator.spec.task import Entrypoint
 
 RuleName = Literal["adamw", "sgd", "lion", "muon", "adafactor"]
 ADAMW, SGD, LION, MUON, ADAFACTOR = "adamw", "sgd", "lion", "muon", "adafactor"
-OF_MATRICES = (MUON, ADAFACTOR)  # rules that need a whole matrix at once
+OF_MATRICES = (MUON, ADAFACTOR)  # rules that need a whole parameter at once
 EMBEDDINGS, OUTPUTS = {"wte", "wpe", "tokens", "router"}, {"head", "lm_head"}  # parts of parameters' names
 USED_BY = {  # keys that not every rule reads
     "betas": (ADAMW, LION, MUON),  # Muon leaves some parameters to AdamW

@@ -1,6 +1,7 @@
 """Runs that begin with another's weights: real ranks read what transformers has saved, and give the same logits."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,79 @@ def test_transformers_writes_experts_one_by_one(tmp_path: Path) -> None:
     (index,) = (tmp_path / "hf").glob("*.index.json")
     names = json.loads(index.read_text())["weight_map"]
     assert "model.layers.1.mlp.experts.4.gate_proj.weight" in names
+
+
+LARGE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 1024,
+    "first_k_dense_replace": 0,
+    "vocab_size": 8192,
+}
+SLACK = 200 * 2**20
+
+
+def _write(directory: Path, spec: ModelSpec) -> int:
+    """A directory with weights of any values in bf16, a file for each layer. Returns the largest tensor's bytes."""
+    assert spec.vocab_size is not None
+    (directory / "config.json").write_text(json.dumps(GLM4_MOE.configuration(spec, spec.vocab_size, 64, "bfloat16")))
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes(spec, spec.vocab_size):
+        names = GLM4_MOE.their_names(name)
+        file = f"{name.split('.')[1] if name.startswith('layers.') else 'rest'}.safetensors"
+        for part in names:
+            tensor = torch.full((shape[0] // len(names), *shape[1:]), 0.01, dtype=torch.bfloat16)
+            files.setdefault(file, {})[part] = tensor
+    for file, tensors in files.items():
+        save_file(tensors, directory / file)
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return max(t.numel() * 4 for tensors in files.values() for t in tensors.values())
+
+
+def _read_large(rank: int, world_size: int, store: Store, prefix: str, spec: ModelSpec) -> tuple[int, int, int]:
+    """On a rank: the most memory of its own while it built its engine and read, that at the end, and its state's."""
+    done, seen = threading.Event(), list[int]()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(_own_bytes())
+
+    before = _own_bytes()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    placement = ExpertPlacement.balanced(spec.n_routed_experts, world_size)
+    groups = connect(store, prefix, rank, placement, devices.backend(), timeout_s=60)
+    assert spec.vocab_size is not None
+    model = MoELanguageModel(spec, spec.vocab_size, ExpertParallelContext(placement, rank, groups.exchange))
+    engine = DeepSpeedEngineAdapter(model, train_spec("fp32"), groups, devices.device(), CommunicationSpec())
+    engine.on_weights_initialized()
+    read_pretrained(spec, engine.ranges())
+    engine.on_state_loaded(0)
+    done.set()
+    watching.join()
+    held = sum(part.data.numel() * part.data.element_size() for _, part in engine.ranges())
+    return max(seen) - before, _own_bytes() - before, held
+
+
+def _own_bytes() -> int:
+    """Memory that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon:")).split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.on_cpu
+def test_a_rank_reads_no_more_than_it_holds(ranks: Ranks, tmp_path: Path) -> None:
+    spec = ModelSpec.model_validate(LARGE | {"embedding_scale": 1.0})
+    largest = _write(tmp_path, spec)
+    asked = resolved(ModelSpec(init_from=str(tmp_path)), tmp_path)
+    open_pretrained(tmp_path).check(asked)
+    for peak, after, held in ranks.run(_read_large, 2, asked):
+        print(", ".join(f"{value / 1e6:.0f} MB" for value in (peak, after, held, largest)))
+        assert held > 1e9 and peak <= after + largest + SLACK
+        assert peak <= held + largest + SLACK

@@ -2,7 +2,8 @@
 
 A rule is a file here, an entry in `orchestrator.engine.optim.all_rules`, its name in `orchestrator.spec.optimizer` (and
 in `USED_BY` and `OF_MATRICES` there, where it belongs), and the kinds of its state in
-`orchestrator.elastic.state_spec`. All else (buckets, snapshots and their replay, rescales,
+`orchestrator.elastic.state_spec`, with their shape in `ParamSpec.shape_of` if it isn't the parameter's, which only a
+rule of matrices may have. All else (buckets, snapshots and their replay, rescales,
 checkpoints, memory plans) follows from those.
 
 An element's update must have the same bits wherever its partition begins and ends, as a rescale cuts them otherwise.
@@ -37,7 +38,7 @@ class UpdateRule(Protocol):
         Args:
             master: weights in fp32, after weight decay; a flat piece, or a whole matrix for a rule of matrices.
             grad: of the same shape, clipped; stays as it is.
-            state: by kind, each of the same shape.
+            state: by kind, each of the same shape, or a flat tensor of the kind's own size.
         """
         ...
 
