@@ -194,7 +194,7 @@ def _write(directory: Path, spec: ModelSpec) -> int:
 
 
 def _read_large(rank: int, world_size: int, store: Store, prefix: str, spec: ModelSpec) -> tuple[int, int, int]:
-    """On a rank: the most memory of its own while it built its engine and read, that at the end, and its state's."""
+    """On a rank: the most memory of its own while it built its engine and read, that at the end, and its state's bytes."""
     done, seen = threading.Event(), list[int]()
 
     def watch() -> None:
@@ -214,7 +214,8 @@ def _read_large(rank: int, world_size: int, store: Store, prefix: str, spec: Mod
     engine.on_state_loaded(0)
     done.set()
     watching.join()
-    held = sum(part.data.numel() * part.data.element_size() for _, part in engine.ranges())
+    parts = [part.data for _, part in engine.idle_state()]  # with DeepSpeed's own copy of the rank's partitions
+    held = sum(part.numel() * part.element_size() for part in parts)
     return max(seen) - before, _own_bytes() - before, held
 
 
@@ -233,5 +234,4 @@ def test_a_rank_reads_no_more_than_it_holds(ranks: Ranks, tmp_path: Path) -> Non
     open_pretrained(tmp_path).check(asked)
     for peak, after, held in ranks.run(_read_large, 2, asked):
         print(", ".join(f"{value / 1e6:.0f} MB" for value in (peak, after, held, largest)))
-        assert held > 1e9 and peak <= after + largest + SLACK
-        assert peak <= held + largest + SLACK
+        assert held > 1e9 and peak <= min(after, held) + largest + SLACK
