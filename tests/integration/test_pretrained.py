@@ -194,7 +194,8 @@ def _write(directory: Path, spec: ModelSpec) -> int:
 
 
 def _read_large(rank: int, world_size: int, store: Store, prefix: str, spec: ModelSpec) -> tuple[int, int, int]:
-    """On a rank: the most memory of its own while it built its engine and read, that at the end, and its state's bytes."""
+    """On a rank: the most memory of its own while it built its engine and read, that at the end, and that of its
+    state."""
     done, seen = threading.Event(), list[int]()
 
     def watch() -> None:
