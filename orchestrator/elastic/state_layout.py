@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.elastic.bucket_partition import BucketCut, cut_buckets
 from orchestrator.elastic.expert_placement import ExpertPlacement, ReplicaSet
-from orchestrator.elastic.state_spec import Inventory, Sharing, is_compressed
+from orchestrator.elastic.state_spec import Inventory, ParamSpec, Sharing, is_compressed
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
 
@@ -145,29 +145,15 @@ def training_layout(
     """
     if placement.world_size != world.size:
         raise ValueError(f"the placement is for {placement.world_size} ranks; the world has {world.size}")
-    everyone = tuple(range(world.size))
-    params = list({t.like.name: t.like for t in tensors.values() if t.like is not None}.values())
-    # Of None for ranks: dense, on all. Of None for the update: not trained, in no bucket.
-    groups: dict[tuple[ReplicaSet | None, bool, tuple[str, float] | None], list[int]] = {}
-    for index, spec in enumerate(params):
-        if spec.expert is not None and not 0 <= spec.expert < placement.num_experts:
-            raise ValueError(f"{spec.name} belongs to expert {spec.expert}; {placement.num_experts} are placed")
-        replicas = None if spec.expert is None else placement.replica_set(spec.expert)
-        key = (replicas, is_compressed(spec, communication.compression), spec.update if spec.is_trained else None)
-        groups.setdefault(key, []).append(index)
-    found = [everyone if replicas is None else replicas for replicas, _, _ in groups]
-    holder_sets = tuple(dict.fromkeys([everyone, *found]))
+    everyone, params = tuple(range(world.size)), _params_of(tensors)
+    groups = _grouped(params, placement, communication)
+    holder_sets = tuple(dict.fromkeys([everyone, *(group.ranks for group in groups)]))
     param_numel = np.array([spec.numel for spec in params], dtype=np.int64)
-    group = np.zeros(len(params) + 1, dtype=np.int64)  # the last entry is for index -1
+    holders = np.zeros(len(params) + 1, dtype=np.int64)  # the last entry is for index -1
     rows = []
-    for ranks, ((_, compressed, update), members) in zip(found, groups.items(), strict=True):
-        of_group = np.array(members, dtype=np.int64)
-        group[of_group] = holder_sets.index(ranks)
-        if update is None:
-            continue
-        is_whole = params[members[0]].is_whole
-        for cut in cut_buckets(param_numel[of_group].tolist(), len(ranks), communication, compressed, is_whole):
-            rows.append(_partition(of_group, param_numel, ranks, cut))
+    for group in groups:
+        holders[group.members] = holder_sets.index(group.ranks)
+        rows += [_partition(group.members, param_numel, group.ranks, cut) for cut in group.cuts]
 
     number_of = {spec.name: index for index, spec in enumerate(params)}
     like = np.array([-1 if t.like is None else number_of[t.like.name] for t in tensors.values()], dtype=np.int64)
@@ -180,9 +166,58 @@ def training_layout(
         world=world,
         tensors=tensors,
         holder_sets=holder_sets,
-        holder_set=np.where(is_sharded, -1, group[like]),
+        holder_set=np.where(is_sharded, -1, holders[like]),
         shards=shards,
     )
+
+
+def filler_per_rank(tensors: Inventory, placement: ExpertPlacement, communication: CommunicationSpec) -> IntArray:
+    """[world size], elements of the buckets on each rank that are no parameter's: they make a bucket's pieces equally
+    long, and have weights and gradients. Many where whole parameters are dealt to many ranks. Raises as
+    `training_layout`."""
+    params = _params_of(tensors)
+    numel = np.array([spec.numel for spec in params], dtype=np.int64)
+    filler = np.zeros(placement.world_size, dtype=np.int64)
+    for group in _grouped(params, placement, communication):
+        length = sum(cut.piece for cut in group.cuts) * len(group.ranks)
+        filler[list(group.ranks)] += length - int(numel[group.members].sum()) if group.cuts else 0
+    return filler
+
+
+def _params_of(tensors: Inventory) -> list[ParamSpec]:
+    return list({t.like.name: t.like for t in tensors.values() if t.like is not None}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Parameters on the same ranks that are updated alike.
+
+    Args:
+        members: [n], their indexes.
+        cuts: their buckets, of indexes in `members`; none of parameters that aren't trained.
+    """
+
+    ranks: ReplicaSet
+    members: IntArray
+    cuts: list[BucketCut]
+
+
+def _grouped(params: Sequence[ParamSpec], placement: ExpertPlacement, communication: CommunicationSpec) -> list[_Group]:
+    # Of None for ranks: dense, on all. Of None for the update: not trained, in no bucket.
+    groups: dict[tuple[ReplicaSet | None, bool, tuple[str, float] | None], list[int]] = {}
+    for index, spec in enumerate(params):
+        if spec.expert is not None and not 0 <= spec.expert < placement.num_experts:
+            raise ValueError(f"{spec.name} belongs to expert {spec.expert}; {placement.num_experts} are placed")
+        replicas = None if spec.expert is None else placement.replica_set(spec.expert)
+        key = (replicas, is_compressed(spec, communication.compression), spec.update if spec.is_trained else None)
+        groups.setdefault(key, []).append(index)
+    found = []
+    for (replicas, compressed, update), members in groups.items():
+        ranks = tuple(range(placement.world_size)) if replicas is None else replicas
+        numel, is_whole = [params[index].numel for index in members], params[members[0]].is_whole
+        cuts = cut_buckets(numel, len(ranks), communication, compressed, is_whole) if update is not None else []
+        found.append(_Group(ranks, np.array(members, dtype=np.int64), cuts))
+    return found
 
 
 def _shards_of(tensors: IntArray, like: IntArray, rows: IntArray) -> IntArray:

@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.elastic.bucket_partition import UNDER_WAY, capacity
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
-from orchestrator.elastic.state_layout import IntArray, StateLayout, training_layout
+from orchestrator.elastic.state_layout import IntArray, StateLayout, filler_per_rank, training_layout
 from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, inventory, of_model
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
@@ -39,6 +39,7 @@ class MemoryPlan:
 
     Args:
         kept: state of gradient compression.
+        gradients: with the filler of their buckets, and its weights.
         activations, loss: None for a model that isn't ours.
         fence: the largest second shard during a transition to a neighbouring size, or a recovery at the same size.
         snapshots: two of its own and two of each protected rank's. In a world of one with standbys two, of the member
@@ -142,6 +143,8 @@ def _memory(
     shared = sum(item * p.numel for p in sent)
     under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
     gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
+    filler = int(filler_per_rank(layout.tensors, placement, job.communication)[fullest])
+    gradients += filler * (item + item_bytes(job.train))  # of buckets: they have weights, too
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.n_routed_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import StateLayout
+from orchestrator.elastic.state_layout import StateLayout, filler_per_rank
 from orchestrator.elastic.state_spec import ParamSpec, Sharing
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
@@ -155,3 +155,14 @@ def test_shards_that_do_not_cover_are_refused(shards: list[tuple[int, int, int, 
             holder_set=np.array([-1]),
             shards=np.array(shards),
         )
+
+
+def test_whole_parameters_on_many_ranks_need_filler() -> None:
+    params = [ParamSpec("embedding.weight", (1000, 8), None), ParamSpec("a.query", (8, 8), None)]
+    placement, communication = ExpertPlacement.balanced(1, 8), CommunicationSpec()
+    wanted = {"adamw": 0, "muon": 7 * 64 + 64, "adafactor": 8 * 8000 - 8064}  # Muon leaves the embedding to AdamW
+    for rule, filler in wanted.items():
+        optimizer = OptimizerSpec.model_validate({"name": rule})
+        layout = layout_of_state(params, placement, world_of(8), False, [], communication, optimizer)
+        found = filler_per_rank(layout.tensors, placement, communication)
+        assert found.tolist() == [filler] * 8, rule
