@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from orchestrator.callback_process.callback_position import Position, read_posit
 from orchestrator.cluster.published.published_keys import signer_in_cluster
 from orchestrator.errors import ClusterUnreachable, NotFinished, OrchestratorError
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
+from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.own_callbacks import CallbackSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import hold_key
@@ -76,7 +77,7 @@ class _Called:
             return call()
         except (Exception, SystemExit) as error:
             log.error("callback %s: %s", self.name, "".join(traceback.format_exception(error)))
-            self._end(f"{what} raised {type(error).__name__}: {error}")
+            self._end(redacted(f"{what} raised {type(error).__name__}: {error}"))
             return None
         finally:
             self.since_s = None
@@ -97,11 +98,15 @@ class CallbackRunner:
     """Runs the callbacks of one run, in a thread.
 
     Args:
+        secrets: of the job, for its callbacks' environment.
         caller: makes calls to run storage, so that this process can be killed during them.
     """
 
-    def __init__(self, run_id: str, run_dir: str, specs: Sequence[CallbackSpec], caller: Caller) -> None:
+    def __init__(
+        self, run_id: str, run_dir: str, specs: Sequence[CallbackSpec], secrets: Mapping[str, str], caller: Caller
+    ) -> None:
         self._run_id, self._run_dir, self._specs, self._caller = run_id, run_dir, tuple(specs), caller
+        self._secrets = secrets
         self._called: list[_Called] = []
         self._position = self._stored = Position()
         self._stored_s = time.monotonic()
@@ -153,6 +158,7 @@ class CallbackRunner:
 
     def _begin(self) -> None:
         """Go on from where an earlier process was."""
+        take_secrets(self._secrets)
         run_dir = location_of(self._run_dir)
         if (key := signer_in_cluster(run_dir)) is not None:
             hold_key(run_dir, key)
