@@ -12,8 +12,8 @@ from orchestrator.spec.model import ModelSpec
 class LayerCache:
     """Cache of one layer; it holds `length` tokens."""
 
-    def __init__(self, room_BGCS: tuple[int, int, int, int], like: Tensor) -> None:
-        self._keys_BGCS, self._values_BGCS = (like.new_empty(room_BGCS) for _ in range(2))
+    def __init__(self, room_BGC: tuple[int, int, int], widths: tuple[int, int], like: Tensor) -> None:
+        self._keys_BGCS, self._values_BGCS = (like.new_empty(*room_BGC, width) for width in widths)
         self.length = 0
 
     def append(self, k_BGTS: Tensor, v_BGTS: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,9 +41,10 @@ class KVCache:
     """
 
     def __init__(self, spec: ModelSpec, batch_size: int, capacity: int, like: Tensor) -> None:
-        room = (batch_size, spec.num_key_value_heads, capacity, spec.head_dim)
+        heads = spec.num_key_value_heads if spec.kv_lora_rank is None else spec.num_attention_heads
+        room, widths = (batch_size, heads, capacity), (spec.key_dim, spec.value_dim)
         self.layers = [
-            LayerCache(room, torch.empty(0, dtype=like.dtype, device=like.device))
+            LayerCache(room, widths, torch.empty(0, dtype=like.dtype, device=like.device))
             for _ in range(spec.num_hidden_layers)
         ]
 

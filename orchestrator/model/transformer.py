@@ -1,13 +1,13 @@
 """The language model: a decoder-only transformer with dense first layers and mixture-of-experts layers after them.
 
-RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245). Plain
-torch, independent of the engine. `init_weights` draws weights keyed by (seed, name), so that a rank can draw its own
+RMSNorm (arXiv:1910.07467), attention as in `orchestrator.model.attention` and `latent_attention`. Plain torch,
+independent of the engine. `init_weights` draws weights keyed by (seed, name), so that a rank can draw its own
 experts without the others'.
 
 Rows of unequal length are processed as one row of all their tokens (1, N); only attention pads them.
 
-Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, D = hidden size, V = vocabulary, A = attention
-heads, G = key/value heads, S = head size, C = tokens in a cache.
+Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, D = hidden size, V = vocabulary, C = tokens in a
+cache.
 """
 
 import math
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from orchestrator.model.attention import Attention, rotary_tables
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
+from orchestrator.model.latent_attention import LatentAttention
 from orchestrator.model.loss import cross_entropy, cross_entropy_sum
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
@@ -28,96 +30,13 @@ from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        size = spec.head_dim
-        self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
-            spec.num_attention_heads,
-            spec.num_key_value_heads,
-            size,
-        )
-        self.query = nn.Parameter(torch.empty(spec.num_attention_heads * size, spec.hidden_size))
-        self.key = nn.Parameter(torch.empty(spec.num_key_value_heads * size, spec.hidden_size))
-        self.value = nn.Parameter(torch.empty(spec.num_key_value_heads * size, spec.hidden_size))
-        self.output = nn.Parameter(torch.empty(spec.hidden_size, spec.num_attention_heads * size))
-        self.query_bias = nn.Parameter(torch.empty(spec.num_attention_heads * size)) if spec.attention_bias else None
-        self.key_bias = nn.Parameter(torch.empty(spec.num_key_value_heads * size)) if spec.attention_bias else None
-        self.value_bias = nn.Parameter(torch.empty(spec.num_key_value_heads * size)) if spec.attention_bias else None
-        self.norms_all_heads = spec.qk_norm == "all_heads"
-        heads = (self.num_attention_heads, self.num_key_value_heads) if self.norms_all_heads else (1, 1)
-        self.query_norm, self.key_norm = (
-            nn.RMSNorm(count * size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity() for count in heads
-        )
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask_B1TT: Tensor | None,
-        cache: LayerCache | None = None,
-        padding: Padding | None = None,
-    ) -> Tensor:
-        B, T, _ = x_BTD.shape
-        # Sizes are explicit (no -1): a forward pass on no rows must work too.
-        q_BTN, k_BTN = F.linear(x_BTD, self.query, self.query_bias), F.linear(x_BTD, self.key, self.key_bias)
-        if self.norms_all_heads:
-            q_BTN, k_BTN = self.query_norm(q_BTN), self.key_norm(k_BTN)
-        q_BTAS = q_BTN.view(B, T, self.num_attention_heads, self.head_dim)
-        k_BTGS = k_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
-        v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_key_value_heads, self.head_dim)
-        if not self.norms_all_heads:
-            q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
-        if padding is not None:
-            q_BTAS, k_BTGS, v_BTGS = padding.pad(q_BTAS[0]), padding.pad(k_BTGS[0]), padding.pad(v_BTGS[0])
-        q_BATS = rotate(q_BTAS.transpose(1, 2), *rotary)
-        k_BGTS = rotate(k_BTGS.transpose(1, 2), *rotary)
-        v_BGTS = v_BTGS.transpose(1, 2)
-        if cache is not None:
-            k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # with those of earlier tokens
-        y_BATS = F.scaled_dot_product_attention(
-            q_BATS,
-            k_BGTS,
-            v_BGTS,
-            attn_mask=mask_B1TT,
-            is_causal=mask_B1TT is None and k_BGTS.shape[2] == q_BATS.shape[2],
-            enable_gqa=self.num_attention_heads != self.num_key_value_heads,
-        )
-        y_BTAS = y_BATS.transpose(1, 2)
-        if padding is not None:
-            y_BTAS = padding.unpad(y_BTAS)[None]
-        return F.linear(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), self.output)
-
-
-def rotary_tables(
-    length: int, rotary_size: int, theta: float, device: torch.device, start: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, rotary_size) in fp32 of the positions from `start` on, for rotating the halves of a head
-    against each other."""
-    inverse = theta ** -(torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size)
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, inverse).repeat(1, 2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BATS: Tensor, cos_TS: Tensor, sin_TS: Tensor) -> Tensor:
-    """Rotary position embedding on the first part of each head; the rest is unchanged."""
-    size = cos_TS.shape[-1]
-    turned, rest = x_BATS[..., :size], x_BATS[..., size:]
-    half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), dim=-1)
-    turned = (turned * cos_TS + half * sin_TS).to(x_BATS.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
 class Block(nn.Module):
     """Attention, then an MLP or experts, each with a norm before it and a residual connection."""
 
     def __init__(self, spec: ModelSpec, index: int, home: ExpertParallelContext) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
-        self.attention = Attention(spec)
+        self.attention = Attention(spec) if spec.kv_lora_rank is None else LatentAttention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self._recomputes_mlp = spec.gradient_checkpointing == "selective"
         self.mlp: GatedMLP | MoELayer

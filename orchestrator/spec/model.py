@@ -34,6 +34,12 @@ IN_CONFIG = frozenset(
         "rope_theta",
         "partial_rotary_factor",
         "rms_norm_eps",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "rope_interleave",
     }
 )
 
@@ -107,6 +113,25 @@ class ModelSpec(Section):
         default=False,
         description="RMSNorm on queries and keys. true: on those of each head; all_heads: of all heads as one.",
     )
+    kv_lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Width of the vector from which a token's keys and values of all heads are made (multi-head latent "
+        "attention, arXiv:2405.04434). null: grouped-query attention, and the next five keys are not used.",
+    )
+    q_lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Width of the vector from which queries are made. null: from the hidden state.",
+    )
+    qk_nope_head_dim: int = Field(default=32, ge=1, description="Width of a head's keys, without their rotated part.")
+    qk_rope_head_dim: int = Field(
+        default=16, ge=2, description="Width of their rotated part, even; that of the keys is one for all heads."
+    )
+    v_head_dim: int = Field(default=32, ge=1, description="Width of a head's values.")
+    rope_interleave: bool = Field(
+        default=False, description="true: pairs that turn together are neighbours, as in DeepSeek's checkpoints."
+    )
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
     partial_rotary_factor: float = Field(
         default=1.0, ge=0, le=1, description="Part of each head that is rotated; its width must be even."
@@ -153,7 +178,19 @@ class ModelSpec(Section):
     @property
     def rotary_size(self) -> int:
         """Width of the rotated part of a head."""
+        if self.kv_lora_rank is not None:
+            return self.qk_rope_head_dim
         return round(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def key_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.head_dim if self.kv_lora_rank is None else self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.head_dim if self.kv_lora_rank is None else self.v_head_dim
 
     @property
     def counts_margins(self) -> bool:
@@ -205,6 +242,9 @@ class ModelSpec(Section):
         return Broken(((key,), (other,)), f"{key} {rule} {other}; {got}")
 
     def _broken_head_rules(self) -> Iterator[Broken]:
+        if self.kv_lora_rank is not None:
+            yield from self._broken_latent_rules()
+            return
         keys = (("head_dim",), ("num_attention_heads",), ("hidden_size",))
         if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
             sizes = f"{self.num_attention_heads} and {self.hidden_size}"
@@ -217,6 +257,15 @@ class ModelSpec(Section):
                 (("partial_rotary_factor",), *keys),
                 f"partial_rotary_factor * head_dim must be an even number; got {product}",
             )
+
+    def _broken_latent_rules(self) -> Iterator[Broken]:
+        if self.qk_rope_head_dim % 2:
+            rule = f"qk_rope_head_dim must be even, because rotary embedding turns pairs; got {self.qk_rope_head_dim}"
+            yield Broken((("qk_rope_head_dim",),), rule)
+        for key in ("attention_bias", "qk_norm"):
+            if getattr(self, key):
+                rule = f"{key} must be false with kv_lora_rank: latents have norms of their own; got true"
+                yield Broken(((key,), ("kv_lora_rank",)), rule)
 
     def _broken_entrypoint_rules(self) -> Iterator[Broken]:
         if self.entrypoint is not None:

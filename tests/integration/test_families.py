@@ -41,6 +41,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "head_dim": 12,
     },
+    "DeepseekV3ForCausalLM": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "num_key_value_heads": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 14,
+        "num_nextn_predict_layers": 0,
+    },
     "Qwen3MoeForCausalLM": EXPERTS | {"head_dim": 16, "norm_topk_prob": True},
     "MixtralForCausalLM": {"num_local_experts": 8, "num_experts_per_tok": 3},
     "OlmoeForCausalLM": {"num_experts": 8, "num_experts_per_tok": 3},
@@ -143,7 +158,7 @@ def test_a_swapped_tensor_is_found(tmp_path: Path, architecture: str) -> None:
     theirs = _saved(architecture, tmp_path / "theirs")
     path = tmp_path / "theirs" / "model.safetensors"
     tensors = load_file(path)
-    first, second = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
+    first, second = "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"
     tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
     save_file(tensors, path, {"format": "pt"})
     inputs_BT = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -152,7 +167,7 @@ def test_a_swapped_tensor_is_found(tmp_path: Path, architecture: str) -> None:
         assert not torch.allclose(swapped, theirs(input_ids=inputs_BT).logits, rtol=1e-2, atol=1e-2)
     tensors[first] = torch.zeros(3, 3)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(CheckpointCorrupt, match="k_proj.weight has"):
+    with pytest.raises(CheckpointCorrupt, match="input_layernorm.weight has"):
         _read(tmp_path / "theirs")
 
 
@@ -191,7 +206,7 @@ def test_what_ours_cannot_be_is_refused(
 def test_a_model_that_no_family_can_express_is_not_exported() -> None:
     with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no router \"softmax\".*n_shared_experts 1"):
         family_of_spec(ModelSpec(router="softmax"))
-    assert len(FAMILIES) == len(BY_ARCHITECTURE) == 7
+    assert len(FAMILIES) == len(BY_ARCHITECTURE) == 8
     with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no qk_norm \"all_heads\""):
         family_of_spec(ModelSpec(qk_norm="all_heads"))
     wide = ModelSpec(router="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64)

@@ -47,6 +47,33 @@ GLM4_MOE = Family(
     stacked=True,
     partial_rotary_factor=0.5,
 )
+DEEPSEEK_V3 = Family(
+    architecture="DeepseekV3ForCausalLM",
+    model_type="deepseek_v3",
+    keys={
+        **_EXPERTS,
+        **_DENSE,
+        "n_routed_experts": "n_routed_experts",
+        "n_shared_experts": "n_shared_experts",
+        "routed_scaling_factor": "routed_scaling_factor",
+        "n_group": "n_group",
+        "topk_group": "topk_group",
+        "first_k_dense_replace": "first_k_dense_replace",
+        "kv_lora_rank": "kv_lora_rank",
+        "q_lora_rank": "q_lora_rank",
+        "qk_nope_head_dim": "qk_nope_head_dim",
+        "qk_rope_head_dim": "qk_rope_head_dim",
+        "v_head_dim": "v_head_dim",
+        "rope_interleave": "rope_interleave",
+    },
+    is_ours={"router": "sigmoid", "norm_topk_prob": True, "attention_bias": False, "qk_norm": False},
+    defaults={"q_lora_rank": None, "rope_interleave": True},
+    fixed={"norm_topk_prob": True, "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    also={"num_nextn_predict_layers": 0},
+    router="mlp.gate.weight",
+    correction="mlp.gate.e_score_correction_bias",
+    stacked=True,
+)
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
@@ -120,7 +147,7 @@ QWEN2 = Family(
     fixed=_NO_WINDOW,
 )
 # In the order in which they are tried for an export: dense ones first, as they say more of a dense model.
-FAMILIES = (LLAMA, QWEN3, QWEN2, GLM4_MOE, QWEN3_MOE, MIXTRAL, OLMOE)
+FAMILIES = (LLAMA, QWEN3, QWEN2, GLM4_MOE, DEEPSEEK_V3, QWEN3_MOE, MIXTRAL, OLMOE)
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
 
 

@@ -29,6 +29,12 @@ _WITHIN = {  # our name within a layer: theirs
     "attention.key": "self_attn.k_proj.weight",
     "attention.value": "self_attn.v_proj.weight",
     "attention.output": "self_attn.o_proj.weight",
+    "attention.query_down": "self_attn.q_a_proj.weight",
+    "attention.query_down_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.query_up": "self_attn.q_b_proj.weight",
+    "attention.latent": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.latent_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.key_value": "self_attn.kv_b_proj.weight",
     "attention.query_bias": "self_attn.q_proj.bias",
     "attention.key_bias": "self_attn.k_proj.bias",
     "attention.value_bias": "self_attn.v_proj.bias",
@@ -90,6 +96,11 @@ class Family:
     divides_hidden: bool = False
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = 1.0
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether its models have multi-head latent attention."""
+        return "kv_lora_rank" in self.keys
 
     # -- tensors -----------------------------------------------------------------------------------------------
 
@@ -169,6 +180,10 @@ class Family:
             wanted["bias_update_speed"] = 0.0
         if self.partial_rotary_factor == 1.0:
             wanted["partial_rotary_factor"] = 1.0
+        if not self.is_latent:
+            wanted["kv_lora_rank"] = None
+        elif spec.kv_lora_rank is None:
+            return ["kv_lora_rank null"]
         if self.divides_hidden:
             wanted["head_dim"] = spec.hidden_size // spec.num_attention_heads
         if "qk_norm" in self.keys.values():
@@ -199,6 +214,8 @@ class Family:
             shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in wrong.items())
             raise UsageError(f"it has {shown}, which no model of ours can have")
         divided = int(known["hidden_size"]) // int(known["num_attention_heads"])
+        if self.is_latent:
+            known["head_dim"] = known["qk_rope_head_dim"]  # as transformers has it; ours doesn't use it
         if known["head_dim"] is None:
             known["head_dim"] = divided
         if self.divides_hidden and known["head_dim"] != divided:
@@ -223,14 +240,16 @@ def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, .
         spec.num_key_value_heads * spec.head_dim,
     )
     yield from (("embedding.weight", (vocab_size, wide)), ("norm.weight", (wide,)), ("head", (vocab_size, wide)))
-    within: dict[str, tuple[int, ...]] = {
-        "attention_norm.weight": (wide,),
-        "attention.query": (queries, wide),
-        "attention.key": (keys, wide),
-        "attention.value": (keys, wide),
-        "attention.output": (wide, queries),
-        "mlp_norm.weight": (wide,),
-    }
+    within: dict[str, tuple[int, ...]] = {"attention_norm.weight": (wide,), "mlp_norm.weight": (wide,)}
+    if spec.kv_lora_rank is not None:
+        within |= _latent_shapes(spec, spec.kv_lora_rank)
+    else:
+        within |= {
+            "attention.query": (queries, wide),
+            "attention.key": (keys, wide),
+            "attention.value": (keys, wide),
+            "attention.output": (wide, queries),
+        }
     if spec.attention_bias:
         within |= {f"attention.{kind}_bias": (n,) for kind, n in (("query", queries), ("key", keys), ("value", keys))}
     if spec.qk_norm:
@@ -251,3 +270,21 @@ def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, .
         for mlp, width in ({"": spec.intermediate_size} if dense else widths).items():
             yield f"layers.{layer}.mlp.{mlp}gate_up", (2 * width, wide)
             yield f"layers.{layer}.mlp.{mlp}down", (wide, width)
+
+
+def _latent_shapes(spec: ModelSpec, latent: int) -> dict[str, tuple[int, ...]]:
+    """Those of multi-head latent attention, within a layer."""
+    wide, heads, queries = spec.hidden_size, spec.num_attention_heads, spec.num_attention_heads * spec.key_dim
+    found: dict[str, tuple[int, ...]] = {
+        "attention.latent": (latent + spec.qk_rope_head_dim, wide),
+        "attention.latent_norm.weight": (latent,),
+        "attention.key_value": (heads * (spec.qk_nope_head_dim + spec.v_head_dim), latent),
+        "attention.output": (wide, heads * spec.v_head_dim),
+    }
+    if spec.q_lora_rank is None:
+        return found | {"attention.query": (queries, wide)}
+    return found | {
+        "attention.query_down": (spec.q_lora_rank, wide),
+        "attention.query_down_norm.weight": (spec.q_lora_rank,),
+        "attention.query_up": (queries, spec.q_lora_rank),
+    }

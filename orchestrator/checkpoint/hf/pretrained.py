@@ -37,6 +37,12 @@ _DENSE = frozenset(  # keys of a dense model
         "rope_theta",
         "partial_rotary_factor",
         "rms_norm_eps",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "rope_interleave",
     }
 )
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")

@@ -23,7 +23,7 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
     item = item_bytes(train)
     stream = item * spec.hidden_size
     mlps = [_norm(spec, item) + _mlp(spec, index, item, crowding) for index in range(spec.num_hidden_layers)]
-    attention = _norm(spec, item) + item * 2 * spec.head_dim * (spec.num_attention_heads + spec.num_key_value_heads)
+    attention = _norm(spec, item) + _attention(spec, item)
     blocks = [attention + mlp for mlp in mlps]
     if spec.gradient_checkpointing == "none":
         kept = sum(blocks)
@@ -54,6 +54,17 @@ def _micro_batch_tokens(train: TrainSpec) -> int:
 def _norm(spec: ModelSpec, item: int) -> int:
     """Bytes of a norm: its input, and that over its root mean square, in fp32; its output."""
     return 4 * (2 * spec.hidden_size + 1) + item * spec.hidden_size
+
+
+def _attention(spec: ModelSpec, item: int) -> int:
+    """Bytes of queries, keys, values and outputs of all heads; of latents also their norms, and the outputs once more
+    without what makes all widths equal."""
+    heads = spec.num_attention_heads
+    if spec.kv_lora_rank is None:
+        return item * 2 * spec.head_dim * (heads + spec.num_key_value_heads)
+    latents = [rank for rank in (spec.kv_lora_rank, spec.q_lora_rank) if rank is not None]
+    normed = sum(4 * (2 * rank + 1) + item * rank for rank in latents)
+    return normed + item * heads * (4 * max(spec.key_dim, spec.value_dim) + spec.value_dim)
 
 
 def _mlp(spec: ModelSpec, index: int, item: int, crowding: float) -> int:

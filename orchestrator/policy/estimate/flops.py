@@ -50,7 +50,9 @@ def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
     return ModelSize(
         parameters=sum(param.numel for param in params),
         active_parameters=sum(p.numel * (share if p.expert is not None else 1.0) for p in multiplied),
-        attention=spec.num_hidden_layers * spec.num_attention_heads * spec.head_dim if ours else None,
+        attention=spec.num_hidden_layers * spec.num_attention_heads * (spec.key_dim + spec.value_dim) // 2
+        if ours
+        else None,
         length=job.train.sequence_length,
     )
 

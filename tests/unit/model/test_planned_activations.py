@@ -47,6 +47,8 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
         ),
         pytest.param({"n_shared_experts": 0, "intermediate_size": 100}, id="nothing shared"),
         pytest.param({"num_attention_heads": 8, "num_key_value_heads": 8}, id="many heads"),
+        pytest.param({"kv_lora_rank": 24, "q_lora_rank": 40}, id="latent attention"),
+        pytest.param({"kv_lora_rank": 24, "rope_interleave": True, "v_head_dim": 16}, id="latent keys"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

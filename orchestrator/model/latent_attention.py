@@ -1,0 +1,96 @@
+"""Causal multi-head latent attention (arXiv:2405.04434, section 2.1), as DeepSeek-V3's.
+
+Keys and values of all heads come from one small vector per token, their latent, and the rotated part of the keys is one
+for all heads. A cache holds keys and values, not latents.
+
+Shape legend: B = rows, T = tokens in a row, D = hidden size, A = attention heads, S = width of a head's queries and
+keys, R = its rotated part, W = width of a head's values, N = widths side by side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.model.attention import rotate
+from orchestrator.model.kv_cache import LayerCache
+from orchestrator.model.padding import Padding
+from orchestrator.spec.model import ModelSpec
+
+EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` is: as in transformers
+
+
+class LatentAttention(nn.Module):
+    """Takes the place of `orchestrator.model.attention.Attention` in a layer."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.kv_lora_rank is not None
+        heads, queries = spec.num_attention_heads, spec.num_attention_heads * spec.key_dim
+        self.num_heads, self.latent_dim, self.is_interleaved = heads, spec.kv_lora_rank, spec.rope_interleave
+        self.plain_dim, self.rotated_dim, self.value_dim = spec.qk_nope_head_dim, spec.qk_rope_head_dim, spec.v_head_dim
+        if spec.q_lora_rank is None:
+            self.query = nn.Parameter(torch.empty(queries, spec.hidden_size))
+        else:
+            self.query_down = nn.Parameter(torch.empty(spec.q_lora_rank, spec.hidden_size))
+            self.query_down_norm = nn.RMSNorm(spec.q_lora_rank, eps=EPS)
+            self.query_up = nn.Parameter(torch.empty(queries, spec.q_lora_rank))
+        self.latent = nn.Parameter(torch.empty(self.latent_dim + self.rotated_dim, spec.hidden_size))
+        self.latent_norm = nn.RMSNorm(self.latent_dim, eps=EPS)
+        self.key_value = nn.Parameter(torch.empty(heads * (self.plain_dim + self.value_dim), self.latent_dim))
+        self.output = nn.Parameter(torch.empty(spec.hidden_size, heads * self.value_dim))
+        self.has_query_latent = spec.q_lora_rank is not None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TT: Tensor | None,
+        cache: LayerCache | None = None,
+        padding: Padding | None = None,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        plain, rotated = self.plain_dim, self.rotated_dim
+        q_BTAS = self._queries(x_BTD).view(B, T, self.num_heads, plain + rotated)
+        latent_BTN = F.linear(x_BTD, self.latent)
+        kv_BTN = F.linear(self.latent_norm(latent_BTN[..., : self.latent_dim]), self.key_value)
+        kv_BTAN = kv_BTN.view(B, T, self.num_heads, plain + self.value_dim)
+        shared_BT1R = latent_BTN[..., self.latent_dim :].view(B, T, 1, rotated)
+        if padding is not None:
+            q_BTAS, kv_BTAN, shared_BT1R = (padding.pad(each[0]) for each in (q_BTAS, kv_BTAN, shared_BT1R))
+        q_BATS, kv_BATN, shared_B1TR = (each.transpose(1, 2) for each in (q_BTAS, kv_BTAN, shared_BT1R))
+        turned_BATR, turned_B1TR = self._turn(q_BATS[..., plain:], rotary), self._turn(shared_B1TR, rotary)
+        q_BATS = torch.cat((q_BATS[..., :plain], turned_BATR), dim=-1)
+        k_BATS = torch.cat((kv_BATN[..., :plain], turned_B1TR.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        v_BATW = kv_BATN[..., plain:]
+        if cache is not None:
+            k_BATS, v_BATW = cache.append(k_BATS, v_BATW)  # with those of earlier tokens
+        y_BTAW = _attended(q_BATS, k_BATS, v_BATW, mask_B1TT).transpose(1, 2)
+        if padding is not None:
+            y_BTAW = padding.unpad(y_BTAW)[None]
+        return F.linear(y_BTAW.reshape(B, T, self.num_heads * self.value_dim), self.output)
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        if not self.has_query_latent:
+            return F.linear(x_BTD, self.query)
+        return F.linear(self.query_down_norm(F.linear(x_BTD, self.query_down)), self.query_up)
+
+    def _turn(self, x_BATR: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary position embedding. Where pairs that turn together are neighbours, they come apart first."""
+        if self.is_interleaved:
+            x_BATR = torch.cat((x_BATR[..., 0::2], x_BATR[..., 1::2]), dim=-1)
+        return rotate(x_BATR, *rotary)
+
+
+def _attended(q_BATS: Tensor, k_BATS: Tensor, v_BATW: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+    """(B, A, T, W). With widths of zeros, as kernels that never hold all weights want equal ones."""
+    size, width = q_BATS.shape[-1], v_BATW.shape[-1]
+    q_BATS, k_BATS = (F.pad(each, (0, max(0, width - size))) for each in (q_BATS, k_BATS))
+    y_BATN = F.scaled_dot_product_attention(
+        q_BATS,
+        k_BATS,
+        F.pad(v_BATW, (0, max(0, size - width))),
+        attn_mask=mask_B1TT,
+        is_causal=mask_B1TT is None and k_BATS.shape[2] == q_BATS.shape[2],
+        scale=size**-0.5,
+    )
+    return y_BATN[..., :width]
