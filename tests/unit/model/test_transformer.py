@@ -5,18 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.model.attention import Attention, rotary_tables, rotate
 from orchestrator.model.base import expert_of
 from orchestrator.model.factory import catalogue
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
-from orchestrator.model.transformer import (
-    Attention,
-    MoELanguageModel,
-    rotary_tables,
-    rotate,
-    segments,
-    within_documents,
-)
+from orchestrator.model.transformer import MoELanguageModel, segments, within_documents
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices
 
