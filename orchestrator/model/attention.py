@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.padding import Padding
+from orchestrator.model.rope_scaling import inverse_frequencies
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.rope_scaling import RopeScalingSpec
 
 
 class Attention(nn.Module):
@@ -77,14 +79,21 @@ class Attention(nn.Module):
 
 
 def rotary_tables(
-    length: int, rotary_size: int, theta: float, device: torch.device, start: int = 0
+    length: int,
+    rotary_size: int,
+    theta: float,
+    device: torch.device,
+    start: int = 0,
+    scaling: RopeScalingSpec | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, rotary_size) in fp32 of the positions from `start` on, for rotating the halves of a head
     against each other."""
-    inverse = theta ** -(torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size)
+    inverse, factor = inverse_frequencies(rotary_size, theta, scaling, device)
     positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, inverse).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    if factor == 1.0:
+        return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x_BATS: Tensor, cos_TS: Tensor, sin_TS: Tensor) -> Tensor:

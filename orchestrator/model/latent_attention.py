@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orchestrator.model.attention import rotate
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.padding import Padding
+from orchestrator.model.rope_scaling import sharpness
 from orchestrator.spec.model import ModelSpec
 
 EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` is: as in transformers
@@ -39,6 +40,7 @@ class LatentAttention(nn.Module):
         self.key_value = nn.Parameter(torch.empty(heads * (self.plain_dim + self.value_dim), self.latent_dim))
         self.output = nn.Parameter(torch.empty(spec.hidden_size, heads * self.value_dim))
         self.has_query_latent = spec.q_lora_rank is not None
+        self.scale = spec.key_dim**-0.5 * sharpness(spec.rope_scaling)
 
     def forward(
         self,
@@ -64,7 +66,7 @@ class LatentAttention(nn.Module):
         v_BATW = kv_BATN[..., plain:]
         if cache is not None:
             k_BATS, v_BATW = cache.append(k_BATS, v_BATW)  # with those of earlier tokens
-        y_BTAW = _attended(q_BATS, k_BATS, v_BATW, mask_B1TT).transpose(1, 2)
+        y_BTAW = _attended(q_BATS, k_BATS, v_BATW, mask_B1TT, self.scale).transpose(1, 2)
         if padding is not None:
             y_BTAW = padding.unpad(y_BTAW)[None]
         return F.linear(y_BTAW.reshape(B, T, self.num_heads * self.value_dim), self.output)
@@ -81,7 +83,7 @@ class LatentAttention(nn.Module):
         return rotate(x_BATR, *rotary)
 
 
-def _attended(q_BATS: Tensor, k_BATS: Tensor, v_BATW: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+def _attended(q_BATS: Tensor, k_BATS: Tensor, v_BATW: Tensor, mask_B1TT: Tensor | None, scale: float) -> Tensor:
     """(B, A, T, W). With widths of zeros, as kernels that never hold all weights want equal ones."""
     size, width = q_BATS.shape[-1], v_BATW.shape[-1]
     q_BATS, k_BATS = (F.pad(each, (0, max(0, width - size))) for each in (q_BATS, k_BATS))
@@ -91,6 +93,6 @@ def _attended(q_BATS: Tensor, k_BATS: Tensor, v_BATW: Tensor, mask_B1TT: Tensor 
         F.pad(v_BATW, (0, max(0, size - width))),
         attn_mask=mask_B1TT,
         is_causal=mask_B1TT is None and k_BATS.shape[2] == q_BATS.shape[2],
-        scale=size**-0.5,
+        scale=scale,
     )
     return y_BATN[..., :width]

@@ -114,7 +114,7 @@ class MoELanguageModel(TrainableModel):
         self, inputs_BT: Tensor, documents_BT: Tensor | None, lengths_B: Tensor | None
     ) -> tuple[Tensor, Padding | None]:
         """Final hidden states (B, T, D), or (1, N, D) with the padding that was left out."""
-        rotary = rotary_tables(inputs_BT.shape[1], self.spec.rotary_size, self.spec.rope_theta, inputs_BT.device)
+        rotary = self._rotary(inputs_BT)
         mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
         padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
         if padding is not None:
@@ -126,8 +126,7 @@ class MoELanguageModel(TrainableModel):
     def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after the last of some tokens that follow those in the cache; adds the tokens to the cache."""
         length, before = inputs_BT.shape[1], cache.length
-        sizes = (self.spec.rotary_size, self.spec.rope_theta)
-        rotary = rotary_tables(length, *sizes, inputs_BT.device, start=before)
+        rotary = self._rotary(inputs_BT, before)
         mask_11TC = None
         if before and length > 1:  # each token attends to all earlier ones; a single token needs no mask
             seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
@@ -136,6 +135,10 @@ class MoELanguageModel(TrainableModel):
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD = layer(x_BTD, rotary, mask_11TC, layer_cache)
         return F.linear(self.norm(x_BTD[:, -1]), self.head)
+
+    def _rotary(self, inputs_BT: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        spec, length = self.spec, inputs_BT.shape[1]
+        return rotary_tables(length, spec.rotary_size, spec.rope_theta, inputs_BT.device, start, spec.rope_scaling)
 
     def _embedded(self, inputs_BT: Tensor) -> Tensor:
         """Embeddings for the first layer. Scaled (arXiv:1706.03762, section 3.4), so that the differences between

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
+from orchestrator.spec.rope_scaling import RopeScalingSpec
 from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, directory
 from orchestrator.spec.task import Entrypoint
 
@@ -40,6 +41,7 @@ IN_CONFIG = frozenset(
         "qk_rope_head_dim",
         "v_head_dim",
         "rope_interleave",
+        "rope_scaling",
     }
 )
 
@@ -133,6 +135,9 @@ class ModelSpec(Section):
         default=False, description="true: pairs that turn together are neighbours, as in DeepSeek's checkpoints."
     )
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
+    rope_scaling: RopeScalingSpec | None = Field(
+        default=None, description="Stretches these wavelengths, for a longer context. null: not."
+    )
     partial_rotary_factor: float = Field(
         default=1.0, ge=0, le=1, description="Part of each head that is rotated; its width must be even."
     )

@@ -65,10 +65,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _saved(architecture: str, directory: Path) -> Any:
+def _saved(architecture: str, directory: Path, **changes: Any) -> Any:
     """Their model, with random weights, and its directory."""
     family = BY_ARCHITECTURE[architecture]
-    config = AutoConfig.for_model(family.model_type, **(SIZES | VARIANTS[architecture]))
+    config = AutoConfig.for_model(family.model_type, **(SIZES | VARIANTS[architecture] | changes))
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
@@ -135,6 +135,47 @@ def _place(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, s
     return both[:half] if kind == "gate_proj" else both[half:], f"{path}.experts.gate_up_proj"
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5}
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("LlamaForCausalLM", {"rope_type": "linear", "factor": 4.0}),
+    "llama3": ("LlamaForCausalLM", LLAMA3 | {"original_max_position_embeddings": 12}),
+    "llama3 of a mixture": ("MixtralForCausalLM", LLAMA3 | {"original_max_position_embeddings": 100}),
+    "yarn": ("Qwen3ForCausalLM", YARN | {"original_max_position_embeddings": 16}),
+    "yarn, a factor": ("Qwen3MoeForCausalLM", YARN | {"original_max_position_embeddings": 9, "attention_factor": 1.3}),
+    "yarn of DeepSeek": (
+        "DeepseekV3ForCausalLM",
+        YARN | {"original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7},
+    ),
+}
+
+
+@pytest.mark.parametrize(("architecture", "scaling"), SCALED.values(), ids=SCALED)
+def test_scaled_positions_are_those_of_transformers(
+    store_dir: Path, tmp_path: Path, architecture: str, scaling: dict[str, Any]
+) -> None:
+    theirs = _saved(architecture, tmp_path / "theirs", rope_parameters={"rope_theta": 5e3, **scaling})
+    ours = _read(tmp_path / "theirs")
+    inputs_BT = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = theirs(input_ids=inputs_BT).logits
+        torch.testing.assert_close(ours(inputs_BT), wanted, rtol=2e-5, atol=2e-5)
+        plain = ours.spec.model_copy(update={"rope_scaling": None})
+        ours.spec, spec = plain, ours.spec
+        assert not torch.allclose(ours(inputs_BT), wanted, rtol=1e-2, atol=1e-2)
+    job = JobSpec(
+        name="run",
+        model=spec.model_copy(update={"init_from": None}),
+        train={"sequence_length": LENGTH},  # type: ignore[arg-type]
+    )
+    export_hf(
+        _checkpoint_of(ours, tmp_path / "checkpoints"), job, store_dir / "tokenizer.json", tmp_path / "again", "fp32"
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto", attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=inputs_BT).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", VARIANTS)
 def test_what_was_read_is_written_as_the_same_family(store_dir: Path, tmp_path: Path, architecture: str) -> None:
     theirs = _saved(architecture, tmp_path / "theirs")
@@ -172,10 +213,10 @@ def test_a_swapped_tensor_is_found(tmp_path: Path, architecture: str) -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "scaled positions": (
+    "positions that scale with the length": (
         "LlamaForCausalLM",
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
-        'rope_type "llama3"',
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 8.0}},
+        'rope_type "dynamic"',
     ),
     "a window": ("MixtralForCausalLM", {"sliding_window": 4096}, "sliding_window 4096"),
     "clipped": ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0"),

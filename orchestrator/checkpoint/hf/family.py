@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.model import IN_CONFIG, ModelSpec
+from orchestrator.spec.rope_scaling import LINEAR, LLAMA3, USED_BY, YARN, RopeScalingSpec
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -150,6 +151,8 @@ class Family:
         """The content of `config.json` for a model that the family can express (`inexpressible`)."""
         rope: dict[str, Any] = _ROPE | {"rope_theta": spec.rope_theta}
         rope["partial_rotary_factor"] = spec.partial_rotary_factor
+        if spec.rope_scaling is not None:
+            rope |= spec.rope_scaling.in_config()
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -204,12 +207,13 @@ class Family:
             raise UsageError(f"it lacks {', '.join(missing)}")
         rope = _ROPE | {"partial_rotary_factor": self.partial_rotary_factor, "rope_theta": self.rope_theta}
         rope |= {key: config[key] for key in _ROPE if config.get(key) is not None}
-        for scaling in ("rope_scaling", "rope_parameters"):  # keys of older and newer versions of transformers
-            rope |= config.get(scaling) or {}
+        for key in ("rope_scaling", "rope_parameters"):  # of older and newer versions of transformers
+            rope |= config.get(key) or {}
         fixed = _FIXED | dict(self.fixed)
         wrong = {key: known[key] for key, value in fixed.items() if known.get(key, value) != value}
-        default = (("rope_type", "default"), ("type", "default"))
-        wrong |= {key: rope[key] for key, value in default if rope.get(key, value) != value}
+        scaling = _scaling_of(rope, config)
+        if scaling is not None and scaling["rope_type"] not in (LINEAR, LLAMA3, YARN):
+            wrong["rope_type"] = scaling["rope_type"]
         if wrong:
             shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in wrong.items())
             raise UsageError(f"it has {shown}, which no model of ours can have")
@@ -229,7 +233,22 @@ class Family:
             **self.is_ours,
             "rope_theta": float(rope["rope_theta"]),
             "partial_rotary_factor": float(rope["partial_rotary_factor"]),
+            "rope_scaling": scaling,
         }
+
+
+def _scaling_of(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Scaling of positions in a `config.json`, with what transformers takes for keys that it lacks; None: without."""
+    kind = rope["rope_type"] if rope["rope_type"] != "default" else rope.get("type", "default")
+    if kind == "default":
+        return None
+    found = {key: rope[key] for key in RopeScalingSpec.model_fields if rope.get(key) is not None} | {"rope_type": kind}
+    if kind in USED_BY["original_max_position_embeddings"]:
+        longest = config.get("max_position_embeddings")
+        found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings") or longest)
+        if "factor" not in found and longest is not None:
+            found["factor"] = longest / found["original_max_position_embeddings"]
+    return found
 
 
 def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:

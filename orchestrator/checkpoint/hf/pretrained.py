@@ -19,6 +19,7 @@ from orchestrator.checkpoint.hf.families import family_of_config
 from orchestrator.checkpoint.hf.family import Family, shapes
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.model import IN_CONFIG, UPCYCLED, ModelSpec
+from orchestrator.spec.section import Section
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
@@ -43,6 +44,7 @@ _DENSE = frozenset(  # keys of a dense model
         "qk_rope_head_dim",
         "v_head_dim",
         "rope_interleave",
+        "rope_scaling",
     }
 )
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
@@ -152,7 +154,7 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
     except UsageError as error:
         raise _refused(f"model.init_from: {path}: {error.message}") from error
     differing = [
-        f"model.{key} is {json.dumps(getattr(spec, key))} and {json.dumps(value)}"
+        f"model.{key} is {_shown(getattr(spec, key))} and {_shown(value)}"
         for key, value in found.items()
         if key in spec.model_fields_set and _differs(getattr(spec, key), value)
     ]
@@ -226,7 +228,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _shown(value: object) -> str:
+    return json.dumps(value.model_dump(exclude_unset=True) if isinstance(value, Section) else value)
+
+
 def _differs(ours: object, theirs: object) -> bool:
+    if isinstance(ours, Section) and isinstance(theirs, dict):
+        return ours != type(ours).model_validate(theirs)
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return not math.isclose(ours, theirs, rel_tol=1e-9)
     return ours is not None and ours != theirs

@@ -1,0 +1,71 @@
+"""The `model.rope_scaling` section: rotary positions of models whose context was extended after pretraining."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from orchestrator.spec.section import Broken, Section
+
+LINEAR, LLAMA3, YARN = "linear", "llama3", "yarn"
+USED_BY = {  # keys that not every type reads
+    "original_max_position_embeddings": (LLAMA3, YARN),
+    "low_freq_factor": (LLAMA3,),
+    "high_freq_factor": (LLAMA3,),
+    "beta_fast": (YARN,),
+    "beta_slow": (YARN,),
+    "mscale": (YARN,),
+    "mscale_all_dim": (YARN,),
+    "attention_factor": (YARN,),
+    "truncate": (YARN,),
+}
+
+
+class RopeScalingSpec(Section):
+    """How rotary embedding's wavelengths are stretched. Names and meaning are transformers'."""
+
+    rope_type: Literal["linear", "llama3", "yarn"] = Field(
+        description="linear: all alike. llama3: the long ones, as in Llama 3.1. yarn: the long ones, and attention is "
+        "sharpened (arXiv:2309.00071)."
+    )
+    factor: float = Field(ge=1, description="By how much; of yarn also by how much the context is longer.")
+    original_max_position_embeddings: int | None = Field(
+        default=None, ge=1, description="Tokens of the context before. Needed for llama3 and yarn."
+    )
+    low_freq_factor: float = Field(
+        default=1.0, gt=0, description="Of llama3: wavelengths above the former context over this are stretched whole."
+    )
+    high_freq_factor: float = Field(
+        default=4.0, gt=0, description="Of llama3: those below the former context over this stay as they are."
+    )
+    beta_fast: float = Field(
+        default=32.0, gt=0, description="Of yarn: wavelengths that fit this often into the former context stay."
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, description="Of yarn: those that fit at most this often are stretched whole."
+    )
+    mscale: float | None = Field(default=None, ge=0, description="Of yarn: strength of what sharpens attention.")
+    mscale_all_dim: float | None = Field(
+        default=None, ge=0, description="Of yarn: of the part of it that acts on whole heads (kv_lora_rank)."
+    )
+    attention_factor: float | None = Field(
+        default=None, gt=0, description="Of yarn: the factor itself. null: from factor, mscale and mscale_all_dim."
+    )
+    truncate: bool = Field(default=True, description="Of yarn: begin and end the transition at whole dimensions.")
+
+    def in_config(self) -> dict[str, object]:
+        """The keys that its type reads and that are set, as transformers wants them."""
+        found = self.model_dump(exclude_none=True)
+        return {key: value for key, value in found.items() if self.rope_type in USED_BY.get(key, (self.rope_type,))}
+
+    def broken_rules(self) -> Iterator[Broken]:
+        for key, types in USED_BY.items():
+            if self.rope_type not in types and getattr(self, key) != type(self).model_fields[key].default:
+                rule = f"only {' and '.join(types)} read {key}; got {getattr(self, key)} for {self.rope_type}"
+                yield Broken(((key,), ("rope_type",)), rule)
+        if self.rope_type != LINEAR and self.original_max_position_embeddings is None:
+            rule = f"original_max_position_embeddings is needed for {self.rope_type}"
+            yield Broken((("original_max_position_embeddings",), ("rope_type",)), rule)
+        if self.high_freq_factor <= self.low_freq_factor:
+            rule = f"high_freq_factor must be above low_freq_factor; got {self.high_freq_factor} and "
+            yield Broken((("high_freq_factor",), ("low_freq_factor",)), f"{rule}{self.low_freq_factor}")
