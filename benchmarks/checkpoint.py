@@ -51,8 +51,8 @@ from orchestrator.checkpoint.block_digests import READ_BYTES as FILE_READ_BYTES
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.stored_shard import READ_BYTES as OBJECT_READ_BYTES
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import training_layout
-from orchestrator.elastic.state_spec import inventory
 from orchestrator.elastic.world import World
 from orchestrator.model.factory import catalogue
 from orchestrator.spec.job import JobSpec

@@ -12,8 +12,9 @@ from typing import Any
 
 from benchmarks.harness import Result, Spread, alternate, at_most, median_interval, run
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import ParamSpec, inventory
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.spec.job import JobSpec

@@ -23,9 +23,9 @@ from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.arms import START_TIMEOUT_S, OurLoop
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.elastic.state_layout import training_layout
-from orchestrator.elastic.state_spec import inventory
 from orchestrator.elastic.world import World
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.health.snapshot_interval import MEASURED

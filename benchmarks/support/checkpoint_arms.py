@@ -25,7 +25,8 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_spec import Inventory, inventory, saved_shapes
+from orchestrator.elastic.inventory import inventory
+from orchestrator.elastic.state_spec import Inventory, saved_shapes
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import noop
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter

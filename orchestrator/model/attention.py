@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.padding import Padding
-from orchestrator.model.rope_scaling import inverse_frequencies
+from orchestrator.model.rotary_frequencies import inverse_frequencies
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.rope_scaling import RopeScalingSpec
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orchestrator.model.attention import rotate
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.padding import Padding
-from orchestrator.model.rope_scaling import sharpness
+from orchestrator.model.rotary_frequencies import sharpness
 from orchestrator.spec.model import ModelSpec
 
 EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` is: as in transformers

@@ -16,7 +16,8 @@ from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.client import OrchestratorClient
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_spec import inventory, saved_shapes
+from orchestrator.elastic.inventory import inventory
+from orchestrator.elastic.state_spec import saved_shapes
 from orchestrator.model.factory import catalogue
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps

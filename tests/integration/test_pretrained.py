@@ -13,8 +13,8 @@ from torch._C._distributed_c10d import Store
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from orchestrator.checkpoint.hf.families import GLM4_MOE
-from orchestrator.checkpoint.hf.family import shapes
 from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
+from orchestrator.checkpoint.hf.shapes import shapes
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect

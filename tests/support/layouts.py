@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import ParamSpec, StateTensor, inventory
+from orchestrator.elastic.state_spec import ParamSpec, StateTensor
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from orchestrator.checkpoint.hf.families import GLM4_MOE
-from orchestrator.checkpoint.hf.family import shapes
+from orchestrator.checkpoint.hf.shapes import shapes
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.spec.model import ModelSpec
 

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from orchestrator.checkpoint.hf.families import family_of_config
-from orchestrator.checkpoint.hf.family import Family, shapes
+from orchestrator.checkpoint.hf.family import Family
+from orchestrator.checkpoint.hf.shapes import shapes
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.model import IN_CONFIG, UPCYCLED, ModelSpec
 from orchestrator.spec.section import Section

@@ -12,9 +12,10 @@ import numpy as np
 
 from orchestrator.elastic.bucket_partition import UNDER_WAY, capacity
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.elastic.state_layout import IntArray, StateLayout, filler_per_rank, training_layout
-from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, inventory, of_model
+from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, of_model
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.estimate.curriculum_stages import longest_row

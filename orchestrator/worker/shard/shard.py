@@ -9,8 +9,9 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import local_address
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import ParamSpec, inventory
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter

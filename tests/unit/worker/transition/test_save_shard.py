@@ -30,8 +30,9 @@ from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import ParamSpec, inventory, saved_shapes
+from orchestrator.elastic.state_spec import ParamSpec, saved_shapes
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.worker_phase import Phase

@@ -12,18 +12,10 @@ import torch
 from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import (
-    Absent,
-    Inventory,
-    Origin,
-    ParamSpec,
-    Sharing,
-    StateTensor,
-    inventory,
-    saved_shapes,
-)
+from orchestrator.elastic.state_spec import Absent, Inventory, Origin, ParamSpec, Sharing, StateTensor, saved_shapes
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.errors import CheckpointCorrupt, UsageError

@@ -1,0 +1,120 @@
+"""The inventory of a job: the tensors of its training state.
+
+A technique that adds state adds its entries here, and the engine provides their memory in `Engine.ranges` under the
+same names. Rescales then move the tensors, snapshots keep them, checkpoints save and restore them. What an update makes
+(`Origin.UPDATE`) must be made by its replay too (`engine.optim.replayer.Replayer`). Pure.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+
+from orchestrator.elastic.state_spec import (
+    BUFFER,
+    EMA,
+    MASTER,
+    OF_RULE,
+    PARAM,
+    RESIDUAL,
+    THIN,
+    VELOCITY,
+    Absent,
+    Origin,
+    ParamSpec,
+    Sharing,
+    StateTensor,
+    is_compressed,
+    rank_of_product,
+)
+from orchestrator.errors import UsageError
+from orchestrator.spec.communication import CompressionSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.train import TrainSpec
+
+
+def inventory(
+    params: Sequence[ParamSpec], job: JobSpec, buffers: Iterable[tuple[str, tuple[int, ...]]]
+) -> dict[str, StateTensor]:
+    """The training state of a job.
+
+    Args:
+        params: every parameter of the whole model, in the engine's order.
+        buffers: (name, shape) of the model's persistent buffers, fp32.
+
+    Raises:
+        ValueError: a name that occurs twice.
+        UsageError: patterns of parameters that fit none.
+    """
+    train = job.train
+    _check_patterns(train, [param.name for param in params])
+    _check_experts(train, params)
+    params = [param.with_settings(train) for param in params]
+    tensors = [_weights(param, train) for param in params]
+    params = [param for param in params if param.is_trained]
+    kept = [(MASTER,) * train.has_masters + OF_RULE[p.update[0]] + (EMA,) * (train.ema is not None) for p in params]
+    for kind in dict.fromkeys(kind for kinds in kept for kind in kinds):
+        having = [param for param, kinds in zip(params, kept, strict=True) if kind in kinds]
+        tensors += [
+            StateTensor(f"{kind}/{p.name}", p.shape_of(kind), Sharing.SHARDED, Origin.UPDATE, p) for p in having
+        ]
+    tensors += [StateTensor(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Origin.COPY) for name, shape in buffers]
+    tensors += _of_compression(params, job.communication.compression)
+    twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+    if twice:
+        raise ValueError(f"tensors {twice} are named twice in a state; names are distinct")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _check_patterns(train: TrainSpec, names: Sequence[str]) -> None:
+    trained = [name for name in names if train.is_trained(name)]
+    unused = [pattern for pattern in train.trainable if not any(fnmatchcase(name, pattern) for name in names)]
+    wrong = {"train.trainable": unused, "train.optimizer.groups": train.optimizer.unmatched(trained)}
+    for key, patterns in wrong.items() if names else ():
+        if patterns:
+            raise UsageError(
+                f"{key}: {', '.join(patterns)} fits none of the model's {len(names)} parameters, or only some that "
+                "aren't trained or that a pattern before it has",
+                remedy=f"Parameters are named as {names[0]} and {names[-1]}; `*` fits any text.",
+                unchanged="Nothing was trained.",
+            )
+
+
+def _check_experts(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
+    """Refuse to train some experts of a layer alone: ranks without any of them would send their gradients at other
+    moments of a backward pass than the others, which the one communicator of GPUs doesn't allow."""
+    trained: dict[str, set[bool]] = {}
+    for param in params:
+        if param.expert is not None:
+            part = param.name.replace(f".experts.{param.expert}.", ".experts.*.")
+            trained.setdefault(part, set()).add(train.is_trained(param.name))
+    if partly := [part for part, which in trained.items() if len(which) > 1]:
+        raise UsageError(
+            f"train.trainable picks some of the experts' {partly[0]}; those of a layer are trained together",
+            remedy=f"Name all of them, as {partly[0]}, or none.",
+            unchanged="Nothing was trained.",
+        )
+
+
+def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
+    return StateTensor(
+        f"{PARAM}/{param.name}",
+        param.shape,
+        Sharing.REPLICATED,
+        Origin.GATHER if param.is_trained else Origin.CONSTANT,
+        param,
+        dtype="bfloat16" if train.precision == "bf16" else "float32",
+        stored_as=f"{MASTER}/{param.name}",
+        is_copy=train.has_masters and param.is_trained,
+    )
+
+
+def _of_compression(params: Sequence[ParamSpec], compression: CompressionSpec) -> Iterator[StateTensor]:
+    """State that gradient compression keeps between steps."""
+    compressed = [param for param in params if is_compressed(param, compression)]
+    kinds = [RESIDUAL] * compression.error_feedback + [VELOCITY] * (compression.momentum > 0)
+    for kind, p in product(kinds, compressed):
+        yield StateTensor(f"{kind}/{p.name}", p.shape, Sharing.PARTIAL, Origin.COPY, absent=Absent.FIRST)
+    for p in compressed if compression.scheme == "powersgd" else ():
+        shape = (p.numel // p.rows, rank_of_product(p, compression))
+        yield StateTensor(f"{THIN}/{p.name}", shape, Sharing.REPLICATED, Origin.COPY, absent=Absent.FIRST)
