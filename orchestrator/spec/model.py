@@ -10,16 +10,9 @@ from orchestrator.spec.rope_scaling import RopeScalingSpec
 from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, directory
 from orchestrator.spec.task import Entrypoint
 
-# Keys that an init_from directory's config.json sets too.
-IN_CONFIG = frozenset(
+# Keys of mixtures alone.
+OF_EXPERTS = frozenset(
     {
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
         "first_k_dense_replace",
         "n_routed_experts",
         "num_experts_per_tok",
@@ -30,21 +23,30 @@ IN_CONFIG = frozenset(
         "n_group",
         "topk_group",
         "routed_scaling_factor",
-        "attention_bias",
-        "qk_norm",
-        "rope_theta",
-        "partial_rotary_factor",
-        "rms_norm_eps",
-        "kv_lora_rank",
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "rope_interleave",
-        "rope_scaling",
     }
 )
-
+# Keys that an init_from directory's config.json sets too.
+IN_CONFIG = OF_EXPERTS | {
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "attention_bias",
+    "qk_norm",
+    "rope_theta",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+    "rope_scaling",
+}
 # Keys with the values by which a mixture of equal experts is the dense model that they come from.
 UPCYCLED = {"n_shared_experts": 0, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 

@@ -19,35 +19,12 @@ from orchestrator.checkpoint.hf.families import family_of_config
 from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.shapes import shapes
 from orchestrator.errors import CheckpointCorrupt, UsageError
-from orchestrator.spec.model import IN_CONFIG, UPCYCLED, ModelSpec
+from orchestrator.spec.model import OF_EXPERTS, UPCYCLED, ModelSpec
 from orchestrator.spec.section import Section
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
 NAMED_AT_MOST = 8  # tensors in a message
-_DENSE = frozenset(  # keys of a dense model
-    {
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-        "attention_bias",
-        "qk_norm",
-        "rope_theta",
-        "partial_rotary_factor",
-        "rms_norm_eps",
-        "kv_lora_rank",
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "rope_interleave",
-        "rope_scaling",
-    }
-)
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
 _EXPERT, _ROUTER = re.compile(r"\.mlp\.experts\.\d+\."), ".mlp.router."
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older versions of transformers saved this computed table
@@ -175,7 +152,7 @@ def _upcycled(spec: ModelSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the mixture that a dense model becomes: what the job says of experts, and the rest as found."""
     if dense["first_k_dense_replace"] < dense["num_hidden_layers"]:
         raise UsageError("it is a mixture already, and model.upcycle is for a dense model")
-    of_job = IN_CONFIG - _DENSE - UPCYCLED.keys()
+    of_job = OF_EXPERTS - UPCYCLED.keys()
     first = spec.first_k_dense_replace if "first_k_dense_replace" in spec.model_fields_set else 0
     of_experts = {key: getattr(spec, key) for key in of_job} | {"first_k_dense_replace": first} | UPCYCLED
     return {**dense, **of_experts, "moe_intermediate_size": dense["intermediate_size"]}
