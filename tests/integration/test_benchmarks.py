@@ -67,6 +67,7 @@ def test_checkpoint_writes_the_same_state_in_every_way() -> None:
     assert all(num_bytes["ours"] <= 1.1 * num_bytes[other] for other in ("deepspeed", "dcp_async", "torch_save"))
 
 
+@pytest.mark.slow
 def test_optimizers_are_those_of_the_references() -> None:
     line = quick("optimizers")
     rules = ("adamw", "sgd", "lion", "muon", "adafactor")
