@@ -144,7 +144,10 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
     try:
         return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | found | {"init_from": str(directory)})
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        known = [
+            each for each in error.errors() if each["type"] != "default_factory_not_called"
+        ]  # that one is due to others
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in known)
         raise _refused(f"model.init_from: {path} is of a model that can't be trained: {wrong}") from error
 
 
