@@ -92,8 +92,8 @@ class Callback:
     """Base of callbacks. All methods run in one thread of a process of their own: training doesn't wait for them."""
 
     def on_step(self, step: Step) -> Request | None:
-        """Called for every committed step, in order, some seconds after it at most. A step that is done again, because
-        the run went back to a checkpoint, comes again."""
+        """Called for every committed step, in order, some seconds after it at most. Steps are called again after the
+        run was resumed from an earlier one."""
         return None
 
     def on_end(self, outcome: str, reason: str) -> None:

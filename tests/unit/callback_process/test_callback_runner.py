@@ -32,7 +32,7 @@ class Counting(Callback):
         if step.step == self.options.get("leaves_at"):
             sys.exit(1)
         if step.step == self.options.get("raises_at"):
-            raise ConnectionError(f"nobody answers {os.environ['TOKEN']}")
+            raise ConnectionError(f"no answer to {os.environ['TOKEN']}")
 
     def on_end(self, outcome, reason):
         with Path(self.options["file"]).open("a") as file:
@@ -88,7 +88,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callba
 def test_one_that_raises_keeps_its_state_and_others_go_on(run: Callable[..., CallbackRunner], tmp_path: Path) -> None:
     store_position(str(tmp_path), Position(1, 1, (("counting:callback0", {"seen": 12}),)))
     runner = run({"raises_at": 4}, {"leaves_at": 3}, {})
-    why = "on_step of step 4 raised ConnectionError: nobody answers ***"
+    why = "on_step of step 4 raised ConnectionError: no answer to ***"
     assert runner.warning() == f"the callback counting:callback0 is called no more: {why}"
     assert not (tmp_path / "0.txt").exists() and not (tmp_path / "1.txt").exists()
     assert (tmp_path / "2.txt").read_text() == "4 succeeded\n"

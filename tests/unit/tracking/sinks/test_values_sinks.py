@@ -1,4 +1,4 @@
-"""Sinks of files: each value once, whatever is repeated and whoever is killed."""
+"""Sinks of files: each value is written once, after repeated calls and after kills too."""
 
 import os
 import signal
