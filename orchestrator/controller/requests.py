@@ -104,6 +104,8 @@ class PendingRequests:
         self._refuse_ending(finish)
         if by_hand is False and workers is not None and self.newest.by_hand:
             return self.newest
+        if checkpoint is not None and checkpoint <= self.newest.checkpoint:  # it is requested, and names no size
+            return self.newest
         newest = self.newest
         self.newest = DesiredRunState(
             seq=newest.seq + 1,

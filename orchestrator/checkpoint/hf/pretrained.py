@@ -25,6 +25,7 @@ from orchestrator.spec.section import Section
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
 NAMED_AT_MOST = 8  # tensors in a message
+DUE_TO_OTHERS = "default_factory_not_called"  # pydantic's error for a default that follows from a wrong value
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
 _EXPERT, _ROUTER = re.compile(r"\.mlp\.experts\.\d+\."), ".mlp.router."
 _UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older versions of transformers saved this computed table
@@ -144,10 +145,8 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
     try:
         return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | found | {"init_from": str(directory)})
     except ValidationError as error:
-        known = [
-            each for each in error.errors() if each["type"] != "default_factory_not_called"
-        ]  # that one is due to others
-        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in known)
+        own = (each for each in error.errors() if each["type"] != DUE_TO_OTHERS)
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in own)
         raise _refused(f"model.init_from: {path} is of a model that can't be trained: {wrong}") from error
 
 

@@ -157,3 +157,11 @@ def test_a_request_waits_for_a_run_that_is_opened_soon(memory: JournaledRun) -> 
     assert isinstance(memory.writer, JournalWriter)
     threading.Timer(0.1, requests.open, (memory, memory.writer, StorageThread(Inbox()))).start()
     assert _aim(requests, FinishMode.NO, 3).workers == 3
+
+
+def test_a_checkpoint_that_is_requested_already_is_no_new_request(requests: PendingRequests) -> None:
+    """Else it would repeat the size that was requested last, which a schedule may have replaced since."""
+    first = requests._aim(FinishMode.NO, "now", None, None, None, 7)
+    assert first.checkpoint == 7
+    assert requests._aim(FinishMode.NO, "again", None, None, None, 7) is first
+    assert requests._aim(FinishMode.NO, "later", None, None, None, 8).seq == first.seq + 1
