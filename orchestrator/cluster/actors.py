@@ -4,12 +4,13 @@ The class is named by a dotted string, so the control layer never imports torch:
 Calls run in threads, so one that waits never blocks another.
 """
 
+import gc
 import importlib
 import os
 import signal
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +55,9 @@ class Host:
         # Another one than for log lines, which shouldn't wait for a checkpoint.
         process = StorageProcess(f"checkpoints of {self._title.removeprefix('ray::')}")
         options = {"caller": process.call} if storage_process else {}
-        self._object = getattr(importlib.import_module(module), name)(*args, **options)
+        with _no_garbage_collection():
+            hosted = getattr(importlib.import_module(module), name)
+        self._object = hosted(*args, **options)
         self._lock, self._held = threading.Lock(), threading.Event()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -89,6 +92,18 @@ class Host:
             self._held.set()
             mine = self._held = threading.Event()
         mine.wait()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect no garbage while modules are imported, nor search them for any later. A worker's imports make 250,000
+    objects and drop few: collections took a sixth of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the process imports from which `tests.support.forks` are forked."""
 
+import gc
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -14,3 +15,6 @@ import orchestrator.engine.deepspeed.engine
 import orchestrator.worker.actor  # noqa: F401
 import tests.support.devices
 import tests.support.faults  # noqa: F401
+
+gc.collect()
+gc.freeze()  # no search for garbage in a fork goes through all of this again, and copies its pages
