@@ -4,6 +4,7 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E =
 """
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.moe.balance import RoutingCounts
-from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.spec.model import ModelSpec
 
+_EXPERT = re.compile(r".\.experts\.(\d+)\.")
 STACKED = {"gate_up": 2}  # matrices in a parameter, by the last part of its name
 
 
@@ -64,8 +66,8 @@ class TrainableModel(nn.Module, ABC):
         """Set the weights from the seed: the same on every rank and at every world size."""
 
     @property
-    def moe_layers(self) -> list[MoELayer]:
-        return [m for m in self.modules() if isinstance(m, MoELayer)]
+    def moe_layers(self) -> list[RoutedExperts]:
+        return [m for m in self.modules() if isinstance(m, RoutedExperts)]
 
     def state_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The persistent buffers by name. Others, such as tables of positions, are rebuilt with the model."""
@@ -114,9 +116,8 @@ class _Besides(torch.autograd.Function):
 
 def expert_of(name: str) -> int | None:
     """The global id of the expert that a parameter belongs to; None for dense parameters."""
-    head, found, tail = name.partition(".experts.")
-    number = tail.partition(".")[0]
-    return int(number) if found and head and number.isdecimal() else None
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
 
 
 def spec_of(name: str, param: Tensor) -> ParamSpec:

@@ -178,7 +178,7 @@ class MoELanguageModel(TrainableModel):
             std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
             draw_normal(param, name, seed, std)
         for layer in self.moe_layers:
-            layer.router.correction_bias_E.zero_()
+            layer.correction_bias_E.zero_()
 
 
 def segments(num_layers: int, recompute: str) -> list[range]:

@@ -23,7 +23,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
-from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.padding import Padding
 from orchestrator.model.user_entrypoint import built
 from orchestrator.model.user_rules import broken_rules, shown
@@ -140,7 +140,7 @@ class UserModel(TrainableModel):
         residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
         names, buffers = set[str](), dict(self.state_buffers())
         for prefix, layer in self.named_modules():
-            if not isinstance(layer, MoELayer):
+            if not isinstance(layer, RoutedExperts):
                 continue
             for name, param in layer.named_parameters(prefix):
                 draw_normal(param, name, seed, residual_std if name.endswith(".down") else self.spec.initializer_range)

@@ -7,7 +7,7 @@ from torch.nn.parameter import is_lazy
 
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
-from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.moe.routed_experts import RoutedExperts
 
 SHOWN = 5  # names in a message; a module with a mistake often has it in each layer
 
@@ -40,7 +40,7 @@ def _broken_parameter_rules(model: TrainableModel) -> Iterator[str]:
 
 
 def _broken_expert_rules(model: TrainableModel, home: ExpertParallelContext) -> Iterator[str]:
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, RoutedExperts)]
     here = [str(expert) for expert in home.local_experts]
     others = [name for name, layer in layers if [expert for expert, _ in layer.experts.named_children()] != here]
     if others:

@@ -34,7 +34,7 @@ from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.moe.balance import RoutingCounts
-from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.task import Batch, Loss, Task
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.communication import CommunicationSpec
@@ -72,7 +72,7 @@ def _freeze(model: TrainableModel, train: TrainSpec) -> None:
     for name, param in model.named_parameters():
         param.requires_grad_(train.is_trained(name))
     for prefix, layer in model.named_modules():
-        if isinstance(layer, MoELayer):
+        if isinstance(layer, RoutedExperts):
             of_expert = dict(next(iter(layer.experts.values())).named_parameters()) if len(layer.experts) else ("down",)
             names = (f"{prefix}.experts.{e}.{name}" for e in range(layer.num_experts) for name in of_expert)
             layer.trains_experts = any(train.is_trained(name) for name in names)

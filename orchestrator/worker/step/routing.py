@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orchestrator.engine.optim.lr_schedule import decay
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
-from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.policy.health.expert_load import expert_load, is_shown
 from orchestrator.protocol.step_record import RoutingRecord
 from orchestrator.spec.job import JobSpec
@@ -36,13 +36,13 @@ class RoutingRecorder:
         return RoutingRecord(expert_load(counts, before), loads)
 
 
-def move_biases(spec: JobSpec, layers: Sequence[MoELayer], routed: RoutingCounts, step: int) -> None:
+def move_biases(spec: JobSpec, layers: Sequence[RoutedExperts], routed: RoutingCounts, step: int) -> None:
     """Move the routers' biases by the expert counts of a step's global batch."""
     if not spec.model.bias_update_speed or not layers:
         return
-    bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
+    bias_LE = torch.stack([layer.correction_bias_E for layer in layers])
     # On the host, so that unlike GPUs compute the same. It waits for a GPU as often for many layers as for one.
     moved_LE = next_bias(bias_LE.cpu(), routed, spec.model, decay(spec.train, step))
     bias_LE = moved_LE.to(bias_LE.device)
     for layer, bias_E in zip(layers, bias_LE, strict=True):
-        layer.router.correction_bias_E.copy_(bias_E)
+        layer.correction_bias_E.copy_(bias_E)
