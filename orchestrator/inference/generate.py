@@ -81,7 +81,7 @@ def _continuation(model: TrainableModel, longest: int) -> Callable[[Tensor], Ten
     def rerun(new_BT: Tensor) -> Tensor:
         nonlocal seen_BT
         seen_BT = torch.cat((seen_BT, new_BT), dim=1)
-        with calling_user(f"{model.spec.entrypoint} on {seen_BT.shape[1]} tokens"):
+        with calling_user(f"{model.spec.origin} on {seen_BT.shape[1]} tokens"):
             logits_BTV: Tensor = model(seen_BT)
         return logits_BTV[:, -1]
 

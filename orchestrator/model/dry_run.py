@@ -57,6 +57,8 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         task.report(dict.fromkeys(task.metrics, 0.0))
     for other in (both, trial.run(samples.of())):
         trial.check_calls(first, other)
+    if job.data.isolate_documents:
+        _check_isolation(job, model, vocab_size, device)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class _Trial:
 
     def __init__(self, job: JobSpec, model: TrainableModel, task: Task) -> None:
         self._job, self._model, self._task = job, model, task
-        own = [name for name in (job.task.entrypoint, job.model.entrypoint) if name is not None]
+        of_model = None if job.model.is_native else job.model.origin
+        own = [name for name in (job.task.entrypoint, of_model) if name is not None]
         self._name = " with ".join(own)
         self._calls = 0
         model.backbone.register_forward_hook(self._count)
@@ -202,6 +205,26 @@ class _Trial:
             )
 
 
+@torch.no_grad()
+def _check_isolation(job: JobSpec, model: TrainableModel, vocab_size: int, device: torch.device) -> None:
+    """Check that a row's second document doesn't see its first one."""
+    half, last = job.train.sequence_length // 2, vocab_size - 1
+    rows = torch.zeros((2, job.train.sequence_length), dtype=torch.int64, device=device)
+    rows[1, :half] = last  # documents that differ in the first one
+    documents_BT = torch.zeros_like(rows)
+    documents_BT[:, half:] = 1
+    was_training = model.training
+    one, other = model.eval()(rows, documents_BT=documents_BT)[:, half:].float()
+    model.train(was_training)
+    difference = float((one - other).abs().max()) if half and last else 0.0
+    if difference > SAME * float(one.abs().max()):
+        raise EntrypointError(
+            f"data.isolate_documents is true, and in {model.spec.origin} a document sees the one before it in its row: "
+            f"its outputs differ by {difference:.2g} with another one there",
+            remedy="Let attention, and whatever else mixes tokens, stay within documents_BT, or turn isolation off.",
+        )
+
+
 def _is_near(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=SAME, abs_tol=1e-9)
 
@@ -210,7 +233,7 @@ def _check_buffers(model: TrainableModel, before: dict[str, Tensor]) -> None:
     changed = [name for name, buffer in model.state_buffers() if not torch.equal(buffer, before[name])]
     if changed:
         raise EntrypointError(
-            f"a pass of {model.spec.entrypoint} changes buffers {shown(changed)}, so ranks would have different ones, "
+            f"a pass of {model.spec.origin} changes buffers {shown(changed)}, so ranks would have different ones, "
             "and train.determinism is exact",
             remedy="Leave buffers as they are in a pass, or set train.determinism: fast.",
         )

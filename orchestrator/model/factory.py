@@ -21,7 +21,7 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -
     Raises:
         EntrypointError: the user's module can't be imported, fails, or builds a model that can't be trained.
     """
-    kind = MoELanguageModel if spec.entrypoint is None else UserModel
+    kind = MoELanguageModel if spec.is_native else UserModel
     return kind(spec, vocab_size, home)
 
 

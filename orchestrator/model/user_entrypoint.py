@@ -1,4 +1,4 @@
-"""The module that a user's entrypoint builds."""
+"""The module that a user's entrypoint builds, or transformers."""
 
 from pathlib import Path
 
@@ -7,17 +7,22 @@ from torch import nn
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.transformers_impl.transformers_model import build_transformers
 from orchestrator.spec.model import ModelSpec
 from orchestrator.user_code import calling_user, function_of
 
 
 def built(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext, seed: int) -> nn.Module:
-    """The module that the entrypoint builds, with torch's random numbers seeded meanwhile.
+    """The module that the entrypoint builds, or transformers from `spec.config`. torch's random numbers are seeded
+    meanwhile.
 
     Raises:
         EntrypointError: it can't be imported, raises, or returns no module.
     """
-    assert spec.entrypoint is not None
+    if spec.entrypoint is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_transformers(spec, vocab_size, home)
     build = function_of("model.entrypoint", spec.entrypoint, Path(spec.code_dir))
     with torch.random.fork_rng(), calling_user(f"{spec.entrypoint}"):
         torch.manual_seed(seed)

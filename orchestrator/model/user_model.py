@@ -53,7 +53,7 @@ class UserModel(TrainableModel):
         broken = list(broken_rules(self, home))
         if broken:
             raise EntrypointError(
-                "\n".join(f"the model of {spec.entrypoint}: {rule}" for rule in broken),
+                "\n".join(f"the model of {spec.origin}: {rule}" for rule in broken),
                 remedy="docs/own-model.md lists the requirements on a model of your own.",
             )
 
@@ -98,7 +98,7 @@ class UserModel(TrainableModel):
             logits_BTV = self.model(inputs_BT, **{DOCUMENTS: documents_BT})
         else:
             raise EntrypointError(
-                f"data.isolate_documents is true, and the model of {self.spec.entrypoint} has no parameter {DOCUMENTS} "
+                f"data.isolate_documents is true, and the model of {self.spec.origin} has no parameter {DOCUMENTS} "
                 "in its forward, by which attention would stay within documents",
                 remedy=f"Write `def forward(self, tokens_BT, {DOCUMENTS}=None)` and use it, or turn isolation off.",
             )
@@ -107,7 +107,7 @@ class UserModel(TrainableModel):
             is_tensor = isinstance(logits_BTV, Tensor)
             got = f"a tensor of shape {tuple(logits_BTV.shape)}" if is_tensor else f"a {type(logits_BTV).__name__}"
             raise EntrypointError(
-                f"the forward of {self.spec.entrypoint} returned {got} for tokens of shape {tuple(inputs_BT.shape)}",
+                f"the forward of {self.spec.origin} returned {got} for tokens of shape {tuple(inputs_BT.shape)}",
                 remedy=f"It must return logits (rows, tokens, vocab_size), here {wanted}.",
             )
         return logits_BTV
@@ -122,14 +122,14 @@ class UserModel(TrainableModel):
         with next(self.parameters()).device:
             twin = built(self.spec, self.vocab_size, _no_experts(self.spec), seed)
             if "seed" in _parameters(getattr(twin, "init_weights", None)):
-                with calling_user(f"init_weights of {self.spec.entrypoint}"):
+                with calling_user(f"init_weights of {self.spec.origin}"):
                     twin.init_weights(seed)  # type: ignore[operator]
         drawn = self._draw_layers(seed)
         made = {**dict(twin.named_parameters("model")), **dict(twin.named_buffers("model"))}
         mine = {n: t for n, t in (*self.model.named_parameters("model"), *self.state_buffers()) if n not in drawn}
         if missing := [name for name in mine if name not in made]:
             raise EntrypointError(
-                f"{self.spec.entrypoint} builds {shown(missing)} only where it is given experts",
+                f"{self.spec.origin} builds {shown(missing)} only where it is given experts",
                 remedy="Outside of MoELayers it must build the same on every rank.",
             )
         for name, tensor in mine.items():

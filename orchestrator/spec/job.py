@@ -177,8 +177,8 @@ class JobSpec(Section):
 
     @property
     def has_own_code(self) -> bool:
-        """Whether the model or the task is a user's own."""
-        return self.model.entrypoint is not None or self.task.entrypoint is not None
+        """Whether the model or the task is not of this package."""
+        return not self.model.is_native or self.task.entrypoint is not None
 
     def num_outputs(self, prepared: int = 0) -> int:
         """Rows of the model's last matrix: tokens of the vocabulary, or classes.

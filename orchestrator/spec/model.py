@@ -6,49 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
+from orchestrator.spec.model_keys import IN_CONFIG, OF_TRANSFORMERS, UPCYCLED
 from orchestrator.spec.rope_scaling import RopeScalingSpec
 from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, directory
 from orchestrator.spec.task import Entrypoint
-
-# Keys of mixtures alone.
-OF_EXPERTS = frozenset(
-    {
-        "first_k_dense_replace",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "n_shared_experts",
-        "router",
-        "norm_topk_prob",
-        "n_group",
-        "topk_group",
-        "routed_scaling_factor",
-    }
-)
-# Keys that an init_from directory's config.json sets too.
-IN_CONFIG = OF_EXPERTS | {
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "attention_bias",
-    "qk_norm",
-    "rope_theta",
-    "partial_rotary_factor",
-    "rms_norm_eps",
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "rope_interleave",
-    "rope_scaling",
-}
-# Keys with the values by which a mixture of equal experts is the dense model that they come from.
-UPCYCLED = {"n_shared_experts": 0, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 
 EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding
 BIAS_UPDATE_SPEED = {"quantile": 0.5, "sign": 1e-3}
@@ -62,6 +23,16 @@ class ModelSpec(Section):
         description="Directory of a model saved by transformers, of one of the families in docs/pretrained.md: its "
         "weights replace random ones. Omitted sizes come from its config.json, others must agree. Every worker reads "
         "what it holds of it.",
+    )
+    impl: Literal["native", "transformers"] = Field(
+        default="native",
+        description="transformers: its implementation of the architecture in config is trained, for architectures that "
+        "ours does not have; experts are spread over workers all the same (docs/pretrained.md).",
+    )
+    config: dict[str, JsonValue] = Field(
+        default={},
+        description="With impl: transformers, keys of the model's config.json, model_type among them; sizes above "
+        "follow from it. Default: that of init_from.",
     )
     upcycle: bool = Field(
         default=False,
@@ -183,6 +154,16 @@ class ModelSpec(Section):
     )
 
     @property
+    def is_native(self) -> bool:
+        """Whether it is our own model."""
+        return self.entrypoint is None and self.impl == "native"
+
+    @property
+    def origin(self) -> str:
+        """What builds the model, for messages."""
+        return self.entrypoint or f"transformers ({self.config.get('model_type', 'no model_type')})"
+
+    @property
     def rotary_size(self) -> int:
         """Width of the rotated part of a head."""
         if self.kv_lora_rank is not None:
@@ -223,6 +204,11 @@ class ModelSpec(Section):
             if key in self.model_fields_set and getattr(self, key) != value:
                 rule = f"{key} must be {json.dumps(value)} with upcycle, so that the mixture begins as the dense model"
                 yield Broken(((key,), ("upcycle",)), f"{rule}; got {json.dumps(getattr(self, key))}")
+        if self.impl == "transformers":
+            yield from self._broken_transformers_rules()
+            return
+        if self.config:
+            yield Broken((("config",), ("impl",)), "config has a meaning with impl: transformers only; remove it")
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()
@@ -264,6 +250,24 @@ class ModelSpec(Section):
                 (("partial_rotary_factor",), *keys),
                 f"partial_rotary_factor * head_dim must be an even number; got {product}",
             )
+
+    def _broken_transformers_rules(self) -> Iterator[Broken]:
+        if self.entrypoint is not None:
+            rule = f"entrypoint takes the place of impl: transformers; leave one out; got {self.entrypoint}"
+            yield Broken((("impl",), ("entrypoint",)), rule)
+        if self.init_from is None and "model_type" not in self.config:
+            rule = "impl: transformers needs a model: set init_from, or config with its model_type"
+            yield Broken((("impl",), ("config",)), rule)
+        if self.upcycle:
+            rule = "upcycle makes a mixture of ours; it must be false with impl: transformers"
+            yield Broken((("upcycle",), ("impl",)), rule)
+        if self.gradient_checkpointing not in ("none", "full"):
+            rule = "gradient_checkpointing must be none or full with impl: transformers; got "
+            yield Broken((("gradient_checkpointing",), ("impl",)), rule + self.gradient_checkpointing)
+        for key in sorted((IN_CONFIG - OF_TRANSFORMERS) & self.model_fields_set):
+            field = type(self).model_fields[key]
+            if getattr(self, key) != field.get_default(call_default_factory=True, validated_data=vars(self)):
+                yield Broken(((key,), ("impl",)), f"{key} is of our model; with impl: transformers, set it in config")
 
     def _broken_latent_rules(self) -> Iterator[Broken]:
         if self.qk_rope_head_dim % 2:

@@ -97,10 +97,13 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
     if model.init_from is not None:
         directory = Path(model.init_from).expanduser().absolute()
         model = resolved_model(model, directory)
-        open_pretrained(directory).check(model)
+        if model.is_native:  # else the process does it that tries the model, and has transformers
+            open_pretrained(directory).check(model)
         tokenizer = tokenizer or str(directory / "tokenizer.json")
+    elif model.config:
+        model = resolved_model(model)
     if tokenizer is None:
-        return spec
+        return spec.model_copy(update={"model": model})
     path = Path(tokenizer).expanduser().absolute()
     check_vocabulary(model.vocab_size, load_tokenizer(path).vocab_size)
     data = spec.data.model_copy(update={"tokenizer": str(path)})

@@ -27,7 +27,7 @@ def check_own_code(job: JobSpec) -> None:
         EntrypointError: there is no such module, or it can't be trained. Carries the traceback of the user's code.
     """
     check_places(job)
-    if any(key != "curriculum.signal" for key, _, _ in own_code_of(job)):
+    if not job.model.is_native or any(key != "curriculum.signal" for key, _, _ in own_code_of(job)):
         _rehearse(job.model_dump_json(by_alias=True))
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ import torch
 from orchestrator.callback import made
 from orchestrator.data.rows.prepare_rows import first_rows
 from orchestrator.engine.optim.lr_schedule import learning_rate
-from orchestrator.errors import DataError, EntrypointError
+from orchestrator.errors import CheckpointCorrupt, DataError, EntrypointError
 from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import catalogue
 from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.model.transformers_impl.transformers_files import TransformersFiles
 from orchestrator.spec.job import JobSpec
 
 MOST_STEPS = 1000  # whose learning rates are asked for
@@ -45,12 +47,14 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
             made(callback)
         rows = [] if job.has_tokens else first_rows(job, 2)
         task = task_of(job.task)
+        if job.model.init_from is not None and not job.model.is_native:
+            TransformersFiles(job.model, Path(job.model.init_from)).check()
         params, _ = catalogue(job.model, vocab_size)
         if job.has_own_code and sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
             rehearse(job, vocab_size, task, torch.device("cpu"), rows)
     except EntrypointError as error:
         return DryRunFault(error.message, error.remedy, error.traceback)
-    except DataError as error:
+    except (DataError, CheckpointCorrupt) as error:
         return DryRunFault(error.message, error.remedy, "")
     return None
 

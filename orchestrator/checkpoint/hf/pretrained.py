@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from orchestrator.checkpoint.hf.families import family_of_config
 from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.shapes import shapes
+from orchestrator.checkpoint.hf.transformers_config import AUX_LOSS, transformers_settings
 from orchestrator.errors import CheckpointCorrupt, UsageError
-from orchestrator.spec.model import OF_EXPERTS, UPCYCLED, ModelSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model_keys import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.section import Section
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -117,21 +119,21 @@ class Pretrained:
             )
 
 
-def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
-    """The model section, completed from the directory's `config.json`; keys that the section sets must agree with it.
-    Weights are not read.
+def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
+    """The model section, completed from the directory's `config.json`, or its own `config`; keys that the section sets
+    must agree with it. Weights are not read.
 
     Raises:
         UsageError: no such directory, another architecture, or differing values, all of which it names.
     """
-    path = directory / CONFIG
+    path = "model.config" if directory is None else directory / CONFIG
     try:
-        config = _read_json(path)
-        found = family_of_config(config).settings(config)
+        config = {} if directory is None else _read_json(directory / CONFIG)
+        found = _settings(spec, config)
         if spec.upcycle:
             found = _upcycled(spec, found)
     except UsageError as error:
-        raise _refused(f"model.init_from: {path}: {error.message}") from error
+        raise _refused(f"{'' if directory is None else 'model.init_from: '}{path}: {error.message}") from error
     differing = [
         f"model.{key} is {_shown(getattr(spec, key))} and {_shown(value)}"
         for key, value in found.items()
@@ -142,12 +144,21 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
             f"the job and {path} differ: {'; '.join(differing)}",
             "Correct these keys of the job's model section, or leave them out: they are taken from the directory.",
         )
+    of_directory = {} if directory is None else {"init_from": str(directory)}
     try:
-        return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | found | {"init_from": str(directory)})
+        return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | found | of_directory)
     except ValidationError as error:
         own = (each for each in error.errors() if each["type"] != DUE_TO_OTHERS)
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in own)
-        raise _refused(f"model.init_from: {path} is of a model that can't be trained: {wrong}") from error
+        raise _refused(f"{path} is of a model that can't be trained: {wrong}") from error
+
+
+def _settings(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    if spec.impl == "transformers":
+        found = transformers_settings({**config, **spec.config})
+        own = spec.model_fields_set & {AUX_LOSS}  # of training, not of the model
+        return {key: value for key, value in found.items() if key not in own}
+    return family_of_config(config).settings(config)
 
 
 def _upcycled(spec: ModelSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,14 +172,30 @@ def _upcycled(spec: ModelSpec, dense: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_pretrained(directory: Path) -> Pretrained:
-    """List the tensors, from the files' headers.
+    """List the tensors of one of our families.
 
     Raises:
         UsageError: there is no `config.json`.
-        CheckpointCorrupt: a file is missing, truncated, or not of the format that its name implies.
+        CheckpointCorrupt: as `list_tensors`.
     """
     config = _read_json(directory / CONFIG)
     family, tied = family_of_config(config), bool(config.get("tie_word_embeddings", False))
+    found = list_tensors(directory)
+    return Pretrained(directory, family, found.files, found.shapes, found.dtypes, tied)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """File, shape and number format of every tensor of a directory, by its name there."""
+
+    files: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+
+
+def list_tensors(directory: Path) -> Listing:
+    """List the tensors of a directory, from the files' headers. Raises CheckpointCorrupt: a file is missing, truncated,
+    or not of the format that its name implies."""
     index = directory / INDEX
     if index.exists():
         named = _read_json(index).get("weight_map")
@@ -193,7 +220,7 @@ def open_pretrained(directory: Path) -> Pretrained:
     lost = [name for name, file in (named or {}).items() if files.get(name) != file]
     if lost:
         raise _broken(f"{index} names tensors that its files lack: {', '.join(lost[:NAMED_AT_MOST])}")
-    return Pretrained(directory, family, files, found_shapes, dtypes, tied)
+    return Listing(files, found_shapes, dtypes)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Classification:
         if not isinstance(logits_BC, Tensor) or logits_BC.ndim != 2 or len(logits_BC) != len(labels_B):
             shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
             raise EntrypointError(
-                f"the forward of {model.spec.entrypoint} returned {shape} for {len(labels_B)} rows",
+                f"the forward of {model.spec.origin} returned {shape} for {len(labels_B)} rows",
                 remedy="It must return logits (rows, classes).",
             )
         total = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")

@@ -44,7 +44,7 @@ class Flops:
 
 def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
     """The size of the job's model, from the list of its parameters."""
-    spec, ours = job.model, job.model.entrypoint is None
+    spec, ours = job.model, job.model.is_native
     share = spec.num_experts_per_tok / spec.n_routed_experts
     multiplied = [param for param in params if not (ours and param.name == INPUT_EMBEDDING)]
     return ModelSize(

@@ -137,6 +137,6 @@ def _more_even(model: ModelSpec) -> str:
         advice = "set model.bias_update to quantile, which follows scores however fast they move"
     else:
         advice = f"raise model.bias_update_speed, which is {model.bias_update_speed:g}, up to 1, or lower train.lr"
-    if model.init_from is None and model.entrypoint is None and model.embedding_scale < EMBEDDING_SCALE:
+    if model.init_from is None and model.is_native and model.embedding_scale < EMBEDDING_SCALE:
         advice += f"; raise model.embedding_scale, which is {model.embedding_scale:g}, to {EMBEDDING_SCALE:g}"
     return advice

@@ -36,15 +36,13 @@ def check_agreement(model: TrainableModel, group: dist.ProcessGroup | None) -> N
     names = [name for (name, _), differs in zip(held_by_all, (lowest != highest).tolist(), strict=True) if differs]
     if names:
         raise EntrypointError(
-            f"{model.spec.entrypoint} gives {shown(names)} other values on one worker than on another",
+            f"{model.spec.origin} gives {shown(names)} other values on one worker than on another",
             remedy="Draw first weights by torch's global generator, which is seeded for build, or by one that is "
             "seeded with the argument of init_weights(seed).",
         )
 
 
-def check_order(
-    names: Sequence[str], entrypoint: str | None, group: dist.ProcessGroup | None, device: torch.device
-) -> None:
+def check_order(names: Sequence[str], origin: str, group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Compare the order in which every rank will send its dense gradients: a rank with another order would block the
     others for ever. Collective over `group`, the world; None for a world of one.
 
@@ -67,7 +65,7 @@ def check_order(
             place = int(differing[0])
             held = names[place] if place < len(names) else "nothing"
             raise EntrypointError(
-                f"{entrypoint} has other parameters, or another order of them, on rank {rank} than on rank 0, from "
+                f"{origin} has other parameters, or another order of them, on rank {rank} than on rank 0, from "
                 f"bucket {place} of gradients on; here it is {held}",
                 remedy="Let build make the same modules in the same order on every worker; only experts may differ.",
             )

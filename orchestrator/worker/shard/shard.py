@@ -121,7 +121,7 @@ class ShardFactory:
     def planned_memory(self, size: int | None = None) -> MemoryPlan:
         """Memory of a worker in a world of this size, or in the run's first one; in a smaller one it may need more."""
         state = StatePlan(tuple(self.params), tuple(self.buffers), self.vocab_size)
-        is_ours = self.spec.model.entrypoint is None
+        is_ours = self.spec.model.is_native
         return plan_memory(self.spec, state, size or self.spec.workers.initial, is_ours)
 
     def meet(self, store: Store, plan: GenerationPlan) -> PendingGroups:
@@ -184,7 +184,7 @@ class ShardFactory:
             model = build_model(self.spec.model, self.vocab_size, home)
         train, communication = self.spec.train, self.spec.communication
         engine = DeepSpeedEngineAdapter(model, train, groups, self.device, communication, self.task)
-        check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
+        check_order(engine.order, self.spec.model.origin, groups.exchange, self.device)
         micro_batch = plan.micro_batch or micro_batch_of(self.spec)
         choosing = CompressionTuner(engine.gradients, communication.compression, communication.overlap, plan.world.size)
         return Shard(

@@ -4,20 +4,23 @@ Checkpoints hold the fp32 masters; weights in lower precision are made from them
 """
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from orchestrator.checkpoint.hf.pretrained import Part, Pretrained, open_pretrained
+from orchestrator.checkpoint.hf.pretrained import Part, open_pretrained
 from orchestrator.checkpoint.manifest import CheckpointManifest
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, begins_as
 from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
+from orchestrator.model.transformers_impl.transformers_files import TransformersFiles
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
@@ -127,8 +130,7 @@ def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
         UsageError, CheckpointCorrupt: the directory no longer exists, or isn't of this model.
     """
     assert spec.init_from is not None
-    source = open_pretrained(Path(spec.init_from))
-    source.check(spec)
+    source = _source_of(spec, Path(spec.init_from))
     with _Weights(source) as weights:
         for name, held in ranges:
             ours = begins_as(name)
@@ -136,10 +138,30 @@ def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
                 held.data[start - held.start : start - held.start + len(values)].copy_(values)
 
 
+class _Source(Protocol):
+    """Where the tensors of a model are in a directory."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def parts(self, name: str) -> tuple[Part, ...]: ...
+
+
+def _source_of(spec: ModelSpec, directory: Path) -> _Source:
+    """The directory, checked to be of this model."""
+    if spec.impl == "transformers":
+        files = TransformersFiles(spec, directory)
+        files.check()
+        return files
+    source = open_pretrained(directory)
+    source.check(spec)
+    return source
+
+
 class _Weights(ExitStack):
     """The open files of a directory; a context manager."""
 
-    def __init__(self, source: Pretrained) -> None:
+    def __init__(self, source: _Source) -> None:
         super().__init__()
         self._source = source
         self._files: dict[Path, safe_open] = {}
@@ -149,7 +171,7 @@ class _Weights(ExitStack):
         before = 0
         for part in self._source.parts(name):
             shape = self._source.shapes[part.key][0 if part.index is None else 1 :]
-            row = shape[1] if len(shape) > 1 else 1
+            row = math.prod(shape[1:])
             low, high = max(start - before, 0), min(stop - before, shape[0] * row)
             rows_at_once = max(1, CHUNK // row)
             for first in range(low // row, -(-high // row), rows_at_once):

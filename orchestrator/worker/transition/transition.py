@@ -76,7 +76,7 @@ def _fill_first(
     progress, model, engine = TrainingProgress(-1, 0, sampler), factory.spec.model, shard.engine
     if plan.restore is None and (model.init_from is None or model.upcycle):  # whose routers are in no file
         shard.model.init_weights(factory.spec.train.seed)
-        if model.entrypoint is not None:
+        if not model.is_native:
             check_agreement(shard.model, shard.groups.exchange)
     engine.on_weights_initialized()  # also for state that the files lack
     if plan.restore is not None:

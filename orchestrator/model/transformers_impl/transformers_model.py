@@ -1,0 +1,149 @@
+"""Models that the library `transformers` builds from a config, as a module that maps tokens to logits.
+
+Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, V = vocabulary.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.checkpoint.hf.transformers_config import ALIASES
+from orchestrator.errors import EntrypointError
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.routed_experts import RoutedExperts
+from orchestrator.model.transformers_impl.transformers_experts import TransformersExperts, take_experts
+from orchestrator.spec.model import ModelSpec
+
+ATTENTION = ("full_attention", "sliding_attention")  # layers that can be kept within a document
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # in a config; no model needs them in training
+
+
+def build_transformers(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> "TransformersModel":
+    """The model with unset weights. Experts of other ranks take no memory at any time.
+
+    Raises:
+        EntrypointError: transformers is not installed or doesn't know the model, or experts can't be spread.
+    """
+    device = torch.get_default_device()
+    causal_lm = meta_model(spec, vocab_size)
+    places = take_experts(causal_lm, spec)
+    _keep_as_buffers(causal_lm)
+    if device.type != "meta":
+        causal_lm.to_empty(device=device)
+        causal_lm.tie_weights()
+        for module in causal_lm.modules():
+            if module._non_persistent_buffers_set:  # tables that its building computes, such as those of positions
+                causal_lm._init_weights(module)
+    for layer, name in places:
+        setattr(layer, name, TransformersExperts(spec, home, layer))
+    if spec.gradient_checkpointing == "full":
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return TransformersModel(spec, causal_lm)
+
+
+def meta_model(spec: ModelSpec, vocab_size: int) -> Any:
+    """The model as transformers has it, all experts stacked, without memory. Raises as `config_of`."""
+    config = config_of(spec, vocab_size)
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def config_of(spec: ModelSpec, vocab_size: int) -> Any:
+    """The config of transformers. Raises EntrypointError for an unknown `model_type`, or values that it refuses."""
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise EntrypointError(
+            "model.impl is transformers, which is not installed here",
+            remedy="pip install 'elastic-orchestrator[hf]', on every node.",
+        ) from error
+    keys: dict[str, Any] = {**spec.config, "vocab_size": vocab_size, "use_cache": False}
+    for ours, names in ALIASES.items():
+        if ours != "moe_intermediate_size":
+            keys |= {name: getattr(spec, ours) for name in names if keys.get(name) is not None}
+    for name in ("n_group", "topk_group"):
+        keys |= {name: getattr(spec, name)} if keys.get(name) is not None else {}
+    keys |= {name: None for name in TOKENS if isinstance(keys.get(name), int) and keys[name] >= vocab_size}
+    try:
+        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+    except Exception as error:  # whatever its config classes raise
+        raise EntrypointError(
+            f"transformers takes no config of {spec.origin}: {error}",
+            remedy="Correct model.config, or the config.json in model.init_from.",
+        ) from error
+
+
+def _keep_as_buffers(model: nn.Module) -> None:
+    """Make buffers of parameters that need no gradient, as they are state that training doesn't update."""
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if not param.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, param.detach())
+
+
+class TransformersModel(nn.Module):
+    """Maps tokens (B, T) to logits (B, T, V).
+
+    Args:
+        causal_lm: of transformers, with our experts.
+    """
+
+    def __init__(self, spec: ModelSpec, causal_lm: Any) -> None:
+        super().__init__()
+        self._spec, self.causal_lm = spec, causal_lm
+        self._experts = [layer for layer in causal_lm.modules() if isinstance(layer, RoutedExperts)]
+        takes = inspect.signature(causal_lm.forward).parameters
+        self._has_aux_loss = bool(self._experts) and "output_router_logits" in takes
+
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        num_rows, more = len(tokens_BT), {}
+        if not num_rows:  # their code infers sizes from the number of tokens: a row goes through, and visits no expert
+            tokens_BT = tokens_BT.new_zeros(1, tokens_BT.shape[1])
+            documents_BT = None
+            for layer in self._experts:
+                layer.real_N = tokens_BT.new_zeros(0)
+        if documents_BT is not None:
+            more["position_ids"] = self._positions(documents_BT)
+        if wants_aux := self._wants_aux_loss():
+            more["output_router_logits"] = True
+        output = self.causal_lm(input_ids=tokens_BT, use_cache=False, **more)
+        if wants_aux:
+            self._keep_aux_loss(output.aux_loss)
+        logits_BTV: Tensor = output.logits
+        return logits_BTV[:num_rows]
+
+    def init_weights(self, seed: int) -> None:
+        """Draw weights as transformers does; of experts their layers do it."""
+        torch.manual_seed(seed)
+        for module in self.causal_lm.modules():
+            module._is_hf_initialized = False
+        self.causal_lm.init_weights()
+
+    def _positions(self, documents_BT: Tensor) -> Tensor:
+        """Positions within documents, by which transformers keeps attention within them."""
+        kinds = set(getattr(self.causal_lm.config, "layer_types", None) or ATTENTION)
+        if not kinds <= set(ATTENTION):
+            raise EntrypointError(
+                f"data.isolate_documents is true, and {self._spec.origin} has layers of type "
+                f"{', '.join(sorted(kinds - set(ATTENTION)))}, which see all earlier tokens of a row",
+                remedy="Set data.isolate_documents: false.",
+            )
+        index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+        begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+        begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        return index_T - torch.where(begins_BT, index_T, 0).cummax(1).values
+
+    def _wants_aux_loss(self) -> bool:
+        by_loss = self._spec.router == "softmax" and self._spec.router_aux_loss_coef > 0
+        return self._has_aux_loss and by_loss and torch.is_grad_enabled()
+
+    def _keep_aux_loss(self, loss: Tensor) -> None:
+        """Keep transformers' auxiliary loss, a mean over the tokens of all layers, as the sum that a layer has."""
+        first = self._experts[0]
+        num_tokens = first.last_counts_E.sum() / self._spec.num_experts_per_tok
+        first.last_balance_loss = self._spec.router_aux_loss_coef * loss * num_tokens
