@@ -8,6 +8,7 @@ checkpoint, but no optimizer moments.
 
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,13 +17,24 @@ from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.rows.bucket_rows import open_rows
 from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.state_spec import BUFFER, MASTER
+from orchestrator.elastic.state_spec import BUFFER, MASTER, average_of
 from orchestrator.errors import CheckpointCorrupt, OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
+from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Generation, Request, answering
+from orchestrator.protocol.child_process import (
+    MODEL_LINES,
+    Answer,
+    Evaluation,
+    Export,
+    ExportResult,
+    Fault,
+    Generation,
+    Request,
+    answering,
+)
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 
@@ -42,8 +54,12 @@ def answers(request: Request) -> Iterator[Answer]:
         )
     if isinstance(request, Generation) and tokenizer is None:
         raise UsageError(f"run {job.name} has task {job.task.entrypoint or job.task.name}, which has no text")
-    model = load_model(location_of(request.checkpoint), job, prepared)
-    if isinstance(request, Evaluation):
+    of_ema = isinstance(request, Export) and request.of_ema
+    model = load_model(location_of(request.checkpoint), job, prepared, of_ema)
+    if isinstance(request, Export):
+        length, to = job.train.sequence_length, Path(request.to)
+        yield ExportResult(write_transformers(model, job.num_outputs(prepared), length, request.dtype, to))
+    elif isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model)
     elif tokenizer is not None:
         chats = ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
@@ -51,11 +67,12 @@ def answers(request: Request) -> Iterator[Answer]:
 
 
 @torch.no_grad()
-def load_model(checkpoint: Location, job: JobSpec, prepared: int) -> TrainableModel:
+def load_model(checkpoint: Location, job: JobSpec, prepared: int, of_ema: bool = False) -> TrainableModel:
     """The whole model in fp32, on a GPU if there is one.
 
     Args:
         prepared: tokens of the tokenizer, or classes of the data.
+        of_ema: the average of the weights in place of the weights.
 
     Raises:
         CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
@@ -67,6 +84,11 @@ def load_model(checkpoint: Location, job: JobSpec, prepared: int) -> TrainableMo
     tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:
+        if of_ema:
+            averages = {average_of(name): tensor for name, tensor in tensors.items()}
+            tensors = {name: t for name, t in averages.items() if name in reader.manifest.tensors} | {
+                name: t for name, t in tensors.items() if average_of(name) not in reader.manifest.tensors
+            }
         for name, tensor in tensors.items():
             entry = reader.manifest.tensors.get(name)
             if entry is None or entry.shape != tuple(tensor.shape):

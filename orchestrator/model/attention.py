@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import inverse_frequencies
+from orchestrator.spec.config_json import RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.rope_scaling import RopeScalingSpec
 
 
 class Attention(nn.Module):

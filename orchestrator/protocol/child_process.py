@@ -131,6 +131,31 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Request to write a model that transformers builds, as it saves it.
+
+    Args:
+        run_dir, checkpoint: as in `Evaluation`.
+        to: a directory that is there.
+        dtype: fp32 or bf16.
+        of_ema: the average of the weights in place of the weights.
+    """
+
+    run_dir: str
+    checkpoint: str
+    to: str
+    dtype: str
+    of_ema: bool
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Bytes of weights that were written."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Generation:
     """Request for a continuation of a prompt.
 
@@ -177,9 +202,11 @@ class Remark:
     text: str
 
 
-Request = Evaluation | Generation
-Answer = TextPiece | Remark | Fault | EvaluationResult | GenerationResult
-MODEL_LINES = Lines(Evaluation, Generation, TextPiece, Remark, Fault, EvaluationResult, GenerationResult)
+Request = Evaluation | Generation | Export
+Answer = TextPiece | Remark | Fault | EvaluationResult | GenerationResult | ExportResult
+MODEL_LINES = Lines(
+    Evaluation, Generation, Export, TextPiece, Remark, Fault, EvaluationResult, GenerationResult, ExportResult
+)
 
 
 # -- Messages to and from processes that replay a run's steps ----------------------------------------------------------

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.model_keys import IN_CONFIG, OF_TRANSFORMERS, UPCYCLED
-from orchestrator.spec.rope_scaling import RopeScalingSpec
+from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, UPCYCLED, RopeScalingSpec
 from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, directory
 from orchestrator.spec.task import Entrypoint
 

@@ -8,9 +8,10 @@ Needs run storage, no cluster.
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from orchestrator.errors import DataError, NotFound, OrchestratorError
-from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
+from orchestrator.protocol.child_process import MODEL_LINES, Answer, Export, ExportResult, Fault, Request
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
@@ -36,6 +37,15 @@ def ask_model(request: Request) -> Iterator[Answer]:
         code = process.exit_code()
         if code != 0:
             raise OrchestratorError(f"the process with the model ended by itself ({code}):\n{process.output()}")
+
+
+def write_transformers(run_dir: Location, checkpoint: Location, dtype: str, of_ema: bool, to: Path) -> int:
+    """Have a model that transformers builds written into a directory. Returns bytes of weights. Raises what
+    `ask_model` raises."""
+    request = Export(str(run_dir), str(checkpoint), str(to), dtype, of_ema)
+    (result,) = ask_model(request)
+    assert isinstance(result, ExportResult)
+    return result.num_bytes
 
 
 def checkpoint_to_ask(run_id: str, run_dir: Location, step: int | None) -> Location:

@@ -21,8 +21,8 @@ from orchestrator.errors import CheckpointCorrupt, DataError, EntrypointError
 from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import catalogue
 from orchestrator.model.tasks.all_tasks import task_of
-from orchestrator.model.transformers_impl.transformers_files import TransformersFiles
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.transition.transformers_files import TransformersFiles
 
 MOST_STEPS = 1000  # whose learning rates are asked for
 MAX_ELEMENTS = 200_000_000  # dense ones; larger models aren't built where the job is submitted, possibly a laptop

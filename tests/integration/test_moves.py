@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checkpoint.hf.pretrained import resolved
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import read_shards
@@ -18,6 +19,7 @@ from orchestrator.protocol.messages import Fence
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.sampling.sample_ledger import audit
+from orchestrator.spec.model import ModelSpec
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import STEPS, VOCAB, small_job
@@ -188,6 +190,29 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
         )
         runs.append([record.loss for _, record in sorted(worker_group.records.items())])
     assert runs[0] == runs[1]
+    assert runs[0][-1] < runs[0][0] - 0.5
+
+
+@pytest.mark.parametrize("kind", ["dots1", "qwen2_moe"])
+def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, kind: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
+    more = {"n_routed_experts": 6, "n_shared_experts": 1, "head_dim": 8} if kind == "dots1" else {"num_experts": 6}
+    config = {"model_type": kind, **sizes, **experts, **more}
+    job = small_job(texts, determinism="exact").model_copy(
+        update={"model": resolved(ModelSpec(impl="transformers", config=config))}
+    )
+    runs = []
+    for worlds in ((1, 2, 1), (2,)):  # the second one begins in another world, and stays
+        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
+            worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
+            for size in worlds[1:]:
+                worker_group.await_step(worker_group.newest_step + 3)
+                plan = worker_group.rescale(worker_group.ids[:size])
+                assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+            worker_group.await_finished()
+        runs.append([record.loss for _, record in sorted(worker_group.records.items())])
+    assert len(runs[0]) == STEPS and runs[0] == runs[1]
     assert runs[0][-1] < runs[0][0] - 0.5
 
 

@@ -4,7 +4,8 @@ Tensors are read one at a time, so peak memory is that of one weights file.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,21 @@ Array = npt.NDArray[Any]
 
 
 def export_hf(
-    checkpoint: Location, job: JobSpec, tokenizer: Location, to: Path, dtype: str = "bf16", of_ema: bool = False
+    checkpoint: Location,
+    job: JobSpec,
+    tokenizer: Location,
+    to: Path,
+    dtype: str = "bf16",
+    of_ema: bool = False,
+    write_model: Callable[[Path], int] | None = None,
 ) -> int:
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
         dtype: number format of the weights, fp32 or bf16; routers stay fp32.
         of_ema: the average of the weights in place of the weights.
+        write_model: writes config and weights of a model that transformers builds into a directory, and returns their
+            bytes.
 
     Returns:
         bytes of weights.
@@ -66,23 +75,29 @@ def export_hf(
     saved = objects_at(tokenizer.parent).get(tokenizer.name)
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
-    family = family_of_spec(job.model)
-    config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
-    with new_directory(to) as partial:
-        with CheckpointReader(checkpoint) as reader:
-            reader.verify()
-            _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
-            tensors = _tensors(reader, family, job.model.embedding_scale, of_ema)
-            num_bytes = _write_weights(tensors, DTYPES[dtype], partial)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (partial / TOKENIZER).write_bytes(saved)
+    write_model = write_model or partial(_write_model, checkpoint, job, vocab_size, dtype, of_ema)
+    with new_directory(to) as directory:
+        num_bytes = write_model(directory)
+        (directory / TOKENIZER).write_bytes(saved)
         border = _border(tokenizer.parent) or library.get_added_tokens_decoder()[0].content
         ends = border
         if (chats := _chat_template(tokenizer.parent)) is not None:
-            (partial / "chat_template.jinja").write_text(chats["template"])
+            (directory / "chat_template.jinja").write_text(chats["template"])
             ends = chats["tokens"].get("eos_token", "<|im_end|>")
             ends = ends if library.token_to_id(ends) is not None else border
-        _write_tokenizer_config(border, ends, library, job.train.sequence_length, partial)
+        _write_tokenizer_config(border, ends, library, job.train.sequence_length, directory)
+    return num_bytes
+
+
+def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str, of_ema: bool, directory: Path) -> int:
+    family = family_of_spec(job.model)
+    config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
+    with CheckpointReader(checkpoint) as reader:
+        reader.verify()
+        _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
+        tensors = _tensors(reader, family, job.model.embedding_scale, of_ema)
+        num_bytes = _write_weights(tensors, DTYPES[dtype], directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return num_bytes
 
 

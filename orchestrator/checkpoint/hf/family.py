@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import UsageError
+from orchestrator.spec.config_json import IN_CONFIG, LINEAR, LLAMA3, USED_BY, YARN, RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_keys import IN_CONFIG
-from orchestrator.spec.rope_scaling import LINEAR, LLAMA3, USED_BY, YARN, RopeScalingSpec
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",

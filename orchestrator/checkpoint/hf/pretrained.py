@@ -20,8 +20,8 @@ from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.shapes import shapes
 from orchestrator.checkpoint.hf.transformers_config import AUX_LOSS, transformers_settings
 from orchestrator.errors import CheckpointCorrupt, UsageError
+from orchestrator.spec.config_json import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.model_keys import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.section import Section
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -1,1 +1,0 @@
-"""Models of the library `transformers`, with their experts spread over ranks (`model.impl: transformers`)."""

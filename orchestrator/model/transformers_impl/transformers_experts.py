@@ -7,6 +7,7 @@ Shape legend: N = tokens, K = experts per token, D = hidden size, E = experts.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def take_experts(model: nn.Module, spec: ModelSpec) -> list[tuple[nn.Module, str
     return places
 
 
-def _differences(theirs: nn.Module, spec: ModelSpec) -> Iterator[str]:
+def _differences(theirs: Any, spec: ModelSpec) -> Iterator[str]:
     """What these experts do that ours don't: ours are gated MLPs with SiLU, without biases."""
     wanted = {"is_concatenated": True, "is_transposed": False, "has_gate": True, "has_bias": False}
     wanted |= {"has_post_expert_norm": False}

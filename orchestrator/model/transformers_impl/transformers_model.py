@@ -4,6 +4,8 @@ Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, V = vocabul
 """
 
 import inspect
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from orchestrator.model.transformers_impl.transformers_experts import Transforme
 from orchestrator.spec.model import ModelSpec
 
 ATTENTION = ("full_attention", "sliding_attention")  # layers that can be kept within a document
+PREFIX = "model.causal_lm."  # of names in `orchestrator.model.user_model`
+_EXPERT = re.compile(r"(.+\.experts)\.experts\.(\d+)\.(gate_up|down)")
+REMEDY = "Correct model.config, or the config.json in model.init_from."
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # in a config; no model needs them in training
 
 
@@ -39,7 +44,7 @@ def build_transformers(spec: ModelSpec, vocab_size: int, home: ExpertParallelCon
     for layer, name in places:
         setattr(layer, name, TransformersExperts(spec, home, layer))
     if spec.gradient_checkpointing == "full":
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     return TransformersModel(spec, causal_lm)
 
 
@@ -48,8 +53,14 @@ def meta_model(spec: ModelSpec, vocab_size: int) -> Any:
     config = config_of(spec, vocab_size)
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    except Exception as error:  # of its modules, which check few of a config's values
+        raise EntrypointError(
+            f"transformers can't build a model from the config of {spec.origin}: {type(error).__name__}: {error}",
+            remedy=REMEDY,
+        ) from error
 
 
 def config_of(spec: ModelSpec, vocab_size: int) -> Any:
@@ -73,7 +84,7 @@ def config_of(spec: ModelSpec, vocab_size: int) -> Any:
     except Exception as error:  # whatever its config classes raise
         raise EntrypointError(
             f"transformers takes no config of {spec.origin}: {error}",
-            remedy="Correct model.config, or the config.json in model.init_from.",
+            remedy=REMEDY,
         ) from error
 
 
@@ -84,6 +95,14 @@ def _keep_as_buffers(model: nn.Module) -> None:
             if not param.requires_grad:
                 delattr(module, name)
                 module.register_buffer(name, param.detach())
+
+
+def their_name(name: str) -> tuple[str, int | None]:
+    """Name of one of our tensors in the model of transformers, and of an expert's the index in the layer's stack."""
+    expert = _EXPERT.fullmatch(name)
+    if expert is None:
+        return name.removeprefix(PREFIX), None
+    return f"{expert[1].removeprefix(PREFIX)}.{expert[3]}_proj", int(expert[2])
 
 
 class TransformersModel(nn.Module):
@@ -101,7 +120,7 @@ class TransformersModel(nn.Module):
         self._has_aux_loss = bool(self._experts) and "output_router_logits" in takes
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
-        num_rows, more = len(tokens_BT), {}
+        num_rows, more = len(tokens_BT), dict[str, Any]()
         if not num_rows:  # their code infers sizes from the number of tokens: a row goes through, and visits no expert
             tokens_BT = tokens_BT.new_zeros(1, tokens_BT.shape[1])
             documents_BT = None
@@ -120,7 +139,8 @@ class TransformersModel(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw weights as transformers does; of experts their layers do it."""
         torch.manual_seed(seed)
-        for module in self.causal_lm.modules():
+        modules: Iterable[Any] = self.causal_lm.modules()
+        for module in modules:  # else it takes them to be initialised, on the meta device
             module._is_hf_initialized = False
         self.causal_lm.init_weights()
 

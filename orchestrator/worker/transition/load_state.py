@@ -20,13 +20,13 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, begins_as
 from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
-from orchestrator.model.transformers_impl.transformers_files import TransformersFiles
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import part_of
+from orchestrator.worker.transition.transformers_files import TransformersFiles
 
 CHUNK = 1 << 22  # elements read at once, which keeps the copy small
 

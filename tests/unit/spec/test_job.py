@@ -214,6 +214,24 @@ def test_entrypoints_refused(entrypoint: str) -> None:
             "gradient_checkpointing must be none with entrypoint",
         ),
         ({"entrypoint": "m:f", "init_from": "there"}, "init_from is for our own model"),
+        ({"impl": "transformers"}, "impl: transformers needs a model: set init_from, or config with its model_type"),
+        ({"config": {"model_type": "dots1"}}, "config has a meaning with impl: transformers only; remove it"),
+        (
+            {"impl": "transformers", "config": {"model_type": "dots1"}, "qk_norm": True},
+            "qk_norm is of our model; with impl: transformers, set it in config",
+        ),
+        (
+            {"impl": "transformers", "config": {"model_type": "dots1"}, "gradient_checkpointing": "sqrt"},
+            "gradient_checkpointing must be none or full with impl: transformers; got sqrt",
+        ),
+        (
+            {"impl": "transformers", "init_from": "there", "entrypoint": "m:f"},
+            "entrypoint takes the place of impl: transformers; leave one out; got m:f",
+        ),
+        (
+            {"impl": "transformers", "init_from": "there", "upcycle": True},
+            "upcycle makes a mixture of ours; it must be false with impl: transformers",
+        ),
         ({"upcycle": True}, "upcycle needs a dense model in init_from; got none"),
         (
             {"init_from": "there", "upcycle": True, "n_shared_experts": 1},

@@ -15,11 +15,9 @@ from orchestrator.checkpoint.hf.pretrained import NAMED_AT_MOST, Listing, Part, 
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.transformers_impl.transformers_model import meta_model
+from orchestrator.model.transformers_impl.transformers_model import PREFIX, meta_model, their_name
 from orchestrator.spec.model import ModelSpec
 
-PREFIX = "model.causal_lm."  # of names in our model
-_EXPERT = re.compile(r"(.+\.experts)\.experts\.(\d+)\.(gate_up|down)")
 _STACKING = ("MergeModulelist", "Concatenate")
 
 
@@ -49,13 +47,10 @@ class TransformersFiles:
 
     def parts(self, name: str) -> tuple[Part, ...]:
         """Parts of one of our tensors, in the order of their rows. Raises KeyError if the directory lacks it."""
-        expert = _EXPERT.fullmatch(name)
-        if expert is None:
-            return (self._part(self._whole[name.removeprefix(PREFIX)]),)
-        stack = f"{expert[1].removeprefix(PREFIX)}.{expert[3]}_proj"
-        if stack in self._whole:
-            return (self._part(self._whole[stack], int(expert[2])),)
-        return tuple(self._part(key) for key in self._stacked[stack][int(expert[2])])
+        their, expert = their_name(name)
+        if expert is None or their in self._whole:
+            return (self._part(self._whole[their], expert),)
+        return tuple(self._part(key) for key in self._stacked[their][expert])
 
     def check(self) -> None:
         """Raises CheckpointCorrupt, which names tensors that are missing, unexpected, or of another shape."""
@@ -101,7 +96,7 @@ class TransformersFiles:
 
         rules = get_model_conversion_mapping(self._model)
         converters: list[Any] = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+        renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
         whole: dict[str, str] = {}
         found: dict[str, dict[tuple[int, int], str]] = {}
         for key in self._listing.files:
