@@ -232,6 +232,9 @@ class JobSpec(Section):
                 rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
                 got = f"{getattr(self.communication, key)} and {self.model.n_group}"
                 yield Broken((("communication", key), ("model", "n_group")), rule + got)
+            if getattr(self.communication, key) is not None and self.model.impl == "transformers":
+                rule = f"{key} limits routers of ours, and with impl: transformers they are its own: leave it out; got "
+                yield Broken((("communication", key), ("model", "impl")), f"{rule}{getattr(self.communication, key)}")
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()

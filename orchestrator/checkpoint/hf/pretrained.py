@@ -255,7 +255,7 @@ def _refused(message: str, remedy: str = "") -> UsageError:
     remedy = (
         remedy
         or "Name a directory that `orchestrator model export` has written, or `save_pretrained` of a family in "
-        "docs/pretrained.md."
+        "docs/pretrained.md; for other mixtures of transformers set model.impl: transformers."
     )
     return UsageError(message, remedy=remedy, unchanged="Nothing was started.")
 

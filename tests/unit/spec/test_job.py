@@ -350,3 +350,9 @@ def test_a_secret_is_named_and_not_said(secrets: str, rule: str) -> None:
         parse_job("schema: v1\nname: try\nsecrets: {KEY: file:/run/key, OTHER: env:KEY}\n").secrets["OTHER"]
         == "env:KEY"
     )
+
+
+def test_limits_on_the_ranks_of_a_token_are_not_for_routers_of_transformers() -> None:
+    model = {"impl": "transformers", "config": {"model_type": "dots1"}}
+    with pytest.raises(ValidationError, match="with impl: transformers they are its own: leave it out; got 2"):
+        job(model=model, communication={"ranks_per_token": 2})
