@@ -99,7 +99,8 @@ def function_of(key: str, entrypoint: str, code_dir: Path) -> Callable[..., Any]
         raise EntrypointError(
             f"{key} {entrypoint} can't be imported: {type(error).__name__}: {error}",
             traceback=_traceback_of(error),
-            remedy=f'`python -c "import {module_name}"` must work in {directory}; {section}.code_dir names another.',
+            remedy=f'`python -c "import {module_name}"` must work in {directory}; {section}.code_dir names another. '
+            "A package that is missing may be named in the job's pip.",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -17,6 +17,7 @@ from orchestrator.callback import Callback, Json, Pause, Request, SaveCheckpoint
 from orchestrator.callback_process.callback_position import Position, read_position, read_steps_after, store_position
 from orchestrator.cluster.published.published_keys import signer_in_cluster
 from orchestrator.errors import ClusterUnreachable, NotFinished, OrchestratorError
+from orchestrator.requirements import use_requirements
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.own_callbacks import CallbackSpec
@@ -99,14 +100,21 @@ class CallbackRunner:
 
     Args:
         secrets: of the job, for its callbacks' environment.
+        requirements: of the job, packages that they may import.
         caller: makes calls to run storage, so that this process can be killed during them.
     """
 
     def __init__(
-        self, run_id: str, run_dir: str, specs: Sequence[CallbackSpec], secrets: Mapping[str, str], caller: Caller
+        self,
+        run_id: str,
+        run_dir: str,
+        specs: Sequence[CallbackSpec],
+        secrets: Mapping[str, str],
+        requirements: Sequence[str],
+        caller: Caller,
     ) -> None:
         self._run_id, self._run_dir, self._specs, self._caller = run_id, run_dir, tuple(specs), caller
-        self._secrets = secrets
+        self._secrets, self._requirements = secrets, requirements
         self._called: list[_Called] = []
         self._position = self._stored = Position()
         self._stored_s = time.monotonic()
@@ -159,6 +167,7 @@ class CallbackRunner:
     def _begin(self) -> None:
         """Go on from where an earlier process was."""
         take_secrets(self._secrets)
+        use_requirements(self._requirements)
         run_dir = location_of(self._run_dir)
         if (key := signer_in_cluster(run_dir)) is not None:
             hold_key(run_dir, key)

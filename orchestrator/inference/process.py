@@ -35,6 +35,7 @@ from orchestrator.protocol.child_process import (
     Request,
     answering,
 )
+from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 
@@ -43,6 +44,7 @@ def answers(request: Request) -> Iterator[Answer]:
     """Answers to the request, the result last."""
     run_dir = location_of(request.run_dir)
     job = JobSpec.model_validate_json(objects_at(run_dir).get("job.json"))
+    use_requirements(job.pip)
     tokenizer = TextTokenizer.load(run_dir / TOKENIZER) if job.has_tokens else None
     prepared = 0 if tokenizer is None else tokenizer.vocab_size
     if isinstance(request, Evaluation) and request.store_dir is not None and not job.has_tokens:

@@ -172,8 +172,10 @@ def _environment(config: RunConfig) -> _Said:
         if key == "env_vars":
             for name, text in value.items():
                 yield Setting(("envs", name), text, f"RunConfig(worker_runtime_env={{'env_vars': {{{name!r}: …}}}})")
+        elif key == "pip" and isinstance(value, list):
+            yield Setting(("pip",), value, f"RunConfig(worker_runtime_env={{'pip': {value!r}}})")
         else:
-            rule = f"workers get environment variables only (env_vars), not {key}: install it in the image, or on nodes"
+            rule = f"workers get env_vars and pip, a list, only, not {key}: install it in the image, or on nodes"
             yield _Refusal(f"RunConfig(worker_runtime_env={{{key!r}: …}})", rule)
 
 

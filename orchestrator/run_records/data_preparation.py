@@ -11,6 +11,7 @@ from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import CONFIG
+from orchestrator.requirements import use_requirements
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.secrets import take_secrets
 from orchestrator.spec.data import BY_DOCUMENT
@@ -45,6 +46,7 @@ class Preparation:
         """
         job = JobSpec.model_validate_json(job_json)
         data, place = job.data, location_of(data_dir)
+        use_requirements(job.pip)
         if job.has_rows:
             take_secrets(job.secrets)  # which a user's rows may need
             return self._prepare_rows(job, location_of(run_dir), place)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.communication import CommunicationSpec
@@ -70,6 +71,14 @@ class EvalSpec(Section):
 
     every: int | None = Field(default=None, ge=1, description="Steps between two validations. null: no validation.")
     rows: int = Field(default=64, ge=1, description="Largest number of held-out rows that each validation reads.")
+
+
+def _requirement(text: str) -> str:
+    try:
+        Requirement(text)
+    except InvalidRequirement as error:
+        raise refuse(f"must be a package as pip names it: {str(error).splitlines()[0]}") from error
+    return text
 
 
 def _storage(place: str) -> str:
@@ -146,6 +155,11 @@ class JobSpec(Section):
         description="Environment variables of the workers. Visible to everyone with access to the cluster: put no "
         "secret here. Refused are variables that change how a process is loaded (LD_*, PYTHON*, GLIBC_TUNABLES and "
         "such) or how Ray and we behave (RAY_*, ORCHESTRATOR_*), and OMP_NUM_THREADS, set from cores and workers.",
+    )
+    pip: list[Annotated[str, AfterValidator(_requirement)]] = Field(
+        default=[],
+        description="Packages that your code needs, as pip names them: NAME==VERSION, or NAME @ URL. They are "
+        "installed once per node, beside the environment, whose packages keep their versions.",
     )
     secrets: dict[str, str] = Field(
         default={},

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from orchestrator.errors import EntrypointError, UsageError
+from orchestrator.requirements import installed
 from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.torch_process import run_module
@@ -21,13 +22,16 @@ UNCHANGED = "Nothing was started."
 
 def check_own_code(job: JobSpec) -> None:
     """Check that user-defined code is in the job's directory; import it, build its model and run its task on its first
-    rows, as a worker would. Does nothing for a job without such code.
+    rows, as a worker would, with the packages that the job needs. Does nothing for a job without such code.
 
     Raises:
+        UsageError: these packages can't be installed.
         EntrypointError: there is no such module, or it can't be trained. Carries the traceback of the user's code.
     """
     check_places(job)
     if not job.model.is_native or any(key != "curriculum.signal" for key, _, _ in own_code_of(job)):
+        if job.pip:
+            installed(job.pip)  # before the time that the process has
         _rehearse(job.model_dump_json(by_alias=True))
 
 

@@ -25,6 +25,7 @@ from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, WorkerError
+from orchestrator.requirements import use_requirements
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
@@ -127,6 +128,7 @@ class Worker:
         compute_here(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
+        use_requirements(spec.pip)
         device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)

@@ -21,6 +21,7 @@ from orchestrator.errors import CheckpointCorrupt, DataError, EntrypointError
 from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import catalogue
 from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.transition.transformers_files import TransformersFiles
 
@@ -62,6 +63,7 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
 def main() -> None:
     job = JobSpec.model_validate_json(sys.stdin.read())
     with redirect_stdout(sys.stderr):  # keep the user code's prints out of the answer
+        use_requirements(job.pip)
         fault = fault_of(job)
     print(json.dumps(None if fault is None else vars(fault)))
 

@@ -25,6 +25,7 @@ from orchestrator.elastic.state_spec import BUFFER, PARAM
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
+from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.transition.load_state import read_pretrained
@@ -88,6 +89,7 @@ def main() -> None:
     order = json.loads(sys.stdin.read())
     with os.fdopen(int(sys.argv[1]), "w") as progress:
         job = JobSpec.model_validate_json(order["job"])
+        use_requirements(job.pip)
         write_reference(job, RowStore.open(Path(order["store"])), Path(order["to"]), order["name"], progress)
 
 

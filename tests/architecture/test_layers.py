@@ -20,7 +20,7 @@ OUTSIDE = ("benchmarks", "chaos", "cluster_files", "dashboards", "docs")
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"spec", "metrics", "secrets", "user_code", "storage"}),
-    frozenset({"elastic", "sampling", "callback"}),
+    frozenset({"elastic", "sampling", "callback", "requirements"}),
     frozenset({"protocol"}),
     frozenset({"policy"}),
     frozenset({"comm", "checkpoint", "tracking"}),
@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 PURE = ("errors", "metrics", "spec", "elastic", "sampling", "protocol", "policy")
 NO_TORCH = (
     *PURE,
-    *("callback", "storage", "data", "checkpoint", "tracking", "telemetry", "cluster", "run_records"),
+    *("callback", "requirements", "storage", "data", "checkpoint", "tracking", "telemetry", "cluster", "run_records"),
     *("controller", "scheduler", "submission", "callback_process", "client", "cli", "ray_train"),
 )
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

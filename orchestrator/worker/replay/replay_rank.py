@@ -17,6 +17,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder, answering
 from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.step_record import StepRecord
+from orchestrator.requirements import use_requirements
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.replay.replay import replay
@@ -36,6 +37,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
         yield plan.store_address
     compute_here(order.job.threads)
     take_secrets(spec.secrets)
+    use_requirements(spec.pip)
     device = device_of(spec.resources.num_gpus)
     pin(device)
     yield Numerics(fingerprint(device))

@@ -78,7 +78,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callba
             )
             for number, of_it in enumerate(options)
         ]
-        runner = CallbackRunner("run", str(tmp_path), specs, {"TOKEN": f"file:{tmp_path / 'token'}"}, call_here)
+        runner = CallbackRunner("run", str(tmp_path), specs, {"TOKEN": f"file:{tmp_path / 'token'}"}, [], call_here)
         assert runner.finish("succeeded", "", PATIENCE_S)
         return runner
 
