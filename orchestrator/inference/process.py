@@ -56,12 +56,14 @@ def answers(request: Request) -> Iterator[Answer]:
         )
     if isinstance(request, Generation) and tokenizer is None:
         raise UsageError(f"run {job.name} has task {job.task.entrypoint or job.task.name}, which has no text")
-    of_ema = isinstance(request, Export) and request.of_ema
-    model = load_model(location_of(request.checkpoint), job, prepared, of_ema)
     if isinstance(request, Export):
+        cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
+        model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
         length, to = job.train.sequence_length, Path(request.to)
         yield ExportResult(write_transformers(model, job.num_outputs(prepared), length, request.dtype, to))
-    elif isinstance(request, Evaluation):
+        return
+    model = load_model(location_of(request.checkpoint), job, prepared)
+    if isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model)
     elif tokenizer is not None:
         chats = ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
@@ -69,18 +71,21 @@ def answers(request: Request) -> Iterator[Answer]:
 
 
 @torch.no_grad()
-def load_model(checkpoint: Location, job: JobSpec, prepared: int, of_ema: bool = False) -> TrainableModel:
-    """The whole model in fp32, on a GPU if there is one.
+def load_model(
+    checkpoint: Location, job: JobSpec, prepared: int, of_ema: bool = False, device: torch.device | None = None
+) -> TrainableModel:
+    """The whole model in fp32.
 
     Args:
         prepared: tokens of the tokenizer, or classes of the data.
         of_ema: the average of the weights in place of the weights.
+        device: None: a GPU if there is one.
 
     Raises:
         CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
         EntrypointError: the user's own model can't be built any more.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
         model = build_model(job.model, job.num_outputs(prepared), single_rank(job.model))
     tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}

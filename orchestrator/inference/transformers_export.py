@@ -18,17 +18,18 @@ def write_transformers(model: TrainableModel, num_outputs: int, sequence_length:
 
     Args:
         model: of a world of one.
-        dtype: fp32 or bf16; biases of routers stay fp32.
+        dtype: fp32 or bf16; biases of routers, and what transformers keeps so, stay fp32.
 
     Returns:
         bytes of weights.
     """
     theirs = meta_model(model.spec, num_outputs)
+    in_fp32 = (*BIASES, *(theirs._keep_in_fp32_modules_strict or ()))
     whole: dict[str, Tensor] = {}
     stacked: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, tensor in (*model.named_parameters(), *model.state_buffers()):
         their, expert = their_name(name)
-        kept = tensor.detach() if their.endswith(BIASES) else tensor.detach().to(DTYPES[dtype])
+        kept = tensor.detach() if their.endswith(in_fp32) else tensor.detach().to(DTYPES[dtype])
         if expert is None:
             whole[their] = kept
         else:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.factory import build_model, single_rank
@@ -23,7 +24,13 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import DPO
 from orchestrator.user_code import calling_user
 
+MAX_ELEMENTS = 200_000_000  # of dense parameters; a larger model isn't built on a laptop, nor whole by each worker
 SAME = 1e-3  # relative difference of losses that are taken to be equal
+
+
+def is_small(params: Sequence[ParamSpec]) -> bool:
+    """Whether a model with these parameters, of which a dry run has all but experts, takes little memory."""
+    return sum(param.numel for param in params if param.expert is None) <= MAX_ELEMENTS
 
 
 def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, rows: Sequence[Row] = ()) -> None:
@@ -35,11 +42,13 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
     Raises:
         EntrypointError: they can't be trained.
     """
-    few = {"n_routed_experts": job.model.num_experts_per_tok, "n_group": 1, "topk_group": 1}
-    spec = job.model.model_copy(update=few)
+    few = min(max(2, job.model.num_experts_per_tok), job.model.n_routed_experts)  # a group's score is that of two
+    spec = job.model.model_copy(update={"n_routed_experts": few, "n_group": 1, "topk_group": 1})
     with device:
         model = build_model(spec, vocab_size, single_rank(spec))
     model.init_weights(job.train.seed)
+    if job.data.isolate_documents:
+        _check_isolation(job, model, vocab_size, device)
     if job.train.precision == "bf16":
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
@@ -57,8 +66,6 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         task.report(dict.fromkeys(task.metrics, 0.0))
     for other in (both, trial.run(samples.of())):
         trial.check_calls(first, other)
-    if job.data.isolate_documents:
-        _check_isolation(job, model, vocab_size, device)
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,8 @@ def _check_isolation(job: JobSpec, model: TrainableModel, vocab_size: int, devic
     documents_BT = torch.zeros_like(rows)
     documents_BT[:, half:] = 1
     was_training = model.training
-    one, other = model.eval()(rows, documents_BT=documents_BT)[:, half:].float()
+    with calling_user(f"a pass of {model.spec.origin} on two documents"):
+        one, other = model.eval()(rows, documents_BT=documents_BT)[:, half:]
     model.train(was_training)
     difference = float((one - other).abs().max()) if half and last else 0.0
     if difference > SAME * float(one.abs().max()):

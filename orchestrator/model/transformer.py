@@ -178,7 +178,8 @@ class MoELanguageModel(TrainableModel):
             std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
             draw_normal(param, name, seed, std)
         for layer in self.moe_layers:
-            layer.correction_bias_E.zero_()
+            if layer.correction_bias_E is not None:
+                layer.correction_bias_E.zero_()
 
 
 def segments(num_layers: int, recompute: str) -> list[range]:

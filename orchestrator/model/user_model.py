@@ -137,7 +137,9 @@ class UserModel(TrainableModel):
 
     def _draw_layers(self, seed: int) -> set[str]:
         """Draw the weights of MoE layers. Returns the names of their tensors."""
-        residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
+        residual_std = self.spec.initializer_range
+        if self.spec.entrypoint is not None:  # transformers draws all alike
+            residual_std /= (2 * self.spec.num_hidden_layers) ** 0.5
         names, buffers = set[str](), dict(self.state_buffers())
         for prefix, layer in self.named_modules():
             if not isinstance(layer, RoutedExperts):

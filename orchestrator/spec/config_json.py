@@ -56,9 +56,6 @@ OF_TRANSFORMERS = frozenset(
         "n_routed_experts",
         "num_experts_per_tok",
         "moe_intermediate_size",
-        "router",
-        "n_group",
-        "topk_group",
     }
 )
 

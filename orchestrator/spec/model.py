@@ -263,7 +263,7 @@ class ModelSpec(Section):
         if self.gradient_checkpointing not in ("none", "full"):
             rule = "gradient_checkpointing must be none or full with impl: transformers; got "
             yield Broken((("gradient_checkpointing",), ("impl",)), rule + self.gradient_checkpointing)
-        for key in sorted((IN_CONFIG - OF_TRANSFORMERS) & self.model_fields_set):
+        for key in sorted((IN_CONFIG - OF_TRANSFORMERS | {"embedding_scale"}) & self.model_fields_set):
             field = type(self).model_fields[key]
             if getattr(self, key) != field.get_default(call_default_factory=True, validated_data=vars(self)):
                 yield Broken(((key,), ("impl",)), f"{key} is of our model; with impl: transformers, set it in config")

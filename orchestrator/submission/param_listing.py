@@ -13,7 +13,7 @@ from orchestrator.submission.torch_process import run_module
 
 def plan_of(job: JobSpec) -> JobPlan:
     """The job's needs at each world size. Raises UsageError if its model can't be built."""
-    return plan_job(job, state_of(job), ours=job.model.entrypoint is None)
+    return plan_job(job, state_of(job), ours=job.model.is_native)
 
 
 def state_of(job: JobSpec) -> StatePlan:

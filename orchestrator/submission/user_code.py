@@ -69,7 +69,8 @@ def check_places(job: JobSpec) -> None:
 def _rehearse(job_json: str) -> None:
     job = JobSpec.model_validate_json(job_json)
     secrets, missing = _secrets_here(job)
-    named = ", ".join(f"{key} {name}" for key, name, _ in own_code_of(job) if key != "curriculum.signal")
+    of_user = [f"{key} {name}" for key, name, _ in own_code_of(job) if key != "curriculum.signal"]
+    named = ", ".join(of_user or [f"the model of {job.model.origin}"])
     try:
         done = run_module(REHEARSAL, job_json, {**job.envs, **secrets}, TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -19,7 +19,7 @@ from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
-from orchestrator.model.dry_run import rehearse
+from orchestrator.model.dry_run import is_small, rehearse
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.worker_job import WorkerJob
@@ -136,7 +136,7 @@ class Worker:
         factory = ShardFactory(self._id, job, spec, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
         feed = open_batches(spec, job.store_dir, factory.task, device)
-        if spec.has_own_code:
+        if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
             rehearse(spec, factory.vocab_size, factory.task, device, feed.first_rows(2))
         warm_up(spec, factory.vocab_size, device, factory.address)
         memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None

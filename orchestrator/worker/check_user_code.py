@@ -17,8 +17,8 @@ import torch
 from orchestrator.callback import made
 from orchestrator.data.rows.prepare_rows import first_rows
 from orchestrator.engine.optim.lr_schedule import learning_rate
-from orchestrator.errors import CheckpointCorrupt, DataError, EntrypointError
-from orchestrator.model.dry_run import rehearse
+from orchestrator.errors import CheckpointCorrupt, DataError, EntrypointError, UsageError
+from orchestrator.model.dry_run import is_small, rehearse
 from orchestrator.model.factory import catalogue
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.requirements import use_requirements
@@ -26,7 +26,6 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.worker.transition.transformers_files import TransformersFiles
 
 MOST_STEPS = 1000  # whose learning rates are asked for
-MAX_ELEMENTS = 200_000_000  # dense ones; larger models aren't built where the job is submitted, possibly a laptop
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
         if job.model.init_from is not None and not job.model.is_native:
             TransformersFiles(job.model, Path(job.model.init_from)).check()
         params, _ = catalogue(job.model, vocab_size)
-        if job.has_own_code and sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
+        if job.has_own_code and is_small(params):
             rehearse(job, vocab_size, task, torch.device("cpu"), rows)
     except EntrypointError as error:
         return DryRunFault(error.message, error.remedy, error.traceback)
-    except (DataError, CheckpointCorrupt) as error:
+    except (DataError, CheckpointCorrupt, UsageError) as error:
         return DryRunFault(error.message, error.remedy, "")
     return None
 

@@ -17,6 +17,7 @@ from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.moe.routed_experts import Dispatched
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.transformers_impl.transformers_model import their_name
 from orchestrator.spec.job import JobSpec
@@ -51,6 +52,7 @@ LATENT = {
 KINDS: dict[str, dict[str, Any]] = {
     "afmoe": NAMED_OTHERWISE | {"num_dense_layers": 1, "head_dim": 8},
     "deepseek_v2": TWO_OF_FOUR | LATENT | {"first_k_dense_replace": 1, "head_dim": 8, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": TWO_OF_FOUR | LATENT | {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
     "dots1": TWO_OF_FOUR | {"n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8},
     "ernie4_5_moe": {
         "moe_intermediate_size": 16,
@@ -140,17 +142,41 @@ def test_what_was_read_is_written_as_transformers_would_have(tmp_path: Path, kin
     assert torch.equal(again(inputs_BT, use_cache=False).logits, theirs(inputs_BT, use_cache=False).logits)
 
 
+def test_an_export_in_bf16_keeps_in_fp32_what_transformers_does(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    _theirs("dots1", before)
+    after.mkdir()
+    write_transformers(_ours(before), VOCAB, LENGTH, "bf16", after)
+    tensors = load_file(after / "model.safetensors")
+    whole = {name for name, tensor in tensors.items() if tensor.dtype is torch.float32}
+    assert whole == {f"model.layers.1.mlp.gate.{name}" for name in ("weight", "e_score_correction_bias")}
+    assert AutoModelForCausalLM.from_pretrained(after).dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["dots1", "qwen2_moe"])
 def test_recomputed_activations_change_no_gradient(tmp_path: Path, kind: str) -> None:
     _theirs(kind, tmp_path)
     inputs_BT, targets_BT = _rows()
-    gradients = []
+    gradients, calls = [], list[int]()
     for keys in ({}, {"gradient_checkpointing": "full"}):
         model = _ours(tmp_path, **keys).train()
+        calls.append(0)
+        model.moe_layers[0].register_forward_hook(lambda *_: calls.append(calls.pop() + 1))
         model.with_balance_losses(model(inputs_BT, targets_BT)).backward()  # type: ignore[no-untyped-call]
         gradients.append({name: param.grad for name, param in model.named_parameters()})
+    assert calls == [1, 2]
     for name, gradient in gradients[0].items():
         assert gradient is not None and torch.equal(gradient, gradients[1][name]), name  # type: ignore[arg-type]
+
+
+def test_a_recomputed_pass_keeps_the_choice_that_was_dispatched(tmp_path: Path) -> None:
+    _theirs("qwen2_moe", tmp_path)
+    layer = _ours(tmp_path).moe_layers[0]
+    x_ND, ids_NK = torch.randn(5, 32), torch.tensor([[0, 3]] * 5)
+    gates_NK = torch.rand(5, 2)
+    once = layer(x_ND, ids_NK, gates_NK)
+    layer._recomputed = lambda: Dispatched(ids_NK, None)  # type: ignore[method-assign]
+    assert torch.equal(layer(x_ND, ids_NK.flip(1), gates_NK.flip(1)), once)
 
 
 def test_padding_is_not_routed_and_changes_nothing_before_it(tmp_path: Path) -> None:
@@ -213,7 +239,7 @@ def _job(kind: str, **data: Any) -> JobSpec:
     )
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v2", "dots1", "qwen2_moe"])
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"afmoe", "jamba", "lfm2_moe"}))
 def test_documents_of_a_row_do_not_see_each_other(kind: str) -> None:
     rehearse(_job(kind, isolate_documents=True), VOCAB, task_of(_job(kind).task), torch.device("cpu"))
 
@@ -223,6 +249,17 @@ def test_models_that_mix_documents_are_refused(kind: str, why: str) -> None:
     with pytest.raises(EntrypointError) as caught:
         rehearse(_job(kind, isolate_documents=True), VOCAB, task_of(_job(kind).task), torch.device("cpu"))
     assert why in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["dots1", "deepseek_v3", "glm4_moe_lite"])
+def test_one_expert_per_token_can_be_tried_too(kind: str) -> None:
+    config = {"model_type": kind, **SIZES, **KINDS[kind], "num_experts_per_tok": 1}
+    config = {key: value for key, value in config.items() if key not in ("n_group", "topk_group")}
+    if kind == "deepseek_v3":  # whose class has 8 groups
+        config |= {"n_routed_experts": 16}
+    model = resolved(ModelSpec(impl="transformers", config=config))
+    job = _job(kind).model_copy(update={"model": model})
+    rehearse(job, VOCAB, task_of(job.task), torch.device("cpu"))
 
 
 def test_experts_that_compute_something_else_are_refused() -> None:

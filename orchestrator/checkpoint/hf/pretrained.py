@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from orchestrator.checkpoint.hf.families import family_of_config
 from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.shapes import shapes
-from orchestrator.checkpoint.hf.transformers_config import AUX_LOSS, transformers_settings
+from orchestrator.checkpoint.hf.transformers_config import OF_TRAINING, transformers_settings
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.config_json import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.model import ModelSpec
@@ -27,6 +27,11 @@ from orchestrator.spec.section import Section
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
 NAMED_AT_MOST = 8  # tensors in a message
+OTHER_DIRECTORY = (
+    "Name a directory that `orchestrator model export` has written, or `save_pretrained` of a family in "
+    "docs/pretrained.md; for other mixtures of transformers set model.impl: transformers."
+)
+OTHER_CONFIG = "Correct model.config, or the config.json in model.init_from."
 DUE_TO_OTHERS = "default_factory_not_called"  # pydantic's error for a default that follows from a wrong value
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
 _EXPERT, _ROUTER = re.compile(r"\.mlp\.experts\.\d+\."), ".mlp.router."
@@ -127,22 +132,24 @@ def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
         UsageError: no such directory, another architecture, or differing values, all of which it names.
     """
     path = "model.config" if directory is None else directory / CONFIG
+    remedy = OTHER_CONFIG if spec.impl == "transformers" else OTHER_DIRECTORY
     try:
         config = {} if directory is None else _read_json(directory / CONFIG)
         found = _settings(spec, config)
         if spec.upcycle:
             found = _upcycled(spec, found)
     except UsageError as error:
-        raise _refused(f"{'' if directory is None else 'model.init_from: '}{path}: {error.message}") from error
+        place = path if directory is None else f"model.init_from: {path}"
+        raise _refused(f"{place}: {error.message}", remedy) from error
     differing = [
         f"model.{key} is {_shown(getattr(spec, key))} and {_shown(value)}"
         for key, value in found.items()
-        if key in spec.model_fields_set and _differs(getattr(spec, key), value)
+        if key in spec.model_fields_set - {"config"} and _differs(getattr(spec, key), value)
     ]
     if differing:
         raise _refused(
             f"the job and {path} differ: {'; '.join(differing)}",
-            "Correct these keys of the job's model section, or leave them out: they are taken from the directory.",
+            "Correct these keys of the job's model section, or leave them out: they are taken from there.",
         )
     of_directory = {} if directory is None else {"init_from": str(directory)}
     try:
@@ -150,14 +157,15 @@ def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
     except ValidationError as error:
         own = (each for each in error.errors() if each["type"] != DUE_TO_OTHERS)
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in own)
-        raise _refused(f"{path} is of a model that can't be trained: {wrong}") from error
+        raise _refused(f"{path} is of a model that can't be trained: {wrong}", remedy) from error
 
 
 def _settings(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     if spec.impl == "transformers":
         found = transformers_settings({**config, **spec.config})
-        own = spec.model_fields_set & {AUX_LOSS}  # of training, not of the model
-        return {key: value for key, value in found.items() if key not in own}
+        if spec.init_from is not None and "vocab_size" not in found:
+            raise UsageError("it lacks vocab_size, the rows of its embedding")
+        return {key: value for key, value in found.items() if key not in spec.model_fields_set & {*OF_TRAINING}}
     return family_of_config(config).settings(config)
 
 
@@ -227,11 +235,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _refused(f"model.init_from: {path} can't be read: {error.strerror}") from error
+        raise _refused(f"model.init_from: {path} can't be read: {error.strerror}", OTHER_DIRECTORY) from error
     except ValueError as error:
-        raise _refused(f"model.init_from: {path} is not JSON: {error}") from error
+        raise _refused(f"model.init_from: {path} is not JSON: {error}", OTHER_DIRECTORY) from error
     if not isinstance(content, dict):
-        raise _refused(f"model.init_from: {path} is a JSON {type(content).__name__}; it must be an object")
+        raise _refused(
+            f"model.init_from: {path} is a JSON {type(content).__name__}; it must be an object", OTHER_DIRECTORY
+        )
     return content
 
 
@@ -251,12 +261,7 @@ def _is_plain(file: object) -> bool:
     return isinstance(file, str) and Path(file).name == file
 
 
-def _refused(message: str, remedy: str = "") -> UsageError:
-    remedy = (
-        remedy
-        or "Name a directory that `orchestrator model export` has written, or `save_pretrained` of a family in "
-        "docs/pretrained.md; for other mixtures of transformers set model.impl: transformers."
-    )
+def _refused(message: str, remedy: str) -> UsageError:
     return UsageError(message, remedy=remedy, unchanged="Nothing was started.")
 
 

@@ -15,22 +15,7 @@ ALIASES = {
     "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
 }
 NEEDED = ("hidden_size", "num_hidden_layers")
-# Types of models whose routers choose experts by score and a bias, which training moves against the load.
-WITH_CORRECTION = frozenset(
-    {
-        "afmoe",
-        "deepseek_v3",
-        "dots1",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "lfm2_moe",
-        "minimax_m2",
-        "solar_open",
-    }
-)
-AUX_LOSS = "router_aux_loss_coef"
+OF_TRAINING = ("router_aux_loss_coef", "initializer_range")  # keys of a config that a job may set otherwise
 
 
 def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +26,7 @@ def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {key: config.get(key) for key in (*NEEDED, "vocab_size")}
     for ours, names in ALIASES.items():
-        found[ours] = next((config[name] for name in names if config.get(name) is not None), None)
+        found[ours] = next((_single(config[name]) for name in names if config.get(name) is not None), None)
     missing = [" or ".join(ALIASES.get(key, (key,))) for key, size in found.items() if _is_missing(key, size)]
     if config.get("model_type") is None:
         missing.insert(0, "model_type")
@@ -50,14 +35,18 @@ def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     wrong = [f"{key} {size!r}" for key, size in found.items() if not isinstance(size, int | None)]
     if wrong:
         raise UsageError(f"it has {', '.join(wrong)}; these must be whole numbers")
-    has_bias = config["model_type"] in WITH_CORRECTION
-    settings = {key: size for key, size in found.items() if size is not None}
-    settings |= {"router": "sigmoid" if has_bias else "softmax", "config": dict(config)}
-    if has_bias:
-        settings |= {"bias_update": "sign"}  # the other rule needs scores, which these routers keep to themselves
-    if config.get(AUX_LOSS) is not None:
-        settings[AUX_LOSS] = config[AUX_LOSS]
-    return settings
+    if config.get("quantization_config") is not None:
+        raise UsageError("it has quantization_config, and weights that are quantized can't be trained")
+    settings = {key: value for key, value in found.items() if value is not None}
+    settings |= {key: config[key] for key in OF_TRAINING if config.get(key) is not None}
+    # A router of transformers keeps its scores to itself, which the other rule for biases needs. Where it has no bias,
+    # nothing is moved.
+    return settings | {"router": "sigmoid", "bias_update": "sign", "config": dict(config)}
+
+
+def _single(size: object) -> object:
+    """The size; of a list, as some configs have with one for each layer, the value that all of them have."""
+    return size[0] if isinstance(size, list) and len(set(map(str, size))) == 1 else size
 
 
 def _is_missing(key: str, size: object) -> bool:

@@ -53,8 +53,9 @@ class RoutedExperts(nn.Module):
         self._dispatched: tuple[Dispatched, ...] = ()
 
     @property
-    def correction_bias_E(self) -> Tensor:
-        """The bias on scores by which experts are chosen, which training moves (`model.bias_update_speed`)."""
+    def correction_bias_E(self) -> Tensor | None:
+        """The bias on scores by which experts are chosen, which training moves (`model.bias_update_speed`); None: the
+        router has none."""
         raise NotImplementedError
 
     def _needs_grad(self, x_ND: Tensor) -> Tensor:

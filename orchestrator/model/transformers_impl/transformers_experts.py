@@ -35,12 +35,9 @@ class TransformersExperts(RoutedExperts):
         self._bias = list(_biases(layer))[:1]  # a list: no submodule of this one
 
     @property
-    def correction_bias_E(self) -> Tensor:
+    def correction_bias_E(self) -> Tensor | None:
         if not self._bias:
-            raise EntrypointError(
-                "model.bias_update_speed is set, and this model's routers have no bias",
-                remedy="Leave it out: these routers are balanced by model.router_aux_loss_coef, if at all.",
-            )
+            return None
         module, name = self._bias[0]
         bias: Tensor = getattr(module, name)
         return bias.view(-1)
@@ -59,7 +56,10 @@ class TransformersExperts(RoutedExperts):
         before = self._recomputed()
         if before is None:
             self._count(ids_NK)
-        return self._run(self._needs_grad(x_ND), ids_NK, gates_NK, before=before)
+        chosen_NK = ids_NK if before is None else before.expert_ids_NK
+        # Computed again, gates may be in another order. Both passes do the same, as both have to keep the same tensors.
+        gates_NK = (gates_NK[:, None, :] * (chosen_NK[:, :, None] == ids_NK[:, None, :])).sum(2)
+        return self._run(self._needs_grad(x_ND), chosen_NK, gates_NK, before=before)
 
 
 def take_experts(model: nn.Module, spec: ModelSpec) -> list[tuple[nn.Module, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.checkpoint.hf.pretrained import OTHER_CONFIG
 from orchestrator.checkpoint.hf.transformers_config import ALIASES
 from orchestrator.errors import EntrypointError
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
@@ -21,7 +22,6 @@ from orchestrator.spec.model import ModelSpec
 ATTENTION = ("full_attention", "sliding_attention")  # layers that can be kept within a document
 PREFIX = "model.causal_lm."  # of names in `orchestrator.model.user_model`
 _EXPERT = re.compile(r"(.+\.experts)\.experts\.(\d+)\.(gate_up|down)")
-REMEDY = "Correct model.config, or the config.json in model.init_from."
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")  # in a config; no model needs them in training
 
 
@@ -59,7 +59,7 @@ def meta_model(spec: ModelSpec, vocab_size: int) -> Any:
     except Exception as error:  # of its modules, which check few of a config's values
         raise EntrypointError(
             f"transformers can't build a model from the config of {spec.origin}: {type(error).__name__}: {error}",
-            remedy=REMEDY,
+            remedy=OTHER_CONFIG,
         ) from error
 
 
@@ -73,18 +73,19 @@ def config_of(spec: ModelSpec, vocab_size: int) -> Any:
             remedy="pip install 'elastic-orchestrator[hf]', on every node.",
         ) from error
     keys: dict[str, Any] = {**spec.config, "vocab_size": vocab_size, "use_cache": False}
-    for ours, names in ALIASES.items():
-        if ours != "moe_intermediate_size":
-            keys |= {name: getattr(spec, ours) for name in names if keys.get(name) is not None}
-    for name in ("n_group", "topk_group"):
-        keys |= {name: getattr(spec, name)} if keys.get(name) is not None else {}
+    for name in ALIASES["n_routed_experts"]:
+        known = keys.get(name)
+        if known is not None and spec.n_routed_experts not in (known, *(known if isinstance(known, list) else ())):
+            # A dry run has few experts, and groups would have too few each.
+            fewer = [spec.n_routed_experts] * len(known) if isinstance(known, list) else spec.n_routed_experts
+            keys |= {name: fewer, "n_group": 1, "topk_group": 1}
     keys |= {name: None for name in TOKENS if isinstance(keys.get(name), int) and keys[name] >= vocab_size}
     try:
         return AutoConfig.for_model(keys.pop("model_type"), **keys)
     except Exception as error:  # whatever its config classes raise
         raise EntrypointError(
             f"transformers takes no config of {spec.origin}: {error}",
-            remedy=REMEDY,
+            remedy=OTHER_CONFIG,
         ) from error
 
 
@@ -117,7 +118,8 @@ class TransformersModel(nn.Module):
         self._spec, self.causal_lm = spec, causal_lm
         self._experts = [layer for layer in causal_lm.modules() if isinstance(layer, RoutedExperts)]
         takes = inspect.signature(causal_lm.forward).parameters
-        self._has_aux_loss = bool(self._experts) and "output_router_logits" in takes
+        has_biases = any(layer.correction_bias_E is not None for layer in self._experts)
+        self._has_aux_loss = bool(self._experts) and not has_biases and "output_router_logits" in takes
 
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         num_rows, more = len(tokens_BT), dict[str, Any]()
@@ -159,8 +161,7 @@ class TransformersModel(nn.Module):
         return index_T - torch.where(begins_BT, index_T, 0).cummax(1).values
 
     def _wants_aux_loss(self) -> bool:
-        by_loss = self._spec.router == "softmax" and self._spec.router_aux_loss_coef > 0
-        return self._has_aux_loss and by_loss and torch.is_grad_enabled()
+        return self._has_aux_loss and self._spec.router_aux_loss_coef > 0 and torch.is_grad_enabled()
 
     def _keep_aux_loss(self, loss: Tensor) -> None:
         """Keep transformers' auxiliary loss, a mean over the tokens of all layers, as the sum that a layer has."""

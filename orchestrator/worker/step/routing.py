@@ -37,12 +37,13 @@ class RoutingRecorder:
 
 
 def move_biases(spec: JobSpec, layers: Sequence[RoutedExperts], routed: RoutingCounts, step: int) -> None:
-    """Move the routers' biases by the expert counts of a step's global batch."""
-    if not spec.model.bias_update_speed or not layers:
+    """Move the routers' biases, if they have some, by the expert counts of a step's global batch."""
+    biases = [bias_E for layer in layers if (bias_E := layer.correction_bias_E) is not None]
+    if not spec.model.bias_update_speed or len(biases) < max(1, len(layers)):
         return
-    bias_LE = torch.stack([layer.correction_bias_E for layer in layers])
+    bias_LE = torch.stack(biases)
     # On the host, so that unlike GPUs compute the same. It waits for a GPU as often for many layers as for one.
     moved_LE = next_bias(bias_LE.cpu(), routed, spec.model, decay(spec.train, step))
     bias_LE = moved_LE.to(bias_LE.device)
-    for layer, bias_E in zip(layers, bias_LE, strict=True):
-        layer.correction_bias_E.copy_(bias_E)
+    for held_E, bias_E in zip(biases, bias_LE, strict=True):
+        held_E.copy_(bias_E)

@@ -1,5 +1,6 @@
 """Sizes of a model that transformers builds, from its config alone."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,24 @@ def test_a_size_has_many_names(names: dict[str, Any]) -> None:
     assert found["config"] == {**SIZES, **names}
 
 
-def test_routers_with_a_bias_are_balanced_by_it_and_others_by_their_loss() -> None:
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    with_bias = resolved(ModelSpec(impl="transformers", config={"model_type": "dots1", **SIZES, **experts}))
-    assert (with_bias.bias_update, with_bias.bias_update_speed) == ("sign", 1e-3)
-    config = {"model_type": "qwen2_moe", "router_aux_loss_coef": 0.003, **SIZES, **experts}
-    by_loss = resolved(ModelSpec(impl="transformers", config=config))
-    assert (by_loss.bias_update_speed, by_loss.router_aux_loss_coef) == (0.0, 0.003)
-    own = resolved(ModelSpec(impl="transformers", config=config, router_aux_loss_coef=0.1))
-    assert own.router_aux_loss_coef == 0.1
+def test_keys_of_training_may_differ_from_the_config() -> None:
+    experts = {"n_routed_experts": [4, 4], "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = {"model_type": "dots1", "router_aux_loss_coef": 0.003, "initializer_range": 0.1, **SIZES, **experts}
+    spec = resolved(ModelSpec(impl="transformers", config=config))
+    assert (spec.bias_update, spec.bias_update_speed) == ("sign", 1e-3)
+    assert (spec.router_aux_loss_coef, spec.initializer_range, spec.n_routed_experts) == (0.003, 0.1, 4)
+    own = resolved(ModelSpec(impl="transformers", config=config, router_aux_loss_coef=0.1, bias_update_speed=0.0))
+    assert (own.router_aux_loss_coef, own.bias_update_speed) == (0.1, 0.0)
+
+
+def test_keys_of_the_job_win_over_the_directory(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2_moe", **SIZES, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mine = ModelSpec(impl="transformers", init_from=str(tmp_path), config={"attention_dropout": 0.1})
+    assert resolved(mine, tmp_path).config == {**config, "attention_dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vocab_size"}))
+    with pytest.raises(UsageError, match="it lacks vocab_size"):
+        resolved(mine, tmp_path)
 
 
 def test_a_resolved_job_is_read_back_as_it_was() -> None:
@@ -58,8 +68,19 @@ def test_a_resolved_job_is_read_back_as_it_was() -> None:
         ({"model_type": "dots1", "hidden_size": 8}, "it lacks num_hidden_layers, n_routed_experts or num_experts or"),
         ({**SIZES, "num_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 8}, "it lacks model_type"),
         (
-            {"model_type": "x", **SIZES, "num_experts": [2], "num_experts_per_tok": 1, "intermediate_size": 8},
-            r"it has n_routed_experts \[2\]; these must be whole numbers",
+            {"model_type": "x", **SIZES, "num_experts": [2, 3], "num_experts_per_tok": 1, "intermediate_size": 8},
+            r"it has n_routed_experts \[2, 3\]; these must be whole numbers",
+        ),
+        (
+            {
+                "model_type": "x",
+                **SIZES,
+                "num_experts": 2,
+                "num_experts_per_tok": 1,
+                "intermediate_size": 8,
+                "quantization_config": {"quant_method": "fp8"},
+            },
+            "it has quantization_config, and weights that are quantized can't be trained",
         ),
     ],
 )
