@@ -23,6 +23,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import STEPS, VOCAB, small_job
+from tests.support.wheels import write_wheel
 from tests.support.worker_group import Crew, Memory
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -214,6 +215,16 @@ def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, 
         runs.append([record.loss for _, record in sorted(worker_group.records.items())])
     assert len(runs[0]) == STEPS and runs[0] == runs[1]
     assert runs[0][-1] < runs[0][0] - 0.5
+
+
+def test_a_worker_has_the_packages_that_its_job_names(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    wheel = write_wheel(tmp_path, "tiny_for_workers", "SIZE = 16")
+    source = "import tiny_for_workers\n" + linear(init="assert tiny_for_workers.SIZE == spec.hidden_size")
+    job = small_job(texts).model_copy(update={"model": own_spec(tmp_path, source), "pip": [wheel]})
+    env = {"ORCHESTRATOR_HOME": str(tmp_path / "home")}
+    with Crew(job, store_dir, tmp_path / "run", size=2, env=env) as worker_group:  # two that install at once
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_step(2)
 
 
 def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.submission import order_of
 from orchestrator.submission.user_code import check_own_code
+from tests.support.wheels import write_wheel
 
 pytestmark = pytest.mark.usefixtures("forked_torch")
 
@@ -42,6 +43,17 @@ def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     job = _job(tmp_path, "import os; os._exit(7)", monkeypatch)
     with pytest.raises(EntrypointError, match="ended with code 7"):
         order_of(job, None)
+
+
+def test_a_package_that_the_job_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    wheel = write_wheel(tmp_path, "tiny_for_dry_runs", "")
+    job = _job(tmp_path / "code", "import tiny_for_dry_runs\nraise RuntimeError('it is there')", monkeypatch)
+    with pytest.raises(EntrypointError, match="No module named 'tiny_for_dry_runs'") as caught:
+        check_own_code(job)
+    assert "may be named in the job's pip" in caught.value.remedy
+    with pytest.raises(EntrypointError, match="it is there"):
+        check_own_code(job.model_copy(update={"pip": [wheel]}))
 
 
 def test_ours_needs_no_look() -> None:
