@@ -208,7 +208,7 @@ def test_the_auxiliary_loss_is_that_of_transformers(tmp_path: Path) -> None:
         (lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"), "lacks model.layers.1.self_attn.q_proj.weight"),
         (lambda t: t.pop("model.layers.0.mlp.experts.3.up_proj.weight"), "experts.experts.3.gate_up"),
         (lambda t: t.update({"model.layers.7.mlp.gate.weight": torch.zeros(4, 32)}), "model.layers.7.mlp.gate.weight"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), "has in another shape model.norm.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), "doesn't match its config.json: model.norm.weight"),
     ],
 )
 def test_files_of_another_model_are_named(tmp_path: Path, change: Any, fault: str) -> None:

@@ -7,7 +7,7 @@ read. `orchestrator.worker.transition.load_state` reads the weights. Experts may
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,14 @@ class Pretrained:
                 continue
             names = self.family.their_names(name)
             wanted |= {each: (shape[0] // len(names), *shape[1:]) for each in names}
-        self._refuse("lacks", [name for name in wanted if name not in self.files])
+        refuse_tensors(self.path, "lacks", [name for name in wanted if name not in self.files])
         held = [name for name in wanted if name in self.files]
         wrong = [f"{n} has {self.shapes[n]}, not {wanted[n]}" for n in held if self.shapes[n] != wanted[n]]
-        self._refuse("doesn't match its config.json:", wrong)
+        refuse_tensors(self.path, "doesn't match its config.json:", wrong)
         other = [f"{n} ({self.dtypes[n]})" for n in held if self.dtypes[n] not in FLOATS]
-        self._refuse("holds numbers that are none of fp32, fp16 and bf16:", other)
+        refuse_tensors(self.path, "holds numbers that are none of fp32, fp16 and bf16:", other)
         over = [name for name in self.files if name not in wanted and not self._ignored(name, spec)]
-        self._refuse("holds tensors that such a model has no place for:", over)
+        refuse_tensors(self.path, "holds tensors that such a model has no place for:", over)
 
     def _dense(self, name: str) -> str | None:
         """The tensor whose values one of ours has: of a dense model that becomes a mixture an expert has those of the
@@ -114,14 +114,16 @@ class Pretrained:
             return True
         return (self.tied and name == "lm_head.weight") or _UNUSED.fullmatch(name) is not None
 
-    def _refuse(self, fault: str, found: list[str]) -> None:
-        if found:
-            more = f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else ""
-            raise CheckpointCorrupt(
-                f"{self.path} {fault} {', '.join(found[:NAMED_AT_MOST])}{more}",
-                remedy="Fetch or save the directory again, whole, or leave model.init_from out.",
-                unchanged="Nothing was started.",
-            )
+
+def refuse_tensors(directory: Path, fault: str, names: Sequence[str]) -> None:
+    """Raises CheckpointCorrupt for a directory with a fault of these tensors; none: it has no such fault."""
+    if names:
+        more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+        raise CheckpointCorrupt(
+            f"{directory} {fault} {', '.join(names[:NAMED_AT_MOST])}{more}",
+            remedy="Fetch or save the directory again, whole, or leave model.init_from out.",
+            unchanged="Nothing was started.",
+        )
 
 
 def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.checkpoint.hf.pretrained import NAMED_AT_MOST, Listing, Part, list_tensors
+from orchestrator.checkpoint.hf.pretrained import Listing, Part, list_tensors, refuse_tensors
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
@@ -67,18 +67,9 @@ class TransformersFiles:
             if {shape[1:] for shape in shapes} != {tuple(tensor.shape[1:])} or rows != len(tensor):
                 wrong.append(f"{name.removeprefix(PREFIX)} ({list(tensor.shape)} wanted)")
         unexpected = [name for name in self._whole if name not in self._wanted and not self._is_ignored(name)]
-        for fault, names in (
-            ("lacks", missing),
-            ("has in another shape", wrong),
-            ("has, beside what the model has,", unexpected),
-        ):
-            if names:
-                more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-                raise CheckpointCorrupt(
-                    f"{self._path} {fault} {', '.join(names[:NAMED_AT_MOST])}{more}",
-                    remedy="Fetch or save the directory again, whole, or leave model.init_from out.",
-                    unchanged="Nothing was started.",
-                )
+        refuse_tensors(self._path, "lacks", missing)
+        refuse_tensors(self._path, "doesn't match its config.json:", wrong)
+        refuse_tensors(self._path, "holds tensors that such a model has no place for:", unexpected)
 
     def _part(self, key: str, index: int | None = None) -> Part:
         return Part(self._path / self._listing.files[key], key, index)
