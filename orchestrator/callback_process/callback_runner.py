@@ -29,6 +29,7 @@ log = logging.getLogger("orchestrator.callback_process")
 
 READ_EVERY_S = 1.0
 STORE_EVERY_S = 10.0
+INSTALL_AGAIN_S = 60.0
 SLOW_S = 30.0  # a call that lasts longer shows in the run's status
 
 
@@ -139,13 +140,13 @@ class CallbackRunner:
         return self._has_ended.wait(timeout_s)
 
     def _work(self) -> None:
-        begins = [self._begin]
+        begins = [self._take_secrets, self._use_requirements, self._begin]
         while True:
             end = self._end  # looked at before reading: all steps are there then
             try:
                 while begins:
                     begins[0]()
-                    begins.pop()
+                    begins.pop(0)
                 self._read_on()
                 self._pass_on()  # before the position is stored: a process in its place requests the same again
                 if end is not None:
@@ -161,13 +162,17 @@ class CallbackRunner:
             except Exception as error:  # of any kind: it is shown, and tried again
                 self._waits = f"callbacks wait: {error!r}"
                 log.exception("callbacks wait")
-            self._changed.wait(READ_EVERY_S)
+            self._changed.wait(INSTALL_AGAIN_S if self._use_requirements in begins else READ_EVERY_S)
             self._changed.clear()
+
+    def _take_secrets(self) -> None:
+        take_secrets(self._secrets)
+
+    def _use_requirements(self) -> None:
+        use_requirements(self._requirements)
 
     def _begin(self) -> None:
         """Go on from where an earlier process was."""
-        take_secrets(self._secrets)
-        use_requirements(self._requirements)
         run_dir = location_of(self._run_dir)
         if (key := signer_in_cluster(run_dir)) is not None:
             hold_key(run_dir, key)

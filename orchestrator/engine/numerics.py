@@ -6,10 +6,13 @@ The contract: the same job and the same fingerprint give the same bits.
 import json
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from orchestrator.requirements import used_versions
 
 
 def pin(device: torch.device) -> None:
@@ -23,8 +26,12 @@ def pin(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def fingerprint(device: torch.device) -> str:
-    """Versions, kind of processor and threads, as JSON. Threads matter, as they split sums into parts."""
+def fingerprint(device: torch.device, libraries: Sequence[str] = ()) -> str:
+    """Versions, kind of processor and threads, as JSON. Threads matter, as they split sums into parts.
+
+    Args:
+        libraries: further ones that compute, beside the packages that the job names.
+    """
     found = {
         "orchestrator": version_of_ours(),
         "torch": torch.__version__,
@@ -34,6 +41,9 @@ def fingerprint(device: torch.device) -> str:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+    found |= {name: version(name) for name in libraries}
+    if packages := used_versions():
+        found["pip"] = ", ".join(packages)
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     return json.dumps(found, sort_keys=True)

@@ -44,7 +44,8 @@ def answers(request: Request) -> Iterator[Answer]:
     """Answers to the request, the result last."""
     run_dir = location_of(request.run_dir)
     job = JobSpec.model_validate_json(objects_at(run_dir).get("job.json"))
-    use_requirements(job.pip)
+    if job.has_own_code:
+        use_requirements(job.pip)
     tokenizer = TextTokenizer.load(run_dir / TOKENIZER) if job.has_tokens else None
     prepared = 0 if tokenizer is None else tokenizer.vocab_size
     if isinstance(request, Evaluation) and request.store_dir is not None and not job.has_tokens:

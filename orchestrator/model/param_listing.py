@@ -15,7 +15,8 @@ from orchestrator.spec.job import JobSpec
 
 def main() -> None:
     job = JobSpec.model_validate_json(sys.stdin.read())
-    use_requirements(job.pip)
+    if job.has_own_code:
+        use_requirements(job.pip)
     params, buffers = catalogue(job.model, job.num_outputs())
     print(json.dumps({"params": [[p.name, p.shape, p.expert] for p in params], "buffers": buffers}))
 

@@ -169,13 +169,21 @@ def _checkpoints(config: CheckpointConfig) -> _Said:
 
 def _environment(config: RunConfig) -> _Said:
     for key, value in _dict(config.worker_runtime_env).items():
+        if key.startswith("_"):  # of Ray's own
+            continue
+        if (
+            key == "pip"
+            and isinstance(value, dict)
+            and not any(value.get(name) for name in value.keys() - {"packages"})
+        ):
+            value = value["packages"]
         if key == "env_vars":
             for name, text in value.items():
                 yield Setting(("envs", name), text, f"RunConfig(worker_runtime_env={{'env_vars': {{{name!r}: …}}}})")
         elif key == "pip" and isinstance(value, list):
             yield Setting(("pip",), value, f"RunConfig(worker_runtime_env={{'pip': {value!r}}})")
         else:
-            rule = f"workers get env_vars and pip, a list, only, not {key}: install it in the image, or on nodes"
+            rule = "workers get env_vars and pip, a list of packages, only: install the rest in the image, or on nodes"
             yield _Refusal(f"RunConfig(worker_runtime_env={{{key!r}: …}})", rule)
 
 

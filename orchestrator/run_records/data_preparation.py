@@ -46,9 +46,10 @@ class Preparation:
         """
         job = JobSpec.model_validate_json(job_json)
         data, place = job.data, location_of(data_dir)
+        if job.has_rows or job.pip:
+            take_secrets(job.secrets)  # which a user's rows may need, or pip
         use_requirements(job.pip)
         if job.has_rows:
-            take_secrets(job.secrets)  # which a user's rows may need
             return self._prepare_rows(job, location_of(run_dir), place)
         store = prepare(
             data.source,

@@ -8,6 +8,7 @@ directly, as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value r
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -75,9 +76,11 @@ class EvalSpec(Section):
 
 def _requirement(text: str) -> str:
     try:
-        Requirement(text)
+        url = urlsplit(Requirement(text).url or "")
     except InvalidRequirement as error:
         raise refuse(f"must be a package as pip names it: {str(error).splitlines()[0]}") from error
+    if url.password:
+        raise refuse("must name no password, which everybody could read: set PIP_INDEX_URL in secrets")
     return text
 
 

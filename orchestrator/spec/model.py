@@ -163,6 +163,11 @@ class ModelSpec(Section):
         return self.entrypoint or f"transformers ({self.config.get('model_type', 'no model_type')})"
 
     @property
+    def libraries(self) -> tuple[str, ...]:
+        """What computes beside torch, by the names of their distributions."""
+        return ("transformers",) if self.impl == "transformers" else ()
+
+    @property
     def rotary_size(self) -> int:
         """Width of the rotated part of a head."""
         if self.kv_lora_rank is not None:

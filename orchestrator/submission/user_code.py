@@ -31,7 +31,7 @@ def check_own_code(job: JobSpec) -> None:
     check_places(job)
     if not job.model.is_native or any(key != "curriculum.signal" for key, _, _ in own_code_of(job)):
         if job.pip:
-            installed(job.pip)  # before the time that the process has
+            installed(job.pip, {**job.envs, **_secrets_here(job)[0]})  # before the time that the process has
         _rehearse(job.model_dump_json(by_alias=True))
 
 

@@ -132,7 +132,9 @@ class Worker:
         device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)
-        self._mailbox.publish(numerics=fingerprint(device) if spec.train.is_exact else kind_of_gpu(device))
+        self._mailbox.publish(
+            numerics=fingerprint(device, spec.model.libraries) if spec.train.is_exact else kind_of_gpu(device)
+        )
         factory = ShardFactory(self._id, job, spec, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
         feed = open_batches(spec, job.store_dir, factory.task, device)

@@ -208,7 +208,10 @@ def test_the_auxiliary_loss_is_that_of_transformers(tmp_path: Path) -> None:
         (lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"), "lacks model.layers.1.self_attn.q_proj.weight"),
         (lambda t: t.pop("model.layers.0.mlp.experts.3.up_proj.weight"), "experts.experts.3.gate_up"),
         (lambda t: t.update({"model.layers.7.mlp.gate.weight": torch.zeros(4, 32)}), "model.layers.7.mlp.gate.weight"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), "doesn't match its config.json: model.norm.weight"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(31)}),
+            "doesn't match its config.json: model.norm.weight",
+        ),
     ],
 )
 def test_files_of_another_model_are_named(tmp_path: Path, change: Any, fault: str) -> None:
@@ -268,6 +271,13 @@ def test_experts_that_compute_something_else_are_refused() -> None:
     with pytest.raises(EntrypointError) as caught:
         build_model(spec, VOCAB, single_rank(spec))
     assert "GptOssExperts" in caught.value.message and "has_bias is True" in caught.value.message
+
+
+def test_a_speed_of_biases_that_are_not_there_is_refused() -> None:
+    config = {"model_type": "qwen2_moe", **SIZES, **KINDS["qwen2_moe"]}
+    spec = resolved(ModelSpec(impl="transformers", config=config, bias_update_speed=0.01))
+    with pytest.raises(EntrypointError, match="bias_update_speed is 0.01, and routers of .* have no bias"):
+        build_model(spec, VOCAB, single_rank(spec))
 
 
 def test_what_transformers_cannot_build_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.transformers_impl.transformers_experts import TransformersExperts, take_experts
-from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model import BIAS_UPDATE_SPEED, ModelSpec
 
 ATTENTION = ("full_attention", "sliding_attention")  # layers that can be kept within a document
 PREFIX = "model.causal_lm."  # of names in `orchestrator.model.user_model`
@@ -43,9 +43,21 @@ def build_transformers(spec: ModelSpec, vocab_size: int, home: ExpertParallelCon
                 causal_lm._init_weights(module)
     for layer, name in places:
         setattr(layer, name, TransformersExperts(spec, home, layer))
+    _check_bias(spec, causal_lm)
     if spec.gradient_checkpointing == "full":
         causal_lm.activation_checkpointing_enable({"use_reentrant": False})
     return TransformersModel(spec, causal_lm)
+
+
+def _check_bias(spec: ModelSpec, causal_lm: nn.Module) -> None:
+    """Raises EntrypointError for a speed that the job sets, of biases that no router has."""
+    experts = [layer for layer in causal_lm.modules() if isinstance(layer, RoutedExperts)]
+    has_biases = any(layer.correction_bias_E is not None for layer in experts)
+    if spec.bias_update_speed not in (0.0, BIAS_UPDATE_SPEED["sign"]) and not has_biases:
+        raise EntrypointError(
+            f"model.bias_update_speed is {spec.bias_update_speed:g}, and routers of {spec.origin} have no bias",
+            remedy="Leave it out: they are balanced by model.router_aux_loss_coef, if at all.",
+        )
 
 
 def meta_model(spec: ModelSpec, vocab_size: int) -> Any:
@@ -73,6 +85,7 @@ def config_of(spec: ModelSpec, vocab_size: int) -> Any:
             remedy="pip install 'elastic-orchestrator[hf]', on every node.",
         ) from error
     keys: dict[str, Any] = {**spec.config, "vocab_size": vocab_size, "use_cache": False}
+    keys["initializer_range"] = spec.initializer_range
     for name in ALIASES["n_routed_experts"]:
         known = keys.get(name)
         if known is not None and spec.n_routed_experts not in (known, *(known if isinstance(known, list) else ())):

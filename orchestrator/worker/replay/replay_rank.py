@@ -40,7 +40,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     use_requirements(spec.pip)
     device = device_of(spec.resources.num_gpus)
     pin(device)
-    yield Numerics(fingerprint(device))
+    yield Numerics(fingerprint(device, spec.model.libraries))
     factory = ShardFactory(order.worker, order.job, spec, device)
     feed = open_batches(spec, order.job.store_dir, factory.task, device)
     yield from replay(factory, feed, prepare(factory, plan), order.last_step)

@@ -356,3 +356,22 @@ def test_limits_on_the_ranks_of_a_token_are_not_for_routers_of_transformers() ->
     model = {"impl": "transformers", "config": {"model_type": "dots1"}}
     with pytest.raises(ValidationError, match="with impl: transformers they are its own: leave it out; got 2"):
         job(model=model, communication={"ranks_per_token": 2})
+
+
+@pytest.mark.parametrize("package", ["einops==0.8.1", "numpy", "tiny @ file:///wheels/tiny-1.0-py3-none-any.whl"])
+def test_packages(package: str) -> None:
+    assert job(pip=[package]).pip == [package]
+
+
+@pytest.mark.parametrize(
+    ("package", "rule"),
+    [
+        ("--index-url=http://evil", "must be a package as pip names it"),
+        ("-r requirements.txt", "must be a package as pip names it"),
+        ("two words", "must be a package as pip names it"),
+        ("tiny @ https://me:secret@host/tiny.whl", "must name no password, which everybody could read"),
+    ],
+)
+def test_packages_refused(package: str, rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(pip=[package])
