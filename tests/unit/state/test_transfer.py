@@ -1,5 +1,6 @@
 """How moves become messages, and plans carried out between workers that are threads of this process."""
 
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +18,7 @@ from orchestrator.elastic.world import World
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import Piece, chunks, execute_transfer
 from tests.support.layouts import layout_of_state
-from tests.unit.comm.threads import on_peers
+from tests.unit.comm.threads import PATIENCE_S, on_peers
 
 ITEMSIZE = np.array([1, 2, 8])
 PARAMS = [ParamSpec("dense", (101,), None), ParamSpec("experts.0", (33,), 0), ParamSpec("experts.1", (33,), 1)]
@@ -91,8 +92,10 @@ def test_everybody_ends_with_what_the_new_layout_says_and_the_old_is_untouched(b
 def test_a_lost_peer_is_an_error_and_the_old_shard_is_untouched() -> None:
     old, new = _layout(0, "ab"), _layout(1, "abc")
     plan = TransferPlan.between(old, new)
+    connected = threading.Barrier(len(plan.workers))
 
     def run(peers: PeerGroup) -> None:
+        connected.wait(PATIENCE_S)  # one that closes earlier would be lost while the others still connect
         if peers.me == "c":
             peers.close()
             return
