@@ -194,7 +194,8 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
     assert runs[0][-1] < runs[0][0] - 0.5
 
 
-@pytest.mark.parametrize("kind", ["dots1", "qwen2_moe"])
+# transformers' auxiliary loss is counted by torch.histc, which exact mode refuses on a GPU.
+@pytest.mark.parametrize("kind", ["dots1", pytest.param("qwen2_moe", marks=pytest.mark.on_cpu)])
 def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, kind: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
