@@ -58,7 +58,7 @@ def export_hf(
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(
-            f"{to} exists and is not empty", remedy="Name a new directory with --to.", unchanged="Nothing was written."
+            f"{to} exists and is not empty", remedy="Name a new directory with --out.", unchanged="Nothing was written."
         )
     if job.model.entrypoint is not None:
         raise UsageError(

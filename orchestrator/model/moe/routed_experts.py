@@ -6,6 +6,7 @@ Shape legend: N = local tokens, K = experts per token, M = rows that the experts
 experts, D = hidden size, H = expert intermediate size, E = experts.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from orchestrator.model.moe.per_rank_dispatcher import PerRankDispatcher
 from orchestrator.spec.model import ModelSpec
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(nn.Module, ABC):
     """The routed experts of a layer, as one rank holds them. Subclasses route, and have a forward pass.
 
     Args:
@@ -53,10 +54,10 @@ class RoutedExperts(nn.Module):
         self._dispatched: tuple[Dispatched, ...] = ()
 
     @property
+    @abstractmethod
     def correction_bias_E(self) -> Tensor | None:
         """The bias on scores by which experts are chosen, which training moves (`model.bias_update_speed`); None: the
         router has none."""
-        raise NotImplementedError
 
     def _needs_grad(self, x_ND: Tensor) -> Tensor:
         """The tokens, so that a backward pass reaches them: ranks exchange gradients of tokens for experts that are
