@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.policy.curriculum import decide_stages
-from orchestrator.policy.health.budget import held_back_s
+from orchestrator.policy.health.budget import spawns_held_back_s
 from orchestrator.policy.health.checkpoint_interval import choose_checkpoint_interval
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.health.stragglers import watch_stragglers
@@ -177,7 +177,10 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     unplaced = sum(worker not in seen.reports for worker in state.worker_group)
     avoided = f"; nodes quarantined after failures: {len(state.failures.quarantine)}" * bool(state.failures.quarantine)
     placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
-    return f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
+    waits = f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
+    failed, delay_s = state.failures.spawns, spawns_held_back_s(state.failures, seen.now_s)
+    again = f"; the last {failed} ended before they were warm, the next starts in {delay_s:.0f} s: {state.why}"
+    return waits + again * (failed > 1 and delay_s > 0)
 
 
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:
@@ -190,7 +193,7 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
         more = f"{missing} more worker" + "s" * (missing > 1)
         there_are = f"{there} {'is' if there == 1 else 'are'} there"
         waits = f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
-        delay_s = held_back_s(state.failures.recent, seen.now_s)
+        delay_s = spawns_held_back_s(state.failures, seen.now_s)
         return waits + f"; after repeated failures the next worker starts in {delay_s:.0f} s" * (delay_s > 0)
     if seen.store_address is None:
         return f"{state.why}; waits for the rendezvous store to come back"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS
-from orchestrator.policy.rescale.worker_pool import traceback_of, why_gone
+from orchestrator.policy.rescale.worker_pool import lacks_members, traceback_of, why_gone
 from orchestrator.policy.state.checkpoint_parts import complete_checkpoints
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import suspended
@@ -26,7 +26,7 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if mistaken and state.current is None:  # later it is a standby's that can't join, and training continues
         worker = mistaken[0]
         return ended(state, RunPhase.FAILED, why_gone(seen, worker), traceback_of(seen, worker))
-    if state.failures.spawns >= MAX_FAILED_SPAWNS:
+    if state.failures.spawns >= MAX_FAILED_SPAWNS and lacks_members(limits, state, seen):
         why = f"{state.failures.spawns} workers in a row ended early; {state.why}"
         return ended(state, RunPhase.FAILED, why, state.traceback)
     if state.failures.transitions >= 2 * MAX_FAILED_TRANSITIONS:

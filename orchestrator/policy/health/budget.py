@@ -2,14 +2,16 @@
 
 A failure is a moment, not a worker: workers that fail in the same moment with the same cause count once. Each class has
 a budget per hour (`orchestrator.spec.fault_tolerance`). Budgets end runs that fail slowly; a run that fails without
-a step is ended by `recover.MAX_FRUITLESS`, one whose workers never get warm by `termination.MAX_FAILED_SPAWNS`.
+a step is ended by `recover.MAX_FRUITLESS`, one that can't train and whose workers never get warm by
+`termination.MAX_FAILED_SPAWNS`. Workers that fail before they train cost a run that trains nothing: they are tried
+again, ever more rarely, and count in no budget.
 """
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 
 from orchestrator.policy.health.leaving import is_to_leave
-from orchestrator.policy.state.run_parts import WorkerFailure
+from orchestrator.policy.state.run_parts import FailureState, WorkerFailure
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.spec.fault_tolerance import BudgetsSpec
 
@@ -17,6 +19,8 @@ WINDOW_S = 3600.0  # of a budget, and of a quarantine
 BURST_S = 60.0  # failures within this count as in a row
 FREE_FAILURES = 3  # in a row, before replacements are held back
 FIRST_DELAY_S, MAX_DELAY_S = 1.0, 30.0
+FREE_SPAWNS = 2  # workers in a row that never got warm, before the next ones are held back
+FIRST_SPAWN_DELAY_S, MAX_SPAWN_DELAY_S = 5.0, 300.0
 
 PLACE = (
     "worker",
@@ -57,7 +61,8 @@ def count_failures(failures: Sequence[WorkerFailure], now_s: float, window_s: fl
 
 def exceeded_budget(failures: Sequence[WorkerFailure], now_s: float, budgets: BudgetsSpec) -> str:
     """Why the run must end, with the figures and a remedy; empty as long as every class is within its budget."""
-    for cause, count in sorted(count_failures(failures, now_s).items()):
+    trained = [failure for failure in failures if failure.is_member]
+    for cause, count in sorted(count_failures(trained, now_s).items()):
         name = cause if cause in BudgetsSpec.model_fields else "internal"
         budget: int = getattr(budgets, name)
         if count > budget:
@@ -81,6 +86,17 @@ def held_back_s(failures: Sequence[WorkerFailure], now_s: float) -> float:
     """Seconds until the next worker may be started."""
     newest = max((failure.time_s for failure in failures), default=-MAX_DELAY_S)
     return max(0.0, newest + delay_s(failures, now_s) - now_s)
+
+
+def spawns_held_back_s(failures: FailureState, now_s: float) -> float:
+    """Seconds until the next worker may be started, where the last ones may have failed before they were warm: after
+    `FREE_SPAWNS` of those in a row the delay doubles with each further one up to `MAX_SPAWN_DELAY_S`."""
+    held_s = held_back_s(failures.recent, now_s)
+    if failures.spawns <= FREE_SPAWNS:
+        return held_s
+    doublings = min(failures.spawns - FREE_SPAWNS - 1, 16)
+    delay_s = min(MAX_SPAWN_DELAY_S, FIRST_SPAWN_DELAY_S * 2.0**doublings)
+    return max(held_s, failures.spawn_s + delay_s - now_s)
 
 
 def quarantined(

@@ -6,8 +6,8 @@ from orchestrator.policy.health.budget import (
     PLACE,
     cause_of_loss,
     failures_by_node,
-    held_back_s,
     quarantined,
+    spawns_held_back_s,
 )
 from orchestrator.policy.health.hangs import is_silent
 from orchestrator.policy.health.leaving import is_to_leave, leavers
@@ -49,10 +49,10 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         cap, cap_stage = target.workers, seen.progress.stage
     size_request = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     event = replace(event, by_hand=target.by_hand)
-    return Decision(
-        replace(state, target=target, size_request=size_request, failures=replace(state.failures, transitions=0)),
-        (event,),
-    )
+    failures = replace(
+        state.failures, transitions=0, spawns=0 if target.by_hand else state.failures.spawns
+    )  # whoever asks has it tried at once
+    return Decision(replace(state, target=target, size_request=size_request, failures=failures), (event,))
 
 
 def _keeps_the_size(state: RunState, target: DesiredRunState) -> bool:
@@ -75,17 +75,19 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
     notes: tuple[Action, ...] = tuple(WorkerLost(worker, why, member=False) for worker, why in gone.items())
     worker_group = tuple(w for w in state.worker_group if w not in gone)
-    counted = state.failures.spawns + never_warm
     worker, why = next(iter(gone.items()))
     failures = tuple(
-        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
+        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s, is_member=False)
         for w in gone
         if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
     )
+    recorded = state.failures.with_new(failures)
+    if never_warm:
+        recorded = replace(recorded, spawns=recorded.spawns + never_warm, spawn_s=seen.now_s)
     remaining = replace(
         state,
         worker_group=worker_group,
-        failures=replace(state.failures.with_new(failures), spawns=counted),
+        failures=recorded,
         why=why,
         traceback=traceback_of(seen, worker),
     )
@@ -100,7 +102,7 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     leaving = leavers(state, seen)
     wanted = limits.min_workers if state.is_ending else group_size(limits, state, seen)
     missing = wanted - (len(state.worker_group) - len(leaving))
-    if missing > 0 and not _in_transition(limits, state, seen) and not held_back_s(state.failures.recent, seen.now_s):
+    if missing > 0 and not _in_transition(limits, state, seen) and not spawns_held_back_s(state.failures, seen.now_s):
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
         note = WorkersSpawned(spawned)
@@ -111,6 +113,14 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
         if released.actions:
             return released
     return Decision(state if missing > 0 else _forget_failed_spawns(state, seen))
+
+
+def lacks_members(limits: RunLimits, state: RunState, seen: Observation) -> bool:
+    """Whether the run can't go on without workers that aren't warm yet."""
+    if state.current is None:
+        return True
+    there = len([w for w in state.members if w in state.worker_group]) + len(warm_standbys(state, seen))
+    return state.is_recovering and there < limits.min_workers
 
 
 def group_size(limits: RunLimits, state: RunState, seen: Observation) -> int:
@@ -144,8 +154,7 @@ def _in_transition(limits: RunLimits, state: RunState, seen: Observation) -> boo
     if state.current is None:
         return False
     if state.is_recovering:  # no new workers, unless too few are left
-        there = len([w for w in state.members if w in state.worker_group]) + len(warm_standbys(state, seen))
-        return there >= limits.min_workers
+        return not lacks_members(limits, state, seen)
     is_planned = state.next is not None
     changes = [r.step for r in state.rescales[-1:]] + [r.step for r in state.recoveries[-1:]]
     newest = max(changes, default=None)

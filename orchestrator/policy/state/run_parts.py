@@ -23,8 +23,8 @@ MAX_FAILURES = 256  # kept as the history that the response to the next one depe
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """A failure: its worker and node (empty: of no single worker), its class, the last finished step, and the
-    generation if the worker reported the failure itself."""
+    """A failure: its worker and node (empty: of no single worker), its class, the last finished step, the generation if
+    the worker reported the failure itself, and whether the worker trained."""
 
     worker: str
     node: str
@@ -32,6 +32,7 @@ class WorkerFailure:
     step: int
     time_s: float
     generation: int = -1
+    is_member: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,14 @@ class FailureState:
     Args:
         recent: the newest ones.
         spawns, transitions: failures in a row to start workers and to change the generation.
+        spawn_s: when the newest of these workers failed.
         quarantine: nodes that get no new workers.
         skips: steps whose batches are left out, because their loss exploded.
     """
 
     recent: tuple[WorkerFailure, ...] = ()
     spawns: int = 0
+    spawn_s: float = 0.0
     transitions: int = 0
     quarantine: tuple[str, ...] = ()
     skips: tuple[int, ...] = ()

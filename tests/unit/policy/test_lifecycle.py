@@ -458,11 +458,8 @@ def test_no_step_is_lost_or_done_twice_whatever_happens(
             if at_tick == tick and life.state.current is not None and (newcomers if prefer_newcomer else others):
                 life.kill((newcomers if prefer_newcomer else others)[0])
         life.tick()
-    if life.state.outcome is RunPhase.FAILED:  # three standbys in a row killed before they were of use
-        assert "in a row" in life.state.why and len(deaths) >= 3
-    else:
-        assert life.state.outcome is RunPhase.SUCCEEDED
-        assert len(life.done_by) == 40
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert len(life.done_by) == 40
     generations = [record.generation for record in life.progress.recent]
     assert generations == sorted(generations)
 

@@ -1,0 +1,94 @@
+"""Workers that fail before they are warm: a run that trains goes on without them, one that can't train ends."""
+
+from collections.abc import Iterator
+from itertools import islice, pairwise
+
+import pytest
+
+from orchestrator.policy.health.budget import FIRST_SPAWN_DELAY_S, MAX_SPAWN_DELAY_S
+from orchestrator.policy.lifecycle import explain
+from orchestrator.policy.termination import MAX_FAILED_SPAWNS
+from orchestrator.protocol.messages import DesiredRunState
+from orchestrator.protocol.status import RunPhase
+from orchestrator.spec.fault_tolerance import BudgetsSpec, RecoverySpec
+from tests.unit.policy.imagined import Life, limits_of
+
+
+def _lose_newcomers(life: Life, spare: frozenset[str]) -> Iterator[float]:
+    """Kill workers that aren't in `spare` as soon as they are started, until the run ends; the time of each loss."""
+    for _ in range(4000):
+        newcomers = [w for w in life.state.worker_group if w not in spare and w not in life.lost]
+        for worker in newcomers:
+            life.kill(worker)
+        life.tick()
+        if life.state.outcome is not None:
+            return
+        if newcomers:
+            yield life.now_s
+
+
+def _trained(workers: int, **limits: object) -> Life:
+    life = Life(limits_of(steps=10_000, initial_workers=workers, **limits))
+    life.run_until(lambda: life.step == 5)
+    return life
+
+
+def test_members_go_on_and_newcomers_come_ever_more_rarely() -> None:
+    life = _trained(2)
+    members = frozenset(life.state.members)
+    life.scale(4)
+    times = list(islice(_lose_newcomers(life, members), 10))
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert life.state.outcome is None and life.step > 100 and set(life.state.members) == members
+    assert gaps == sorted(gaps) and gaps[0] <= 3 and MAX_SPAWN_DELAY_S <= gaps[-1] <= MAX_SPAWN_DELAY_S + 3
+    assert "ended before they were warm, the next starts in" in explain(life.limits, life.state, life.seen())
+    life.run_until(lambda: len(life.state.members) == 4, 400)
+    assert life.state.failures.spawns == 0
+
+
+def test_a_request_by_hand_is_tried_at_once() -> None:
+    life = _trained(2)
+    members = frozenset(life.state.members)
+    life.scale(4)
+    list(islice(_lose_newcomers(life, members), 5))
+    began_s, started = life.now_s, life.state.num_spawned
+    life.target = DesiredRunState(seq=life.target.seq + 1, workers=3, by_hand=True)
+    life.run_until(lambda: life.state.num_spawned > started)
+    assert life.now_s - began_s < FIRST_SPAWN_DELAY_S
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_run_ends_if_none_of_the_workers_that_it_needs_gets_warm(least: int) -> None:
+    life = _trained(2, min_workers=least)
+    lost = life.state.members if least == 1 else life.state.members[:1]
+    spare = frozenset(life.state.members) - set(lost)
+    for member in lost:
+        life.kill(member)
+    life.marked, life.committed = [3], 3
+    life.run_until(lambda: life.state.is_recovering)
+    list(_lose_newcomers(life, spare))
+    assert life.state.outcome is RunPhase.FAILED and "workers in a row ended early" in life.state.why
+
+
+def test_a_member_that_is_lost_after_them_is_replaced() -> None:
+    """Newcomers that failed while the run could do without them are forgotten once it can't."""
+    life = _trained(2, min_workers=2)
+    members = frozenset(life.state.members)
+    life.scale(3)
+    list(islice(_lose_newcomers(life, members), MAX_FAILED_SPAWNS + 2))
+    life.kill(sorted(members)[0])
+    life.run_until(lambda: life.state.is_recovering)
+    life.run_until(lambda: not life.state.is_recovering and len(life.state.members) >= 2)
+    assert life.state.outcome is None
+
+
+def test_they_count_in_no_budget() -> None:
+    life = _trained(2, recovery=RecoverySpec(budgets=BudgetsSpec(worker=1)))
+    members = frozenset(life.state.members)
+    life.scale(3)
+    list(islice(_lose_newcomers(life, members), 6))
+    life.kill(sorted(members)[0])
+    life.run_until(lambda: life.state.is_recovering)
+    life.run_until(lambda: not life.state.is_recovering)
+    life.run_until(lambda: len(life.state.members) == 3, 400)
+    assert life.state.outcome is None
