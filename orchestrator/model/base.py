@@ -7,10 +7,12 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.moe.balance import RoutingCounts
@@ -135,8 +137,30 @@ def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
 
 
 def seed_draws(seed: int, step: int, micro_batch: int) -> None:
-    """Seed torch's generator for the pass of one micro-batch: the same on whichever rank runs it."""
-    torch.manual_seed(_key(seed, f"step {step}, micro-batch {micro_batch}"))
+    """Seed torch's generators for the pass of one micro-batch: the same on whichever rank runs it."""
+    key = _key(seed, f"step {step}, micro-batch {micro_batch}")
+    torch.default_generator.manual_seed(key)  # `torch.manual_seed` formats the stack for each absent kind of GPU
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(key)
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Tensors made meanwhile have no memory, unless they ask for a device."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Nothing is drawn for tensors without memory: torch would import its compiler for that, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _key(seed: int, name: str) -> int:

@@ -1,10 +1,8 @@
 """Construction of a job's model, ours or a user's own, and the listing of its parameters."""
 
-import torch
-
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import ParamSpec
-from orchestrator.model.base import TrainableModel, spec_of
+from orchestrator.model.base import TrainableModel, meta_device, spec_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.model.user_model import UserModel
@@ -39,7 +37,7 @@ def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[t
     Raises:
         EntrypointError: as `build_model`.
     """
-    with torch.device("meta"):
+    with meta_device():
         model = build_model(spec, vocab_size, single_rank(spec))
     params = [spec_of(name, p) for name, p in model.named_parameters()]
     return params, [(name, tuple(buffer.shape)) for name, buffer in model.state_buffers()]

@@ -97,7 +97,7 @@ class BudgetsSpec(Section):
 class RecoverySpec(Section):
     """Response to failures. Survivors of a failure continue at once, whatever is set here."""
 
-    budgets: BudgetsSpec = Field(default=BudgetsSpec(), description="Failures of workers that train, per hour, by kind.")
+    budgets: BudgetsSpec = Field(default=BudgetsSpec(), description="Failures of training workers per hour, by kind.")
     whole_every: int = Field(
         default=4,
         ge=1,

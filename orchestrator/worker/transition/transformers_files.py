@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestrator.checkpoint.hf.pretrained import Listing, Part, list_tensors, refuse_tensors
 from orchestrator.errors import CheckpointCorrupt
-from orchestrator.model.base import TrainableModel
+from orchestrator.model.base import TrainableModel, meta_device
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.transformers_impl.transformers_model import PREFIX, meta_model, their_name
 from orchestrator.spec.model import ModelSpec
@@ -54,7 +52,7 @@ class TransformersFiles:
 
     def check(self) -> None:
         """Raises CheckpointCorrupt, which names tensors that are missing, unexpected, or of another shape."""
-        with torch.device("meta"):
+        with meta_device():
             ours: TrainableModel = build_model(self._spec, self._spec.vocab_size or 0, single_rank(self._spec))
         missing, wrong = [], []
         for name, tensor in (*ours.named_parameters(), *ours.state_buffers()):
