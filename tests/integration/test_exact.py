@@ -31,7 +31,8 @@ from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
 from tests.support.worker_group import Crew
 
-WORLDS: list[list[int]] = [[1], [2], [3], [4], [2, 4, 3, 1, 2]]
+ALL_WORLDS = [2, 4, 3, 1, 2]  # of one run; all that they do is compared after each step
+PLAIN = {"precision": "fp32", "zero_stage": 1}
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 
 
@@ -86,7 +87,7 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
 @pytest.mark.parametrize(
     ("model", "train"),
     [
-        ({}, {"precision": "fp32", "zero_stage": 1}),
+        ({}, PLAIN),
         ({"num_experts_per_tok": 3, "n_shared_experts": 1}, {"precision": "fp32", "zero_stage": 2}),
         pytest.param({}, {"precision": "bf16", "zero_stage": 1}, marks=pytest.mark.slow),
         ({"moe_intermediate_size": 36, "hidden_size": 40}, {"precision": "bf16", "zero_stage": 2}),
@@ -99,8 +100,8 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
             {},
             {"precision": "bf16", "trainable": ["*.experts.*", "*.attention.*", "head"], "ema": {"decay": 0.9}},
         ),
-        pytest.param({}, {"optimizer": {"name": "adafactor"}, "lr": 0.02, "precision": "bf16"}, marks=pytest.mark.slow),
-        pytest.param({}, {"optimizer": {"name": "lion"}, "lr": 3e-4, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({}, {"optimizer": {"name": "adafactor"}, "lr": 0.2, "precision": "bf16"}, marks=pytest.mark.slow),
+        pytest.param({}, {"optimizer": {"name": "lion"}, "lr": 1e-3, "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({}, {"optimizer": {"name": "sgd"}, "lr": 0.5, "zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(
             {"moe_intermediate_size": 33, "router": "softmax", "num_experts_per_tok": 4},
@@ -113,10 +114,12 @@ def test_all_worlds_end_with_the_same_bits(
     texts: Path, store_dir: Path, tmp_path: Path, model: dict[str, Any], train: dict[str, Any]
 ) -> None:
     job = small_job(texts, model, determinism="exact", **train)
-    runs = [_run(job, store_dir, tmp_path / str(number), worlds) for number, worlds in enumerate(WORLDS)]
-    for worlds, run in zip(WORLDS[1:], runs[1:], strict=True):
-        assert _differences(runs[0], run) == ([], []), worlds
-    assert runs[0][0][-1][0] < runs[0][0][0][0] - 0.3 and np.isfinite(runs[0][0][-1][1])
+    alone, *others = [[1], ALL_WORLDS] if model or train != PLAIN else [[1], [2], [3], [4], ALL_WORLDS]
+    undisturbed = _run(job, store_dir, tmp_path / "alone", alone)
+    for number, worlds in enumerate(others):
+        assert _differences(undisturbed, _run(job, store_dir, tmp_path / str(number), worlds)) == ([], []), worlds
+    losses = [record[0] for record in undisturbed[0]]
+    assert losses[-1] < losses[0] - 0.3 and np.isfinite(undisturbed[0][-1][1])
 
 
 @pytest.mark.usefixtures("device")

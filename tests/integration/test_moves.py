@@ -22,7 +22,7 @@ from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec
-from tests.support.texts import STEPS, VOCAB, small_job
+from tests.support.texts import OPTIMIZERS, STEPS, VOCAB, small_job
 from tests.support.wheels import write_wheel
 from tests.support.worker_group import Crew, Memory
 
@@ -131,28 +131,19 @@ def test_every_precision_and_stage_moves_bit_by_bit(
     assert all(r.update.applied for r in worker_group.records.values())
 
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw": {"ema": {"decay": 0.9}, "optimizer": {"groups": [{"params": ["*.router.*"], "lr_scale": 0.1}]}},
-    "sgd": {"optimizer": {"name": "sgd"}, "lr": 0.5, "ema": {"decay": 0.9}},
-    "lion": {"optimizer": {"name": "lion"}, "lr": 1e-3},
-    "muon": {"optimizer": {"name": "muon"}, "ema": {"decay": 0.9}},
-    "adafactor": {"optimizer": {"name": "adafactor"}, "lr": 0.2},
-    "frozen": {"trainable": ["*.experts.*", "head", "*norm*"], "lr": 1e-2},
-}
-
-
 LONG = ("adamw", "sgd", "lion")
+UPDATES = {**OPTIMIZERS, "frozen": {"trainable": ["*.experts.*", "head", "*norm*"], "lr": 1e-2}}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long_emulated] * (name in LONG)) for name in OPTIMIZERS]
+    "name", [pytest.param(name, marks=[pytest.mark.long_emulated] * (name in LONG)) for name in UPDATES]
 )
 def test_every_optimizer_is_moved_and_replayed_bit_by_bit(
     texts: Path, store_dir: Path, tmp_path: Path, name: str
 ) -> None:
     """A rescale, a lost worker whose updates are done again from gradients, and a rescale to one: against a world of
     one that nothing happens to."""
-    job = small_job(texts, determinism="exact", **OPTIMIZERS[name])
+    job = small_job(texts, determinism="exact", **UPDATES[name])
     runs = []
     for is_disturbed in (False, True):
         with Crew(job, store_dir, tmp_path / str(is_disturbed), size=3) as worker_group:

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import Crew, commit_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -27,13 +25,6 @@ def _train(worker_group: Crew, restore: Restore | None = None) -> None:
     """All workers, from the beginning or a checkpoint, to the end of the job."""
     worker_group.start(worker_group.plan(worker_group.ids, restore=restore))
     worker_group.await_finished()
-
-
-def _commit(worker_group: Crew, step: int) -> Path:
-    """Mark the checkpoint of `step` complete, as a controller does."""
-    shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
-    complete = Commit(step, 1, shards[0].generation, tuple(shards))
-    return Path(commit_checkpoint("test", Path(worker_group.job.storage_dir), complete).path)
 
 
 def _job(texts: Path, compression: str = "none", **train: Any) -> JobSpec:
@@ -49,7 +40,7 @@ def _saved(
     job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": at + 1})})
     with Crew(job, store_dir, directory, size=size) as worker_group:
         _train(worker_group)
-        return Restore(at, str(_commit(worker_group, at))), dict(worker_group.records)
+        return Restore(at, str(commit_of(worker_group, at))), dict(worker_group.records)
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
@@ -61,7 +52,7 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
     with Crew(small_job(texts, max_steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as worker_group:
         _train(worker_group, restore)  # nothing is left to do: it writes what it has read
         assert worker_group.records == {}
-        again = _commit(worker_group, SAVED)
+        again = commit_of(worker_group, SAVED)
     with CheckpointReader(Path(restore.path)) as old, CheckpointReader(again) as new:
         assert old.manifest.tensors.keys() == new.manifest.tensors.keys()
         for name, entry in old.manifest.tensors.items():
@@ -81,7 +72,7 @@ def test_what_was_not_sent_goes_on_at_any_world_size(
     job = _job(texts, "topk", max_steps=SAVED + 1)
     with Crew(job, store_dir, tmp_path, size=size) as worker_group:
         _train(worker_group, compressed)  # nothing is left to do: it writes what it has read
-        again = _commit(worker_group, SAVED)
+        again = commit_of(worker_group, SAVED)
     with CheckpointReader(Path(compressed.path)) as old, CheckpointReader(again) as new:
         names = {name.partition("#")[0] for name in old.manifest.tensors if name.startswith("residual/")}
         assert names and not any("norm" in name or "router" in name or "experts." in name for name in names)

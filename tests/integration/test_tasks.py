@@ -1,44 +1,78 @@
 """Tasks through rescales and lost workers, in real processes: the bits of a run that nothing happens to."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.protocol.messages import Restore
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.sampling.sample_ledger import audit
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import TaskSpec
 from tests.support.tasks import TASKS, prepared, task_job
-from tests.support.texts import small_job
-from tests.support.worker_group import Crew
+from tests.support.texts import OPTIMIZERS, small_job
+from tests.support.worker_group import Crew, commit_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
+Records = dict[int, StepRecord]
 
-def _trained(job: Any, store_dir: Path, run_dir: Path, is_disturbed: bool) -> Crew:
-    with Crew(job, store_dir, run_dir, size=3 if is_disturbed else 1) as worker_group:
-        ids = worker_group.ids
-        worker_group.start(worker_group.plan(ids[:2] if is_disturbed else ids))
-        if is_disturbed:
-            worker_group.await_step(worker_group.newest_step + 3)
-            worker_group.rescale(ids)
-            worker_group.await_step(worker_group.newest_step + 3)
-            worker_group.members[ids[2]].kill()
-            worker_group.recover(ids[:2])
-            worker_group.await_step(worker_group.newest_step + 3)
-            worker_group.rescale(ids[1:2])
+
+def _calm(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
+    """The records of a run on one worker to which nothing happens."""
+    with Crew(job, store_dir, run_dir, size=1) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_finished()
-    return worker_group
+    return worker_group.records
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_moved_and_recovered_bit_by_bit(tmp_path: Path, task: str) -> None:
-    job = task_job(task, tmp_path, determinism="exact")
+def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
+    """Of one that grows from two to three workers, loses one, is paused, and resumed on one."""
+    with Crew(job, store_dir, run_dir, size=3) as worker_group:
+        ids = worker_group.ids
+        worker_group.start(worker_group.plan(ids[:2]))
+        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.rescale(ids)
+        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.members[ids[2]].kill()
+        worker_group.recover(ids[:2])
+        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.finish()
+        step, paused = worker_group.newest_step, worker_group.records
+        restore = Restore(step, str(commit_of(worker_group, step)))
+    assert 9 <= step < job.train.max_steps - 1 and {record.world_size for record in paused.values()} == {2, 3}
+    with Crew(job, store_dir, run_dir, size=1) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids, restore=restore))
+        worker_group.await_finished()
+    assert min(worker_group.records) == step + 1
+    return paused | worker_group.records
+
+
+QUICK = {("sft", "lion"), ("dpo", "muon"), ("dpo", "adamw"), ("classification", "sgd"), ("own", "adafactor")}
+RATES = {("classification", "sgd"): 0.05, ("own", "sgd"): 0.02}  # where that of language modeling is too high
+
+
+# Language modeling with each optimizer is in `test_moves`.
+@pytest.mark.parametrize(
+    ("task", "optimizer"),
+    [pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow]) for pair in product(TASKS, OPTIMIZERS)],
+)
+def test_every_task_with_every_optimizer_is_moved_recovered_and_resumed_bit_by_bit(
+    tmp_path: Path, task: str, optimizer: str
+) -> None:
+    update = dict(OPTIMIZERS[optimizer])
+    if (task, optimizer) in RATES:
+        update["lr"] = RATES[task, optimizer]
+    job = task_job(task, tmp_path, determinism="exact", **update)
+    # The default limit of a step's loss is made for language models; the regression's varies more than that.
+    job = job.model_copy(update={"recovery": job.recovery.model_copy(update={"loss_explosion": None})})
     store = prepared(job, tmp_path / "data")
-    calm = _trained(job, store.directory, tmp_path / "calm", is_disturbed=False)
-    moved = _trained(job, store.directory, tmp_path / "moved", is_disturbed=True)
-    assert sorted(moved.records) == sorted(calm.records) == list(range(job.train.max_steps))
-    assert {record.world_size for record in moved.records.values()} == {1, 2, 3}
-    ours, theirs = ([records[step] for step in sorted(records)] for records in (moved.records, calm.records))
+    calm = _calm(job, store.directory, tmp_path / "calm")
+    moved = _disturbed(job, store.directory, tmp_path / "moved")
+    assert sorted(moved) == sorted(calm) == list(range(job.train.max_steps))
+    ours, theirs = ([records[step] for step in sorted(records)] for records in (moved, calm))
     assert audit([(r.step, r.batch.first_position, r.batch.num_positions) for r in ours]).ok
     for one, other in zip(ours, theirs, strict=True):
         assert (one.loss, one.update.grad_norm, one.batch.tokens) == (

@@ -10,6 +10,13 @@ from orchestrator.spec.job import JobSpec
 VOCAB = 300
 STEPS = 30
 HOLDOUT = 0.1
+OPTIMIZERS: dict[str, dict[str, Any]] = {  # of a section `train`
+    "adamw": {"ema": {"decay": 0.9}, "optimizer": {"groups": [{"params": ["*.router.*"], "lr_scale": 0.1}]}},
+    "sgd": {"optimizer": {"name": "sgd"}, "lr": 0.5, "ema": {"decay": 0.9}},
+    "lion": {"optimizer": {"name": "lion"}, "lr": 1e-3},
+    "muon": {"optimizer": {"name": "muon"}, "ema": {"decay": 0.9}},
+    "adafactor": {"optimizer": {"name": "adafactor"}, "lr": 0.2},
+}
 
 
 def write_texts(directory: Path) -> Path:

@@ -25,6 +25,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import find_recovery_point, placement_at_recovery_point, world_of
 from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
+from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import (
     Directive,
     Fence,
@@ -40,6 +41,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
+from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.spec.job import JobSpec
 from tests.support import devices, forks
 from tests.support.pacing import Pace
@@ -463,3 +465,10 @@ class Crew:
                 _idle.append(member)
             else:
                 member.kill()
+
+
+def commit_of(worker_group: Crew, step: int) -> Path:
+    """The checkpoint of `step`, marked complete as a controller does it, once all members have finished."""
+    shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
+    complete = Commit(step, 1, shards[0].generation, tuple(shards))
+    return Path(commit_checkpoint("test", Path(worker_group.job.storage_dir), complete).path)
