@@ -1,5 +1,6 @@
 """The emulated GPU: what it refuses, what it allows, and that it computes as the CPU does."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,6 +61,25 @@ def test_a_copy_that_nobody_has_waited_for_is_garbage() -> None:
     assert copy.isnan().all()
     torch.cuda.synchronize()
     assert copy.tolist() == [[1.0] * 3] * 2
+
+
+def test_a_copy_is_complete_once_its_thread_has_waited_whoever_else_waits() -> None:
+    values, ended = torch.ones(100_000, device=devices.device()), threading.Event()
+
+    def wait_for_the_device() -> None:
+        while not ended.is_set():
+            torch.cuda.synchronize()
+
+    other = threading.Thread(target=wait_for_the_device)
+    other.start()
+    try:
+        for _ in range(300):
+            copy = values.to("cpu", non_blocking=True)
+            torch.cuda.synchronize()
+            assert (copy == 1.0).all()
+    finally:
+        ended.set()
+        other.join()
 
 
 def _losses(device: torch.device) -> list[float]:

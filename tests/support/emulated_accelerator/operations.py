@@ -1,5 +1,6 @@
 """Operations on tensors of the emulated device, done on the processor."""
 
+import threading
 from collections import Counter
 from typing import Any
 
@@ -13,13 +14,15 @@ GARBAGE = 90  # a number of any format
 
 counts: Counter[str] = Counter()  # how often each operation was done
 _under_way: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host until it waits: (destination, values)
+_copying = threading.RLock()
 
 
 def settle(*args: Any, **kwargs: Any) -> None:
-    """Wait for the device: copies to the host are complete."""
-    while _under_way:
-        to, values = _under_way.pop()
-        to.copy_(values)
+    """Wait for the device: copies to the host are complete, also those that another thread began or is completing."""
+    with _copying:
+        while _under_way:
+            to, values = _under_way.pop()
+            to.copy_(values)
 
 
 def run(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,8 +60,9 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         for name in form.written:
             _follow(named.get(name), real.get(name))
     if is_under_way:
-        _under_way.append((results, results.clone()))
-        results.fill_(float("nan") if results.is_floating_point() else GARBAGE)
+        with _copying:
+            _under_way.append((results, results.clone()))
+            results.fill_(float("nan") if results.is_floating_point() else GARBAGE)
     return _results(form, named, results, stays)
 
 
