@@ -37,7 +37,8 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
     """Run a user's model and task without an update, in a world of one and with as few experts as routing needs.
 
     Args:
-        rows: first ones of the data, two if there are; none for text and chats, in whose place are rows of token 0.
+        rows: first ones of the data, two if there are; none for text and chats, in whose place are rows of drawn
+            tokens.
 
     Raises:
         EntrypointError: they can't be trained.
@@ -53,7 +54,7 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
     trial = _Trial(job, model, task)
-    samples = _Samples(job, task, device, rows)
+    samples = _Samples(job, task, device, rows, vocab_size)
     before = {name: buffer.clone() for name, buffer in model.state_buffers()}
     first = trial.run(samples.of(0))
     if job.train.is_exact:
@@ -76,6 +77,7 @@ class _Samples:
     task: Task
     device: torch.device
     rows: Sequence[Row]
+    vocab_size: int
 
     @property
     def last(self) -> int:
@@ -92,10 +94,11 @@ class _Samples:
             return {name: tensor.to(self.device) for name, tensor in kept.items()}, len(numbers)
         parts = 2 if self.job.has_chats and self.job.task.name == DPO else 1
         shape = (parts * len(numbers), self.job.train.sequence_length)
-        tokens_BT = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        batch: dict[str, Tensor] = {"inputs": tokens_BT, "targets": tokens_BT}
+        drawn = [np.random.default_rng(number).integers(self.vocab_size, size=shape[1]) for number in numbers * parts]
+        tokens_BT = torch.from_numpy(np.array(drawn, dtype=np.int64).reshape(shape)).to(self.device)
+        batch: dict[str, Tensor] = {"inputs": tokens_BT, "targets": tokens_BT.roll(-1, 1)}
         if self.job.data.isolate_documents:
-            batch["documents"] = tokens_BT
+            batch["documents"] = torch.zeros_like(tokens_BT)
         if self.job.has_chats:
             batch["lengths"] = torch.full(shape[:1], shape[1], device=self.device)
             batch["reference"] = torch.zeros(shape[:1], device=self.device)
@@ -198,17 +201,12 @@ class _Trial:
             )
 
     def check_calls(self, first: _Pass, other: _Pass) -> None:
-        """Raises EntrypointError if another pass calls the model less or more often, or one with experts not once."""
+        """Raises EntrypointError if another pass calls the model less or more often."""
         if first.num_calls != other.num_calls:
             raise EntrypointError(
                 f"a pass of {self._name} calls the model {first.num_calls} times on a row and {other.num_calls} times "
                 f"on {other.rows}",
                 remedy="Call it equally often for any micro-batch: experts of all ranks take part in each call.",
-            )
-        if first.num_calls != 1 and self._model.moe_layers:
-            raise EntrypointError(
-                f"a pass of {self._name} calls a model with experts {first.num_calls} times",
-                remedy="Call it once, on all inputs together: experts are balanced by the load of one call.",
             )
 
 

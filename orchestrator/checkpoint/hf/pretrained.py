@@ -135,8 +135,8 @@ def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
     """
     path = "model.config" if directory is None else directory / CONFIG
     remedy = OTHER_CONFIG if spec.impl == "transformers" else OTHER_DIRECTORY
+    config = {} if directory is None else _read_json(directory / CONFIG)
     try:
-        config = {} if directory is None else _read_json(directory / CONFIG)
         found = _settings(spec, config)
         if spec.upcycle:
             found = _upcycled(spec, found)

@@ -57,8 +57,24 @@ class UserTask:
 
     def loss(self, model: TrainableModel, batch: Batch) -> Loss:
         """The user's loss, checked."""
-        with calling_user(f"loss of {self._name}"):
-            loss = self._task.loss(model, batch)
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = model.backbone.register_forward_pre_hook(count)
+        try:
+            with calling_user(f"loss of {self._name}"):
+                loss = self._task.loss(model, batch)
+        finally:
+            hook.remove()
+        if calls != 1 and model.moe_layers:  # what the dry run's rows may not have shown
+            raise self._refused(
+                f"calls a model with experts {calls} times in a pass",
+                "Call it once for any micro-batch, on all inputs together: experts of all ranks take part in each "
+                "call, and are balanced by its load.",
+            )
         if not isinstance(loss, Loss):
             raise self._refused(
                 f"returned a {type(loss).__name__} as loss",

@@ -13,6 +13,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model import dry_run
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.task import TaskSpec
 from orchestrator.worker.check_user_code import fault_of
 from tests.support.own_models import ROOT, example, linear, own_spec
 
@@ -56,6 +57,32 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_fails_in_a_pass_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(EntrypointError, match=message):
         rehearse(_job(own_spec(tmp_path, linear(**change))), 300, CPU)
+
+
+CALLS = """
+from orchestrator.model.task import Loss
+
+class Task:
+    def loss(self, model, batch):
+        total = model(batch["inputs"], batch["targets"])
+        for _ in range({times}):
+            total = total + 0.0 * model(batch["inputs"], batch["targets"])
+        return Loss(total)
+
+def task(options):
+    return Task()
+"""
+
+
+@pytest.mark.parametrize("times", ["1", "int(batch['inputs'].sum()) % 2", "len(batch['inputs'])"])
+def test_a_task_calls_a_model_with_experts_once_whatever_the_data_are(tmp_path: Path, times: str) -> None:
+    (tmp_path / "calls.py").write_text(CALLS.format(times=times))
+    model = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    task = TaskSpec(entrypoint="calls:task", code_dir=str(tmp_path))
+    sys.modules.pop("calls", None)
+    job = _job(model | {"n_routed_experts": 4}).model_copy(update={"task": task})
+    with pytest.raises(EntrypointError, match=r"calls a model with experts \d times in a pass"):
+        rehearse(job, 300, CPU)
 
 
 def test_a_model_that_draws_random_numbers_is_refused_where_bits_count(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_another_tokenizer_may_be_named(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("model", "rule"),
     [
-        ("{init_from: nowhere}", "nowhere/config.json can't be read"),
+        ("{init_from: nowhere}", "^model.init_from: [^:]*/nowhere/config.json can't be read: "),
         ("{init_from: hf, num_hidden_layers: 7}", "model.num_hidden_layers is 7 and 2"),
         ("{init_from: hf, router: softmax}", "softmax"),
     ],
