@@ -1,6 +1,6 @@
 """Writes what Grafana and Prometheus read: a JSON file per dashboard, and the alert rules.
 
-    python -m dashboards.build      # after a change of orchestrator/metrics.py or of this folder
+    python -m dashboards.build      # after a change of orchestrator/metrics/registry.py or of this folder
 
 `tests/unit/dashboards/test_build.py` fails while a file is older than the code.
 """

@@ -6,7 +6,7 @@ Units are Grafana's own names of them.
 from dataclasses import dataclass
 
 from dashboards.queries import RUNS, newest, rate, rise
-from orchestrator.metrics import metric
+from orchestrator.metrics.registry import metric
 from orchestrator.protocol.usage import TrafficKind
 
 HOUR = "1h"

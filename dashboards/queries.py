@@ -3,7 +3,8 @@
 A controller that Ray has started again is another series of the same run for some seconds, hence `max by (run)`.
 """
 
-from orchestrator.metrics import MetricKind, metric
+from orchestrator.metrics.metric import MetricKind
+from orchestrator.metrics.registry import metric
 
 RUNS = 'run=~"$run"'  # those chosen in the dashboard
 INTERVAL = "$__rate_interval"

@@ -1,7 +1,7 @@
 """Writes the pages that follow from the code: job-file.md from the JSON Schema, metrics.md from the registry, events.md
 from the classes of events, command-line.md from the commands.
 
-    python docs/generate.py      # after a change of orchestrator/spec, metrics.py, protocol/events or cli
+    python docs/generate.py      # after a change of orchestrator/spec, metrics, protocol/events or cli
 
 `tests/unit/docs/test_generated.py` fails while a page is older than the code.
 """
@@ -19,7 +19,8 @@ from typer.main import get_command
 from orchestrator.cli.json_output import OUTPUTS, JsonOutput
 from orchestrator.cli.main import app
 from orchestrator.cli.terminal.exit_codes import EXIT_CODES
-from orchestrator.metrics import DECLARED, Metric
+from orchestrator.metrics.metric import Metric
+from orchestrator.metrics.registry import DECLARED
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.reading import MODULES, event_types
 from orchestrator.spec.job import JobSpec
@@ -47,7 +48,7 @@ without quotes, and files over 1 MiB. `orchestrator job schema` prints the JSON 
 METRICS_HEAD = """\
 # Metrics
 
-*Written by `python docs/generate.py` from `orchestrator/metrics.py`; change the code, not this page.*
+*Written by `python docs/generate.py` from `orchestrator/metrics/registry.py`; change the code, not this page.*
 
 A run has one MLflow run for its whole life, and one process that writes to it. Each metric has one value per step;
 nothing is published before its step is committed, or finished where no second worker holds it

@@ -7,44 +7,35 @@
     client.scale(run_id, workers=3)
     print(client.wait(run_id).validation_loss)
 
-A client calls the cluster's Scheduler through Ray, or through the HTTP port of its Jobs API, where each call is a job
-of some seconds. Arguments and results are plain values; `OrchestratorClient._ask` implements both ways.
+Arguments and results are plain values.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
-from orchestrator.cluster.connection import connect, probe
-from orchestrator.cluster.jobs_api import JobsApiClient, is_url
-from orchestrator.cluster.published.published_keys import signer_in_cluster
-from orchestrator.errors import JobDoesNotFit, NotFinished
+from orchestrator.errors import JobDoesNotFit
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
 from orchestrator.run_records.removal import refuse_active, remove_tracked
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_logs import LogLine
 from orchestrator.sampling.sample_ledger import AuditResult
-from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
+from orchestrator.scheduler.scheduler import Scheduler
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
-from orchestrator.storage.backends.signing_keys import add_key_source, key_to_resume, read_key
-from orchestrator.submission.by_url import ask_by_url, refuse_by_url, submit_file
+from orchestrator.storage.backends.signing_keys import key_to_resume, read_key
+from orchestrator.submission.by_url import refuse_by_url, submit_file
+from orchestrator.submission.cluster_access import ClusterAccess
 from orchestrator.submission.resume_request import find_run_dir, resume_request
 from orchestrator.submission.submission import check_job, order_of
-from orchestrator.submission.waiting import when_there_is_room
+from orchestrator.submission.waiting import until_ended, when_there_is_room
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
 
 LOOK_EVERY_S = 0.5
-HEAD_PATIENCE_S = 5.0  # calls fail if the head is unreachable for longer
-ANSWER_TIMEOUT_S = 60.0  # the first call may wait for the Scheduler's process to start
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class OrchestratorClient:
@@ -60,12 +51,8 @@ class OrchestratorClient:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        named = address or os.environ.get("RAY_ADDRESS")
-        self._port = JobsApiClient(str(named)) if is_url(named) else None
-        self.address = connect(address) if self._port is None else self._port.url
-        if self._port is None:
-            add_key_source(signer_in_cluster)
-        self._scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S) if self._port is None else None
+        self._cluster = ClusterAccess(address)
+        self.address = self._cluster.address
 
     def submit(
         self,
@@ -99,21 +86,21 @@ class OrchestratorClient:
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster is too small for `workers.min`, or had no room within `timeout_s`.
         """
-        if self._port is not None:
-            return submit_file(self._port, job, name, overrides)
+        if self._cluster.port is not None:
+            return submit_file(self._cluster.port, job, name, overrides)
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
         key = None if order.spec.signing_key is None else read_key(order.spec.signing_key)
-        start = partial(self._ask, Scheduler.submit, *args, key=key, **options)
+        start = partial(self._cluster.ask, Scheduler.submit, *args, key=key, **options)
         return when_there_is_room(start, timeout_s, on_wait)
 
     def list(self) -> tuple[RunStatus, ...]:
         """Every run that the cluster knows, the newest last."""
-        return self._ask(Scheduler.list)
+        return self._cluster.ask(Scheduler.list)
 
     def get(self, run_id: str) -> RunStatus:
         """The run's current status. Raises NotFound, with the nearest names."""
-        return self._ask(Scheduler.status, run_id)
+        return self._cluster.ask(Scheduler.status, run_id)
 
     def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
         """Request another number of workers; None returns the decision to the job's `autoscale`. Returns at once;
@@ -123,7 +110,7 @@ class OrchestratorClient:
             UsageError: outside min..max of the job, its autoscale.policy is manual, or the run has ended.
             NotFound: there is no such run.
         """
-        return self._ask(Scheduler.scale, run_id, workers)
+        return self._cluster.ask(Scheduler.scale, run_id, workers)
 
     def stage(self, run_id: str, name: str) -> DesiredRunState:
         """Request another stage of the run's curriculum, or the `next` one. Returns at once; the stage begins some
@@ -133,7 +120,7 @@ class OrchestratorClient:
             UsageError: the job has no stage of that name, or the run has ended.
             NotFound: there is no such run.
         """
-        return self._ask(Scheduler.stage, run_id, name)
+        return self._cluster.ask(Scheduler.stage, run_id, name)
 
     def set_priority(self, run_id: str, priority: int) -> int:
         """Give an active run another priority than its job has, which it keeps when it is resumed. Returns the priority
@@ -143,7 +130,7 @@ class OrchestratorClient:
             UsageError: a job can't have this priority, or the run has ended.
             NotFound: there is no such run.
         """
-        return self._ask(Scheduler.set_priority, run_id, priority)
+        return self._cluster.ask(Scheduler.set_priority, run_id, priority)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill the process of one member, by default the highest rank, to test recovery.
@@ -155,7 +142,7 @@ class OrchestratorClient:
             UsageError: no member has this rank now, or the run has ended.
             NotFound: there is no such run.
         """
-        return self._ask(Scheduler.kill_worker, run_id, rank)
+        return self._cluster.ask(Scheduler.kill_worker, run_id, rank)
 
     def checkpoint(self, run_id: str) -> DesiredRunState:
         """Request a checkpoint besides those of the job's `checkpoint.every`. Returns at once; the field `checkpoint`
@@ -165,7 +152,7 @@ class OrchestratorClient:
             UsageError: the run has ended, or finished no step yet.
             NotFound: there is no such run.
         """
-        return self._ask(Scheduler.checkpoint, run_id)
+        return self._cluster.ask(Scheduler.checkpoint, run_id)
 
     def stop(self, run_id: str, *, now: bool = False) -> DesiredRunState:
         """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound.
@@ -173,11 +160,11 @@ class OrchestratorClient:
         Args:
             now: end it without a checkpoint; steps after its newest one are lost.
         """
-        return self._ask(Scheduler.stop, run_id, "stopped", now)
+        return self._cluster.ask(Scheduler.stop, run_id, "stopped", now)
 
     def pause(self, run_id: str) -> DesiredRunState:
         """Request a checkpoint and the release of the run's resources; `resume` continues it. Raises as `stop`."""
-        return self._ask(Scheduler.pause, run_id)
+        return self._cluster.ask(Scheduler.pause, run_id)
 
     def remove(self, run_id: str, *, tracking: bool = False) -> str:
         """Remove the files of a run that has ended, and the run from the cluster's list. Returns the directory it had.
@@ -191,11 +178,11 @@ class OrchestratorClient:
             StorageError: its files can't be removed.
         """
         if tracking:
-            refuse_by_url(self._port, "rm --tracking")
+            refuse_by_url(self._cluster.port, "rm --tracking")
             status = self.get(run_id)
             refuse_active(status)
             remove_tracked(location_of(status.run_dir))
-        return self._ask(Scheduler.remove, run_id)
+        return self._cluster.ask(Scheduler.remove, run_id)
 
     def resume(
         self,
@@ -234,12 +221,12 @@ class OrchestratorClient:
             JournalCorrupt: its records were changed, or aren't signed though the run has a key.
             JobDoesNotFit: the cluster is too small for it, or had no room within `timeout_s`.
         """
-        refuse_by_url(self._port, "resume")
+        refuse_by_url(self._cluster.port, "resume")
         run_dir = find_run_dir(run_id, storage, self.get)
         key = key_to_resume(run_dir, signing_key)
         order = resume_request(run_dir, key, step, workers, reset_residuals)
         how = {"take_over": take_over, "key": key, **options}
-        start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **how)
+        start = partial(self._cluster.ask, Scheduler.resume, run_id, str(run_dir), order, **how)
         return when_there_is_room(start, timeout_s, on_wait)
 
     def wait(
@@ -250,16 +237,7 @@ class OrchestratorClient:
         Raises:
             NotFinished: the run has not ended within `timeout_s`. It continues.
         """
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            status = self.get(run_id)
-            if on_status is not None:
-                on_status(status)
-            if status.phase.ended:
-                return status
-            if deadline_s is not None and time.monotonic() > deadline_s:
-                raise NotFinished(f"run {run_id} is {status.phase} after {timeout_s:g} s of waiting: {status.why}")
-            time.sleep(LOOK_EVERY_S)
+        return until_ended(partial(self.get, run_id), timeout_s, on_status)
 
     def events(self, run_id: str, *, after: int = -1, follow: bool = False) -> Iterator[dict[str, Any]]:
         """The run's events after the one whose `seq` is `after`; with `follow` until the run has ended.
@@ -268,7 +246,7 @@ class OrchestratorClient:
         """
         while True:
             last_look = not follow or self.get(run_id).phase.ended  # asked first, to yield all events before the end
-            for event in self._ask(Scheduler.events, run_id, after):
+            for event in self._cluster.ask(Scheduler.events, run_id, after):
                 after = event["seq"]
                 yield event
             if last_look:
@@ -277,18 +255,10 @@ class OrchestratorClient:
 
     def audit(self, run_id: str) -> AuditResult:
         """Check from the run's ledger that every sample position was consumed exactly once, in order."""
-        return self._ask(Scheduler.audit, run_id)
+        return self._cluster.ask(Scheduler.audit, run_id)
 
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
         """Log lines of all the run's processes, merged by time; with `follow` until the run has ended."""
-        refuse_by_url(self._port, "logs")
+        refuse_by_url(self._cluster.port, "logs")
         files = RunFiles(location_of(self.get(run_id).run_dir))
         return files.logs((lambda: self.get(run_id).phase.ended) if follow else None)
-
-    def _ask(self, method: Callable[Concatenate[Scheduler, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._port is not None:
-            answer: R = ask_by_url(self._port, method.__name__, *args)
-            return answer
-        assert self._scheduler is not None, "a client by address has found the Scheduler"
-        probe(self.address, patience_s=HEAD_PATIENCE_S)
-        return self._scheduler.ask(method, *args, **kwargs)

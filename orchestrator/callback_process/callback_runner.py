@@ -18,7 +18,8 @@ from orchestrator.callback_process.callback_position import Position, read_posit
 from orchestrator.cluster.published.published_keys import signer_in_cluster
 from orchestrator.errors import ClusterUnreachable, NotFinished, OrchestratorError
 from orchestrator.requirements import use_requirements
-from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
+from orchestrator.scheduler.scheduler import Scheduler
+from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.own_callbacks import CallbackSpec
 from orchestrator.storage.backends.location import location_of

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from orchestrator.cluster.cluster_objects import ClusterObjects, cluster_id
 from orchestrator.cluster.inbox import Inbox
-from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.published.published_keys import published_key
 from orchestrator.cluster.published.status_publisher import (
@@ -42,11 +41,10 @@ from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, let_go
-from orchestrator.controller.startup import OpenedRun, open_run
+from orchestrator.controller.startup import OpenedRun, open_run, worker_threads
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded, UsageError
 from orchestrator.policy.cluster.autoscaling import scale_of
-from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
@@ -143,7 +141,7 @@ class RunController:
         inbox, memory = self._inbox, run.memory
         storage, writer = StorageThread(inbox, run.caller), JournalWriter(memory, inbox)
         memory.writer = writer
-        worker_group = WorkerGroup(self._run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
+        worker_group = WorkerGroup(self._run_id, run.run_dir, run.job, parts.worker, worker_threads(run), inbox)
         services = RunServices(self._run_id, run.run_dir, run.job, parts, memory.term, storage, inbox)
         recorder = StepRecorder(run, worker_group, services.tracker, Exporter(self._run_id))
         checkpoints = RunCheckpoints(run, storage, inbox, recorder.note)
@@ -265,10 +263,3 @@ class RunController:
         worker = member_of_rank(self._run_id, controlled.run.memory.state.members, rank)
         controlled.worker_group.kill(worker)
         return worker
-
-
-def _threads_of(run: OpenedRun) -> int:
-    """Torch threads per worker."""
-    if run.job.train.is_exact:  # its results must not depend on the cluster's nodes
-        return max(1, int(run.job.resources.cpus))
-    return threads_of(cores_of_nodes(run.job.workers.label_selector), run.limits.initial_workers)

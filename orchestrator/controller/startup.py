@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from orchestrator.cluster.nodes import cores_of_nodes
+from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.protocol.events.base import Event
@@ -21,7 +23,7 @@ from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import Holder
-from orchestrator.storage.journal import newest_holder, newest_term
+from orchestrator.storage.chain_reader import newest_holder, newest_term
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import run_inline
 
@@ -125,3 +127,10 @@ def _newest(run: OpenedRun, order: ResumeRequest) -> Restore | None:
     if newest is None:
         return order.restore
     return replace(newest, reset_residuals=order.restore is not None and order.restore.reset_residuals)
+
+
+def worker_threads(run: OpenedRun) -> int:
+    """Torch threads per worker."""
+    if run.job.train.is_exact:  # its results must not depend on the cluster's nodes
+        return max(1, int(run.job.resources.cpus))
+    return threads_of(cores_of_nodes(run.job.workers.label_selector), run.limits.initial_workers)

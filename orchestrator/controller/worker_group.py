@@ -26,7 +26,6 @@ from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.labels import NODE_ID
-from orchestrator.spec.workers import ResourcesSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.log_target import LogTarget
 
@@ -77,7 +76,7 @@ class WorkerGroup:
     @property
     def request(self) -> dict[str, float]:
         """Resources that Ray reserves for each worker."""
-        return request_of(self._job.resources)
+        return self._job.resources.request
 
     def adopt(self, worker_group: tuple[str, ...]) -> None:
         """Find the workers that an earlier controller started; end those that it did not journal."""
@@ -263,9 +262,3 @@ class WorkerGroup:
             self.gone = dict([*earlier, (worker, changed(report, shards=report.shards[-1:]))])
         host.kill()
         remove_group(f"{self._run_id}/worker/{worker}")
-
-
-def request_of(resources: ResourcesSpec) -> dict[str, float]:
-    """Ray resources of a worker, without those that it doesn't need."""
-    amounts = {"CPU": resources.cpus, "GPU": resources.num_gpus, "memory": float(resources.memory_bytes or 0)}
-    return {name: amount for name, amount in amounts.items() if amount}

@@ -15,7 +15,7 @@ from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
-from orchestrator.protocol.messages import PastWorld, ReplayTask, StepFingerprint
+from orchestrator.protocol.replay_task import PastWorld, ReplayTask, StepFingerprint
 from orchestrator.protocol.worker_report import ReplayResult
 
 

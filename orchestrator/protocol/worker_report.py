@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from orchestrator.elastic.recovery_point import Holding
-from orchestrator.protocol.messages import StepFingerprint
+from orchestrator.protocol.replay_task import StepFingerprint
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.storage.condition import StorageTrouble

@@ -19,7 +19,7 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 from orchestrator.errors import UsageError, nearest
-from orchestrator.metrics import METRICS
+from orchestrator.metrics.registry import METRICS
 from orchestrator.spec.fault_tolerance import MAX_BUDGET
 from orchestrator.spec.job_file.loading import Setting
 from orchestrator.spec.section import Path

@@ -19,15 +19,13 @@ Nothing is printed: events are logged by `logging`, under `orchestrator.ray_trai
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import BackendConfig, DataConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2.api.callback import UserCallback
@@ -36,11 +34,10 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.train.v2.api.result import Result
 
 from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
-from orchestrator.cluster import local
-from orchestrator.cluster.connection import disconnect
 from orchestrator.errors import NotFinished, NotFound, OrchestratorError, RunFailed, UsageError
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.ray_train.callbacks import CallbackError, Follower
+from orchestrator.ray_train.cluster_client import client_of
 from orchestrator.ray_train.mapping import settings_of
 from orchestrator.ray_train.parts import Part, settings_of_parts
 from orchestrator.ray_train.results import result_of
@@ -58,7 +55,6 @@ from orchestrator.submission.submission import resolved
 log = logging.getLogger("orchestrator.ray_train")
 
 STOP_S = 120.0  # how long a stopped run may take to write its checkpoint and end
-LOCAL_CPUS = 8  # logical; the least of a cluster that is started for a run
 
 
 class ElasticTrainer:
@@ -138,7 +134,7 @@ class ElasticTrainer:
         elif self._has_succeeded():
             log.info("run %s has succeeded already", self.job.name)
             return self._result()
-        with _client(self._address, self.job) as client:
+        with client_of(self._address, self.job) as client:
             callbacks = [c for c in self.run_config.callbacks or () if isinstance(c, UserCallback)]
             follower = Follower(self.run_dir, callbacks, self._context())
             self._start(client)
@@ -230,34 +226,6 @@ class _Told:
                 change.why,
             )
         self._phase, self._changes = status.phase, len(changes)
-
-
-@contextmanager
-def _client(address: str | None, job: JobSpec) -> Iterator[OrchestratorClient]:
-    """A client of the existing cluster; without one, of a cluster on this machine, which is stopped again."""
-    is_there = address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or local.status() is not None
-    if is_there:
-        yield OrchestratorClient(address)
-        return
-    workers = job.workers.max + max(1, job.workers.standby)
-    cpus = max(LOCAL_CPUS, os.cpu_count() or 1, math.ceil(job.resources.cpus * workers))
-    up = local.up(cpus)
-    try:
-        yield OrchestratorClient(up.record.address)
-    finally:
-        is_needed = not up.fresh or _is_busy(up.record.address)
-        disconnect()
-        if not is_needed:
-            local.down()
-
-
-def _is_busy(address: str) -> bool:
-    """Whether a run is active there, or may be."""
-    try:
-        return any(not status.phase.ended for status in OrchestratorClient(address).list())
-    except OrchestratorError as error:
-        log.warning("the local cluster stays up, as its runs can't be listed: %s", error)
-        return True
 
 
 def _check_type(name: str, config: Any, wanted: type) -> None:

@@ -10,7 +10,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.probe import check_storage
 from orchestrator.storage.backends.signed_objects import SignedObjects
-from orchestrator.storage.journal import has_journal
+from orchestrator.storage.chain_reader import has_journal
 
 JOB, TEXT = "job.json", "job.yaml"
 

@@ -22,7 +22,7 @@ from orchestrator.spec.job import RUN_NAME, JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import run_objects
-from orchestrator.storage.journal import has_journal
+from orchestrator.storage.chain_reader import has_journal
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message

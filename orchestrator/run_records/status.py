@@ -25,8 +25,8 @@ from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.signing_keys import run_objects
+from orchestrator.storage.chain_reader import newest_holder
 from orchestrator.storage.condition import StorageCondition
-from orchestrator.storage.journal import newest_holder
 
 
 def status_of(

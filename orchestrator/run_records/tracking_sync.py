@@ -24,7 +24,7 @@ from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.signing_keys import run_objects
-from orchestrator.storage.journal import newest_term
+from orchestrator.storage.chain_reader import newest_term
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.outbox_file import num_waiting
 from orchestrator.tracking.sinks.sink import MetricPoint, TrackerPosition

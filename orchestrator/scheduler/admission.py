@@ -8,7 +8,6 @@ from types import MappingProxyType
 from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.cluster_objects import cluster_id
 from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
-from orchestrator.controller.worker_group import request_of
 from orchestrator.errors import JobDoesNotFit, NameTaken, UsageError
 from orchestrator.policy.cluster.autoscaling import bounds
 from orchestrator.policy.cluster.capacity import places
@@ -30,7 +29,7 @@ from orchestrator.storage.backends.location import Location, location_of, object
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain import Holder
-from orchestrator.storage.journal import newest_holder
+from orchestrator.storage.chain_reader import newest_holder
 from orchestrator.storage.journal_age import journal_age_s
 
 log = logging.getLogger("orchestrator.control")
@@ -89,7 +88,7 @@ def newcomer(
     return ScalingView(
         limits.run_id,
         MANUAL,
-        request_of(job.resources),
+        job.resources.request,
         wanted,
         least,
         wanted,

@@ -11,13 +11,9 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import ray
-
-from orchestrator.cluster.actors import NAMESPACE, ON_HEAD
 from orchestrator.cluster.process_title import name_process
-from orchestrator.cluster.published.known_runs import directory_of, forget_run, known_runs, remember_run
-from orchestrator.cluster.published.published_keys import forget_key, publish_key, signer_in_cluster
-from orchestrator.cluster.remote import Remote
+from orchestrator.cluster.published.known_runs import directory_of, known_runs, remember_run
+from orchestrator.cluster.published.published_keys import publish_key, signer_in_cluster
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import ClusterUnreachable, JournalCorrupt, KeyUnknown, NotFound, StorageError, UsageError
@@ -25,9 +21,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import remove_job, write_job
-from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -35,9 +29,10 @@ from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.claims import RunClaims
 from orchestrator.scheduler.controller_client import ControllerClient
-from orchestrator.scheduler.run_statuses import STATUS_S, RunStatuses
+from orchestrator.scheduler.run_removal import RunRemoval
+from orchestrator.scheduler.run_statuses import RunStatuses
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.backends.location import Location, is_there, location_of
+from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.backends.probe import refusal_at
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import add_key_source
@@ -48,12 +43,9 @@ log = logging.getLogger("orchestrator.control")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NAME = "scheduler"
-MAX_CALLS_AT_ONCE = 32
 LATER = "Try again in a moment."
 
-# Limits of calls to run storage: the files of a new run, a journal, the removal of a run.
-WRITE_S, HISTORY_S, REMOVE_S = 10.0, 30.0, 60.0
+WRITE_S, HISTORY_S = 10.0, 30.0  # limits of calls to run storage: the files of a new run, a journal
 
 
 class Scheduler:
@@ -66,6 +58,7 @@ class Scheduler:
         self._claims = RunClaims()
         self._storage = StorageGuard(refusal_at)
         self._statuses = RunStatuses(self._storage)
+        self._removal = RunRemoval(self._claims, self._storage, self._statuses)
         self._autoscaler = Autoscaler()
         self._autoscaler.start()
 
@@ -209,29 +202,7 @@ class Scheduler:
             UsageError: it has not ended.
             StorageError: its files can't be removed.
         """
-        with self._claims.claim(run_id):
-            directory = directory_of(run_id)
-            if self._storage.call(directory.parent, STATUS_S, partial(is_there, directory)):
-                self._refuse_active(run_id, directory)
-                ControllerClient(run_id).await_end()  # it writes its log until then
-                self._storage.call(directory.parent, REMOVE_S, partial(self._remove_files, run_id, directory))
-            forget_run(run_id)
-            forget_key(run_id)
-        log.info("run %s: removed from %s", run_id, directory)
-        return str(directory)
-
-    def _refuse_active(self, run_id: str, directory: Location) -> None:
-        try:
-            refuse_active(self.status(run_id))
-        except (KeyUnknown, JournalCorrupt):  # it may be removed all the same, if all else shows that it has ended
-            if ControllerClient(run_id).find() is not None or not self._storage.call(
-                directory.parent, STATUS_S, partial(has_ended, directory)
-            ):
-                raise
-
-    def _remove_files(self, run_id: str, directory: Location) -> None:
-        with self._claims.extended(run_id):
-            remove_files(directory)
+        return self._removal.remove(run_id)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""
@@ -278,20 +249,3 @@ class Scheduler:
                 unchanged="Nothing was changed.",
             )
         raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy=LATER)
-
-
-def get_or_create_scheduler() -> Remote[Scheduler]:
-    """The cluster's scheduler. Ray must be connected."""
-    options = {
-        "name": NAME,
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "get_if_exists": True,
-        "num_cpus": 0,
-        "resources": ON_HEAD,
-        "max_restarts": -1,
-        "max_task_retries": 0,
-        "max_concurrency": MAX_CALLS_AT_ONCE,
-    }
-    handle: Any = ray.remote(Scheduler).options(**options).remote()
-    return Remote(handle)

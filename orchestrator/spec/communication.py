@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Broken, Path, Section
+from orchestrator.spec.train import TrainSpec
 
 BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)
 BLOCK = 256  # elements that share a scale, or of which top-k sends the largest: an index fits a byte
@@ -127,3 +129,24 @@ class CommunicationSpec(Section):
     compression: Compression = Field(
         default=CompressionSpec(), description="How dense gradients are compressed: a scheme, or a mapping."
     )
+
+
+def broken_communication(communication: CommunicationSpec, train: TrainSpec, model: ModelSpec) -> Iterator[Broken]:
+    """Rules between what is sent, the optimizer, and the model."""
+    momentum = communication.compression.momentum
+    if momentum and (train.optimizer.has_momentum or train.zero_stage != 1):
+        of: Path = ("communication", "compression", "momentum")
+        rule = "momentum of compression takes the place of the optimizer's, once per step: it needs one without, "
+        rule += "adamw with betas[0] 0 or sgd with momentum 0, and zero_stage 1; "
+        optimizer = train.optimizer
+        got = f"got {optimizer.name} with betas[0] {optimizer.betas[0]}, momentum {optimizer.momentum}, and "
+        keys: tuple[Path, ...] = (of, ("train", "optimizer", "betas"), ("train", "zero_stage"))
+        yield Broken(keys, f"{rule}{got}{train.zero_stage}")
+    for key in ("ranks_per_token", "nodes_per_token"):
+        if getattr(communication, key) is not None and model.n_group > 1:
+            rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
+            got = f"{getattr(communication, key)} and {model.n_group}"
+            yield Broken((("communication", key), ("model", "n_group")), rule + got)
+        if getattr(communication, key) is not None and model.impl == "transformers":
+            rule = f"{key} limits routers of ours, and with impl: transformers they are its own: leave it out; got "
+            yield Broken((("communication", key), ("model", "impl")), f"{rule}{getattr(communication, key)}")

@@ -1,12 +1,13 @@
-"""What a model section shares with the `config.json` of transformers: keys, and `model.rope_scaling`, the rotary
-positions of models whose context was extended after pretraining."""
+"""What a model section shares with transformers: the directory or config that a model is made from, keys of its
+`config.json`, and `model.rope_scaling`, the rotary positions of models whose context was extended after pretraining."""
 
+import json
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section
+from orchestrator.spec.section import Broken, Section, directory
 
 # Keys of mixtures alone.
 OF_EXPERTS = frozenset(
@@ -121,3 +122,39 @@ class RopeScalingSpec(Section):
         if self.high_freq_factor <= self.low_freq_factor:
             rule = f"high_freq_factor must be above low_freq_factor; got {self.high_freq_factor} and "
             yield Broken((("high_freq_factor",), ("low_freq_factor",)), f"{rule}{self.low_freq_factor}")
+
+
+class ModelSource(Section):
+    """What a model is made from: a directory that transformers has saved, a config of transformers, or sizes alone."""
+
+    init_from: Annotated[str, AfterValidator(directory)] | None = Field(
+        default=None,
+        description="Directory of a model saved by transformers, of one of the families in docs/pretrained.md: its "
+        "weights replace random ones. Omitted sizes come from its config.json, others must agree. Every worker reads "
+        "what it holds of it.",
+    )
+    impl: Literal["native", "transformers"] = Field(
+        default="native",
+        description="transformers: its implementation of the architecture in config is trained, for architectures that "
+        "ours does not have; experts are spread over workers all the same (docs/pretrained.md).",
+    )
+    config: dict[str, JsonValue] = Field(
+        default={},
+        description="With impl: transformers, keys of the model's config.json, model_type among them; sizes above "
+        "follow from it. Default: that of init_from.",
+    )
+    upcycle: bool = Field(
+        default=False,
+        description="true: init_from is a dense model, whose layers from first_k_dense_replace on (default 0) become "
+        "mixtures. Each of their experts begins as the layer's MLP, so the mixture begins as the dense model; routers "
+        "begin at random (sparse upcycling, arXiv:2212.05055).",
+    )
+
+    def broken_upcycling(self) -> Iterator[Broken]:
+        """The rules of `upcycle` that are broken."""
+        if self.upcycle and self.init_from is None:
+            yield Broken((("upcycle",), ("init_from",)), "upcycle needs a dense model in init_from; got none")
+        for key, value in UPCYCLED.items() if self.upcycle else ():
+            if key in self.model_fields_set and getattr(self, key) != value:
+                rule = f"{key} must be {json.dumps(value)} with upcycle, so that the mixture begins as the dense model"
+                yield Broken(((key,), ("upcycle",)), f"{rule}; got {json.dumps(getattr(self, key))}")

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from orchestrator.spec.section import HERE, Broken, Section, refuse
-from orchestrator.spec.workers import Range
+from orchestrator.spec.section import HERE, Broken, Path, Section, refuse
+from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, Range, WorkersSpec
 
 SIGNALS = ("length", "compression", "rarity", "diversity", "reference_loss")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -142,3 +142,31 @@ class CurriculumSpec(Section):
                 f"the last stage lasts as long as the run (train.max_steps): leave until of {self.stages[-1].name} out"
             )
             yield Broken((("stages", last, "until"),), rule)
+
+
+def broken_sizes(workers: WorkersSpec, autoscale: AutoscaleSpec, curriculum: CurriculumSpec | None) -> Iterator[Broken]:
+    """Rules between the settings that decide the number of workers."""
+    policy, stages = autoscale.policy, curriculum.stages if curriculum else ()
+    named = [(i, stage.name, stage.workers) for i, stage in enumerate(stages) if stage.workers is not None]
+    for i, name, wanted in named:
+        key: Path = ("curriculum", "stages", i, "workers")
+        if not workers.min <= wanted.min <= wanted.max <= workers.max:
+            rule = f"workers of a stage must be within workers.min..max ({workers.min}..{workers.max}); got "
+            yield Broken((key, ("workers", "min"), ("workers", "max")), f"{rule}{wanted.min}..{wanted.max} in {name}")
+        elif i == 0 and not wanted.min <= workers.initial <= wanted.max:
+            rule = f"workers.initial must be within the workers of the first stage ({wanted.min}..{wanted.max})"
+            yield Broken((("workers", "initial"), key), f"{rule}; got {workers.initial}")
+        if policy == MANUAL:
+            rule = f"workers of stage {name} need autoscale.policy {STAGE}, available or throughput; got {MANUAL}"
+            yield Broken((("autoscale", "policy"), key), rule)
+    if policy == MANUAL:
+        return
+    if policy == STAGE and not named:
+        rule = f"autoscale.policy {STAGE} needs a stage of the curriculum that names its workers; none does"
+        yield Broken((("autoscale", "policy"), ("curriculum",)), rule)
+    if workers.schedule:
+        rule = f"workers.schedule and autoscale.policy {policy} both decide the number of workers: leave one out"
+        yield Broken((("autoscale", "policy"), ("workers", "schedule")), rule)
+    if workers.min == workers.max:
+        rule = f"autoscale.policy {policy} needs room: workers.max must be more than min; both are {workers.min}"
+        yield Broken((("workers", "max"), ("autoscale", "policy")), rule)

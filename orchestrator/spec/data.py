@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, JsonValue
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import HERE, Broken, Path, Section, broken_own_code, directory, refuse
 from orchestrator.spec.task import CLASSIFICATION, OF_CHATS, Entrypoint, TaskSpec
+from orchestrator.spec.train import TrainSpec
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
 BUILTIN = "builtin:stdlib"  # text that is read unless a job names another
@@ -113,3 +114,20 @@ def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec, has_rows: bool
     for key in [key for key, is_given in of_text.items() if is_given and has_rows]:
         rule = f"data.{key} is of text, and task {task.entrypoint or task.name} has rows: leave it out"
         yield Broken((("data", key), of_task), rule)
+
+
+def broken_outputs(task: TaskSpec, model: ModelSpec) -> Iterator[Broken]:
+    """The rule between a task's classes and the model's outputs."""
+    if task.num_classes and model.vocab_size and model.vocab_size < task.num_classes:
+        rule = f"vocab_size must be at least task.num_classes; got {model.vocab_size} and {task.num_classes}"
+        yield Broken((("model", "vocab_size"), ("task", "num_classes")), rule)
+
+
+def broken_training(train: TrainSpec, has_chats: bool, has_curriculum: bool) -> Iterator[Broken]:
+    """Rules between a task with rows and its training."""
+    if not has_chats and not train.micro_batch_rows:
+        rule = f"micro_batch_size must be a number of rows where rows have no tokens; got {train.micro_batch_size}"
+        yield Broken((("train", "micro_batch_size"), ("task", "name")), rule)
+    if has_curriculum:
+        rule = "a curriculum orders text, and the task has rows: leave one out"
+        yield Broken((("curriculum",), ("task", "name")), rule)

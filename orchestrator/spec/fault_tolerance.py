@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Broken, Section, refuse
+from orchestrator.spec.section import Broken, Path, Section, refuse
 
 AUTO, NONE = "auto", "none"
 FINISHED, COMMITTED = "finished", "committed"
@@ -181,3 +181,27 @@ class VerifySpec(Section):
     steps: int = Field(
         default=8, ge=1, le=256, description="Number of steps in each replay: fewer than checkpoint.every."
     )
+
+
+def broken_verification(
+    verify: VerifySpec, checkpoint: CheckpointSpec, determinism: str, standby: int
+) -> Iterator[Broken]:
+    """Requirements of a replay: steps that reproduce their bits, a standby that runs them, and a starting point."""
+    needs: tuple[tuple[Path, object, bool, str], ...] = (
+        (("train", "determinism"), determinism, determinism == "exact", "exact"),
+        (("workers", "standby"), standby, standby > 0, "at least 1"),
+        (
+            ("checkpoint", "every"),
+            checkpoint.every,
+            isinstance(checkpoint.every, int),
+            "a number of steps",
+        ),
+    )
+    for key, value, there, wanted in needs:
+        if not there:
+            rule = f"verify.every needs {'.'.join(map(str, key))} to be {wanted}; got {value}"
+            yield Broken((("verify", "every"), key), rule)
+    if isinstance(checkpoint.every, int) and verify.steps >= checkpoint.every:
+        rule = "verify.steps must be less than checkpoint.every: they follow the newest checkpoint; "
+        got = f"got {verify.steps} and {checkpoint.every}"
+        yield Broken((("verify", "steps"), ("checkpoint", "every")), rule + got)

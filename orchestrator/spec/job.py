@@ -8,14 +8,12 @@ directly, as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value r
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from orchestrator.spec.communication import CommunicationSpec
-from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.data import DataSpec, broken_rows
+from orchestrator.spec.communication import CommunicationSpec, broken_communication
+from orchestrator.spec.curriculum import CurriculumSpec, broken_sizes
+from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -23,14 +21,24 @@ from orchestrator.spec.fault_tolerance import (
     RecoverySpec,
     VerifySpec,
     broken_protection,
+    broken_verification,
 )
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
-from orchestrator.spec.section import Broken, Path, Section, directory, refuse
+from orchestrator.spec.section import (
+    REFERENCE,
+    Broken,
+    Path,
+    Section,
+    key_reference,
+    refuse,
+    requirement,
+    storage_place,
+)
 from orchestrator.spec.task import OF_CHATS, OF_ROWS, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
-from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, ResourcesSpec, ScheduledScale, Workers, WorkersSpec
+from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, ScheduledScale, Workers, WorkersSpec
 
 __all__ = [
     "AutoscaleSpec",
@@ -56,7 +64,6 @@ __all__ = [
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 # Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
-REFERENCE = r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*"  # to a secret
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
 REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 
@@ -74,34 +81,9 @@ class EvalSpec(Section):
     rows: int = Field(default=64, ge=1, description="Largest number of held-out rows that each validation reads.")
 
 
-def _requirement(text: str) -> str:
-    try:
-        url = urlsplit(Requirement(text).url or "")
-    except InvalidRequirement as error:
-        raise refuse(f"must be a package as pip names it: {str(error).splitlines()[0]}") from error
-    if url.password:
-        raise refuse("must name no password, which everybody could read: set PIP_INDEX_URL in secrets")
-    return text
-
-
-def _storage(place: str) -> str:
-    """Validate a directory, or the URL of a bucket, whether or not it exists."""
-    if "://" not in place:
-        return directory(place)
-    if not re.fullmatch(r"(s3|gs|az)://[^/?#\s]+(/[^/?#\s]+)*/?", place):
-        raise refuse("must be a path of the file system, or s3://, gs:// or az:// with BUCKET or BUCKET/PATH")
-    return place
-
-
-def _key_reference(reference: str | None) -> str | None:
-    if reference is not None and not re.fullmatch(rf"auto|{REFERENCE}", reference):
-        raise refuse("must be auto, file:PATH with an absolute path, or env:NAME")
-    return reference
-
-
 Storage = Annotated[
     str,
-    AfterValidator(_storage),
+    AfterValidator(storage_place),
     BeforeValidator(lambda path: "./runs" if path is None else path, json_schema_input_type=str | None),
 ]
 
@@ -159,7 +141,7 @@ class JobSpec(Section):
         "secret here. Refused are variables that change how a process is loaded (LD_*, PYTHON*, GLIBC_TUNABLES and "
         "such) or how Ray and we behave (RAY_*, ORCHESTRATOR_*), and OMP_NUM_THREADS, set from cores and workers.",
     )
-    pip: list[Annotated[str, AfterValidator(_requirement)]] = Field(
+    pip: list[Annotated[str, AfterValidator(requirement)]] = Field(
         default=[],
         description="Packages that your code needs, as pip names them: NAME==VERSION, or NAME @ URL. They are "
         "installed once per node, beside the environment, whose packages keep their versions.",
@@ -170,7 +152,7 @@ class JobSpec(Section):
         "absolute, or env:NAME, from Ray's own environment there. The job holds no value, and logs don't show it.",
     )
 
-    signing_key: Annotated[str | None, AfterValidator(_key_reference)] = Field(
+    signing_key: Annotated[str | None, AfterValidator(key_reference)] = Field(
         default=None,
         description="Key with which the run's journal is signed, so that storage that others can write to can't change "
         "what the run goes on from: file:PATH, absolute, or env:NAME, read where the job is submitted or resumed, or "
@@ -208,22 +190,14 @@ class JobSpec(Section):
     def broken_rules(self) -> Iterator[Broken]:
         yield from broken_callbacks(self.callbacks)
         yield from broken_rows(self.task, self.data, self.model, self.has_rows)
-        if self.has_rows and not self.has_chats and not self.train.micro_batch_rows:
-            rule = "micro_batch_size must be a number of rows where rows have no tokens; got "
-            keys_of_size: tuple[Path, ...] = (("train", "micro_batch_size"), ("task", "name"))
-            yield Broken(keys_of_size, f"{rule}{self.train.micro_batch_size}")
-        if self.task.num_classes and self.model.vocab_size and self.model.vocab_size < self.task.num_classes:
-            rule = "vocab_size must be at least task.num_classes; got "
-            got = f"{self.model.vocab_size} and {self.task.num_classes}"
-            yield Broken((("model", "vocab_size"), ("task", "num_classes")), rule + got)
-        if self.has_rows and self.curriculum is not None:
-            rule = "a curriculum orders text, and the task has rows: leave one out"
-            yield Broken((("curriculum",), ("task", "name")), rule)
+        yield from broken_outputs(self.task, self.model)
+        if self.has_rows:
+            yield from broken_training(self.train, self.has_chats, self.curriculum is not None)
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"
                 yield Broken((("workers", "schedule", i, "at_step"), ("train", "max_steps")), rule)
-        yield from self._broken_sizes()
+        yield from broken_sizes(self.workers, self.autoscale, self.curriculum)
         if self.checkpoint.keep_best and self.eval.every is None:
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
@@ -235,28 +209,13 @@ class JobSpec(Section):
             got = f"got {self.resources.num_gpus:g} and up to {most} workers with standbys"
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
-        momentum = self.communication.compression.momentum
-        if momentum and (self.train.optimizer.has_momentum or self.train.zero_stage != 1):
-            of: Path = ("communication", "compression", "momentum")
-            rule = "momentum of compression takes the place of the optimizer's, once per step: it needs one without, "
-            rule += "adamw with betas[0] 0 or sgd with momentum 0, and zero_stage 1; "
-            optimizer = self.train.optimizer
-            got = f"got {optimizer.name} with betas[0] {optimizer.betas[0]}, momentum {optimizer.momentum}, and "
-            keys: tuple[Path, ...] = (of, ("train", "optimizer", "betas"), ("train", "zero_stage"))
-            yield Broken(keys, f"{rule}{got}{self.train.zero_stage}")
-        for key in ("ranks_per_token", "nodes_per_token"):
-            if getattr(self.communication, key) is not None and self.model.n_group > 1:
-                rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
-                got = f"{getattr(self.communication, key)} and {self.model.n_group}"
-                yield Broken((("communication", key), ("model", "n_group")), rule + got)
-            if getattr(self.communication, key) is not None and self.model.impl == "transformers":
-                rule = f"{key} limits routers of ours, and with impl: transformers they are its own: leave it out; got "
-                yield Broken((("communication", key), ("model", "impl")), f"{rule}{getattr(self.communication, key)}")
+        yield from broken_communication(self.communication, self.train, self.model)
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()
         if self.verify.every is not None:
-            yield from self._unverifiable()
+            determinism, standby = self.train.determinism, self.workers.standby
+            yield from broken_verification(self.verify, self.checkpoint, determinism, standby)
         for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
@@ -286,27 +245,6 @@ class JobSpec(Section):
             rule = f"must not be {value} where train.determinism is exact: {why}"
             yield Broken((key, ("train", "determinism")), rule)
 
-    def _unverifiable(self) -> Iterator[Broken]:
-        """Requirements of a replay: steps that reproduce their bits, a standby that runs them, and a starting point."""
-        needs: tuple[tuple[Path, object, bool, str], ...] = (
-            (("train", "determinism"), self.train.determinism, self.train.is_exact, "exact"),
-            (("workers", "standby"), self.workers.standby, self.workers.standby > 0, "at least 1"),
-            (
-                ("checkpoint", "every"),
-                self.checkpoint.every,
-                isinstance(self.checkpoint.every, int),
-                "a number of steps",
-            ),
-        )
-        for key, value, there, wanted in needs:
-            if not there:
-                rule = f"verify.every needs {'.'.join(map(str, key))} to be {wanted}; got {value}"
-                yield Broken((("verify", "every"), key), rule)
-        if isinstance(self.checkpoint.every, int) and self.verify.steps >= self.checkpoint.every:
-            rule = "verify.steps must be less than checkpoint.every: they follow the newest checkpoint; "
-            got = f"got {self.verify.steps} and {self.checkpoint.every}"
-            yield Broken((("verify", "steps"), ("checkpoint", "every")), rule + got)
-
     def _broken_environment(self) -> Iterator[Broken]:
         for name, reference in self.secrets.items():
             if not re.fullmatch(REFERENCE, reference):
@@ -328,33 +266,3 @@ class JobSpec(Section):
                 )
             elif "\0" in value:
                 yield Broken(((section, name),), "a value must not hold a NUL character")
-
-    def _broken_sizes(self) -> Iterator[Broken]:
-        """Rules between the settings that decide the number of workers."""
-        policy, workers = self.autoscale.policy, self.workers
-        stages = self.curriculum.stages if self.curriculum else ()
-        named = [(i, stage.name, stage.workers) for i, stage in enumerate(stages) if stage.workers is not None]
-        for i, name, wanted in named:
-            key: Path = ("curriculum", "stages", i, "workers")
-            if not workers.min <= wanted.min <= wanted.max <= workers.max:
-                rule = f"workers of a stage must be within workers.min..max ({workers.min}..{workers.max}); got "
-                yield Broken(
-                    (key, ("workers", "min"), ("workers", "max")), f"{rule}{wanted.min}..{wanted.max} in {name}"
-                )
-            elif i == 0 and not wanted.min <= workers.initial <= wanted.max:
-                rule = f"workers.initial must be within the workers of the first stage ({wanted.min}..{wanted.max})"
-                yield Broken((("workers", "initial"), key), f"{rule}; got {workers.initial}")
-            if policy == MANUAL:
-                rule = f"workers of stage {name} need autoscale.policy {STAGE}, available or throughput; got {MANUAL}"
-                yield Broken((("autoscale", "policy"), key), rule)
-        if policy == MANUAL:
-            return
-        if policy == STAGE and not named:
-            rule = f"autoscale.policy {STAGE} needs a stage of the curriculum that names its workers; none does"
-            yield Broken((("autoscale", "policy"), ("curriculum",)), rule)
-        if workers.schedule:
-            rule = f"workers.schedule and autoscale.policy {policy} both decide the number of workers: leave one out"
-            yield Broken((("autoscale", "policy"), ("workers", "schedule")), rule)
-        if workers.min == workers.max:
-            rule = f"autoscale.policy {policy} needs room: workers.max must be more than min; both are {workers.min}"
-            yield Broken((("workers", "max"), ("autoscale", "policy")), rule)

@@ -1,44 +1,21 @@
 """The `model` section: a decoder-only mixture-of-experts language model."""
 
-import json
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import Field, JsonValue
 
-from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, UPCYCLED, RopeScalingSpec
-from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, directory
+from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
+from orchestrator.spec.section import HERE, Broken, broken_own_code
 from orchestrator.spec.task import Entrypoint
 
 EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding
 BIAS_UPDATE_SPEED = {"quantile": 0.5, "sign": 1e-3}
 
 
-class ModelSpec(Section):
+class ModelSpec(ModelSource):
     """Sizes of the model. The first `first_k_dense_replace` layers have one dense MLP, the others routed experts."""
 
-    init_from: Annotated[str, AfterValidator(directory)] | None = Field(
-        default=None,
-        description="Directory of a model saved by transformers, of one of the families in docs/pretrained.md: its "
-        "weights replace random ones. Omitted sizes come from its config.json, others must agree. Every worker reads "
-        "what it holds of it.",
-    )
-    impl: Literal["native", "transformers"] = Field(
-        default="native",
-        description="transformers: its implementation of the architecture in config is trained, for architectures that "
-        "ours does not have; experts are spread over workers all the same (docs/pretrained.md).",
-    )
-    config: dict[str, JsonValue] = Field(
-        default={},
-        description="With impl: transformers, keys of the model's config.json, model_type among them; sizes above "
-        "follow from it. Default: that of init_from.",
-    )
-    upcycle: bool = Field(
-        default=False,
-        description="true: init_from is a dense model, whose layers from first_k_dense_replace on (default 0) become "
-        "mixtures. Each of their experts begins as the layer's MLP, so the mixture begins as the dense model; routers "
-        "begin at random (sparse upcycling, arXiv:2212.05055).",
-    )
     vocab_size: int | None = Field(
         default=None,
         ge=1,
@@ -202,12 +179,7 @@ class ModelSpec(Section):
         if self.init_from is not None and self.embedding_scale != 1.0:
             rule = f"embedding_scale must be 1 with init_from, as its weights have it; got {self.embedding_scale:g}"
             yield Broken((("embedding_scale",), ("init_from",)), rule)
-        if self.upcycle and self.init_from is None:
-            yield Broken((("upcycle",), ("init_from",)), "upcycle needs a dense model in init_from; got none")
-        for key, value in UPCYCLED.items() if self.upcycle else ():
-            if key in self.model_fields_set and getattr(self, key) != value:
-                rule = f"{key} must be {json.dumps(value)} with upcycle, so that the mixture begins as the dense model"
-                yield Broken(((key,), ("upcycle",)), f"{rule}; got {json.dumps(getattr(self, key))}")
+        yield from self.broken_upcycling()
         if self.impl == "transformers":
             yield from self._broken_transformers_rules()
             return

@@ -4,15 +4,19 @@ A rule between keys names all keys that it reads. So all mistakes of a file are 
 key that the user wrote, without rules that only break because of another mistake.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self, get_args
+from urllib.parse import urlsplit
 
+from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 Path = tuple[str | int, ...]
 HERE = "."  # the directory in which a job is submitted
+REFERENCE = r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*"  # to a secret
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,33 @@ def directory(path: str) -> str:
     if not path.strip() or "\0" in path or "://" in path:
         raise refuse("must be a path of the file system")
     return path
+
+
+def requirement(text: str) -> str:
+    """Validate a package as pip names it."""
+    try:
+        url = urlsplit(Requirement(text).url or "")
+    except InvalidRequirement as error:
+        raise refuse(f"must be a package as pip names it: {str(error).splitlines()[0]}") from error
+    if url.password:
+        raise refuse("must name no password, which everybody could read: set PIP_INDEX_URL in secrets")
+    return text
+
+
+def storage_place(place: str) -> str:
+    """Validate a directory, or the URL of a bucket, whether or not it exists."""
+    if "://" not in place:
+        return directory(place)
+    if not re.fullmatch(r"(s3|gs|az)://[^/?#\s]+(/[^/?#\s]+)*/?", place):
+        raise refuse("must be a path of the file system, or s3://, gs:// or az:// with BUCKET or BUCKET/PATH")
+    return place
+
+
+def key_reference(reference: str | None) -> str | None:
+    """Validate where a signing key is read."""
+    if reference is not None and not re.fullmatch(rf"auto|{REFERENCE}", reference):
+        raise refuse("must be auto, file:PATH with an absolute path, or env:NAME")
+    return reference
 
 
 def keys_at(root: type[Section], path: Path) -> Iterator[str]:

@@ -177,3 +177,9 @@ class ResourcesSpec(Section):
             return None
         unit = self.memory.lstrip("0123456789. ")
         return int(float(self.memory.removesuffix(unit)) * BYTES[unit])
+
+    @property
+    def request(self) -> dict[str, float]:
+        """What each worker reserves, by Ray's names, without what it doesn't need."""
+        amounts = {"CPU": self.cpus, "GPU": self.num_gpus, "memory": float(self.memory_bytes or 0)}
+        return {name: amount for name, amount in amounts.items() if amount}

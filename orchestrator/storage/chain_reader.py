@@ -7,6 +7,7 @@ from orchestrator.storage.chain import (
     BEGINNING,
     ChainEntry,
     HistoryName,
+    Holder,
     Link,
     damaged,
     entry_from,
@@ -149,3 +150,18 @@ class ChainReader:
 def _check(before: Link, where: str, entry: ChainEntry) -> None:
     if entry.prev != before.digest:
         raise damaged(where, f"is not the one that entry {entry.number} follows: its SHA-256 differs")
+
+
+def newest_term(objects: Objects) -> int:
+    """The highest term taken so far; 0 if none was."""
+    return ChainReader(objects).newest_link().term
+
+
+def newest_holder(objects: Objects) -> Holder:
+    """The controller that holds the highest term."""
+    return ChainReader(objects).newest_link().holder
+
+
+def has_journal(objects: Objects) -> bool:
+    """Whether any controller has taken a term of this run. Reads no entry."""
+    return list_names(objects).newest >= 0

@@ -255,18 +255,3 @@ def _since(reader: ChainReader, seq: int) -> Iterator[ChainEntry]:
 def read_events(objects: Objects, after: int = -1) -> list[Event]:
     """Every event with a `seq` above `after`, in order. Raises as `events_after`."""
     return list(events_after(objects, after))
-
-
-def newest_term(objects: Objects) -> int:
-    """The highest term taken so far; 0 if none was."""
-    return ChainReader(objects).newest_link().term
-
-
-def newest_holder(objects: Objects) -> Holder:
-    """The controller that holds the highest term."""
-    return ChainReader(objects).newest_link().holder
-
-
-def has_journal(objects: Objects) -> bool:
-    """Whether any controller has taken a term of this run. Reads no entry."""
-    return list_names(objects).newest >= 0

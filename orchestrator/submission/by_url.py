@@ -154,7 +154,8 @@ def refuse_by_url(port: JobsApiClient | None, what: str) -> None:
 def answer(method: str, args_json: str) -> str:
     """Call the Scheduler from inside the cluster. Returns a line of JSON: the answer, or an OrchestratorError."""
     from orchestrator.cluster.connection import connect  # imports Ray, which callers outside don't need
-    from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
+    from orchestrator.scheduler.scheduler import Scheduler
+    from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 
     try:
         connect()

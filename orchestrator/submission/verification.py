@@ -18,7 +18,7 @@ from orchestrator.protocol.child_process import Numerics
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.notices import NumericsDiffer, NumericsRecorded
 from orchestrator.protocol.events.training import StageDecided
-from orchestrator.protocol.messages import PastWorld
+from orchestrator.protocol.replay_task import PastWorld
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.run_files import RunFiles

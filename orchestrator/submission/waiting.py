@@ -1,11 +1,13 @@
-"""Wait for room in the cluster, for a run that is not to be queued."""
+"""Waits of a client: for room in the cluster, for a run that is not to be queued, and for the end of a run."""
 
 import time
 from collections.abc import Callable
 
-from orchestrator.errors import JobDoesNotFit
+from orchestrator.errors import JobDoesNotFit, NotFinished
+from orchestrator.protocol.status import RunStatus
 
 RETRY_EVERY_S = 1.0
+LOOK_EVERY_S = 0.5
 
 
 def when_there_is_room(
@@ -26,3 +28,23 @@ def when_there_is_room(
                 on_wait(error)
                 on_wait = None
         time.sleep(RETRY_EVERY_S)
+
+
+def until_ended(
+    get: Callable[[], RunStatus], timeout_s: float | None, on_status: Callable[[RunStatus], None] | None
+) -> RunStatus:
+    """The status of a run that has ended. Arguments and errors as of `OrchestratorClient.wait`.
+
+    Args:
+        get: gives the run's status.
+    """
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        status = get()
+        if on_status is not None:
+            on_status(status)
+        if status.phase.ended:
+            return status
+        if deadline_s is not None and time.monotonic() > deadline_s:
+            raise NotFinished(f"run {status.run_id} is {status.phase} after {timeout_s:g} s of waiting: {status.why}")
+        time.sleep(LOOK_EVERY_S)

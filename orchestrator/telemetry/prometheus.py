@@ -14,7 +14,8 @@ from typing import Protocol
 
 from ray.util.metrics import Gauge
 
-from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
+from orchestrator.metrics.metric import Metric, MetricKind
+from orchestrator.metrics.registry import DECLARED, metric
 from orchestrator.protocol.status import RunPhase
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.tracking.sinks.sink import MetricPoint

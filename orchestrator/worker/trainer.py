@@ -8,7 +8,6 @@
 
 import gc
 import logging
-import traceback
 from contextlib import suppress
 
 import torch
@@ -18,13 +17,12 @@ from orchestrator.comm.transport.nccl import abort_communicators
 from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import WorkerError
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.plan_wait import PlanWaiter
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle
-from orchestrator.worker.runtime.errors import CORRUPTED, kind_of
+from orchestrator.worker.runtime.errors import CORRUPTED, failure_of, free_peers, kind_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.states import (
@@ -167,7 +165,7 @@ class Trainer:
         error = interrupted.error
         if kind_of(error) == CORRUPTED:  # this process or its GPU can't be trusted; its buddy holds a copy
             raise error
-        failure = _failure(error)
+        failure = failure_of(error)
         self._snapshots.leave()
         self._abort_handle.end()
         self._mailbox.publish(
@@ -176,7 +174,7 @@ class Trainer:
             holdings=self._snapshots.holdings,
             error=failure,
         )
-        _free_peers(error)  # while the controller plans: it takes some 15 ms
+        free_peers(error)  # while the controller plans: it takes some 15 ms
         return Stranded()
 
     def _hold(self, live: LiveShard) -> None:
@@ -211,11 +209,11 @@ class Trainer:
 
     def _abandon_transition(self, plan: GenerationPlan, error: Exception) -> Standby | Stranded:
         """Keep the old state after a failed transition, and report."""
-        failure = _failure(error)
+        failure = failure_of(error)
         log.warning("the transition to generation %d failed: %s", plan.generation, error)
         self._snapshots.leave()
         disconnect()
-        _free_peers(error)
+        free_peers(error)
         self._abort_handle.end()
         was_member = plan.source is not None and self._mailbox.state.worker in plan.source.world
         state = Stranded() if was_member or self._snapshots.held is not None else Standby()
@@ -254,29 +252,15 @@ class Trainer:
 
     def _fail_checkpoint(self, error: Exception) -> None:
         """Report that a shard could not be written. From the thread that tried."""
-        self._mailbox.publish(phase=Phase.FAILED, error=_failure(error, "a checkpoint could not be written: "))
+        self._mailbox.publish(phase=Phase.FAILED, error=failure_of(error, "a checkpoint could not be written: "))
 
     # -- the end -----------------------------------------------------------------------------------------------
 
     def _fail(self, error: Exception) -> None:
-        failure = _failure(error)
+        failure = failure_of(error)
         shut_connections()  # peers may wait for this worker
         abort_communicators()
         disconnect()
-        _free_peers(error)
+        free_peers(error)
         log.error("%s\n%s after step %d: %s", failure.traceback.rstrip(), failure.kind, self._mailbox.state.step, error)
         self._mailbox.publish(phase=Phase.FAILED, error=failure)
-
-
-def _failure(error: Exception, what: str = "") -> WorkerError:
-    return WorkerError(kind_of(error), f"{what}{error}", "".join(traceback.format_exception(error)))
-
-
-def _free_peers(error: BaseException) -> None:
-    """Close connections that peers may be blocked on. gloo closes them only once nothing refers to its groups, not even
-    the frames of an error."""
-    cause: BaseException | None = error
-    while cause is not None:
-        cause.__traceback__ = None
-        cause = cause.__context__
-    gc.collect()

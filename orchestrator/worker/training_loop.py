@@ -18,7 +18,8 @@ from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.step.checkpoint_timer import CheckpointTimer
 from orchestrator.worker.step.hooks import RankProposal
 from orchestrator.worker.step.position import RunPosition
-from orchestrator.worker.step.train_step import TrainStep, open_seal
+from orchestrator.worker.step.seal import open_seal
+from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.keeper_link import KeeperLink
 from orchestrator.worker.transition.preparation import TransitionPreparer

@@ -24,9 +24,9 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.final_status import read_status
-from orchestrator.scheduler.scheduler import get_or_create_scheduler
+from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.journal import newest_term
+from orchestrator.storage.chain_reader import newest_term
 from tests.support.control import UNHURRIED, Cluster
 from tests.support.disk import exchange
 from tests.support.hosts import until

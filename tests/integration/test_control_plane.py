@@ -14,8 +14,8 @@ from orchestrator.errors import ClusterUnreachable
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.scheduler.scheduler import NAME as SCHEDULER
-from orchestrator.scheduler.scheduler import get_or_create_scheduler
+from orchestrator.scheduler.scheduler_actor import NAME as SCHEDULER
+from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 from tests.support.control import PATIENCE_S, Cluster
 from tests.support.worker_processes import pid_of_actor
 

@@ -17,7 +17,7 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.storage.backends.location import objects_at
-from orchestrator.storage.journal import newest_term
+from orchestrator.storage.chain_reader import newest_term
 from tests.support.control import PATIENCE_S, Cluster
 from tests.support.hosts import until
 from tests.support.simulated_services import simulated_parts

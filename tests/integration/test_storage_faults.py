@@ -23,8 +23,8 @@ from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.chain_reader import newest_term
 from orchestrator.storage.condition import StorageCondition
-from orchestrator.storage.journal import newest_term
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from tests.support.disk import ext4_disk, fill, frozen, small_disk
 from tests.support.hanging_disk import hanging_disk

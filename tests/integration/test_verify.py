@@ -16,7 +16,7 @@ from orchestrator.cluster.calls import ask
 from orchestrator.policy.replay_check import Difference, first_difference
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.changes import changed
-from orchestrator.protocol.messages import PastWorld, ReplayTask, StepFingerprint
+from orchestrator.protocol.replay_task import PastWorld, ReplayTask, StepFingerprint
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_phase import Phase

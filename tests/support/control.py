@@ -27,8 +27,8 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.scheduler.scheduler import NAME as SCHEDULER
-from orchestrator.scheduler.scheduler import get_or_create_scheduler
+from orchestrator.scheduler.scheduler_actor import NAME as SCHEDULER
+from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
 from tests.support.hosts import until
 from tests.support.simulated_services import hurry, simulated_parts

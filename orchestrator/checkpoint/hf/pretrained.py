@@ -13,24 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from orchestrator.checkpoint.hf.families import family_of_config
 from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.shapes import shapes
+from orchestrator.checkpoint.hf.tensor_listing import NAMED_AT_MOST, OTHER_DIRECTORY, list_tensors, read_json, refused
 from orchestrator.checkpoint.hf.transformers_config import OF_TRAINING, transformers_settings
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.config_json import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Section
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 FLOATS = ("F32", "F16", "BF16")
-NAMED_AT_MOST = 8  # tensors in a message
-OTHER_DIRECTORY = (
-    "Name a directory that `orchestrator model export` has written, or `save_pretrained` of a family in "
-    "docs/pretrained.md; for other mixtures of transformers set model.impl: transformers."
-)
 OTHER_CONFIG = "Correct model.config, or the config.json in model.init_from."
 DUE_TO_OTHERS = "default_factory_not_called"  # pydantic's error for a default that follows from a wrong value
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
@@ -135,21 +130,21 @@ def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
     """
     path = "model.config" if directory is None else directory / CONFIG
     remedy = OTHER_CONFIG if spec.impl == "transformers" else OTHER_DIRECTORY
-    config = {} if directory is None else _read_json(directory / CONFIG)
+    config = {} if directory is None else read_json(directory / CONFIG)
     try:
         found = _settings(spec, config)
         if spec.upcycle:
             found = _upcycled(spec, found)
     except UsageError as error:
         place = path if directory is None else f"model.init_from: {path}"
-        raise _refused(f"{place}: {error.message}", remedy) from error
+        raise refused(f"{place}: {error.message}", remedy) from error
     differing = [
         f"model.{key} is {_shown(getattr(spec, key))} and {_shown(value)}"
         for key, value in found.items()
         if key in spec.model_fields_set - {"config"} and _differs(getattr(spec, key), value)
     ]
     if differing:
-        raise _refused(
+        raise refused(
             f"the job and {path} differ: {'; '.join(differing)}",
             "Correct these keys of the job's model section, or leave them out: they are taken from there.",
         )
@@ -159,7 +154,7 @@ def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
     except ValidationError as error:
         own = (each for each in error.errors() if each["type"] != DUE_TO_OTHERS)
         wrong = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in own)
-        raise _refused(f"{path} is of a model that can't be trained: {wrong}", remedy) from error
+        raise refused(f"{path} is of a model that can't be trained: {wrong}", remedy) from error
 
 
 def _settings(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,63 +183,10 @@ def open_pretrained(directory: Path) -> Pretrained:
         UsageError: there is no `config.json`.
         CheckpointCorrupt: as `list_tensors`.
     """
-    config = _read_json(directory / CONFIG)
+    config = read_json(directory / CONFIG)
     family, tied = family_of_config(config), bool(config.get("tie_word_embeddings", False))
     found = list_tensors(directory)
     return Pretrained(directory, family, found.files, found.shapes, found.dtypes, tied)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """File, shape and number format of every tensor of a directory, by its name there."""
-
-    files: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
-
-
-def list_tensors(directory: Path) -> Listing:
-    """List the tensors of a directory, from the files' headers. Raises CheckpointCorrupt: a file is missing, truncated,
-    or not of the format that its name implies."""
-    index = directory / INDEX
-    if index.exists():
-        named = _read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not all(_is_plain(file) for file in named.values()):
-            raise _broken(f"{index} has no weight_map that names files beside it")
-    elif (directory / WEIGHTS).exists():
-        named = None
-    else:
-        raise _broken(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
-    files: dict[str, str] = {}
-    found_shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    for file in sorted(set(named.values())) if named is not None else [WEIGHTS]:
-        try:
-            with safe_open(directory / file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dict
-                    header = opened.get_slice(name)
-                    files[name] = file
-                    found_shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise _broken(f"{directory / file} can't be read: {error}") from error
-    lost = [name for name, file in (named or {}).items() if files.get(name) != file]
-    if lost:
-        raise _broken(f"{index} names tensors that its files lack: {', '.join(lost[:NAMED_AT_MOST])}")
-    return Listing(files, found_shapes, dtypes)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _refused(f"model.init_from: {path} can't be read: {error.strerror}", OTHER_DIRECTORY) from error
-    except ValueError as error:
-        raise _refused(f"model.init_from: {path} is not JSON: {error}", OTHER_DIRECTORY) from error
-    if not isinstance(content, dict):
-        raise _refused(
-            f"model.init_from: {path} is a JSON {type(content).__name__}; it must be an object", OTHER_DIRECTORY
-        )
-    return content
 
 
 def _shown(value: object) -> str:
@@ -257,17 +199,3 @@ def _differs(ours: object, theirs: object) -> bool:
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return not math.isclose(ours, theirs, rel_tol=1e-9)
     return ours is not None and ours != theirs
-
-
-def _is_plain(file: object) -> bool:
-    return isinstance(file, str) and Path(file).name == file
-
-
-def _refused(message: str, remedy: str) -> UsageError:
-    return UsageError(message, remedy=remedy, unchanged="Nothing was started.")
-
-
-def _broken(message: str) -> CheckpointCorrupt:
-    return CheckpointCorrupt(
-        message, remedy="Fetch or save the directory again, whole.", unchanged="Nothing was started."
-    )

@@ -68,7 +68,7 @@ def replay(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.policy.replay_check import differences, doubt, first_difference, state_differs
     from orchestrator.protocol.child_process import Numerics
-    from orchestrator.protocol.messages import StepFingerprint
+    from orchestrator.protocol.replay_task import StepFingerprint
     from orchestrator.submission.replay_processes import done_again
     from orchestrator.submission.verification import numerics_here, what_to_verify
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from orchestrator.checkpoint.hf.pretrained import OTHER_CONFIG
 from orchestrator.checkpoint.hf.transformers_config import ALIASES
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import meta_device
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.transformers_impl.transformers_experts import TransformersExperts, take_experts
@@ -67,7 +66,7 @@ def meta_model(spec: ModelSpec, vocab_size: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with meta_device():
+        with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     except Exception as error:  # of its modules, which check few of a config's values
         raise EntrypointError(

@@ -6,14 +6,8 @@ See `run_state.RunState`, which holds one of each.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.protocol.messages import (
-    FIRST_INTERVAL_S,
-    Fence,
-    GenerationPlan,
-    Keeper,
-    ReplayTask,
-    StageStart,
-)
+from orchestrator.protocol.messages import FIRST_INTERVAL_S, Fence, GenerationPlan, Keeper, StageStart
+from orchestrator.protocol.replay_task import ReplayTask
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize

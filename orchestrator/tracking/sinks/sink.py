@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.errors import UsageError
-from orchestrator.metrics import metric
+from orchestrator.metrics.registry import metric
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MetricPoint:
     the node, or the name of a task's metric.
 
     Raises:
-        NotFound: the name is not declared in `orchestrator.metrics`.
+        NotFound: the name is not declared in `orchestrator.metrics.registry`.
     """
 
     name: str

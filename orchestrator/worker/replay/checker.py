@@ -8,7 +8,8 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, GenerationPlan, ReplayTask, Restore, StepFingerprint, StoreAddress
+from orchestrator.protocol.messages import Directive, GenerationPlan, Restore, StoreAddress
+from orchestrator.protocol.replay_task import ReplayTask, StepFingerprint
 from orchestrator.protocol.worker_report import ReplayResult
 from orchestrator.worker.replay.replay import replay
 from orchestrator.worker.runtime.mailbox import WorkerMailbox

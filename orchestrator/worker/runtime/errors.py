@@ -1,10 +1,14 @@
 """Errors of the training thread, and their kinds in a report."""
 
+import gc
+import traceback
+
 import torch
 from torch.distributed import DistError
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.user_model import raised_by_forward
+from orchestrator.protocol.worker_report import WorkerError
 
 CORRUPTED = "corrupted"
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's message on a CPU, in a plain RuntimeError
@@ -47,6 +51,21 @@ def kind_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in str(error):
         return "out_of_memory"
     return "user_error" if isinstance(error, EntrypointError) or raised_by_forward(error) else "internal"
+
+
+def failure_of(error: Exception, what: str = "") -> WorkerError:
+    """The error as a report has it, its message behind `what`."""
+    return WorkerError(kind_of(error), f"{what}{error}", "".join(traceback.format_exception(error)))
+
+
+def free_peers(error: BaseException) -> None:
+    """Close connections that peers may be blocked on. gloo closes them only once nothing refers to its groups, not even
+    the frames of an error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__context__
+    gc.collect()
 
 
 def _is_peer_loss(error: Exception) -> bool:

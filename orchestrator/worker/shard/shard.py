@@ -23,7 +23,8 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.policy.estimate.worker_memory import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import micro_batch_of
-from orchestrator.protocol.messages import GenerationPlan, Keeper, PastWorld
+from orchestrator.protocol.messages import GenerationPlan, Keeper
+from orchestrator.protocol.replay_task import PastWorld
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.job import JobSpec

@@ -3,35 +3,31 @@
 After the vote every member knows that all have finished the step.
 """
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport import nccl
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.optim.lr_schedule import learning_rate
-from orchestrator.errors import EntrypointError
 from orchestrator.model.base import seed_draws
 from orchestrator.model.moe.balance import RoutingCounts
-from orchestrator.model.task import Loss
 from orchestrator.protocol.step_record import BatchRecord, CommunicationRecord, StateRecord, StepRecord, UpdateRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
+from orchestrator.worker.runtime.errors import AbortedGeneration
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
-from orchestrator.worker.step.batches import BatchReader, StepBatches, StepMicroBatch
+from orchestrator.worker.step.batches import BatchReader, StepBatches
 from orchestrator.worker.step.clock import StepClock
 from orchestrator.worker.step.hooks import StepHooks
+from orchestrator.worker.step.losses import StepLosses
 from orchestrator.worker.step.memory_probe import MemoryProbe
 from orchestrator.worker.step.prefetch import Prefetch
 from orchestrator.worker.step.proven_sum import nonce_of
 from orchestrator.worker.step.routing import RoutingRecorder, move_biases
+from orchestrator.worker.step.seal import open_seal
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
 
@@ -67,38 +63,6 @@ class _Step:
     def is_skipped(self) -> bool:
         """Whether its batch is left out: evaluated, without an update."""
         return self.number in self.shard.skips
-
-
-@dataclass(frozen=True)
-class _Losses:
-    """Sums per micro-batch of a batch, 0 where the micro-batch is another rank's, and the units in all of them. Sums
-    and counts stay on the device until the vote: the host doesn't wait for a micro-batch.
-
-    Args:
-        sums_SM: fp64; of the loss, then of each metric its sum and its weight.
-        routed: counts of this rank's routers.
-    """
-
-    sums_SM: Tensor
-    units: int
-    routed: RoutingCounts
-
-    def enter(self, micro_batch: StepMicroBatch, loss: Loss) -> None:
-        """Enter the loss of one of this rank's micro-batches.
-
-        Raises:
-            EntrypointError: the task counts other units than the data.
-        """
-        if loss.units is not None and loss.units != micro_batch.units:
-            raise EntrypointError(
-                f"the task's loss is a sum over {loss.units} units in a micro-batch in which the data have "
-                f"{micro_batch.units}",
-                remedy="Return as many units as the rows have, 1 each unless the data say otherwise (docs/tasks.md).",
-            )
-        if micro_batch.number is not None:
-            metrics = (each for pair in loss.metrics.values() for each in pair)
-            for column, value in enumerate((loss.total, *metrics)):
-                self.sums_SM[micro_batch.number, column] = value
 
 
 class TrainStep:
@@ -147,7 +111,7 @@ class TrainStep:
         step.clock.loaded()
         return batches
 
-    def _accumulate(self, step: _Step, batches: StepBatches) -> _Losses:
+    def _accumulate(self, step: _Step, batches: StepBatches) -> StepLosses:
         """Forward and backward of each micro-batch; of a batch that is left out, its losses alone."""
         if step.is_skipped:
             open_seal(step.shard, step.number)
@@ -174,7 +138,7 @@ class TrainStep:
         wait = partial(step.clock.wait_for_copies, step.hooks.before_update)
         return step.shard.engine.step(lr, wait, keep_gradients)
 
-    def _validate(self, step: _Step) -> _Losses | None:
+    def _validate(self, step: _Step) -> StepLosses | None:
         """Losses of the validation rows; None in most steps."""
         every, last, shard = self._spec.eval.every, self._spec.train.max_steps - 1, step.shard
         if every is None or not self._validates or ((step.number + 1) % every and step.number not in (0, last)):
@@ -183,7 +147,7 @@ class TrainStep:
         return self._evaluate(step, self._prefetch.validation(shard.rank, shard.world.size, shard.micro_batch, waits))
 
     def _vote(
-        self, step: _Step, batches: StepBatches, losses: _Losses, update: StepOutcome, validation: _Losses | None
+        self, step: _Step, batches: StepBatches, losses: StepLosses, update: StepOutcome, validation: StepLosses | None
     ) -> VoteResult:
         """Vote, and apply what the members have agreed on: the compression, and the routers' biases."""
         shard, clock = step.shard, step.clock
@@ -228,7 +192,7 @@ class TrainStep:
         step: _Step,
         batches: StepBatches,
         update: StepOutcome,
-        validation: _Losses | None,
+        validation: StepLosses | None,
         outcome: VoteResult,
         compression: str,
     ) -> StepRecord:
@@ -266,7 +230,7 @@ class TrainStep:
 
     # -- parts of phases ---------------------------------------------------------------------------------------
 
-    def _evaluate(self, step: _Step, batches: StepBatches) -> _Losses:
+    def _evaluate(self, step: _Step, batches: StepBatches) -> StepLosses:
         """Losses without gradients."""
         losses = self._no_losses(step, batches)
         for micro_batch in batches.micro_batches:
@@ -282,11 +246,10 @@ class TrainStep:
         pairs = zip(self._task.metrics, sums[1::2], sums[2::2], strict=True)
         return self._task.report({name: each / weight if weight else 0.0 for name, each, weight in pairs})
 
-    def _no_losses(self, step: _Step, batches: StepBatches) -> _Losses:
+    def _no_losses(self, step: _Step, batches: StepBatches) -> StepLosses:
         routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model, self._device)
-        shape = (batches.num_micro_batches, 1 + 2 * len(self._task.metrics))
-        sums_SM = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        return _Losses(sums_SM, batches.global_units, routed)
+        num_metrics = len(self._task.metrics)
+        return StepLosses.zeros(batches.num_micro_batches, num_metrics, batches.global_units, routed, self._device)
 
     def _measured(self) -> Callable[[], None]:
         """Called before a micro-batch. Returns the callback between its forward and its backward pass."""
@@ -294,14 +257,3 @@ class TrainStep:
             return noop
         self._memory.begin_pass()
         return self._memory.end_forward
-
-
-def open_seal(shard: Shard, step: int) -> None:
-    """Open the memory guard before the state is used in `step`. Raises StateCorrupted if it has changed by itself."""
-    changed = shard.seal.open() if shard.seal is not None else []
-    if changed:
-        more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
-        raise StateCorrupted(
-            f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
-            f"{step - 1} and {step}, although nothing writes to it then"
-        )

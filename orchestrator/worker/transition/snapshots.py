@@ -192,7 +192,7 @@ class SnapshotManager:
         held = self._protection.sender.begun
         return {"committed": held, "held": held, "settled": generation, "kept_by": self._keeper}
 
-    # -- for another worker ------------------------------------------------------------------------------------
+    # -- what is held, for another worker too ------------------------------------------------------------------
 
     def keep(self, snapshots: RankSnapshots) -> None:
         """Hold the snapshots of the member of a world of one."""
@@ -201,8 +201,6 @@ class SnapshotManager:
     def drop(self, snapshots: RankSnapshots) -> None:
         """Hold them no longer."""
         self._vault.remove(snapshots)
-
-    # -- what is held ------------------------------------------------------------------------------------------
 
     def hold(self, shard: Shard, progress: TrainingProgress) -> None:
         """Keep the shard's state; its engine is about to close."""
@@ -227,9 +225,8 @@ class SnapshotManager:
 
     def holdings(self) -> tuple[Holding, ...]:
         """All states held here. From any thread."""
-        found, held = set(self._vault.holdings()), self.held
-        if held is not None:
-            found.add(_holding(held))
+        held = self.held
+        found = {*self._vault.holdings(), *(() if held is None else (held.holding,))}
         return tuple(sorted(found, key=lambda h: (h.generation, h.step, h.rank)))
 
     def gathered(self, source: StateSource, progress: TrainingProgress, tensors: Inventory) -> Held:
@@ -245,7 +242,7 @@ class SnapshotManager:
         step = progress.step if source.step is None else source.step
         parts, mine = [], -1
         for wanted in self._wanted(source, step):
-            if self.held is not None and _holding(self.held) == wanted:
+            if self.held is not None and self.held.holding == wanted:
                 parts.append(self.held.ranges)
                 progress, mine = self.held.progress, wanted.rank
             else:
@@ -262,7 +259,7 @@ class SnapshotManager:
         """
         assert source.step is not None
         for wanted in self._wanted(source, source.step):
-            if self.held is None or _holding(self.held) != wanted:
+            if self.held is None or self.held.holding != wanted:
                 with suppress(KeyError):
                     self._vault.find(wanted)
 
@@ -271,7 +268,3 @@ class SnapshotManager:
         ranks = [rank for rank, holder in enumerate(source.holders) if holder == self._me]
         ranks.sort(key=lambda rank: source.world.members[rank] != self._me)
         return [Holding(source.world.generation, step, rank) for rank in ranks]
-
-
-def _holding(held: Held) -> Holding:
-    return Holding(held.generation, held.progress.step, held.rank)

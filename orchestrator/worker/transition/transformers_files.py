@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.hf.pretrained import Listing, Part, list_tensors, refuse_tensors
+from orchestrator.checkpoint.hf.pretrained import Part, refuse_tensors
+from orchestrator.checkpoint.hf.tensor_listing import Listing, list_tensors
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.model.base import TrainableModel, meta_device
 from orchestrator.model.factory import build_model, single_rank

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.comm.transport.peer_group import PeerGroup
+from orchestrator.elastic.recovery_point import Holding
 from orchestrator.engine.base import noop
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord
@@ -43,6 +44,10 @@ class Held:
     rank: int
     progress: TrainingProgress
     ranges: NamedRanges
+
+    @property
+    def holding(self) -> Holding:
+        return Holding(self.generation, self.progress.step, self.rank)
 
 
 def first_shard(

@@ -13,7 +13,7 @@ from dashboards import queries
 from dashboards.alerts import ALERTS
 from dashboards.build import DIRECTORY, FILES
 from orchestrator.errors import NotFound
-from orchestrator.metrics import DECLARED
+from orchestrator.metrics.registry import DECLARED
 
 PROMTOOL = shutil.which("promtool")
 with_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool isn't installed (Debian: prometheus)")

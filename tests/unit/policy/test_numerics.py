@@ -5,7 +5,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.replay_check import differences, doubt, shown
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.notices import NumericsDiffer
-from orchestrator.protocol.messages import PastWorld
+from orchestrator.protocol.replay_task import PastWorld
 from orchestrator.submission.verification import differing_workers
 
 

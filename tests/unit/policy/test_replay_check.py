@@ -11,7 +11,8 @@ from orchestrator.policy.replay_check import Difference, first_difference, state
 from orchestrator.policy.state.requests import begun_again
 from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
-from orchestrator.protocol.messages import PastWorld, ReplayTask, Restore, StepFingerprint
+from orchestrator.protocol.messages import Restore
+from orchestrator.protocol.replay_task import PastWorld, ReplayTask, StepFingerprint
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ReplayResult
 from orchestrator.spec.fault_tolerance import VerifySpec

@@ -6,7 +6,8 @@ from dataclasses import replace
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import Directive, GenerationPlan, ReplayTask, StoreAddress
+from orchestrator.protocol.messages import Directive, GenerationPlan, StoreAddress
+from orchestrator.protocol.replay_task import ReplayTask
 from orchestrator.protocol.sent_directive import SentDirective
 
 

@@ -19,11 +19,11 @@ import pytest
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
 from orchestrator.storage.chain import BEGINNING, Event, list_names
-from orchestrator.storage.chain_reader import ChainReader
+from orchestrator.storage.chain_reader import ChainReader, has_journal, newest_term
 from orchestrator.storage.compacted import state_from, state_to_bytes
 from orchestrator.storage.compaction import compact
 from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.journal import Journal, events_after, has_journal, newest_term, read_events
+from orchestrator.storage.journal import Journal, events_after, read_events
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import StorageTask, run_inline
 from tests.support.journals import DUE, LIMITS, SeqFold, check_journal, compaction, started

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import JournalCorrupt, TermSuperseded
 from orchestrator.storage.chain import ChainEntry, Holder
+from orchestrator.storage.chain_reader import has_journal, newest_holder, newest_term
 from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.journal import Journal, has_journal, newest_holder, newest_term, read_events
+from orchestrator.storage.journal import Journal, read_events
 from orchestrator.storage.objects import Objects
 from tests.support.storages import MakeStorage, storage_of
 

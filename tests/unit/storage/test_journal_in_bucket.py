@@ -9,7 +9,8 @@ from orchestrator.errors import JournalCorrupt, TermSuperseded
 from orchestrator.storage.backends.bucket_objects import BucketObjects
 from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.chain import Event, list_names
-from orchestrator.storage.journal import Journal, newest_term, read_events
+from orchestrator.storage.chain_reader import newest_term
+from orchestrator.storage.journal import Journal, read_events
 from orchestrator.storage.tasks import run_inline
 from tests.support.journals import DUE, check_journal, compaction
 from tests.support.request_proxy import RequestFault, RequestProxy

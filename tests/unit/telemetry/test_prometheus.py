@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.controller.run_metrics import collapse, values_of_run
-from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
+from orchestrator.metrics.metric import Metric, MetricKind
+from orchestrator.metrics.registry import DECLARED, metric
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.changes import changed

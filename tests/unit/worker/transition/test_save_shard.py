@@ -47,7 +47,7 @@ from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.runtime.errors import AbortedGeneration, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.step.train_step import open_seal
+from orchestrator.worker.step.seal import open_seal
 from orchestrator.worker.training_loop import SAVED_EVERY_S, LiveShard, TrainingHooks, TrainingLoop
 from orchestrator.worker.transition import shard_write
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of

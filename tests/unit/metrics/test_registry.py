@@ -3,7 +3,7 @@ import re
 import pytest
 
 from orchestrator.errors import NotFound
-from orchestrator.metrics import DECLARED, METRICS, metric
+from orchestrator.metrics.registry import DECLARED, METRICS, metric
 
 
 def test_names_are_unique() -> None:
