@@ -60,8 +60,8 @@ class TrainableModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def backbone(self) -> nn.Module:
-        """A part of the model that each pass calls once."""
+    def first_module(self) -> nn.Module:
+        """The part of the model that each pass calls once, before any experts."""
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:
@@ -146,13 +146,13 @@ def seed_draws(seed: int, step: int, micro_batch: int) -> None:
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Tensors made meanwhile have no memory, unless they ask for a device."""
+    """Context in which new tensors have no memory, unless they name a device."""
     with torch.device("meta"), _NothingDrawn():
         yield
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Nothing is drawn for tensors without memory: torch would import its compiler for that, which takes a second."""
+    """Mode in which nothing is drawn for tensors without memory: torch would import its compiler for that."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

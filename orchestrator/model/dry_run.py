@@ -94,7 +94,8 @@ class _Samples:
             return {name: tensor.to(self.device) for name, tensor in kept.items()}, len(numbers)
         parts = 2 if self.job.has_chats and self.job.task.name == DPO else 1
         shape = (parts * len(numbers), self.job.train.sequence_length)
-        drawn = [np.random.default_rng(number).integers(self.vocab_size, size=shape[1]) for number in numbers * parts]
+        seeds = [(part, number) for part in range(parts) for number in numbers]
+        drawn = [np.random.default_rng(seed).integers(self.vocab_size, size=shape[1]) for seed in seeds]
         tokens_BT = torch.from_numpy(np.array(drawn, dtype=np.int64).reshape(shape)).to(self.device)
         batch: dict[str, Tensor] = {"inputs": tokens_BT, "targets": tokens_BT.roll(-1, 1)}
         if self.job.data.isolate_documents:
@@ -124,7 +125,7 @@ class _Trial:
         own = [name for name in (job.task.entrypoint, of_model) if name is not None]
         self._name = " with ".join(own)
         self._calls = 0
-        model.backbone.register_forward_hook(self._count)
+        model.first_module.register_forward_hook(self._count)
 
     def _count(self, *_: object) -> None:
         self._calls += 1
@@ -143,7 +144,7 @@ class _Trial:
                 scale = units if self._job.has_rows else None
                 self._model.with_balance_losses(loss.total, scale).backward()  # type: ignore[no-untyped-call]
         except EntrypointError as error:
-            if not num_rows:
+            if not num_rows and error.__cause__ is not None:  # an exception of the user's code
                 error.remedy = (
                     "A rank that has no part of the global batch left runs such passes, so that all ranks keep step. "
                     "Write sizes out where view or reshape has to guess a -1."

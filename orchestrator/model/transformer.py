@@ -107,8 +107,8 @@ class MoELanguageModel(TrainableModel):
         return logits_BTV
 
     @property
-    def backbone(self) -> nn.Module:
-        return self.norm
+    def first_module(self) -> nn.Module:
+        return self.embedding
 
     def _hidden(
         self, inputs_BT: Tensor, documents_BT: Tensor | None, lengths_B: Tensor | None

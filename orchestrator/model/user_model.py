@@ -84,7 +84,7 @@ class UserModel(TrainableModel):
         return self.model(*args, **kwargs)
 
     @property
-    def backbone(self) -> nn.Module:
+    def first_module(self) -> nn.Module:
         return self.model
 
     def _cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor, reduction: str) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.policy.curriculum import decide_stages
-from orchestrator.policy.health.budget import spawns_held_back_s
+from orchestrator.policy.health.budget import FREE_SPAWNS, spawns_held_back_s
 from orchestrator.policy.health.checkpoint_interval import choose_checkpoint_interval
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.health.stragglers import watch_stragglers
@@ -162,7 +162,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         plan = state.transition.plan
         return f"generation {plan.generation} with {plan.world.size} workers: {state.transition.why}"
     if leaving := [w for w in leavers(state, seen) if w in state.members]:
-        return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
+        return f"{why_leaving(state, seen, leaving)}; waits for others to take over" + _failed_spawns(state, seen)
     if state.is_queued:
         return f"queued: {state.queue.grant.why}"
     asked, wanted = (
@@ -178,9 +178,16 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     avoided = f"; nodes quarantined after failures: {len(state.failures.quarantine)}" * bool(state.failures.quarantine)
     placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
     waits = f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
-    failed, delay_s = state.failures.spawns, spawns_held_back_s(state.failures, seen.now_s)
-    again = f"; the last {failed} ended before they were warm, the next starts in {delay_s:.0f} s: {state.why}"
-    return waits + again * (failed > 1 and delay_s > 0)
+    return waits + _failed_spawns(state, seen)
+
+
+def _failed_spawns(state: RunState, seen: Observation) -> str:
+    """On workers that failed before they were warm, and when the next ones start; empty if they aren't held back."""
+    delay_s = spawns_held_back_s(state.failures, seen.now_s, is_urgent=bool(leavers(state, seen)))
+    if state.failures.attempts <= FREE_SPAWNS or delay_s <= 0:
+        return ""
+    failed = f"the last {state.failures.spawns} ended before they were warm"
+    return f"; {failed}, the next start in {delay_s:.0f} s: {state.why}"
 
 
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:

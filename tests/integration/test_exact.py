@@ -31,7 +31,7 @@ from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
 from tests.support.worker_group import Crew
 
-ALL_WORLDS = [2, 4, 3, 1, 2]  # of one run; all that they do is compared after each step
+ALL_WORLDS = [2, 4, 3, 1, 2]  # sizes that one run passes through; each of its steps is compared
 PLAIN = {"precision": "fp32", "zero_stage": 1}
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 

@@ -468,7 +468,7 @@ class Crew:
 
 
 def commit_of(worker_group: Crew, step: int) -> Path:
-    """The checkpoint of `step`, marked complete as a controller does it, once all members have finished."""
+    """Path of the checkpoint of `step`, after marking it complete as a controller does. All members have finished."""
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     complete = Commit(step, 1, shards[0].generation, tuple(shards))
     return Path(commit_checkpoint("test", Path(worker_group.job.storage_dir), complete).path)

@@ -7,7 +7,8 @@ What it returns has `loss(model, batch)`, and may have `collate(rows, rng)`, `me
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from orchestrator.spec.task import TaskSpec
 from orchestrator.user_code import calling_user, function_of
 
 KEY = "task.entrypoint"
+ONE_CALL = (
+    "Call it once for any micro-batch, also for one without rows, and on all inputs together: experts of all ranks "
+    "take part in each call, and are balanced by its load."
+)
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a metric: what MLflow takes, without a slash
 
 
@@ -57,24 +62,12 @@ class UserTask:
 
     def loss(self, model: TrainableModel, batch: Batch) -> Loss:
         """The user's loss, checked."""
-        calls = 0
-
-        def count(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-
-        hook = model.backbone.register_forward_pre_hook(count)
-        try:
-            with calling_user(f"loss of {self._name}"):
+        with calling_user(f"loss of {self._name}"):
+            if model.moe_layers and torch.is_grad_enabled():
+                with self._calling_once(model):
+                    loss = self._task.loss(model, batch)
+            else:
                 loss = self._task.loss(model, batch)
-        finally:
-            hook.remove()
-        if calls != 1 and model.moe_layers:  # what the dry run's rows may not have shown
-            raise self._refused(
-                f"calls a model with experts {calls} times in a pass",
-                "Call it once for any micro-batch, on all inputs together: experts of all ranks take part in each "
-                "call, and are balanced by its load.",
-            )
         if not isinstance(loss, Loss):
             raise self._refused(
                 f"returned a {type(loss).__name__} as loss",
@@ -90,6 +83,26 @@ class UserTask:
             )
         metrics = {name: self._pair(name, value, loss.total) for name, value in loss.metrics.items()}
         return Loss(loss.total, loss.units, metrics)
+
+    @contextmanager
+    def _calling_once(self, model: TrainableModel) -> Iterator[None]:
+        """Context in which a model with experts is called once. A second call is refused before it meets the exchanges
+        of other ranks' first one: the dry run's rows may not have shown it."""
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise self._refused("calls a model with experts more than once in a pass", ONE_CALL)
+
+        hook = model.first_module.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if calls == 0:
+            raise self._refused("calls a model with experts not at all in a pass", ONE_CALL)
 
     def _pair(self, name: str, value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """A metric's sum and weight as scalar tensors; numbers are as good."""

@@ -3,8 +3,8 @@
 A failure is a moment, not a worker: workers that fail in the same moment with the same cause count once. Each class has
 a budget per hour (`orchestrator.spec.fault_tolerance`). Budgets end runs that fail slowly; a run that fails without
 a step is ended by `recover.MAX_FRUITLESS`, one that can't train and whose workers never get warm by
-`termination.MAX_FAILED_SPAWNS`. Workers that fail before they train cost a run that trains nothing: they are tried
-again, ever more rarely, and count in no budget.
+`termination.MAX_FAILED_SPAWNS`. A run that trains loses nothing by workers that fail before they train: others are
+started after ever longer delays, and they count in no budget.
 """
 
 from collections import Counter
@@ -19,8 +19,8 @@ WINDOW_S = 3600.0  # of a budget, and of a quarantine
 BURST_S = 60.0  # failures within this count as in a row
 FREE_FAILURES = 3  # in a row, before replacements are held back
 FIRST_DELAY_S, MAX_DELAY_S = 1.0, 30.0
-FREE_SPAWNS = 2  # workers in a row that never got warm, before the next ones are held back
-FIRST_SPAWN_DELAY_S, MAX_SPAWN_DELAY_S = 5.0, 300.0
+FREE_SPAWNS = 2  # attempts in a row to start workers that never got warm, before the next one is held back
+FIRST_SPAWN_DELAY_S, MAX_SPAWN_DELAY_S = 5.0, 60.0
 
 PLACE = (
     "worker",
@@ -88,14 +88,19 @@ def held_back_s(failures: Sequence[WorkerFailure], now_s: float) -> float:
     return max(0.0, newest + delay_s(failures, now_s) - now_s)
 
 
-def spawns_held_back_s(failures: FailureState, now_s: float) -> float:
+def spawns_held_back_s(failures: FailureState, now_s: float, is_urgent: bool = False) -> float:
     """Seconds until the next worker may be started, where the last ones may have failed before they were warm: after
-    `FREE_SPAWNS` of those in a row the delay doubles with each further one up to `MAX_SPAWN_DELAY_S`."""
-    held_s = held_back_s(failures.recent, now_s)
-    if failures.spawns <= FREE_SPAWNS:
+    `FREE_SPAWNS` attempts the delay doubles with each further one, up to `MAX_SPAWN_DELAY_S`.
+
+    Args:
+        is_urgent: members that are about to leave wait for it: the first delay is the longest, then.
+    """
+    held_s = held_back_s([failure for failure in failures.recent if failure.is_member], now_s)
+    if failures.attempts <= FREE_SPAWNS:
         return held_s
-    doublings = min(failures.spawns - FREE_SPAWNS - 1, 16)
-    delay_s = min(MAX_SPAWN_DELAY_S, FIRST_SPAWN_DELAY_S * 2.0**doublings)
+    longest_s = FIRST_SPAWN_DELAY_S if is_urgent else MAX_SPAWN_DELAY_S
+    doublings = min(failures.attempts - FREE_SPAWNS - 1, 16)  # no overflow after days
+    delay_s = min(longest_s, FIRST_SPAWN_DELAY_S * 2.0**doublings)
     return max(held_s, failures.spawn_s + delay_s - now_s)
 
 

@@ -47,7 +47,7 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
     over = replace(
         state,
         abort=replace(state.abort, generation=newest, since_s=seen.now_s),
-        failures=replace(state.failures, spawns=0),  # earlier ones don't end a run that may need new workers now
+        failures=state.failures.without_failed_spawns(state.num_spawned),
         why=why,
         transition=None,
     )

@@ -146,8 +146,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         activated=plan.generation,
         transition=None,
         failures=replace(
-            state.failures,
-            spawns=0,
+            state.failures.without_failed_spawns(),
             transitions=0 if moved or state.abort.account is not None else state.failures.transitions,
         ),
         abort=replace(state.abort, since_s=None, account=None),

@@ -49,9 +49,9 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         cap, cap_stage = target.workers, seen.progress.stage
     size_request = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     event = replace(event, by_hand=target.by_hand)
-    failures = replace(
-        state.failures, transitions=0, spawns=0 if target.by_hand else state.failures.spawns
-    )  # whoever asks has it tried at once
+    failures = replace(state.failures, transitions=0)
+    if target.by_hand:  # tried without delay
+        failures = failures.without_failed_spawns()
     return Decision(replace(state, target=target, size_request=size_request, failures=failures), (event,))
 
 
@@ -69,21 +69,21 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     gone = {w: why for w in state.worker_group if w not in members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
-    # Workers that fail with their node count as one failed spawn; former members and leavers don't count.
     plans = [plan for plan in (state.previous, state.current, state.next) if plan is not None]
-    none = {w for plan in plans for w in plan.world.members} | {w for w in gone if is_to_leave(state, seen, w)}
-    never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
+    in_worlds = {w for plan in plans for w in plan.world.members}
+    never_warm = [w for w in gone if w not in in_worlds and not is_to_leave(state, seen, w)]
+    num_places = len({seen.nodes.get(w, "") or w for w in never_warm})  # workers that fail with their node count once
     notes: tuple[Action, ...] = tuple(WorkerLost(worker, why, member=False) for worker, why in gone.items())
     worker_group = tuple(w for w in state.worker_group if w not in gone)
     worker, why = next(iter(gone.items()))
     failures = tuple(
-        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s, is_member=False)
+        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s, is_member=w in in_worlds)
         for w in gone
         if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
     )
-    recorded = state.failures.with_new(failures)
-    if never_warm:
-        recorded = replace(recorded, spawns=recorded.spawns + never_warm, spawn_s=seen.now_s)
+    recorded = state.failures.with_new(failures).with_failed_spawns(
+        never_warm, num_places, state.num_spawned, seen.now_s
+    )
     remaining = replace(
         state,
         worker_group=worker_group,
@@ -102,7 +102,8 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     leaving = leavers(state, seen)
     wanted = limits.min_workers if state.is_ending else group_size(limits, state, seen)
     missing = wanted - (len(state.worker_group) - len(leaving))
-    if missing > 0 and not _in_transition(limits, state, seen) and not spawns_held_back_s(state.failures, seen.now_s):
+    held_back_s = spawns_held_back_s(state.failures, seen.now_s, is_urgent=bool(leaving))
+    if missing > 0 and not _in_transition(limits, state, seen) and held_back_s <= 0:
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
         note = WorkersSpawned(spawned)
@@ -224,5 +225,5 @@ def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
     """Reset the count of failed spawns once the whole worker group is warm."""
     cold = (Phase.COLD, Phase.WARMING)
     if state.failures.spawns and all(seen.phase(worker) not in cold for worker in state.worker_group):
-        return replace(state, failures=replace(state.failures, spawns=0))
+        return replace(state, failures=state.failures.without_failed_spawns())
     return state

@@ -122,7 +122,7 @@ def suspended(state: RunState, seen: Observation) -> Decision:
     waits = replace(
         begun_again(state, seen.restorable),
         recoveries=state.recoveries,
-        failures=replace(state.failures, spawns=0, transitions=0),
+        failures=replace(state.failures.without_failed_spawns(), transitions=0),
         micro_batch=replace(state.micro_batch, size=state.micro_batch.size or state.current.micro_batch, probes=()),
     )
     return Decision(waits, (Suspended(step, path),))

@@ -110,6 +110,15 @@ class KeeperState:
     ended_s: float | None = None
 
 
+def number_of(worker: str) -> int:
+    """The number of a worker, by which a run counts those that it has started."""
+    return int(worker.removeprefix("w"))
+
+
+def _of(failures: Sequence[WorkerFailure], is_member: bool) -> list[WorkerFailure]:
+    return [failure for failure in failures if failure.is_member is is_member]
+
+
 @dataclass(frozen=True)
 class FailureState:
     """Failures and their consequences.
@@ -117,21 +126,44 @@ class FailureState:
     Args:
         recent: the newest ones.
         spawns, transitions: failures in a row to start workers and to change the generation.
-        spawn_s: when the newest of these workers failed.
+        attempts: as `spawns`, but workers that were started together count once.
+        attempted, spawn_s: number of workers started when the newest of these workers failed, and the time.
+        counted_from: workers with a lower number don't count: they were started when the run didn't need them.
         quarantine: nodes that get no new workers.
         skips: steps whose batches are left out, because their loss exploded.
     """
 
     recent: tuple[WorkerFailure, ...] = ()
     spawns: int = 0
+    attempts: int = 0
+    attempted: int = 0
     spawn_s: float = 0.0
+    counted_from: int = 0
     transitions: int = 0
     quarantine: tuple[str, ...] = ()
     skips: tuple[int, ...] = ()
 
     def with_new(self, failures: Sequence[WorkerFailure]) -> "FailureState":
-        """With more failures; the newest `MAX_FAILURES` are kept."""
-        return replace(self, recent=(*self.recent, *failures)[-MAX_FAILURES:])
+        """With more failures. The newest `MAX_FAILURES` are kept, and so are those of workers that didn't train."""
+        recent = (*self.recent, *failures)
+        kept = {id(each) for which in (True, False) for each in _of(recent, which)[-MAX_FAILURES:]}
+        return replace(self, recent=tuple(failure for failure in recent if id(failure) in kept))
+
+    def with_failed_spawns(
+        self, workers: Sequence[str], num_places: int, num_spawned: int, now_s: float
+    ) -> "FailureState":
+        """With workers that ended before they were warm, at so many places; those that don't count are passed over."""
+        numbers = [number for worker in workers if (number := number_of(worker)) >= self.counted_from]
+        if not numbers:
+            return self
+        is_new = max(numbers) >= self.attempted
+        spawns, attempts = self.spawns + min(num_places, len(numbers)), self.attempts + is_new
+        return replace(self, spawns=spawns, attempts=attempts, attempted=num_spawned, spawn_s=now_s)
+
+    def without_failed_spawns(self, num_spawned: int | None = None) -> "FailureState":
+        """With none of them in a row. Given a number of workers started so far, these don't count any more."""
+        counted_from = self.counted_from if num_spawned is None else num_spawned
+        return replace(self, spawns=0, attempts=0, counted_from=counted_from)
 
 
 @dataclass(frozen=True)
