@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def forked_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children with torch are forked from a process that has it."""
-    from orchestrator.submission import torch_process
+    from orchestrator import torch_process
     from tests.support.forked_modules import Forking
 
     monkeypatch.setattr(torch_process, "subprocess", Forking)

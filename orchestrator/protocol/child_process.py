@@ -1,4 +1,4 @@
-"""Messages between a torch-free process and its child processes with torch: inference and replay."""
+"""Messages between a torch-free process and its child processes with torch: inference, replay, reference models."""
 
 import json
 import os
@@ -232,3 +232,40 @@ class Numerics:
 
 PEER_LOST = "PeerLost"  # kind of a Fault that another rank caused
 REPLAY_LINES = Lines(ReplayOrder, Numerics, StoreAddress, StepRecord, Fault)
+
+
+# -- Messages to and from a process that computes the starting model's log-probabilities -------------------------------
+
+
+@dataclass(frozen=True)
+class ReferenceOrder:
+    """Order to write a store of pairs again, with log-probabilities.
+
+    Args:
+        job_json: the `JobSpec`.
+        store_dir: the store.
+        to: directory of the new one.
+        name: of the new one; empty for one by its content.
+    """
+
+    job_json: str
+    store_dir: str
+    to: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ReferenceProgress:
+    """Share of the pairs that is done."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class ReferenceStore:
+    """Name of the new store, which is complete."""
+
+    name: str
+
+
+REFERENCE_LINES = Lines(ReferenceOrder, ReferenceProgress, ReferenceStore, Fault)

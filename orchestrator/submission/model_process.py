@@ -16,7 +16,7 @@ from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.backends.location import Location, is_there, location_of
-from orchestrator.submission.torch_process import TorchProcess
+from orchestrator.torch_process import TorchProcess
 
 MODULE = "orchestrator.inference.process"
 

@@ -8,7 +8,7 @@ from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
 from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.spec.job import JobSpec
-from orchestrator.submission.torch_process import run_module
+from orchestrator.torch_process import run_module
 
 
 def plan_of(job: JobSpec) -> JobPlan:

@@ -15,8 +15,8 @@ from orchestrator.protocol.messages import GenerationPlan, Restore, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.spec.job import JobSpec
-from orchestrator.submission.torch_process import TorchProcess
 from orchestrator.submission.verification import Verification
+from orchestrator.torch_process import TorchProcess
 
 MODULE = "orchestrator.worker.replay.replay_rank"
 LOOPBACK = "127.0.0.1"

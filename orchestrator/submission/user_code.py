@@ -12,7 +12,7 @@ from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.requirements import installed
 from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
-from orchestrator.submission.torch_process import run_module
+from orchestrator.torch_process import run_module
 from orchestrator.user_code import place_of
 
 TIMEOUT_S = 120.0

@@ -1,19 +1,16 @@
 """Process that computes the starting model's log-probabilities of pairs of answers, for preference optimization.
 
-    python -m orchestrator.worker.reference_model FD < order.json
+    python -m orchestrator.worker.reference_model FD < order
 
-It reads `{"job", "store", "to", "name"}`: a store of pairs, and the directory and the name of a new store with the same
-rows and the log-probabilities beside them, `reference_chosen` and `reference_rejected`. On the way it writes the share
-that is done to the file descriptor, a line each, and in the last one the name.
+It takes a `ReferenceOrder`: the new store has the same rows and the log-probabilities beside them, `reference_chosen`
+and `reference_rejected`.
 
 The whole model is in this process, without a GPU: those are the workers'.
 """
 
-import json
-import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +19,11 @@ from orchestrator.data.manifest import SPLITS
 from orchestrator.data.rows.row_store import RowStore
 from orchestrator.data.rows.row_writer import new_rows, rows_key
 from orchestrator.elastic.state_spec import BUFFER, PARAM
+from orchestrator.errors import OrchestratorError
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
+from orchestrator.protocol.child_process import REFERENCE_LINES, Fault, ReferenceProgress, ReferenceStore, answering
 from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.ranges import NamedRanges
@@ -50,12 +49,12 @@ def starting_model(job: JobSpec, num_outputs: int, device: torch.device) -> Trai
 
 
 @torch.no_grad()
-def write_reference(job: JobSpec, store: RowStore, to: Path, name: str, progress: TextIO) -> None:
-    """Write the store with log-probabilities as `to` / `name`, unless it is there.
+def write_reference(job: JobSpec, store: RowStore, to: Path, name: str, progress: Callable[[float], None]) -> str:
+    """Write the store with log-probabilities as `to` / `name`, unless it is there. Returns the name.
 
     Args:
         name: empty for one by the content.
-        progress: gets the share that is done, a line each, and in the last one the name.
+        progress: called with the share that is done.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, task = starting_model(job, store.manifest.num_outputs, device), DirectPreference(job.task.beta)
@@ -75,22 +74,26 @@ def write_reference(job: JobSpec, store: RowStore, to: Path, name: str, progress
                     reference = {"reference_chosen": chosen_R[number], "reference_rejected": rejected_R[number]}
                     writer.add(split, {**row, **reference}, f"row {start + number}", length=lengths_R[number])
                 done += len(rows)
-                print(done / total, file=progress, flush=True)
+                progress(done / total)
         for other in store.further_files:
             writer.add_file(other, (store.directory / other).read_bytes())
         made_of: dict[str, Any] = {**store.manifest.made_of, "rows": store.digest}
         writer.finish(store.manifest.source, made_of, store.manifest.num_outputs)
         name = name or rows_key({"content": writer.digest})
         named.append(to / name)
-    print(name, file=progress, flush=True)
+    return name
 
 
 def main() -> None:
-    order = json.loads(sys.stdin.read())
-    with os.fdopen(int(sys.argv[1]), "w") as progress:
-        job = JobSpec.model_validate_json(order["job"])
-        use_requirements(job.pip)
-        write_reference(job, RowStore.open(Path(order["store"])), Path(order["to"]), order["name"], progress)
+    with answering(REFERENCE_LINES) as (order, answer):
+        job = JobSpec.model_validate_json(order.job_json)
+        try:
+            use_requirements(job.pip)
+            store, to = RowStore.open(Path(order.store_dir)), Path(order.to)
+            name = write_reference(job, store, to, order.name, lambda share: answer(ReferenceProgress(share)))
+            answer(ReferenceStore(name))
+        except OrchestratorError as error:
+            answer(Fault.of(error))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"elastic", "sampling", "callback", "requirements"}),
     frozenset({"protocol"}),
     frozenset({"policy"}),
-    frozenset({"comm", "checkpoint", "tracking"}),
+    frozenset({"comm", "checkpoint", "tracking", "torch_process"}),
     frozenset({"data", "model", "state", "telemetry"}),
     frozenset({"engine", "inference"}),
     frozenset({"worker", "cluster", "run_records"}),
@@ -36,7 +36,18 @@ LAYERS: tuple[frozenset[str], ...] = (
 PURE = ("errors", "metrics", "spec", "elastic", "sampling", "protocol", "policy")
 NO_TORCH = (
     *PURE,
-    *("callback", "requirements", "storage", "data", "checkpoint", "tracking", "telemetry", "cluster", "run_records"),
+    *(
+        "callback",
+        "requirements",
+        "torch_process",
+        "storage",
+        "data",
+        "checkpoint",
+        "tracking",
+        "telemetry",
+        "cluster",
+        "run_records",
+    ),
     *("controller", "scheduler", "submission", "callback_process", "client", "cli", "ray_train"),
 )
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}

@@ -1,4 +1,4 @@
-"""Child processes of `orchestrator.submission.torch_process` that begin with torch imported, which takes 3 s of a core:
+"""Child processes of `orchestrator.torch_process` that begin with torch imported, which takes 3 s of a core:
 `Forking` has what that module uses of `subprocess`. Each is a process of its own all the same, with its own input,
 output, environment and end."""
 

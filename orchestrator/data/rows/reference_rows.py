@@ -1,10 +1,6 @@
 """Pairs of answers with the starting model's log-probabilities, computed once by a process that loads torch."""
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +9,13 @@ from typing import Any
 from orchestrator.data.bucket_store import only_one
 from orchestrator.data.manifest import digest_file
 from orchestrator.data.rows.row_store import RowStore
-from orchestrator.data.rows.row_writer import PREFIX, rows_key
+from orchestrator.data.rows.row_writer import rows_key
 from orchestrator.errors import OrchestratorError
+from orchestrator.protocol.child_process import REFERENCE_LINES, Fault, ReferenceOrder, ReferenceStore
 from orchestrator.spec.job import JobSpec
+from orchestrator.torch_process import TorchProcess
 
-MODULE = "orchestrator.worker.reference_model"
-ROOT = str(Path(__file__).parents[3])  # contains the package
-SHOWN = 20  # lines of what the process printed
+MODULE, STAGE = "orchestrator.worker.reference_model", "reference model"
 
 
 def with_reference(job: JobSpec, store: RowStore, directory: Path, progress: Callable[[str, float], None]) -> RowStore:
@@ -27,7 +23,7 @@ def with_reference(job: JobSpec, store: RowStore, directory: Path, progress: Cal
     user's own model, whose weights may come from anywhere, by its content.
 
     Raises:
-        OrchestratorError: the process failed; the message has what it printed last.
+        OrchestratorError: that of the process; if it ended by itself, with what it printed last.
     """
     name = ""
     if job.model.entrypoint is None:
@@ -51,38 +47,21 @@ def _weights(job: JobSpec) -> dict[str, Any]:
 
 def _computed(job: JobSpec, store: RowStore, directory: Path, name: str, progress: Callable[[str, float], None]) -> str:
     """Have the store written. Returns its name."""
-    path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     # Ray gives a process that reserves no processor one thread. GPUs are the workers'.
     env = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; a pipe could fill up
-    reading, writing = os.pipe()  # apart from what models and libraries print
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", MODULE, str(writing)],
-        stdin=subprocess.PIPE,
-        stdout=printed,
-        stderr=printed,
-        text=True,
-        pass_fds=[writing],
-        env={**os.environ, **env, "PYTHONPATH": path},
-    )
-    os.close(writing)
-    with printed, process, os.fdopen(reading) as lines:
-        order = {"job": job.model_dump_json(by_alias=True), "store": str(store.directory), "to": str(directory)}
-        assert process.stdin is not None
-        with suppress(BrokenPipeError), process.stdin as stdin:
-            stdin.write(json.dumps({**order, "name": name}))
-        progress("reference model", 0.0)
-        for line in lines:
-            if line.startswith(PREFIX):
-                name = line.strip()
-            else:
-                progress("reference model", float(line))
-        process.wait()
-        printed.seek(0)
-        said = printed.read().splitlines()[-SHOWN:]
-    if process.returncode:
+    order = ReferenceOrder(job.model_dump_json(by_alias=True), str(store.directory), str(directory), name)
+    with TorchProcess(MODULE, REFERENCE_LINES, env) as process:
+        with suppress(OSError):  # it has ended: its exit code shows why
+            process.send(order)
+        progress(STAGE, 0.0)
+        for answer in process.answers():
+            if isinstance(answer, Fault):
+                raise answer.error()
+            if isinstance(answer, ReferenceStore):
+                return answer.name
+            progress(STAGE, answer.share)
+        code = process.exit_code()
         raise OrchestratorError(
-            "the starting model's log-probabilities could not be computed:\n" + "\n".join(said),
+            f"the starting model's log-probabilities could not be computed ({code}):\n{process.output()}",
             unchanged="No store was written.",
         )
-    return name

@@ -15,7 +15,7 @@ from typing import IO, Any, Self
 from orchestrator.protocol.child_process import Lines
 
 SHOWN_LINES = 20  # at most, of the output of a process that ended by itself
-ROOT = str(Path(__file__).parents[2])  # contains the package
+ROOT = str(Path(__file__).parents[1])  # contains the package
 
 
 def run_module(

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import EntrypointError, OrchestratorError, UsageError
 from orchestrator.protocol.child_process import Fault, Lines, Remark, TextPiece
-from orchestrator.submission.torch_process import TorchProcess
+from orchestrator.torch_process import TorchProcess
 
 LINES = Lines(TextPiece, Remark, Fault)
 CHILD = """
