@@ -82,10 +82,10 @@ def check_outputs(job: JobSpec, needed: int) -> None:
 
 def first_rows(job: JobSpec, most: int) -> list[dict[str, NDArray[np.generic]]]:
     """The first training rows of a job whose rows are arrays, before they are prepared. Raises as `prepare_rows`."""
-    labels, found = _Labels(job), []
+    checked, found = _Classified(job), []
     rows = UserRows(job.data, ("train",)).rows("train", most) if job.data.entrypoint is not None else _of_file(job)
     for (where, row), _ in zip(rows, range(most), strict=False):
-        labels.check(row, where)
+        checked.check(row, where)
         found.append(arrays_of(row, where))
     return found
 
@@ -103,13 +103,13 @@ def check_first_chats(job: JobSpec, most: int = FIRST_CHATS) -> None:
 
 def _arrays(job: JobSpec, directory: Path, report: Progress) -> RowStore:
     made_of = {"source": job.data.entrypoint or job.data.source, "options": job.data.options}
-    labels = _Labels(job)
+    checked = _Classified(job)
     with new_rows(directory) as (writer, named):
         for split, where, row, share in _split_rows(job):
-            labels.check(row, where)
+            checked.check(row, where)
             writer.add(split, row, where)
             report("reading", share)
-        writer.finish(str(made_of["source"]), made_of, labels.num_classes)
+        writer.finish(str(made_of["source"]), made_of, checked.num_classes)
         named.append(directory / _name_of(writer))
     return RowStore.open(named[0])
 
@@ -135,14 +135,15 @@ def _of_file(job: JobSpec) -> Iterator[tuple[str, Mapping[str, Any]]]:
     return ((row.where, row.values) for row in read_rows(job.data.source, wanted))
 
 
-class _Labels:
-    """The classes of a classification's rows; of other tasks' rows nothing."""
+class _Classified:
+    """Checks of a classification's rows, and their classes; of other tasks' rows nothing."""
 
     def __init__(self, job: JobSpec) -> None:
         task = job.task
         self._is_wanted = task.entrypoint is None and task.name == CLASSIFICATION
         self._columns, self._given = (task.inputs, task.labels), task.num_classes
         self._most = -1
+        self._shape: tuple[int, ...] | None = None  # of all inputs
 
     @property
     def num_classes(self) -> int:
@@ -158,6 +159,7 @@ class _Labels:
                     f"{where} has no {name!r}; it has {', '.join(map(repr, row))}",
                     "Name the columns in task.inputs and task.labels.",
                 )
+        self._check_shape(arrays_of({self._columns[0]: row[self._columns[0]]}, where)[self._columns[0]].shape, where)
         label = np.asarray(row[self._columns[1]])
         if label.shape != () or label.dtype.kind not in "iu" or label < 0 or label >= (self._given or np.inf):
             classes = f"below {self._given}" if self._given else "from 0"
@@ -166,6 +168,14 @@ class _Labels:
                 "Correct the rows, or task.num_classes.",
             )
         self._most = max(self._most, int(label))
+
+    def _check_shape(self, shape: tuple[int, ...], where: str) -> None:
+        if self._shape not in (None, shape):
+            raise _refused(
+                f"{self._columns[0]} of {where} has the shape {shape}, and that of the rows before it {self._shape}",
+                "Give all rows one shape, or collate them by a task of your own (docs/tasks.md).",
+            )
+        self._shape = shape
 
 
 # -- chats -------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ class UserRows:
         if "train" not in self._sets:
             raise self._refused("returned None for train", "Return a data set.")
         self.num_rows = {split: self._length(split) for split in self._sets}
+        if self.num_rows["train"] == 0:
+            raise self._refused("returned no rows for train", "Look at where it looks for them.")
 
     def _length(self, split: Split) -> int:
         found = self._sets[split]

@@ -194,6 +194,19 @@ def test_classes_are_counted_and_checked(tmp_path: Path) -> None:
         prepare_rows(renamed, tmp_path / "data")
 
 
+def test_inputs_of_a_classification_have_one_shape(tmp_path: Path) -> None:
+    rows = "[{'inputs': np.zeros(3 + n // 7), 'labels': 0} for n in range(9)]"
+    source = f"import numpy as np\ndef rows(split, options):\n    return {rows}"
+    (tmp_path / "ragged.py").write_text(source)
+    job = task_job("classification", tmp_path)
+    ragged = {"entrypoint": "ragged:rows", "code_dir": str(tmp_path)}
+    job = job.model_copy(update={"data": job.data.model_copy(update=ragged)})
+    with pytest.raises(
+        DataError, match=r"inputs of row 7 of ragged:rows for train has the shape \(4,\), and .* \(3,\)"
+    ):
+        prepare_rows(job, tmp_path / "data")
+
+
 def test_a_folder_that_datasets_saved_is_rows_too(tmp_path: Path) -> None:
     pixels = pyarrow.array(
         [[[float(n), 1.0], [2.0, 3.0]] for n in range(40)], pyarrow.list_(pyarrow.list_(pyarrow.float32()))
@@ -236,6 +249,7 @@ BAD_CODE: dict[str, tuple[str, str]] = {
     "raises": ("1 / 0", "for train raised ZeroDivisionError"),
     "an iterator": ("return iter([])", "returned a .*iterator for train, which has no length or no rows by number"),
     "nothing": ("return None", "returned None for train"),
+    "no rows": ("return []", "returned no rows for train"),
     "a row that raises": ("return Rows()", "row 0 of .* for train raised KeyError"),
 }
 
