@@ -242,10 +242,7 @@ class ReferenceOrder:
     """Order to write a store of pairs again, with log-probabilities.
 
     Args:
-        job_json: the `JobSpec`.
-        store_dir: the store.
-        to: directory of the new one.
-        name: of the new one; empty for one by its content.
+        to, name: directory of the new one, and its name; empty for one by its content.
     """
 
     job_json: str
