@@ -3,6 +3,7 @@ a job. Pure.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
@@ -31,6 +32,10 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 SMALL = 1024  # elements; gradients of smaller parameters aren't worth compressing
 
 
+_EXPERT = re.compile(r".\.experts\.(\d+)\.")
+STACKED = {"gate_up": 2}  # matrices in a parameter, by the last part of its name
+
+
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter of the whole model.
@@ -50,6 +55,13 @@ class ParamSpec:
     update: tuple[str, float] = (ADAMW, 1.0)
     weight_decay: float = 0.0
     is_trained: bool = True
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...]) -> "ParamSpec":
+        """The parameter of this name, which says whose it is and what is stacked in it."""
+        blocks = STACKED.get(name.rpartition(".")[2], 1)
+        is_stacked = len(shape) == 2 and shape[0] % blocks == 0  # else it is a user's of the same name
+        return cls(name, shape, expert_of(name), blocks if is_stacked else 1)
 
     def __post_init__(self) -> None:
         if self.numel < 1:
@@ -215,3 +227,9 @@ def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:
     ranks, which sends them twice."""
     columns = param.numel // param.rows
     return max(1, int(compression.share * param.numel / (2 * (param.rows + columns))))
+
+
+def expert_of(name: str) -> int | None:
+    """The global id of the expert that a parameter belongs to; None for dense parameters."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None

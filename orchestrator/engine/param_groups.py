@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.elastic.bucket_partition import BucketCut, cut_buckets, piece_multiple
-from orchestrator.elastic.state_spec import is_compressed
+from orchestrator.elastic.state_spec import expert_of, is_compressed
 from orchestrator.engine.process_groups import ProcessGroups
-from orchestrator.model.base import TrainableModel, expert_of, spec_of
+from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.optimizer import OF_MATRICES, OptimizerSpec
 

@@ -4,7 +4,6 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E =
 """
 
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,6 @@ from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.spec.model import ModelSpec
-
-_EXPERT = re.compile(r".\.experts\.(\d+)\.")
-STACKED = {"gate_up": 2}  # matrices in a parameter, by the last part of its name
 
 
 class TrainableModel(nn.Module, ABC):
@@ -116,17 +112,9 @@ class _Besides(torch.autograd.Function):
         return grads[0], grads[0]
 
 
-def expert_of(name: str) -> int | None:
-    """The global id of the expert that a parameter belongs to; None for dense parameters."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else None
-
-
 def spec_of(name: str, param: Tensor) -> ParamSpec:
     """The parameter's description for layouts."""
-    blocks = STACKED.get(name.rpartition(".")[2], 1)
-    is_stacked = param.dim() == 2 and len(param) % blocks == 0  # else it is a user's of the same name
-    return ParamSpec(name, tuple(param.shape), expert_of(name), blocks if is_stacked else 1)
+    return ParamSpec.of(name, tuple(param.shape))
 
 
 @torch.no_grad()

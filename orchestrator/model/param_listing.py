@@ -2,7 +2,7 @@
 
     python -m orchestrator.model.param_listing < job.json
 
-Prints `{"params": [[name, shape, expert], ...], "buffers": ...}`.
+Prints `{"params": [[name, shape], ...], "buffers": ...}`.
 """
 
 import json
@@ -18,7 +18,7 @@ def main() -> None:
     if job.has_own_code:
         use_requirements(job.pip)
     params, buffers = catalogue(job.model, job.num_outputs())
-    print(json.dumps({"params": [[p.name, p.shape, p.expert] for p in params], "buffers": buffers}))
+    print(json.dumps({"params": [[p.name, p.shape] for p in params], "buffers": buffers}))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ class UserModel(TrainableModel):
             got = f"a tensor of shape {tuple(logits_BTV.shape)}" if is_tensor else f"a {type(logits_BTV).__name__}"
             raise EntrypointError(
                 f"the forward of {self.spec.origin} returned {got} for tokens of shape {tuple(inputs_BT.shape)}",
-                remedy=f"It must return logits (rows, tokens, vocab_size), here {wanted}.",
+                remedy=f"It must return logits (rows, tokens, vocab_size), here {wanted}, also on no rows, where view "
+                "and reshape can't guess a -1.",
             )
         return logits_BTV
 

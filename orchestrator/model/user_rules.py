@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.parameter import is_lazy
 
-from orchestrator.model.base import TrainableModel, expert_of
+from orchestrator.elastic.state_spec import expert_of
+from orchestrator.model.base import TrainableModel
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.routed_experts import RoutedExperts
 

@@ -183,7 +183,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
 
 def _failed_spawns(state: RunState, seen: Observation) -> str:
     """On workers that failed before they were warm, and when the next ones start; empty if they aren't held back."""
-    delay_s = spawns_held_back_s(state.failures, seen.now_s, is_urgent=bool(leavers(state, seen)))
+    is_urgent = any(worker in state.members for worker in leavers(state, seen))
+    delay_s = spawns_held_back_s(state.failures, seen.now_s, is_urgent)
     if state.failures.attempts <= FREE_SPAWNS or delay_s <= 0:
         return ""
     failed = f"the last {state.failures.spawns} ended before they were warm"

@@ -190,9 +190,9 @@ class JobSpec(Section):
     def broken_rules(self) -> Iterator[Broken]:
         yield from broken_callbacks(self.callbacks)
         yield from broken_rows(self.task, self.data, self.model, self.has_rows)
-        yield from broken_outputs(self.task, self.model)
         if self.has_rows:
             yield from broken_training(self.train, self.has_chats, self.curriculum is not None)
+        yield from broken_outputs(self.task, self.model)
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"

@@ -1,8 +1,9 @@
-"""Parameters of a job's model, listed by a child process: control code never imports torch."""
+"""Parameters of a job's model, without torch in this process: control code never imports it."""
 
 import json
 from functools import cache
 
+from orchestrator.checkpoint.hf.shapes import listed
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
@@ -17,13 +18,16 @@ def plan_of(job: JobSpec) -> JobPlan:
 
 
 def state_of(job: JobSpec) -> StatePlan:
-    """The model's parameters and buffers.
+    """The model's parameters and buffers. A child process with torch lists those of a model that isn't ours.
 
     Raises:
         UsageError: the model can't be built; the message is the stderr of the process.
     """
+    if job.model.is_native:
+        ours, buffers = listed(job.model, job.num_outputs())
+        return StatePlan(tuple(ours), tuple(buffers), job.num_outputs())
     found = json.loads(_listed(job.name, job.model_dump_json(by_alias=True)))
-    params = tuple(ParamSpec(name, tuple(shape), expert) for name, shape, expert in found["params"])
+    params = tuple(ParamSpec.of(name, tuple(shape)) for name, shape in found["params"])
     return StatePlan(params, tuple((name, tuple(shape)) for name, shape in found["buffers"]), job.num_outputs())
 
 

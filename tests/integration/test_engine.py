@@ -10,8 +10,8 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_spec import expert_of
 from orchestrator.engine.process_groups import connect, disconnect
-from orchestrator.model.base import expert_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.optimizer import is_decayed

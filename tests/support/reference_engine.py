@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from orchestrator.elastic.state_spec import expert_of
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.process_groups import ProcessGroups
-from orchestrator.model.base import TrainableModel, expert_of
+from orchestrator.model.base import TrainableModel
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.task import Batch, Loss, Task
 from orchestrator.model.tasks.language_modeling import LanguageModeling

@@ -24,6 +24,7 @@ from orchestrator.spec.task import TaskSpec
 from orchestrator.user_code import calling_user, function_of
 
 KEY = "task.entrypoint"
+TWICE = "calls a model with experts more than once in a pass"
 ONE_CALL = (
     "Call it once for any micro-batch, also for one without rows, and on all inputs together: experts of all ranks "
     "take part in each call, and are balanced by its load."
@@ -63,7 +64,7 @@ class UserTask:
     def loss(self, model: TrainableModel, batch: Batch) -> Loss:
         """The user's loss, checked."""
         with calling_user(f"loss of {self._name}"):
-            if model.moe_layers and torch.is_grad_enabled():
+            if model.moe_layers and (torch.is_grad_enabled() or torch.distributed.is_initialized()):
                 with self._calling_once(model):
                     loss = self._task.loss(model, batch)
             else:
@@ -94,15 +95,15 @@ class UserTask:
             nonlocal calls
             calls += 1
             if calls > 1:
-                raise self._refused("calls a model with experts more than once in a pass", ONE_CALL)
+                raise self._refused(TWICE, ONE_CALL)
 
         hook = model.first_module.register_forward_pre_hook(count)
         try:
             yield
         finally:
             hook.remove()
-        if calls == 0:
-            raise self._refused("calls a model with experts not at all in a pass", ONE_CALL)
+        if calls != 1:  # also where the task has caught the error
+            raise self._refused(TWICE if calls else "calls a model with experts not at all in a pass", ONE_CALL)
 
     def _pair(self, name: str, value: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """A metric's sum and weight as scalar tensors; numbers are as good."""

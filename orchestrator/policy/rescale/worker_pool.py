@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from orchestrator.policy.health.budget import (
+    BURST_S,
     PLACE,
     cause_of_loss,
     failures_by_node,
@@ -27,7 +28,7 @@ from orchestrator.protocol.events.workers import (
     WorkersReleased,
     WorkersSpawned,
 )
-from orchestrator.protocol.messages import DesiredRunState, FinishMode
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 
 
@@ -69,21 +70,19 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     gone = {w: why for w in state.worker_group if w not in members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
-    plans = [plan for plan in (state.previous, state.current, state.next) if plan is not None]
-    in_worlds = {w for plan in plans for w in plan.world.members}
-    never_warm = [w for w in gone if w not in in_worlds and not is_to_leave(state, seen, w)]
-    num_places = len({seen.nodes.get(w, "") or w for w in never_warm})  # workers that fail with their node count once
+    current, previous = _members_of(state.current, state.next), _members_of(state.previous)
+    newcomers = [w for w in gone if w not in current | previous and not is_to_leave(state, seen, w)]
+    places = {w: seen.nodes.get(w, "") or w for w in newcomers}  # workers that fail with their node count once
+    training = current | previous if state.settled < state.activated else current
     notes: tuple[Action, ...] = tuple(WorkerLost(worker, why, member=False) for worker, why in gone.items())
     worker_group = tuple(w for w in state.worker_group if w not in gone)
     worker, why = next(iter(gone.items()))
     failures = tuple(
-        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s, is_member=w in in_worlds)
+        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s, is_member=w in training)
         for w in gone
         if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
     )
-    recorded = state.failures.with_new(failures).with_failed_spawns(
-        never_warm, num_places, state.num_spawned, seen.now_s
-    )
+    recorded = state.failures.with_new(failures).with_failed_spawns(places, state.num_spawned, seen.now_s)
     remaining = replace(
         state,
         worker_group=worker_group,
@@ -102,7 +101,8 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     leaving = leavers(state, seen)
     wanted = limits.min_workers if state.is_ending else group_size(limits, state, seen)
     missing = wanted - (len(state.worker_group) - len(leaving))
-    held_back_s = spawns_held_back_s(state.failures, seen.now_s, is_urgent=bool(leaving))
+    is_urgent = any(worker in state.members for worker in leaving)
+    held_back_s = spawns_held_back_s(state.failures, seen.now_s, is_urgent)
     if missing > 0 and not _in_transition(limits, state, seen) and held_back_s <= 0:
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
@@ -222,8 +222,13 @@ def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
 
 
 def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
-    """Reset the count of failed spawns once the whole worker group is warm."""
+    """Reset the count of failed spawns once the whole worker group is warm and none has failed for `BURST_S`."""
     cold = (Phase.COLD, Phase.WARMING)
-    if state.failures.spawns and all(seen.phase(worker) not in cold for worker in state.worker_group):
+    is_calm = seen.now_s - state.failures.spawn_s >= BURST_S
+    if state.failures.spawns and is_calm and all(seen.phase(worker) not in cold for worker in state.worker_group):
         return replace(state, failures=state.failures.without_failed_spawns())
     return state
+
+
+def _members_of(*plans: GenerationPlan | None) -> set[str]:
+    return {member for plan in plans if plan is not None for member in plan.world.members}

@@ -3,7 +3,7 @@
 See `run_state.RunState`, which holds one of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.protocol.messages import FIRST_INTERVAL_S, Fence, GenerationPlan, Keeper, StageStart
@@ -127,7 +127,8 @@ class FailureState:
         recent: the newest ones.
         spawns, transitions: failures in a row to start workers and to change the generation.
         attempts: as `spawns`, but workers that were started together count once.
-        attempted, spawn_s: number of workers started when the newest of these workers failed, and the time.
+        attempted: workers with a lower number belong to attempts that have failed.
+        spawn_s: when the newest of these workers failed.
         counted_from: workers with a lower number don't count: they were started when the run didn't need them.
         quarantine: nodes that get no new workers.
         skips: steps whose batches are left out, because their loss exploded.
@@ -149,16 +150,19 @@ class FailureState:
         kept = {id(each) for which in (True, False) for each in _of(recent, which)[-MAX_FAILURES:]}
         return replace(self, recent=tuple(failure for failure in recent if id(failure) in kept))
 
-    def with_failed_spawns(
-        self, workers: Sequence[str], num_places: int, num_spawned: int, now_s: float
-    ) -> "FailureState":
-        """With workers that ended before they were warm, at so many places; those that don't count are passed over."""
-        numbers = [number for worker in workers if (number := number_of(worker)) >= self.counted_from]
-        if not numbers:
+    def with_failed_spawns(self, places: Mapping[str, str], num_spawned: int, now_s: float) -> "FailureState":
+        """With workers that ended before they trained, those that don't count left out.
+
+        Args:
+            places: by worker, what fails as one: a node, or the worker itself.
+            num_spawned: workers started so far.
+        """
+        counted = {number_of(w): place for w, place in places.items() if number_of(w) >= self.counted_from}
+        if not counted:
             return self
-        is_new = max(numbers) >= self.attempted
-        spawns, attempts = self.spawns + min(num_places, len(numbers)), self.attempts + is_new
-        return replace(self, spawns=spawns, attempts=attempts, attempted=num_spawned, spawn_s=now_s)
+        recorded = replace(self, spawns=self.spawns + len({*counted.values()}), spawn_s=now_s)
+        is_new = max(counted) >= self.attempted
+        return replace(recorded, attempts=self.attempts + 1, attempted=num_spawned) if is_new else recorded
 
     def without_failed_spawns(self, num_spawned: int | None = None) -> "FailureState":
         """With none of them in a row. Given a number of workers started so far, these don't count any more."""

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.comm import traffic_meter
+from orchestrator.elastic.state_spec import expert_of
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import TrainableModel, expert_of
+from orchestrator.model.base import TrainableModel
 from orchestrator.model.user_rules import shown
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.state.digest import digests

@@ -9,9 +9,9 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_spec import expert_of
 from orchestrator.engine.param_groups import group_name, groups_of
 from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
-from orchestrator.model.base import expert_of
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.communication import CommunicationSpec

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_spec import expert_of
 from orchestrator.model.attention import Attention, rotary_tables, rotate
-from orchestrator.model.base import expert_of
 from orchestrator.model.factory import catalogue
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext

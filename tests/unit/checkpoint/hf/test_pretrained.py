@@ -107,7 +107,7 @@ def _with_bias(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        (_without_norm, "lacks model.norm.weight, model.layers.1.mlp.experts.3.up_proj.weight"),
+        (_without_norm, "lacks model.layers.1.mlp.experts.3.up_proj.weight, model.norm.weight"),
         (_narrow_head, r"lm_head.weight has \(300, 3\), not \(300, 16\)"),
         (_integers, r"model.norm.weight \(I32\)"),
         (_with_bias, "no place for: model.layers.0.self_attn.q_proj.bias"),

@@ -10,6 +10,7 @@ from orchestrator.policy.lifecycle import explain
 from orchestrator.policy.termination import MAX_FAILED_SPAWNS
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import BudgetsSpec, RecoverySpec
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -47,6 +48,28 @@ def test_members_go_on_and_newcomers_come_ever_more_rarely(newcomers: int) -> No
     assert "ended before they were warm, the next start in" in explain(life.limits, life.state, life.seen())
     life.run_until(lambda: len(life.state.members) == 2 + newcomers)
     assert life.state.failures.spawns == life.state.failures.attempts == 0
+
+
+def test_newcomers_that_fail_one_after_the_other_are_held_back_too() -> None:
+    life = _trained(2)
+    life.scale(4)
+    for _ in range(120):
+        newcomers = [w for w in life.state.worker_group if w not in life.state.members and w not in life.lost]
+        for worker in newcomers[:1]:
+            life.kill(worker)
+        life.tick()
+    assert life.state.num_spawned < 2 + 20 and life.state.outcome is None
+
+
+def test_a_standby_that_dies_as_soon_as_it_is_warm_is_held_back() -> None:
+    life = _trained(2, standby=1)
+    for _ in range(300):
+        for worker in life.state.worker_group:
+            warm = worker in life.reports and life.reports[worker].phase is Phase.STANDBY
+            if warm and worker not in life.state.members and worker not in life.lost:
+                life.kill(worker)
+        life.tick()
+    assert life.state.num_spawned < 2 + 20 and life.state.outcome is None
 
 
 def test_a_request_by_hand_is_tried_at_once() -> None:

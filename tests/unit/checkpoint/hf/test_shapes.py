@@ -1,0 +1,28 @@
+"""Our model's tensors, listed without torch: those of the model that is built."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.checkpoint.hf.shapes import listed
+from orchestrator.model.factory import catalogue
+from orchestrator.spec.model import ModelSpec
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"router": "softmax", "first_k_dense_replace": 0, "n_shared_experts": 0},
+        {"first_k_dense_replace": 3, "vocab_size": 512},
+        {"qk_norm": True, "attention_bias": True},
+        {"qk_norm": "all_heads", "n_shared_experts": 2, "moe_intermediate_size": 33},
+        {"kv_lora_rank": 16, "n_routed_experts": 12},
+        {"kv_lora_rank": 16, "q_lora_rank": 8, "bias_update_speed": 0.0},
+    ],
+)
+def test_what_is_listed_is_what_is_built(keys: dict[str, Any]) -> None:
+    spec = ModelSpec(num_hidden_layers=3, **keys)
+    params, buffers = listed(spec, 300)
+    built, kept = catalogue(spec, 300)
+    assert params == built and buffers == kept and {param.blocks for param in params} == {1, 2}
