@@ -50,7 +50,7 @@ def head_command(
         "num-cpus": num_cpus,
         "temp-dir": temp_dir / RAY_DIR,
     }
-    ray_cli = [sys.executable, "-m", "ray.scripts.scripts"]
+    ray_cli = [sys.executable, "-m", "orchestrator.cluster.local_ray.head_process"]
     return [*ray_cli, "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())]
 
 

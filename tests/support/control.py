@@ -23,6 +23,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from orchestrator.cluster.actors import NAMESPACE, actor_names, find, names_of
 from orchestrator.cluster.calls import ask
+from orchestrator.cluster.local_ray.head_process import SETUP
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.status import RunStatus
@@ -96,7 +97,7 @@ def _params(num_cpus: int, **more: Any) -> RayParams:
         include_dashboard=False,
         include_log_monitor=False,
         env_vars={"PYTHONPATH": str(ROOT)},
-        setup_worker_path=str(ROOT / "tests" / "support" / "ray_worker_setup.py"),
+        setup_worker_path=SETUP,
         **more,
     )
 
