@@ -1,4 +1,4 @@
-"""Writing of checkpoints: every rank writes its shard (`write_shard`), then the controller the manifest (`commit`).
+"""Writing of checkpoints: every rank writes its shard (`write_image`), then the controller the manifest (`commit`).
 
 Files are read back from the device: a write that was lost or changed on the way fails. A file that a manifest names
 never changes, because no file is ever written under a name that was used before.
@@ -9,15 +9,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from orchestrator.checkpoint.block_digests import BlockDigests, digests_of, digests_on_device, first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name
-from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
+from orchestrator.checkpoint.shard_image import ShardImage
 from orchestrator.checkpoint.stored_shard import stored_digests
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
@@ -26,22 +25,6 @@ from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 
 CHUNK_BYTES = 2**22  # read and written at once
-
-
-def write_shard(
-    checkpoints: Location,
-    pieces: Sequence[ShardPiece],
-    *,
-    step: int,
-    term: int,
-    generation: int,
-    rank: int,
-    meta: str = "{}",
-) -> ShardWritten:
-    """Write one rank's part of a checkpoint, flush it to the device and read it back. Arguments and errors are those of
-    `ShardMemory` and `write_image`."""
-    with ShardMemory(pieces, meta, rank) as memory:
-        return write_image(checkpoints, memory.image, step=step, term=term, generation=generation, rank=rank)
 
 
 def write_image(

@@ -13,7 +13,7 @@ from orchestrator.checkpoint.hf.export import export_hf
 from orchestrator.checkpoint.hf.families import GLM4_MOE
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.checkpoint.write import commit
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, UsageError
@@ -22,6 +22,7 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
+from tests.support.checkpoints import write_shard
 
 VOCAB, LENGTH = 97, 24
 PLAIN = {

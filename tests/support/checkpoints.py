@@ -1,5 +1,6 @@
 """A small checkpoint, as two ranks write it and a controller completes it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -7,11 +8,13 @@ import numpy as np
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.checkpoint.write import commit, write_image
 from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.events.training import CheckpointCommitted
+from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.backends.bucket_url import BucketUrl
-from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.journal import Journal
 
 Place = TypeVar("Place", Path, BucketUrl)
@@ -40,3 +43,18 @@ def write_checkpoint(run_dir: Place, step: int = 20, generation: int = 0, journa
     complete = CheckpointCommitted(step, str(path), generation, manifest.digest)
     (journal or Journal(objects_at(run_dir))).append([plain_of(complete)])
     return path
+
+
+def write_shard(
+    checkpoints: Location,
+    pieces: Sequence[ShardPiece],
+    *,
+    step: int,
+    term: int,
+    generation: int,
+    rank: int,
+    meta: str = "{}",
+) -> ShardWritten:
+    """Write one rank's part of a checkpoint. Arguments and errors are those of `ShardMemory` and `write_image`."""
+    with ShardMemory(pieces, meta, rank) as memory:
+        return write_image(checkpoints, memory.image, step=step, term=term, generation=generation, rank=rank)

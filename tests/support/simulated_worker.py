@@ -26,7 +26,6 @@ import numpy as np
 import psutil
 
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.write import write_shard
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan
@@ -38,6 +37,7 @@ from orchestrator.protocol.worker_report import Handover, Report, WorkerError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from tests.support.checkpoints import write_shard
 from tests.support.simulated_services import HOLD, HURRY
 
 POLL_S = 0.002

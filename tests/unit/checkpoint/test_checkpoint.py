@@ -21,8 +21,9 @@ from orchestrator.checkpoint.manifest import (
 )
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.checkpoint.write import commit
 from orchestrator.errors import CheckpointCorrupt, NotFound
+from tests.support.checkpoints import write_shard
 
 State = dict[str, npt.NDArray[np.float32]]
 SHAPES = {"master/w": (7, 11), "exp_avg/w": (7, 11), "buffer/bias": (5,), "buffer/empty": (0,)}

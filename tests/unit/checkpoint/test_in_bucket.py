@@ -12,11 +12,12 @@ from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.checkpoint.retention import discard, discard_unnamed
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
-from orchestrator.checkpoint.write import commit, write_image, write_shard
+from orchestrator.checkpoint.write import commit, write_image
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.storage_process import StorageProcess
+from tests.support.checkpoints import write_shard
 from tests.support.request_proxy import RequestFault, RequestProxy
 
 VALUES = np.arange(5_000, dtype=np.float32)

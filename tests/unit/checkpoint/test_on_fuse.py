@@ -11,10 +11,11 @@ from orchestrator.checkpoint.block_digests import digests_of
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.checkpoint.write import commit
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 from tests.support.call_faults import CallFault, Effect
+from tests.support.checkpoints import write_shard
 from tests.support.fuse_disk import FuseDisk, drop_cache
 
 number = count()

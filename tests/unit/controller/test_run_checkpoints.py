@@ -15,7 +15,6 @@ import pytest
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.write import write_shard
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
@@ -34,6 +33,7 @@ from orchestrator.run_records.run_history import RunHistory, user_events
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.tasks import StorageTask, run_inline
+from tests.support.checkpoints import write_shard
 from tests.support.disk import small_disk
 from tests.support.held_objects import HeldObjects
 

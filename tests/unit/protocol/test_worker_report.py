@@ -6,8 +6,8 @@ import numpy as np
 from ray import cloudpickle
 
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.write import write_shard
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from tests.support.checkpoints import write_shard
 
 MOST_BYTES = 4000
 

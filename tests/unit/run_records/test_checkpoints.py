@@ -13,7 +13,6 @@ import pytest
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name
 from orchestrator.checkpoint.retention import discard
 from orchestrator.checkpoint.shard_file import ShardPiece
-from orchestrator.checkpoint.write import write_shard
 from orchestrator.errors import CheckpointCorrupt, NotFound, TermSuperseded
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.state.config import RunLimits
@@ -38,6 +37,7 @@ from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.tasks import run_inline
+from tests.support.checkpoints import write_shard
 from tests.support.disk import small_disk
 
 MB = 2**20

@@ -8,12 +8,13 @@ import pytest
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
-from orchestrator.checkpoint.write import commit, write_shard
+from orchestrator.checkpoint.write import commit
 from orchestrator.errors import UsageError
 from orchestrator.protocol.messages import Restore
 from orchestrator.scheduler.admission import check_residuals
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.job import JobSpec
+from tests.support.checkpoints import write_shard
 
 
 def _checkpoint(directory: Path, meta: dict[str, str]) -> str:
