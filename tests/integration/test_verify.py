@@ -220,7 +220,7 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
     changes = {
         "model": own_spec(tmp_path, source),
         "storage": str(tmp_path / "runs"),
-        "train": job.train.model_copy(update={"max_steps": 2000}),
+        "train": job.train.model_copy(update={"max_steps": 100_000}),  # it is stopped before
         "verify": VerifySpec(every=10, steps=10),
         "checkpoint": CheckpointSpec(every=20, keep_last=3),
     }
