@@ -1,7 +1,7 @@
 """Script that Ray begins a worker's process with on a local cluster, in place of its own `setup_worker.py`.
 
 That one imports all of Ray to set some environment variables, and then becomes another process, which imports it again:
-0.8 s of a processor for each process of a run. Whatever needs more than variables is left to it. Run by its path, this
+0.3 s of an idle processor for each process of a run. Whatever needs more than variables is left to it. Run by its path, this
 imports nothing of the package.
 """
 

@@ -29,7 +29,7 @@ class StepLosses:
     def zeros(
         cls, num_micro_batches: int, num_metrics: int, units: int, routed: RoutingCounts, device: torch.device
     ) -> "StepLosses":
-        """Of no micro-batch yet."""
+        """Losses of no micro-batch yet."""
         shape = (num_micro_batches, 1 + 2 * num_metrics)
         return cls(torch.zeros(shape, dtype=torch.float64, device=device), units, routed)
 
