@@ -1,8 +1,8 @@
 """Script that Ray begins a worker's process with on a local cluster, in place of its own `setup_worker.py`.
 
 That one imports all of Ray to set some environment variables, and then becomes another process, which imports it again:
-0.3 s of an idle processor for each process of a run. Whatever needs more than variables is left to it. Run by its path, this
-imports nothing of the package.
+0.3 s of an idle processor for each process of a run. Whatever needs more than variables is left to it. Run by its path,
+this imports nothing of the package.
 """
 
 import json
