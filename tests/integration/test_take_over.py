@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cli_user import JOB, Here
 from tests.support.control import UNHURRIED
-from tests.support.worker_processes import workers_of
+from tests.support.worker_processes import until_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(600)]
 
@@ -45,8 +45,7 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
     job = first.job("wanted", envs=UNHURRIED, checkpoint={"every": 10}, train=train, signing_key="auto")
     first("submit", job)
     first.until_event("wanted", "checkpoint")
-    workers = set[psutil.Process]()
-    first.until(lambda: workers.update(workers_of("wanted").values()) or len(workers) == 2)
+    workers = until_workers("wanted", ("w0", "w1")).values()
 
     key = first.home / "keys" / "own"
     unknown = second("resume", "wanted", "--storage", "runs", expect=77).stderr

@@ -1,10 +1,21 @@
-"""Processes of Ray's actors on this machine, found by their titles: those of a run's workers, and others."""
+"""Processes of Ray's actors on this machine, found by their titles: those of a run's workers, and others.
+
+Ray rewrites an actor's title at each call, and what is read in that moment is anything. So no test may conclude from
+one look that a process isn't there: it waits until it is found, and asks the process whether it is still running.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import TypeVar
 
 import psutil
+
+from tests.support.hosts import until
+
+FOUND_S = 60.0
+
+Found = TypeVar("Found")
 
 
 def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> dict[str, psutil.Process]:
@@ -21,14 +32,34 @@ def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> d
     return found
 
 
+def until_workers(run: str, names: Iterable[str]) -> dict[str, psutil.Process]:
+    """Workers by name, once they are these. AssertionError if they aren't within a minute."""
+    wanted = set(names)
+    return _until_found(lambda: workers_of(run), lambda found: set(found) == wanted, f"workers {wanted} of {run}")
+
+
 def pid_of_actor(title: str) -> int:
-    """Of the actor with this title among the processes that this one has started. AssertionError if there is none, or
-    more than one."""
+    """Of the actor with this title among the processes that this one has started, once there is exactly one.
+    AssertionError if there isn't within a minute."""
     shown = re.compile(rf"{re.escape(title)}(\..*)?")  # with the method, during a call
-    titled = [p for p in psutil.Process().children(recursive=True) if shown.fullmatch(title_of(p))]
-    found = [p.pid for p in titled if not is_child_of_actor(p)]
-    assert len(found) == 1, f"processes of {title}: {found}"
-    return found[0]
+
+    def look() -> list[psutil.Process]:
+        titled = [p for p in psutil.Process().children(recursive=True) if shown.fullmatch(title_of(p))]
+        return [p for p in titled if not is_child_of_actor(p)]
+
+    return _until_found(look, lambda found: len(found) == 1, f"one process of {title}")[0].pid
+
+
+def _until_found(look: Callable[[], Found], is_wanted: Callable[[Found], bool], what: str) -> Found:
+    found = look()
+
+    def holds() -> bool:
+        nonlocal found
+        found = look()
+        return is_wanted(found)
+
+    until(holds, FOUND_S, what)
+    return found
 
 
 def title_of(process: psutil.Process) -> str:
