@@ -1,6 +1,6 @@
 """What a checkpoint costs training, until when it is safe, and how fast it is read at another world size.
 
-    python -m benchmarks.checkpoint [--quick] [--directory DIR | --directory s3]
+    python -m benchmarks.checkpoint [--quick] [--directory DIR | s3 | ceph]
 
 Two ranks (gloo, one thread each) train one model of more than 15 M parameters. In turns a checkpoint is written at the
 beginning of some steps, in each of these ways, or none:
@@ -18,8 +18,8 @@ are the slowest rank's.
 `read_ratio` is the time in which our checkpoint is verified and read, as a world of three ranks reads it, over that of
 reading and digesting the same bytes; both in one thread, with files that aren't in the page cache.
 
-With `--directory s3` the checkpoint is written to a server with S3 (moto) on this machine, which takes its processor
-time from the ranks. Only `ours` is measured then, as the other ways write files.
+With `--directory s3` or `ceph` the checkpoint is written to a server with S3 on this machine, moto or Ceph's gateway,
+which takes its processor time from the ranks. Only `ours` is measured then, as the other ways write files.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ from orchestrator.elastic.world import World
 from orchestrator.model.factory import catalogue
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, location_of, objects_at
-from tests.support.buckets import s3_in_process
+from tests.support.buckets import ceph_bucket, s3_in_process
 from tests.support.ranks import Ranks
 
 RANKS, READERS = 2, 3
@@ -80,13 +80,13 @@ READS, QUICK_READS = 12, 1
 TIMEOUT_S = 3600.0
 OTHERS = ("deepspeed", "dcp_async", "torch_save")
 LEAST_RATIOS = {"deepspeed": 10.0, "dcp_async": 1.0}  # of their stall to ours
-S3 = "s3"
+SERVERS = {"s3": s3_in_process, "ceph": ceph_bucket}  # by `--directory`
 
 
 def measure(quick: bool, directory: str) -> Result:
     job = JobSpec.model_validate({"name": "checkpoint", "model": QUICK_MODEL if quick else MODEL, "train": TRAIN})
     rounds, steps = (QUICK_ROUNDS, QUICK_STEPS) if quick else (ROUNDS, STEPS)
-    others = () if directory == S3 else OTHERS
+    others = () if directory in SERVERS else OTHERS
     with _storage(directory) as storage:
         turns = _turns(job, storage, ("none", "ours", *others), rounds, steps)
         (name,) = objects_at(storage).names("ours")
@@ -145,8 +145,8 @@ def measure(quick: bool, directory: str) -> Result:
 
 @contextmanager
 def _storage(directory: str) -> Iterator[Location]:
-    if directory == S3:
-        with s3_in_process() as url:
+    if directory in SERVERS:
+        with SERVERS[directory]() as url:
             yield location_of(f"{url}/checkpoints")
     else:
         with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=directory or None) as folder:

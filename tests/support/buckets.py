@@ -1,4 +1,4 @@
-"""Servers with buckets on this machine: S3 and Google Cloud Storage by moto, Azure by Azurite.
+"""Servers with buckets on this machine: S3 and Google Cloud Storage by moto, S3 by Ceph, Azure by Azurite.
 
 Each is yielded as the URL of a bucket, which the environment variables name the server of.
 """
@@ -23,6 +23,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.support import rados_gateway
 from tests.support.ports import free_port
 from tests.support.request_proxy import RequestProxy
 
@@ -65,13 +66,27 @@ def s3_in_process() -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _await_port(port)
+        await_port(port)
         _request(port, "PUT", f"/{BUCKET}")
         with environment(**s3_variables(f"http://127.0.0.1:{port}")):
             yield f"s3://{BUCKET}"
     finally:
         server.terminate()
         server.wait()
+
+
+@contextmanager
+def ceph_bucket() -> Iterator[str]:
+    """A bucket on Ceph's S3 gateway, by the environment. Skips the test where Ceph is not installed (Debian: `radosgw
+    ceph-mon ceph-osd ceph-common`; as root)."""
+    if not rados_gateway.is_installed():
+        pytest.skip("Ceph is not installed")
+    with rados_gateway.started() as url:
+        await_port(int(url.rsplit(":")[-1]))
+        keys = {"AWS_ACCESS_KEY_ID": rados_gateway.KEY, "AWS_SECRET_ACCESS_KEY": rados_gateway.SECRET}
+        with environment(**dict(s3_variables(url)) | keys):
+            boto3.client("s3", "us-east-1", endpoint_url=url).create_bucket(Bucket=BUCKET)
+            yield f"s3://{BUCKET}"
 
 
 @contextmanager
@@ -139,7 +154,7 @@ def azure_bucket() -> Iterator[str]:
     ]
     server = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
     try:
-        _await_port(port)
+        await_port(port)
         _create_container(port)
         with environment(
             AZURE_STORAGE_ACCOUNT_NAME=AZURITE_ACCOUNT,
@@ -176,7 +191,8 @@ def _request(port: int, method: str, path: str, body: bytes = b"", headers: Mapp
     server.close()
 
 
-def _await_port(port: int, timeout_s: float = 60.0) -> None:
+def await_port(port: int, timeout_s: float = 60.0) -> None:
+    """Return once a server listens there. AssertionError if none does within `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:

@@ -5,14 +5,17 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+import pytest
+
 from orchestrator.storage.backends.bucket_objects import BucketObjects
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.objects import LargeObjects
-from tests.support.buckets import azure_bucket, gcs_bucket, s3_bucket
+from tests.support.buckets import azure_bucket, ceph_bucket, gcs_bucket, s3_bucket
 from tests.support.disk import ext4_disk, small_disk
 from tests.support.fuse_disk import fuse_disk
 
-KINDS = ("directory", "tmpfs", "ext4", "fuse", "s3", "gs", "az")
+CEPH = pytest.param("ceph", marks=pytest.mark.slow)  # which takes 15 s to start
+KINDS = ("directory", "tmpfs", "ext4", "fuse", "s3", "gs", "az", CEPH)
 
 number = count()  # moto's servers in one process share their buckets
 
@@ -40,6 +43,9 @@ def storage_of(kind: str, place: Path) -> Iterator[MakeStorage]:
                 yield lambda: BucketObjects(f"{url}/in s3/{next(number)}")
         case "gs":
             with gcs_bucket() as url:
+                yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
+        case "ceph":
+            with ceph_bucket() as url:
                 yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
         case _:
             with azure_bucket() as url:

@@ -15,10 +15,10 @@ from orchestrator.storage.chain_reader import has_journal, newest_holder, newest
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, read_events
 from orchestrator.storage.objects import Objects
-from tests.support.storages import MakeStorage, storage_of
+from tests.support.storages import CEPH, MakeStorage, storage_of
 
 
-@pytest.fixture(scope="module", params=["directory", "fuse", "s3"])
+@pytest.fixture(scope="module", params=["directory", "fuse", "s3", CEPH])
 def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeStorage]:
     with storage_of(request.param, tmp_path_factory.mktemp(request.param) / "at") as make:
         yield make
