@@ -20,7 +20,8 @@ DISK_BYTES = 3 * 2**30  # memory is taken only as objects are written
 START_TIMEOUT_S = 120.0
 
 # Without keys between the processes, and with one copy of each object. By version 1 of Ceph's protocol: by version 2
-# the gateway of 18.2 asks for a key even so.
+# the gateway of 18.2 asks for a key even so. The disk doesn't say where it is when it starts: it ends if its request
+# comes before it knows the cluster's id.
 CONFIG = """
 [global]
 fsid = {fsid}
@@ -38,6 +39,8 @@ mon data avail crit = 1
 osd data = {folder}/osd
 osd objectstore = memstore
 osd class dir = {classes}
+osd crush update on start = false
+osd class update on start = false
 memstore device bytes = {disk_bytes}
 rgw data = {folder}/rgw
 run dir = {folder}
@@ -76,6 +79,7 @@ def started() -> Iterator[str]:
         run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monitors)
         serve("ceph-mon", "-i", "a")
         run("ceph", "osd", "new", disk)  # waits for the monitor
+        run("ceph", "osd", "crush", "add", "osd.0", "1", "root=default", "host=here")
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
         serve("ceph-osd", "-i", "0")
         owner = ("--uid", "runs", "--display-name", "runs", "--access-key", KEY, "--secret-key", SECRET)
