@@ -16,12 +16,13 @@ from tests.support.ports import free_port
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 KEY, SECRET = "key", "secret"
-DISK_BYTES = 3 * 2**30  # memory is taken only as objects are written
+DISK_BYTES = 8 * 2**30  # memory is taken only as objects are written
 START_TIMEOUT_S = 120.0
 
 # Without keys between the processes, and with one copy of each object. By version 1 of Ceph's protocol: by version 2
 # the gateway of 18.2 asks for a key even so. The disk doesn't say where it is when it starts: it ends if its request
-# comes before it knows the cluster's id.
+# comes before it knows the cluster's id. What was deleted is freed after seconds: by default after two hours, and a full
+# disk answers nothing.
 CONFIG = """
 [global]
 fsid = {fsid}
@@ -43,6 +44,8 @@ osd crush update on start = false
 osd class update on start = false
 memstore device bytes = {disk_bytes}
 rgw data = {folder}/rgw
+rgw gc obj min wait = 1
+rgw gc processor period = 5
 run dir = {folder}
 admin socket = {folder}/$name.asok
 log file = {folder}/$name.log
