@@ -2,41 +2,38 @@
 
     python -m tests.device_mistakes [--only orchestrator/model/loss.py] [--results FILE]
 
-In a copy of the repository, in which the tests must pass as it is, each argument `device=` of a call in the folders
-that hold tensors is taken out, one at a time, and the emulated tests are run until one fails. A mistake that none
-notices may be in code that they don't reach: then the call is made to raise, and the tests are run again. Prints each
-one, and how many of those reached were caught.
-Takes two hours or more; with a results file it goes on where it was, while the sources are the same.
+In a copy of the repository the emulated tests run once, and must pass; calls with an argument `device=` in the folders
+that hold tensors note which tests reach them. Then each such argument is taken out, one at a time, and the tests that
+reach it are run, the fastest first, until one fails. Prints each place, and how many of those reached were caught.
+With a results file it goes on where it was, while the sources are the same.
 """
 
 import argparse
 import ast
+import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("comm", "engine", "model", "state", "worker")
-# After the unit tests of the same module, the fastest first: a mistake that those notice costs seconds.
-TESTS = (
-    ("tests/unit/model", "tests/unit/comm", "tests/unit/state", "tests/unit/engine", "tests/unit/worker"),
-    ("tests/integration/test_devices.py",),
-    (
-        "tests/integration/test_compression.py",
-        "tests/integration/test_transfer.py",
-        "tests/integration/test_buckets.py",
-    ),
-    ("tests/integration/test_moves.py", "tests/integration/test_ladder.py"),
-)
+TESTS = (*(f"tests/unit/{folder}" for folder in ("model", "comm", "state", "engine", "worker")), "tests/integration")
 LEFT_OUT = "not slow and not journey and not long_emulated"
-TIMEOUT_S = 900.0
-CAUGHT, MISSED, BASELINE = "caught", "missed", "baseline"
-NO_TESTS = 5  # pytest's exit code where none is selected
+PLUGIN = "tests.support.reached_places"
+MARK = f'(__import__("{PLUGIN}").support.reached_places.mark(%d), '
+PROCESSES = 2
+FIRST_TESTS = 6  # that reach a place, of which one notices most mistakes
+TIMEOUT_S = 3600.0
+CAUGHT, MISSED, NOT_REACHED, REACHED = "caught", "missed", "not reached", "reached"
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,12 @@ class Place:
     stop: int
     call: tuple[int, int]
 
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.start}"
+
     def without(self, source: bytes) -> bytes:
         return source[: self.start] + source[self.stop :]
-
-    def raising(self, source: bytes) -> bytes:
-        start, stop = self.call
-        return source[:start] + b"(_ for _ in ()).throw(AssertionError('reached'))" + source[stop:]
 
 
 def places(file: Path) -> Iterator[Place]:
@@ -91,35 +88,71 @@ def shuffled(places: Iterable[Place]) -> list[Place]:
     return found
 
 
-def is_noticed(copy: Path, place: Place, content: bytes) -> bool:
-    """Whether an emulated test fails with this content of the place's file."""
-    file, before = copy / place.file, (copy / place.file).read_bytes()
-    file.write_bytes(content)
-    try:
-        return any(_fails(copy, tests) for tests in (*_own_tests(place.file), *TESTS))
-    finally:
-        file.write_bytes(before)
+def marked(source: bytes, places: Mapping[int, Place]) -> bytes:
+    """A file's content with a mark at each of its places, which have these numbers."""
+    inserted = [(place.call[0], MARK % number) for number, place in places.items()]
+    inserted += [(place.call[1], ")[1]") for place in places.values()]
+    for at, text in sorted(inserted, reverse=True):
+        source = source[:at] + text.encode() + source[at:]
+    return source
 
 
-def _own_tests(file: Path) -> Iterator[tuple[str, ...]]:
-    own = Path("tests/unit", *file.parts[1:-1], f"test_{file.name}")
-    if (ROOT / own).exists():
-        yield (str(own),)
+def tests_by_place(found: list[Place]) -> dict[str, list[str]]:
+    """Names of the tests that reach each place, the fastest first. Raises RuntimeError if a test fails."""
+    with copied() as copy, tempfile.TemporaryDirectory(prefix="reached-") as notes:
+        for file in {place.file for place in found}:
+            numbers = {number: place for number, place in enumerate(found) if place.file == file}
+            (copy / file).write_bytes(marked((copy / file).read_bytes(), numbers))
+        options = ("-n", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder", "-p", PLUGIN)
+        if _fails(copy, *options, *TESTS, REACHED_DIR=notes):
+            raise RuntimeError("tests fail without a mistake, so they can't show any: run them and mend them first")
+        durations = {test: float(seconds) for seconds, test in _pairs(Path(notes, "durations"))}
+        tests = defaultdict[str, set[str]](set)
+        for number, test in _pairs(Path(notes, "reached")):  # no test: while a module is imported, by any of them
+            tests[found[int(number)].name].update([test] if test else durations)
+    return {place: sorted(reaching & durations.keys(), key=durations.__getitem__) for place, reaching in tests.items()}
 
 
-def _fails(copy: Path, tests: tuple[str, ...]) -> bool:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "loadfile", "--device", "emulated"]
+def verdict_of(place: Place, tests: list[str]) -> str:
+    """Whether one of the tests that reach the place fails without its argument."""
+    if not tests:
+        return NOT_REACHED
+    with copied() as copy:
+        (copy / place.file).write_bytes(place.without((copy / place.file).read_bytes()))
+        first, others = tests[:FIRST_TESTS], tests[FIRST_TESTS:]
+        return CAUGHT if _fails(copy, *first) or (others and _fails(copy, *others)) else MISSED
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the repository."""
+    with tempfile.TemporaryDirectory(prefix="mistakes-") as directory:
+        copy = Path(directory) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".mypy_cache"))
+        yield copy
+
+
+def _fails(copy: Path, *arguments: str, **variables: str) -> bool:
+    """Whether a test fails, or the time is over."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--device", "emulated", "-m", LEFT_OUT, "--timeout", "240"]
     try:
         done = subprocess.run(
-            [*command, "-m", LEFT_OUT, "--timeout", "120", "-p", "no:cacheprovider", *tests],
+            [*command, "-p", "no:cacheprovider", *arguments],
             cwd=copy,
+            env=os.environ | variables | {"PYTHONPATH": str(copy)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             timeout=TIMEOUT_S,
         )
-    except subprocess.TimeoutExpired:  # which is noticed too
+    except subprocess.TimeoutExpired:
         return True
-    return done.returncode not in (0, NO_TESTS)
+    return done.returncode != 0
+
+
+def _pairs(file: Path) -> Iterator[tuple[str, str]]:
+    for line in file.read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        yield first, rest
 
 
 def main() -> int:
@@ -127,46 +160,32 @@ def main() -> int:
     parser.add_argument("--only", help="one file")
     parser.add_argument("--results", type=Path, help="what was found, a line each; known places are left out")
     given = parser.parse_args()
-    only, results = given.only, given.results
-    known = dict(_results(results)) if results is not None and results.exists() else {}
-    files = (
-        [ROOT / only] if only else [f for name in FOLDERS for f in sorted((ROOT / "orchestrator" / name).rglob("*.py"))]
-    )
-    found: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="mistakes-") as directory:
-        copy = Path(directory) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".mypy_cache"))
-        if BASELINE not in known:
-            if any(_fails(copy, tests) for tests in TESTS):
-                print("tests fail without a mistake, so they can't show any: run them and mend them first")
-                return 1
-            if results is not None:
-                with results.open("a") as file:
-                    print(f"{BASELINE} passed", file=file)
-        for place in shuffled(place for file in files for place in places(file)):
-            source = (ROOT / place.file).read_bytes()
-            name = f"{place.file}:{place.start}"
-            verdict = known.get(name) or _verdict(copy, place, source)
-            found.append(verdict)
-            print(f"{place.file}:{place.line}: {verdict}", flush=True)
-            if results is not None and name not in known:
-                with results.open("a") as file:
-                    print(f"{name} {verdict}", file=file)
-    caught, reached = found.count(CAUGHT), found.count(CAUGHT) + found.count(MISSED)
-    print(f"{caught} of {reached} mistakes in code that is reached were caught")
+    folders = [ROOT / "orchestrator" / name for name in FOLDERS]
+    files = [ROOT / given.only] if given.only else [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    found = shuffled(place for file in files for place in places(file))
+    known = dict(_pairs(given.results)) if given.results is not None and given.results.exists() else {}
+
+    def note(name: str, what: str) -> None:
+        known[name] = what
+        if given.results is not None:
+            with given.results.open("a") as file:
+                print(name, what, file=file)
+
+    if REACHED not in known:
+        note(REACHED, json.dumps(tests_by_place(found)))
+    tests: dict[str, list[str]] = json.loads(known[REACHED])
+
+    def look(place: Place) -> None:
+        if place.name not in known:
+            note(place.name, verdict_of(place, tests.get(place.name, [])))
+        print(f"{place.file}:{place.line}: {known[place.name]}", flush=True)
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        list(pool.map(look, found))
+    verdicts = [known[place.name] for place in found]
+    caught, reached = verdicts.count(CAUGHT), verdicts.count(CAUGHT) + verdicts.count(MISSED)
+    print(f"{caught} of {reached} mistakes in code that is reached were caught; {len(found)} places")
     return 0
-
-
-def _results(file: Path) -> Iterator[tuple[str, str]]:
-    for line in file.read_text().splitlines():
-        name, _, verdict = line.partition(" ")
-        yield name, verdict
-
-
-def _verdict(copy: Path, place: Place, source: bytes) -> str:
-    if is_noticed(copy, place, place.without(source)):
-        return CAUGHT
-    return MISSED if is_noticed(copy, place, place.raising(source)) else "not reached"
 
 
 if __name__ == "__main__":

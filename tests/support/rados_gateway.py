@@ -21,8 +21,8 @@ START_TIMEOUT_S = 120.0
 
 # Without keys between the processes, and with one copy of each object. By version 1 of Ceph's protocol: by version 2
 # the gateway of 18.2 asks for a key even so. The disk doesn't say where it is when it starts: it ends if its request
-# comes before it knows the cluster's id. What was deleted is freed after seconds: by default after two hours, and a full
-# disk answers nothing.
+# comes before it knows the cluster's id. What was deleted is freed after seconds: by default it is after two hours, and
+# a full disk answers nothing.
 CONFIG = """
 [global]
 fsid = {fsid}
