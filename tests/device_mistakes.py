@@ -4,7 +4,8 @@
 
 In a copy of the repository the emulated tests run once, and must pass; calls with an argument `device=` in the folders
 that hold tensors note which tests reach them. Then each such argument is taken out, one at a time, and the tests that
-reach it are run, the fastest first, until one fails. Prints each place, and how many of those reached were caught.
+reach it are run, the fastest of each file first, until one fails; after 56 that don't, the mistake counts as missed.
+Prints each place, and how many of those reached were caught.
 With a results file it goes on where it was, while the sources are the same.
 """
 
@@ -17,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +33,7 @@ LEFT_OUT = "not slow and not journey and not long_emulated"
 PLUGIN = "tests.support.reached_places"
 MARK = f'(__import__("{PLUGIN}").support.reached_places.mark(%d), '
 PROCESSES = 2
-FIRST_TESTS = 6  # that reach a place, of which one notices most mistakes
+BATCHES = (8, 16, 32)  # of the tests that reach a place: most mistakes are noticed by one of the first
 TIMEOUT_S = 3600.0
 CAUGHT, MISSED, NOT_REACHED, REACHED = "caught", "missed", "not reached", "reached"
 
@@ -55,7 +57,7 @@ class Place:
 
 
 def places(file: Path) -> Iterator[Place]:
-    """All arguments `device=` in calls of a file."""
+    """All arguments `device=` in calls of a file, but those that name the default."""
     source = file.read_bytes()
     begins = [0]
     for line in source.splitlines(keepends=True):
@@ -68,7 +70,8 @@ def places(file: Path) -> Iterator[Place]:
         if not isinstance(node, ast.Call):
             continue
         for keyword in node.keywords:
-            if keyword.arg != "device":
+            is_default = isinstance(keyword.value, ast.Constant) and keyword.value.value == "cpu"
+            if keyword.arg != "device" or is_default:
                 continue
             start = at(keyword.lineno, keyword.col_offset)
             stop = at(keyword.value.end_lineno or 0, keyword.value.end_col_offset or 0)
@@ -119,8 +122,20 @@ def verdict_of(place: Place, tests: list[str]) -> str:
         return NOT_REACHED
     with copied() as copy:
         (copy / place.file).write_bytes(place.without((copy / place.file).read_bytes()))
-        first, others = tests[:FIRST_TESTS], tests[FIRST_TESTS:]
-        return CAUGHT if _fails(copy, *first) or (others and _fails(copy, *others)) else MISSED
+        tests, borders = one_of_each_file_first(tests), [0, *accumulate(BATCHES)]
+        batches = [tests[start:stop] for start, stop in pairwise(borders)]
+        return CAUGHT if any(_fails(copy, *batch) for batch in batches if batch) else MISSED
+
+
+def one_of_each_file_first(tests: list[str]) -> list[str]:
+    """The first test of each file, then the second ones: those of a file notice much the same."""
+    seen = Counter[str]()
+
+    def number(test: str) -> int:
+        seen[test.partition("::")[0]] += 1
+        return seen[test.partition("::")[0]]
+
+    return sorted(tests, key=number)
 
 
 @contextmanager
