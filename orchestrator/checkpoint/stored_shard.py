@@ -55,11 +55,13 @@ def stored_digests(checkpoint: Location, file: str) -> tuple[str, ...]:
 
 
 def _contents(objects: LargeObjects, file: str) -> Iterator[bytes]:
-    start, data = 0, objects.get(file, 0, READ_BYTES)
-    while data:
-        yield data
-        start += len(data)
-        data = objects.get(file, start, start + READ_BYTES)
+    """An object's bytes in parts. The next one is requested while one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="object") as pool:
+        start, request = 0, pool.submit(objects.get, file, 0, READ_BYTES)
+        while data := request.result():
+            start += len(data)
+            request = pool.submit(objects.get, file, start, start + READ_BYTES)
+            yield data
 
 
 class _File:

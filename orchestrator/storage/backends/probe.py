@@ -79,7 +79,8 @@ def access_error(location: Location, error: OSError) -> OrchestratorError:
     unset = f": {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set" if missing else ""
     return NotAllowed(
         f"{location} can't be used: {error.strerror}{unset}",
-        remedy=f"Set {' and '.join(CREDENTIALS[scheme])} where the cluster is started, on all nodes, to credentials "
-        f"that may read, write, list and delete objects there; {PREFIXES[scheme]}_* may give others.",
+        remedy=f"Set {' and '.join(CREDENTIALS[scheme])} to credentials that may read, write, list and delete objects "
+        "there, where commands run and where the cluster is started, on all nodes; "
+        f"{PREFIXES[scheme]}_* may give others.",
         unchanged=UNCHANGED,
     )

@@ -1,7 +1,6 @@
 """Operations on tensors of the emulated device, done on the processor."""
 
 import threading
-from collections import Counter
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from tests.support.emulated_accelerator.tensor import INTERNAL, Tensor, is_emula
 
 GARBAGE = 90  # a number of any format
 
-counts: Counter[str] = Counter()  # how often each operation was done
 _under_way: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the host until it waits: (destination, values)
 _copying = threading.RLock()
 
@@ -29,7 +27,6 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Do an operation of torch that takes tensors of the device, or makes some. Raises DeviceError where CUDA would."""
     if func is torch.ops.prim.device.default:
         return INTERNAL
-    counts[str(func)] += 1
     if func.namespace == "c10d":
         return Tensor.collective(func, args, kwargs)
     form = form_of(func)

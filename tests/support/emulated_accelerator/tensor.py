@@ -11,6 +11,9 @@ NAME = "xla"  # the device in torch's C++, and in some of its messages
 INTERNAL = torch.device(NAME, 0)
 SHOWN = torch.device("cuda", 0)  # the device in Python code
 
+_CPU = torch.device("cpu")
+_empty = torch.empty  # as it is before the device is installed, which adds to it
+
 
 class Tensor(torch.Tensor):
     """A tensor of the device, in the storage of a CPU tensor."""
@@ -100,7 +103,7 @@ def on_device(value: torch.Tensor) -> Tensor:
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a CPU tensor."""
-    flat = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    flat = _empty(0, dtype=tensor.dtype, device=_CPU)
     return flat.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
