@@ -11,6 +11,7 @@ from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
+from tests.support import devices
 
 VOCAB = 61
 SPECS = {
@@ -19,6 +20,9 @@ SPECS = {
     "no grouped heads": {"num_key_value_heads": 4},
     "latent": {"kv_lora_rank": 12, "q_lora_rank": 10, "rope_interleave": True, "v_head_dim": 10},
     "latent keys": {"kv_lora_rank": 12},
+    "longer than trained": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    },
 }
 
 
@@ -33,16 +37,18 @@ def _model(**changes: object) -> MoELanguageModel:
     spec = ModelSpec(
         **(sizes | {"n_routed_experts": 4, "moe_intermediate_size": 16, "initializer_range": 0.2} | changes)
     )  # type: ignore[arg-type]
-    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(4, 1), 0, None))
+    with devices.device():
+        model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(4, 1), 0, None))
     model.init_weights(0)
     return model
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("borders", [(0, 1, 2, 3, 4, 12), (0, 7, 8, 9, 12), (0, 5, 9, 12), (0, 12)])
 def test_logits_with_a_cache_equal_those_without(changes: dict[str, object], borders: tuple[int, ...]) -> None:
     model = _model(**changes)
-    inputs_BT = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    inputs_BT = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1)).to(devices.device())
     cache = KVCache(model.spec, 2, 12, model.head)
     with torch.no_grad():
         wanted_BTV = model(inputs_BT)

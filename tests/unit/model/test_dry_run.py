@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.checkpoint.hf.pretrained import resolved
 from orchestrator.errors import EntrypointError
 from orchestrator.model import dry_run
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.task import TaskSpec
 from orchestrator.worker.check_user_code import fault_of
 from tests.support.own_models import ROOT, example, linear, own_spec
@@ -34,6 +36,33 @@ def _job(model: Any, precision: str = "fp32", isolated: bool = False, determinis
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_the_examples_can_be_trained(name: str, precision: str) -> None:
     rehearse(_job(example(name), precision), 300, CPU)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+OF_TRANSFORMERS = {"model_type": "dots1", "vocab_size": 300, "n_shared_experts": 1, "first_k_dense_replace": 1}
+
+
+@pytest.mark.parametrize("trained", ["documents", "pairs of answers", "a model of transformers"])
+def test_passes_are_tried_on_the_device(device: str, tmp_path: Path, trained: str) -> None:
+    tried = torch.device("cpu") if device == "cpu" else torch.device("cuda", 0)
+    if trained == "documents":
+        job = _job(own_spec(tmp_path, linear(more=", documents_BT=None")), isolated=True)
+    elif trained == "pairs of answers":
+        job = _job(SIZES)
+        job = job.model_copy(update={"task": TaskSpec.model_validate({"name": "dpo"})})
+    else:
+        spec = ModelSpec(impl="transformers", config=OF_TRANSFORMERS | SIZES | {"head_dim": 8})
+        job = _job({}, isolated=True).model_copy(update={"model": resolved(spec)})
+    rehearse(job, 300, tried)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
