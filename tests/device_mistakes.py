@@ -117,14 +117,15 @@ def tests_by_place(found: list[Place]) -> dict[str, list[str]]:
 
 
 def verdict_of(place: Place, tests: list[str]) -> str:
-    """Whether one of the tests that reach the place fails without its argument."""
+    """Whether one of the tests that reach the place fails without its argument, and passes with it."""
     if not tests:
         return NOT_REACHED
-    with copied() as copy:
-        (copy / place.file).write_bytes(place.without((copy / place.file).read_bytes()))
-        tests, borders = one_of_each_file_first(tests), [0, *accumulate(BATCHES)]
-        batches = [tests[start:stop] for start, stop in pairwise(borders)]
-        return CAUGHT if any(_fails(copy, *batch) for batch in batches if batch) else MISSED
+    tests, borders = one_of_each_file_first(tests), [0, *accumulate(BATCHES)]
+    batches = [tests[start:stop] for start, stop in pairwise(borders)]
+    with copied() as sound, copied() as mistaken:
+        (mistaken / place.file).write_bytes(place.without((mistaken / place.file).read_bytes()))
+        is_caught = any(_fails(mistaken, *batch) and not _fails(sound, *batch) for batch in batches if batch)
+    return CAUGHT if is_caught else MISSED
 
 
 def one_of_each_file_first(tests: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from tests.support.worker_processes import is_child_of_actor, title_of, workers_of
+from tests.support.worker_processes import is_alive, is_child_of_actor, title_of, workers_of
 
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "orchestrator.cli.main")
@@ -197,10 +197,3 @@ def children_of(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.Error:
         return []
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False

@@ -21,6 +21,7 @@ from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.task import TaskSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.chain_reader import newest_term
@@ -31,7 +32,7 @@ from tests.support.hanging_disk import hanging_disk
 from tests.support.hosts import until as await_event
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
-from tests.support.worker_processes import until_workers
+from tests.support.worker_processes import is_alive, until_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
@@ -40,6 +41,8 @@ GAP_S = 10.0  # between two steps, at most
 PROCESS = "orchestrator.storage.storage_process"
 HANGS_S = 75.0  # longer than a worker waits for its controller
 SOON_S = 2.0  # for a request, whatever storage does
+USER_CODE = Path(__file__).parents[1] / "support" / "user_code"
+DELAY_S = 0.05  # of a micro-batch, of which a run of one worker has five per step
 MOST_TROUBLES = 3  # events of it while storage fails once: on a busy machine it is slow by itself
 
 
@@ -52,8 +55,10 @@ def _submit(
     schedule: str = "cosine",
     workers: int = 2,
     every: int = 10,
+    delay_s: float = 0.0,
 ) -> str:
     changes = {
+        "task": TaskSpec(entrypoint="slow_task:slow", code_dir=str(USER_CODE), options={"delay_s": delay_s}),
         "name": name,
         "storage": str(storage),
         "workers": WorkersSpec(min=1, max=2, initial=workers),
@@ -162,7 +167,7 @@ def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) ->
 @pytest.mark.parametrize(("kind", "hangs_s"), [("ext4", HANGS_S), ("fuse", 20.0)], ids=["writes", "all calls"])
 def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path, kind: str, hangs_s: float) -> None:
     with hanging_disk(kind, tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "hung", disk.path / "runs", steps=1_000_000, schedule="constant")
+        run = _submit(client, texts, "hung", disk.path / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None and s.warning is None)
         began, began_s = time.time(), time.monotonic()
         with disk.hanging():
@@ -220,17 +225,15 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
     takes up what the first one had decided: a recovery, and a request. It accepts another one, which takes effect
     later."""
     with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant")
+        run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         processes = until_workers(run, ("w0", "w1"))
         began_s = time.monotonic()
         with frozen(disk):
             until(client, run, lambda s: "has not answered" in str(s.warning))
-            assert all(process.is_running() for process in processes.values())
+            assert all(map(is_alive, processes.values()))
             processes["w1"].kill()
-            assert (
-                processes["w1"].wait(60.0) is None
-            )  # at once, though it was writing a checkpoint; it is no child of this one
+            await_event(lambda: not is_alive(processes["w1"]), 60.0, "the worker's end, though it writes a checkpoint")
             recovered = until(client, run, lambda s: len(s.recoveries) == 1 and s.phase is RunPhase.TRAINING)
             since = time.time()
             client.scale(run, 1)
@@ -247,7 +250,7 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
             with pytest.raises(UsageError, match="3 workers"):
                 client.scale(run, 3)
             while time.monotonic() - began_s < HANGS_S:
-                assert processes["w0"].is_running()
+                assert is_alive(processes["w0"])
                 assert f"{run}/worker/w0" in names_of(run)
                 time.sleep(1.0)
         ended = time.time()

@@ -18,6 +18,7 @@ PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "c
 KEY, SECRET = "key", "secret"
 DISK_BYTES = 8 * 2**30  # memory is taken only as objects are written
 START_TIMEOUT_S = 120.0
+ENDS_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 
 # Without keys between the processes, and with one copy of each object. By version 1 of Ceph's protocol: by version 2
 # the gateway of 18.2 asks for a key even so. The disk doesn't say where it is when it starts: it ends if its request
@@ -70,11 +71,15 @@ def started() -> Iterator[str]:
             (folder / name).mkdir()
 
         def run(*command: str) -> None:
-            subprocess.run([*command, "-c", str(config)], check=True, capture_output=True, timeout=START_TIMEOUT_S)
+            done = subprocess.run(
+                [*command, "-c", str(config)], capture_output=True, text=True, timeout=START_TIMEOUT_S
+            )
+            assert done.returncode == 0, f"{' '.join(command)} exited with {done.returncode}: {done.stderr.strip()}"
 
         def serve(*command: str) -> None:
             output = ends.enter_context((folder / f"{command[0]}.out").open("wb"))
-            process = subprocess.Popen([*command, "-f", "-c", str(config)], stdout=output, stderr=output)
+            server = [*ENDS_WITH_PARENT, *command, "-f", "-c", str(config)]
+            process = subprocess.Popen(server, stdout=output, stderr=output)
             ends.callback(_end, process)
 
         monitors = str(folder / "monmap")

@@ -305,11 +305,19 @@ class Crew:
                 self.records.update({r.step: r for r in report.history.records})
                 if ready(report):
                     break
-                if report.phase is Phase.FAILED:  # and that isn't what is waited for
-                    raise AssertionError(f"{worker} failed: {report.health.error}")
+                if version >= 0:  # it takes longer: perhaps as another one has failed
+                    self._check_failures(workers, ready)
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{worker} is {report.phase} at step {report.step} after {patience_s} s")
                 version = report.version
+
+    def _check_failures(self, workers: list[str], ready: Callable[[Report], bool]) -> None:
+        """Raises AssertionError if one of these workers has failed, and that isn't what is waited for."""
+        for worker in workers:
+            if self.members[worker].process.is_alive():
+                report = self.members[worker].report()
+                if report.phase is Phase.FAILED and not ready(report):
+                    raise AssertionError(f"{worker} failed: {report.health.error}")
 
     def collect(self, worker: str) -> None:
         """Take over the records of a worker: newcomers to a generation don't know those before it."""

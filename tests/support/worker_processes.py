@@ -74,6 +74,14 @@ def title_of(process: psutil.Process) -> str:
     return " ".join(now).strip()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs: one that has ended and was not waited for doesn't."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
 def is_child_of_actor(process: psutil.Process) -> bool:
     """Whether it is one that an actor has started, and not an actor itself."""
     with suppress(psutil.Error):

@@ -17,6 +17,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.task import TaskSpec
 from orchestrator.worker.check_user_code import fault_of
+from tests.support import devices
 from tests.support.own_models import ROOT, example, linear, own_spec
 
 CPU = torch.device("cpu")
@@ -53,7 +54,6 @@ OF_TRANSFORMERS = {"model_type": "dots1", "vocab_size": 300, "n_shared_experts":
 
 @pytest.mark.parametrize("trained", ["documents", "pairs of answers", "a model of transformers"])
 def test_passes_are_tried_on_the_device(device: str, tmp_path: Path, trained: str) -> None:
-    tried = torch.device("cpu") if device == "cpu" else torch.device("cuda", 0)
     if trained == "documents":
         job = _job(own_spec(tmp_path, linear(more=", documents_BT=None")), isolated=True)
     elif trained == "pairs of answers":
@@ -62,7 +62,7 @@ def test_passes_are_tried_on_the_device(device: str, tmp_path: Path, trained: st
     else:
         spec = ModelSpec(impl="transformers", config=OF_TRANSFORMERS | SIZES | {"head_dim": 8})
         job = _job({}, isolated=True).model_copy(update={"model": resolved(spec)})
-    rehearse(job, 300, tried)
+    rehearse(job, 300, devices.device())
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
