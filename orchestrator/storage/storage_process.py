@@ -5,6 +5,10 @@ controller that is killed then would be restarted only once storage answers. A t
 
 Requests and answers are pickles, through the child's standard input and output. A child whose parent has ended ends
 too, within a call: it must not go on beside the parent's successor.
+
+A child that makes no progress in a call (no processor time, no bytes read or written) is killed, and another one makes
+the call again: one request that a mount never answers must not stop all later ones. A child in a call that can't be
+interrupted ends only once that returns, so there are few of them.
 """
 
 import errno
@@ -16,18 +20,26 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from logging.handlers import QueueHandler
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+log = logging.getLogger("orchestrator.storage")
+
 MOST_STARTS = 3  # for one call
+STUCK_S = 60.0  # without progress: longer than a flush of what is written at once takes on most disks
+MOST_ABANDONED = 2  # children that were killed and have not ended: then storage hangs for all calls, and is waited for
+LOOK_S = 1.0  # between two looks at a child's progress
+ENDS_S = 1.0  # for a child that was killed
 
 
 @dataclass(frozen=True)
@@ -44,12 +56,14 @@ class StorageProcess:
 
     Args:
         title: what the child shows itself as in a list of processes, after its command.
+        stuck_s: without progress, until a child is replaced. Doubled each time: the call may need that long.
     """
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, stuck_s: float = STUCK_S) -> None:
+        self._title, self._stuck_s = title, stuck_s
         self._lock = threading.Lock()  # held during a call
         self._child: subprocess.Popen[bytes] | None = None
+        self._abandoned: list[subprocess.Popen[bytes]] = []  # killed, and have not ended
 
     @property
     def pid(self) -> int | None:
@@ -59,7 +73,8 @@ class StorageProcess:
     def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """The result of `function` in the child. What it logs is logged in this process.
 
-        A call is repeated if the child ends during it, so it must be one that may be made twice.
+        A call is repeated if the child ends during it, or is stuck. So it must be one that may be made twice, also at
+        the same time.
 
         Args:
             function: picklable, like its arguments, result and errors.
@@ -84,20 +99,48 @@ class StorageProcess:
             _input_of(self._child).close()
 
     def _answer_to(self, request: bytes) -> _Answer:
-        for _ in range(MOST_STARTS):
+        num_ended = 0
+        while num_ended < MOST_STARTS:
             if self._child is None:
                 self._child = self._start()
             try:
                 pickle.dump(request, _input_of(self._child))
                 _input_of(self._child).flush()
+                if not self._has_answered(self._child):
+                    self._abandon(self._child)
+                    continue
                 pickled = pickle.load(_output_of(self._child))
             except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # it has ended, perhaps within an answer
                 self._child.wait()
                 self._child = None
+                num_ended += 1
             else:
                 answer: _Answer = pickle.loads(pickled)
                 return answer
         raise OSError(errno.EIO, f"the process for storage calls has ended {MOST_STARTS} times during one")
+
+    def _has_answered(self, child: "subprocess.Popen[bytes]") -> bool:
+        """Wait for a child's answer, or its end. Returns False once it is stuck, unless too many were."""
+        answer = select.poll()
+        answer.register(_output_of(child).fileno(), select.POLLIN)
+        progress, since_s = "", time.monotonic()
+        while not answer.poll(LOOK_S * 1000):
+            self._abandoned = [each for each in self._abandoned if each.poll() is None]
+            if (now := _progress_of(child.pid)) != progress or len(self._abandoned) >= MOST_ABANDONED:
+                progress, since_s = now, time.monotonic()
+            elif time.monotonic() - since_s >= self._stuck_s:
+                return False
+        return True
+
+    def _abandon(self, child: "subprocess.Popen[bytes]") -> None:
+        """Kill a child that is stuck. The next call starts another one."""
+        log.warning("a storage call is made again by another process: no progress for %.0f s", self._stuck_s)
+        self._child, self._stuck_s = None, 2 * self._stuck_s
+        child.kill()
+        try:
+            child.wait(ENDS_S)
+        except subprocess.TimeoutExpired:  # its call can't be interrupted
+            self._abandoned.append(child)
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "orchestrator.storage.storage_process", self._title]
@@ -113,6 +156,15 @@ def _input_of(child: "subprocess.Popen[bytes]") -> Any:
 def _output_of(child: "subprocess.Popen[bytes]") -> Any:
     assert child.stdout is not None, "started with pipes"
     return child.stdout
+
+
+def _progress_of(pid: int) -> str:
+    """What changes as long as a process computes, reads or writes."""
+    with suppress(OSError):  # it has ended
+        process = Path(f"/proc/{pid}")
+        times = process.joinpath("stat").read_text().rpartition(")")[2].split()[11:13]
+        return " ".join([*times, process.joinpath("io").read_text()])
+    return ""
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:

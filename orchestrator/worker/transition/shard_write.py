@@ -1,18 +1,22 @@
 """One write of a rank's part of a checkpoint, from the copy of the live shard to the report, in a thread of its own."""
 
+import errno
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.protocol.worker_report import ShardWritten
-from orchestrator.storage.condition import StorageTrouble, refusal
+from orchestrator.storage.condition import AWAY_AFTER_S, StorageTrouble, refusal, unanswered
 
 log = logging.getLogger("orchestrator.worker")
 
 LATE_AFTER_S = 5.0  # of a write: the run's last checkpoint waits that long for an earlier one
+SLOW_BYTES_PER_S = 20e6  # of storage to which a large shard takes longer than that, though it is well
 AGAIN_S = 1.0  # until a refused write is repeated
 NO_ROOM = (OSError, MemoryError, RuntimeError)  # for a copy: of the system, of Python and torch, and no further thread
 
@@ -43,6 +47,7 @@ class ShardWrite(threading.Thread):
         self._copy_s = 0.0  # training time that the copy took: that wait, and processor time
         self._reporting = threading.Lock()  # nothing is reported once it is given up
         self._was_refused = False
+        self._is_slow = False  # and that is reported
         self._given_up = threading.Event()
         self._is_verified = is_verified
         self._written: ShardWritten | None = None
@@ -73,7 +78,7 @@ class ShardWrite(threading.Thread):
         """Make no further attempt, and report none."""
         with self._reporting:
             self._given_up.set()
-            if self._was_refused and not self.has_written:
+            if (self._was_refused or self._is_slow) and not self.has_written:
                 self._refused(None)
 
     def run(self) -> None:
@@ -84,9 +89,32 @@ class ShardWrite(threading.Thread):
         if memory is None:
             return
         self._began_s = time.monotonic()
-        with memory:
+        with memory, self._watched(memory.image):
             while not self._given_up.is_set() and not self._is_over(memory.image):
                 self._given_up.wait(AGAIN_S)
+
+    @contextmanager
+    def _watched(self, image: ShardImage) -> Iterator[None]:
+        """Report that storage takes too long for this image, while attempts are made: a call may not return."""
+        patience_s, is_over = LATE_AFTER_S + image.num_bytes / SLOW_BYTES_PER_S, threading.Event()
+
+        def watch() -> None:
+            for after_s in (patience_s, patience_s + AWAY_AFTER_S):
+                if is_over.wait(self._began_s + after_s - time.monotonic()):
+                    return
+                self._report_slow(unanswered(after_s, patience_s))
+
+        threading.Thread(target=watch, name="checkpoint watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            is_over.set()
+
+    def _report_slow(self, trouble: StorageTrouble) -> None:
+        with self._reporting:
+            if not (self._was_refused or self._given_up.is_set() or self._written is not None):
+                self._is_slow = True
+                self._refused(replace(trouble, why=f"a checkpoint isn't written yet: {trouble.why}"))
 
     def _copied(self) -> ShardMemory | None:
         """The copy; None if it can't be made. Nothing here refers to the shard's memory afterwards."""
@@ -106,7 +134,8 @@ class ShardWrite(threading.Thread):
         """Make one attempt. Returns whether it was the last one."""
         try:
             written = self._attempt(image)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            error = error if isinstance(error, OSError) else OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
             with self._reporting:
                 self._was_refused = True
                 if not self._given_up.is_set():

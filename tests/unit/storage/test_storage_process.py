@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 from orchestrator.errors import StorageError
 from orchestrator.storage.caller import CalledObjects
 from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.storage_process import MOST_STARTS, StorageProcess
+from orchestrator.storage.storage_process import MOST_ABANDONED, MOST_STARTS, StorageProcess
 from tests.support.disk import ext4_disk, frozen
 
 PATIENCE_S = 60.0
@@ -116,6 +117,46 @@ def test_a_process_whose_storage_hangs_can_be_killed_and_its_child_ends_afterwar
             assert writer.wait(PATIENCE_S) == -signal.SIGKILL
             assert child.is_running()  # nothing can end it now
         child.wait(PATIENCE_S)
+
+
+def _wait_for_ever_at_first(marks: Path) -> int:
+    """Make no progress in the first call."""
+    with marks.open("a") as file:
+        file.write("x")
+    if marks.stat().st_size == 1:
+        signal.pause()
+    return os.getpid()
+
+
+def _compute(seconds: float) -> int:
+    ends_s = time.process_time() + seconds
+    while time.process_time() < ends_s:
+        pass
+    return os.getpid()
+
+
+def test_a_call_without_progress_is_made_again_by_another_child(tmp_path: Path) -> None:
+    process = StorageProcess("test", stuck_s=2.0)
+    first = process.call(os.getpid)
+    assert process.call(_compute, 3.0) == first  # longer, but not stuck
+    assert process.call(_wait_for_ever_at_first, tmp_path / "marks") == process.pid != first
+    assert not psutil.pid_exists(first) and (tmp_path / "marks").read_text() == "xx"
+    process.close()
+
+
+def test_children_that_cannot_be_killed_are_few_and_their_call_succeeds_once_storage_answers(tmp_path: Path) -> None:
+    with ext4_disk(tmp_path / "disk", 16) as disk, ThreadPoolExecutor(1) as pool:
+        process = StorageProcess("test", stuck_s=1.0)
+        children = {process.call(os.getpid)}
+        with frozen(disk):
+            written = pool.submit(process.call, DirectoryObjects(disk).create, "key", b"value")
+            ends_s = time.monotonic() + 12.0  # the third child would be replaced after 1 + 2 + 4 s
+            while time.monotonic() < ends_s:
+                children |= {pid for pid in [process.pid] if pid is not None}
+                time.sleep(0.1)
+        assert written.result(PATIENCE_S) == b"value" and len(children) == 1 + MOST_ABANDONED
+        assert [path.name for path in disk.glob("*key*")] == ["key"]
+        process.close()
 
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
