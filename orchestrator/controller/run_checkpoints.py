@@ -5,13 +5,15 @@ that was superseded can journal neither. No decision waits for a call to storage
 results later decisions see.
 """
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
-from orchestrator.checkpoint.manifest import checkpoint_name
+from orchestrator.checkpoint.manifest import checkpoint_name, parse_checkpoint_name
 from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.startup import OpenedRun
@@ -30,10 +32,13 @@ from orchestrator.run_records.checkpoints import (
     path_of,
     superfluous,
 )
-from orchestrator.storage.condition import StorageTrouble, refusal
+from orchestrator.storage.condition import StorageCondition, StorageTrouble, refusal
 from orchestrator.storage.tasks import Lengthy, StorageTask
 
+log = logging.getLogger("orchestrator.control")
+
 COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
+MOST_COMMITS = 3  # of a checkpoint whose parts aren't what their ranks wrote: a bit may flip on its way here
 ROOM_AGAIN_S = 5.0  # between two looks for what may be deleted
 
 
@@ -50,7 +55,7 @@ class RunCheckpoints:
         self._run, self._memory, self._note = run, run.memory, note
         self._caller, self._storage, self._inbox = run.caller, storage, inbox
         self._finder = CheckpointFinder(run.run_dir, run.caller)
-        self._faults: list[str] = []
+        self._damaged: Counter[str] = Counter()  # attempts to complete a checkpoint with damaged parts, by its name
         self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
         self.trouble: StorageTrouble | None = None  # why a checkpoint of which all parts are written isn't complete
         self.restorable: Restore | None = None  # the newest good one, if a restore is wanted
@@ -70,9 +75,10 @@ class RunCheckpoints:
         return {record.step: str(path_of(self._run.run_dir, record)) for record in self._memory.checkpoints.current}
 
     @property
-    def faults(self) -> tuple[str, ...]:
-        """Checkpoints that could not be completed."""
-        return tuple(self._faults)
+    def abandoned(self) -> frozenset[tuple[int, int]]:
+        """(generation, step) of checkpoints that won't be completed, though all parts may be written."""
+        names = map(parse_checkpoint_name, self._memory.checkpoints.abandoned)
+        return frozenset((generation, step) for step, _, generation in filter(None, names))
 
     @property
     def is_searching(self) -> bool:
@@ -110,8 +116,8 @@ class RunCheckpoints:
             wake(self._inbox)
 
     def commit(self, action: Commit) -> None:
-        """Complete a checkpoint, then delete those that the job doesn't keep. It is a fault if that fails, unless
-        storage refused it: then it is tried again by a later call."""
+        """Complete a checkpoint, then delete those that the job doesn't keep. If that fails it is tried again by a
+        later call, but with damaged parts only a few times: then the checkpoint is abandoned."""
         name = f"commit {action.generation}-{action.step}"
         if time.monotonic() - self._refused_s >= COMMIT_AGAIN_S and not self._storage.is_pending(name):
             self._commits = {name: action, **{n: a for n, a in self._commits.items() if self._storage.is_pending(n)}}
@@ -168,11 +174,22 @@ class RunCheckpoints:
             self.trouble = refusal("a checkpoint can't be written", error)
             return None
         except OrchestratorError as error:
-            self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
-            wake(self._inbox)
+            yield from self._note_damage(action, error)
             return None
         self.trouble = None
         return committed
+
+    def _note_damage(self, action: Commit, error: OrchestratorError) -> StorageTask[None]:
+        """Have a checkpoint tried again, or abandon it: the state is still in the workers' memory."""
+        name = checkpoint_name(action.step, action.term, action.generation)
+        why = f"the checkpoint of step {action.step} can't be completed: {error.message}"
+        self._damaged[name] += 1
+        self._refused_s = time.monotonic()
+        self.trouble = StorageTrouble(StorageCondition.AWAY, why)
+        log.error(why)
+        if self._damaged[name] >= MOST_COMMITS:
+            yield from self._note(CheckpointsAbandoned((name,)), stored=True)
+            wake(self._inbox)
 
     def _discard_garbage(self) -> StorageTask[None]:
         """Delete the files of checkpoints that the journal doesn't name any more."""

@@ -50,7 +50,8 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Cost of a failure of members, as in the journal and the summary of a run. `cause` is that of the first failure.
+    """Cost of a failure of members, as in the journal and the summary of a run. `cause` is that of the first failure;
+    `storage`: no member failed, but the run's last checkpoint could not be completed.
 
     `step` is the last step before training continued, `source` the origin of its state: `memory` or `checkpoint`.
     `steps_replayed` counts finished steps that were done again, `steps_lost` those among them that had been committed.

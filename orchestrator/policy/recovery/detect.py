@@ -37,12 +37,13 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
     if not gone and (hanging := find_hung_member(state, seen)) is not None:
         gone = {hanging: f"{hanging} hangs: its peers have waited for it for {seen.idle_s:.0f} s"}
     stopped = [w for w in state.members if w not in gone and _stopped_in(seen, w) == current.generation]
-    broken = _broken_behind_fence(state, seen)
-    if not gone and not stopped and not broken:
+    broken, unsaved = _broken_behind_fence(state, seen), _unsaved_end(state, seen)
+    if not (gone or stopped or broken or unsaved):
         return Decision(state)
     own = _own_errors(seen, stopped)
     errors = [f"{worker} failed: {error.kind}: {error.message}" for worker, error in own]
-    why = next(iter([*gone.values(), *errors]), "") or broken or f"{', '.join(stopped)} can't reach a peer"
+    first = next(iter([*gone.values(), *errors]), "")
+    why = first or broken or unsaved or f"{', '.join(stopped)} can't reach a peer"
     newest = current.generation if state.next is None else state.next.generation
     over = replace(
         state,
@@ -51,10 +52,11 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
         why=why,
         transition=None,
     )
-    if gone or stopped:
+    if gone or stopped or unsaved:
         step = max([seen.step, *(seen.gone[member].step for member in state.members if member in seen.gone)])
         note = GenerationAborted(current.generation, step, why)
-        account = Recovery(current.generation, (), "network", current.world.size, 0, step, why)
+        cause = "storage" if unsaved and not first else "network"
+        account = Recovery(current.generation, (), cause, current.world.size, 0, step, why)
         return Decision(replace(over, abort=replace(over.abort, account=account), traceback=""), (note,))
     return _abandoned(over, seen, newest, why)
 
@@ -190,6 +192,18 @@ def _broken_behind_fence(state: RunState, seen: Observation) -> str:
         return f"{', '.join(lost)} was lost"
     failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
     return _could_not_reach(f"generation {state.next.generation}", failed, seen) if failed else ""
+
+
+def _unsaved_end(state: RunState, seen: Observation) -> str:
+    """Why the run's end is not saved, and won't be by this generation: all members have finished and wait for the last
+    checkpoint, which was abandoned. Empty if that isn't so."""
+    reports = [seen.reports.get(w) for w in state.members]
+    finished = [report for report in reports if report is not None and report.phase is Phase.FINISHED]
+    if state.current is None or not finished or len(finished) < len(reports):
+        return ""
+    step = max(report.step for report in finished)
+    abandoned = (state.current.generation, step) in seen.abandoned
+    return f"the checkpoint of step {step}, the last one, could not be completed" if abandoned else ""
 
 
 def _could_not_reach(where: str, failed: Sequence[str], seen: Observation) -> str:

@@ -5,13 +5,15 @@ from orchestrator.protocol.worker_report import ShardWritten
 
 
 def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
-    """Checkpoints of the current and previous generation with the shards of all ranks written, oldest first."""
+    """Checkpoints of the current and previous generation with the shards of all ranks written, oldest first, but those
+    that were abandoned."""
     plans = {plan.generation: plan for plan in (state.previous, state.current) if plan}
     shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}
     current = state.current.generation if state.current else -1
     of_gone = (shard for report in seen.gone.values() for shard in report.shards if shard.generation == current)
     for shard in (*of_gone, *(shard for report in seen.reports.values() for shard in report.shards)):
-        if (shard.generation, shard.step) > state.checkpoint and shard.generation in plans:
+        written = (shard.generation, shard.step)
+        if written > state.checkpoint and written not in seen.abandoned and shard.generation in plans:
             shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
     return [
         Commit(step, plans[generation].term, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))

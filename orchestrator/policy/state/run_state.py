@@ -5,7 +5,7 @@
 follow from the state alone (`RunState.worker_group`, `lifecycle.directive_of`), so applying it is idempotent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -166,14 +166,14 @@ class Observation:
 
     `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
     known. `checkpointed` is (generation, step) of the newest complete checkpoint, `checkpoints` maps the steps of all
-    to their directories, `restorable` is the newest good one, if `wants_restore` asked for it, known once
-    `is_searching` ends; `unreadable` is why it can't be read now. `recording` is the newest step whose record is in
-    the journal, or is about to be. `nodes` maps workers to nodes, `silence_s` to the time since their last answer;
-    `idle_s` is the time since any worker reported something new. `store_address` is the rendezvous store's, None while
-    there is none: no generation can be planned then. `faults` are failures outside the workers that end the run.
-    `draining` maps nodes that will be removed from the cluster to `time.time()` of the deadline, 0 without one. `gone`
-    holds the last reports of workers that are gone. `grant` is the newest one of the Scheduler, `priority` the newest
-    one that was requested, None for the job's.
+    to their directories, `abandoned` has (generation, step) of those that won't be completed, `restorable` is the
+    newest good one, if `wants_restore` asked for it, known once `is_searching` ends; `unreadable` is why it can't be
+    read now. `recording` is the newest step whose record is in the journal, or is about to be. `nodes` maps workers to
+    nodes, `silence_s` to the time since their last answer; `idle_s` is the time since any worker reported something
+    new. `store_address` is the rendezvous store's, None while there is none: no generation can be planned then.
+    `faults` are failures outside the workers that end the run. `draining` maps nodes that will be removed from the
+    cluster to `time.time()` of the deadline, 0 without one. `gone` holds the last reports of workers that are gone.
+    `grant` is the newest one of the Scheduler, `priority` the newest one that was requested, None for the job's.
     """
 
     term: int
@@ -185,6 +185,7 @@ class Observation:
     gone: Mapping[str, Report] = field(default_factory=dict)
     checkpointed: tuple[int, int] = (-1, -1)
     checkpoints: Mapping[int, str] = field(default_factory=dict)
+    abandoned: Collection[tuple[int, int]] = ()
     recording: int = -1
     restorable: Restore | None = None
     is_searching: bool = False

@@ -18,7 +18,7 @@ from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
-from orchestrator.controller.run_checkpoints import RunCheckpoints
+from orchestrator.controller.run_checkpoints import MOST_COMMITS, RunCheckpoints
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.errors import TermSuperseded
 from orchestrator.policy.state.config import RunLimits
@@ -48,6 +48,7 @@ class Scene:
     def __init__(self, root: Path) -> None:
         self.run_dir, self.storage = root / "run", HeldObjects(root / "run")
         self.run_dir.mkdir(exist_ok=True)
+        (root / "cluster").mkdir(exist_ok=True)
         cluster = HeldObjects(root / "cluster")
         self.cluster, self.journal = cluster, Journal(self.storage, kept=cluster)
         self.run = JournaledRun(self.run_dir, LIMITS, self.journal)
@@ -286,7 +287,59 @@ def test_a_checkpoint_that_was_abandoned_is_never_completed(tmp_path: Path) -> N
             each.shard(20)
         each.commit(lost)
         each.until(each.is_idle)
-        assert each.steps() == [10] and each.checkpoints.faults == () and each.checkpoints.trouble is None
+        assert each.steps() == [10] and each.checkpoints.trouble is None
+
+
+def test_a_checkpoint_with_a_damaged_part_is_tried_again_then_abandoned_and_later_ones_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.controller.run_checkpoints.COMMIT_AGAIN_S", 0.0)
+    scene = Scene(tmp_path)
+    scene.complete(10)
+    action = scene.shard(20)
+    (part,) = (scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)).glob("shard-*")
+    content = part.read_bytes()
+    part.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    scene.commit(action)
+    scene.until(scene.is_idle)
+    assert scene.steps() == [10] and not scene.checkpoints.abandoned
+    assert "the checkpoint of step 20 can't be completed" in str(scene.checkpoints.trouble)
+    part.write_bytes(content)  # it was read wrongly
+    scene.commit(action)
+    scene.until(scene.is_idle)
+    assert scene.steps() == [10, 20] and scene.checkpoints.trouble is None
+    lost = scene.shard(30)
+    next((scene.run_dir / DIRECTORY / checkpoint_name(30, 1, 0)).glob("shard-*")).unlink()
+    for _ in range(MOST_COMMITS):
+        assert not scene.checkpoints.abandoned
+        scene.commit(lost)
+        scene.until(scene.is_idle)
+    assert scene.checkpoints.abandoned == {(0, 30)} and scene.steps() == [10, 20]
+    scene.complete(40)
+    assert scene.steps() == [20, 40] and scene.checkpoints.trouble is None
+
+
+def test_where_the_file_system_is_not_mounted_nothing_counts_as_deleted_and_nothing_is_written(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.complete(10, 20)
+    lost, away = scene.shard(30), tmp_path / "away"
+    scene.run_dir.rename(away)
+    scene.make_room()
+    scene.commit(lost)
+    scene.until(scene.is_idle)
+    assert "its file system is not mounted" in str(scene.checkpoints.trouble) and not scene.checkpoints.abandoned
+    scene.decide(replace(scene.run.state, wants_restore=True))
+    scene.until(lambda: scene.run.state.wants_restore)
+    scene.checkpoints.search()
+    scene.until(lambda: bool(scene.checkpoints.unreadable))
+    assert "its file system is not mounted" in scene.checkpoints.unreadable and scene.checkpoints.is_searching
+    with pytest.raises(OSError, match="its file system is not mounted"):
+        scene.shard(40)
+    assert not scene.run_dir.exists()
+    away.rename(scene.run_dir)
+    scene.until(lambda: scene.is_idle() and scene.run.is_stored)
+    assert scene.steps() == [10, 20] and scene.has_manifest(10)
+    assert RunHistory(scene.run_dir, LIMITS).checkpoints == scene.run.checkpoints
 
 
 def test_parts_are_not_deleted_before_storage_has_it_that_they_are_abandoned(tmp_path: Path) -> None:

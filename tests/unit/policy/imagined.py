@@ -80,6 +80,8 @@ class Life:
     committed_by: int = -1  # its generation
     marked: list[int] = field(default_factory=list)  # steps with a checkpoint of this past
     refuses_markers: bool = False  # storage does
+    damaged: set[int] = field(default_factory=set)  # generations whose checkpoints can't be completed
+    abandoned: set[tuple[int, int]] = field(default_factory=set)  # (generation, step) of those that weren't
     spoilt: set[int] = field(default_factory=set)  # steps whose checkpoint has other digests now
     unreadable: str = ""  # why checkpoints can't be read
     now_s: float = 0.0
@@ -121,6 +123,7 @@ class Life:
             gone=dict(self.gone),
             checkpointed=(self.committed_by, self.committed),
             checkpoints={self.committed: f"/checkpoints/{self.committed}"} if self.committed >= 0 else {},
+            abandoned=frozenset(self.abandoned),
             restorable=self._restorable(),
             unreadable=self.unreadable if self.state.wants_restore else "",
             store_address=self.store,
@@ -143,7 +146,9 @@ class Life:
             assert self.state == decision.state
         assert self.state.num_generations >= before.num_generations
         for action in decision.actions:
-            if isinstance(action, Commit) and not self.refuses_markers:
+            if isinstance(action, Commit) and action.generation in self.damaged:
+                self.abandoned.add((action.generation, action.step))
+            elif isinstance(action, Commit) and not self.refuses_markers:
                 self.committed, self.committed_by = action.step, action.generation
                 self.marked = [*(step for step in self.marked if step < action.step), action.step]
                 self.spoilt -= {action.step}

@@ -241,6 +241,21 @@ def test_a_loss_before_the_last_checkpoint_is_complete() -> None:
     assert life.committed == 11
 
 
+def test_a_checkpoint_that_cannot_be_completed_costs_nothing_and_the_last_one_is_written_again() -> None:
+    life = Life(limits_of(initial_workers=3), checkpoint_every=5, damaged={0})
+    life.run_to_the_end()
+    _trained(life)
+    assert life.abandoned == {(0, 4), (0, 9), (0, 11)} and (life.committed, life.committed_by) == (11, 1)
+    (recovery,) = life.state.recoveries
+    assert (recovery.cause, recovery.lost, recovery.steps_lost) == ("storage", (), 0)
+
+
+def test_a_last_checkpoint_that_can_never_be_completed_ends_the_run_with_the_reason() -> None:
+    life = Life(limits_of(initial_workers=2), damaged=set(range(20)))
+    life.run_until(lambda: life.state.outcome is not None)
+    assert life.state.outcome is RunPhase.FAILED and "the last one, could not be completed" in life.state.why
+
+
 def test_a_member_lost_while_the_first_world_is_made_is_replaced() -> None:
     life = Life(limits_of(initial_workers=2))
     life.run_until(lambda: life.state.next is not None)
