@@ -42,14 +42,19 @@ def digests_of(path: Path) -> tuple[str, ...]:
 
 
 def digests_on_device(path: Path) -> tuple[str, ...]:
-    """The digests of a flushed file's blocks as the device holds them: the file is dropped from the page cache first.
-    File systems without a device, like tmpfs, are read from memory."""
+    """The digests of a flushed file's blocks as the device holds them."""
+    drop_cached(path)
+    return digests_of(path)
+
+
+def drop_cached(path: Path) -> None:
+    """Drop a flushed file from the page cache, so that the next reads reach the device. File systems without one, like
+    tmpfs, are read from memory. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-    return digests_of(path)
 
 
 def first_difference(found: tuple[str, ...], written: tuple[str, ...]) -> str:

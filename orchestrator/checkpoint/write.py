@@ -20,7 +20,7 @@ from orchestrator.checkpoint.shard_image import ShardImage
 from orchestrator.checkpoint.stored_shard import stored_digests
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
-from orchestrator.storage.atomic import flush
+from orchestrator.storage.atomic import flush, make_folders
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 
@@ -65,7 +65,7 @@ def write_image(
 
 
 def _write_to_directory(directory: Path, name: str, image: ShardImage) -> tuple[tuple[str, ...], int]:
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folders(directory.parents[1], directory)  # in the run's directory
     with Path(image.path).open("rb") as memory:
         return _write_file(directory / name, iter(partial(memory.read, CHUNK_BYTES), b""))
 

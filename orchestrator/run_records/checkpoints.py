@@ -7,9 +7,11 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.block_digests import drop_cached
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, checkpoint_name, manifest_of, parse_checkpoint_name
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.retention import best_checkpoints, discard, discard_unnamed
@@ -23,6 +25,7 @@ from orchestrator.run_records.checkpoint_records import CheckpointRecord, Checkp
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.storage.backends.location import Location, is_there, objects_at
 from orchestrator.storage.caller import Caller, call_here
+from orchestrator.storage.chain_reader import has_journal
 from orchestrator.storage.reserve import RESERVE_BYTES
 
 log = logging.getLogger("orchestrator.control")
@@ -52,6 +55,14 @@ def commit_checkpoint(run_id: str, run_dir: Location, action: Commit) -> Checkpo
         CheckpointCorrupt: the shards don't cover every tensor, or a file differs from what its rank wrote.
         OSError: run storage can't be read or written.
     """
+    try:
+        return _committed(run_id, run_dir, action)
+    except CheckpointCorrupt:
+        _check_mounted(run_dir)
+        raise
+
+
+def _committed(run_id: str, run_dir: Location, action: Commit) -> CheckpointCommitted:
     shards = read_shards(run_dir / DIRECTORY, action.shards, term=action.term)
     shapes: dict[str, tuple[int, ...]] = {}
     for _, header in shards:
@@ -71,6 +82,8 @@ def superfluous(
     Raises OSError."""
     there = [record.step for record in list_checkpoints(run_dir, records)]
     gone = [record.step for record in records.current[:-1] if record.step not in there]
+    if gone:
+        _check_mounted(run_dir)
     best = best_checkpoints(there, validations, keep.keep_best)
     old = there[: -keep.keep_last] if keep.keep_last is not None else []
     return tuple(sorted({*gone, *(step for step in old if step not in best)}))
@@ -153,6 +166,15 @@ def list_checkpoints(run_dir: Location, records: CheckpointRecords) -> tuple[Che
     return tuple(record for record in records.current if _has_manifest(path_of(run_dir, record)))
 
 
+def _check_mounted(run_dir: Location) -> None:
+    """Raise OSError if nothing of the run is to be seen: where its file system isn't mounted, all its files seem to be
+    deleted. Called after something was missing."""
+    if not has_journal(objects_at(run_dir)):
+        raise OSError(
+            errno.ENODEV, "the run's journal is not there: perhaps its file system is not mounted", str(run_dir)
+        )
+
+
 def _has_manifest(path: Location) -> bool:
     return MANIFEST_FILE in objects_at(path).names("")
 
@@ -202,22 +224,51 @@ def _is_good(run_dir: Location, record: CheckpointRecord) -> bool:
 
 
 def newest_good(run_dir: Location, records: CheckpointRecords) -> Restore | None:
-    """The newest complete checkpoint with correct digests; bad ones are logged and skipped.
+    """The newest complete checkpoint with correct digests; bad ones are logged and skipped. None if there was none, or
+    all were removed by hand.
 
     Raises:
-        OSError: one can't be read now, and may be good.
+        OSError: one can't be read now, and may be good; or none is good, and some are still there.
     """
+    bad: OrchestratorError | OSError | None = None
     for record in reversed(records.current):
         path = path_of(run_dir, record)
+        fault = _fault_of(run_dir, record)
+        if fault is None:
+            return Restore(record.step, str(path), digest=record.sha256)
+        log.error("%s can't be restored: %s", path, fault)
+        bad = bad or (fault if _has_manifest(path) else None)
+    if records.current:
+        _check_mounted(run_dir)
+    if bad is not None:
+        raise OSError(errno.EIO, f"none is good: {bad}", str(run_dir / DIRECTORY))
+    return None
+
+
+def _fault_of(run_dir: Location, record: CheckpointRecord) -> OrchestratorError | OSError | None:
+    """Why a checkpoint can't be restored; None if it can. What seems to be wrong is read twice: a bit may flip on its
+    way here. Raises OSError if it can't be read now, and may be good."""
+    fault: OrchestratorError | OSError | None = None
+    for attempt in range(2):
+        if attempt > 0:
+            _drop_cached(path_of(run_dir, record))
         try:
             _verify(run_dir, record)
         except (OrchestratorError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in BROKEN:
                 raise
-            log.error("%s can't be restored: %s", path, error)
-            continue
-        return Restore(record.step, str(path), digest=record.sha256)
-    return None
+            fault = error
+        else:
+            return None
+    return fault
+
+
+def _drop_cached(path: Location) -> None:
+    """Have the next reads of a directory's files reach the device."""
+    if isinstance(path, Path):
+        for file in path.glob("*"):
+            with suppress(OSError):
+                drop_cached(file)
 
 
 class CheckpointFinder:

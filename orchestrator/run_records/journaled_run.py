@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import JournalCorrupt, StorageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, absorb, stages_begun
 from orchestrator.policy.state.run_state import RunState, StateDecided
@@ -35,6 +35,7 @@ from orchestrator.storage.tasks import Lengthy, StorageTask, Wait
 log = logging.getLogger("orchestrator.control")
 
 WRITE_AGAIN_S = 1.0
+MOST_READS = 3  # of a journal that seems damaged
 
 T = TypeVar("T")
 
@@ -237,11 +238,18 @@ def _reserve_at(run_dir: Location, caller: Caller) -> Reserve:
 
 
 def retry_until_written(write: Callable[[], T]) -> T:
-    """The result of `write`, retried until storage works: for writes without which the run can't continue."""
-    refused = ""
+    """The result of `write`, retried until storage works: for writes without which the run can't continue. A journal
+    that seems damaged is read a few times: a bit may flip on its way here. Raises JournalCorrupt if it still does."""
+    refused, num_damaged = "", 0
     while True:
         try:
             return write()
+        except JournalCorrupt as error:
+            num_damaged += 1
+            if num_damaged == MOST_READS:
+                raise
+            log.error("read again: %s", error)
+            time.sleep(WRITE_AGAIN_S)
         except (StorageError, OSError) as error:
             if str(error) != refused:
                 log.error("tried again until it succeeds: %s", error)

@@ -45,6 +45,7 @@ def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
         directory=str(outbox_of(run_dir)),
         artifacts=str(storage / "mlflow-artifacts"),
         sinks=tuple(job.tracking.sinks),
+        root=str(run_dir) if isinstance(run_dir, Path) else "",
     )
 
 

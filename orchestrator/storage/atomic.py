@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,6 +63,20 @@ def new_directory(final: Path, partial: Path | None = None) -> Iterator[Path]:
         flush(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
+
+
+def make_folders(root: Path, folder: Path) -> None:
+    """Make a folder at or below `root`, and those between, but not `root`: one that is made where a file system isn't
+    mounted would take what belongs on that. Raises OSError if it isn't there."""
+    missing = tuple(takewhile(lambda each: each != root, (folder, *folder.parents)))
+    try:
+        for each in reversed(missing):
+            each.mkdir(exist_ok=True)
+        if missing or root.is_dir():
+            return
+    except FileNotFoundError:
+        pass
+    raise OSError(errno.ENODEV, "the directory is not there: perhaps its file system is not mounted", str(root))
 
 
 def flush(path: Path) -> None:

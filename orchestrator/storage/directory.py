@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from orchestrator.errors import UsageError
-from orchestrator.storage.atomic import create_atomically, flush, replacing
+from orchestrator.storage.atomic import create_atomically, flush, make_folders, replacing
 from orchestrator.storage.objects import StoredObject, Written
 
 COPIED_BYTES = 2**20  # at once
@@ -20,7 +20,7 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 
 class DirectoryObjects:
-    """Objects below `root`, which need not exist yet. Hidden files are not objects."""
+    """Objects below `root`, which must be there when one is created. Hidden files are not objects."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -28,7 +28,7 @@ class DirectoryObjects:
     def create(self, key: str, data: bytes) -> bytes:
         path = self._root / key
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(self._root, path.parent)
             create_atomically(path, data)
         except FileExistsError:
             flush(path.parent)
@@ -50,7 +50,7 @@ class DirectoryObjects:
 
     def put(self, key: str, file: Path) -> Written:
         path, digest, num_bytes = self._root / key, sha256(), 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(self._root, path.parent)
         with file.open("rb") as source, replacing(path) as target:
             while data := source.read(COPIED_BYTES):
                 digest.update(data)

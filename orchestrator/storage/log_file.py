@@ -15,6 +15,7 @@ from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 
 from orchestrator.errors import UsageError
+from orchestrator.storage.atomic import make_folders
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.objects import Objects
 
@@ -23,7 +24,8 @@ PART_LINES, PART_S = 500, 5.0  # of an object with lines, at most
 
 
 def log_to(path: Path, caller: Caller = call_here) -> None:
-    """Send the package's log lines to a file, one line per change of state. Its directory is made when needed.
+    """Send the package's log lines to a file, one line per change of state. Its directory is made when needed, but not
+    the one that holds that.
 
     Args:
         caller: makes the calls to the file system.
@@ -113,7 +115,7 @@ class _LogFile(logging.Handler):
 
 
 def _append(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parents[1], path.parent)
     with path.open("a") as file:
         file.write(text)
 

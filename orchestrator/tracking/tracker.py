@@ -22,6 +22,7 @@ from typing import TypedDict
 from orchestrator.errors import NotFound, TermSuperseded
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.storage.atomic import make_folders
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import location_of, objects_at
 from orchestrator.tracking.history import History, write_table
@@ -73,6 +74,7 @@ class Tracker:
     Raises:
         UsageError: the URI has no supported form.
         NotFinished: another process delivers for this run.
+        OSError: run storage can't be written, or its file system isn't mounted.
     """
 
     def __init__(self, setup: TrackerSetup) -> None:
@@ -81,6 +83,8 @@ class Tracker:
         self._term = -1
         self._term_lock = threading.Lock()
         self._directory = Path(setup.directory)
+        if setup.root:
+            make_folders(Path(setup.root), self._directory)
         self._mlflow, *others = [_outlet(name, setup) for name in (MLFLOW, *setup.sinks)]
         self._outlets = (self._mlflow, *others)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -28,12 +29,13 @@ from orchestrator.protocol.worker_report import Report, WorkerError
 from orchestrator.requirements import use_requirements
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.worker.runtime.device import check_gpu_memory, device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
-from orchestrator.worker.step.open_batches import open_batches
+from orchestrator.worker.step.open_batches import open_batches, open_when_there
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.transition.reserved_memory import ReservedMemory
 from orchestrator.worker.transition.warmup import warm_up
@@ -137,7 +139,8 @@ class Worker:
         )
         factory = ShardFactory(self._id, job, spec, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
-        feed = open_batches(spec, job.store_dir, factory.task, device)
+        opening = partial(open_batches, spec, job.store_dir, factory.task, device)
+        feed = open_when_there(opening, location_of(job.storage_dir), self._mailbox.refuse_rows)
         if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
             rehearse(spec, factory.vocab_size, factory.task, device, feed.first_rows(2))
         warm_up(spec, factory.vocab_size, device, factory.address)

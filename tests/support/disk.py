@@ -44,6 +44,28 @@ def ext4_disk(place: Path, megabytes: int) -> Iterator[Path]:
 
 
 @contextmanager
+def mounted(directory: Path, place: Path) -> Iterator[Path]:
+    """The directory, mounted at `place` while this lasts. Skips the test where it can't be."""
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "--bind", directory, place]).returncode != 0:
+        pytest.skip("mounting a directory needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@contextmanager
+def unmounted(directory: Path, place: Path) -> Iterator[None]:
+    """Let the directory that is `mounted` at `place` not be there while this lasts: an empty one is in its place."""
+    subprocess.run(["umount", "-l", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "--bind", directory, place], check=True)
+
+
+@contextmanager
 def frozen(disk: Path) -> Iterator[None]:
     """Let all writes to the file system of `disk` hang while this lasts: their threads can't be killed."""
     subprocess.run(["fsfreeze", "--freeze", disk], check=True)

@@ -26,7 +26,7 @@ CREDENTIALS = {
 
 
 def check_storage(location: Location) -> None:
-    """Create, read, list and delete an object at a location. It is gone afterwards.
+    """Create, read, list and delete an object at a location. It is gone afterwards; a directory is made, and stays.
 
     Raises:
         UsageError: an object that is there is overwritten, or objects can't be created conditionally.
@@ -35,6 +35,8 @@ def check_storage(location: Location) -> None:
     """
     objects, key = objects_at(location, SHORT), f"probe-{secrets.token_hex(8)}"
     try:
+        if isinstance(location, Path):
+            location.mkdir(parents=True, exist_ok=True)
         _check(objects, key, location)
     except PermissionError as error:
         if isinstance(location, BucketUrl):

@@ -140,8 +140,9 @@ class RunInfo:
 class TrackerSetup:
     """Arguments of a tracker's process.
 
-    `directory` holds the outbox and must outlive the process; `artifacts` is for files that no server stores. `sinks`
-    names those beside MLflow: each has an outbox of its own in a folder of `directory`, by its name.
+    `directory` holds the outbox and must outlive the process; it is made below `root`, which must be there, unless that
+    is empty. `artifacts` is for files that no server stores. `sinks` names those beside MLflow: each has an outbox of
+    its own in a folder of `directory`, by its name.
     """
 
     uri: str
@@ -150,6 +151,7 @@ class TrackerSetup:
     directory: str
     artifacts: str
     sinks: tuple[str, ...] = ()
+    root: str = ""
 
 
 class Sink(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.retention import discard
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.checkpoints import LOOK_AGAIN_S, CheckpointFinder
@@ -58,12 +59,27 @@ def test_a_checkpoint_whose_file_is_gone_or_is_none_is_passed_over(tmp_path: Pat
     assert restore is not None and restore.step == 9 and not back.trouble
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_from_the_seed(tmp_path: Path) -> None:
+    """It waits until one can be read, or the user has removed them."""
+    back = CheckpointFinder(tmp_path)
+    paths = [write_checkpoint(tmp_path, step) for step in (9, 19)]
+    records = _records(tmp_path)
+    for path in paths:
+        next(path.glob("shard-*")).unlink()
+    assert back.newest_good(0.0, records) is None
+    assert "none is good" in back.trouble and "shard-" in back.trouble and "the run waits" in back.trouble
+    for path in paths:
+        discard(path)
+    assert back.newest_good(LOOK_AGAIN_S, records) is None and not back.trouble
+
+
 @pytest.mark.parametrize(("effect", "found"), [(Effect.ERROR, None), (Effect.FLIPPED, 9)], ids=["error", "bit flips"])
 def test_a_checkpoint_whose_bytes_do_not_arrive_is_waited_for_and_one_whose_bytes_change_is_passed_over(
     fuse: FuseDisk, effect: Effect, found: int | None
 ) -> None:
     """On a file system that does so: as each shard of the newer one is read."""
     run_dir = fuse.path / effect.name
+    run_dir.mkdir()
     back = CheckpointFinder(run_dir)
     for step in (9, 19):
         write_checkpoint(run_dir, step)
@@ -73,6 +89,11 @@ def test_a_checkpoint_whose_bytes_do_not_arrive_is_waited_for_and_one_whose_byte
         restore = back.newest_good(100.0, records)
     assert (restore and restore.step) == found
     assert bool(back.trouble) == (found is None)
+    drop_cache(run_dir)
+    if effect is Effect.FLIPPED:
+        with fuse.having(CallFault("read", effect, "*/step-00000019-*/shard-*", nth=1)):
+            restore = CheckpointFinder(run_dir).newest_good(100.0, records)
+        assert restore is not None and restore.step == 19  # a bit that flips once is read again
     drop_cache(run_dir)
     restore = CheckpointFinder(run_dir).newest_good(100.0, records)
     assert restore is not None and restore.step == 19
