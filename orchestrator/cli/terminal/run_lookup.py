@@ -12,7 +12,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.removal import remove_files, remove_tracked
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.storage.backends.location import Location, location_of
-from orchestrator.storage.backends.probe import access_error
+from orchestrator.storage.backends.probe import reading
 
 DEFAULT_STORAGE = Path("runs")
 
@@ -80,22 +80,23 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
         if address is not None:
             raise
         here = DEFAULT_STORAGE.absolute()
-        if holds_run(run_dir_in(here, run_id)):
-            return FoundRun(run_id, RunFiles(here / run_id), None)
-        if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
-            raise NotFound(
-                f"there is no cluster, and {here} holds no run {run_id!r}",
-                remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR|URL, a cluster by --address.",
-            ) from error
+        with reading(here):
+            if holds_run(run_dir_in(here, run_id)):
+                return FoundRun(run_id, RunFiles(here / run_id), None)
+            if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
+                raise NotFound(
+                    f"there is no cluster, and {here} holds no run {run_id!r}",
+                    remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR|URL, a cluster by "
+                    "--address.",
+                ) from error
         error.remedy += " A run that has left its cluster is read from run storage: --storage DIR|URL."
         raise
 
 
 def _in_storage(run_id: str, storage: Location) -> FoundRun:
-    try:
-        return FoundRun(run_id, RunFiles(run_dir_in(storage, run_id)), None)
-    except OSError as error:
-        raise access_error(storage, error) from error
+    with reading(storage):  # for the nearest names
+        run_dir = run_dir_in(storage, run_id)
+    return FoundRun(run_id, RunFiles(run_dir), None)
 
 
 def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:
@@ -104,6 +105,7 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
 
     Raises:
         NotFound: there is no such directory.
+        NotAllowed, StorageError: the storage can't be read.
         ClusterUnreachable: neither storage nor address named one, and ./runs holds no run either.
     """
     if storage is not None:
@@ -114,22 +116,21 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
     try:
         return OrchestratorClient(address).list
     except ClusterUnreachable:
-        if address is not None or not runs_in(DEFAULT_STORAGE):
-            raise
+        with reading(DEFAULT_STORAGE):
+            if address is not None or not runs_in(DEFAULT_STORAGE):
+                raise
         narrate(f"There is no cluster; these are the runs in {DEFAULT_STORAGE.absolute()}.")
         return lambda: _runs_in_storage(DEFAULT_STORAGE)
 
 
 def _runs_in_storage(storage: Location) -> tuple[RunStatus, ...]:
     """The newest last. Runs whose records can't be read are left out, with a message."""
-    try:
+    with reading(storage):
         runs = runs_in(storage)
-    except OSError as error:
-        raise access_error(storage, error) from error
     found = []
     for run_id in runs:
         try:
             found.append(RunFiles(run_dir_in(storage, run_id)).status())
-        except (OSError, ValueError, OrchestratorError) as error:
+        except (ValueError, OrchestratorError) as error:
             narrate(f"Run {run_id} is left out: its records can't be read: {error}")
     return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))

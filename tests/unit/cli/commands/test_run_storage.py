@@ -1,5 +1,6 @@
 """`ls`, `status`, `wait`, `rm`, `checkpoint rm` on run storage, without a cluster."""
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from tests.support.buckets import s3_bucket
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.cli.statuses import status
@@ -112,6 +115,55 @@ def test_files_that_can_not_be_removed_are_a_storage_error(
     monkeypatch.setattr(Path, "rename", refuse)
     done = orchestrator("rm", "books", "--yes")
     assert done.returncode == 104 and "Permission denied" in done.stderr and "Nothing was removed." in done.stderr
+
+
+READS = ["status", "wait", "events", "logs", "report", "check data", "checkpoint ls", "rm --yes"]
+
+
+def on(command: str, run: str) -> list[str]:
+    verb, _, options = command.partition(" --")
+    return [*verb.split(), run, "--storage", "runs", *([f"--{options}"] if options else [])]
+
+
+@pytest.mark.parametrize("call", ["get", "names"])
+@pytest.mark.parametrize("command", READS)
+def test_run_storage_that_can_not_be_read_exits_104(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, command: str, call: str
+) -> None:
+    (runs / "books" / "logs").mkdir()
+    (runs / "books" / "logs" / "controller.log").write_text("2026-01-01 00:00:00.000 INFO begun\n")
+
+    def fail(objects: DirectoryObjects, key: str, *_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(runs / "books" / key))
+
+    monkeypatch.setattr(DirectoryObjects, call, fail)
+    done = orchestrator(*on(command, "books"))
+    assert done.returncode == 104 and "books can't be read: Input/output error" in done.stderr, done.stderr
+    assert "Nothing was changed." in done.stderr and "Traceback" not in done.stderr
+    assert (runs / "books" / "job.json").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "wait", "logs", "rm --yes"])
+def test_a_final_status_that_is_cut_off_exits_104_and_names_its_file(
+    runs: Path, orchestrator: Command, command: str
+) -> None:
+    cut = runs / "books" / status_key(1)
+    cut.write_bytes(cut.read_bytes()[:-9])
+    done = orchestrator(*on(command, "books"))
+    assert done.returncode == 104 and f"{cut} can't be read" in done.stderr and "Traceback" not in done.stderr
+    assert cut.exists() and (runs / "books" / "job.json").exists()
+
+
+@pytest.mark.parametrize("command", READS)
+def test_a_journal_entry_with_a_flipped_byte_exits_104(runs: Path, orchestrator: Command, command: str) -> None:
+    Journal(DirectoryObjects(runs / "poems"))  # its entry shows what the one before it was
+    entry = runs / "poems" / "journal" / "0000000000"
+    data = entry.read_bytes()
+    at = len(data) // 2
+    entry.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    done = orchestrator(*on(command, "poems"))
+    assert done.returncode == 104 and "journal/0000000000" in done.stderr and "Traceback" not in done.stderr
+    assert (runs / "poems" / "job.json").exists()
 
 
 def test_a_checkpoint_is_removed_but_not_the_newest_of_an_active_run(runs: Path, orchestrator: Command) -> None:
