@@ -91,6 +91,17 @@ def remove_tracked(run_dir: Location) -> str | None:
     return delete_run(tracker_setup(run_dir.name, run_dir, RunFiles(run_dir).job()))
 
 
+class TrackedRun:
+    """The run in MLflow, for a process that deletes it there."""
+
+    def __init__(self, run_dir: Location) -> None:
+        self._run_dir = run_dir
+
+    def remove(self) -> None:
+        """As `remove_tracked`."""
+        remove_tracked(self._run_dir)
+
+
 def find_removable(run_dir: Location, step: int) -> Location:
     """The checkpoint of `step`.
 

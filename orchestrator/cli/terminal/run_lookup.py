@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.cli.terminal.output import narrate
@@ -9,7 +10,7 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import ClusterUnreachable, NotFinished, NotFound, OrchestratorError, UsageError, nearest
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.removal import remove_files, remove_tracked
+from orchestrator.run_records.removal import refuse_active, remove_files, remove_tracked
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.backends.probe import reading
@@ -18,10 +19,17 @@ DEFAULT_STORAGE = Path("runs")
 
 
 class FoundRun:
-    """A run's files, and its cluster if there is one."""
+    """A run's files, and its cluster if there is one.
 
-    def __init__(self, run_id: str, files: RunFiles, client: OrchestratorClient | None) -> None:
-        self.run_id, self.files, self._client = run_id, files, client
+    Args:
+        client: of the cluster that the run was found in; None for one that was found in run storage.
+        address: of a cluster that may have it all the same, as of `OrchestratorClient`.
+    """
+
+    def __init__(
+        self, run_id: str, files: RunFiles, client: OrchestratorClient | None, address: str | None = None
+    ) -> None:
+        self.run_id, self.files, self._client, self._address = run_id, files, client, address
 
     @property
     def is_in_cluster(self) -> bool:
@@ -43,13 +51,28 @@ class FoundRun:
         return status
 
     def remove(self, tracking: bool) -> str:
-        """Remove the files of the run, which has ended, and with `tracking` its MLflow run. Returns its directory."""
+        """Remove the files of the run, which has ended, and with `tracking` its MLflow run. Returns its directory.
+
+        Raises UsageError if the run is active in the cluster after all, in the same storage.
+        """
         if self._client is not None:
             return self._client.remove(self.run_id, tracking=tracking)
+        self._refuse_active_in_cluster()
         if tracking:
             remove_tracked(self.files.run_dir)
         remove_files(self.files.run_dir)
         return str(self.files.run_dir)
+
+    def _refuse_active_in_cluster(self) -> None:
+        """Storage has the end of a run that is resumed until a controller has opened it; its cluster knows before."""
+        try:
+            client = OrchestratorClient(self._address)
+        except ClusterUnreachable:
+            return
+        with suppress(NotFound):
+            status = client.get(self.run_id)
+            if location_of(status.run_dir) == self.files.run_dir:
+                refuse_active(status)
 
     def is_over(self) -> bool:
         """Whether nothing more will be written, as far as is known: without a cluster nothing writes."""
@@ -66,7 +89,7 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return _in_storage(run_id, location_of(storage))
+        return _in_storage(run_id, location_of(storage), address)
     if is_url(named := address or os.environ.get("RAY_ADDRESS")):
         raise UsageError(
             f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
@@ -93,10 +116,10 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
         raise
 
 
-def _in_storage(run_id: str, storage: Location) -> FoundRun:
+def _in_storage(run_id: str, storage: Location, address: str | None) -> FoundRun:
     with reading(storage):  # for the nearest names
         run_dir = run_dir_in(storage, run_id)
-    return FoundRun(run_id, RunFiles(run_dir), None)
+    return FoundRun(run_id, RunFiles(run_dir), None, address)
 
 
 def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.terminal import run_lookup
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.final_status import status_key
@@ -104,6 +105,31 @@ def test_a_run_that_has_not_ended_is_not_removed(runs: Path, orchestrator: Comma
         assert refused.returncode == 2 and "run poems has not ended" in refused.stderr
         assert "orchestrator stop poems" in refused.stderr and "Nothing was removed." in refused.stderr
     assert (runs / "poems" / "job.json").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--tracking"]])
+def test_a_run_that_goes_on_in_the_cluster_is_not_removed_though_storage_has_its_end(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """It was resumed just now, and no controller has opened it yet."""
+    in_cluster = status(run_id="books", run_dir=str(runs / "books"), phase=RunPhase.STARTING)
+
+    class Cluster:
+        def __init__(self, address: str | None) -> None:
+            assert address == "10.0.0.5:6379"
+
+        def get(self, run_id: str) -> RunStatus:
+            return in_cluster
+
+    monkeypatch.setattr(run_lookup, "OrchestratorClient", Cluster)
+    monkeypatch.setattr(run_lookup, "remove_tracked", lambda run_dir: pytest.fail(f"{run_dir} is gone from MLflow"))
+    command = ["rm", "books", "--yes", "--storage", "runs", "--address", "10.0.0.5:6379"]
+    refused = orchestrator(*command, *options)
+    assert refused.returncode == 2 and "run books has not ended: it is starting" in refused.stderr
+    assert "orchestrator stop books" in refused.stderr and "Nothing was removed." in refused.stderr
+    assert (runs / "books" / "job.json").exists()
+    in_cluster = replace(in_cluster, run_dir="/elsewhere/books")
+    assert orchestrator(*command).returncode == 0 and not (runs / "books").exists()
 
 
 def test_files_that_can_not_be_removed_are_a_storage_error(
