@@ -25,6 +25,7 @@ from orchestrator.storage.backends.probe import reading
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain_reader import has_journal
+from orchestrator.storage.journal_age import journal_age_s
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message
@@ -103,6 +104,11 @@ class RunFiles:
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)
+
+    def journal_age_s(self) -> float:
+        """Seconds since the run's journal was written."""
+        with reading(self.run_dir):
+            return journal_age_s(objects_at(self.run_dir))
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """The complete checkpoints, oldest first."""

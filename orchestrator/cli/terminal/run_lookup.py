@@ -14,6 +14,7 @@ from orchestrator.run_records.removal import refuse_active, remove_files, remove
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.backends.probe import reading
+from orchestrator.submission.waiting import until_ended_in_storage
 
 DEFAULT_STORAGE = Path("runs")
 
@@ -23,13 +24,20 @@ class FoundRun:
 
     Args:
         client: of the cluster that the run was found in; None for one that was found in run storage.
-        address: of a cluster that may have it all the same, as of `OrchestratorClient`.
+        is_named: its run storage was named, so no cluster was asked, and one may have it.
+        address: of that cluster, as of `OrchestratorClient`.
     """
 
     def __init__(
-        self, run_id: str, files: RunFiles, client: OrchestratorClient | None, address: str | None = None
+        self,
+        run_id: str,
+        files: RunFiles,
+        client: OrchestratorClient | None,
+        is_named: bool = False,
+        address: str | None = None,
     ) -> None:
-        self.run_id, self.files, self._client, self._address = run_id, files, client, address
+        self.run_id, self.files = run_id, files
+        self._client, self._is_named, self._address = client, is_named, address
 
     @property
     def is_in_cluster(self) -> bool:
@@ -39,13 +47,16 @@ class FoundRun:
         return self._client.get(self.run_id) if self._client else self.files.status()
 
     def wait(self, timeout_s: float | None) -> RunStatus:
-        """The run's status at its end. Raises NotFinished if it has not ended by then, or without a cluster."""
+        """The run's status at its end. Raises NotFinished if it has not ended by then, or nothing seems to write its
+        journal; at once if no cluster has it and its storage was not named."""
         if self._client is not None:
             return self._client.wait(self.run_id, timeout_s=timeout_s)
+        if self._is_named:
+            return until_ended_in_storage(self.files, timeout_s)
         status = self.files.status()
         if not status.phase.ended:
             raise NotFinished(
-                f"run {self.run_id} is {status.phase} as far as its storage knows, and there is no cluster",
+                f"run {self.run_id} is {status.phase} by its storage, and no cluster that has it was found",
                 remedy=f"Name its cluster with --address, or continue it with `orchestrator resume {self.run_id}`.",
             )
         return status
@@ -119,7 +130,7 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
 def _in_storage(run_id: str, storage: Location, address: str | None) -> FoundRun:
     with reading(storage):  # for the nearest names
         run_dir = run_dir_in(storage, run_id)
-    return FoundRun(run_id, RunFiles(run_dir), None, address)
+    return FoundRun(run_id, RunFiles(run_dir), None, is_named=True, address=address)
 
 
 def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from orchestrator.cli.terminal import run_lookup
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.final_status import status_key
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
@@ -55,9 +57,9 @@ def bucket(runs: Path) -> Iterator[str]:
         yield str(storage)
 
 
-def end(storage: Path, phase: RunPhase) -> None:
-    ended = replace(status(phase=phase), run_id="books", run_dir=str(storage / "books"), why="it was asked to")
-    (storage / "books" / status_key(1)).write_text(to_json(ended))
+def end(storage: Path, phase: RunPhase, run: str = "books") -> None:
+    ended = replace(status(phase=phase), run_id=run, run_dir=str(storage / run), why="it was asked to")
+    (storage / run / status_key(1)).write_text(to_json(ended))
 
 
 def test_runs_are_listed_without_a_cluster(runs: Path, orchestrator: Command) -> None:
@@ -86,8 +88,39 @@ def test_wait_exits_with_the_runs_code(runs: Path, orchestrator: Command, phase:
 
 def test_wait_for_a_run_that_no_cluster_has(runs: Path, orchestrator: Command) -> None:
     done = orchestrator("wait", "poems")
-    assert done.returncode == 101 and "there is no cluster" in done.stderr
+    assert done.returncode == 101 and "no cluster that has it was found" in done.stderr
     assert orchestrator("wait", "nobody").returncode == 102
+
+
+@pytest.mark.parametrize("timeout", [[], ["--timeout", "600"]])
+def test_wait_reads_named_storage_until_the_run_has_ended(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, timeout: list[str]
+) -> None:
+    phases, read = [], RunFiles.status
+
+    def then_end(files: RunFiles) -> RunStatus:
+        found = read(files)
+        phases.append(found.phase)
+        end(runs, RunPhase.STOPPED, "poems")
+        return found
+
+    monkeypatch.setattr(RunFiles, "status", then_end)
+    done = orchestrator("wait", "poems", "--storage", "runs", *timeout)
+    assert done.returncode == 103 and done.stdout.startswith("poems stopped")
+    assert phases == [RunPhase.STARTING, RunPhase.STOPPED]
+
+
+def test_wait_for_named_storage_ends_with_the_timeout_or_if_nothing_writes_the_journal(
+    runs: Path, orchestrator: Command
+) -> None:
+    for entry in (runs / "poems" / "journal").iterdir():
+        written_s = time.time() - 500.0
+        os.utime(entry, (written_s, written_s))
+    done = orchestrator("wait", "poems", "--storage", "runs", "--timeout", "0.1")
+    assert done.returncode == 101 and "is starting after 0.1 s of waiting" in done.stderr
+    done = orchestrator("wait", "poems", "--storage", "runs")
+    assert done.returncode == 101 and "has not been written for 120 s" in done.stderr
+    assert "orchestrator resume poems" in done.stderr and "--timeout" in done.stderr
 
 
 def test_a_run_is_removed_once_that_is_confirmed(runs: Path, orchestrator: Command) -> None:
