@@ -19,7 +19,6 @@ from typing import Any
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
-from orchestrator.run_records.removal import refuse_active, remove_tracked
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_logs import LogLine
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -176,13 +175,9 @@ class OrchestratorClient:
             UsageError: the run has not ended.
             NotFound: there is no such run.
             StorageError: its files can't be removed.
+            OrchestratorError: MLflow does not answer; the files stay.
         """
-        if tracking:
-            refuse_by_url(self._cluster.port, "rm --tracking")
-            status = self.get(run_id)
-            refuse_active(status)
-            remove_tracked(location_of(status.run_dir))
-        return self._cluster.ask(Scheduler.remove, run_id)
+        return self._cluster.ask(Scheduler.remove, run_id, tracking)
 
     def resume(
         self,

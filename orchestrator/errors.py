@@ -155,6 +155,8 @@ class JobDoesNotFit(OrchestratorError):
 class JournalCorrupt(OrchestratorError):
     """A run's journal with an entry that is missing, changed, or no entry."""
 
+    exit_code = 104
+
 
 class TermSuperseded(OrchestratorError):
     """A newer controller of this run exists; this one's term has ended and it must not write.

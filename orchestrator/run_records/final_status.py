@@ -7,7 +7,7 @@ RUN/resumed-0000000003          written by that of term 3: no status of an earli
 import json
 import re
 
-from orchestrator.errors import NotFound
+from orchestrator.errors import NotFound, StorageError
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunStatus
 from orchestrator.storage.backends.location import Location, objects_at
@@ -27,16 +27,29 @@ def status_keys(objects: Objects) -> list[str]:
 
 
 def read_status(location: Location, key: SigningKey | None = None) -> RunStatus:
-    """The run's final status. Raises NotFound if it has not ended.
+    """The run's final status.
 
     Args:
         key: with which its records are signed; None for the one that this process knows, if any.
+
+    Raises:
+        NotFound: it has not ended.
+        StorageError: its file is no JSON.
+        OSError: it can't be read.
     """
     objects = run_objects(location, key=key)
     name = _newest(objects)
     if name is None:
         raise NotFound(f"{location} holds no status-*.json since the run was begun or resumed: no run has ended there")
-    return from_plain(RunStatus, json.loads(objects.get(name)))
+    try:
+        plain = json.loads(objects.get(name))
+    except ValueError as error:
+        raise StorageError(
+            f"{location / name} can't be read: {error}",
+            remedy=f"Restore it from a copy of run storage; `orchestrator events {location.name}` shows the end too.",
+            unchanged="Nothing was changed.",
+        ) from error
+    return from_plain(RunStatus, plain)
 
 
 def has_ended(location: Location) -> bool:

@@ -10,6 +10,7 @@ from orchestrator.run_records.checkpoints import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.storage.backends.location import Location, is_there, objects_at
+from orchestrator.storage.backends.probe import reading
 from orchestrator.storage.backends.signed_objects import ADOPTED
 
 REMOVED_PREFIX = ".removed-"  # no run's name: what an interrupted removal leaves is no run
@@ -90,6 +91,17 @@ def remove_tracked(run_dir: Location) -> str | None:
     return delete_run(tracker_setup(run_dir.name, run_dir, RunFiles(run_dir).job()))
 
 
+class TrackedRun:
+    """The run in MLflow, for a process that deletes it there."""
+
+    def __init__(self, run_dir: Location) -> None:
+        self._run_dir = run_dir
+
+    def remove(self) -> None:
+        """As `remove_tracked`."""
+        remove_tracked(self._run_dir)
+
+
 def find_removable(run_dir: Location, step: int) -> Location:
     """The checkpoint of `step`.
 
@@ -99,7 +111,8 @@ def find_removable(run_dir: Location, step: int) -> Location:
     """
     files = RunFiles(run_dir)
     named = {record.step: path_of(run_dir, record) for record in files.named_checkpoints()}
-    there = {step: path for step, path in named.items() if is_there(path)}
+    with reading(run_dir):
+        there = {step: path for step, path in named.items() if is_there(path)}
     if step not in there:
         raise NotFound(
             f"run {run_dir.name} has no checkpoint of step {step}",

@@ -1,28 +1,31 @@
 """Records of a run in run storage, read without a cluster: status, events, sample ledger, log lines."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import NotFound, UsageError, nearest
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.protocol.events.base import Event, JournalEntry
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
 from orchestrator.run_records.checkpoints import choose, list_checkpoints
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import has_job, read_job
-from orchestrator.run_records.run_history import RunHistory, read_steps, user_events
+from orchestrator.run_records.run_history import RunHistory, read_entries, read_steps, user_events
 from orchestrator.run_records.run_logs import LogLine, log_reader
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
 from orchestrator.spec.job import RUN_NAME, JobSpec
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.probe import reading
 from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain_reader import has_journal
+from orchestrator.storage.journal_age import journal_age_s
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message
@@ -37,13 +40,16 @@ class RunFiles:
 
     Raises:
         NotFound: the directory holds no run.
+        StorageError, NotAllowed: run storage can't be read. The methods raise both too.
+        JournalCorrupt: records are damaged. The methods raise it too.
     """
 
     def __init__(self, run_dir: Location, key: SigningKey | None = None) -> None:
-        if not holds_run(run_dir):
-            offer = nearest(run_dir.name, runs_in(run_dir.parent))
-            remedy = f"{offer}Name the run storage that the job file names: --storage DIR|URL."
-            raise NotFound(f"{run_dir} holds no run", remedy=remedy)
+        with reading(run_dir):
+            if not holds_run(run_dir):
+                offer = nearest(run_dir.name, runs_in(run_dir.parent))
+                remedy = f"{offer}Name the run storage that the job file names: --storage DIR|URL."
+                raise NotFound(f"{run_dir} holds no run", remedy=remedy)
         self.run_dir, self._key = run_dir, key
 
     @property
@@ -59,18 +65,29 @@ class RunFiles:
 
     def job(self) -> JobSpec:
         """The run's job, with every path absolute."""
-        return read_job(self.run_dir)
+        with reading(self.run_dir):
+            return read_job(self.run_dir)
 
     def status(self) -> RunStatus:
         """The run's final status; until it has ended, the status from its journal."""
-        try:
-            return read_status(self.run_dir, self._key)
-        except NotFound:
-            return status_from_journal(self.run_dir)
+        with reading(self.run_dir):
+            try:
+                return read_status(self.run_dir, self._key)
+            except NotFound:
+                return status_from_journal(self.run_dir)
+
+    def entries(
+        self, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
+    ) -> list[JournalEntry]:
+        """Events of the run's journal, as `read_entries` chooses them."""
+        with reading(self.run_dir):
+            return read_entries(self.run_dir, only=only, leave_out=leave_out)
 
     def events(self, since_s: float = 0.0, tail: int | None = None) -> list[dict[str, Any]]:
         """Events since this `time.time()`; with `tail` only so many of the newest."""
-        return _newest([event for event in user_events(self.run_dir) if event["time"] >= since_s], tail)
+        with reading(self.run_dir):
+            found = user_events(self.run_dir)
+        return _newest([event for event in found if event["time"] >= since_s], tail)
 
     def events_to_come(
         self, is_over: Callable[[], bool], since_s: float = 0.0, tail: int | None = None
@@ -79,7 +96,8 @@ class RunFiles:
         after = -1
         while True:
             last_look = is_over()  # asked before reading: what is written before the end is read
-            found = user_events(self.run_dir, after)
+            with reading(self.run_dir):
+                found = user_events(self.run_dir, after)
             after = found[-1]["seq"] if found else after
             yield from _newest([event for event in found if event["time"] >= since_s], tail)
             tail = None
@@ -87,9 +105,16 @@ class RunFiles:
                 return
             time.sleep(LOOK_EVERY_S)
 
+    def journal_age_s(self) -> float:
+        """Seconds since the run's journal was written."""
+        with reading(self.run_dir):
+            return journal_age_s(objects_at(self.run_dir))
+
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """The complete checkpoints, oldest first."""
-        return list_checkpoints(self.run_dir, self._checkpoint_records())
+        records = self._checkpoint_records()
+        with reading(self.run_dir):
+            return list_checkpoints(self.run_dir, records)
 
     def named_checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """The same, and those that were removed by hand, in part or whole."""
@@ -97,21 +122,25 @@ class RunFiles:
 
     def choose_checkpoint(self, step: int | None = None) -> Location | None:
         """The checkpoint of `step`, or the newest, with verified digests. None without any. Raises as `choose`."""
-        return choose(self.run_dir, self._checkpoint_records(), step)
+        records = self._checkpoint_records()
+        with reading(self.run_dir):
+            return choose(self.run_dir, records, step)
 
     def _checkpoint_records(self) -> CheckpointRecords:
-        limits, records = RunLimits.of(self.run_dir.name, self.job()), run_objects(self.run_dir, key=self._key)
-        history = RunHistory(self.run_dir, limits, objects=records)
-        read_job(self.run_dir, history.job_sha256, records)
-        return history.checkpoints
+        with reading(self.run_dir):
+            limits, records = RunLimits.of(self.run_dir.name, self.job()), run_objects(self.run_dir, key=self._key)
+            history = RunHistory(self.run_dir, limits, objects=records)
+            read_job(self.run_dir, history.job_sha256, records)
+            return history.checkpoints
 
     def steps(self) -> list[StepRecord]:
         """Every committed step, in order."""
-        return read_steps(self.run_dir)
+        with reading(self.run_dir):
+            return read_steps(self.run_dir)
 
     def audit(self) -> AuditResult:
         """Whether every sample position of the committed steps was consumed exactly once, in order."""
-        steps = read_steps(self.run_dir)
+        steps = self.steps()
         ranges = ((record.step, record.batch.first_position, record.batch.num_positions) for record in steps)
         return audit(ranges, (record.step for record in steps if record.update.skipped))
 
@@ -135,14 +164,17 @@ class RunFiles:
             NotFound: no process of that name has written a log.
         """
         reader = log_reader(self.run_dir)
-        if source is not None and source not in (found := reader.sources()):
+        with reading(self.run_dir):
+            found = reader.sources()
+        if source is not None and source not in found:
             known = ", ".join(found) or "no process yet"
             raise NotFound(f"run {self.run_dir.name} has no log of {source!r}", remedy=f"It has logs of {known}.")
         since = datetime.fromtimestamp(since_s).strftime("%Y-%m-%d %H:%M:%S") if since_s > 0 else ""
         while True:
             last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
-            sources = reader.sources() if source is None else [source]
-            lines = (line for each in sources for line in reader.read_on(each) if line.stamp >= since)
+            with reading(self.run_dir):
+                sources = reader.sources() if source is None else [source]
+                lines = [line for each in sources for line in reader.read_on(each) if line.stamp >= since]
             yield from _newest(sorted(lines, key=lambda line: line.stamp), tail)
             tail = None
             if last_look:

@@ -30,11 +30,10 @@ from orchestrator.storage.backends.signed_objects import SigningKey
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain import Holder
 from orchestrator.storage.chain_reader import newest_holder
-from orchestrator.storage.journal_age import journal_age_s
+from orchestrator.storage.journal_age import LIVELY_S, journal_age_s
 
 log = logging.getLogger("orchestrator.control")
 
-LIVELY_S = 120.0  # age of the journal of a run that trains, at most
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
 

@@ -194,15 +194,19 @@ class Scheduler:
         """Request the run's end, with a checkpoint, to be resumed later. Raises as `stop` does."""
         return self._forward(run_id, RunController.finish, FinishMode.PAUSE, reason)
 
-    def remove(self, run_id: str) -> str:
+    def remove(self, run_id: str, tracking: bool = False) -> str:
         """Remove a run that has ended from run storage and from the list of runs. Returns the directory that it had.
+
+        Args:
+            tracking: delete its MLflow run before.
 
         Raises:
             NotFound: there is no such run.
             UsageError: it has not ended.
             StorageError: its files can't be removed.
+            OrchestratorError: MLflow does not answer; the files stay.
         """
-        return self._removal.remove(run_id)
+        return self._removal.remove(run_id, tracking)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from orchestrator.storage.chain import FOLDER
 from orchestrator.storage.objects import LargeObjects
 
+LIVELY_S = 120.0  # age of the journal of a run that may be going on, at most
 _NOW = f"{FOLDER}/now-"
 
 

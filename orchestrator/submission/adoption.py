@@ -14,9 +14,7 @@ from orchestrator.run_records.job_files import JOB, read_job
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.signed_objects import SignedObjects, SigningKey, adopt, digests_of
-from orchestrator.storage.journal_age import journal_age_s
-
-LIVELY_S = 120.0  # age of the journal of a run that may be going on, at most
+from orchestrator.storage.journal_age import LIVELY_S, journal_age_s
 
 
 @dataclass(frozen=True)

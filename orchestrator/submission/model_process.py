@@ -14,7 +14,6 @@ from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Export, ExportResult, Fault, Request
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.torch_process import TorchProcess
 
@@ -66,7 +65,7 @@ def checkpoint_to_ask(run_id: str, run_dir: Location, step: int | None) -> Locat
 
 def data_of(run_id: str, run_dir: Location) -> PreparedData:
     """The run's prepared data. Raises DataError if they no longer exist."""
-    entries = read_entries(run_dir, only=(DataPrepared,))
+    entries = RunFiles(run_dir).entries(only=(DataPrepared,))
     prepared = [entry.event.data for entry in entries if isinstance(entry.event, DataPrepared)]
     if not prepared or not is_there(location_of(prepared[-1].store_dir)):
         gone = f"is gone: {prepared[-1].store_dir}" if prepared else "was never prepared"

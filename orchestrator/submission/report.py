@@ -10,7 +10,6 @@ from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.prepared_data import DataPrepared
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.run_history import read_entries, read_steps
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.submission.param_listing import state_of
@@ -24,7 +23,7 @@ def read_report(run_dir: Location, rates: Rates) -> RunReport:
         NotFinished: the run has not written anything yet.
     """
     files = RunFiles(run_dir)
-    entries = read_entries(run_dir, leave_out=(StateDecided,))
+    entries = files.entries(leave_out=(StateDecided,))
     if not entries:
         return report_of(run_dir.name, entries)  # which raises NotFinished
     job = files.job()
@@ -35,7 +34,7 @@ def read_report(run_dir: Location, rates: Rates) -> RunReport:
 
 def read_load_map(run_dir: Location) -> LoadMap | None:
     """The loads of the run's experts over its steps; None if it has none."""
-    return load_map(shown_loads(read_steps(run_dir)))
+    return load_map(shown_loads(RunFiles(run_dir).steps()))
 
 
 def _size(job: JobSpec, entries: Iterable[JournalEntry]) -> tuple[ModelSize | None, str]:

@@ -22,7 +22,7 @@ from orchestrator.protocol.replay_task import PastWorld
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.run_history import committed_steps, read_entries
+from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.submission.model_process import data_of
@@ -76,7 +76,7 @@ def what_to_verify(
             f"train.determinism of run {run_id} is {job.train.determinism}: repeating its steps may give other bits",
             remedy="Verify runs of jobs with train.determinism: exact.",
         )
-    entries = read_entries(run_dir)
+    entries = files.entries()
     committed = committed_steps(entries)
     if not committed:
         raise NotFinished(f"run {run_id} has no committed step yet", remedy="Verify it once it has trained.")

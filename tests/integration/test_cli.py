@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from orchestrator.cluster import local
+from orchestrator.run_records.final_status import status_key
 from tests.support.cli_user import JOB, Here
 from tests.support.control import UNHURRIED
 from tests.support.ports import free_port
@@ -61,12 +62,23 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert json.loads(here("scale", "steered", "-w", "3", "-o", "json").stdout)["workers"] == 3
     here.until_event("steered", "rescaled")
     assert "steered" in here("cluster", "down", expect=2).stderr
+    assert json.loads(here("set", "steered", "priority=5", "-o", "json").stdout) == {"run_id": "steered", "priority": 5}
+    assert "train.lr" in here("set", "steered", "train.lr=1", expect=2).stderr
+    assert "has not ended" in here("rm", "steered", "--yes", expect=2).stderr
+    assert "of waiting" in here("wait", "steered", "--timeout", "1", expect=101).stderr
+    # As right after a resume: storage has an end, and the cluster has the run.
+    live = json.loads(here("status", "steered", "-o", "json").stdout)
+    past = here.run_dir("steered") / status_key(99)
+    past.write_text(json.dumps(live | {"phase": "stopped"}))
+    assert "orchestrator stop steered" in here("rm", "steered", "--yes", "--storage", "runs", expect=2).stderr
+    past.unlink()
     here("stop", "steered")
+    assert "stopped" in here("wait", "steered", expect=103).stdout
     assert here.until_ended("steered").phase == "stopped"
 
     listed = {status["run_id"]: status for status in json.loads(here("ls", "-o", "json").stdout)}
     assert listed["steered"]["phase"] == "stopped"
-    assert re.search(r"steered +0 +stopped", here("ls").stdout)
+    assert re.search(r"steered +5 +stopped", here("ls").stdout)
     assert "2 -> 3 workers" in here("status", "steered").stdout
     kinds = [event["kind"] for event in json.loads(here("events", "steered", "-o", "json").stdout)]
     assert kinds[0] == "submitted" and kinds[-1] == "ended" and kinds.count("activated") == 2
@@ -79,6 +91,10 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "has ended: it is stopped" in here("scale", "steered", "-w", "2", expect=2).stderr
     for verb in (["status"], ["logs"], ["events"], ["stop"], ["pause"], ["resume"], ["scale", "-w", "2"]):
         assert "Did you mean `steered`?" in here(*verb, "steerd", expect=102).stderr
+    removed = json.loads(here("rm", "steered", "--yes", "-o", "json").stdout)
+    assert removed == {"run_id": "steered", "run_dir": str(here.run_dir("steered"))}
+    assert not here.run_dir("steered").exists() and "steered" not in here("ls").stdout
+    assert "nobody" in here("wait", "nobody", expect=102).stderr
 
 
 @pytest.mark.journey

@@ -24,9 +24,14 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.final_status import read_status
+from orchestrator.scheduler.claims import RunClaims
+from orchestrator.scheduler.run_removal import RunRemoval
+from orchestrator.scheduler.run_statuses import RunStatuses
 from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.backends.probe import refusal_at
 from orchestrator.storage.chain_reader import newest_term
+from orchestrator.storage.guard import StorageGuard
 from tests.support.control import UNHURRIED, Cluster
 from tests.support.disk import exchange
 from tests.support.hosts import until
@@ -237,6 +242,27 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     assert sorted(fate for (fate,) in fates) == ["deleted", "deleted", "stored"]
     deleted = [event["steps"] for event in on.ask("events", "phoenix") if event["kind"] == "checkpoints_deleted"]
     assert [step for steps in deleted for step in steps] == [99, 199]  # at once, if both are complete by then
+    _assert_a_removal_that_is_refused_deletes_nothing(on, "phoenix")
+
+
+def _assert_a_removal_that_is_refused_deletes_nothing(on: Cluster, run: str) -> None:
+    """Also in MLflow; one that isn't deletes the run there and its files."""
+
+    def stage_in_mlflow() -> str:
+        store = sqlite3.connect(on.storage / "mlflow.db")
+        ((stage,),) = store.execute("SELECT lifecycle_stage FROM runs").fetchall()
+        store.close()
+        return str(stage)
+
+    claims, storage = RunClaims(), StorageGuard(refusal_at)
+    removal = RunRemoval(claims, storage, RunStatuses(storage))
+    with claims.claim(run), pytest.raises(UsageError, match="by another request"):
+        removal.remove(run, tracking=True)
+    assert (on.storage / run).exists() and stage_in_mlflow() == "active"
+    assert removal.remove(run, tracking=True) == str(on.storage / run)
+    assert not (on.storage / run).exists() and stage_in_mlflow() == "deleted"
+    until(lambda: names_of(run) == [], PATIENCE_S, "the end of the process that deleted it there")
+    assert run not in [status.run_id for status in on.ask("list")]
 
 
 def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:

@@ -26,6 +26,7 @@ def classes() -> list[type[OrchestratorError]]:
         ("RunFailed", 100),
         ("JobDoesNotFit", 105),
         ("CheckpointCorrupt", 104),
+        ("JournalCorrupt", 104),
         ("TermSuperseded", 70),
         ("ProtocolError", 70),
         ("NotFinished", 101),

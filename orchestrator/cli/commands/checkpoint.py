@@ -27,6 +27,7 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
     from orchestrator.errors import CheckpointCorrupt
     from orchestrator.run_records.checkpoints import path_of
     from orchestrator.storage.backends.location import objects_at
+    from orchestrator.storage.backends.probe import reading
 
     files = find_run(run, storage, address).files
     records = {record.step: record for record in files.steps()}
@@ -34,13 +35,15 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
     for complete in files.checkpoints():
         path = path_of(files.run_dir, complete)
         try:
-            manifest = read_manifest(path, complete.sha256)
+            with reading(path):
+                manifest = read_manifest(path, complete.sha256)
+                stored = objects_at(path).objects("")
         except CheckpointCorrupt as error:  # removed just now, or damaged
             narrate(f"The checkpoint of step {complete.step} is left out. {error}")
             continue
         record = records.get(manifest.step)
         num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
-        written_time = next((o.written_s for o in objects_at(path).objects("") if o.key == MANIFEST_FILE), 0.0)
+        written_time = next((o.written_s for o in stored if o.key == MANIFEST_FILE), 0.0)
         loss, validation_loss = (record.loss, record.validation_loss) if record else (None, None)
         found.append(ListedCheckpoint(manifest.step, num_bytes, loss, validation_loss, written_time, str(path)))
     if output is Format.JSON:
@@ -87,10 +90,12 @@ def verify(
     """Compare every file of a checkpoint with its digest. Exits 104 if one is missing or changed."""
     from orchestrator.checkpoint.read import read_manifest
     from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.storage.backends.probe import reading
     from orchestrator.submission.model_process import checkpoint_to_ask
 
     path = checkpoint_to_ask(run, find_run(run, storage, address).files.run_dir, step)
-    manifest = read_manifest(path)
+    with reading(path):
+        manifest = read_manifest(path)
     num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
     tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
     narrate(f"{path} is whole: step {manifest.step} of run {manifest.run_id}, {tensors}.")

@@ -32,13 +32,16 @@ STOPPED = 103
 
 
 def forwarded(arguments: list[str]) -> int | None:
-    """Run a command in the cluster if it names one by URL. Returns its exit code; None for a command to run here."""
+    """Run a command in the cluster that is named by URL. Returns its exit code; None for a command to run here."""
     if not any(arguments[: len(words)] == words for words in map(str.split, FORWARDED)):
         return None
     rest, url = _without_address(arguments)
-    if not is_url(url):
+    options = {word.split("=")[0] for word in rest}
+    # Storage that is named is this machine's, unless the cluster is named too; `resume` names the cluster's.
+    reads_here = "--storage" in options and rest == arguments and arguments[0] != "resume"
+    if not is_url(url) or reads_here:
         return None
-    if any(word.split("=")[0] == "--key-file" for word in rest):
+    if "--key-file" in options:
         raise UsageError(
             "--key-file names a file of this machine, and the command is carried out in the cluster",
             remedy="Call it there, or put the key into $ORCHESTRATOR_HOME/keys of its head.",

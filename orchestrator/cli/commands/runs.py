@@ -126,7 +126,14 @@ def _looked_up(run: str, watch: bool, storage: str | None, address: str | None, 
 def wait(
     run: RunId,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="How long. Default: for ever.")
+        float | None,
+        typer.Option(
+            "--timeout",
+            min=0,
+            metavar="SECONDS",
+            help="How long. Default: to the run's end; with --storage until its journal has not been written for two "
+            "minutes.",
+        ),
     ] = None,
     storage: Storage = None,
     address: Address = None,

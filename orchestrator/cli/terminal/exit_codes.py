@@ -15,10 +15,11 @@ EXIT_CODES = {
     "token file",
     100: "the run failed",
     101: "not finished: the run is paused or active; of `run` after Ctrl-C, when the run goes on; of `wait` after "
-    "`--timeout`",
+    "`--timeout`, or with `--storage` once nothing seems to write the run's journal",
     102: "no such run, checkpoint or log",
     103: "the run was stopped",
-    104: "run storage can't be read or written, or a checkpoint or token store has changed or missing files",
+    104: "run storage can't be read or written, or records of a run, a checkpoint or token store have changed or "
+    "missing files",
     105: "the cluster has no room for the job's workers",
     130: "Ctrl-C (SIGINT) ended the command",
     143: "SIGTERM ended the command",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.cli.terminal.output import narrate
@@ -9,19 +10,34 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import ClusterUnreachable, NotFinished, NotFound, OrchestratorError, UsageError, nearest
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.removal import remove_files, remove_tracked
+from orchestrator.run_records.removal import refuse_active, remove_files, remove_tracked
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.storage.backends.location import Location, location_of
-from orchestrator.storage.backends.probe import access_error
+from orchestrator.storage.backends.probe import reading
+from orchestrator.submission.waiting import until_ended_in_storage
 
 DEFAULT_STORAGE = Path("runs")
 
 
 class FoundRun:
-    """A run's files, and its cluster if there is one."""
+    """A run's files, and its cluster if there is one.
 
-    def __init__(self, run_id: str, files: RunFiles, client: OrchestratorClient | None) -> None:
-        self.run_id, self.files, self._client = run_id, files, client
+    Args:
+        client: of the cluster that the run was found in; None for one that was found in run storage.
+        is_named: its run storage was named, so no cluster was asked, and one may have it.
+        address: of that cluster, as of `OrchestratorClient`.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        files: RunFiles,
+        client: OrchestratorClient | None,
+        is_named: bool = False,
+        address: str | None = None,
+    ) -> None:
+        self.run_id, self.files = run_id, files
+        self._client, self._is_named, self._address = client, is_named, address
 
     @property
     def is_in_cluster(self) -> bool:
@@ -31,25 +47,43 @@ class FoundRun:
         return self._client.get(self.run_id) if self._client else self.files.status()
 
     def wait(self, timeout_s: float | None) -> RunStatus:
-        """The run's status at its end. Raises NotFinished if it has not ended by then, or without a cluster."""
+        """The run's status at its end. Raises NotFinished if it has not ended by then, or nothing seems to write its
+        journal; at once if no cluster has it and its storage was not named."""
         if self._client is not None:
             return self._client.wait(self.run_id, timeout_s=timeout_s)
+        if self._is_named:
+            return until_ended_in_storage(self.files, timeout_s)
         status = self.files.status()
         if not status.phase.ended:
             raise NotFinished(
-                f"run {self.run_id} is {status.phase} as far as its storage knows, and there is no cluster",
+                f"run {self.run_id} is {status.phase} by its storage, and no cluster that has it was found",
                 remedy=f"Name its cluster with --address, or continue it with `orchestrator resume {self.run_id}`.",
             )
         return status
 
     def remove(self, tracking: bool) -> str:
-        """Remove the files of the run, which has ended, and with `tracking` its MLflow run. Returns its directory."""
+        """Remove the files of the run, which has ended, and with `tracking` its MLflow run. Returns its directory.
+
+        Raises UsageError if the run is active in the cluster after all, in the same storage.
+        """
         if self._client is not None:
             return self._client.remove(self.run_id, tracking=tracking)
+        self._refuse_active_in_cluster()
         if tracking:
             remove_tracked(self.files.run_dir)
         remove_files(self.files.run_dir)
         return str(self.files.run_dir)
+
+    def _refuse_active_in_cluster(self) -> None:
+        """Storage has the end of a run that is resumed until a controller has opened it; its cluster knows before."""
+        try:
+            client = OrchestratorClient(self._address)
+        except ClusterUnreachable:
+            return
+        with suppress(NotFound):
+            status = client.get(self.run_id)
+            if location_of(status.run_dir) == self.files.run_dir:
+                refuse_active(status)
 
     def is_over(self) -> bool:
         """Whether nothing more will be written, as far as is known: without a cluster nothing writes."""
@@ -66,7 +100,7 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return _in_storage(run_id, location_of(storage))
+        return _in_storage(run_id, location_of(storage), address)
     if is_url(named := address or os.environ.get("RAY_ADDRESS")):
         raise UsageError(
             f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
@@ -80,22 +114,23 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
         if address is not None:
             raise
         here = DEFAULT_STORAGE.absolute()
-        if holds_run(run_dir_in(here, run_id)):
-            return FoundRun(run_id, RunFiles(here / run_id), None)
-        if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
-            raise NotFound(
-                f"there is no cluster, and {here} holds no run {run_id!r}",
-                remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR|URL, a cluster by --address.",
-            ) from error
+        with reading(here):
+            if holds_run(run_dir_in(here, run_id)):
+                return FoundRun(run_id, RunFiles(here / run_id), None)
+            if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
+                raise NotFound(
+                    f"there is no cluster, and {here} holds no run {run_id!r}",
+                    remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR|URL, a cluster by "
+                    "--address.",
+                ) from error
         error.remedy += " A run that has left its cluster is read from run storage: --storage DIR|URL."
         raise
 
 
-def _in_storage(run_id: str, storage: Location) -> FoundRun:
-    try:
-        return FoundRun(run_id, RunFiles(run_dir_in(storage, run_id)), None)
-    except OSError as error:
-        raise access_error(storage, error) from error
+def _in_storage(run_id: str, storage: Location, address: str | None) -> FoundRun:
+    with reading(storage):  # for the nearest names
+        run_dir = run_dir_in(storage, run_id)
+    return FoundRun(run_id, RunFiles(run_dir), None, is_named=True, address=address)
 
 
 def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:
@@ -104,6 +139,7 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
 
     Raises:
         NotFound: there is no such directory.
+        NotAllowed, StorageError: the storage can't be read.
         ClusterUnreachable: neither storage nor address named one, and ./runs holds no run either.
     """
     if storage is not None:
@@ -114,22 +150,21 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
     try:
         return OrchestratorClient(address).list
     except ClusterUnreachable:
-        if address is not None or not runs_in(DEFAULT_STORAGE):
-            raise
+        with reading(DEFAULT_STORAGE):
+            if address is not None or not runs_in(DEFAULT_STORAGE):
+                raise
         narrate(f"There is no cluster; these are the runs in {DEFAULT_STORAGE.absolute()}.")
         return lambda: _runs_in_storage(DEFAULT_STORAGE)
 
 
 def _runs_in_storage(storage: Location) -> tuple[RunStatus, ...]:
     """The newest last. Runs whose records can't be read are left out, with a message."""
-    try:
+    with reading(storage):
         runs = runs_in(storage)
-    except OSError as error:
-        raise access_error(storage, error) from error
     found = []
     for run_id in runs:
         try:
             found.append(RunFiles(run_dir_in(storage, run_id)).status())
-        except (OSError, ValueError, OrchestratorError) as error:
+        except (ValueError, OrchestratorError) as error:
             narrate(f"Run {run_id} is left out: its records can't be read: {error}")
     return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))

@@ -42,6 +42,22 @@ def test_what_reads_or_steers_a_run_goes_to_a_cluster_that_is_named_by_url(verb:
         forwarded([*verb.split(), "run", "--address", "http://127.0.0.1:9"])
 
 
+@pytest.mark.parametrize("storage", [["--storage", "runs"], ["--storage=runs"]])
+@pytest.mark.parametrize("verb", FORWARDED)
+def test_where_run_storage_is_named_only_resume_and_what_names_the_cluster_too_goes_there(
+    verb: str, storage: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    command = [*verb.split(), "run", *storage]
+    if verb == "resume":
+        with pytest.raises(ClusterUnreachable):
+            forwarded(command)
+    else:
+        assert forwarded(command) is None
+    with pytest.raises(ClusterUnreachable):
+        forwarded([*command, "--address", "http://127.0.0.1:9"])
+
+
 def test_both_streams_come_back_apart(capsys: pytest.CaptureFixture[str]) -> None:
     log = io.StringIO()
     marked = Marked(log)

@@ -1,6 +1,8 @@
 """`ls`, `status`, `wait`, `rm`, `checkpoint rm` on run storage, without a cluster."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.terminal import run_lookup
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.final_status import status_key
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.status import to_json
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import objects_at
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from tests.support.buckets import s3_bucket
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.cli.statuses import status
@@ -51,9 +57,9 @@ def bucket(runs: Path) -> Iterator[str]:
         yield str(storage)
 
 
-def end(storage: Path, phase: RunPhase) -> None:
-    ended = replace(status(phase=phase), run_id="books", run_dir=str(storage / "books"), why="it was asked to")
-    (storage / "books" / status_key(1)).write_text(to_json(ended))
+def end(storage: Path, phase: RunPhase, run: str = "books") -> None:
+    ended = replace(status(phase=phase), run_id=run, run_dir=str(storage / run), why="it was asked to")
+    (storage / run / status_key(1)).write_text(to_json(ended))
 
 
 def test_runs_are_listed_without_a_cluster(runs: Path, orchestrator: Command) -> None:
@@ -82,8 +88,39 @@ def test_wait_exits_with_the_runs_code(runs: Path, orchestrator: Command, phase:
 
 def test_wait_for_a_run_that_no_cluster_has(runs: Path, orchestrator: Command) -> None:
     done = orchestrator("wait", "poems")
-    assert done.returncode == 101 and "there is no cluster" in done.stderr
+    assert done.returncode == 101 and "no cluster that has it was found" in done.stderr
     assert orchestrator("wait", "nobody").returncode == 102
+
+
+@pytest.mark.parametrize("timeout", [[], ["--timeout", "600"]])
+def test_wait_reads_named_storage_until_the_run_has_ended(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, timeout: list[str]
+) -> None:
+    phases, read = [], RunFiles.status
+
+    def then_end(files: RunFiles) -> RunStatus:
+        found = read(files)
+        phases.append(found.phase)
+        end(runs, RunPhase.STOPPED, "poems")
+        return found
+
+    monkeypatch.setattr(RunFiles, "status", then_end)
+    done = orchestrator("wait", "poems", "--storage", "runs", *timeout)
+    assert done.returncode == 103 and done.stdout.startswith("poems stopped")
+    assert phases == [RunPhase.STARTING, RunPhase.STOPPED]
+
+
+def test_wait_for_named_storage_ends_with_the_timeout_or_if_nothing_writes_the_journal(
+    runs: Path, orchestrator: Command
+) -> None:
+    for entry in (runs / "poems" / "journal").iterdir():
+        written_s = time.time() - 500.0
+        os.utime(entry, (written_s, written_s))
+    done = orchestrator("wait", "poems", "--storage", "runs", "--timeout", "0.1")
+    assert done.returncode == 101 and "is starting after 0.1 s of waiting" in done.stderr
+    done = orchestrator("wait", "poems", "--storage", "runs")
+    assert done.returncode == 101 and "has not been written for 120 s" in done.stderr
+    assert "orchestrator resume poems" in done.stderr and "--timeout" in done.stderr
 
 
 def test_a_run_is_removed_once_that_is_confirmed(runs: Path, orchestrator: Command) -> None:
@@ -103,6 +140,31 @@ def test_a_run_that_has_not_ended_is_not_removed(runs: Path, orchestrator: Comma
     assert (runs / "poems" / "job.json").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--tracking"]])
+def test_a_run_that_goes_on_in_the_cluster_is_not_removed_though_storage_has_its_end(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """It was resumed just now, and no controller has opened it yet."""
+    in_cluster = status(run_id="books", run_dir=str(runs / "books"), phase=RunPhase.STARTING)
+
+    class Cluster:
+        def __init__(self, address: str | None) -> None:
+            assert address == "10.0.0.5:6379"
+
+        def get(self, run_id: str) -> RunStatus:
+            return in_cluster
+
+    monkeypatch.setattr(run_lookup, "OrchestratorClient", Cluster)
+    monkeypatch.setattr(run_lookup, "remove_tracked", lambda run_dir: pytest.fail(f"{run_dir} is gone from MLflow"))
+    command = ["rm", "books", "--yes", "--storage", "runs", "--address", "10.0.0.5:6379"]
+    refused = orchestrator(*command, *options)
+    assert refused.returncode == 2 and "run books has not ended: it is starting" in refused.stderr
+    assert "orchestrator stop books" in refused.stderr and "Nothing was removed." in refused.stderr
+    assert (runs / "books" / "job.json").exists()
+    in_cluster = replace(in_cluster, run_dir="/elsewhere/books")
+    assert orchestrator(*command).returncode == 0 and not (runs / "books").exists()
+
+
 def test_files_that_can_not_be_removed_are_a_storage_error(
     runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +174,55 @@ def test_files_that_can_not_be_removed_are_a_storage_error(
     monkeypatch.setattr(Path, "rename", refuse)
     done = orchestrator("rm", "books", "--yes")
     assert done.returncode == 104 and "Permission denied" in done.stderr and "Nothing was removed." in done.stderr
+
+
+READS = ["status", "wait", "events", "logs", "report", "check data", "checkpoint ls", "rm --yes"]
+
+
+def on(command: str, run: str) -> list[str]:
+    verb, _, options = command.partition(" --")
+    return [*verb.split(), run, "--storage", "runs", *([f"--{options}"] if options else [])]
+
+
+@pytest.mark.parametrize("call", ["get", "names"])
+@pytest.mark.parametrize("command", READS)
+def test_run_storage_that_can_not_be_read_exits_104(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, command: str, call: str
+) -> None:
+    (runs / "books" / "logs").mkdir()
+    (runs / "books" / "logs" / "controller.log").write_text("2026-01-01 00:00:00.000 INFO begun\n")
+
+    def fail(objects: DirectoryObjects, key: str, *_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(runs / "books" / key))
+
+    monkeypatch.setattr(DirectoryObjects, call, fail)
+    done = orchestrator(*on(command, "books"))
+    assert done.returncode == 104 and "books can't be read: Input/output error" in done.stderr, done.stderr
+    assert "Nothing was changed." in done.stderr and "Traceback" not in done.stderr
+    assert (runs / "books" / "job.json").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "wait", "logs", "rm --yes"])
+def test_a_final_status_that_is_cut_off_exits_104_and_names_its_file(
+    runs: Path, orchestrator: Command, command: str
+) -> None:
+    cut = runs / "books" / status_key(1)
+    cut.write_bytes(cut.read_bytes()[:-9])
+    done = orchestrator(*on(command, "books"))
+    assert done.returncode == 104 and f"{cut} can't be read" in done.stderr and "Traceback" not in done.stderr
+    assert cut.exists() and (runs / "books" / "job.json").exists()
+
+
+@pytest.mark.parametrize("command", READS)
+def test_a_journal_entry_with_a_flipped_byte_exits_104(runs: Path, orchestrator: Command, command: str) -> None:
+    Journal(DirectoryObjects(runs / "poems"))  # its entry shows what the one before it was
+    entry = runs / "poems" / "journal" / "0000000000"
+    data = entry.read_bytes()
+    at = len(data) // 2
+    entry.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    done = orchestrator(*on(command, "poems"))
+    assert done.returncode == 104 and "journal/0000000000" in done.stderr and "Traceback" not in done.stderr
+    assert (runs / "poems" / "job.json").exists()
 
 
 def test_a_checkpoint_is_removed_but_not_the_newest_of_an_active_run(runs: Path, orchestrator: Command) -> None:
