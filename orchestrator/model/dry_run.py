@@ -55,10 +55,7 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
             param.data = param.data.bfloat16()
     trial = _Trial(job, model, task)
     samples = _Samples(job, task, device, rows, vocab_size)
-    before = {name: buffer.clone() for name, buffer in model.state_buffers()}
     first = trial.run(samples.of(0))
-    if job.train.is_exact:
-        _check_buffers(model, before)
     if job.train.is_exact or (job.task.entrypoint is not None and device.type == "cpu"):
         trial.check_repeats(first, trial.run(samples.of(0)))
     both = trial.run(samples.of(0, samples.last))
@@ -125,6 +122,8 @@ class _Trial:
         own = [name for name in (job.task.entrypoint, of_model) if name is not None]
         self._name = " with ".join(own)
         self._calls = 0
+        # Those that aren't kept are compared from the first pass on, which may make tables.
+        self._buffers = {name: buffer.clone() for name, buffer in model.state_buffers()}
         model.first_module.register_forward_hook(self._count)
 
     def _count(self, *_: object) -> None:
@@ -150,6 +149,7 @@ class _Trial:
                     "Write sizes out where view or reshape has to guess a -1."
                 )
             raise
+        self._check_buffers(rows)
         return _Pass(float(loss.total.detach()), self._grads(rows), self._calls, rows)
 
     def _check_loss(self, loss: Loss, units: int, rows: str) -> None:
@@ -163,6 +163,23 @@ class _Trial:
             raise EntrypointError(
                 f"the loss of {self._name} on {rows} is {float(loss.total.detach())}",
                 remedy="A loss must be finite with first weights, and 0 on no rows.",
+            )
+
+    def _check_buffers(self, rows: str) -> None:
+        """Raises EntrypointError if the pass has changed buffers. A table that isn't kept may grow with the rows."""
+        kept, now = {name for name, _ in self._model.state_buffers()}, dict(self._model.named_buffers())
+        changed = [
+            f"{name} of {type(self._model.get_submodule(name.rpartition('.')[0])).__name__}"
+            for name, before in self._buffers.items()
+            if name in now and (name in kept or now[name].shape == before.shape) and not torch.equal(now[name], before)
+        ]
+        self._buffers = {name: buffer.clone() for name, buffer in now.items()}
+        if changed:
+            raise EntrypointError(
+                f"a pass of {self._name} on {rows} changes buffers {shown(changed)}; a pass must leave them as they "
+                "are, because ranks see different rows and would have different ones",
+                remedy="Compute what you need from parameters and the pass's own rows, use LayerNorm or GroupNorm in "
+                "place of BatchNorm, and keep running statistics out of the model.",
             )
 
     def _grads(self, rows: str) -> dict[str, Tensor]:
@@ -234,13 +251,3 @@ def _check_isolation(job: JobSpec, model: TrainableModel, vocab_size: int, devic
 
 def _is_near(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=SAME, abs_tol=1e-9)
-
-
-def _check_buffers(model: TrainableModel, before: dict[str, Tensor]) -> None:
-    changed = [name for name, buffer in model.state_buffers() if not torch.equal(buffer, before[name])]
-    if changed:
-        raise EntrypointError(
-            f"a pass of {model.spec.origin} changes buffers {shown(changed)}, so ranks would have different ones, "
-            "and train.determinism is exact",
-            remedy="Leave buffers as they are in a pass, or set train.determinism: fast.",
-        )

@@ -134,12 +134,45 @@ def test_a_model_that_draws_random_numbers_is_refused_where_bits_count(tmp_path:
     rehearse(_job(example("moe"), determinism="exact"), 300, CPU)
 
 
-def test_a_model_whose_pass_changes_a_buffer_is_refused_where_bits_count(tmp_path: Path) -> None:
-    init = "self.register_buffer('mean', torch.zeros(2))"
-    model = own_spec(tmp_path, linear(init=init, forward="self.mean += 1.0; return self.head(self.embedding(tokens))"))
-    rehearse(_job(model), 300, CPU)
-    with pytest.raises(EntrypointError, match=r"changes buffers mean, so ranks would have different ones"):
-        rehearse(_job(model, determinism="exact"), 300, CPU)
+RETURN = "return self.head(self.embedding(tokens))"
+MEAN = "self.register_buffer('mean', torch.zeros(2), persistent={})"
+TABLE = "self.register_buffer('table', torch.zeros(0), persistent=False)"
+CHANGING: dict[str, tuple[dict[str, str], str]] = {
+    "a buffer that is kept": (
+        {"init": MEAN.format(True), "forward": f"self.mean += 1.0; {RETURN}"},
+        "on a row changes buffers mean of Model; ",
+    ),
+    "a buffer that is not kept": (
+        {"init": MEAN.format(False), "forward": f"self.mean += 1.0; {RETURN}"},
+        "on .* changes buffers mean of Model; ",
+    ),
+    "without rows": (
+        {"init": MEAN.format(True), "forward": f"self.mean += float(not len(tokens)); {RETURN}"},
+        "on no rows changes buffers mean of Model; ",
+    ),
+    "BatchNorm": (
+        {
+            "layers": "self.norm = nn.BatchNorm1d(spec.hidden_size); self.norm.num_batches_tracked = None",
+            "forward": "return self.head(self.norm(self.embedding(tokens).transpose(1, 2)).transpose(1, 2))",
+        },
+        "changes buffers norm.running_mean of BatchNorm1d, norm.running_var of BatchNorm1d; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("determinism", ["fast", "exact"])
+@pytest.mark.parametrize(("change", "message"), CHANGING.values(), ids=CHANGING.keys())
+def test_a_model_whose_pass_changes_a_buffer_is_refused(
+    tmp_path: Path, change: dict[str, str], message: str, determinism: str
+) -> None:
+    with pytest.raises(EntrypointError, match=message) as caught:
+        rehearse(_job(own_spec(tmp_path, linear(**change)), determinism=determinism), 300, CPU)
+    assert "use LayerNorm or GroupNorm" in caught.value.remedy
+
+
+def test_a_first_pass_may_make_a_table_that_is_not_kept(tmp_path: Path) -> None:
+    forward = f"self.table = self.table if len(self.table) else torch.arange(tokens.shape[1]).float(); {RETURN}"
+    rehearse(_job(own_spec(tmp_path, linear(init=TABLE, forward=forward))), 300, CPU)
 
 
 def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None:
