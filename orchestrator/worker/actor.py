@@ -19,7 +19,7 @@ from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
-from orchestrator.model.dry_run import is_small, rehearse
+from orchestrator.model.trial.dry_run import is_small, rehearse
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.worker_job import WorkerJob

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.errors import EntrypointError
-from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.task import Batch, Loss
@@ -19,6 +18,7 @@ from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.tasks.chats import ChatModeling
 from orchestrator.model.tasks.classification import Classification
 from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
+from orchestrator.model.trial.dry_run import rehearse
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices

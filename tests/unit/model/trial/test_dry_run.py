@@ -11,8 +11,8 @@ import torch
 
 from orchestrator.checkpoint.hf.pretrained import resolved
 from orchestrator.errors import EntrypointError
-from orchestrator.model import dry_run
 from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.model.trial import dry_run
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.task import TaskSpec
@@ -179,6 +179,40 @@ def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None
     fault = fault_of(_job(own_spec(tmp_path, linear()), isolated=True))
     assert fault is not None and "isolate_documents" in fault.message
     assert fault_of(_job(own_spec(tmp_path, linear(more=", documents_BT=None")), isolated=True)) is None
+
+
+TAKES = """
+from orchestrator.model.task import Loss
+
+class Task:
+    def loss(self, model, batch):
+        inputs, targets, documents = batch["inputs"], batch["targets"], batch["documents"]
+        return Loss({total})
+
+def task(options):
+    return Task()
+"""
+
+
+@pytest.mark.parametrize(
+    ("total", "is_isolated"),
+    [
+        ("model(inputs, targets)", False),
+        ("model.token_losses(inputs, targets).sum()", False),
+        ("model(inputs, targets, documents)", True),
+        ("model.token_losses(inputs, targets, documents_BT=documents).sum()", True),
+    ],
+)
+def test_a_task_on_isolated_documents_passes_them_on(tmp_path: Path, total: str, is_isolated: bool) -> None:
+    (tmp_path / "takes.py").write_text(TAKES.format(total=total))
+    task = TaskSpec(entrypoint="takes:task", code_dir=str(tmp_path))
+    sys.modules.pop("takes", None)
+    job = _job(SIZES, isolated=True).model_copy(update={"task": task})
+    if is_isolated:
+        rehearse(job, 300, CPU)
+    else:
+        with pytest.raises(EntrypointError, match="the loss of task.entrypoint takes:task depends on a document"):
+            rehearse(job, 300, CPU)
 
 
 def test_the_command_answers_with_json_alone_whatever_the_code_prints(tmp_path: Path) -> None:

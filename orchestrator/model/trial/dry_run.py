@@ -19,6 +19,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.task import Batch, Loss, Row, Task
+from orchestrator.model.trial.isolation import check_isolation
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import DPO
@@ -49,7 +50,7 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         model = build_model(spec, vocab_size, single_rank(spec))
     model.init_weights(job.train.seed)
     if job.data.isolate_documents:
-        _check_isolation(job, model, vocab_size, device)
+        check_isolation(job, model, task, vocab_size, device)
     if job.train.precision == "bf16":
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
@@ -226,27 +227,6 @@ class _Trial:
                 f"on {other.rows}",
                 remedy="Call it equally often for any micro-batch: experts of all ranks take part in each call.",
             )
-
-
-@torch.no_grad()
-def _check_isolation(job: JobSpec, model: TrainableModel, vocab_size: int, device: torch.device) -> None:
-    """Check that a row's second document doesn't see its first one."""
-    half, last = job.train.sequence_length // 2, vocab_size - 1
-    rows = torch.zeros((2, job.train.sequence_length), dtype=torch.int64, device=device)
-    rows[1, :half] = last  # documents that differ in the first one
-    documents_BT = torch.zeros_like(rows)
-    documents_BT[:, half:] = 1
-    was_training = model.training
-    with calling_user(f"a pass of {model.spec.origin} on two documents"):
-        one, other = model.eval()(rows, documents_BT=documents_BT)[:, half:]
-    model.train(was_training)
-    difference = float((one - other).abs().max()) if half and last else 0.0
-    if difference > SAME * float(one.abs().max()):
-        raise EntrypointError(
-            f"data.isolate_documents is true, and in {model.spec.origin} a document sees the one before it in its row: "
-            f"its outputs differ by {difference:.2g} with another one there",
-            remedy="Let attention, and whatever else mixes tokens, stay within documents_BT, or turn isolation off.",
-        )
 
 
 def _is_near(one: float, other: float) -> bool:
