@@ -139,7 +139,7 @@ class Worker:
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
         feed = open_batches(spec, job.store_dir, factory.task, device)
         if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
-            rehearse(spec, factory.vocab_size, factory.task, device, feed.first_rows(2))
+            rehearse(spec, factory.vocab_size, factory.task, device, feed.rows_to_try())
         warm_up(spec, factory.vocab_size, device, factory.address)
         memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None
         self._trainer = Trainer(self._mailbox, factory, feed, self._caller)

@@ -29,6 +29,7 @@ ONE_CALL = (
     "Call it once for any micro-batch, also for one without rows, and on all inputs together: experts of all ranks "
     "take part in each call, and are balanced by its load."
 )
+NUMBERS = "biuf"  # kinds of numpy's types: booleans, integers, floats
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a metric: what MLflow takes, without a slash
 
 
@@ -52,14 +53,31 @@ class UserTask:
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
         """By the user's `collate`; without one, each column's arrays stacked."""
+        if not callable(getattr(self._task, "collate", None)):
+            return {name: self._stacked(name, [row[name] for row in rows]) for name in rows[0]}
         with calling_user(f"collate of {self._name}"):
-            if callable(getattr(self._task, "collate", None)):
-                arrays = self._task.collate(rows, rng)
-            else:
-                arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        if not isinstance(arrays, Mapping) or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            arrays: Mapping[str, NDArray[np.generic]] = self._task.collate(rows, rng)
+        is_named = isinstance(arrays, Mapping) and len(arrays) > 0
+        if not is_named or not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise self._refused("collates rows to something else than numpy arrays by name", "Return a dict of arrays.")
+        for name, array in arrays.items():
+            if array.dtype.kind not in NUMBERS or not array.ndim or not len(array) or len(array) % len(rows):
+                raise self._refused(
+                    f"collates {len(rows)} rows to {name} of type {array.dtype} and shape {array.shape}",
+                    "Return arrays of numbers or booleans whose first axis is the rows, or their parts: as many times "
+                    "the number of rows as a row has parts.",
+                )
         return arrays
+
+    def _stacked(self, name: str, arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+        other = next((array for array in arrays if array.shape != arrays[0].shape), None)
+        if other is not None:
+            raise self._refused(
+                f"has no method collate, and rows differ in {name}: one has the shape {arrays[0].shape}, another one "
+                f"{other.shape}",
+                "Write a collate(rows, rng) that pads them to one shape, or give all rows one.",
+            )
+        return np.stack(arrays)
 
     def loss(self, model: TrainableModel, batch: Batch) -> Loss:
         """The user's loss, checked."""

@@ -38,8 +38,7 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
     """Run a user's model and task without an update, in a world of one and with as few experts as routing needs.
 
     Args:
-        rows: first ones of the data, two if there are; none for text and chats, in whose place are rows of drawn
-            tokens.
+        rows: of the data, two if there are; none for text and chats, in whose place are rows of drawn tokens.
 
     Raises:
         EntrypointError: they can't be trained.

@@ -263,6 +263,40 @@ def test_what_a_task_may_not_do_is_named(tmp_path: Path, body: str, made: str, m
         _rehearse(_own(tmp_path, body, made))
 
 
+COLLATED: dict[str, tuple[str, str]] = {
+    "no axis": ("np.array(1.0)", r"collates 1 rows to x of type float64 and shape \(\)"),
+    "objects": ("np.array([None] * len(rows))", r"collates 1 rows to x of type object"),
+    "text": ("np.array(['a'] * len(rows))", r"collates 1 rows to x of type <U1"),
+    "no rows": ("np.zeros((0, 4), np.float32)", r"collates 1 rows to x of type float32 and shape \(0, 4\)"),
+    "fewer than rows": ("np.zeros((1, 4), np.float32)", r"collates 2 rows to x of type float32 and shape \(1, 4\)"),
+    "a list": ("[row['x'] for row in rows]", "something else than numpy arrays"),
+}
+
+
+def _collating(x: str) -> str:
+    collate = f"lambda self, rows, rng: {{'x': {x}, 'y': np.array([row['y'] for row in rows])}}"
+    return f"type('Collating', (Task,), {{'collate': {collate}}})()"
+
+
+@pytest.mark.parametrize(("x", "message"), COLLATED.values(), ids=COLLATED.keys())
+def test_what_collate_may_not_return_is_named(tmp_path: Path, x: str, message: str) -> None:
+    with pytest.raises(EntrypointError, match=message):
+        _rehearse(_own(tmp_path, SUM, _collating(x)))
+
+
+def test_rows_of_unequal_shapes_need_a_collate(tmp_path: Path) -> None:
+    rows = [{"x": np.ones(n, np.float32), "y": np.float32(0.5)} for n in (4, 3)]
+    padding = _collating("np.stack([np.pad(row['x'], (0, 4 - len(row['x']))) for row in rows])")
+    for made in (padding, "Task()"):
+        job = _own(tmp_path, SUM, made)
+        if made == padding:
+            rehearse(job, 0, task_of(job.task), torch.device("cpu"), rows)
+            continue
+        with pytest.raises(EntrypointError, match=r"differ in x: .* \(4,\), another one \(3,\)") as caught:
+            rehearse(job, 0, task_of(job.task), torch.device("cpu"), rows)
+        assert "collate(rows, rng) that pads" in caught.value.remedy
+
+
 def test_a_loss_without_its_graph_is_the_same() -> None:
     value = torch.ones((), requires_grad=True)
     loss = Loss(value * 2, 3, {"m": (value * 3, value * 4)}).detached()
