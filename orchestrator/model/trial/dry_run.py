@@ -19,6 +19,7 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.task import Batch, Loss, Row, Task
+from orchestrator.model.tasks.user_task import UserTask
 from orchestrator.model.trial.isolation import check_isolation
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
@@ -121,6 +122,7 @@ class _Trial:
         of_model = None if job.model.is_native else job.model.origin
         own = [name for name in (job.task.entrypoint, of_model) if name is not None]
         self._name = " with ".join(own)
+        self._place = task.place if isinstance(task, UserTask) else ""
         self._calls = 0
         # Those that aren't kept are compared from the first pass on, which may make tables.
         self._buffers = {name: buffer.clone() for name, buffer in model.state_buffers()}
@@ -156,12 +158,13 @@ class _Trial:
         counts_itself = not self._job.has_rows or self._job.has_chats  # tokens, which the data count
         if loss.units != units and not (counts_itself and loss.units is None):
             raise EntrypointError(
-                f"the loss of {self._name} on {rows} is a sum over {loss.units} units; the data have {units}",
+                f"{self._place}the loss of {self._name} on {rows} is a sum over {loss.units} units; the data have "
+                f"{units}",
                 remedy="Return Loss(total, units) with the sum over the rows and their number.",
             )
         if not math.isfinite(float(loss.total.detach())):
             raise EntrypointError(
-                f"the loss of {self._name} on {rows} is {float(loss.total.detach())}",
+                f"{self._place}the loss of {self._name} on {rows} is {float(loss.total.detach())}",
                 remedy="A loss must be finite with first weights, and 0 on no rows.",
             )
 
@@ -212,8 +215,8 @@ class _Trial:
         total = first.loss + last.loss
         if _is_near(both.loss, total / 2) and not _is_near(both.loss, total):
             raise EntrypointError(
-                f"the loss of {self._name} is a mean: {first.loss:.6g} and {last.loss:.6g} of two rows, and of both "
-                f"{both.loss:.6g}",
+                f"{self._place}the loss of {self._name} is a mean: {first.loss:.6g} and {last.loss:.6g} of two rows, "
+                f"and of both {both.loss:.6g}",
                 remedy="Return the sum over the micro-batch's units. It is divided by the number of units of the whole "
                 "global batch, which no rank knows the others' part of.",
             )
@@ -222,8 +225,8 @@ class _Trial:
         """Raises EntrypointError if another pass calls the model less or more often."""
         if first.num_calls != other.num_calls:
             raise EntrypointError(
-                f"a pass of {self._name} calls the model {first.num_calls} times on a row and {other.num_calls} times "
-                f"on {other.rows}",
+                f"{self._place}a pass of {self._name} calls the model {first.num_calls} times on a row and "
+                f"{other.num_calls} times on {other.rows}",
                 remedy="Call it equally often for any micro-batch: experts of all ranks take part in each call.",
             )
 

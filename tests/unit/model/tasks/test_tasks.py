@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,17 @@ BAD: dict[str, tuple[str, str, str]] = {
         "Task()",
         "calls the model 2 times on a row and 4 times on no rows",
     ),
+    "a total in half precision": (
+        "return Loss(error.sum().bfloat16(), len(error), metrics)",
+        "Task()",
+        "returned a total of bfloat16; sums must be float32",
+    ),
+    "a metric in half precision": (
+        "return Loss(error.sum(), len(error), {'error': (error.sum(), error.half().sum())})",
+        "Task()",
+        "returned error of float16; sums must be float32",
+    ),
+    "metrics by one text": (SUM, "type('Named', (Task,), {'metrics': ('error')})()", "has the metrics 'error'"),
     "no task": (SUM, "42", "returned a int without a method loss"),
     "raises": ("return Loss(error.total(), len(error), metrics)", "Task()", "raised AttributeError"),
     "fails on no rows": (
@@ -238,6 +250,23 @@ def _rehearse(job: JobSpec) -> None:
 
 def test_a_task_that_sums_is_accepted(tmp_path: Path) -> None:
     _rehearse(_own(tmp_path, SUM))
+
+
+@pytest.mark.parametrize("case", ["a mean", "other units", "nan", "no scalar", "calls by the number of rows"])
+def test_what_is_wrong_with_a_loss_is_named_with_its_place(tmp_path: Path, case: str) -> None:
+    body, made, _ = BAD[case]
+    line = TASK.splitlines().index("    def loss(self, model, batch):") + 1
+    with pytest.raises(EntrypointError) as caught:
+        _rehearse(_own(tmp_path, body, made))
+    (file,) = tmp_path.glob("task_*.py")
+    assert caught.value.message.startswith(f"{file}:{line}: ")
+
+
+def test_numbers_in_metrics_are_exact(tmp_path: Path) -> None:
+    job = _own(tmp_path, "return Loss(error.sum(), len(error), {'error': (2**24 + 1, 0.1)})")
+    model: Any = SimpleNamespace(moe_layers=[], outputs=lambda x: x[:, 0])
+    loss = task_of(job.task).loss(model, {"x": torch.ones(2, 4), "y": torch.zeros(2)})
+    assert [each.item() for each in loss.metrics["error"]] == [2**24 + 1, 0.1]
 
 
 def test_numbers_are_as_good_as_tensors_in_metrics(tmp_path: Path) -> None:
