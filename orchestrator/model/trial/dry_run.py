@@ -7,17 +7,19 @@ Shape legend: B = rows, T = tokens in a row.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.moe.routed_experts import RoutedExperts, is_recomputed
 from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.model.tasks.user_task import UserTask
 from orchestrator.model.trial.isolation import check_isolation
@@ -127,9 +129,17 @@ class _Trial:
         # Those that aren't kept are compared from the first pass on, which may make tables.
         self._buffers = {name: buffer.clone() for name, buffer in model.state_buffers()}
         model.first_module.register_forward_hook(self._count)
+        self._layers = {module: name for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+        self._layer_calls = Counter[str]()
+        for layer in self._layers:
+            layer.register_forward_pre_hook(self._count_layer)
 
     def _count(self, *_: object) -> None:
         self._calls += 1
+
+    def _count_layer(self, layer: nn.Module, _: object) -> None:
+        if isinstance(layer, RoutedExperts) and not is_recomputed():
+            self._layer_calls[self._layers[layer]] += 1
 
     def run(self, sample: tuple[Batch, int]) -> _Pass:
         """A forward and backward pass."""
@@ -137,6 +147,7 @@ class _Trial:
         num_rows = len(next(iter(batch.values())))
         rows = "no rows" if not num_rows else "a row" if num_rows == 1 else f"{num_rows} rows"
         self._calls = 0
+        self._layer_calls.clear()
         try:
             with torch.random.fork_rng(), calling_user(f"a pass of {self._name} on {rows}"):
                 seed_draws(0, 0, 0)
@@ -151,6 +162,7 @@ class _Trial:
                     "Write sizes out where view or reshape has to guess a -1."
                 )
             raise
+        self._check_layers(rows)
         self._check_buffers(rows)
         return _Pass(float(loss.total.detach()), self._grads(rows), self._calls, rows)
 
@@ -166,6 +178,16 @@ class _Trial:
             raise EntrypointError(
                 f"{self._place}the loss of {self._name} on {rows} is {float(loss.total.detach())}",
                 remedy="A loss must be finite with first weights, and 0 on no rows.",
+            )
+
+    def _check_layers(self, rows: str) -> None:
+        wrong = [name for name in self._layers.values() if self._layer_calls[name] != 1]
+        if wrong:
+            raise EntrypointError(
+                f"a pass of {self._name} on {rows} calls {shown(wrong)} {self._layer_calls[wrong[0]]} times; a layer "
+                "of experts is called once in a pass, because all ranks exchange tokens then and its load is that of "
+                "one call",
+                remedy="Make a MoELayer for each use, and call it on any rows, also on none.",
             )
 
     def _check_buffers(self, rows: str) -> None:

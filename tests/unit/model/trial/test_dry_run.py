@@ -170,6 +170,24 @@ def test_a_model_whose_pass_changes_a_buffer_is_refused(
     assert "use LayerNorm or GroupNorm" in caught.value.remedy
 
 
+MOE = "self.moe = MoELayer(spec, experts)"
+CALLING: dict[str, tuple[str, str | None]] = {
+    "twice": ("x = self.moe(self.moe(x))", r"on a row calls moe 2 times; a layer of experts is called once"),
+    "not without rows": ("x = self.moe(x) if len(x) else x", "on no rows calls moe 0 times"),
+    "recomputed": ("x = torch.utils.checkpoint.checkpoint(self.moe, x, use_reentrant=False)", None),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), CALLING.values(), ids=CALLING.keys())
+def test_a_layer_of_experts_is_called_once_in_a_pass(tmp_path: Path, call: str, message: str | None) -> None:
+    job = _job(own_spec(tmp_path, linear(MOE, forward=f"x = self.embedding(tokens); {call}; return self.head(x)")))
+    if message is None:
+        rehearse(job, 300, CPU)
+    else:
+        with pytest.raises(EntrypointError, match=message):
+            rehearse(job, 300, CPU)
+
+
 def test_a_first_pass_may_make_a_table_that_is_not_kept(tmp_path: Path) -> None:
     forward = f"self.table = self.table if len(self.table) else torch.arange(tokens.shape[1]).float(); {RETURN}"
     rehearse(_job(own_spec(tmp_path, linear(init=TABLE, forward=forward))), 300, CPU)
