@@ -5,6 +5,7 @@ functions of Python or its installed packages, such as `os:system`.
 """
 
 import importlib
+import inspect
 import sys
 import sysconfig
 import traceback
@@ -111,6 +112,12 @@ def function_of(key: str, entrypoint: str, code_dir: Path) -> Callable[..., Any]
             remedy=f"It must name a function of that module{f'; nearest: {nearest[0]}' if nearest else ''}.",
         )
     return function  # type: ignore[no-any-return]
+
+
+def place_in_code(function: Any) -> str:
+    """File and first line of a function, to begin a message with; empty for one that isn't written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}: "
 
 
 @contextmanager

@@ -44,10 +44,11 @@ def inventory(
 
     Raises:
         ValueError: a name that occurs twice.
-        UsageError: patterns of parameters that fit none.
+        UsageError: patterns of parameters that fit none, or that give muon none that it updates.
     """
     train = job.train
     _check_patterns(train, [param.name for param in params])
+    _check_muon(train, params)
     _check_experts(train, params)
     params = [param.with_settings(train) for param in params]
     tensors = [_weights(param, train) for param in params]
@@ -78,6 +79,17 @@ def _check_patterns(train: TrainSpec, names: Sequence[str]) -> None:
                 remedy=f"Parameters are named as {names[0]} and {names[-1]}; `*` fits any text.",
                 unchanged="Nothing was trained.",
             )
+
+
+def _check_muon(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
+    trained = {param.name: param.shape for param in params if train.is_trained(param.name)}
+    if left := train.optimizer.left_by_muon(trained):
+        raise UsageError(
+            f"train.optimizer.groups: {', '.join(left)} is given to muon, which updates none of its parameters: it "
+            "takes matrices but embeddings, routers and the output matrix (docs/optimizers.md has their names)",
+            remedy="Name another rule there, such as adamw, or rename a parameter that is none of these.",
+            unchanged="Nothing was trained.",
+        )
 
 
 def _check_experts(train: TrainSpec, params: Sequence[ParamSpec]) -> None:

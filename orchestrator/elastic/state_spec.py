@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 
 from orchestrator.spec.communication import CompressionSpec
-from orchestrator.spec.optimizer import ADAFACTOR, ADAMW, LION, MUON, OF_MATRICES, SGD
+from orchestrator.spec.optimizer import ADAFACTOR, ADAMW, LION, MUON, OF_MATRICES, SGD, is_router
 from orchestrator.spec.train import TrainSpec
 
 # Kinds, the first parts of tensors' names.
@@ -219,7 +219,7 @@ def changes_in_forward(name: str) -> bool:
 def is_compressed(param: ParamSpec, compression: CompressionSpec) -> bool:
     """Whether its gradients are compressed. Norms, biases, routers, small tensors and experts are not."""
     is_large = param.rows > 1 and param.numel >= SMALL
-    return compression.is_active and param.expert is None and is_large and ".router." not in f".{param.name}"
+    return compression.is_active and param.expert is None and is_large and not is_router(param.name)
 
 
 def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:

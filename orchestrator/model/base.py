@@ -47,7 +47,13 @@ class TrainableModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    def token_losses(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        lengths_B: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
         """The cross-entropy (B, T) of each target in nats, fp32; 0 where it is `IGNORED`. Arguments as of `forward`."""
 
     @abstractmethod

@@ -96,8 +96,14 @@ class MoELanguageModel(TrainableModel):
         targets_N = (targets_BT if padding is None else padding.unpad(targets_BT)).reshape(-1)
         return cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_N)
 
-    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        x_BTD, padding = self._hidden(inputs_BT, None, lengths_B)
+    def token_losses(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        lengths_B: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
         targets_N = (targets_BT if padding is None else padding.unpad(targets_BT)).reshape(-1)
         loss_N = cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_N)
         return loss_N.view(targets_BT.shape) if padding is None else padding.pad(loss_N)

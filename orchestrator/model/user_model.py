@@ -72,11 +72,18 @@ class UserModel(TrainableModel):
             return logits_BTV
         return self._cross_entropy(logits_BTV, targets_BT, "sum")
 
-    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    def token_losses(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor,
+        lengths_B: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
         padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
         for layer in self.moe_layers:
             layer.real_N = None if padding is None else padding.place_N
-        return self._cross_entropy(self._logits(inputs_BT, None), targets_BT, "none").view_as(targets_BT)
+        logits_BTV = self._logits(inputs_BT, documents_BT)
+        return self._cross_entropy(logits_BTV, targets_BT, "none").view_as(targets_BT)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.moe_layers:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from orchestrator.elastic.state_spec import expert_of
@@ -17,8 +18,14 @@ def broken_rules(model: TrainableModel, home: ExpertParallelContext) -> Iterator
     """The rules that `model` breaks, each with the remedy."""
     yield from _broken_parameter_rules(model)
     yield from _broken_expert_rules(model, home)
-    buffers = [name for name, b in model.state_buffers() if b.dtype is not torch.float32]
-    if buffers:
+    others = [name for name, b in model.state_buffers() if b.dtype is not torch.float32]
+    norms = [name for name in others if isinstance(model.get_submodule(name.rpartition(".")[0]), _NormBase)]
+    if norms:
+        yield (
+            f"buffers {shown(norms)} are of running statistics, which a pass changes: ranks see different rows and "
+            "would have different ones; use LayerNorm or GroupNorm"
+        )
+    if buffers := [name for name in others if name not in norms]:
         yield (
             f"buffers {shown(buffers)} are not float32; make those that build computes anew non-persistent, "
             "register_buffer(..., persistent=False), and the others float32"

@@ -1,6 +1,6 @@
 """The optimizer of a job: its update rules, by parameter, and the learning rate over the steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -13,7 +13,8 @@ from orchestrator.spec.task import Entrypoint
 RuleName = Literal["adamw", "sgd", "lion", "muon", "adafactor"]
 ADAMW, SGD, LION, MUON, ADAFACTOR = "adamw", "sgd", "lion", "muon", "adafactor"
 OF_MATRICES = (MUON, ADAFACTOR)  # rules that need a whole parameter at once
-EMBEDDINGS, OUTPUTS = {"wte", "wpe", "tokens", "router"}, {"head", "lm_head"}  # parts of parameters' names
+# Parts of parameters' names.
+EMBEDDINGS, OUTPUTS, ROUTERS = {"wte", "wpe", "tokens"}, {"head", "lm_head"}, {"router", "gate"}
 USED_BY = {  # keys that not every rule reads
     "betas": (ADAMW, LION, MUON),  # Muon leaves some parameters to AdamW
     "eps": (ADAMW, MUON),
@@ -82,7 +83,7 @@ class OptimizerSpec(Section):
 
     def settings_of(self, name: str, shape: Sequence[int]) -> ParamSettings:
         """How the parameter of this name and shape is updated."""
-        group = next((g for g in self.groups if any(fnmatchcase(name, pattern) for pattern in g.params)), None)
+        group, _ = self._first(name)
         rule: str = self.name if group is None or group.name is None else group.name
         if rule == MUON and not is_for_muon(name, shape):
             rule = ADAMW
@@ -103,10 +104,20 @@ class OptimizerSpec(Section):
     def unmatched(self, names: Sequence[str]) -> list[str]:
         """Patterns of groups that are first in none of these names."""
         unused = {pattern for group in self.groups for pattern in group.params}
-        for name in names:
-            first = next((p for group in self.groups for p in group.params if fnmatchcase(name, p)), None)
-            unused.discard(first or "")
-        return sorted(unused)
+        return sorted(unused - {self._first(name)[1] for name in names})
+
+    def left_by_muon(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Patterns of groups with the rule muon that have parameters, by name and shape, and none that it updates."""
+        found: dict[str, bool] = {}
+        for name, shape in shapes.items():
+            group, pattern = self._first(name)
+            if group is not None and group.name == MUON:
+                found[pattern] = found.get(pattern, False) or is_for_muon(name, shape)
+        return sorted(pattern for pattern, is_used in found.items() if not is_used)
+
+    def _first(self, name: str) -> tuple[ParamGroupSpec | None, str]:
+        """The first group that has a pattern for this name, and the pattern."""
+        return next(((g, p) for g in self.groups for p in g.params if fnmatchcase(name, p)), (None, ""))
 
     def broken_rules(self) -> Iterator[Broken]:
         rules = self._rules()
@@ -122,7 +133,14 @@ def is_decayed(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter has weight decay by default: matrices but embeddings and routers, which their names show, as
     in GPT-2, Llama and DeepSeek."""
     parts = name.split(".")
-    return len(shape) > 1 and not EMBEDDINGS & {*parts} and not any("embed" in part for part in parts)
+    is_embedding = bool(EMBEDDINGS & {*parts}) or any("embed" in part for part in parts)
+    return len(shape) > 1 and not is_embedding and not is_router(name)
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter is a router's: `router` in our model, `router` or `gate` in those of transformers. The gates
+    of their MLPs have other names: `gate_proj`, `gate_up`, `shared_expert_gate`."""
+    return bool(ROUTERS & {*name.split(".")})
 
 
 def is_for_muon(name: str, shape: Sequence[int]) -> bool:

@@ -20,7 +20,7 @@ from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
-from orchestrator.model.dry_run import is_small, rehearse
+from orchestrator.model.trial.dry_run import is_small, rehearse
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.worker_job import WorkerJob
@@ -142,7 +142,7 @@ class Worker:
         opening = partial(open_batches, spec, job.store_dir, factory.task, device)
         feed = open_when_there(opening, location_of(job.storage_dir), self._mailbox.refuse_rows)
         if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
-            rehearse(spec, factory.vocab_size, factory.task, device, feed.first_rows(2))
+            rehearse(spec, factory.vocab_size, factory.task, device, feed.rows_to_try())
         warm_up(spec, factory.vocab_size, device, factory.address)
         memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None
         self._trainer = Trainer(self._mailbox, factory, feed, self._caller)

@@ -18,9 +18,9 @@ from orchestrator.callback import made
 from orchestrator.data.rows.prepare_rows import first_rows
 from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.errors import CheckpointCorrupt, DataError, EntrypointError, UsageError
-from orchestrator.model.dry_run import is_small, rehearse
 from orchestrator.model.factory import catalogue
 from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.model.trial.dry_run import is_small, rehearse
 from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.transition.transformers_files import TransformersFiles

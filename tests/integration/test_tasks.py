@@ -157,6 +157,38 @@ def task(options):
 """
 
 
+DIES = """
+import os
+import signal
+import torch.distributed as dist
+from orchestrator.model.task import Loss
+
+class Task:
+    def loss(self, model, batch):
+        if dist.is_initialized() and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Loss(model(batch["inputs"], batch["targets"]))
+
+def task(options):
+    return Task()
+"""
+
+
+def test_a_peer_that_is_lost_in_a_users_loss_is_no_error_of_the_users(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    task = TaskSpec(entrypoint="dies:task", code_dir=str(tmp_path))
+    job = small_job(texts, max_steps=8).model_copy(update={"task": task})
+    with Crew(job, store_dir, tmp_path / "run", size=2) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_all(worker_group.ids[:1], lambda report: report.phase is Phase.STRANDED)
+        error = worker_group.members["w0"].report().health.error
+        assert error is not None and error.kind == "peer_lost" and "loss of task.entrypoint dies:task" in error.message
+        for member in worker_group.members.values():
+            member.kill()
+
+
 def test_a_rank_that_calls_a_model_with_experts_twice_is_named(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     """Not as a peer that was lost, though the other rank takes part in one call only."""
     (tmp_path / "twice.py").write_text(TWICE)

@@ -15,11 +15,11 @@ from orchestrator.elastic.state_spec import BUFFER, PARAM
 from orchestrator.errors import CheckpointCorrupt, EntrypointError, UsageError
 from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.moe.routed_experts import Dispatched
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.transformers_impl.transformers_model import their_name
+from orchestrator.model.trial.dry_run import rehearse
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges

@@ -134,6 +134,17 @@ class RowStore:
         numbers = self._checked(split, rows_R).tolist()
         return [{name: column.row(number) for name, column in columns.items()} for number in numbers]
 
+    def unlike_first(self) -> tuple[Split, int] | None:
+        """A row that differs in its shapes from the first one of `train`; None: there is none."""
+        for name, column in self._columns["train"].items():
+            for split, columns in self._columns.items():
+                offsets = columns[name].offsets
+                if column.offsets is not None and offsets is not None:
+                    others = np.flatnonzero(np.diff(offsets) != column.offsets[1] - column.offsets[0])
+                    if len(others):
+                        return split, int(others[0])
+        return None
+
     @property
     def further_files(self) -> tuple[str, ...]:
         """Names of the files that hold no rows."""

@@ -96,10 +96,10 @@ class RoutedExperts(nn.Module, ABC):
 
     def _recomputed(self) -> "Dispatched | None":
         """What the pass that is computed again has dispatched; None in another pass, or where that isn't known."""
-        return self._dispatched[0] if _is_recomputed() and len(self._dispatched) == 1 else None
+        return self._dispatched[0] if is_recomputed() and len(self._dispatched) == 1 else None
 
     def _keep(self, dispatched: "Dispatched") -> None:
-        if torch.is_grad_enabled() and not _is_recomputed():
+        if torch.is_grad_enabled() and not is_recomputed():
             earlier = () if self.counts_were_read else self._dispatched
             self._dispatched, self.counts_were_read = (*earlier, dispatched)[:2], False
 
@@ -116,7 +116,7 @@ class Dispatched:
     sizes: ExchangeSizes | None
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether this is a forward pass within a backward pass, for activations that weren't kept."""
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint finds it out
 

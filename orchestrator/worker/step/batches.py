@@ -100,8 +100,8 @@ class BatchReader(Protocol):
         """This rank's part of a validation: always the same rows."""
         ...
 
-    def first_rows(self, most: int) -> Sequence[Row]:
-        """The first rows of the training data, for a dry run; none of text."""
+    def rows_to_try(self) -> Sequence[Row]:
+        """Two rows for a dry run, of different shapes if there are any; none of text."""
         ...
 
     @property

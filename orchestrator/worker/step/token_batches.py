@@ -105,7 +105,7 @@ class TokenBatches:
             num_positions=0,
         )
 
-    def first_rows(self, most: int) -> Sequence[Row]:
+    def rows_to_try(self) -> Sequence[Row]:
         return ()
 
     def _micro_batches(

@@ -103,6 +103,18 @@ def test_patterns_that_fit_nothing_are_refused(train: dict[str, Any], message: s
     assert "named as head and experts.2.up" in refused.value.remedy
 
 
+def test_a_group_that_gives_muon_none_of_its_matrices_is_refused() -> None:
+    params = [*PARAMS, MATRIX, NORM, ParamSpec("mlp.gate.weight", (4, 8), None)]
+    for patterns, left in (["head", "nor*"], "head, nor[*]"), (["*.gate.*"], "[*].gate.[*]"), (["n*", "*"], "n[*]"):
+        groups = {"optimizer": {"groups": [{"params": patterns, "name": "muon"}]}}
+        job = JobSpec(name="muon").model_copy(update={"train": TrainSpec.model_validate(groups)})
+        with pytest.raises(UsageError, match=f"groups: {left} is given to muon"):
+            inventory(params, job, BUFFERS)
+    groups = {"optimizer": {"groups": [{"params": ["*"], "name": "muon"}]}}
+    found = inventory(params, JobSpec(name="muon").model_copy(update={"train": TrainSpec.model_validate(groups)}), [])
+    assert {"momentum_buffer/query", "exp_avg/head", "exp_avg/norm", "exp_avg/mlp.gate.weight"} <= found.keys()
+
+
 def test_some_experts_of_a_layer_are_not_trained_alone() -> None:
     params = [ParamSpec(f"layers.1.mlp.experts.{e}.{part}", (4, 4), e) for e in range(3) for part in ("down", "up")]
     for trainable, is_refused in (["*.down"], False), (["*.experts.1.down"], True), (["*.experts.*"], False):

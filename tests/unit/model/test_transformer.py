@@ -99,6 +99,8 @@ def test_another_document_changes_nothing_only_where_documents_are_isolated(isol
     changed_BT[:, :5] = (changed_BT[:, :5] + 1) % VOCAB
     before, after = (model(t, documents_BT=documents_BT)[:, 5:] for t in (tokens_BT, changed_BT))
     assert torch.allclose(before, after, atol=1e-6) == isolated
+    losses_BT = model.token_losses(tokens_BT, tokens_BT, documents_BT=documents_BT)
+    torch.testing.assert_close(losses_BT.sum(), model(tokens_BT, tokens_BT, documents_BT))
 
 
 def test_one_document_in_a_row_is_the_same_with_and_without_isolation() -> None:

@@ -1,5 +1,6 @@
 """A user's own model: what it is given, where its first weights come from, what is refused and in which words."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,11 @@ def test_building_leaves_torchs_random_numbers_alone(tmp_path: Path) -> None:
 
 
 def test_documents_reach_a_model_that_takes_them(tmp_path: Path) -> None:
-    forward = "return self.head(self.embedding(tokens)) + (0 if documents_BT is None else documents_BT[..., None])"
+    forward = "return self.head(self.embedding(tokens)) * (1 if documents_BT is None else documents_BT[..., None])"
     model = _model(own_spec(tmp_path, linear(more=", documents_BT=None", forward=forward)))
-    torch.testing.assert_close(model(TOKENS, None, torch.ones_like(TOKENS)), model(TOKENS) + 1)
+    torch.testing.assert_close(model(TOKENS, None, torch.full_like(TOKENS, 2)), model(TOKENS) * 2)
+    losses_BT = model.token_losses(TOKENS, TOKENS, documents_BT=torch.zeros_like(TOKENS))
+    torch.testing.assert_close(losses_BT, torch.full(TOKENS.shape, math.log(VOCAB)))
     with pytest.raises(EntrypointError, match=r"isolate_documents is true.*no parameter documents_BT"):
         _model(own_spec(tmp_path, linear(more=", targets=None")))(TOKENS, TOKENS, TOKENS)
 
@@ -161,7 +164,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"layers": "self.register_buffer('mask', torch.ones(4).bool())"},
         r"buffers mask are not float32.*persistent=False",
     ),
-    "batch norm": ({"layers": "self.norm = nn.BatchNorm1d(2)"}, r"buffers norm.num_batches_tracked are not float32"),
+    "batch norm": (
+        {"layers": "self.norm = nn.BatchNorm1d(2)"},
+        r"norm.num_batches_tracked are of running .*use LayerNorm",
+    ),
     "experts by name": (
         {"layers": "self.a = nn.Module(); self.a.experts = nn.ModuleList([nn.Linear(2, 2)])"},
         r"a.experts.0.weight, a.experts.0.bias have names of the form \*\.experts\.NUMBER",

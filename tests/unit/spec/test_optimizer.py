@@ -20,6 +20,10 @@ def _spec(**keys: object) -> OptimizerSpec:
         ("head", (8, 8), 0.1),
         ("embedding.weight", (8, 8), 0.0),
         ("layers.1.mlp.router.weight", (4, 8), 0.0),
+        ("layers.1.mlp.gate.weight", (4, 8), 0.0),
+        ("layers.1.mlp.gate.wg.weight", (4, 8), 0.0),
+        ("layers.1.mlp.gate_proj.weight", (8, 8), 0.1),
+        ("layers.1.mlp.shared_expert_gate.weight", (1, 8), 0.1),
         ("model.tokens.weight", (8, 8), 0.0),
         ("model.head.weight", (8, 8), 0.1),
         ("layers.1.attention_norm.weight", (8,), 0.0),
@@ -41,12 +45,15 @@ def test_muon_leaves_to_adamw_what_is_no_matrix_of_a_layer() -> None:
             "model.lm_head.weight": (9, 8),
             "embedding.weight": (9, 8),
             "layers.1.mlp.router.weight": (4, 8),
+            "layers.1.mlp.gate.weight": (4, 8),
+            "layers.1.mlp.shared_experts.gate_proj.weight": (8, 8),
             "norm.weight": (8,),
         }.items()
     }
     assert [name for name, rule in of.items() if rule == "muon"] == [
         "layers.0.attention.query",
         "layers.1.mlp.experts.3.down",
+        "layers.1.mlp.shared_experts.gate_proj.weight",
     ]
     assert set(of.values()) == {"muon", "adamw"}
 

@@ -48,6 +48,14 @@ def test_columns_that_differ_later_only_are_of_any_length(tmp_path: Path) -> Non
     assert store.read("validation", np.array([0]))[0]["x"].tolist() == [3.0, 4.0, 5.0]
 
 
+def test_a_row_unlike_the_first_is_found_in_any_split(tmp_path: Path) -> None:
+    assert _written(tmp_path, ROWS, "of any length").unlike_first() == ("train", 1)
+    alike = [{"x": [1.0, 2.0]}] * 3
+    assert _written(tmp_path, alike, "alike").unlike_first() is None
+    assert _written(tmp_path, [*alike, {"x": [3.0]}], "validation").unlike_first() == ("validation", 0)
+    assert _written(tmp_path, [*alike, *alike[:1], {"x": []}], "last").unlike_first() == ("train", 3)
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no mapping": ([1, 2], "row 1 is a list; a row must be arrays by name"),
     "another name": ({"y": 1.0}, "row 1 has y; the first row has x"),

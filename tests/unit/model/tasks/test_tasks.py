@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.errors import EntrypointError
-from orchestrator.model.dry_run import rehearse
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.task import Batch, Loss
@@ -19,6 +19,7 @@ from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.tasks.chats import ChatModeling
 from orchestrator.model.tasks.classification import Classification
 from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
+from orchestrator.model.trial.dry_run import rehearse
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices
@@ -209,6 +210,17 @@ BAD: dict[str, tuple[str, str, str]] = {
         "Task()",
         "calls the model 2 times on a row and 4 times on no rows",
     ),
+    "a total in half precision": (
+        "return Loss(error.sum().bfloat16(), len(error), metrics)",
+        "Task()",
+        "returned a total of bfloat16; sums must be float32",
+    ),
+    "a metric in half precision": (
+        "return Loss(error.sum(), len(error), {'error': (error.sum(), error.half().sum())})",
+        "Task()",
+        "returned error of float16; sums must be float32",
+    ),
+    "metrics by one text": (SUM, "type('Named', (Task,), {'metrics': ('error')})()", "has the metrics 'error'"),
     "no task": (SUM, "42", "returned a int without a method loss"),
     "raises": ("return Loss(error.total(), len(error), metrics)", "Task()", "raised AttributeError"),
     "fails on no rows": (
@@ -240,6 +252,23 @@ def test_a_task_that_sums_is_accepted(tmp_path: Path) -> None:
     _rehearse(_own(tmp_path, SUM))
 
 
+@pytest.mark.parametrize("case", ["a mean", "other units", "nan", "no scalar", "calls by the number of rows"])
+def test_what_is_wrong_with_a_loss_is_named_with_its_place(tmp_path: Path, case: str) -> None:
+    body, made, _ = BAD[case]
+    line = TASK.splitlines().index("    def loss(self, model, batch):") + 1
+    with pytest.raises(EntrypointError) as caught:
+        _rehearse(_own(tmp_path, body, made))
+    (file,) = tmp_path.glob("task_*.py")
+    assert caught.value.message.startswith(f"{file}:{line}: ")
+
+
+def test_numbers_in_metrics_are_exact(tmp_path: Path) -> None:
+    job = _own(tmp_path, "return Loss(error.sum(), len(error), {'error': (2**24 + 1, 0.1)})")
+    model: Any = SimpleNamespace(moe_layers=[], outputs=lambda x: x[:, 0])
+    loss = task_of(job.task).loss(model, {"x": torch.ones(2, 4), "y": torch.zeros(2)})
+    assert [each.item() for each in loss.metrics["error"]] == [2**24 + 1, 0.1]
+
+
 def test_numbers_are_as_good_as_tensors_in_metrics(tmp_path: Path) -> None:
     _rehearse(_own(tmp_path, "return Loss(error.sum(), len(error), {'error': (float(error.sum()), len(error))})"))
 
@@ -261,6 +290,40 @@ def test_a_task_that_compares_rows_is_accepted(tmp_path: Path) -> None:
 def test_what_a_task_may_not_do_is_named(tmp_path: Path, body: str, made: str, message: str) -> None:
     with pytest.raises(EntrypointError, match=message):
         _rehearse(_own(tmp_path, body, made))
+
+
+COLLATED: dict[str, tuple[str, str]] = {
+    "no axis": ("np.array(1.0)", r"collates 1 rows to x of type float64 and shape \(\)"),
+    "objects": ("np.array([None] * len(rows))", r"collates 1 rows to x of type object"),
+    "text": ("np.array(['a'] * len(rows))", r"collates 1 rows to x of type <U1"),
+    "no rows": ("np.zeros((0, 4), np.float32)", r"collates 1 rows to x of type float32 and shape \(0, 4\)"),
+    "fewer than rows": ("np.zeros((1, 4), np.float32)", r"collates 2 rows to x of type float32 and shape \(1, 4\)"),
+    "a list": ("[row['x'] for row in rows]", "something else than numpy arrays"),
+}
+
+
+def _collating(x: str) -> str:
+    collate = f"lambda self, rows, rng: {{'x': {x}, 'y': np.array([row['y'] for row in rows])}}"
+    return f"type('Collating', (Task,), {{'collate': {collate}}})()"
+
+
+@pytest.mark.parametrize(("x", "message"), COLLATED.values(), ids=COLLATED.keys())
+def test_what_collate_may_not_return_is_named(tmp_path: Path, x: str, message: str) -> None:
+    with pytest.raises(EntrypointError, match=message):
+        _rehearse(_own(tmp_path, SUM, _collating(x)))
+
+
+def test_rows_of_unequal_shapes_need_a_collate(tmp_path: Path) -> None:
+    rows = [{"x": np.ones(n, np.float32), "y": np.float32(0.5)} for n in (4, 3)]
+    padding = _collating("np.stack([np.pad(row['x'], (0, 4 - len(row['x']))) for row in rows])")
+    for made in (padding, "Task()"):
+        job = _own(tmp_path, SUM, made)
+        if made == padding:
+            rehearse(job, 0, task_of(job.task), torch.device("cpu"), rows)
+            continue
+        with pytest.raises(EntrypointError, match=r"differ in x: .* \(4,\), another one \(3,\)") as caught:
+            rehearse(job, 0, task_of(job.task), torch.device("cpu"), rows)
+        assert "collate(rows, rng) that pads" in caught.value.remedy
 
 
 def test_a_loss_without_its_graph_is_the_same() -> None:

@@ -8,7 +8,7 @@ from orchestrator.policy.estimate.traffic import gradient_bytes, ranks_visited, 
 from orchestrator.spec.communication import CompressionSpec
 
 MATRIX, NORM = ParamSpec("layers.0.attention.query", (64, 256), None), ParamSpec("layers.0.norm", (64,), None)
-ROUTER = ParamSpec("layers.1.router.weight", (64, 64), None)
+ROUTERS = [ParamSpec(f"layers.1.{name}.weight", (64, 64), None) for name in ("router", "mlp.gate")]
 EXPERT = ParamSpec("layers.1.experts.0.down", (64, 64), 0)
 
 
@@ -19,9 +19,9 @@ def test_a_matrix_shrinks_and_the_rest_stays(scheme: str, share: float) -> None:
     compression = CompressionSpec(scheme=scheme)  # type: ignore[arg-type]
     assert sent_share(MATRIX, compression, 4) == pytest.approx(share, rel=0.01)
     placement = ExpertPlacement(1, 4, ((0, 1),))
-    plain = gradient_bytes([MATRIX, NORM, ROUTER, EXPERT], placement, CompressionSpec())
-    assert plain == 4 * 3 * (MATRIX.numel + NORM.numel + ROUTER.numel) + 4 * EXPERT.numel
-    sent = gradient_bytes([MATRIX, NORM, ROUTER, EXPERT], placement, compression)
+    plain = gradient_bytes([MATRIX, NORM, *ROUTERS, EXPERT], placement, CompressionSpec())
+    assert plain == 4 * 3 * (MATRIX.numel + NORM.numel + 2 * 64 * 64) + 4 * EXPERT.numel
+    sent = gradient_bytes([MATRIX, NORM, *ROUTERS, EXPERT], placement, compression)
     assert plain - sent == pytest.approx(4 * 3 * MATRIX.numel * (1 - share), rel=0.01)
 
 

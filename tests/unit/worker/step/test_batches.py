@@ -1,13 +1,19 @@
 """Sample order and micro-batches of real rows, whatever the world."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from orchestrator.data.prepare.job_store import prepare
+from orchestrator.data.rows.row_store import RowStore
+from orchestrator.data.rows.row_writer import new_rows
 from orchestrator.data.store import TokenStore
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.step.row_batches import RowBatches
 from orchestrator.worker.step.token_batches import TokenBatches
 
 SIZE = MicroBatchSize(rows=2)
@@ -59,6 +65,19 @@ def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> No
         wanted = store.read("train", feed.order.at(step).rows.spans, 16).inputs_RT
         assert torch.equal(_rows(feed, step, world_size), torch.from_numpy(wanted))
         assert torch.equal(_rows(feed, step, world_size), _rows(feed, step, 1))
+
+
+def test_a_dry_run_gets_rows_of_different_shapes_if_there_are_any(tmp_path: Path) -> None:
+    for name, unlike in {"alike": None, "not alike": 5}.items():
+        with new_rows(tmp_path) as (writer, named):
+            for number in range(8):
+                writer.add("train", {"x": np.full(3 - (number == unlike), number)}, f"row {number}")
+            writer.finish("test", {}, 0)
+            named.append(tmp_path / name)
+        task: Any = None  # which only steps need
+        job = JobSpec.model_validate(JOB)
+        tried = RowBatches(job, RowStore.open(named[0]), task, torch.device("cpu")).rows_to_try()
+        assert [row["x"].tolist() for row in tried] == [[0] * 3, [1] * 3 if unlike is None else [5] * 2]
 
 
 STAGES = [

@@ -11,8 +11,8 @@ import torch
 
 from orchestrator.checkpoint.hf.pretrained import resolved
 from orchestrator.errors import EntrypointError
-from orchestrator.model import dry_run
 from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.model.trial import dry_run
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.task import TaskSpec
@@ -134,18 +134,103 @@ def test_a_model_that_draws_random_numbers_is_refused_where_bits_count(tmp_path:
     rehearse(_job(example("moe"), determinism="exact"), 300, CPU)
 
 
-def test_a_model_whose_pass_changes_a_buffer_is_refused_where_bits_count(tmp_path: Path) -> None:
-    init = "self.register_buffer('mean', torch.zeros(2))"
-    model = own_spec(tmp_path, linear(init=init, forward="self.mean += 1.0; return self.head(self.embedding(tokens))"))
-    rehearse(_job(model), 300, CPU)
-    with pytest.raises(EntrypointError, match=r"changes buffers mean, so ranks would have different ones"):
-        rehearse(_job(model, determinism="exact"), 300, CPU)
+RETURN = "return self.head(self.embedding(tokens))"
+MEAN = "self.register_buffer('mean', torch.zeros(2), persistent={})"
+TABLE = "self.register_buffer('table', torch.zeros(0), persistent=False)"
+CHANGING: dict[str, tuple[dict[str, str], str]] = {
+    "a buffer that is kept": (
+        {"init": MEAN.format(True), "forward": f"self.mean += 1.0; {RETURN}"},
+        "on a row changes buffers mean of Model; ",
+    ),
+    "a buffer that is not kept": (
+        {"init": MEAN.format(False), "forward": f"self.mean += 1.0; {RETURN}"},
+        "on .* changes buffers mean of Model; ",
+    ),
+    "without rows": (
+        {"init": MEAN.format(True), "forward": f"self.mean += float(not len(tokens)); {RETURN}"},
+        "on no rows changes buffers mean of Model; ",
+    ),
+    "BatchNorm": (
+        {
+            "layers": "self.norm = nn.BatchNorm1d(spec.hidden_size); self.norm.num_batches_tracked = None",
+            "forward": "return self.head(self.norm(self.embedding(tokens).transpose(1, 2)).transpose(1, 2))",
+        },
+        "changes buffers norm.running_mean of BatchNorm1d, norm.running_var of BatchNorm1d; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("determinism", ["fast", "exact"])
+@pytest.mark.parametrize(("change", "message"), CHANGING.values(), ids=CHANGING.keys())
+def test_a_model_whose_pass_changes_a_buffer_is_refused(
+    tmp_path: Path, change: dict[str, str], message: str, determinism: str
+) -> None:
+    with pytest.raises(EntrypointError, match=message) as caught:
+        rehearse(_job(own_spec(tmp_path, linear(**change)), determinism=determinism), 300, CPU)
+    assert "use LayerNorm or GroupNorm" in caught.value.remedy
+
+
+MOE = "self.moe = MoELayer(spec, experts)"
+CALLING: dict[str, tuple[str, str | None]] = {
+    "twice": ("x = self.moe(self.moe(x))", r"on a row calls moe 2 times; a layer of experts is called once"),
+    "not without rows": ("x = self.moe(x) if len(x) else x", "on no rows calls moe 0 times"),
+    "recomputed": ("x = torch.utils.checkpoint.checkpoint(self.moe, x, use_reentrant=False)", None),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), CALLING.values(), ids=CALLING.keys())
+def test_a_layer_of_experts_is_called_once_in_a_pass(tmp_path: Path, call: str, message: str | None) -> None:
+    job = _job(own_spec(tmp_path, linear(MOE, forward=f"x = self.embedding(tokens); {call}; return self.head(x)")))
+    if message is None:
+        rehearse(job, 300, CPU)
+    else:
+        with pytest.raises(EntrypointError, match=message):
+            rehearse(job, 300, CPU)
+
+
+def test_a_first_pass_may_make_a_table_that_is_not_kept(tmp_path: Path) -> None:
+    forward = f"self.table = self.table if len(self.table) else torch.arange(tokens.shape[1]).float(); {RETURN}"
+    rehearse(_job(own_spec(tmp_path, linear(init=TABLE, forward=forward))), 300, CPU)
 
 
 def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None:
     fault = fault_of(_job(own_spec(tmp_path, linear()), isolated=True))
     assert fault is not None and "isolate_documents" in fault.message
     assert fault_of(_job(own_spec(tmp_path, linear(more=", documents_BT=None")), isolated=True)) is None
+
+
+TAKES = """
+from orchestrator.model.task import Loss
+
+class Task:
+    def loss(self, model, batch):
+        inputs, targets, documents = batch["inputs"], batch["targets"], batch["documents"]
+        return Loss({total})
+
+def task(options):
+    return Task()
+"""
+
+
+@pytest.mark.parametrize(
+    ("total", "is_isolated"),
+    [
+        ("model(inputs, targets)", False),
+        ("model.token_losses(inputs, targets).sum()", False),
+        ("model(inputs, targets, documents)", True),
+        ("model.token_losses(inputs, targets, documents_BT=documents).sum()", True),
+    ],
+)
+def test_a_task_on_isolated_documents_passes_them_on(tmp_path: Path, total: str, is_isolated: bool) -> None:
+    (tmp_path / "takes.py").write_text(TAKES.format(total=total))
+    task = TaskSpec(entrypoint="takes:task", code_dir=str(tmp_path))
+    sys.modules.pop("takes", None)
+    job = _job(SIZES, isolated=True).model_copy(update={"task": task})
+    if is_isolated:
+        rehearse(job, 300, CPU)
+    else:
+        with pytest.raises(EntrypointError, match="the loss of task.entrypoint takes:task depends on a document"):
+            rehearse(job, 300, CPU)
 
 
 def test_the_command_answers_with_json_alone_whatever_the_code_prints(tmp_path: Path) -> None:

@@ -7,18 +7,22 @@ Shape legend: B = rows, T = tokens in a row.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.moe.routed_experts import RoutedExperts, is_recomputed
 from orchestrator.model.task import Batch, Loss, Row, Task
+from orchestrator.model.tasks.user_task import UserTask
+from orchestrator.model.trial.isolation import check_isolation
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import DPO
@@ -37,8 +41,7 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
     """Run a user's model and task without an update, in a world of one and with as few experts as routing needs.
 
     Args:
-        rows: first ones of the data, two if there are; none for text and chats, in whose place are rows of drawn
-            tokens.
+        rows: of the data, two if there are; none for text and chats, in whose place are rows of drawn tokens.
 
     Raises:
         EntrypointError: they can't be trained.
@@ -49,16 +52,13 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         model = build_model(spec, vocab_size, single_rank(spec))
     model.init_weights(job.train.seed)
     if job.data.isolate_documents:
-        _check_isolation(job, model, vocab_size, device)
+        check_isolation(job, model, task, vocab_size, device)
     if job.train.precision == "bf16":
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
     trial = _Trial(job, model, task)
     samples = _Samples(job, task, device, rows, vocab_size)
-    before = {name: buffer.clone() for name, buffer in model.state_buffers()}
     first = trial.run(samples.of(0))
-    if job.train.is_exact:
-        _check_buffers(model, before)
     if job.train.is_exact or (job.task.entrypoint is not None and device.type == "cpu"):
         trial.check_repeats(first, trial.run(samples.of(0)))
     both = trial.run(samples.of(0, samples.last))
@@ -124,11 +124,22 @@ class _Trial:
         of_model = None if job.model.is_native else job.model.origin
         own = [name for name in (job.task.entrypoint, of_model) if name is not None]
         self._name = " with ".join(own)
+        self._place = task.place if isinstance(task, UserTask) else ""
         self._calls = 0
+        # Those that aren't kept are compared from the first pass on, which may make tables.
+        self._buffers = {name: buffer.clone() for name, buffer in model.state_buffers()}
         model.first_module.register_forward_hook(self._count)
+        self._layers = {module: name for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+        self._layer_calls = Counter[str]()
+        for layer in self._layers:
+            layer.register_forward_pre_hook(self._count_layer)
 
     def _count(self, *_: object) -> None:
         self._calls += 1
+
+    def _count_layer(self, layer: nn.Module, _: object) -> None:
+        if isinstance(layer, RoutedExperts) and not is_recomputed():
+            self._layer_calls[self._layers[layer]] += 1
 
     def run(self, sample: tuple[Batch, int]) -> _Pass:
         """A forward and backward pass."""
@@ -136,6 +147,7 @@ class _Trial:
         num_rows = len(next(iter(batch.values())))
         rows = "no rows" if not num_rows else "a row" if num_rows == 1 else f"{num_rows} rows"
         self._calls = 0
+        self._layer_calls.clear()
         try:
             with torch.random.fork_rng(), calling_user(f"a pass of {self._name} on {rows}"):
                 seed_draws(0, 0, 0)
@@ -150,19 +162,49 @@ class _Trial:
                     "Write sizes out where view or reshape has to guess a -1."
                 )
             raise
+        self._check_layers(rows)
+        self._check_buffers(rows)
         return _Pass(float(loss.total.detach()), self._grads(rows), self._calls, rows)
 
     def _check_loss(self, loss: Loss, units: int, rows: str) -> None:
         counts_itself = not self._job.has_rows or self._job.has_chats  # tokens, which the data count
         if loss.units != units and not (counts_itself and loss.units is None):
             raise EntrypointError(
-                f"the loss of {self._name} on {rows} is a sum over {loss.units} units; the data have {units}",
+                f"{self._place}the loss of {self._name} on {rows} is a sum over {loss.units} units; the data have "
+                f"{units}",
                 remedy="Return Loss(total, units) with the sum over the rows and their number.",
             )
         if not math.isfinite(float(loss.total.detach())):
             raise EntrypointError(
-                f"the loss of {self._name} on {rows} is {float(loss.total.detach())}",
+                f"{self._place}the loss of {self._name} on {rows} is {float(loss.total.detach())}",
                 remedy="A loss must be finite with first weights, and 0 on no rows.",
+            )
+
+    def _check_layers(self, rows: str) -> None:
+        wrong = [name for name in self._layers.values() if self._layer_calls[name] != 1]
+        if wrong:
+            raise EntrypointError(
+                f"a pass of {self._name} on {rows} calls {shown(wrong)} {self._layer_calls[wrong[0]]} times; a layer "
+                "of experts is called once in a pass, because all ranks exchange tokens then and its load is that of "
+                "one call",
+                remedy="Make a MoELayer for each use, and call it on any rows, also on none.",
+            )
+
+    def _check_buffers(self, rows: str) -> None:
+        """Raises EntrypointError if the pass has changed buffers. A table that isn't kept may grow with the rows."""
+        kept, now = {name for name, _ in self._model.state_buffers()}, dict(self._model.named_buffers())
+        changed = [
+            f"{name} of {type(self._model.get_submodule(name.rpartition('.')[0])).__name__}"
+            for name, before in self._buffers.items()
+            if name in now and (name in kept or now[name].shape == before.shape) and not torch.equal(now[name], before)
+        ]
+        self._buffers = {name: buffer.clone() for name, buffer in now.items()}
+        if changed:
+            raise EntrypointError(
+                f"a pass of {self._name} on {rows} changes buffers {shown(changed)}; a pass must leave them as they "
+                "are, because ranks see different rows and would have different ones",
+                remedy="Compute what you need from parameters and the pass's own rows, use LayerNorm or GroupNorm in "
+                "place of BatchNorm, and keep running statistics out of the model.",
             )
 
     def _grads(self, rows: str) -> dict[str, Tensor]:
@@ -195,8 +237,8 @@ class _Trial:
         total = first.loss + last.loss
         if _is_near(both.loss, total / 2) and not _is_near(both.loss, total):
             raise EntrypointError(
-                f"the loss of {self._name} is a mean: {first.loss:.6g} and {last.loss:.6g} of two rows, and of both "
-                f"{both.loss:.6g}",
+                f"{self._place}the loss of {self._name} is a mean: {first.loss:.6g} and {last.loss:.6g} of two rows, "
+                f"and of both {both.loss:.6g}",
                 remedy="Return the sum over the micro-batch's units. It is divided by the number of units of the whole "
                 "global batch, which no rank knows the others' part of.",
             )
@@ -205,42 +247,11 @@ class _Trial:
         """Raises EntrypointError if another pass calls the model less or more often."""
         if first.num_calls != other.num_calls:
             raise EntrypointError(
-                f"a pass of {self._name} calls the model {first.num_calls} times on a row and {other.num_calls} times "
-                f"on {other.rows}",
+                f"{self._place}a pass of {self._name} calls the model {first.num_calls} times on a row and "
+                f"{other.num_calls} times on {other.rows}",
                 remedy="Call it equally often for any micro-batch: experts of all ranks take part in each call.",
             )
 
 
-@torch.no_grad()
-def _check_isolation(job: JobSpec, model: TrainableModel, vocab_size: int, device: torch.device) -> None:
-    """Check that a row's second document doesn't see its first one."""
-    half, last = job.train.sequence_length // 2, vocab_size - 1
-    rows = torch.zeros((2, job.train.sequence_length), dtype=torch.int64, device=device)
-    rows[1, :half] = last  # documents that differ in the first one
-    documents_BT = torch.zeros_like(rows)
-    documents_BT[:, half:] = 1
-    was_training = model.training
-    with calling_user(f"a pass of {model.spec.origin} on two documents"):
-        one, other = model.eval()(rows, documents_BT=documents_BT)[:, half:]
-    model.train(was_training)
-    difference = float((one - other).abs().max()) if half and last else 0.0
-    if difference > SAME * float(one.abs().max()):
-        raise EntrypointError(
-            f"data.isolate_documents is true, and in {model.spec.origin} a document sees the one before it in its row: "
-            f"its outputs differ by {difference:.2g} with another one there",
-            remedy="Let attention, and whatever else mixes tokens, stay within documents_BT, or turn isolation off.",
-        )
-
-
 def _is_near(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=SAME, abs_tol=1e-9)
-
-
-def _check_buffers(model: TrainableModel, before: dict[str, Tensor]) -> None:
-    changed = [name for name, buffer in model.state_buffers() if not torch.equal(buffer, before[name])]
-    if changed:
-        raise EntrypointError(
-            f"a pass of {model.spec.origin} changes buffers {shown(changed)}, so ranks would have different ones, "
-            "and train.determinism is exact",
-            remedy="Leave buffers as they are in a pass, or set train.determinism: fast.",
-        )
