@@ -13,7 +13,7 @@ from tests.chaos.cluster import Cluster
 from tests.chaos.observer import Observer
 from tests.chaos.schedule import Fault, Kind
 from tests.support.call_faults import CallFault, Effect
-from tests.support.disk import fill, frozen, read_only
+from tests.support.disk import fill, frozen, read_only, unmounted
 from tests.support.fuse_disk import FuseDisk
 from tests.support.worker_processes import title_of
 
@@ -81,6 +81,8 @@ class Faults:
                     stack.enter_context(frozen(self.disk))
                 case Kind.READ_ONLY:
                     stack.enter_context(read_only(self.disk))
+                case Kind.UNMOUNTED:
+                    stack.enter_context(unmounted(self.disk))
                 case _:
                     hit = stack.enter_context(_stopped(self._members(fault.pick, 1)))
             yield hit

@@ -28,10 +28,11 @@ class Kind(StrEnum):
     KILL_STORAGE_PROCESS = "kill the controller's storage process"
     FAILING = "storage fails all calls"
     SLOW = "storage is slow"
+    UNMOUNTED = "storage is not mounted"
 
     @property
     def is_of_storage(self) -> bool:
-        return self in (Kind.FULL, Kind.HUNG, Kind.READ_ONLY, Kind.FAILING, Kind.SLOW)
+        return self in (Kind.FULL, Kind.HUNG, Kind.READ_ONLY, Kind.FAILING, Kind.SLOW, Kind.UNMOUNTED)
 
     @property
     def lasts(self) -> bool:

@@ -22,7 +22,7 @@ from tests.chaos.journal import whole_chain
 from tests.chaos.observer import Observer
 from tests.chaos.player import Player, RunLost
 from tests.chaos.schedule import MOST_WORKERS, Disk, Schedule
-from tests.support.disk import ext4_disk, small_disk
+from tests.support.disk import ext4_disk, mounted, small_disk
 from tests.support.fuse_disk import FuseDisk, fuse_disk
 from tests.support.texts import write_texts
 from tests.support.worker_processes import title_of
@@ -45,18 +45,24 @@ def run_chaos(schedule: Schedule, checks: Checks, place: Path, patience_s: float
         checks.show(line)
     (place / "texts").mkdir()
     write_texts(place / "texts")
-    with _disk(schedule.disk, place / "disk") as disk:
+    with _disk(schedule.disk, place / "disk") as disk, _stored(disk, place / "stored") as stored:
         with own_cluster(place / "home", CPUS) as cluster:
-            _play(schedule, checks, cluster, place, disk, patience_s)
+            _play(schedule, checks, cluster, place, disk, stored, patience_s)
             left = cluster.down()
         checks.check("no process of the cluster is left", left)
 
 
 def _play(
-    schedule: Schedule, checks: Checks, cluster: Cluster, place: Path, disk: Path | FuseDisk, patience_s: float
+    schedule: Schedule,
+    checks: Checks,
+    cluster: Cluster,
+    place: Path,
+    disk: Path | FuseDisk,
+    stored: Path,
+    patience_s: float,
 ) -> None:
     fuse = disk if isinstance(disk, FuseDisk) else None
-    disk, stored = (fuse.path, fuse.backing) if fuse else (disk, disk)
+    disk = fuse.path if fuse else disk
     run = f"chaos-{schedule.seed}"
     job = write_job(place / f"{run}.yaml", place / "texts", disk / "runs", ENDLESS, **disturbed(schedule.workers))
     cluster.expect("submit", str(job))
@@ -132,3 +138,13 @@ def _disk(kind: Disk, place: Path) -> Iterator[Path | FuseDisk]:
     make = {Disk.EXT4: ext4_disk, Disk.TMPFS: small_disk, Disk.FUSE: fuse_disk}[kind]
     with make(place, DISK_MB) as disk:
         yield disk
+
+
+@contextmanager
+def _stored(disk: Path | FuseDisk, place: Path) -> Iterator[Path]:
+    """A directory with what the disk holds, whatever its faults are."""
+    if isinstance(disk, FuseDisk):
+        yield disk.backing
+    else:
+        with mounted(disk, place) as stored:
+            yield stored

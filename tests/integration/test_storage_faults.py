@@ -27,7 +27,7 @@ from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.chain_reader import newest_term
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
-from tests.support.disk import ext4_disk, fill, frozen, mounted, small_disk, unmounted
+from tests.support.disk import ext4_disk, fill, frozen, small_disk, unmounted
 from tests.support.hanging_disk import hanging_disk
 from tests.support.hosts import until as await_event
 from tests.support.real_runs import own_cluster, until
@@ -199,13 +199,11 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
 
 def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint(texts: Path, tmp_path: Path) -> None:
     """All workers are lost meanwhile, so only the checkpoint has the state. Nothing is written in its place."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    with mounted(disk, tmp_path / "mount") as mount, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "adrift", mount / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
+    with small_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
+        run = _submit(client, texts, "adrift", disk / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         processes = until_workers(run, ("w0", "w1"))
-        with unmounted(disk, mount):
+        with unmounted(disk):
             before = until(client, run, lambda s: "not mounted" in str(s.warning))
             assert before.phase is RunPhase.TRAINING and before.storage is StorageCondition.AWAY
             for process in processes.values():
@@ -216,7 +214,7 @@ def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint
                 status = client.get(run)
                 assert not status.phase.ended and status.recoveries == (), status
                 time.sleep(1.0)
-            assert list(mount.iterdir()) == []
+            assert list(disk.iterdir()) == []
         until(client, run, lambda s: s.warning is None and s.phase is RunPhase.TRAINING and s.step > before.step + 20)
         client.stop(run)
         status = client.wait(run, timeout_s=250.0)

@@ -56,13 +56,14 @@ def mounted(directory: Path, place: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unmounted(directory: Path, place: Path) -> Iterator[None]:
-    """Let the directory that is `mounted` at `place` not be there while this lasts: an empty one is in its place."""
-    subprocess.run(["umount", "-l", place], check=True)
+def unmounted(disk: Path) -> Iterator[None]:
+    """Let an empty directory be in the place of `disk` while this lasts, as if it weren't mounted. What is written there
+    is lost."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], check=True)
     try:
         yield
     finally:
-        subprocess.run(["mount", "--bind", directory, place], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 @contextmanager
