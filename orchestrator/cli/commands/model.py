@@ -53,7 +53,9 @@ def export(
         ModelFormat, typer.Option("--format", help="hf: as transformers loads it.")
     ] = ModelFormat.HF,
     step: Step = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights; routers stay fp32.")] = Dtype.BF16,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Of the weights; routers stay fp32. Default: the job's precision.")
+    ] = None,
     weights: Annotated[
         Weights, typer.Option("--weights", help="ema: their average, of a job with train.ema.")
     ] = Weights.LAST,
@@ -73,6 +75,7 @@ def export(
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = read_job(run_dir)
+    dtype = dtype or Dtype(job.train.precision)
     of_ema = weights is Weights.EMA
     write_model = None
     if job.model.impl == "transformers":
