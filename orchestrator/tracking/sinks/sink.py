@@ -11,6 +11,9 @@ from typing import Protocol
 from orchestrator.errors import UsageError
 from orchestrator.metrics.registry import metric
 
+NOTE_TAG = "mlflow.note.content"  # MLflow's own name of a run's description
+PICTURE = "story.png"  # chart of the run's whole course, an artifact
+
 
 @dataclass(frozen=True)
 class TrackerPosition:

@@ -60,4 +60,13 @@ def test_who_submitted_which_file_at_which_commit(tmp_path: Path, monkeypatch: p
     assert outside["mlflow.user"] == "ada"
     tags = tracker_setup("try", Path("/runs/try"), spec).run.tags
     assert tags["team"] == "moe" and tags["orchestrator.run_dir"] == "/runs/try"
-    assert tags["mlflow.note.content"] == "Run storage: `/runs/try`"
+    assert tags["mlflow.note.content"].splitlines() == [
+        "- **Task:** `lm`",
+        "- **Model:** 4 layers of width 128, 8 experts, 2 per token",
+        "- **Data:** `builtin:stdlib`",
+        "- **Training:** 1,000 steps of 16 rows, fp32",
+        "- **Workers:** 1",
+        "- **Run storage:** `/runs/try`",
+    ]
+    mine = _job(tags={"mlflow.note.content": "mine"})
+    assert tracker_setup("try", Path("/runs/try"), mine).run.tags["mlflow.note.content"] == "mine"
