@@ -12,10 +12,10 @@ SinkName = Literal["tensorboard", "wandb"]
 
 
 def _tracking_uri(uri: str) -> str:
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?", uri):
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?|file:///.+", uri):
         raise refuse(
             "must be sqlite:////ABSOLUTE/PATH.db, postgresql://HOST/DATABASE, the http(s):// address of an MLflow "
-            "server, or databricks"
+            "server, databricks, or file:///ABSOLUTE/DIRECTORY"
         )
     return uri
 
@@ -40,7 +40,8 @@ class TrackingSpec(Section):
     uri: Annotated[str, AfterValidator(_tracking_uri)] | None = Field(
         default=None,
         description="MLflow's database or server: sqlite:////PATH.db, postgresql://HOST/DATABASE, http(s)://ADDRESS. "
-        "null: MLFLOW_TRACKING_URI where it is set at submission, else an SQLite database in the run storage. Put no "
+        "null: MLFLOW_TRACKING_URI where it is set at submission, else an SQLite database in the run storage. "
+        "file:///DIRECTORY needs MLFLOW_ALLOW_FILE_STORE=true there, as MLflow no longer maintains these files. Put no "
         "password here.",
     )
     experiment: str = Field(

@@ -119,11 +119,11 @@ def whole_life(directory: Path, uri: str, sinks: tuple[str, ...] = ()) -> tuple[
     return client, only_run(client)
 
 
-def check_whole_life(client: Any, run: Any, artifacts: Path) -> None:
+def check_whole_life(client: Any, run: Any, artifacts: Path, listed: int = 1500) -> None:
     assert (run.info.run_name, run.info.status, run.data.params["train.lr"]) == ("demo", "FINISHED", "0.001")
     history = client.get_metric_history(run.info.run_id, "train/loss")
     values = {point.step: point.value for point in history}
-    assert len(history) == 1500
+    assert len(history) == listed
     assert values == {step: (5.0 if step < 1200 else 9.0) + step for step in range(1500)}
     assert run.data.metrics["system/cpu_percent/10.0.0.7"] == 50.0
 
@@ -197,6 +197,15 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
     client, run = whole_life(tmp_path, f"sqlite:///{tmp_path}/store/mlflow.db")
     check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts")
     assert list(elsewhere.iterdir()) == []  # nothing depends on the current directory
+
+
+def test_a_directory_of_mlflow_s_files_holds_the_whole_life_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")  # as in a tracker's process; the submission has allowed it
+    client, run = whole_life(tmp_path, f"file://{tmp_path}/store/mlruns")
+    repeats = len(models_of(client))  # a model's value is that of the run again, and files keep both
+    check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts", 1500 + repeats)
 
 
 def test_a_process_that_is_killed_while_it_makes_the_database_leaves_none(tmp_path: Path) -> None:

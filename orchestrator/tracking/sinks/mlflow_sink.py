@@ -30,6 +30,7 @@ from orchestrator.tracking.sinks.sink import (
     Outcome,
     RunInfo,
     artifact_root,
+    is_directory,
     redacted,
     sqlite_path,
     with_driver,
@@ -65,11 +66,17 @@ def make_database(path: Path) -> None:
                 made.rename(path)
 
 
+def client_at(uri: str) -> MlflowClient:
+    if is_directory(uri):  # whoever submitted the run has allowed it, in another process
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    return MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
+
+
 class MlflowSink:
     """A `Sink` that writes to one run of one MLflow experiment.
 
     Args:
-        uri: URI of an sqlite file with an absolute path, a PostgreSQL database, or an MLflow server.
+        uri: URI of an sqlite file with an absolute path, a PostgreSQL database, an MLflow server, or a directory.
         experiment: name of the experiment, created if it doesn't exist.
         artifacts: directory of a run's files if the database is PostgreSQL.
 
@@ -84,10 +91,12 @@ class MlflowSink:
         self._artifact_root = artifact_root(uri, artifacts)
         if uri.startswith("sqlite:"):
             make_database(sqlite_path(uri))
-        elif self._artifact_root is not None:  # MLflow itself would retry for an hour before it reports an error
+        elif self._artifact_root is not None and not is_directory(
+            uri
+        ):  # MLflow itself would retry for an hour before it reports an error
             engine = create_engine(with_driver(uri), poolclass=NullPool)
             engine.connect().close()
-        self._client = MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
+        self._client = client_at(uri)
         self._run: Run | None = None
         self._info = RunInfo("", "")
 

@@ -193,23 +193,30 @@ class Sink(Protocol):
 
 def check_uri(uri: str) -> None:
     """Raises UsageError unless the URI has a supported form, which works from any directory."""
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?", uri):
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?|file:///.+", uri):
         raise UsageError(
             f"tracking URI {redacted(uri)!r} is neither sqlite:////ABSOLUTE/PATH.db, nor postgresql://HOST/DATABASE, "
-            "nor the http(s):// address of an MLflow server, nor databricks",
+            "nor the http(s):// address of an MLflow server, nor databricks, nor file:///ABSOLUTE/DIRECTORY",
             remedy="Set tracking.uri in the job file to one of them, or leave it out",
         )
 
 
 def artifact_root(uri: str, artifacts: str) -> str | None:
-    """Root of artifacts for the tracker at `uri`: beside an sqlite file, in `artifacts` for another database, None if a
-    server decides. Raises UsageError as `check_uri` does."""
+    """Root of artifacts for the tracker at `uri`: beside an sqlite file or a directory of MLflow's, in `artifacts` for
+    another database, None if a server decides. Raises UsageError as `check_uri` does."""
     check_uri(uri)
     if uri.startswith(("http", "databricks")):
         return None
     if uri.startswith("sqlite:"):
         return (sqlite_path(uri).parent / "mlflow-artifacts").as_uri()
+    if is_directory(uri):
+        return f"{uri.rstrip('/').rpartition('/')[0]}/mlflow-artifacts"
     return Path(artifacts).as_uri()
+
+
+def is_directory(uri: str) -> bool:
+    """Whether the URI is of MLflow's files in a directory, which MLflow opens only with `MLFLOW_ALLOW_FILE_STORE`."""
+    return uri.startswith("file:")
 
 
 def sqlite_path(uri: str) -> Path:
