@@ -6,8 +6,9 @@ from pathlib import Path
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.home import home
 from orchestrator.storage.backends.location import Location
-from orchestrator.tracking.sinks.sink import NOTE_TAG, RunInfo, TrackerSetup, flattened, redacted
+from orchestrator.tracking.sinks.sink import NOTE_TAG, ModelExport, RunInfo, TrackerSetup, flattened, redacted
 
+EXPORT = "orchestrator.submission.model_process:export_registered"  # of a layer above, so by name
 DIRECTORY = "tracking"  # in the run's directory, or this machine's
 
 
@@ -36,6 +37,7 @@ def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
         tags={NOTE_TAG: description(run_dir, job)} | job.tracking.tags | {"orchestrator.run_dir": str(run_dir)},
         register_as=job.tracking.register_as,
         alias=job.tracking.alias,
+        export=ModelExport(EXPORT, str(run_dir)),
     )
     return TrackerSetup(
         uri=job.tracking.uri or default_uri(storage),

@@ -62,7 +62,8 @@ class TrackingSpec(Section):
     )
     register_as: Annotated[str, Field(max_length=200), AfterValidator(_registered_name)] | None = Field(
         default=None,
-        description="If the run succeeds, its newest checkpoint becomes a version of this registered model.",
+        description="If the run succeeds, its newest checkpoint becomes a version of this registered model. Its files "
+        "are those of `model export` if transformers knows the model: `models:/NAME@ALIAS` loads them.",
     )
     alias: Annotated[str, Field(max_length=200), AfterValidator(_alias)] | None = Field(
         default=None, description="Alias that this version gets. Needs register_as."

@@ -66,6 +66,12 @@ def export_hf(
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
+    if not job.has_tokens:
+        raise UsageError(
+            f"run {job.name} learns from rows of arrays and has no tokenizer, which the directory would hold",
+            remedy="Read its checkpoint instead: each shard is a safetensors file.",
+            unchanged="Nothing was written.",
+        )
     if of_ema and job.train.ema is None:
         raise UsageError(
             f"run {job.name} keeps no average of its weights",

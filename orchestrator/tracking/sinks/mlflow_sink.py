@@ -79,14 +79,15 @@ class MlflowSink:
         uri: URI of an sqlite file with an absolute path, a PostgreSQL database, an MLflow server, or a directory.
         experiment: name of the experiment, created if it doesn't exist.
         artifacts: directory of a run's files if the database is PostgreSQL.
+        directory: for files that MLflow doesn't have yet.
 
     Raises:
         UsageError: the URI has another form.
         MlflowException: the tracker can't be reached.
     """
 
-    def __init__(self, uri: str, experiment: str, artifacts: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, experiment: str, artifacts: str, directory: Path) -> None:
+        self._uri, self._directory = uri, directory
         self._experiment = experiment
         self._artifact_root = artifact_root(uri, artifacts)
         if uri.startswith("sqlite:"):
@@ -177,12 +178,12 @@ class MlflowSink:
         if end.reason:
             self._client.set_tag(self.tracked_id, REASON_TAG, end.reason)
         self._describe(end)
-        if end.outcome is Outcome.SUCCEEDED and self._info.register_as is not None:
-            self._models().register(self._info.register_as, self._info.alias)
         if end.outcome is Outcome.PAUSED:  # not terminated: SCHEDULED is MLflow's status for a waiting run
             self._client.update_run(self.tracked_id, status="SCHEDULED")
         else:
             self._client.set_terminated(self.tracked_id, status=_STATUS[end.outcome])
+        if end.outcome is Outcome.SUCCEEDED and self._info.register_as is not None:  # may take long
+            self._models().register(self._info.register_as, self._info.alias, self._info.export, self._directory)
 
     @property
     def url(self) -> str:

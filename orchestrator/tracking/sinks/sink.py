@@ -125,10 +125,20 @@ Item = MetricPoint | Artifact | Inputs | Checkpoint | CheckpointMark | Finish
 
 
 @dataclass(frozen=True)
+class ModelExport:
+    """Writer of a checkpoint's model as other libraries load it: `function`, "module:name", gets `run_dir`, the name of
+    a checkpoint, and the path of a new directory. It raises UsageError for a model that no other library knows."""
+
+    function: str
+    run_dir: str
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """Description of a run, passed to a sink once. `params` never change; `run_id` identifies the run after a restart.
 
-    When the run succeeds, the model of its newest checkpoint is registered as `register_as`, under `alias`.
+    When the run succeeds, the model of its newest checkpoint, written by `export`, is registered as `register_as`,
+    under `alias`.
     """
 
     run_id: str
@@ -137,6 +147,7 @@ class RunInfo:
     tags: Mapping[str, str] = field(default_factory=dict)
     register_as: str | None = None
     alias: str | None = None
+    export: ModelExport | None = None
 
 
 @dataclass(frozen=True)
