@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.task import Batch, Loss, Row
+from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.spec.task import TaskSpec
 from orchestrator.user_code import calling_user, function_of
 
@@ -35,12 +35,16 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a metric: what MLflow t
 class UserTask:
     """Adapts what a user's function returns to a task, and names what is wrong with it.
 
+    Args:
+        built_in: collates rows of this kind where the user's task doesn't.
+
     Raises:
         EntrypointError: the function can't be imported, raises, or returns no task.
     """
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self, spec: TaskSpec, built_in: Task | None = None) -> None:
         assert spec.entrypoint is not None
+        self._built_in = built_in
         self._name = f"{KEY} {spec.entrypoint}"
         make = function_of(KEY, spec.entrypoint, Path(spec.code_dir))
         with calling_user(self._name):
@@ -51,10 +55,12 @@ class UserTask:
         self._check_names(self.metrics)
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
-        """By the user's `collate`; without one, each column's arrays stacked."""
+        """By the user's `collate`; without one, as the built-in task of such rows, or each column's arrays stacked."""
         with calling_user(f"collate of {self._name}"):
             if callable(getattr(self._task, "collate", None)):
                 arrays = self._task.collate(rows, rng)
+            elif self._built_in is not None:
+                arrays = self._built_in.collate(rows, rng)
             else:
                 arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         if not isinstance(arrays, Mapping) or not all(isinstance(array, np.ndarray) for array in arrays.values()):
