@@ -40,7 +40,7 @@ def evaluate(
     if job.has_rows:
         yield _of_rows(request, job, model)
         return
-    loss_sum, num_rows, num_tokens, task = 0.0, 0, 0, task_of(job.task)
+    loss_sum, num_rows, num_tokens, task = 0.0, 0, 0, task_of(job.task, job.data_format)
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in task.metrics}
     assert tokenizer is not None
     text = _TextLength(tokenizer)
@@ -76,7 +76,7 @@ def evaluate(
 def _of_rows(request: Evaluation, job: JobSpec, model: TrainableModel) -> EvaluationResult:
     """The task's loss and metrics on rows of a split."""
     assert request.store_dir is not None
-    task, device = task_of(job.task), next(model.parameters()).device
+    task, device = task_of(job.task, job.data_format), next(model.parameters()).device
     store = open_rows(location_of(request.store_dir))
     split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
     num_rows = min(store.num_rows(split), request.max_rows or store.num_rows(split))

@@ -16,7 +16,7 @@ from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.secrets import take_secrets
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.task import DPO
+from orchestrator.spec.task import PREFERENCE
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 from orchestrator.tracking.sinks.sink import Dataset
 
@@ -87,7 +87,7 @@ class Preparation:
         store = prepare_rows(job, here, self._tell)
         if store.manifest.num_outputs:
             check_outputs(job, store.manifest.num_outputs)
-        if job.has_chats and job.task.name == DPO:
+        if job.data_format == PREFERENCE:
             store = with_reference(job, store, here, self._tell)
         stored: Location = store.directory
         if not isinstance(place, Path):

@@ -6,9 +6,9 @@ from pathlib import Path
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.home import home
 from orchestrator.storage.backends.location import Location
-from orchestrator.tracking.sinks.sink import RunInfo, TrackerSetup, flattened, redacted
+from orchestrator.tracking.sinks.sink import NOTE_TAG, ModelExport, RunInfo, TrackerSetup, flattened, redacted
 
-NOTE = "mlflow.note.content"  # MLflow's own name of a run's description
+EXPORT = "orchestrator.submission.model_process:export_registered"  # of a layer above, so by name
 DIRECTORY = "tracking"  # in the run's directory, or this machine's
 
 
@@ -34,9 +34,10 @@ def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
         run_id=run_id,
         name=run_id,
         params=params,
-        tags={NOTE: f"Run storage: `{run_dir}`"} | job.tracking.tags | {"orchestrator.run_dir": str(run_dir)},
+        tags={NOTE_TAG: description(run_dir, job)} | job.tracking.tags | {"orchestrator.run_dir": str(run_dir)},
         register_as=job.tracking.register_as,
         alias=job.tracking.alias,
+        export=ModelExport(EXPORT, str(run_dir)),
     )
     return TrackerSetup(
         uri=job.tracking.uri or default_uri(storage),
@@ -47,6 +48,27 @@ def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
         sinks=tuple(job.tracking.sinks),
         root=str(run_dir) if isinstance(run_dir, Path) else "",
     )
+
+
+def description(run_dir: Location, job: JobSpec) -> str:
+    """What the run trains, in Markdown."""
+    model, train, workers = job.model, job.train, job.workers
+    if model.is_native:
+        is_dense = model.first_k_dense_replace >= model.num_hidden_layers
+        experts = "dense" if is_dense else f"{model.n_routed_experts} experts, {model.num_experts_per_tok} per token"
+        what = f"{model.num_hidden_layers} layers of width {model.hidden_size}, {experts}"
+    else:
+        what = f"`{model.origin}`"
+    size = str(workers.min) if workers.min == workers.max else f"{workers.min}..{workers.max}"
+    lines = {
+        "Task": f"`{job.task.entrypoint or job.task.name}`",
+        "Model": f"{what}; begins with `{model.init_from}`" if model.init_from else what,
+        "Data": f"`{job.data.entrypoint or job.data.source}`",
+        "Training": f"{train.max_steps:,} steps of {train.global_batch_size} rows, {train.precision}",
+        "Workers": size,
+        "Run storage": f"`{run_dir}`",
+    }
+    return "\n".join(f"- **{name}:** {text}" for name, text in lines.items())
 
 
 def default_uri(storage: Path) -> str:

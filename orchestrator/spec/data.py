@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import HERE, Broken, Path, Section, broken_own_code, directory, refuse
-from orchestrator.spec.task import CLASSIFICATION, OF_CHATS, Entrypoint, TaskSpec
+from orchestrator.spec.task import ARRAYS, CLASSIFICATION, FORMATS, OF_CHATS, TEXT, DataFormat, Entrypoint, TaskSpec
 from orchestrator.spec.train import TrainSpec
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
@@ -37,6 +37,12 @@ class DataSpec(Section):
         "several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written. Of tasks "
         "sft and dpo: rows with chats (docs/tasks.md); of classification: a folder that the datasets library saved.",
     )
+    format: DataFormat | None = Field(
+        default=None,
+        description="What `source` holds, for a task of your own: text; messages, chats as sft reads them; preference, "
+        "pairs of chats as dpo reads them; arrays, a folder that the datasets library saved. null: what the task "
+        "reads, text for one of your own.",
+    )
     entrypoint: Entrypoint | None = Field(
         default=None,
         description='A function "package.module:function" that gives the rows instead of `source`, as arrays by name; '
@@ -62,7 +68,7 @@ class DataSpec(Section):
     )
     chat_template: Annotated[str, AfterValidator(directory)] | None = Field(
         default=None,
-        description="Of tasks sft and dpo: a file with the Jinja template that turns a chat into text, as transformers "
+        description="Of chats: a file with the Jinja template that turns a chat into text, as transformers "
         "has it. null: the one beside the tokenizer, else ChatML.",
     )
     holdout: float = Field(default=0.05, gt=0, lt=1, description="Fraction of the documents kept for validation.")
@@ -86,13 +92,21 @@ class DataSpec(Section):
             yield Broken((("isolate_documents",), ("row_format",)), rule)
 
 
-def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec, has_rows: bool) -> Iterator[Broken]:
-    """Rules between a task, its data, and the model.
+def format_of(task: TaskSpec, data: DataSpec) -> DataFormat:
+    """What the data are: that of the built-in task, or what the job names for one of the user's."""
+    if data.entrypoint is not None:
+        return ARRAYS
+    return FORMATS[task.name] if task.entrypoint is None else data.format or TEXT
 
-    Args:
-        has_rows: the data are rows of arrays, not tokens of one text.
-    """
+
+def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec) -> Iterator[Broken]:
+    """Rules between a task, its data, and the model."""
     of_task: Path = ("task", "name")
+    data_format, name = format_of(task, data), task.entrypoint or task.name
+    has_rows = data_format != TEXT
+    if task.entrypoint is None and data.entrypoint is None and data.format not in (None, FORMATS[task.name]):
+        rule = f"data.format is {FORMATS[task.name]} for task {task.name}, and need not be given; got {data.format}"
+        yield Broken((("data", "format"), of_task), rule)
     if task.entrypoint is None and data.entrypoint is not None and task.name != CLASSIFICATION:
         rule = "rows of data.entrypoint need a task that knows them: classification, or one of your own, "
         yield Broken((of_task, ("data", "entrypoint")), f"{rule}task.entrypoint; got {task.name}")
@@ -100,19 +114,19 @@ def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec, has_rows: bool
         rule = "task classification needs a model of your own, which maps rows to logits: set model.entrypoint"
         yield Broken((("model", "entrypoint"), of_task), rule)
     if has_rows and data.entrypoint is None and data.source.startswith("builtin:"):
-        rule = f"data.source must name a file or a folder with the rows of task {task.name}; got {data.source}"
+        rule = f"data.source must name a file or a folder with the rows of task {name}; got {data.source}"
         yield Broken((("data", "source"), of_task), rule)
-    of_files = {"holdout": 0.05, "tokenizer": None, "text_key": "text"}
+    of_files = {"holdout": 0.05, "tokenizer": None, "text_key": "text", "format": None}
     for key, default in of_files.items():
         if data.entrypoint is not None and getattr(data, key) != default:
             rule = f"data.{key} is of files, and the rows are those of data.entrypoint: leave it out"
             yield Broken((("data", key), ("data", "entrypoint")), rule)
-    if data.chat_template is not None and (task.entrypoint is not None or task.name not in OF_CHATS):
-        rule = f"data.chat_template is of tasks {' and '.join(OF_CHATS)}; got {task.entrypoint or task.name}"
+    if data.chat_template is not None and data_format not in OF_CHATS:
+        rule = f"data.chat_template is of tasks sft and dpo, and of data.format {' and '.join(OF_CHATS)}; got {name}"
         yield Broken((("data", "chat_template"), of_task), rule)
     of_text = {"row_format": data.row_format == BY_DOCUMENT, "isolate_documents": data.isolate_documents}
     for key in [key for key, is_given in of_text.items() if is_given and has_rows]:
-        rule = f"data.{key} is of text, and task {task.entrypoint or task.name} has rows: leave it out"
+        rule = f"data.{key} is of text, and task {name} has rows: leave it out"
         yield Broken((("data", key), of_task), rule)
 
 
@@ -123,11 +137,11 @@ def broken_outputs(task: TaskSpec, model: ModelSpec) -> Iterator[Broken]:
         yield Broken((("model", "vocab_size"), ("task", "num_classes")), rule)
 
 
-def broken_training(train: TrainSpec, has_chats: bool, has_curriculum: bool) -> Iterator[Broken]:
+def broken_training(train: TrainSpec, data_format: DataFormat, has_curriculum: bool) -> Iterator[Broken]:
     """Rules between a task with rows and its training."""
-    if not has_chats and not train.micro_batch_rows:
+    if data_format == ARRAYS and not train.micro_batch_rows:
         rule = f"micro_batch_size must be a number of rows where rows have no tokens; got {train.micro_batch_size}"
         yield Broken((("train", "micro_batch_size"), ("task", "name")), rule)
-    if has_curriculum:
+    if has_curriculum and data_format != TEXT:
         rule = "a curriculum orders text, and the task has rows: leave one out"
         yield Broken((("curriculum",), ("task", "name")), rule)

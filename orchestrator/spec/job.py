@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
 from orchestrator.spec.curriculum import CurriculumSpec, broken_sizes
-from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training
+from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training, format_of
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -35,7 +35,7 @@ from orchestrator.spec.section import (
     requirement,
     storage_place,
 )
-from orchestrator.spec.task import OF_CHATS, OF_ROWS, TaskSetting, TaskSpec
+from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, ScheduledScale, Workers, WorkersSpec
@@ -160,14 +160,19 @@ class JobSpec(Section):
     )
 
     @property
+    def data_format(self) -> DataFormat:
+        """What the data are."""
+        return format_of(self.task, self.data)
+
+    @property
     def has_rows(self) -> bool:
         """Whether the data are rows of arrays, each a sample by itself, and not tokens of one text."""
-        return self.data.entrypoint is not None or (self.task.entrypoint is None and self.task.name in OF_ROWS)
+        return self.data_format != TEXT
 
     @property
     def has_chats(self) -> bool:
         """Whether the data are chats."""
-        return self.data.entrypoint is None and self.task.entrypoint is None and self.task.name in OF_CHATS
+        return self.data_format in OF_CHATS
 
     @property
     def has_tokens(self) -> bool:
@@ -189,9 +194,8 @@ class JobSpec(Section):
 
     def broken_rules(self) -> Iterator[Broken]:
         yield from broken_callbacks(self.callbacks)
-        yield from broken_rows(self.task, self.data, self.model, self.has_rows)
-        if self.has_rows:
-            yield from broken_training(self.train, self.has_chats, self.curriculum is not None)
+        yield from broken_rows(self.task, self.data, self.model)
+        yield from broken_training(self.train, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
@@ -203,10 +207,8 @@ class JobSpec(Section):
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
         most = self.workers.max + self.workers.standby
         if 0 < self.resources.num_gpus <= 0.5 and most > 1:
-            rule = (
-                "two workers must not fit on one GPU, which NCCL refuses: more than half of one each, or one worker; "
-            )
-            got = f"got {self.resources.num_gpus:g} and up to {most} workers with standbys"
+            rule = "two workers must not fit on one GPU, which NCCL refuses: more than half of one each, or one worker"
+            got = f"; got {self.resources.num_gpus:g} and up to {most} workers with standbys"
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
         yield from broken_communication(self.communication, self.train, self.model)

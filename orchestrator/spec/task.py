@@ -13,8 +13,14 @@ LM: TaskName = "lm"
 SFT: TaskName = "sft"
 DPO: TaskName = "dpo"
 CLASSIFICATION: TaskName = "classification"
-OF_CHATS = (SFT, DPO)  # tasks whose rows are chats, which a tokenizer and a template turn into tokens
-OF_ROWS = (SFT, DPO, CLASSIFICATION)  # tasks whose data are rows of arrays, not one text
+DataFormat = Literal["text", "messages", "preference", "arrays"]
+TEXT: DataFormat = "text"
+MESSAGES: DataFormat = "messages"
+PREFERENCE: DataFormat = "preference"
+ARRAYS: DataFormat = "arrays"
+UNITS = "units"  # column of arrays with the number of a row's units, for a task of the user's; 1 without it
+OF_CHATS = (MESSAGES, PREFERENCE)  # rows are chats, which a tokenizer and a template turn into tokens
+FORMATS: dict[TaskName, DataFormat] = {LM: TEXT, SFT: MESSAGES, DPO: PREFERENCE, CLASSIFICATION: ARRAYS}
 USED_BY = {  # keys that not every task reads
     "assistant_only_loss": SFT,
     "beta": DPO,

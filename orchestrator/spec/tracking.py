@@ -12,10 +12,10 @@ SinkName = Literal["tensorboard", "wandb"]
 
 
 def _tracking_uri(uri: str) -> str:
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?", uri):
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?|file:///.+", uri):
         raise refuse(
             "must be sqlite:////ABSOLUTE/PATH.db, postgresql://HOST/DATABASE, the http(s):// address of an MLflow "
-            "server, or databricks"
+            "server, databricks, or file:///ABSOLUTE/DIRECTORY"
         )
     return uri
 
@@ -40,7 +40,8 @@ class TrackingSpec(Section):
     uri: Annotated[str, AfterValidator(_tracking_uri)] | None = Field(
         default=None,
         description="MLflow's database or server: sqlite:////PATH.db, postgresql://HOST/DATABASE, http(s)://ADDRESS. "
-        "null: MLFLOW_TRACKING_URI where it is set at submission, else an SQLite database in the run storage. Put no "
+        "null: MLFLOW_TRACKING_URI where it is set at submission, else an SQLite database in the run storage. "
+        "file:///DIRECTORY needs MLFLOW_ALLOW_FILE_STORE=true there, as MLflow no longer maintains these files. Put no "
         "password here.",
     )
     experiment: str = Field(
@@ -61,7 +62,8 @@ class TrackingSpec(Section):
     )
     register_as: Annotated[str, Field(max_length=200), AfterValidator(_registered_name)] | None = Field(
         default=None,
-        description="If the run succeeds, its newest checkpoint becomes a version of this registered model.",
+        description="If the run succeeds, its newest checkpoint becomes a version of this registered model. Its files "
+        "are those of `model export` if transformers knows the model: `models:/NAME@ALIAS` loads them.",
     )
     alias: Annotated[str, Field(max_length=200), AfterValidator(_alias)] | None = Field(
         default=None, description="Alias that this version gets. Needs register_as."

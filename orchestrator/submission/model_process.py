@@ -8,12 +8,17 @@ Needs run storage, no cluster.
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from orchestrator.checkpoint.hf.export import export_hf
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Export, ExportResult, Fault, Request
+from orchestrator.run_records.checkpoints import DIRECTORY as CHECKPOINTS
+from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.run_files import RunFiles
+from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.torch_process import TorchProcess
 
@@ -45,6 +50,22 @@ def write_transformers(run_dir: Location, checkpoint: Location, dtype: str, of_e
     (result,) = ask_model(request)
     assert isinstance(result, ExportResult)
     return result.num_bytes
+
+
+def export_model(
+    run_dir: Location, job: JobSpec, checkpoint: Location, to: Path, dtype: str | None = None, of_ema: bool = False
+) -> int:
+    """Write a run's model as `export_hf` does, also one that transformers builds. Returns bytes of weights."""
+    write_model = None
+    if job.model.impl == "transformers":
+        write_model = partial(write_transformers, run_dir, checkpoint, dtype or job.train.precision, of_ema)
+    return export_hf(checkpoint, job, run_dir / "tokenizer.json", to, dtype, of_ema, write_model)
+
+
+def export_registered(run_dir: str, checkpoint: str, to: Path) -> None:
+    """Write the model of the checkpoint of this name, for the run's tracker. Raises what `export_hf` raises."""
+    place = location_of(run_dir)
+    export_model(place, read_job(place), place / CHECKPOINTS / checkpoint, to)
 
 
 def checkpoint_to_ask(run_id: str, run_dir: Location, step: int | None) -> Location:

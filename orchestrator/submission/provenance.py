@@ -9,9 +9,11 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.tracking.sinks.sink import check_uri, redacted
+from orchestrator.tracking.sinks.sink import check_uri, is_directory, redacted
 
 URI, EXPERIMENT = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
+ALLOW_FILES = "MLFLOW_ALLOW_FILE_STORE"  # without it MLflow opens no directory of its files
+TRUE = ("true", "1")  # as MLflow reads such a variable
 GIT_S = 2.0  # a repository on a file system that hangs delays no submission
 
 
@@ -19,7 +21,7 @@ def with_provenance(spec: JobSpec, job_file: Path | None, environment: Mapping[s
     """The job with MLflow's variables where it leaves these keys out, and with tags that it doesn't set itself.
 
     Raises:
-        UsageError: the variable with the URI is one that can't be used.
+        UsageError: the variable with the URI is one that can't be used, or the URI one that MLflow refuses.
     """
     tracking = spec.tracking
     changes: dict[str, object] = {"tags": tags_of(job_file) | tracking.tags}
@@ -27,7 +29,15 @@ def with_provenance(spec: JobSpec, job_file: Path | None, environment: Mapping[s
         changes["uri"] = _checked(uri)
     if "experiment" not in tracking.model_fields_set and (experiment := environment.get(EXPERIMENT)):
         changes["experiment"] = experiment
-    return spec.model_copy(update={"tracking": tracking.model_copy(update=changes)})
+    changed = tracking.model_copy(update=changes)
+    if changed.uri is not None and is_directory(changed.uri) and environment.get(ALLOW_FILES, "").lower() not in TRUE:
+        raise UsageError(
+            f"{'tracking.uri' if tracking.uri else URI} is {changed.uri}, and MLflow no longer maintains such files",
+            remedy=f"Use its database, sqlite:////ABSOLUTE/PATH.db, to which `mlflow migrate-filestore` moves them; or "
+            f"set {ALLOW_FILES}=true, MLflow's own way to keep them.",
+            unchanged="Nothing was started.",
+        )
+    return spec.model_copy(update={"tracking": changed})
 
 
 def _checked(uri: str) -> str:
@@ -37,8 +47,7 @@ def _checked(uri: str) -> str:
     except UsageError as error:
         raise UsageError(
             f"{URI} is set: {error.message}",
-            remedy="Unset it or set it to one of them. For files of MLflow's own, use its database: "
-            "sqlite:////ABSOLUTE/PATH.db; `mlflow migrate-filestore` moves them there.",
+            remedy="Unset it or set it to one of them.",
             unchanged="Nothing was started.",
         ) from error
     if redacted(uri) != uri:

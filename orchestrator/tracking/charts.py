@@ -17,8 +17,9 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from orchestrator.tracking.history import Curve, History, RunEvent, rows_of
 from orchestrator.tracking.html import page_of, svg_of, table_of
+from orchestrator.tracking.sinks.sink import PICTURE
 
-PNG_FILE, HTML_FILE = "story.png", "story.html"
+HTML_FILE = "story.html"
 
 INK, FAINT, GRID = "#22303c", "#8595a3", "#e4e9ed"
 TRAIN, EVAL, WORLD, LOST = "#2f6fb0", "#d1701f", "#5b7f53", "#c0392b"
@@ -56,7 +57,7 @@ MARKS = {
 
 def draw(history: History, title: str, directory: Path) -> tuple[Path, Path]:
     """Write the picture and the page. Returns their paths."""
-    png, page = directory / PNG_FILE, directory / HTML_FILE
+    png, page = directory / PICTURE, directory / HTML_FILE
     figure = figure_of(history, title)
     figure.savefig(png, dpi=140)
     figure.axes[0].set_title("", loc="left")  # the page has it as its heading

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.tracking.sinks.mlflow_sink import RUN_TAG
-from orchestrator.tracking.sinks.sink import TrackerSetup, redacted, sqlite_path, with_driver
+from orchestrator.tracking.sinks.mlflow_sink import RUN_TAG, client_at
+from orchestrator.tracking.sinks.sink import TrackerSetup, redacted, sqlite_path
 
 
 def delete_run(setup: TrackerSetup) -> str | None:
@@ -19,7 +18,7 @@ def delete_run(setup: TrackerSetup) -> str | None:
     if setup.uri.startswith("sqlite:") and not Path(sqlite_path(setup.uri)).exists():
         return None
     try:
-        client = MlflowClient(tracking_uri=with_driver(setup.uri), registry_uri=with_driver(setup.uri))
+        client = client_at(setup.uri)
         experiment = client.get_experiment_by_name(setup.experiment)
         if experiment is None:
             return None

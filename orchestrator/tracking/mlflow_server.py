@@ -20,7 +20,7 @@ from typing import Self
 import psutil
 
 from orchestrator.errors import OrchestratorError, UsageError
-from orchestrator.tracking.sinks.sink import artifact_root, check_uri, redacted, with_driver
+from orchestrator.tracking.sinks.sink import artifact_root, check_uri, is_directory, redacted, with_driver
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
@@ -70,6 +70,8 @@ class MlflowServer:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",  # overrides our own environment
         }
+        if is_directory(uri):
+            variables["MLFLOW_ALLOW_FILE_STORE"] = "true"
         sink = log.open("ab") if log is not None else None
         try:
             self.process = subprocess.Popen(

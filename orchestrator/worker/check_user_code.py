@@ -46,7 +46,7 @@ def fault_of(job: JobSpec) -> DryRunFault | None:
         for callback in job.callbacks:
             made(callback)
         rows = [] if job.has_tokens else first_rows(job, 2)
-        task = task_of(job.task)
+        task = task_of(job.task, job.data_format)
         if job.model.init_from is not None and not job.model.is_native:
             TransformersFiles(job.model, Path(job.model.init_from)).check()
         params, _ = catalogue(job.model, vocab_size)

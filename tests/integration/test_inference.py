@@ -124,6 +124,27 @@ def test_greedy_text_is_that_of_transformers(orchestrator: Callable[..., Done], 
     assert f"pass the {job.train.sequence_length} that a row had in training" in done.stderr
 
 
+def test_an_export_keeps_the_precision_of_the_run_unless_another_is_named(
+    orchestrator: Callable[..., Done], run_dir: Path, tmp_path: Path
+) -> None:
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    assert job.train.precision == "fp32"
+    done = orchestrator("model", "export", "tried", "--out", str(tmp_path / "kept"))
+    assert done.returncode == 0 and "as fp32" in done.stderr
+    assert (
+        "as bf16"
+        in orchestrator("model", "export", "tried", "--out", str(tmp_path / "named"), "--dtype", "bf16").stderr
+    )
+    rounded = job.model_copy(update={"train": job.train.model_copy(update={"precision": "bf16"})})
+    export_hf(run_dir / "checkpoints" / CHECKPOINT, rounded, run_dir / "tokenizer.json", tmp_path / "rounded")
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("kept", "named", "rounded")
+    ]
+    kept, *others = [model.lm_head.weight for model in models]
+    assert torch.equal(kept, _random(job).head)
+    assert all(torch.equal(weight, kept.bfloat16()) for weight in others)
+
+
 def test_a_text_ends_with_its_document(run_dir: Path) -> None:
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")

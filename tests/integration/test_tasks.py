@@ -126,6 +126,54 @@ def test_the_builtin_task_written_as_a_users_has_the_same_bits_and_collectives(
     assert runs[0] == runs[1]
 
 
+OF_CHATS = """
+import torch.nn.functional as F
+from orchestrator.model.task import Loss
+
+class Supervised:
+    def loss(self, model, batch):
+        return Loss(model(batch["inputs"], batch["targets"], None, batch["lengths"]))
+
+class Preference:
+    def __init__(self, beta):
+        self.beta = beta
+
+    def loss(self, model, batch):
+        losses = model.token_losses(batch["inputs"], batch["targets"], batch["lengths"])
+        chosen, rejected = (-losses.sum(-1) - batch["reference"]).chunk(2)
+        return Loss(-F.logsigmoid(self.beta * (chosen - rejected)).sum(), len(chosen))
+
+def sft(options):
+    return Supervised()
+
+def dpo(options):
+    return Preference(options["beta"])
+"""
+
+
+@pytest.mark.parametrize(("builtin", "data_format"), [("sft", "messages"), ("dpo", "preference")])
+def test_a_users_task_gets_the_rows_of_a_builtin_one_and_with_its_formula_the_same_bits(
+    tmp_path: Path, builtin: str, data_format: str
+) -> None:
+    (tmp_path / "of_chats.py").write_text(OF_CHATS)
+    job = task_job(builtin, tmp_path, max_steps=4)
+    options = {"beta": job.task.beta} if builtin == "dpo" else {}
+    task = {"entrypoint": f"of_chats:{builtin}", "code_dir": str(tmp_path), "options": options}
+    plain = job.model_dump(by_alias=True)
+    own = JobSpec.model_validate(plain | {"task": task, "data": plain["data"] | {"format": data_format}})
+    store = prepared(job, tmp_path / "data")
+    assert prepared(own, tmp_path / "data").directory == store.directory
+    theirs, ours = (_calm(each, store.directory, tmp_path / each.task.unit) for each in (job, own))
+    assert len(ours) == 4
+    for step, record in theirs.items():
+        found = ours[step]
+        assert (found.loss, found.update.grad_norm, found.validation_loss) == (
+            record.loss,
+            record.update.grad_norm,
+            record.validation_loss,
+        )
+
+
 @pytest.mark.parametrize("task", ["sft", "classification"])
 def test_a_world_of_two_learns_what_one_learns(tmp_path: Path, task: str) -> None:
     """In fast mode, in micro-batches of tokens where rows have some: the same loss to rounding."""

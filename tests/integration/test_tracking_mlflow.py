@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -90,6 +92,7 @@ def whole_life(directory: Path, uri: str, sinks: tuple[str, ...] = ()) -> tuple[
     first.publish(1, points("train/loss", range(1200), 5.0), after=-1, loads={0: ((5, 1),), 600: ((3, 3),)})
     first.publish(1, [MetricPoint("train/grad_norm", float("inf"), 0, time.time())])
     first.publish(1, [MetricPoint("system/cpu_percent", 50.0, 3, time.time(), label="10.0.0.7")])
+    first.publish(1, [MetricPoint("elastic/rescale_stall_s", 0.5, step, time.time()) for step in (40, 80)])
     first.artifact(1, str(directory / "job.yaml"))
     first.artifact(1, str(directory / "tokenizer"))
     first.inputs(1, DATASETS)
@@ -101,6 +104,8 @@ def whole_life(directory: Path, uri: str, sinks: tuple[str, ...] = ()) -> tuple[
     client = client_of(uri)
     run = only_run(client)
     assert (run.info.status, run.data.tags["orchestrator.reason"]) == ("FAILED", "peer_lost: worker 3")
+    assert "failed after 1,200 steps" in run.data.tags["mlflow.note.content"]
+    client.set_tag(run.info.run_id, "mlflow.note.content", f"mine\n\n{run.data.tags['mlflow.note.content']}")
 
     second = reborn(first, setup)
     assert second.position().step == 1199
@@ -114,11 +119,11 @@ def whole_life(directory: Path, uri: str, sinks: tuple[str, ...] = ()) -> tuple[
     return client, only_run(client)
 
 
-def check_whole_life(client: Any, run: Any, artifacts: Path) -> None:
+def check_whole_life(client: Any, run: Any, artifacts: Path, listed: int = 1500) -> None:
     assert (run.info.run_name, run.info.status, run.data.params["train.lr"]) == ("demo", "FINISHED", "0.001")
     history = client.get_metric_history(run.info.run_id, "train/loss")
     values = {point.step: point.value for point in history}
-    assert len(history) == 1500
+    assert len(history) == listed
     assert values == {step: (5.0 if step < 1200 else 9.0) + step for step in range(1500)}
     assert run.data.metrics["system/cpu_percent/10.0.0.7"] == 50.0
 
@@ -141,6 +146,11 @@ def check_whole_life(client: Any, run: Any, artifacts: Path) -> None:
     version = client.get_model_version_by_alias("demo-moe", "newest")
     assert (version.run_id, version.source) == (run.info.run_id, newest.artifact_location)
     assert version.tags["orchestrator.path"] == "/c/1499"
+
+    note, kind = run.data.tags["mlflow.note.content"], "mlflow.experimentKind"
+    assert note.startswith("mine\n\n**Outcome:** succeeded after 1,500 steps, train loss 1508.0000, rescales 2, recov")
+    assert "failed" not in note and f"(get-artifact?path=story.png&run_uuid={run.info.run_id})" in note
+    assert client.get_experiment(run.info.experiment_id).tags[kind] == "custom_model_development"
 
     (folder,) = artifacts.rglob(f"{run.info.run_id}/artifacts")
     assert (folder / "job.yaml").read_text() == "name: demo\n"
@@ -187,6 +197,15 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
     client, run = whole_life(tmp_path, f"sqlite:///{tmp_path}/store/mlflow.db")
     check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts")
     assert list(elsewhere.iterdir()) == []  # nothing depends on the current directory
+
+
+def test_a_directory_of_mlflow_s_files_holds_the_whole_life_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")  # as in a tracker's process; the submission has allowed it
+    client, run = whole_life(tmp_path, f"file://{tmp_path}/store/mlruns")
+    repeats = len(models_of(client))  # a model's value is that of the run again, and files keep both
+    check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts", 1500 + repeats)
 
 
 def test_a_process_that_is_killed_while_it_makes_the_database_leaves_none(tmp_path: Path) -> None:
@@ -246,6 +265,9 @@ def test_a_server_that_dies_and_comes_back_has_every_value_once(tmp_path: Path) 
     assert error_of(tracker) == f"no MLflow server answers at {server.url}: start it, or correct tracking.uri"
     with MlflowServer(uri, port=server.port, log=tmp_path / "server.log"):
         assert tracker.finish(1, "succeeded", timeout_s=PATIENCE_S), tracker.describe()
+        (picture,) = re.findall(r"!\[.*\]\((.*)\)", only_run(client_of(server.url)).data.tags["mlflow.note.content"])
+        with urllib.request.urlopen(f"{server.url}/{picture}", timeout=PATIENCE_S) as answer:
+            assert answer.headers["Content-Type"] == "image/png" and answer.read().startswith(b"\x89PNG")
     rows = sqlite3.connect(tmp_path / "server.db").execute("SELECT step FROM metrics WHERE key = 'train/loss'")
     assert sorted(step for (step,) in rows) == list(range(3000))
 
@@ -394,7 +416,7 @@ def test_postgresql_holds_the_whole_life_of_a_run(tmp_path: Path, postgres: Post
     check_whole_life(client, run, tmp_path / "artifacts")
     with psycopg2.connect(postgres.uri("right")) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT count(*), count(DISTINCT (key, step)) FROM metrics")
-        assert cursor.fetchone() == (1502, 1502)
+        assert cursor.fetchone() == (1504, 1504)
 
     refused = Tracker(setup_of(tmp_path, postgres.uri("wrong"), "refused"))
     error = error_of(refused)

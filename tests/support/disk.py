@@ -57,8 +57,8 @@ def mounted(directory: Path, place: Path) -> Iterator[Path]:
 
 @contextmanager
 def unmounted(disk: Path) -> Iterator[None]:
-    """Let an empty directory be in the place of `disk` while this lasts, as if it weren't mounted. What is written there
-    is lost."""
+    """Let an empty directory be in the place of `disk` while this lasts, as if it weren't mounted. What is written
+    there is lost."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], check=True)
     try:
         yield

@@ -9,7 +9,7 @@ from orchestrator.data.rows.prepare_rows import prepare_rows
 from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.rows.row_store import RowStore
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.task import DPO
+from orchestrator.spec.task import PREFERENCE
 from tests.support.own_models import ROOT
 
 TASKS = ("sft", "dpo", "classification", "own")
@@ -121,5 +121,4 @@ def task_job(task: str, folder: Path, **train: Any) -> JobSpec:
 def prepared(job: JobSpec, directory: Path) -> RowStore:
     """The job's rows, as a run prepares them."""
     store = prepare_rows(job, directory)
-    is_dpo = job.task.entrypoint is None and job.task.name == DPO
-    return with_reference(job, store, directory, lambda stage, share: None) if is_dpo else store
+    return with_reference(job, store, directory, lambda stage, share: None) if job.data_format == PREFERENCE else store

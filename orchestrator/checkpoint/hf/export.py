@@ -37,14 +37,14 @@ def export_hf(
     job: JobSpec,
     tokenizer: Location,
     to: Path,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     of_ema: bool = False,
     write_model: Callable[[Path], int] | None = None,
 ) -> int:
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
-        dtype: number format of the weights, fp32 or bf16; routers stay fp32.
+        dtype: number format of the weights, fp32 or bf16; routers stay fp32. None: that of the job's forward pass.
         of_ema: the average of the weights in place of the weights.
         write_model: writes config and weights of a model that transformers builds into a directory, and returns their
             bytes.
@@ -66,6 +66,12 @@ def export_hf(
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
+    if not job.has_tokens:
+        raise UsageError(
+            f"run {job.name} learns from rows of arrays and has no tokenizer, which the directory would hold",
+            remedy="Read its checkpoint instead: each shard is a safetensors file.",
+            unchanged="Nothing was written.",
+        )
     if of_ema and job.train.ema is None:
         raise UsageError(
             f"run {job.name} keeps no average of its weights",
@@ -75,6 +81,7 @@ def export_hf(
     saved = objects_at(tokenizer.parent).get(tokenizer.name)
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
+    dtype = dtype or job.train.precision
     write_model = write_model or partial(_write_model, checkpoint, job, vocab_size, dtype, of_ema)
     with new_directory(to) as directory:
         num_bytes = write_model(directory)

@@ -4,7 +4,6 @@ import math
 import secrets
 import sys
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +52,9 @@ def export(
         ModelFormat, typer.Option("--format", help="hf: as transformers loads it.")
     ] = ModelFormat.HF,
     step: Step = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights; routers stay fp32.")] = Dtype.BF16,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Of the weights; routers stay fp32. Default: the job's precision.")
+    ] = None,
     weights: Annotated[
         Weights, typer.Option("--weights", help="ema: their average, of a job with train.ema.")
     ] = Weights.LAST,
@@ -62,23 +63,18 @@ def export(
     output: Output = Format.TEXT,
 ) -> None:
     """Write a run's model as a directory that other libraries load. Prints the directory."""
-    from orchestrator.checkpoint.hf.export import export_hf
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import NotFound
     from orchestrator.run_records.job_files import read_job
-    from orchestrator.submission.model_process import write_transformers
+    from orchestrator.submission.model_process import export_model
 
     files = find_run(run, storage, address).files
     run_dir, checkpoint = files.run_dir, files.choose_checkpoint(step)
     if checkpoint is None:
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = read_job(run_dir)
-    of_ema = weights is Weights.EMA
-    write_model = None
-    if job.model.impl == "transformers":
-        write_model = partial(write_transformers, run_dir, checkpoint, dtype.value, of_ema)
-    tokenizer = run_dir / "tokenizer.json"
-    num_bytes = export_hf(checkpoint, job, tokenizer, out.absolute(), dtype.value, of_ema, write_model)
+    dtype = dtype or Dtype(job.train.precision)
+    num_bytes = export_model(run_dir, job, checkpoint, out.absolute(), dtype.value, weights is Weights.EMA)
     narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
     if output is Format.JSON:
         show_json(to_plain(ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes)))

@@ -27,7 +27,7 @@ from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.log_target import LogTarget
 from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
-from orchestrator.tracking.sinks.sink import MetricPoint, TrackerPosition
+from orchestrator.tracking.sinks.sink import MetricPoint, Outcome, TrackerPosition
 from orchestrator.tracking.tracker import Tracker
 
 log = logging.getLogger("orchestrator.control")
@@ -36,6 +36,7 @@ P = ParamSpec("P")
 
 NAME = "tracker"
 FINISH_S = 30.0  # how long the end of a run waits for its tracker
+EXPORT_S = 1800.0  # and while it writes the model that is registered, without an error
 ASK_AGAIN_S = 1.0
 START_AGAIN_S = 10.0  # after it could not be started, because its outbox can't be written
 DAMAGED_AGAIN_S = 60.0  # until a journal that is damaged is read again
@@ -164,14 +165,19 @@ class TrackerClient:
             self._start_anew()
         tracker = self.start().within(FINISH_S)
         self._is_current, arrived = True, False
+        is_exported = outcome == Outcome.SUCCEEDED and self._job.tracking.register_as is not None
+        deadline_s = time.monotonic() + (EXPORT_S if is_exported else 0.0)
         try:
             for _ in range(LAST_TRIES):
                 position = tracker.ask(Tracker.position)
                 for method, args in retry_until_written(self._missing(position, self._data)):
                     tracker.ask(method, self._term, *args)
-                arrived = tracker.within(FINISH_S + 5.0).ask(Tracker.finish, self._term, outcome, why, FINISH_S)
-                state = tracker.within(5.0).ask(Tracker.describe)
-                self._described(state)
+                while True:
+                    arrived = tracker.within(FINISH_S + 5.0).ask(Tracker.finish, self._term, outcome, why, FINISH_S)
+                    state = tracker.within(5.0).ask(Tracker.describe)
+                    self._described(state)
+                    if arrived or state["error"] or time.monotonic() >= deadline_s:
+                        break
                 if state["position"] >= watermark:
                     break
         except OrchestratorError as error:

@@ -20,14 +20,14 @@ from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.data.rows.chat_rows import ChatEncoder, check_chat, text_of
 from orchestrator.data.rows.chat_template import END, START, ChatTemplate
 from orchestrator.data.rows.chat_tokenizer import SAVED, ChatTokenizer, saved_template, template_beside
-from orchestrator.data.rows.row_files import FileRow, read_rows
+from orchestrator.data.rows.row_files import ALL, FileRow, read_rows
 from orchestrator.data.rows.row_store import RowStore
 from orchestrator.data.rows.row_writer import RowWriter, arrays_of, new_rows, rows_key
-from orchestrator.data.rows.user_rows import UserRows
+from orchestrator.data.rows.user_rows import UserRows, units_of
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.task import CLASSIFICATION, DPO
+from orchestrator.spec.task import CLASSIFICATION, DPO, PREFERENCE, SFT
 
 Progress = Callable[[str, float], None]
 TOLD_EVERY = 256  # rows
@@ -86,6 +86,7 @@ def first_rows(job: JobSpec, most: int) -> list[dict[str, NDArray[np.generic]]]:
     rows = UserRows(job.data, ("train",)).rows("train", most) if job.data.entrypoint is not None else _of_file(job)
     for (where, row), _ in zip(rows, range(most), strict=False):
         checked.check(row, where)
+        units_of(job.task, row, where)
         found.append(arrays_of(row, where))
     return found
 
@@ -95,7 +96,7 @@ def check_first_chats(job: JobSpec, most: int = FIRST_CHATS) -> None:
     template = _template(job)[0]
     for _, row in zip(range(most), read_rows(job.data.source), strict=False):
         with _at(row):
-            check_chat(row.values, template, job.task.name == DPO, job.task.assistant_only_loss)
+            check_chat(row.values, template, job.data_format == PREFERENCE, job.task.assistant_only_loss)
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def _arrays(job: JobSpec, directory: Path, report: Progress) -> RowStore:
     with new_rows(directory) as (writer, named):
         for split, where, row, share in _split_rows(job):
             checked.check(row, where)
-            writer.add(split, row, where)
+            writer.add(split, row, where, units_of(job.task, row, where))
             report("reading", share)
         writer.finish(str(made_of["source"]), made_of, checked.num_classes)
         named.append(directory / _name_of(writer))
@@ -131,7 +132,7 @@ def _split_rows(job: JobSpec) -> Iterator[tuple[Split, str, Mapping[str, Any], f
 
 def _of_file(job: JobSpec) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a source, each with where it is, and the columns that the task reads."""
-    wanted = (job.task.inputs, job.task.labels) if job.task.entrypoint is None else None
+    wanted = (job.task.inputs, job.task.labels) if job.task.entrypoint is None else ALL
     return ((row.where, row.values) for row in read_rows(job.data.source, wanted))
 
 
@@ -189,13 +190,14 @@ def _chats(job: JobSpec, directory: Path, report: Progress) -> RowStore:
     given = data.tokenizer
     tokenizer = _learned(job, template, held_out, report) if given is None else load_tokenizer(Path(given))
     encoder = ChatEncoder(template, ChatTokenizer(tokenizer), job.train.sequence_length, task.assistant_only_loss)
-    made_of = {"source": data.source, "task": task.name, "template": hashlib.sha256(source.encode()).hexdigest()}
+    kind = DPO if job.data_format == PREFERENCE else SFT  # that reads such rows
+    made_of = {"source": data.source, "task": kind, "template": hashlib.sha256(source.encode()).hexdigest()}
     made_of["tokenizer"] = tokenizer.digest
     with new_rows(directory) as (writer, named):
         for number, row in enumerate(read_rows(data.source)):
             with _at(row):
-                encoded = encoder.pair(row.values) if task.name == DPO else encoder.chat(row.values)
-            units = 1 if task.name == DPO else encoded.num_targets
+                encoded = encoder.pair(row.values) if kind == DPO else encoder.chat(row.values)
+            units = 1 if kind == DPO else encoded.num_targets
             split = _split(held_out[number])
             writer.add(split, encoded.arrays, row.where, units, encoded.num_tokens)
             writer.count_cut(split, encoded.is_cut)

@@ -13,6 +13,7 @@ from orchestrator.data.corpus.sources import find_files
 from orchestrator.errors import DataError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+ALL = ("*",)  # every column
 
 
 class FileRow(NamedTuple):
@@ -28,7 +29,8 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> Iterator[Fil
 
     Args:
         source: a file, or a folder of files.
-        columns: names of those that are read, as arrays of the numbers' own type; None: all, as Python's values.
+        columns: names of those that are read, or `ALL`, as arrays of the numbers' own type; None: all, as Python's
+            values.
 
     Raises:
         DataError: no such source, a file that can't be read, or no row at all.
@@ -53,7 +55,7 @@ def _rows_of(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, d
     """Rows, each with its line, from 1."""
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         for line, row in _lines(path):
-            yield line, row if columns is None else {name: row[name] for name in columns if name in row}
+            yield line, row if columns in (None, ALL) else {name: row[name] for name in columns or () if name in row}
     else:
         yield from enumerate(_columns(path, columns), 1)
 
@@ -103,7 +105,8 @@ def _values(batch: Any, columns: Sequence[str] | None) -> Iterator[dict[str, Any
     if columns is None:
         yield from batch.to_pylist()
         return
-    there = [name for name in columns if name in batch.schema.names]
+    known = batch.schema.names
+    there = known if columns == ALL else [name for name in columns if name in known]
     types = [_number_type(batch.column(name).type) for name in there]
     for row in batch.select(there).to_pylist():
         yield {name: _typed(row[name], dtype) for name, dtype in zip(there, types, strict=True)}

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orchestrator.data.manifest import SPLITS, Split
-from orchestrator.errors import EntrypointError
+from orchestrator.errors import DataError, EntrypointError
 from orchestrator.spec.data import DataSpec
+from orchestrator.spec.task import UNITS, TaskSpec
 from orchestrator.user_code import calling_user, function_of
 
 KEY = "data.entrypoint"
@@ -65,3 +68,17 @@ class UserRows:
 
     def _refused(self, what: str, remedy: str) -> EntrypointError:
         return EntrypointError(f"{KEY} {self._entrypoint} {what}", remedy=remedy)
+
+
+def units_of(task: TaskSpec, row: Mapping[str, Any], where: str) -> int:
+    """The units of a row: 1, or for a task of the user's those of its column. Raises DataError for no such number."""
+    if task.entrypoint is None or not isinstance(row, Mapping) or UNITS not in row:
+        return 1
+    units = np.asarray(row[UNITS])
+    if units.shape != () or units.dtype.kind not in "iu" or units < 1:
+        raise DataError(
+            f"{UNITS!r} of {where} is {row[UNITS]!r}; it must be a whole number from 1",
+            remedy="Correct it, leave rows without units out, or give the column another name: this one counts units.",
+            unchanged="No store was written.",
+        )
+    return int(units)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.task import Batch, Loss, Row
+from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.spec.task import TaskSpec
 from orchestrator.user_code import calling_user, function_of, place_in_code
 
@@ -36,6 +36,9 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")  # of a metric: what MLflow t
 class UserTask:
     """Adapts what a user's function returns to a task, and names what is wrong with it.
 
+    Args:
+        built_in: collates rows of this kind where the user's task doesn't.
+
     Attributes:
         place: file and first line of the user's `loss`, before the text of errors; empty if it is no Python function.
 
@@ -43,8 +46,9 @@ class UserTask:
         EntrypointError: the function can't be imported, raises, or returns no task.
     """
 
-    def __init__(self, spec: TaskSpec) -> None:
+    def __init__(self, spec: TaskSpec, built_in: Task | None = None) -> None:
         assert spec.entrypoint is not None
+        self._built_in = built_in
         self._name = f"{KEY} {spec.entrypoint}"
         make = function_of(KEY, spec.entrypoint, Path(spec.code_dir))
         with calling_user(self._name):
@@ -60,8 +64,10 @@ class UserTask:
         self._check_names(self.metrics)
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
-        """By the user's `collate`; without one, each column's arrays stacked."""
+        """By the user's `collate`; without one, as the built-in task of such rows, or each column's arrays stacked."""
         if not callable(getattr(self._task, "collate", None)):
+            if self._built_in is not None:
+                return self._built_in.collate(rows, rng)
             return {name: self._stacked(name, [row[name] for row in rows]) for name in rows[0]}
         with calling_user(f"collate of {self._name}"):
             arrays: Mapping[str, NDArray[np.generic]] = self._task.collate(rows, rng)

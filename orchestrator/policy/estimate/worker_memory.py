@@ -20,7 +20,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.estimate.curriculum_stages import longest_row
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.task import DPO
+from orchestrator.spec.task import PREFERENCE
 
 PROCESS_BYTES = 320_000_000  # its own memory and its share of libraries' pages, once torch and DeepSpeed are imported
 
@@ -117,7 +117,7 @@ def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) ->
 def with_longest_rows(job: JobSpec) -> JobSpec:
     """The job with its longest rows, which set memory and bytes of dispatch: its curriculum's, or both answers of
     a pair."""
-    if job.has_chats and job.task.name == DPO:
+    if job.data_format == PREFERENCE:
         longest = {"sequence_length": 2 * job.train.sequence_length}
     elif job.curriculum is not None:
         longest = {"sequence_length": longest_row(job.curriculum, job.train)}

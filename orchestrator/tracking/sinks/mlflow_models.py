@@ -1,17 +1,22 @@
 """Checkpoints as MLflow's LoggedModels of type `checkpoint`. Shards stay in run storage; MLflow has their path, step
-and metrics:
+and metrics, and of the one that is registered the model as other libraries load it:
 
     mlflow.search_logged_models(filter_string="metrics.`eval/loss` < 3 AND tags.`orchestrator.checkpoint` = 'stored'")
 """
 
 import logging
+import shutil
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Run
 from mlflow.exceptions import MlflowException
 
-from orchestrator.tracking.sinks.sink import Checkpoint, CheckpointMark, Fate
+from orchestrator.errors import UsageError
+from orchestrator.tracking.sinks.sink import Checkpoint, CheckpointMark, Fate, ModelExport
 
 FATE_TAG = "orchestrator.checkpoint"  # a `Fate`
 STEP_TAG = "orchestrator.step"
@@ -21,6 +26,7 @@ EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's tag for artifacts that are 
 MODEL_TYPE = "checkpoint"
 _TAKEN = ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
 _PAGE = 100
+_PARTIAL = ".export-"  # begins the names of folders with models that MLflow doesn't have yet
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +63,13 @@ class RunModels:
             if is_meant and model.tags[FATE_TAG] == Fate.STORED:
                 self._client.set_logged_model_tags(model.model_id, {FATE_TAG: mark.fate.value})
 
-    def register(self, name: str, alias: str | None) -> None:
-        """Register the newest checkpoint's model as a new version of `name`."""
+    def register(self, name: str, alias: str | None, export: ModelExport | None, directory: Path) -> None:
+        """Register the newest checkpoint's model as a new version of `name`.
+
+        Args:
+            export: None: the version has no files, only the path of the checkpoint.
+            directory: for the files until MLflow has them.
+        """
         stored = [model for model in self._all() if model.tags[FATE_TAG] == Fate.STORED]
         if not stored:
             logger.warning("run %s has no checkpoint to register as %s", self._run_id, name)
@@ -69,16 +80,39 @@ class RunModels:
         except MlflowException as error:
             if error.error_code not in _TAKEN:
                 raise
-        version = self._version_of(name, newest)
+        version = self._known_version(name, newest)
+        if version is None:
+            if export is not None:
+                self._upload(newest, export, directory)
+            version = self._new_version(name, newest)
         if alias is not None:
             self._client.set_registered_model_alias(name, alias, version)
 
-    def _version_of(self, name: str, model: LoggedModel) -> str:
-        """The model's version, from an earlier attempt if one has its tag."""
-        tags = {PATH_TAG: model.tags[PATH_TAG], STEP_TAG: model.tags[STEP_TAG], SEQ_TAG: model.tags[SEQ_TAG]}
+    def _upload(self, model: LoggedModel, export: ModelExport, directory: Path) -> None:
+        """Store the files of the model with it; none of a model that no other library knows. It may be repeated."""
+        for rest in directory.glob(f"{_PARTIAL}*"):  # of a process that was killed
+            shutil.rmtree(rest)
+        module, _, function = export.function.partition(":")
+        with TemporaryDirectory(dir=directory, prefix=_PARTIAL) as folder:
+            to = Path(folder) / "model"
+            try:
+                getattr(import_module(module), function)(export.run_dir, model.tags[PATH_TAG].rpartition("/")[2], to)
+            except UsageError as error:
+                logger.warning("the registered model of run %s has no files: %s", self._run_id, error.message)
+                return
+            self._client.log_model_artifacts(model.model_id, str(to))
+        if EXTERNAL_TAG in model.tags:
+            self._client.delete_logged_model_tag(model.model_id, EXTERNAL_TAG)
+
+    def _known_version(self, name: str, model: LoggedModel) -> str | None:
+        """The model's version from an earlier attempt."""
         for known in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._tracked_id}'"):
-            if known.tags.get(SEQ_TAG) == tags[SEQ_TAG]:
+            if known.tags.get(SEQ_TAG) == model.tags[SEQ_TAG]:
                 return str(known.version)
+        return None
+
+    def _new_version(self, name: str, model: LoggedModel) -> str:
+        tags = {PATH_TAG: model.tags[PATH_TAG], STEP_TAG: model.tags[STEP_TAG], SEQ_TAG: model.tags[SEQ_TAG]}
         made = self._client.create_model_version(
             name, model.artifact_location, run_id=self._tracked_id, tags=tags, model_id=model.model_id
         )

@@ -18,7 +18,10 @@ from sqlalchemy import NullPool, create_engine
 
 from orchestrator.errors import UsageError
 from orchestrator.tracking.sinks.mlflow_models import RunModels
+from orchestrator.tracking.sinks.mlflow_note import with_outcome, without_outcome
 from orchestrator.tracking.sinks.sink import (
+    NOTE_TAG,
+    PICTURE,
     Checkpoint,
     CheckpointMark,
     Dataset,
@@ -27,6 +30,7 @@ from orchestrator.tracking.sinks.sink import (
     Outcome,
     RunInfo,
     artifact_root,
+    is_directory,
     redacted,
     sqlite_path,
     with_driver,
@@ -34,6 +38,8 @@ from orchestrator.tracking.sinks.sink import (
 
 RUN_TAG = "orchestrator.run_id"
 REASON_TAG = "orchestrator.reason"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not those for agents
+STALLS = {"rescales": "elastic/rescale_stall_s", "recoveries": "elastic/recovery_stall_s"}
 
 _METRICS_PER_CALL = 1000  # MLflow's limits for one log_batch
 _PARAMS_PER_CALL = 100
@@ -60,29 +66,38 @@ def make_database(path: Path) -> None:
                 made.rename(path)
 
 
+def client_at(uri: str) -> MlflowClient:
+    if is_directory(uri):  # whoever submitted the run has allowed it, in another process
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    return MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
+
+
 class MlflowSink:
     """A `Sink` that writes to one run of one MLflow experiment.
 
     Args:
-        uri: URI of an sqlite file with an absolute path, a PostgreSQL database, or an MLflow server.
+        uri: URI of an sqlite file with an absolute path, a PostgreSQL database, an MLflow server, or a directory.
         experiment: name of the experiment, created if it doesn't exist.
         artifacts: directory of a run's files if the database is PostgreSQL.
+        directory: for files that MLflow doesn't have yet.
 
     Raises:
         UsageError: the URI has another form.
         MlflowException: the tracker can't be reached.
     """
 
-    def __init__(self, uri: str, experiment: str, artifacts: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, experiment: str, artifacts: str, directory: Path) -> None:
+        self._uri, self._directory = uri, directory
         self._experiment = experiment
         self._artifact_root = artifact_root(uri, artifacts)
         if uri.startswith("sqlite:"):
             make_database(sqlite_path(uri))
-        elif self._artifact_root is not None:  # MLflow itself would retry for an hour before it reports an error
+        elif self._artifact_root is not None and not is_directory(
+            uri
+        ):  # MLflow itself would retry for an hour before it reports an error
             engine = create_engine(with_driver(uri), poolclass=NullPool)
             engine.connect().close()
-        self._client = MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
+        self._client = client_at(uri)
         self._run: Run | None = None
         self._info = RunInfo("", "")
 
@@ -94,6 +109,9 @@ class MlflowSink:
         if found:
             self._client.update_run(found[0].info.run_id, status="RUNNING")
             started = found[0]
+            note = started.data.tags.get(NOTE_TAG, "")
+            if (of_active := without_outcome(note)) != note:
+                self._client.set_tag(started.info.run_id, NOTE_TAG, of_active)
         else:
             started = self._client.create_run(experiment_id, run_name=run.name, tags={**run.tags, RUN_TAG: run.run_id})
         missing = [
@@ -159,12 +177,13 @@ class MlflowSink:
     def finish(self, end: Finish) -> None:
         if end.reason:
             self._client.set_tag(self.tracked_id, REASON_TAG, end.reason)
-        if end.outcome is Outcome.SUCCEEDED and self._info.register_as is not None:
-            self._models().register(self._info.register_as, self._info.alias)
+        self._describe(end)
         if end.outcome is Outcome.PAUSED:  # not terminated: SCHEDULED is MLflow's status for a waiting run
             self._client.update_run(self.tracked_id, status="SCHEDULED")
         else:
             self._client.set_terminated(self.tracked_id, status=_STATUS[end.outcome])
+        if end.outcome is Outcome.SUCCEEDED and self._info.register_as is not None:  # may take long
+            self._models().register(self._info.register_as, self._info.alias, self._info.export, self._directory)
 
     @property
     def url(self) -> str:
@@ -178,6 +197,21 @@ class MlflowSink:
     def tracked_id(self) -> str:
         return str(self._run.info.run_id) if self._run else ""
 
+    def _describe(self, end: Finish) -> None:
+        """Write the end into the run's description. Users may have changed the rest of it, which stays."""
+        run = self._client.get_run(self.tracked_id)
+        newest = {
+            found.key: MetricPoint(found.key, found.value, found.step, found.timestamp / 1000)
+            for found in run.to_proto().data.metrics
+            if found.key in ("train/loss", "eval/loss")
+        }
+        moves = {kind: len(self._client.get_metric_history(self.tracked_id, key)) for kind, key in STALLS.items()}
+        picture = None
+        if any(file.path == PICTURE for file in self._client.list_artifacts(self.tracked_id)):
+            picture = f"get-artifact?path={PICTURE}&run_uuid={self.tracked_id}"
+        note = with_outcome(run.data.tags.get(NOTE_TAG, ""), end, newest, moves, picture)
+        self._client.set_tag(self.tracked_id, NOTE_TAG, note)
+
     def _models(self) -> RunModels:
         assert self._run is not None, "start was not called"
         return RunModels(self._client, self._run, self._info.run_id)
@@ -186,7 +220,7 @@ class MlflowSink:
         found: Experiment | None = self._client.get_experiment_by_name(self._experiment)
         if found is None:
             try:
-                return str(self._client.create_experiment(self._experiment, artifact_location=self._artifact_root))
+                return str(self._client.create_experiment(self._experiment, self._artifact_root, tags=KIND))
             except MlflowException:
                 found = self._client.get_experiment_by_name(self._experiment)  # another run may have made it just now
                 if found is None:

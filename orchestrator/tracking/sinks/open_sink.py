@@ -33,7 +33,7 @@ def open_sink(name: str, setup: TrackerSetup) -> Sink:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from orchestrator.tracking.sinks.mlflow_sink import MlflowSink
 
-    return MlflowSink(setup.uri, setup.experiment, setup.artifacts)
+    return MlflowSink(setup.uri, setup.experiment, setup.artifacts, outbox_directory(name, setup))
 
 
 def explain(name: str, setup: TrackerSetup, error: Exception) -> str:

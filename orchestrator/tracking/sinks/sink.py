@@ -11,6 +11,9 @@ from typing import Protocol
 from orchestrator.errors import UsageError
 from orchestrator.metrics.registry import metric
 
+NOTE_TAG = "mlflow.note.content"  # MLflow's own name of a run's description
+PICTURE = "story.png"  # chart of the run's whole course, an artifact
+
 
 @dataclass(frozen=True)
 class TrackerPosition:
@@ -122,10 +125,20 @@ Item = MetricPoint | Artifact | Inputs | Checkpoint | CheckpointMark | Finish
 
 
 @dataclass(frozen=True)
+class ModelExport:
+    """Writer of a checkpoint's model as other libraries load it: `function`, "module:name", gets `run_dir`, the name of
+    a checkpoint, and the path of a new directory. It raises UsageError for a model that no other library knows."""
+
+    function: str
+    run_dir: str
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """Description of a run, passed to a sink once. `params` never change; `run_id` identifies the run after a restart.
 
-    When the run succeeds, the model of its newest checkpoint is registered as `register_as`, under `alias`.
+    When the run succeeds, the model of its newest checkpoint, written by `export`, is registered as `register_as`,
+    under `alias`.
     """
 
     run_id: str
@@ -134,6 +147,7 @@ class RunInfo:
     tags: Mapping[str, str] = field(default_factory=dict)
     register_as: str | None = None
     alias: str | None = None
+    export: ModelExport | None = None
 
 
 @dataclass(frozen=True)
@@ -192,23 +206,30 @@ class Sink(Protocol):
 
 def check_uri(uri: str) -> None:
     """Raises UsageError unless the URI has a supported form, which works from any directory."""
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?", uri):
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+|databricks(://.+)?|file:///.+", uri):
         raise UsageError(
             f"tracking URI {redacted(uri)!r} is neither sqlite:////ABSOLUTE/PATH.db, nor postgresql://HOST/DATABASE, "
-            "nor the http(s):// address of an MLflow server, nor databricks",
+            "nor the http(s):// address of an MLflow server, nor databricks, nor file:///ABSOLUTE/DIRECTORY",
             remedy="Set tracking.uri in the job file to one of them, or leave it out",
         )
 
 
 def artifact_root(uri: str, artifacts: str) -> str | None:
-    """Root of artifacts for the tracker at `uri`: beside an sqlite file, in `artifacts` for another database, None if a
-    server decides. Raises UsageError as `check_uri` does."""
+    """Root of artifacts for the tracker at `uri`: beside an sqlite file or a directory of MLflow's, in `artifacts` for
+    another database, None if a server decides. Raises UsageError as `check_uri` does."""
     check_uri(uri)
     if uri.startswith(("http", "databricks")):
         return None
     if uri.startswith("sqlite:"):
         return (sqlite_path(uri).parent / "mlflow-artifacts").as_uri()
+    if is_directory(uri):
+        return f"{uri.rstrip('/').rpartition('/')[0]}/mlflow-artifacts"
     return Path(artifacts).as_uri()
+
+
+def is_directory(uri: str) -> bool:
+    """Whether the URI is of MLflow's files in a directory, which MLflow opens only with `MLFLOW_ALLOW_FILE_STORE`."""
+    return uri.startswith("file:")
 
 
 def sqlite_path(uri: str) -> Path:

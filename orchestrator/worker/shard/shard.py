@@ -108,7 +108,7 @@ class ShardFactory:
 
     def __init__(self, me: str, job: WorkerJob, spec: JobSpec, device: torch.device) -> None:
         self.me, self.job, self.spec, self.device = me, job, spec, device
-        self.vocab_size, self.task = spec.num_outputs(job.vocab_size), task_of(spec.task)
+        self.vocab_size, self.task = spec.num_outputs(job.vocab_size), task_of(spec.task, spec.data_format)
         self.address = local_address(job.head_host)
         self.params: Sequence[ParamSpec]
         self.params, self.buffers = catalogue(spec.model, self.vocab_size)

@@ -43,7 +43,8 @@ class StepLosses:
             raise EntrypointError(
                 f"the task's loss is a sum over {loss.units} units in a micro-batch in which the data have "
                 f"{micro_batch.units}",
-                remedy="Return as many units as the rows have, 1 each unless the data say otherwise (docs/tasks.md).",
+                remedy="Return as many units as the rows have, 1 each unless their column `units` has another number "
+                "(docs/tasks.md).",
             )
         if micro_batch.number is not None:
             metrics = (each for pair in loss.metrics.values() for each in pair)

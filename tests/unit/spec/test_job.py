@@ -154,7 +154,7 @@ def test_tracking_uris(uri: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "mlruns", "sqlite:///x.db", "sqlite:////", "file:///mlruns", "postgres://x", "http://"]
+    "uri", ["", "mlruns", "sqlite:///x.db", "sqlite:////", "file:mlruns", "postgres://x", "http://"]
 )
 def test_tracking_uris_refused(uri: str) -> None:
     with pytest.raises(ValidationError, match="ABSOLUTE"):

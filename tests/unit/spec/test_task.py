@@ -14,6 +14,10 @@ def _job(**sections: Any) -> JobSpec:
     return JobSpec.model_validate({"schema": "v1", "name": "try", **sections})
 
 
+def _own(data_format: str, **data: Any) -> dict[str, Any]:
+    return {"task": {"entrypoint": "mine:task"}, "data": {"source": "here", "format": data_format, **data}}
+
+
 @pytest.mark.parametrize(
     ("sections", "has_rows", "has_chats", "has_tokens", "unit"),
     [
@@ -23,6 +27,10 @@ def _job(**sections: Any) -> JobSpec:
         ({"task": "classification", "model": OWN_MODEL, "data": {"source": "here"}}, True, False, False, "rows"),
         ({"task": {"entrypoint": "mine:task"}}, False, False, True, "units"),
         ({"task": {"entrypoint": "mine:task"}, "data": {"entrypoint": "mine:rows"}}, True, False, False, "units"),
+        (_own("text"), False, False, True, "units"),
+        (_own("messages"), True, True, True, "units"),
+        (_own("preference"), True, True, True, "units"),
+        (_own("arrays"), True, False, False, "units"),
     ],
 )
 def test_the_task_decides_what_the_data_are(
@@ -68,6 +76,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "data.holdout is of files",
     ),
     "a template of text": ({"data": {"chat_template": "there"}}, "data.chat_template is of tasks sft and dpo"),
+    "a template of arrays": (_own("arrays", chat_template="there"), "and of data.format messages and preference"),
+    "another format than the task's": (
+        {"task": "dpo", "data": {"source": "here", "format": "messages"}},
+        "data.format is preference for task dpo, and need not be given; got messages",
+    ),
+    "a format of one's own rows": (
+        {"task": {"entrypoint": "mine:task"}, "data": {"entrypoint": "mine:rows", "format": "arrays"}},
+        "data.format is of files",
+    ),
+    "pairs of no file": (
+        {"task": {"entrypoint": "mine:task"}, "data": {"format": "preference"}},
+        "data.source must name a file or a folder with the rows of task mine:task",
+    ),
+    "documents of one's own task's chats": (_own("messages", row_format="documents"), "data.row_format is of text"),
     "no function": ({"task": {"entrypoint": "mine"}}, 'must be "package.module:function"'),
 }
 

@@ -27,12 +27,24 @@ def test_mlflow_s_variables_fill_in_what_the_job_leaves_out() -> None:
     assert with_provenance(_job(), None, {"MLFLOW_TRACKING_URI": "databricks://me"}).tracking.uri == "databricks://me"
 
 
-@pytest.mark.parametrize("uri", ["file:///runs/mlruns", "./mlruns", "sqlite:///relative.db"])
-def test_a_variable_that_can_not_be_used_is_named_with_mlflow_s_own_way_out(uri: str) -> None:
-    with pytest.raises(UsageError, match="MLFLOW_TRACKING_URI is set: .* is neither") as refused:
+@pytest.mark.parametrize("uri", ["./mlruns", "sqlite:///relative.db"])
+def test_a_variable_that_can_not_be_used_is_named(uri: str) -> None:
+    with pytest.raises(UsageError, match="MLFLOW_TRACKING_URI is set: .* is neither"):
         with_provenance(_job(), None, {"MLFLOW_TRACKING_URI": uri})
-    assert "mlflow migrate-filestore" in refused.value.remedy
     assert with_provenance(_job(uri="sqlite:////a.db"), None, {"MLFLOW_TRACKING_URI": uri}).tracking.uri is not None
+
+
+def test_a_directory_of_mlflow_s_files_needs_mlflow_s_own_way_out() -> None:
+    uri = "file:///runs/mlruns"
+    for job, variables, key in (
+        (_job(uri=uri), {}, "tracking.uri"),
+        (_job(), {"MLFLOW_TRACKING_URI": uri}, "MLFLOW_TR"),
+    ):
+        with pytest.raises(UsageError, match=f"^{key}.* is {uri}, and MLflow no longer maintains") as refused:
+            with_provenance(job, None, variables | {"MLFLOW_ALLOW_FILE_STORE": "false"})
+        assert "mlflow migrate-filestore" in refused.value.remedy
+        assert "MLFLOW_ALLOW_FILE_STORE=true" in refused.value.remedy
+        assert with_provenance(job, None, variables | {"MLFLOW_ALLOW_FILE_STORE": "True"}).tracking.uri == uri
 
 
 def test_a_password_in_the_variable_is_refused_and_hidden() -> None:
@@ -60,4 +72,13 @@ def test_who_submitted_which_file_at_which_commit(tmp_path: Path, monkeypatch: p
     assert outside["mlflow.user"] == "ada"
     tags = tracker_setup("try", Path("/runs/try"), spec).run.tags
     assert tags["team"] == "moe" and tags["orchestrator.run_dir"] == "/runs/try"
-    assert tags["mlflow.note.content"] == "Run storage: `/runs/try`"
+    assert tags["mlflow.note.content"].splitlines() == [
+        "- **Task:** `lm`",
+        "- **Model:** 4 layers of width 128, 8 experts, 2 per token",
+        "- **Data:** `builtin:stdlib`",
+        "- **Training:** 1,000 steps of 16 rows, fp32",
+        "- **Workers:** 1",
+        "- **Run storage:** `/runs/try`",
+    ]
+    mine = _job(tags={"mlflow.note.content": "mine"})
+    assert tracker_setup("try", Path("/runs/try"), mine).run.tags["mlflow.note.content"] == "mine"

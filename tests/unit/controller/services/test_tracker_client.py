@@ -161,6 +161,41 @@ def test_a_tracker_that_could_not_be_started_is_started_again(run_dir: Path, mon
     assert len(started) == 2
 
 
+@dataclass
+class BusyTracker:
+    """A tracker whose delivery arrives with the last of `answers`, each of an end that it was asked for."""
+
+    answers: list[bool]
+    error: str = ""
+    ends: int = 0
+
+    def within(self, _: float) -> "BusyTracker":
+        return self
+
+    def ask(self, method: Any, *_: Any) -> Any:
+        if method is Tracker.position:
+            return TrackerPosition(STEPS)
+        if method is Tracker.finish:
+            self.ends += 1
+            return self.answers[self.ends - 1]
+        return {"url": "", "waiting": 1, "position": STEPS, "error": self.error} if method is Tracker.describe else None
+
+
+@pytest.mark.parametrize(
+    ("register_as", "error", "ends"), [("books", "", 3), ("books", "no server answers", 1), (None, "", 1)]
+)
+def test_the_end_waits_for_a_model_that_is_being_written(
+    run_dir: Path, register_as: str | None, error: str, ends: int
+) -> None:
+    job = JobSpec.model_validate({"name": "run", "tracking": {"register_as": register_as}})
+    link = TrackerClient("run", run_dir, job, "package:Tracker", 1, StorageThread(SimpleQueue()), SimpleQueue())
+    tracker: Any = BusyTracker([False, False, True], error)
+    link._tracker = tracker
+    link.close("succeeded", "", STEPS)
+    assert tracker.ends == ends
+    assert (link.warning is None) == (ends == 3)
+
+
 def test_files_and_data_are_told_too(run_dir: Path) -> None:
     told = [
         (method, args)

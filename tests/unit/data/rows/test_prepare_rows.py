@@ -183,6 +183,21 @@ def test_a_users_rows_are_read_once_and_kept(tmp_path: Path) -> None:
     assert first[0]["y"].dtype == np.float32
 
 
+@pytest.mark.parametrize("units", ["n + 1", "0", "1.5", "[1]"])
+def test_a_column_of_units_counts_those_of_a_users_rows(tmp_path: Path, units: str) -> None:
+    rows = f"[{{'x': float(n), 'units': {units}}} for n in range(12)]"
+    (tmp_path / "counted.py").write_text(f"def rows(split, options):\n    return {rows}")
+    job = task_job("own", tmp_path)
+    counted = {"entrypoint": "counted:rows", "code_dir": str(tmp_path)}
+    job = job.model_copy(update={"data": job.data.model_copy(update=counted)})
+    if units == "n + 1":
+        assert prepare_rows(job, tmp_path / "data").units("train", np.arange(12)).tolist() == list(range(1, 13))
+        return
+    for read in (lambda: prepare_rows(job, tmp_path / "data"), lambda: first_rows(job, 2)):
+        with pytest.raises(DataError, match="'units' of row 0 of counted:rows for train is .* whole number from 1"):
+            read()
+
+
 def test_classes_are_counted_and_checked(tmp_path: Path) -> None:
     job = task_job("classification", tmp_path)
     assert prepare_rows(job, tmp_path / "data").manifest.num_outputs == 10
@@ -229,6 +244,14 @@ def test_a_folder_that_datasets_saved_is_rows_too(tmp_path: Path) -> None:
     assert store.manifest.num_outputs == 4 and store.num_rows("train") + store.num_rows("validation") == 40
     assert store.read("train", np.array([0]))[0]["pixels"].shape == (2, 2)
     assert {name: column.dtype for name, column in store.manifest.columns.items()} == {"pixels": "<f4", "digit": "<i8"}
+
+    with pyarrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.drop(["file"]).schema) as file:
+        file.write_table(table.drop(["file"]))
+    own = plain.model_dump(by_alias=True) | {"task": {"entrypoint": "mine:task"}}
+    of_own = JobSpec.model_validate(own | {"data": {"source": str(folder), "format": "arrays"}})
+    again = prepare_rows(of_own, tmp_path / "data")
+    assert again.manifest.columns == store.manifest.columns and again.manifest.num_outputs == 0
+    assert again.num_rows("train") + again.num_rows("validation") == 40
 
 
 def test_what_is_missing_in_a_column_is_refused(tmp_path: Path) -> None:

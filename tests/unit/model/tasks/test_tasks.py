@@ -231,6 +231,20 @@ BAD: dict[str, tuple[str, str, str]] = {
 }
 
 
+ON_CHATS = """
+from orchestrator.model.task import Loss
+
+class Task:
+    def loss(self, model, batch):
+        total = model.token_losses(batch["inputs"], batch["targets"], batch["lengths"]).sum(-1)
+        total = total if "reference" not in batch else (total - batch["reference"]).view(2, -1).sum(0)
+        return Loss(total.sum(), {units})
+
+def task(options):
+    return Task()
+"""
+
+
 def _own(folder: Path, body: str, made: str = "Task()") -> JobSpec:
     module = f"task_{abs(hash((body, made)))}"
     (folder / f"{module}.py").write_text(TASK.format(body=body, made=made))
@@ -267,6 +281,25 @@ def test_numbers_in_metrics_are_exact(tmp_path: Path) -> None:
     model: Any = SimpleNamespace(moe_layers=[], outputs=lambda x: x[:, 0])
     loss = task_of(job.task).loss(model, {"x": torch.ones(2, 4), "y": torch.zeros(2)})
     assert [each.item() for each in loss.metrics["error"]] == [2**24 + 1, 0.1]
+
+
+def test_units_are_those_of_the_column_where_rows_have_one(tmp_path: Path) -> None:
+    job = _own(tmp_path, "return Loss((error * batch['units']).sum(), int(batch['units'].sum()), metrics)")
+    rows = [{"x": np.full(4, n, np.float32), "y": np.float32(0.5), "units": np.int64(n)} for n in (2, 3)]
+    rehearse(job, 0, task_of(job.task), torch.device("cpu"), rows)  # type: ignore[arg-type]
+    job = _own(tmp_path, SUM)
+    with pytest.raises(EntrypointError, match="is a sum over 1 units; the data have 2") as refused:
+        rehearse(job, 0, task_of(job.task), torch.device("cpu"), rows)  # type: ignore[arg-type]
+    assert "column `units`" in refused.value.remedy
+
+
+@pytest.mark.parametrize(("data_format", "units"), [("messages", "None"), ("preference", "len(total)")])
+def test_a_task_on_chats_is_tried_on_drawn_ones(tmp_path: Path, data_format: str, units: str) -> None:
+    (tmp_path / f"on_{data_format}.py").write_text(ON_CHATS.format(units=units))
+    task = {"entrypoint": f"on_{data_format}:task", "code_dir": str(tmp_path)}
+    plain = task_job("sft", tmp_path).model_dump(by_alias=True)
+    job = JobSpec.model_validate(plain | {"task": task, "data": plain["data"] | {"format": data_format}})
+    rehearse(job, 300, task_of(job.task, job.data_format), torch.device("cpu"))
 
 
 def test_numbers_are_as_good_as_tensors_in_metrics(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def test_a_point_of_an_undeclared_metric_can_not_be_made() -> None:
     [
         ("sqlite:////runs/mlflow.db", "file:///runs/mlflow-artifacts"),
         ("sqlite:////my runs/x.db?timeout=30", "file:///my%20runs/mlflow-artifacts"),
+        ("file:///my%20runs/mlruns/", "file:///my%20runs/mlflow-artifacts"),
         ("postgresql://host/mlflow", "file:///runs/kept"),
         ("http://127.0.0.1:5000", None),
         ("https://mlflow.example.org/base", None),
@@ -26,7 +27,7 @@ def test_artifacts_lie_beside_the_file_or_where_the_server_says(uri: str, root: 
     assert artifact_root(uri, "/runs/kept") == root
 
 
-@pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "sqlite://", "./mlruns", "file:///mlruns", "ftp://host"])
+@pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "sqlite://", "./mlruns", "file:mlruns", "ftp://host"])
 def test_a_uri_that_would_depend_on_the_current_directory_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match="sqlite:////ABSOLUTE"):
         artifact_root(uri, "/runs/kept")
