@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--faults", type=int, default=25, help="at least half of them are of storage")
     parser.add_argument("--schedule", choices=PACES, default="long", help="time between faults, and how long they last")
-    parser.add_argument("--disk", type=Disk, choices=list(Disk), help="by the seed if it isn't given; fuse: only so")
+    parser.add_argument(
+        "--disk", type=Disk, choices=list(Disk), help="by the seed if it isn't given; fuse, removable: only so"
+    )
     parser.add_argument("--patience", type=float, default=240.0, help="seconds until a run must have gone on")
     parser.add_argument("--place", type=Path, help="directory for all that is written, which stays. Default: in /tmp")
     parser.add_argument("--dry-run", action="store_true", help="print the schedule")

@@ -40,16 +40,20 @@ class Kind(StrEnum):
 
 
 class Disk(StrEnum):
-    """File system of run storage. A tmpfs can't be frozen, and only one by FUSE fails calls on request."""
+    """File system of run storage. A tmpfs can't be frozen, only one by FUSE fails calls on request, and only the
+    removable one, an ext4, is sometimes not mounted."""
 
     EXT4 = "ext4"
     TMPFS = "tmpfs"
     FUSE = "fuse"
+    REMOVABLE = "removable"
 
     def has(self, kind: Kind) -> bool:
         """Whether a fault of storage can be made to it."""
         if kind in (Kind.FAILING, Kind.SLOW):
             return self is Disk.FUSE
+        if kind is Kind.UNMOUNTED:
+            return self is Disk.REMOVABLE
         return kind is not Kind.HUNG or self is not Disk.TMPFS
 
 

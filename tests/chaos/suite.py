@@ -135,7 +135,7 @@ def _show_logs(checks: Checks, run_dir: Path) -> None:
 
 @contextmanager
 def _disk(kind: Disk, place: Path) -> Iterator[Path | FuseDisk]:
-    make = {Disk.EXT4: ext4_disk, Disk.TMPFS: small_disk, Disk.FUSE: fuse_disk}[kind]
+    make = {Disk.TMPFS: small_disk, Disk.FUSE: fuse_disk}.get(kind, ext4_disk)
     with make(place, DISK_MB) as disk:
         yield disk
 

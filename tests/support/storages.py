@@ -28,16 +28,16 @@ def storage_of(kind: str, place: Path) -> Iterator[MakeStorage]:
     the test where there is none."""
     match kind:
         case "directory":
-            yield lambda: DirectoryObjects(place / str(next(number)))
+            yield lambda: _new_directory(place)
         case "tmpfs":
             with small_disk(place, 256):
-                yield lambda: DirectoryObjects(place / str(next(number)))
+                yield lambda: _new_directory(place)
         case "ext4":
             with ext4_disk(place, 256):
-                yield lambda: DirectoryObjects(place / str(next(number)))
+                yield lambda: _new_directory(place)
         case "fuse":
             with fuse_disk(place, 256) as disk:
-                yield lambda: DirectoryObjects(disk.path / str(next(number)))
+                yield lambda: _new_directory(disk.path)
         case "s3":
             with s3_bucket() as (url, _):
                 yield lambda: BucketObjects(f"{url}/in s3/{next(number)}")
@@ -50,3 +50,9 @@ def storage_of(kind: str, place: Path) -> Iterator[MakeStorage]:
         case _:
             with azure_bucket() as url:
                 yield lambda: BucketObjects(f"{url}/runs/{next(number)}")
+
+
+def _new_directory(place: Path) -> LargeObjects:
+    directory = place / str(next(number))
+    directory.mkdir(parents=True)
+    return DirectoryObjects(directory)

@@ -5,15 +5,14 @@ one look that a process isn't there: it waits until it is found, and asks the pr
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
 
 import psutil
 
-from tests.support.hosts import until
-
-FOUND_S = 60.0
+FOUND_S, LOOK_S = 60.0, 0.1
 
 Found = TypeVar("Found")
 
@@ -51,14 +50,10 @@ def pid_of_actor(title: str) -> int:
 
 
 def _until_found(look: Callable[[], Found], is_wanted: Callable[[Found], bool], what: str) -> Found:
-    found = look()
-
-    def holds() -> bool:
-        nonlocal found
-        found = look()
-        return is_wanted(found)
-
-    until(holds, FOUND_S, what)
+    deadline_s = time.monotonic() + FOUND_S
+    while not is_wanted(found := look()):
+        assert time.monotonic() < deadline_s, f"{what} not found within {FOUND_S:.0f} s, but {found}"
+        time.sleep(LOOK_S)
     return found
 
 

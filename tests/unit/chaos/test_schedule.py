@@ -40,7 +40,7 @@ def test_at_least_half_of_the_faults_are_of_storage(num_faults: int) -> None:
 
 
 def test_every_kind_of_fault_and_of_end_occurs() -> None:
-    schedules = [_schedule(seed, disk=disk) for seed in SEEDS for disk in (None, Disk.FUSE)]
+    schedules = [_schedule(seed, disk=disk) for seed in SEEDS for disk in (None, Disk.FUSE, Disk.REMOVABLE)]
     assert {fault.kind for schedule in schedules for fault in schedule.faults} == set(Kind)
     assert {schedule.disk for schedule in schedules} == set(Disk)
     assert {schedule.stops_when_full for schedule in schedules} == {False, True}
@@ -68,8 +68,9 @@ def test_within_a_fault_of_storage_at_most_one_other_happens_and_it_happens_at_o
         (Disk.TMPFS, {Kind.FULL, Kind.READ_ONLY}),
         (Disk.EXT4, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG}),
         (Disk.FUSE, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG, Kind.FAILING, Kind.SLOW}),
+        (Disk.REMOVABLE, {Kind.FULL, Kind.READ_ONLY, Kind.HUNG, Kind.UNMOUNTED}),
     ],
-    ids=["tmpfs", "ext4", "fuse"],
+    ids=["tmpfs", "ext4", "fuse", "removable"],
 )
 def test_a_disk_has_the_faults_that_can_be_made_to_it(disk: Disk, kinds: set[Kind]) -> None:
     for seed in SEEDS:

@@ -20,6 +20,7 @@ number = count()
 
 @pytest.fixture(params=["directory", "bucket"])
 def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: tuple[str, RequestProxy]) -> Location:
+    (tmp_path / "demo").mkdir()
     return tmp_path / "demo" if request.param == "directory" else BucketUrl(bucket[0]) / f"ends-{next(number)}" / "demo"
 
 

@@ -10,6 +10,7 @@ from orchestrator.run_records.job_files import has_job, read_job, remove_job, wr
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
+from orchestrator.storage.backends.probe import check_storage
 from orchestrator.storage.journal import Journal
 from tests.support.request_proxy import RequestFault, RequestProxy
 
@@ -22,6 +23,7 @@ number = count()
 def location(request: pytest.FixtureRequest, tmp_path: Path, bucket: tuple[str, RequestProxy]) -> Location:
     bucket[1].forget()
     if request.param == "directory":
+        (tmp_path / "runs").mkdir()
         return tmp_path / "runs" / "demo"
     return BucketUrl(bucket[0]) / f"job-files-{next(number)}" / "demo"
 
@@ -47,6 +49,7 @@ def test_another_job_of_the_name_is_refused(location: Location) -> None:
 
 
 def test_a_text_that_was_left_behind_is_replaced(location: Location) -> None:
+    check_storage(location)  # makes a directory
     objects_at(location).create("job.yaml", b"name: cut off\n")
     write_job(location, JSON, "name: demo\n")
     assert objects_at(location).get("job.yaml") == b"name: demo\n"
@@ -79,6 +82,7 @@ def test_a_submission_that_fails_leaves_the_job_of_another_one(bucket: tuple[str
 
 
 def test_a_job_that_can_not_be_read_is_named(location: Location) -> None:
+    check_storage(location)  # makes a directory
     objects_at(location).create("job.json", b"{")
     with pytest.raises(UsageError, match=f"{location}/job.json can't be read"):
         read_job(location)

@@ -89,6 +89,7 @@ def test_a_directory_without_a_run(tmp_path: Path) -> None:
 
 def test_runs_of_like_names_are_named(tmp_path: Path) -> None:
     for name in ("books", "books-2", "other"):
+        (tmp_path / name).mkdir()
         Journal(DirectoryObjects(tmp_path / name))
     with pytest.raises(NotFound, match="Did you mean `books` or `books-2`?"):
         RunFiles(tmp_path / "bookz")

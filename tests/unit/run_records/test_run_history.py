@@ -116,6 +116,7 @@ def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
 def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
     over = ended(RunState(target=Life(LIMITS).target), RunPhase.FAILED, "w1 died").state
     assert status_after(tmp_path, over, closed=False).phase is RunPhase.FINISHING
+    (tmp_path / "closed").mkdir()
     status = status_after(tmp_path / "closed", over, closed=True)
     assert (status.phase, status.error, status.step) == (RunPhase.FAILED, "w1 died", 2)
 
