@@ -43,6 +43,9 @@ name: my-run
 `orchestrator job validate JOB.yaml` reports every mistake at once, with line, column, key and rule, and exits with 2.
 Refused are unknown keys, duplicate keys, anchors, aliases, tags, a second document, the words yes, no, on and off
 without quotes, and files over 1 MiB. `orchestrator job schema` prints the JSON Schema, which editors can check against.
+
+`--set KEY=VALUE` of `run` and `submit` replaces the value of one key, as in `--set train.max_steps=200`; below a short
+form, such as `workers: 2`, it adds to what that means. VALUE is YAML.
 """
 
 METRICS_HEAD = """\
