@@ -45,7 +45,7 @@ Refused are unknown keys, duplicate keys, anchors, aliases, tags, a second docum
 without quotes, and files over 1 MiB. `orchestrator job schema` prints the JSON Schema, which editors can check against.
 
 `--set KEY=VALUE` of `run` and `submit` replaces the value of one key, as in `--set train.max_steps=200`; below a short
-form, such as `workers: 2`, it adds to what that means. VALUE is YAML.
+form, such as `workers: 2`, it adds to what that means. VALUE is YAML, or the text itself where a key's value is text.
 """
 
 METRICS_HEAD = """\

@@ -71,7 +71,8 @@ class OrchestratorClient:
 
         Args:
             name: overrides the job's name.
-            overrides: `KEY=VALUE`, a dotted key and YAML, each overriding a key of the job file.
+            overrides: `KEY=VALUE`: a dotted key, and YAML, or plain text where the key's value is text. Each overrides
+                a key of the job file.
             timeout_s: don't queue the run: submit nothing if there is no room within this time.
             on_wait: called once with what is missing, if there is no room yet and `timeout_s` is set.
             options: passed on to `Scheduler.submit`.

@@ -27,7 +27,8 @@ def load_job(path: str | os.PathLike[str], overrides: Sequence[str | Setting] = 
     """Read a job file.
 
     Args:
-        overrides: replacements of the file's values; text is `KEY=VALUE`, a dotted key and YAML.
+        overrides: replacements of the file's values; text is `KEY=VALUE`: a dotted key, and YAML, or plain text where
+            the key's value is text.
 
     Raises:
         UsageError: the file can't be read, is larger than 1 MiB, or an override is no `KEY=VALUE`.

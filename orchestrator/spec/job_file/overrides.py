@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.job_file.yaml import YamlDocument, dotted, read_document, shown
+from orchestrator.spec.job_file.yaml import NULLS, YamlDocument, dotted, read_document, shown
 from orchestrator.spec.section import Path, Section
 
 
@@ -33,7 +33,7 @@ def apply(document: YamlDocument, override: str | Setting) -> None:
     """Set a key of the document. A mistake in the value, or above the key, becomes one of its problems.
 
     Args:
-        override: a setting, or `KEY=VALUE`: a dotted key and YAML.
+        override: a setting, or `KEY=VALUE`: a dotted key, and YAML, or plain text where the key's value is text.
 
     Raises:
         UsageError: the text is no `KEY=VALUE`.
@@ -60,9 +60,26 @@ def _parsed(document: YamlDocument, override: str) -> Setting:
             unchanged="Nothing was started.",
         )
     source = f"--set {override}"
+    if _is_literal(path, text.strip()):
+        return Setting(path, text.strip(), source)
     value = read_document(text, source)
     document.problems += value.problems
     return Setting(path, value.value, source)
+
+
+def _is_literal(path: Path, text: str) -> bool:
+    """Whether `text` is the value itself, not YAML: only text is possible at `path`, and `text` isn't in quotes.
+
+    Null and an empty value are YAML's null, which some keys may be, but no value in a mapping to text, such as `envs`.
+    """
+    kind: Any = JobSpec
+    is_in_mapping = False
+    for part in path:
+        is_in_mapping = get_origin(kind) is dict
+        field = _field(kind, part)
+        kind = get_args(kind)[1] if is_in_mapping else None if field is None else _without_null(field.annotation)
+    is_plain = text.isprintable() and not text.startswith(("'", '"'))
+    return kind is str and is_plain and (is_in_mapping or text not in NULLS)
 
 
 def _expand(document: YamlDocument, path: Path) -> tuple[Path, Any] | None:

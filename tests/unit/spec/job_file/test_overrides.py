@@ -1,4 +1,6 @@
-"""A key that is set from outside changes nothing else of the job."""
+"""A key that is set from outside changes nothing else of the job, and its text needs no quotes."""
+
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,34 @@ def test_a_value_that_can_hold_no_key_is_refused_not_replaced(text: str, overrid
         parse_job(HEAD + text, "job.yaml", [override])
     (found,) = caught.value.problems
     assert problem in str(found)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("name=on", ("name",), "on"),
+        ("name='on'", ("name",), "on"),
+        ("envs.DEBUG=1", ("envs", "DEBUG"), "1"),
+        ("envs.DEBUG=", ("envs", "DEBUG"), ""),
+        ("envs.DEBUG=null", ("envs", "DEBUG"), "null"),
+        ("envs.FLAGS=a: b # c", ("envs", "FLAGS"), "a: b # c"),
+        ('envs.FLAGS="1"', ("envs", "FLAGS"), "1"),
+        ("workers.label_selector.gpu=true", ("workers", "label_selector", "gpu"), "true"),
+        ("tracking.register_as=007", ("tracking", "register_as"), "007"),
+        ("tracking.alias=null", ("tracking", "alias"), None),
+        ("tracking.experiment=2024", ("tracking", "experiment"), "2024"),
+        ("storage=", ("storage",), "./runs"),
+        ("task.options.x=1", ("task", "options", "x"), 1),
+    ],
+)
+def test_text_is_taken_as_it_is_where_only_text_is_possible(override: str, path: tuple[str, ...], value: Any) -> None:
+    found: Any = parse_job(f"{HEAD}task: {{entrypoint: a:b}}\n" if path[0] == "task" else HEAD, "", [override])
+    for key in path:
+        found = found[key] if isinstance(found, dict) else getattr(found, key)
+    assert found == value
+
+
+@pytest.mark.parametrize("override", ["name=\udcff", "envs.A=a\x1b"])
+def test_text_that_can_not_be_printed_is_refused(override: str) -> None:
+    with pytest.raises(SpecError, match="must be printable text"):
+        parse_job(HEAD, "job.yaml", [override])
