@@ -6,6 +6,7 @@ from collections.abc import Callable
 from orchestrator.errors import JobDoesNotFit, NotFinished
 from orchestrator.protocol.status import RunStatus
 
+WAITING = "Waiting for room"  # begins the message of a command
 RETRY_EVERY_S = 1.0
 LOOK_EVERY_S = 0.5
 
@@ -26,7 +27,6 @@ def when_there_is_room(
                 raise
             if on_wait is not None:
                 on_wait(error)
-                on_wait = None
         time.sleep(RETRY_EVERY_S)
 
 

@@ -88,7 +88,7 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
         "envs": {"SIM_STEP_S": "0.4"},  # two minutes, in which commands start on a busy machine
         "checkpoint": {"every": 10, "keep_last": 100},
     }
-    here("submit", here.job("sleeper", **slow))
+    assert here("run", "-d", here.job("sleeper", **slow)).stdout == "sleeper\n"
     here.until_event("sleeper", "checkpoint")
     assert "is going on" in here("resume", "sleeper", expect=2).stderr
     here("pause", "sleeper")

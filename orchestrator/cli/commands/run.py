@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.commands.remote import run_by_url, submit_by_url
+from orchestrator.cli.commands.runs import show_name
 from orchestrator.cli.terminal.options import RUNS, Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
 from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json
 from orchestrator.cluster.jobs_api import is_url
@@ -34,7 +35,12 @@ def run(
         typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process after this many steps."),
     ] = None,
     detach: Annotated[
-        bool, typer.Option("-d", "--detach", help="Return once the run is submitted; a cluster of its own stays up.")
+        bool,
+        typer.Option(
+            "-d",
+            "--detach",
+            help="Return once the run is submitted, and print its name; a cluster of its own stays up.",
+        ),
     ] = False,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -57,9 +63,10 @@ def run(
                 unchanged="Nothing was started.",
             )
         if detach:
-            submit_by_url(str(address), job, name, overrides, dry_run=False)
+            run_id, _ = submit_by_url(str(address), job, name, overrides, timeout)
+            show_name(run_id, output)
         else:
-            run_by_url(str(address), job, name, overrides)
+            run_by_url(str(address), job, name, overrides, timeout, output)
         return
     spec = check_job(job, name, overrides)  # before connecting to a cluster or starting one
     with _cluster(spec, None if local else address, keep_cluster or detach) as place:
@@ -68,6 +75,7 @@ def run(
         narrate(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
         if detach:
             narrate(_detached(run_id))
+            show_name(run_id, output)
             return
         live = LiveProgress()
         victims = [kill_at] if kill_at is not None else []
