@@ -79,7 +79,7 @@ COMMAND_LINE_HEAD = """\
 
 Every verb shows its arguments and options with `--help`. Data goes to stdout, messages and errors to stderr.
 Ctrl-C, SIGTERM and a closed terminal end every verb and what it has started, except that `run` leaves a run that it has
-submitted. [operating.md](operating.md) has the manual.
+submitted, and `demo` one in a cluster that was up before. [operating.md](operating.md) has the manual.
 """
 
 JSON_HEAD = """\
