@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.job_file.old_keys import OLD_KEYS
+from orchestrator.spec.job_file.old_keys import OLD_KEYS, OLD_VALUES
 from orchestrator.spec.job_file.overrides import Setting, apply
 from orchestrator.spec.job_file.yaml import YamlDocument, dotted, read_document, shown
 from orchestrator.spec.section import Broken, Path, all_keys, keys_at
@@ -179,6 +179,8 @@ def _rule(details: ErrorDetails) -> str:
         return f"unknown key; {_nearest_keys(path)}"
     if kind == "missing":
         return "required"
+    if kind == "literal_error" and (written := f"{dotted(path)}: {details['input']}") in OLD_VALUES:
+        return f"{details['input']} is called {OLD_VALUES[written]} now"
     rule = re.sub(r"^(Input|String|Tuple) should ", "must ", details["msg"])
     for theirs, ours in _WORDING.items():
         rule = rule.replace(theirs, ours)
