@@ -6,9 +6,9 @@ An arm is a value of `communication.tokens`. Four of the product's own workers t
 three seeds of each arm with the same tokens, steps and tuning. Then four hosts, made of network namespaces (Linux,
 root), with links that let 150 Mbit/s through, do steps of a larger model, all arms in turn in the same processes.
 
-- `bytes`: of tokens, results and the gradients of both, over those of `exact`, as the ledger counts them.
-- `loss_gap`: an arm's last validation loss over that of `exact` with the same seed, less one.
-- `speedup`: the step of `exact` over that of the arm.
+- `bytes`: of tokens, results and the gradients of both, over those of `native`, as the ledger counts them.
+- `loss_gap`: an arm's last validation loss over that of `native` with the same seed, less one.
+- `speedup`: the step of `native` over that of the arm.
 """
 
 import tempfile
@@ -25,8 +25,8 @@ from orchestrator.data.prepare.job_store import prepare
 from tests.support.host_ranks import HostRanks
 from tests.support.hosts import Hosts
 
-EXACT, BEST = "exact", "int8"
-ARMS: dict[str, dict[str, Any]] = {wire: {"tokens": wire} for wire in (EXACT, "bf16", BEST)}
+NATIVE, BEST = "native", "int8"
+ARMS: dict[str, dict[str, Any]] = {wire: {"tokens": wire} for wire in (NATIVE, "bf16", BEST)}
 SEEDS, QUICK_SEEDS = 3, 1
 ROUNDS, QUICK_ROUNDS = 8, 1
 
@@ -43,10 +43,10 @@ def measure(quick: bool) -> Result:
         seconds, num_bytes = ranks.run(steps_of_arms, small if quick else full, timeout_s=1200.0)[0]
     table = {
         arm: {
-            "bytes": num_bytes[arm] / num_bytes[EXACT],
-            "loss_gap": median_interval([a / b - 1 for a, b in zip(losses[arm], losses[EXACT], strict=True)]),
+            "bytes": num_bytes[arm] / num_bytes[NATIVE],
+            "loss_gap": median_interval([a / b - 1 for a, b in zip(losses[arm], losses[NATIVE], strict=True)]),
             "step_s": Spread.of(seconds[arm]),
-            "speedup": median_interval(ratios(seconds[EXACT], seconds[arm])),
+            "speedup": median_interval(ratios(seconds[NATIVE], seconds[arm])),
         }
         for arm in ARMS
     }

@@ -43,6 +43,9 @@ name: my-run
 `orchestrator job validate JOB.yaml` reports every mistake at once, with line, column, key and rule, and exits with 2.
 Refused are unknown keys, duplicate keys, anchors, aliases, tags, a second document, the words yes, no, on and off
 without quotes, and files over 1 MiB. `orchestrator job schema` prints the JSON Schema, which editors can check against.
+
+`--set KEY=VALUE` of `run` and `submit` replaces the value of one key, as in `--set train.max_steps=200`; below a short
+form, such as `workers: 2`, it adds to what that means. VALUE is YAML, or the text itself where a key's value is text.
 """
 
 METRICS_HEAD = """\
@@ -76,7 +79,7 @@ COMMAND_LINE_HEAD = """\
 
 Every verb shows its arguments and options with `--help`. Data goes to stdout, messages and errors to stderr.
 Ctrl-C, SIGTERM and a closed terminal end every verb and what it has started, except that `run` leaves a run that it has
-submitted. [operating.md](operating.md) has the manual.
+submitted, and `demo` one in a cluster that was up before. [operating.md](operating.md) has the manual.
 """
 
 JSON_HEAD = """\

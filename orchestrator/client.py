@@ -66,13 +66,14 @@ class OrchestratorClient:
         """Queue a run of a job or job file. It starts once the cluster has room for `workers.min`. Relative paths in
         the job are resolved against the current directory.
 
-        By URL, `job` must be a file in the current directory, which is sent with it, and `timeout_s` is ignored.
+        By URL, `job` must be a file in the current directory, which is sent with it, and `on_wait` is ignored.
 
         Args:
             name: overrides the job's name.
-            overrides: `KEY=VALUE`, a dotted key and YAML, each overriding a key of the job file.
+            overrides: `KEY=VALUE`: a dotted key, and YAML, or plain text where the key's value is text. Each overrides
+                a key of the job file.
             timeout_s: don't queue the run: submit nothing if there is no room within this time.
-            on_wait: called once with what is missing, if there is no room yet and `timeout_s` is set.
+            on_wait: called each second with what is missing, while there is no room and `timeout_s` is set.
             options: passed on to `Scheduler.submit`.
 
         Returns:
@@ -86,7 +87,7 @@ class OrchestratorClient:
             JobDoesNotFit: the cluster is too small for `workers.min`, or had no room within `timeout_s`.
         """
         if self._cluster.port is not None:
-            return submit_file(self._cluster.port, job, name, overrides)
+            return submit_file(self._cluster.port, job, name, overrides, timeout_s)
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
         key = None if order.spec.signing_key is None else read_key(order.spec.signing_key)

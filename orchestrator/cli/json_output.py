@@ -46,7 +46,7 @@ class JsonOutput:
 OUTPUTS = {
     "demo": JsonOutput(RunStatus),
     "doctor": JsonOutput(Finding, "list"),
-    "run": JsonOutput(RunStatus),
+    "run": JsonOutput(RunStatus, "object", "-d: a `NamedRun`"),
     "submit": JsonOutput(NamedRun),
     "ls": JsonOutput(RunStatus, "list", "--watch: a line per change"),
     "status": JsonOutput(RunStatus, "object", "--watch: a line per change"),

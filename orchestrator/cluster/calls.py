@@ -4,7 +4,8 @@ Ray wraps an actor's exception into an error of a class made at run time. Caller
 """
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -19,14 +20,29 @@ from ray.exceptions import (
 
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+ONCE = "is_called_once"  # attribute of methods
+
 KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without notice
 
 NOT_STARTED = "because of an error raised in its creation task"  # Ray's words for an actor whose start failed
 NODE_DIED = "its node has died"  # Ray's words for the failure of a whole node
 
 
-def ask(handle: ActorHandle[Any], method: str, *args: Any, timeout_s: float = 30.0, **kwargs: Any) -> Any:
-    """The result of the actor's method. The call is repeated while the actor is being restarted.
+def once(method: F) -> F:
+    """Mark a method whose call isn't repeated when its answer is lost, since a second one would do something more."""
+    setattr(method, ONCE, True)
+    return method
+
+
+def ask(
+    handle: ActorHandle[Any], method: str, *args: Any, timeout_s: float = 30.0, repeats: bool = True, **kwargs: Any
+) -> Any:
+    """The result of the actor's method.
+
+    Args:
+        repeats: the call is repeated while the actor is being restarted.
 
     Raises:
         OrchestratorError: raised by the method.
@@ -38,6 +54,11 @@ def ask(handle: ActorHandle[Any], method: str, *args: Any, timeout_s: float = 30
         try:
             return ray.get(getattr(handle, method).remote(*args, **kwargs), timeout=left_s)
         except ActorUnavailableError as error:
+            if not repeats:
+                raise ClusterUnreachable(
+                    f"the answer to {method} was lost: {reason_of(error)}",
+                    remedy="It may have been done: check that with `orchestrator events RUN` before you repeat it.",
+                ) from error
             if left_s == 0.0:
                 raise _own_error(error, f"call of {method}", timeout_s) from error
             time.sleep(0.1)

@@ -101,9 +101,10 @@ class JobsApiClient:
             time.sleep(LOOK_EVERY_S)  # the connection broke, or Ray is about to report the job's end
 
     def start(
-        self, command: list[str], directory: Path, name: str, on_line: Callable[[str], bool]
+        self, command: list[str], directory: Path, name: str, on_line: Callable[[str], bool], waits_s: float = 0.0
     ) -> tuple[str, int | None]:
-        """Start a driver of ours in a copy of `directory`; pass on its output until `on_line` returns False.
+        """Start a driver of ours in a copy of `directory`; pass on its output until `on_line` returns False. The driver
+        may wait for room for `waits_s`.
 
         Returns:
             the job's id, and None if the job continues, or the exit code with which it refused and was deleted.
@@ -117,9 +118,9 @@ class JobsApiClient:
         runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT}
         job = self._submit(command, runtime_env, {"orchestrator": "run", "run": name}, name)
         with self._stopped_with_us(job):
-            return job, self._await_begin(job, on_line)
+            return job, self._await_begin(job, on_line, SUBMITTED_S + waits_s)
 
-    def _await_begin(self, job: str, on_line: Callable[[str], bool]) -> int | None:
+    def _await_begin(self, job: str, on_line: Callable[[str], bool], submitted_s: float) -> int | None:
         seen, began_s = 0, time.monotonic()
         while True:
             info = self._asked(lambda: self._client.get_job_info(job))
@@ -137,7 +138,7 @@ class JobsApiClient:
                     f"job {job} {info.status.lower()} before it had begun: {info.message}",
                     unchanged="Nothing was started.",
                 )
-            if time.monotonic() - began_s > (patience_s := PATIENCE_S if seen == 0 else SUBMITTED_S):
+            if time.monotonic() - began_s > (patience_s := PATIENCE_S if seen == 0 else submitted_s):
                 raise ClusterUnreachable(
                     f"job {job} has not {'begun' if seen == 0 else 'submitted its run'} within {patience_s:.0f} s: "
                     f"{info.message}",

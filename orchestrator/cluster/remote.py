@@ -13,7 +13,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import ray
 from ray.actor import ActorHandle
 
-from orchestrator.cluster.calls import ask
+from orchestrator.cluster.calls import ONCE, ask
 
 A = TypeVar("A")  # class, or protocol, of the object that answers
 B = TypeVar("B")
@@ -48,14 +48,16 @@ class Remote(Generic[A]):
         ray.kill(self.handle, no_restart=True)
 
     def ask(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The result of the method.
+        """The result of the method. Unless that is marked `once`, the call is repeated while the actor is restarted.
 
         Raises:
             OrchestratorError: raised by the method.
             ClusterUnreachable: the actor has ended, or did not answer in time.
         """
         name, given = self._addressed(method.__name__, args)
-        answer: R = ask(self.handle, name, *given, timeout_s=self.timeout_s, **kwargs)
+        answer: R = ask(
+            self.handle, name, *given, timeout_s=self.timeout_s, repeats=not hasattr(method, ONCE), **kwargs
+        )
         return answer
 
     def send(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> "ray.ObjectRef[R]":

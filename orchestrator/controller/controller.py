@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from orchestrator.cluster.calls import once
 from orchestrator.cluster.cluster_objects import ClusterObjects, cluster_id
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.process_title import name_process
@@ -252,6 +253,7 @@ class RunController:
         """Request the run's end, with a checkpoint. Raises UsageError if it is already ending another way."""
         return self._requests.aim(how, reason)
 
+    @once
     def kill_worker(self, rank: int | None) -> str:
         """Kill a member's process, as a fault would: the highest rank, or the given one. Returns the worker's id.
 

@@ -21,7 +21,7 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, 
 from orchestrator.errors import UsageError, nearest
 from orchestrator.metrics.registry import METRICS
 from orchestrator.spec.fault_tolerance import MAX_BUDGET
-from orchestrator.spec.job_file.loading import Setting
+from orchestrator.spec.job_file.overrides import Setting
 from orchestrator.spec.section import Path
 from orchestrator.spec.workers import AVAILABLE, MANUAL
 

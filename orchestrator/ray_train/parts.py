@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.job_file.loading import Setting
+from orchestrator.spec.job_file.overrides import Setting
 
 Part = Callable[..., Any]
 

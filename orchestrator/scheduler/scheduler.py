@@ -11,6 +11,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from orchestrator.cluster.calls import once
 from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.published.known_runs import directory_of, known_runs, remember_run
 from orchestrator.cluster.published.published_keys import publish_key, signer_in_cluster
@@ -208,6 +209,7 @@ class Scheduler:
         """
         return self._removal.remove(run_id, tracking)
 
+    @once
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""
         return self._forward(run_id, RunController.kill_worker, rank)

@@ -212,29 +212,29 @@ class SnapshotStore:
     """All snapshots in this process, by generation: its own rank's, and its protected ranks' or lone member's."""
 
     def __init__(self) -> None:
-        self._shelves: tuple[RankSnapshots, ...] = ()
+        self._held: tuple[RankSnapshots, ...] = ()
         self._distrusted: frozenset[tuple[int, int]] = frozenset()
         self._changing = threading.Lock()
 
-    def add(self, shelf: RankSnapshots) -> RankSnapshots:
+    def add(self, snapshots: RankSnapshots) -> RankSnapshots:
         with self._changing:
-            self._shelves = (*self._shelves, shelf)
-        return shelf
+            self._held = (*self._held, snapshots)
+        return snapshots
 
-    def remove(self, shelf: RankSnapshots) -> None:
+    def remove(self, snapshots: RankSnapshots) -> None:
         """Drop these snapshots. From any thread."""
         with self._changing:
-            self._shelves = tuple(other for other in self._shelves if other is not shelf)
+            self._held = tuple(other for other in self._held if other is not snapshots)
 
     def leave_free(self) -> None:
         """Leave buffers without a snapshot to the next generation, when one ends. From any thread."""
-        for shelf in self._shelves:
-            shelf.leave_free()
+        for each in self._held:
+            each.leave_free()
 
     def drop_before(self, generation: int) -> None:
         """Drop older generations. From any thread."""
         with self._changing:
-            self._shelves = tuple(shelf for shelf in self._shelves if shelf.generation >= generation)
+            self._held = tuple(each for each in self._held if each.generation >= generation)
 
     def distrust(self, generation: int, step: int) -> None:
         """Treat a state that no longer matches its record as not held. From any thread."""
@@ -242,16 +242,16 @@ class SnapshotStore:
             self._distrusted |= {(generation, step)}
 
     def holdings(self) -> tuple[Holding, ...]:
-        held = {Holding(shelf.generation, step, shelf.rank) for shelf in self._shelves for step in shelf.steps()}
+        held = {Holding(each.generation, step, each.rank) for each in self._held for step in each.steps()}
         held = {holding for holding in held if (holding.generation, holding.step) not in self._distrusted}
         return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
 
     def find(self, holding: Holding) -> Snapshot:
         """The snapshot of `holding`. Raises KeyError if it isn't held."""
-        for shelf in self._shelves if (holding.generation, holding.step) not in self._distrusted else ():
-            if (shelf.generation, shelf.rank) == (holding.generation, holding.rank) and holding.step in shelf.steps():
-                return shelf.state(holding.step)
+        for each in self._held if (holding.generation, holding.step) not in self._distrusted else ():
+            if (each.generation, each.rank) == (holding.generation, holding.rank) and holding.step in each.steps():
+                return each.state(holding.step)
         raise KeyError(f"{holding} is not held here; held: {self.holdings()}")
 
     def num_bytes(self) -> int:
-        return sum(shelf.num_bytes() for shelf in self._shelves)
+        return sum(each.num_bytes() for each in self._held)

@@ -16,6 +16,7 @@ from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
 from orchestrator.submission.user_code import check_places, own_code_of
+from orchestrator.submission.waiting import WAITING
 
 BEGUN = f"{MARK}{MARK}begun"  # the driver prints it once the run is submitted
 UNCHANGED = "Nothing was started."
@@ -64,27 +65,37 @@ def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
 
 
 def send(
-    port: JobsApiClient, job: Path, run_id: str, overrides: Sequence[str], on_said: Callable[[str], object]
+    port: JobsApiClient,
+    job: Path,
+    run_id: str,
+    overrides: Sequence[str],
+    timeout_s: float | None,
+    on_said: Callable[[str], object],
 ) -> tuple[str, int | None]:
     """Send a job and the current directory. Returns once the run is submitted in the cluster, or refused.
 
     Args:
+        timeout_s: as in `OrchestratorClient.submit`; the time runs in the cluster.
         on_said: called with each line that the driver writes to stderr.
 
     Returns:
         the id of the Ray job, and the exit code if the run was refused.
     """
     command = ["drive", str(job), "--name", run_id, *(word for text in overrides for word in ("--set", text))]
+    if timeout_s is not None:
+        command += ["--timeout", str(timeout_s)]
 
     def look(line: str) -> bool:
         if line.startswith(MARK) and line not in (OURS, BEGUN):
             on_said(line)
         return line != BEGUN
 
-    return port.start(command, Path.cwd(), run_id, look)
+    return port.start(command, Path.cwd(), run_id, look, timeout_s or 0.0)
 
 
-def submit_file(port: JobsApiClient, job: object, name: str | None, overrides: Sequence[str]) -> str:
+def submit_file(
+    port: JobsApiClient, job: object, name: str | None, overrides: Sequence[str], timeout_s: float | None
+) -> str:
     """`send` for callers without a terminal. Returns the run's name.
 
     Raises:
@@ -94,9 +105,10 @@ def submit_file(port: JobsApiClient, job: object, name: str | None, overrides: S
         raise UsageError("a job is sent to a URL as a file of the current directory", remedy="Name that file.")
     run_id = name or load_for_elsewhere(Path(job), overrides).name
     lines: list[str] = []
-    _, refused = send(port, Path(job), run_id, overrides, lines.append)
+    _, refused = send(port, Path(job), run_id, overrides, timeout_s, lines.append)
     if refused is not None:
-        message = "\n".join(line.lstrip(MARK) for line in lines)
+        texts = [line.lstrip(MARK) for line in lines]
+        message = "\n".join(text for text in texts if not text.startswith(WAITING))
         raise of_code(refused)(message.removeprefix("error: "))
     return run_id
 

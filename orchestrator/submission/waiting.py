@@ -8,6 +8,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.storage.journal_age import LIVELY_S
 
+WAITING = "Waiting for room"  # begins the message of a command
 RETRY_EVERY_S = 1.0
 LOOK_EVERY_S = 0.5
 READ_EVERY_S = 2.0  # a status in run storage
@@ -30,7 +31,6 @@ def when_there_is_room(
                 raise
             if on_wait is not None:
                 on_wait(error)
-                on_wait = None
         time.sleep(RETRY_EVERY_S)
 
 

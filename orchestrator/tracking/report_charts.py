@@ -31,7 +31,7 @@ COLOURS = {
 DARK = (Use.COMPUTE, Use.WASTED, Use.DETECT, Use.TRANSFER)
 PARTS_OF_MOVE = (Use.DETECT, Use.RENDEZVOUS, Use.TRANSFER, Use.REBUILD, Use.WASTED)
 LABELLED = 0.045  # share of the bar: smaller parts get no number
-MOST_MOVES = 40  # the newest are shown
+MOST_TRANSITIONS = 40  # the newest are shown
 BAR_INCHES, EDGE_INCHES = 0.42, 1.15
 
 
@@ -72,7 +72,7 @@ def workers_figure(report: RunReport) -> Figure:
     held, members = ([getattr(count, kind) for count in report.headcounts] for kind in ("held", "members"))
     axes.fill_between(times, held, step="post", color=FAINT, alpha=0.25, linewidth=0, label="held")
     axes.step(times, members, where="post", color=WORLD, linewidth=1.6, label="members")
-    losses = [_elapsed_s(report, move.began_s) / scale for move in report.moves if move.kind == "recovery"]
+    losses = [_elapsed_s(report, each.began_s) / scale for each in report.transitions if each.kind == "recovery"]
     resumed = [_elapsed_s(report, span.began_s) / scale for span in report.attempts[1:]]
     _upright(axes, losses, LOST, "-", "worker failure")
     _upright(axes, resumed, INK, ":", "run ended and was resumed")
@@ -85,22 +85,22 @@ def workers_figure(report: RunReport) -> Figure:
     return figure
 
 
-def moves_figure(report: RunReport) -> Figure:
-    """A bar per transition, for the newest `MOST_MOVES`: seconds by part."""
-    moves = report.moves[-MOST_MOVES:]
-    figure, axes = _bars(len(moves))
-    rows = list(range(len(moves)))
-    lefts = [0.0] * len(moves)
+def transitions_figure(report: RunReport) -> Figure:
+    """A bar per transition, for the newest `MOST_TRANSITIONS`: seconds by part."""
+    transitions = report.transitions[-MOST_TRANSITIONS:]
+    figure, axes = _bars(len(transitions))
+    rows = list(range(len(transitions)))
+    lefts = [0.0] * len(transitions)
     used = []
     for use in PARTS_OF_MOVE:
         name = "wasted_s" if use is Use.WASTED else f"{use}_s"
-        seconds = [getattr(move, name) or 0.0 for move in moves]
+        seconds = [getattr(each, name) or 0.0 for each in transitions]
         if any(seconds):
             used.append(use)
             axes.barh(rows, seconds, left=lefts, color=COLOURS[use], height=0.62)
             lefts = [left + part for left, part in zip(lefts, seconds, strict=True)]
-    axes.set_yticks(rows, [f"{move.kind} {move.from_size}→{move.to_size}, step {move.step}" for move in moves])
-    axes.set_ylim(len(moves) - 0.4, -0.6)  # the first one above
+    axes.set_yticks(rows, [f"{each.kind} {each.from_size}→{each.to_size}, step {each.step}" for each in transitions])
+    axes.set_ylim(len(transitions) - 0.4, -0.6)  # the first one above
     axes.set_xlabel("seconds", color=INK)
     axes.set_title(report.run_id, loc="left", color=INK, fontsize=10)
     _legend(figure, used)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,19 @@ VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 LONG_FILE, LONGEST_FILE = 270, 400  # lines
 MOST_FILES = 16  # of a folder
 # Words of a private vocabulary that the field's terms have replaced: crew (worker group), slot (micro-batch), ward
-# (protected rank), desk (mailbox), wish (request), seam (adapter), voice (ballot).
-RETIRED = {"crew", "slots", "ward", "desk", "wish", "wishes", "seam", "voice", "workshop", "teller", "bury"}
+# (protected rank), desk (mailbox), wish (request), seam (adapter), voice (ballot), witness (fingerprint), vault
+# (snapshot store), shelf (a rank's snapshots), journey (exchange).
+RETIRED = {
+    *("crew", "slots", "ward", "desk", "wish", "wishes", "seam", "voice", "workshop", "teller", "bury"),
+    *("witness", "witnesses", "vault", "shelf", "shelves", "journey"),
+}
 
 # Module names that occur in several rooms, each time for the same thing: its keys in a job file, its type, its rules.
 # Commands are named by their verb, and events by their subject. `base` holds what the others of its folder implement.
 SHARED_NAMES = {
-    *("base", "curriculum", "data", "energy", "errors", "expert_load", "export", "html", "manifest", "param_listing"),
+    *("base", "curriculum", "data", "energy", "errors", "expert_load", "html", "manifest", "param_listing"),
     *("progress", "report", "requests", "sample_order", "status", "tracking", "trainer", "user_code", "workers"),
-    *("actors", "checkpoints", "doctor", "job", "model", "remote", "run", "task"),
+    *("actors", "job", "model", "remote", "run", "task"),
 }
 
 MODULES = read_package(PACKAGE)
@@ -75,6 +80,16 @@ def level(room: str) -> int:
 
 def modules_of(*rooms: str) -> list[Module]:
     return [module for module in MODULES.values() if module.room in rooms]
+
+
+def names_in(module: Module) -> Iterator[str]:
+    """Names of the classes, functions, parameters and attributes that a module defines or uses."""
+    for node in ast.walk(ast.parse(module.file.read_text(encoding="utf-8"))):
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.arg(arg=name) | ast.Attribute(attr=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
 
 
 def test_every_room_has_its_layer() -> None:
@@ -99,8 +114,7 @@ def test_module_names_occur_once() -> None:
     for module in MODULES.values():
         if module.file.name != "__init__.py":
             places.setdefault(module.file.stem, []).append(module.name)
-    shared = {name for name, where in places.items() if len(where) > 1}
-    assert shared - SHARED_NAMES == set()
+    assert {name for name, where in places.items() if len(where) > 1} == SHARED_NAMES
 
 
 def test_unit_tests_mirror_the_package() -> None:
@@ -166,14 +180,13 @@ def test_public_classes_have_names_of_their_own() -> None:
 
 
 def test_names_are_free_of_retired_words() -> None:
-    found = [
-        f"{module.name}: {node.name}"
+    found = {
+        f"{module.name}: {name}"
         for module in MODULES.values()
-        for node in ast.walk(ast.parse(module.file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef | ast.FunctionDef)
-        and RETIRED & set(re.sub(r"(?<!^)(?=[A-Z])", "_", node.name).lower().split("_"))
-    ]
-    assert found == []
+        for name in (*module.name.split("."), *names_in(module))
+        if RETIRED & set(re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower().split("_"))
+    }
+    assert found == set()
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.name)

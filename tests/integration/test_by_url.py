@@ -116,8 +116,8 @@ def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path
     assert "is submitted as job short-" in done.stderr and "generation" in done.stdout
     assert until_stored(tmp_path / "short", lambda s: True).phase is RunPhase.SUCCEEDED
     assert "succeeded" in far("status", "short", "--watch").stdout
-    code = far("run", "-d", far.job(texts, tmp_path, "apart")).returncode
-    assert code == 0 and until_stored(tmp_path / "apart", lambda s: s.step > 2).phase is RunPhase.TRAINING
+    assert far("run", "-d", far.job(texts, tmp_path, "apart"), "-o", "json").stdout == '{\n  "run_id": "apart"\n}\n'
+    assert until_stored(tmp_path / "apart", lambda s: s.step > 2).phase is RunPhase.TRAINING
     assert "needs the run's files" in far("model", "generate", "apart", "--prompt", "a", expect=2).stderr
     far("stop", "apart")
     assert "stopped" in far("events", "apart", "-f").stdout  # and it comes back
@@ -157,6 +157,8 @@ def test_nothing_is_left_of_what_is_refused(far: Far, texts: Path, tmp_path: Pat
     assert "No module named 'os'" in far("submit", "foreign.yaml", expect=2).stderr
     broken = far.job(texts, storage, "broken", source="raise RuntimeError('mine')")
     assert "RuntimeError: mine" in far("submit", broken, expect=2).stderr
+    large = far.job(texts, storage, "large", resources={"cpus": 50})
+    assert far("submit", large, "--timeout", "3", expect=105).stderr.count("Waiting for room: 1 worker of 50 CPU") == 1
     until(lambda: _left(far, storage) == before, SOON_S, "Ray to end what looks after its jobs")
     assert not storage.exists()
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from orchestrator.cluster import local
+from orchestrator.cluster.processes import is_running
 from orchestrator.run_records.final_status import status_key
 from tests.support.cli_user import JOB, Here
 from tests.support.control import UNHURRIED
@@ -104,7 +105,7 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
         "envs": {"SIM_STEP_S": "0.4"},  # two minutes, in which commands start on a busy machine
         "checkpoint": {"every": 10, "keep_last": 100},
     }
-    here("submit", here.job("sleeper", **slow))
+    assert here("run", "-d", here.job("sleeper", **slow)).stdout == "sleeper\n"
     here.until_event("sleeper", "checkpoint")
     assert "is going on" in here("resume", "sleeper", expect=2).stderr
     here("pause", "sleeper")
@@ -226,6 +227,34 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     assert alone.until_ended("lasting").step == 900
     alone("cluster", "down")
     assert local.status() is None
+
+
+@pytest.mark.parametrize("verb", ["run", "demo"])
+def test_sigterm_detaches_from_a_run_in_a_cluster_that_was_up_before(here: Here, verb: str) -> None:
+    job = here.job("left", train=JOB["train"] | {"max_steps": 900}, envs=UNHURRIED)
+    process = here.start(*(["run", job] if verb == "run" else ["demo", "--name", "shown"]))
+    name = "left" if verb == "run" else "shown"
+    _await_line(process, f"{name} training")
+    process.send_signal(signal.SIGTERM)
+    _await_line(process, f"Detached; run {name} goes on")
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 101
+    here.hurry(name)
+    assert here.until_ended(name).phase == "succeeded"
+
+
+@pytest.mark.journey
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_demo_and_the_cluster_that_it_started(alone: Here, number: signal.Signals) -> None:
+    alone.env |= UNHURRIED
+    process = alone.start("demo")
+    _await_line(process, "quickstart training")
+    record = local.status()
+    assert record is not None
+    process.send_signal(number)
+    _await_line(process, "Stopped the Ray that was started.")
+    assert process.wait(PATIENCE_S) == 128 + number
+    assert local.status() is None and not any(is_running(started) for started in record.processes)
 
 
 @pytest.mark.journey

@@ -47,7 +47,7 @@ def _replayed(
     replayer = Replayer(train, params, devices.device())
     truth: dict[int, NamedRanges] = {}
     num_replayed, differing = 0, []
-    for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # one shelf anew each time: a state may be
+    for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # anew each time: a state may be
         own = RankSnapshots(0, rank, layout, False, WHOLE_EVERY, replayer)  # made again in the place of another
         kept = RankSnapshots(0, rank, layout, True, WHOLE_EVERY, replayer)
         first = last * 100
@@ -69,10 +69,10 @@ def _replayed(
             kept.shared(theirs)[:] = own.shared(mine)
             kept.finish(theirs)
             truth[step] = _clone(engine.ranges())
-        for shelf in (own, kept):
-            for step in shelf.steps():
+        for snapshots in (own, kept):
+            for step in snapshots.steps():
                 num_replayed += (step - first) % WHOLE_EVERY != 0
-                differing += _differing(shelf.state(step).ranges, truth[step])
+                differing += _differing(snapshots.state(step).ranges, truth[step])
         engine.on_state_loaded(done)
     engine.close()
     return num_replayed, differing

@@ -71,15 +71,16 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     known = [spent.seconds for spent in told.time if spent.seconds is not None]
     assert sum(known) == pytest.approx(told.elapsed_s) and len(known) == len(told.time)  # all of it was measured
     assert told.goodput is not None and 0.0 < told.goodput < 1.0
-    kinds = [move.kind for move in told.moves]
+    kinds = [each.kind for each in told.transitions]
     assert kinds.count("recovery") == 1 and kinds[0] == "rescale"
-    (recovery,) = [move for move in told.moves if move.kind == "recovery"]
+    (recovery,) = [each for each in told.transitions if each.kind == "recovery"]
     assert recovery.detect_s > 0.0 and recovery.transfer_s and recovery.rebuild_s
-    for move in told.moves:
-        assert move.total_s < 10.0
+    for each in told.transitions:
+        assert each.total_s < 10.0
     measured = {change.step + 1: change.stall_s for change in (*paused.rescales, *paused.recoveries)}
-    for move in told.moves:  # the status counts from vote to vote, less a typical step; the report, less the first one
-        first, *more = (r.timing.step_s for r in steps if r.generation == move.generation)
+    for each in told.transitions:
+        # The status counts from vote to vote, less a typical step; the report, less the first one.
+        first, *more = (r.timing.step_s for r in steps if r.generation == each.generation)
         typical = median([first, *more[: STALL_STEPS - 1]])
-        assert move.total_s + first - typical == pytest.approx(measured[move.step], abs=0.5)
+        assert each.total_s + first - typical == pytest.approx(measured[each.step], abs=0.5)
     assert told.flops is not None and told.flops.parameters > 0 and told.cost.per_million_tokens is not None

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = """
 import sys
 from orchestrator.cli.main import main
-if sys.argv[1] in ("run", "submit", "resume"):
+if sys.argv[1] in ("demo", "run", "submit", "resume"):
     import functools
     from orchestrator.client import OrchestratorClient
     from tests.support.simulated_services import simulated_parts

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from orchestrator.cli.terminal import signals
 from orchestrator.cli.terminal.answers import PreparedStore
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
@@ -179,19 +180,20 @@ def _cluster(address: str | None) -> Iterator[None]:
     if address is None:
         started = local.up(os.cpu_count() or 1)
         address, fresh = started.record.address, started.fresh
+    try:
         if fresh:
             narrate(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
-    try:
         connect(address)
         yield
     finally:
-        used = fresh and _is_used_by_others()
-        disconnect()
-        if used:
-            narrate("The local cluster stays up: it has other users now. End it with `orchestrator cluster down`.")
-        elif fresh:
-            local.down()
-            narrate("Stopped the Ray that was started.")
+        with signals.ignored():
+            used = fresh and _is_used_by_others()
+            disconnect()
+            if used:
+                narrate("The local cluster stays up: it has other users now. End it with `orchestrator cluster down`.")
+            elif fresh:
+                local.down()
+                narrate("Stopped the Ray that was started.")
 
 
 def _is_used_by_others() -> bool:

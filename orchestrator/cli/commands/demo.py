@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.commands.run import run
+from orchestrator.cli.commands.run import run_here
 from orchestrator.cli.terminal.options import BEGIN, Name, Output
 from orchestrator.cli.terminal.output import Format
 
@@ -24,15 +24,17 @@ def demo(
 ) -> None:
     """Train a small model on this machine: 2 workers, then 3, one of them is killed, then 2 again. Takes two minutes.
 
-    The same as `orchestrator run` with the job file jobs/quickstart.yaml, --local and --kill-at 90.
+    The same as `orchestrator run` with the job file jobs/quickstart.yaml, --local and --kill-at 90, but Ctrl-C ends the
+    run too, with the cluster that was started for it.
     """
     with as_file(JOB) as job:
-        run(
+        run_here(
             job,
-            name=name or free_name(storage),
-            settings=[f"storage={json.dumps(str(storage.absolute()))}"],
-            local=True,
+            name or free_name(storage),
+            [f"storage={json.dumps(str(storage.absolute()))}"],
+            None,
             kill_at=KILL_AT,
+            leaves_run=False,
             output=output,
         )
 

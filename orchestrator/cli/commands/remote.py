@@ -15,10 +15,10 @@ from typing import TextIO
 
 import typer
 
-from orchestrator.cli.terminal.options import Name, Set, overrides_of
-from orchestrator.cli.terminal.output import narrate, show
+from orchestrator.cli.terminal.options import Name, Set, Timeout, overrides_of
+from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show
 from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobsApiClient, is_url
-from orchestrator.errors import UsageError
+from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
 # Commands that read or steer runs. The others work on files of this machine.
@@ -63,7 +63,9 @@ def write(line: str) -> None:
     print(text, file=sys.stderr if line.startswith(MARK) else sys.stdout, flush=True)
 
 
-def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> tuple[str, str]:
+def submit_by_url(
+    url: str, job: Path, name: str | None, overrides: list[str], timeout_s: float | None, dry_run: bool = False
+) -> tuple[str, str]:
     """Send a job and the current directory to a cluster. Returns the names of the run and of its job once the run is
     submitted there.
 
@@ -77,7 +79,7 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     if dry_run:
         narrate(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
         return run_id, ""
-    job_id, refused = send(port, job, run_id, overrides, write)
+    job_id, refused = send(port, job, run_id, overrides, timeout_s, write)
     if refused is not None:
         raise typer.Exit(refused)
     narrate(
@@ -86,18 +88,26 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     return run_id, job_id
 
 
-def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> None:
-    """Send a job, show the log lines of its run and end as the run does. Ctrl-C detaches: the run goes on."""
-    run_id, job_id = submit_by_url(url, job, name, overrides, dry_run=False)
+def run_by_url(
+    url: str, job: Path, name: str | None, overrides: list[str], timeout_s: float | None, output: Format
+) -> None:
+    """Send a job, show the log lines of its run and end as the run does. Ctrl-C detaches: the run goes on.
+
+    With `-o json`, log lines go to stderr and the status at the run's end to stdout.
+    """
+    run_id, job_id = submit_by_url(url, job, name, overrides, timeout_s)
+    port, mark = JobsApiClient(url), MARK if output is Format.JSON else ""
     try:
-        code = JobsApiClient(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
+        code = port.follow(job_id, lambda line: None if line == BEGUN else write(mark + line))
     except KeyboardInterrupt:
         narrate(f"Detached; run {run_id} goes on. `orchestrator stop {run_id} --address {url}` ends it.")
         raise typer.Exit(101) from None
+    if output is Format.JSON:
+        port.run(["status", run_id, "-o", "json"], write)
     raise typer.Exit(code)
 
 
-def drive(job: Path, name: Name = None, settings: Set = None) -> None:
+def drive(job: Path, name: Name = None, settings: Set = None, timeout: Timeout = None) -> None:
     """Submit a job from within the cluster and stay until the run's end."""
     from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
     from orchestrator.cluster.packages import keep, sweep
@@ -112,7 +122,7 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
         check_job(job, name, overrides)  # takes long with a user-defined model
         client = OrchestratorClient()
         with stopped.later():
-            run_id = client.submit(job, name=name, overrides=overrides)
+            run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=stopped.on_wait)
     except BaseException:
         os.chdir("/")
         package.discard()
@@ -145,6 +155,12 @@ class _Stopped:
 
     def then(self, before_end: Callable[[], object]) -> None:
         self._before_end, self._waits = before_end, False
+        if self._heard:
+            self._end()
+
+    def on_wait(self, error: JobDoesNotFit) -> None:
+        """Report that there is no room yet. Nothing is submitted now, so a signal that was deferred takes effect."""
+        narrate_wait(error)
         if self._heard:
             self._end()
 

@@ -2,14 +2,16 @@
 
 import math
 import shlex
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.commands.remote import run_by_url, submit_by_url
+from orchestrator.cli.commands.runs import show_name
+from orchestrator.cli.terminal import signals
 from orchestrator.cli.terminal.options import RUNS, Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
 from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json
 from orchestrator.cluster.jobs_api import is_url
@@ -34,7 +36,12 @@ def run(
         typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process after this many steps."),
     ] = None,
     detach: Annotated[
-        bool, typer.Option("-d", "--detach", help="Return once the run is submitted; a cluster of its own stays up.")
+        bool,
+        typer.Option(
+            "-d",
+            "--detach",
+            help="Return once the run is submitted, and print its name; a cluster of its own stays up.",
+        ),
     ] = False,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -44,10 +51,6 @@ def run(
     Without a cluster, one is started on this machine, and ended afterwards. Ctrl-C detaches: the run goes on.
     To the URL of a Jobs API it sends the current directory, and shows the run's log lines.
     """
-    from orchestrator.cli.terminal.progress import LiveProgress
-    from orchestrator.cli.terminal.summary import aligned, summary
-    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
-
     overrides = overrides_of(settings, workers)
     if is_url(address) and not local:
         if kill_at is not None:
@@ -57,17 +60,57 @@ def run(
                 unchanged="Nothing was started.",
             )
         if detach:
-            submit_by_url(str(address), job, name, overrides, dry_run=False)
+            run_id, _ = submit_by_url(str(address), job, name, overrides, timeout)
+            show_name(run_id, output)
         else:
-            run_by_url(str(address), job, name, overrides)
+            run_by_url(str(address), job, name, overrides, timeout, output)
         return
+    run_here(
+        job,
+        name,
+        overrides,
+        None if local else address,
+        timeout=timeout,
+        keep_cluster=keep_cluster,
+        kill_at=kill_at,
+        detach=detach,
+        output=output,
+    )
+
+
+def run_here(
+    job: Path,
+    name: str | None,
+    overrides: list[str],
+    address: str | None,
+    *,
+    timeout: float | None = None,
+    keep_cluster: bool = False,
+    kill_at: int | None = None,
+    detach: bool = False,
+    leaves_run: bool = True,
+    output: Format,
+) -> None:
+    """Run a job in the named cluster, or the local one, and watch it to its end.
+
+    Args:
+        leaves_run: the run goes on if a signal ends the command; else it ends with the cluster, if that was started
+            for it.
+    """
+    from orchestrator.cli.terminal.progress import LiveProgress
+    from orchestrator.cli.terminal.summary import aligned, summary
+    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+
     spec = check_job(job, name, overrides)  # before connecting to a cluster or starting one
-    with _cluster(spec, None if local else address, keep_cluster or detach) as place:
+    with _cluster(spec, address, keep_cluster or detach, leaves_run) as place:
         client = OrchestratorClient(place.address)
         run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=narrate_wait)
-        narrate(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
+        ends_run = not leaves_run and not place.keep
+        interrupt = "Ctrl-C ends it" if ends_run else "Ctrl-C detaches"
+        narrate(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. {interrupt}.")
         if detach:
             narrate(_detached(run_id))
+            show_name(run_id, output)
             return
         live = LiveProgress()
         victims = [kill_at] if kill_at is not None else []
@@ -81,9 +124,12 @@ def run(
         try:
             status = client.wait(run_id, on_status=look)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only truncate the messages
-            live.close()
+            if ends_run:
+                live.close()
+                raise
+            signals.ignore()  # a second Ctrl-C would only truncate the messages
             place.keep = True
+            live.close()
             narrate(_detached(run_id))
             raise typer.Exit(101) from None
         except ClusterUnreachable as error:
@@ -107,8 +153,9 @@ class _Place:
 
 
 @contextmanager
-def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]:
-    """The named cluster, or the local one, which is started if necessary and then ended again."""
+def _cluster(spec: JobSpec, address: str | None, keep: bool, leaves_run: bool) -> Iterator[_Place]:
+    """The named cluster, or the local one, which is started if necessary and then ended again, with the job's run
+    unless `leaves_run`."""
     if address is not None:
         yield _Place(address, keep=True)
         return
@@ -117,17 +164,18 @@ def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]
 
     started = local.up(max(default_cpus(), logical_cpus(spec)))
     place = _Place(started.record.address, keep or not started.fresh)
-    if started.fresh:
-        narrate(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
     try:
+        if started.fresh:
+            narrate(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
         yield place
     finally:
         if not place.keep:
-            _end_cluster(place.address)
+            with signals.ignored():
+                _end_cluster(place.address, None if leaves_run else spec.name)
 
 
-def _end_cluster(address: str) -> None:
-    """End the cluster that was started, unless a run is active there, or may be."""
+def _end_cluster(address: str, ours: str | None) -> None:
+    """End the cluster that was started, unless another run than `ours` is active there, or may be."""
     from orchestrator.cli.commands.cluster import active_runs
     from orchestrator.cluster import local
     from orchestrator.cluster.connection import disconnect
@@ -136,7 +184,7 @@ def _end_cluster(address: str) -> None:
         narrate("The Ray that was started has ended.")
         return
     try:
-        active = active_runs(address)
+        active = [run for run in active_runs(address) if run != ours]
     except OrchestratorError as error:
         narrate(f"The local cluster stays up: it can't list its runs: {error} End it with `orchestrator cluster down`.")
         return

@@ -43,7 +43,7 @@ def submit(
     if is_url(address):
         from orchestrator.cli.commands.remote import submit_by_url
 
-        run_id, _ = submit_by_url(str(address), job, name, overrides, dry_run)
+        run_id, _ = submit_by_url(str(address), job, name, overrides, timeout, dry_run)
         show_name(run_id, output)
         return
     spec = check_job(job, name, overrides)  # before connecting to a cluster

@@ -12,7 +12,7 @@ from orchestrator.policy.report.report import RunReport
 from orchestrator.storage.atomic import write_atomically
 from orchestrator.tracking.html import page_of, svg_of, table_of
 from orchestrator.tracking.load_chart import load_figure
-from orchestrator.tracking.report_charts import moves_figure, time_figure, workers_figure
+from orchestrator.tracking.report_charts import time_figure, transitions_figure, workers_figure
 
 
 def write_page(
@@ -42,7 +42,7 @@ def _page(reports: Sequence[RunReport], tables: Sequence[Table], load_maps: Sequ
     figures = [time_figure(reports)]
     for report, load_map in zip(reports, load_maps, strict=True):
         figures.append(workers_figure(report))
-        figures += [moves_figure(report)] if report.moves else []
+        figures += [transitions_figure(report)] if report.transitions else []
         figures += [load_figure(load_map, report.run_id)] if load_map is not None else []
     parts = [f'<p class="warning">{html.escape(line)}</p>\n' for report in reports for line in warnings(report)]
     parts += map(svg_of, figures)

@@ -6,7 +6,7 @@ from functools import partial
 
 from orchestrator.cli.terminal.format import NONE, counted, duration, number, rate
 from orchestrator.policy.report.energy import EnergyMethod
-from orchestrator.policy.report.goodput import MEANINGS, Move, Use
+from orchestrator.policy.report.goodput import MEANINGS, TransitionTime, Use
 from orchestrator.policy.report.report import RunReport
 from orchestrator.policy.report.worker_hours import RECONCILES
 
@@ -32,7 +32,7 @@ def tables(reports: Sequence[RunReport]) -> tuple[Table, ...]:
         _time(reports),
         _table(("WORKERS", *names), reports, _WORKERS, (_HOURS,)),
         _table(("ENERGY, COST, WORK", *names), reports, _energy(reports) + _COSTS, (*_energy_notes(reports), _FLOPS)),
-        *(_moves(report) for report in reports if report.moves),
+        *(_transitions(report) for report in reports if report.transitions),
     )
 
 
@@ -74,15 +74,17 @@ def _time(reports: Sequence[RunReport]) -> Table:
     return Table(("TIME", *(report.run_id for report in reports), ""), tuple(rows))
 
 
-def _moves(report: RunReport) -> Table:
+def _transitions(report: RunReport) -> Table:
     head = (f"TRANSITIONS OF {report.run_id}", "WORKERS", "STEP", "DETECT", "RENDEZVOUS", "TRANSFER", "REBUILD", "SUM")
-    return Table(head, tuple(_move(move) for move in report.moves), ("Seconds; steps done again are in the sum.",))
+    return Table(
+        head, tuple(_transition(each) for each in report.transitions), ("Seconds; steps done again are in the sum.",)
+    )
 
 
-def _move(move: Move) -> tuple[str, ...]:
-    parts = (move.detect_s, move.rendezvous_s, move.transfer_s, move.rebuild_s, move.total_s)
+def _transition(each: TransitionTime) -> tuple[str, ...]:
+    parts = (each.detect_s, each.rendezvous_s, each.transfer_s, each.rebuild_s, each.total_s)
     seconds = (NOT_MEASURED if part is None else f"{part:.3f}" for part in parts)
-    return (move.kind, f"{move.from_size} -> {move.to_size}", str(move.step), *seconds)
+    return (each.kind, f"{each.from_size} -> {each.to_size}", str(each.step), *seconds)
 
 
 def _share(seconds: float, elapsed_s: float) -> str:
@@ -166,7 +168,7 @@ _RUN: tuple[Row, ...] = (
     ("tokens per second", lambda r: rate(r.tokens_per_second)),
     ("train loss", lambda r: number(r.loss)),
     ("validation loss", lambda r: number(r.validation_loss)),
-    ("transitions", lambda r: counted(len(r.moves), "transition")),
+    ("transitions", lambda r: counted(len(r.transitions), "transition")),
 )
 _WORKERS: tuple[Row, ...] = (
     ("members, by events", lambda r: _hours(r.workers.members)),

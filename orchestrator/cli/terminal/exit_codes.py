@@ -21,6 +21,7 @@ EXIT_CODES = {
     104: "run storage can't be read or written, or records of a run, a checkpoint or token store have changed or "
     "missing files",
     105: "the cluster has no room for the job's workers",
+    129: "SIGHUP ended the command: its terminal was closed",
     130: "Ctrl-C (SIGINT) ended the command",
     143: "SIGTERM ended the command",
 }

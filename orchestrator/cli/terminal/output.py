@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from orchestrator.errors import DataError, JobDoesNotFit, OrchestratorError, TracedError
+from orchestrator.submission.waiting import WAITING
 
 
 class Format(StrEnum):
@@ -33,8 +34,13 @@ def narrate(text: str) -> None:
 
 
 def narrate_wait(error: JobDoesNotFit) -> None:
-    """Print what a submission waits for."""
-    narrate(f"Waiting for room: {error.message}.")
+    """Print what a submission waits for, whenever that has changed."""
+    _narrate_once(f"{WAITING}: {error.message}.")
+
+
+@cache
+def _narrate_once(text: str) -> None:
+    narrate(text)
 
 
 def show(text: str) -> None:

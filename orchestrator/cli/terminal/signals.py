@@ -1,9 +1,13 @@
 """Signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP when its terminal is closed."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_CODE_OF_SIGNALS = 128  # plus the signal's number, as shells report it
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _received: list[int] = []
 
@@ -18,6 +22,24 @@ def install() -> None:
         signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _interrupt)
+
+
+def ignore() -> None:
+    """Ignore these signals from now on, in a command that is about to end."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Ignore these signals while a command ends what it has started: a second Ctrl-C would leave the rest of it."""
+    handlers = [signal.getsignal(number) for number in NUMBERS]
+    ignore()
+    try:
+        yield
+    finally:
+        for number, handler in zip(NUMBERS, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def exit_code() -> int:

@@ -113,28 +113,28 @@ class _Transfer:
 
 class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, journey: AsyncAllToAll) -> Tensor:
-        ctx.journey = journey
+    def forward(ctx: Any, x_ND: Tensor, exchange: AsyncAllToAll) -> Tensor:
+        ctx.exchange = exchange
         if ctx.needs_input_grad[0]:  # not in a pass that is recomputed later
             link_priority.will_return()
-        return journey.depart(x_ND)
+        return exchange.depart(x_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        home = ctx.journey.arrive()  # `grads` is what `_End.backward` passed on: the gradients before their transfer
+        home = ctx.exchange.arrive()  # `grads` is what `_End.backward` passed on: the gradients before their transfer
         link_priority.has_returned()
         return home, None
 
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, on_the_way_MD: Tensor, journey: AsyncAllToAll) -> Tensor:
-        ctx.journey = journey
-        return journey.arrive()
+    def forward(ctx: Any, on_the_way_MD: Tensor, exchange: AsyncAllToAll) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.arrive()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.depart(grads[0], home=True)
+        ctx.exchange.depart(grads[0], home=True)
         return grads[0], None
 
 

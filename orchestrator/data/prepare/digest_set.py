@@ -2,15 +2,15 @@
 
 KEY_BYTES = 16
 EMPTY = bytes(KEY_BYTES)
-FIRST_SLOTS = 1 << 12
+FIRST_CAPACITY = 1 << 12
 
 
 class DigestSet:
     """A set of 16-byte digests: one array with linear probing. A Python set needs three to four times the memory."""
 
     def __init__(self) -> None:
-        self._table = bytearray(FIRST_SLOTS * KEY_BYTES)
-        self._num_slots = FIRST_SLOTS  # a power of two
+        self._table = bytearray(FIRST_CAPACITY * KEY_BYTES)
+        self._capacity = FIRST_CAPACITY  # a power of two
         self._num_used = 0
 
     def __len__(self) -> int:
@@ -26,24 +26,24 @@ class DigestSet:
             return False
         self._table[slot : slot + KEY_BYTES] = key
         self._num_used += 1
-        if 3 * self._num_used > 2 * self._num_slots:
+        if 3 * self._num_used > 2 * self._capacity:
             self._grow()
         return True
 
     def _slot_of(self, key: bytes) -> int:
         """Byte offset of the key, or of the empty slot for it."""
-        slot = int.from_bytes(key[:8], "little") & (self._num_slots - 1)
+        slot = int.from_bytes(key[:8], "little") & (self._capacity - 1)
         while True:
             place = slot * KEY_BYTES
             found = self._table[place : place + KEY_BYTES]
             if found in (key, EMPTY):
                 return place
-            slot = (slot + 1) & (self._num_slots - 1)
+            slot = (slot + 1) & (self._capacity - 1)
 
     def _grow(self) -> None:
         old = self._table
-        self._num_slots *= 2
-        self._table = bytearray(self._num_slots * KEY_BYTES)
+        self._capacity *= 2
+        self._table = bytearray(self._capacity * KEY_BYTES)
         for place in range(0, len(old), KEY_BYTES):
             key = bytes(old[place : place + KEY_BYTES])
             if key != EMPTY:

@@ -76,7 +76,7 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
         else:
             rows += tokens * ranks_visited(to, rank, model.num_experts_per_tok, limit)
     again = model.gradient_checkpointing != "none"  # recomputed in the backward pass, so sent again
-    journeys = round(rows) * moe_layers * (2 + again)
+    sent_rows = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_micro_batches(size, micro_batches) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * 8
@@ -104,8 +104,8 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
     return TrafficPlan(
         gradients_reduced=reductions * gradient_bytes(params, placement, compression),
         parameters_gathered=gathered,
-        dispatch=journeys * (_token_bytes(job) + gates),
-        combine=journeys * _token_bytes(job),
+        dispatch=sent_rows * (_token_bytes(job) + gates),
+        combine=sent_rows * _token_bytes(job),
         control=counts + vote,
         snapshots=snapshots,
         gradients_by_scheme=tuple(

@@ -61,7 +61,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Move:
+class TransitionTime:
     """The time between the last step of a world and the first step of the next world with steps.
 
     Args:
@@ -91,10 +91,10 @@ class Move:
         return self.detect_s + self.rendezvous_s + moved_s + self.wasted_s
 
 
-def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
+def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[TransitionTime, ...]]:
     """All of the attempt's time in slices, and its transitions."""
     slices: list[Slice] = []
-    moves: list[Move] = []
+    transitions: list[TransitionTime] = []
     moment_s, before = attempt.began_s, None
     for record in attempt.steps:
         vote_s = max(record.timing.vote_time, moment_s)  # votes of workers on different hosts: never back in time
@@ -105,12 +105,12 @@ def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
         elif before.generation == record.generation:
             slices.append(Slice(Use.BETWEEN, gap_s, before.world_size))
         else:
-            moves.append(_move(attempt.events, before, record, moment_s, gap_s))
-            slices += _parts_of_transition(moves[-1])
+            transitions.append(_transition(attempt.events, before, record, moment_s, gap_s))
+            slices += _parts_of_transition(transitions[-1])
         slices += _parts_of_step(record, step_s, attempt.counts(record))
         moment_s, before = vote_s, record
     slices += _tail(attempt, before, moment_s)
-    return tuple(part for part in slices if part.seconds > 0.0), tuple(moves)
+    return tuple(part for part in slices if part.seconds > 0.0), tuple(transitions)
 
 
 def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[Slice]:
@@ -130,9 +130,9 @@ def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[
     yield from (Slice(use, scale * wait_s, record.world_size) for use, wait_s in waits.items())
 
 
-def _move(
+def _transition(
     events: Sequence[JournalEntry], before: StepRecord, record: StepRecord, moment_s: float, gap_s: float
-) -> Move:
+) -> TransitionTime:
     """The transition in the `gap_s` seconds after the vote at `moment_s`, by part."""
     between = events[_activation(events, before) + 1 : _activation(events, record) + 1]
     aborts = [event for event in between if isinstance(event.event, GenerationAborted)]
@@ -152,7 +152,7 @@ def _move(
         transfer_s, rebuild_s = (sum(part) for part in zip(*took, strict=True))
         scale = min(1.0, left_s / (transfer_s + rebuild_s)) if transfer_s + rebuild_s else 1.0
         transfer_s, rebuild_s = scale * transfer_s, scale * rebuild_s
-    return Move(
+    return TransitionTime(
         kind="recovery" if aborts else "rescale",
         generation=record.generation,
         step=record.step,
@@ -167,12 +167,12 @@ def _move(
     )
 
 
-def _parts_of_transition(move: Move) -> Iterator[Slice]:
-    yield Slice(Use.DETECT, move.detect_s, move.from_size)
-    yield Slice(Use.RENDEZVOUS, move.rendezvous_s, move.from_size)
-    yield Slice(Use.TRANSFER, move.transfer_s or 0.0, move.from_size)
-    yield Slice(Use.REBUILD, move.rebuild_s or 0.0, move.from_size)
-    yield Slice(Use.WASTED, move.wasted_s, move.from_size)
+def _parts_of_transition(transition: TransitionTime) -> Iterator[Slice]:
+    yield Slice(Use.DETECT, transition.detect_s, transition.from_size)
+    yield Slice(Use.RENDEZVOUS, transition.rendezvous_s, transition.from_size)
+    yield Slice(Use.TRANSFER, transition.transfer_s or 0.0, transition.from_size)
+    yield Slice(Use.REBUILD, transition.rebuild_s or 0.0, transition.from_size)
+    yield Slice(Use.WASTED, transition.wasted_s, transition.from_size)
 
 
 def _tail(attempt: Attempt, last: StepRecord | None, moment_s: float) -> Iterator[Slice]:

@@ -14,7 +14,7 @@ from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.estimate.flops import Flops, ModelSize, flops_of
 from orchestrator.policy.report.attempts import Attempt, attempts_of
 from orchestrator.policy.report.energy import NOT_MEASURED, Energy, energy_of
-from orchestrator.policy.report.goodput import PRODUCTIVE, Move, Slice, Use, account_of
+from orchestrator.policy.report.goodput import PRODUCTIVE, Slice, TransitionTime, Use, account_of
 from orchestrator.policy.report.worker_hours import Headcount, WorkerHours, headcounts_of, worker_hours
 from orchestrator.protocol.events.base import JournalEntry
 
@@ -110,7 +110,7 @@ class RunReport:
     flops: Flops | None
     flops_note: str
     cost: Cost
-    moves: tuple[Move, ...]
+    transitions: tuple[TransitionTime, ...]
     headcounts: tuple[Headcount, ...]
 
     def seconds(self, use: Use) -> float:
@@ -146,7 +146,7 @@ def report_of(
         )
     accounts = [account_of(attempt) for attempt in attempts]
     slices = [part for parts, _ in accounts for part in parts]
-    moves = tuple(move for _, moved in accounts for move in moved)
+    transitions = tuple(transition for _, moved in accounts for transition in moved)
     headcounts = tuple(count for attempt in attempts for count in headcounts_of(attempt))
     hours = worker_hours(headcounts, math.fsum(part.seconds * part.workers for part in slices), gpus_per_worker)
     energy = energy_of(attempts, hours.held, rates.watts_per_worker)
@@ -167,7 +167,7 @@ def report_of(
         paused_s=paused_s,
         down_s=down_s,
         goodput=productive_s / elapsed_s if elapsed_s else None,
-        time=_spent(attempts, slices, moves),
+        time=_spent(attempts, slices, transitions),
         workers=hours,
         energy=energy,
         energy_note="" if energy else NOT_MEASURED,
@@ -181,16 +181,18 @@ def report_of(
         flops=flops_of(size, counted) if size is not None else None,
         flops_note=size_note,
         cost=_cost(hours, rates, tokens),
-        moves=moves,
+        transitions=transitions,
         headcounts=headcounts,
     )
 
 
-def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence[Move]) -> tuple[Spent, ...]:
+def _spent(
+    attempts: Sequence[Attempt], slices: Sequence[Slice], transitions: Sequence[TransitionTime]
+) -> tuple[Spent, ...]:
     """Seconds by use, with notes on those that are unknown or incomplete."""
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
     silent_steps = sum(record.timing.communication_wait_s is None for record in counted)
-    silent_transitions = sum(move.transfer_s is None for move in moves)
+    silent_transitions = sum(transition.transfer_s is None for transition in transitions)
     spent = []
     for use in Use:
         seconds: float | None = math.fsum(part.seconds for part in slices if part.use is use)
@@ -198,7 +200,7 @@ def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence
         if use is Use.COMMUNICATION:
             seconds, note = _as_known(seconds, silent_steps, len(counted), "steps", Use.COMPUTE)
         elif use in MOVED:
-            seconds, note = _as_known(seconds, silent_transitions, len(moves), "transitions", Use.RENDEZVOUS)
+            seconds, note = _as_known(seconds, silent_transitions, len(transitions), "transitions", Use.RENDEZVOUS)
         spent.append(Spent(use, seconds, note))
     return tuple(spent)
 

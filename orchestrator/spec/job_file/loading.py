@@ -14,34 +14,21 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.job_file.old_keys import OLD_KEYS
-from orchestrator.spec.job_file.yaml import YamlDocument, dotted, read_document
+from orchestrator.spec.job_file.old_keys import OLD_KEYS, OLD_VALUES
+from orchestrator.spec.job_file.overrides import Setting, apply
+from orchestrator.spec.job_file.yaml import YamlDocument, dotted, read_document, shown
 from orchestrator.spec.section import Broken, Path, all_keys, keys_at
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more isn't a job file, which the first ones show
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A value that replaces the job's own at `key`.
-
-    Args:
-        said: source of the value, which errors name instead of the file.
-        unless: keys; if the job sets one of them, this setting is ignored.
-    """
-
-    key: Path
-    value: Any
-    said: str
-    unless: tuple[Path, ...] = ()
-
-
 def load_job(path: str | os.PathLike[str], overrides: Sequence[str | Setting] = ()) -> JobSpec:
     """Read a job file.
 
     Args:
-        overrides: replacements of the file's values; text is `KEY=VALUE`, a dotted key and YAML.
+        overrides: replacements of the file's values; text is `KEY=VALUE`: a dotted key, and YAML, or plain text where
+            the key's value is text.
 
     Raises:
         UsageError: the file can't be read, is larger than 1 MiB, or an override is no `KEY=VALUE`.
@@ -94,32 +81,15 @@ def job_from(values: Mapping[str, Any], file: str = "job", overrides: Sequence[S
 
 def _job_of(document: YamlDocument, overrides: Sequence[str | Setting]) -> JobSpec:
     if not isinstance(document.value, dict):
-        rule = f"must be a mapping of keys, beginning with `schema: v1`; got {_shown(document.value)}"
+        rule = f"must be a mapping of keys, beginning with `schema: v1`; got {shown(document.value)}"
         raise SpecError((*document.problems, document.problem((), rule)))
     for override in overrides:
-        if isinstance(override, str):
-            _apply(document, override)
-        elif not any(document.says(key) for key in override.unless):
-            document.put(override.key, override.value, override.said)
+        apply(document, override)
     job, problems = _validated(document)
     if job is None or problems:
         in_order = sorted(set(problems), key=lambda p: (p.line, p.column, p.path, p.message))
         raise SpecError(tuple(in_order[:MAX_PROBLEMS]))
     return job
-
-
-def _apply(document: YamlDocument, override: str) -> None:
-    key, equals, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or not all(path):
-        raise UsageError(
-            f"--set {override} sets nothing; it must be KEY=VALUE with a dotted key, like train.max_steps=200",
-            unchanged="Nothing was started.",
-        )
-    source = f"--set {override}"
-    value = read_document(text, source)
-    document.problems += value.problems
-    document.put(path, value.value, source)
 
 
 @dataclass(frozen=True)
@@ -209,12 +179,14 @@ def _rule(details: ErrorDetails) -> str:
         return f"unknown key; {_nearest_keys(path)}"
     if kind == "missing":
         return "required"
+    if kind == "literal_error" and (written := f"{dotted(path)}: {details['input']}") in OLD_VALUES:
+        return f"{details['input']} is called {OLD_VALUES[written]} now"
     rule = re.sub(r"^(Input|String|Tuple) should ", "must ", details["msg"])
     for theirs, ours in _WORDING.items():
         rule = rule.replace(theirs, ours)
     if kind == "string_type" and isinstance(details["input"], int | float):
         rule += ", in quotes if it looks like something else"
-    return f"{rule}; got {_shown(details['input'])}"
+    return f"{rule}; got {shown(details['input'])}"
 
 
 _WORDING = {
@@ -242,11 +214,3 @@ def _nearest_keys(path: Path) -> str:
     if nearest:
         return f"nearest known key: {dotted((*path[:-1], nearest[0]))}"
     return f"known here: {', '.join(known)}"
-
-
-def _shown(value: Any) -> str:
-    """A value as written in a file, shortened to one line."""
-    if value is None:
-        return "nothing"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Former names of keys. A job that uses one is refused with the present name."""
+"""Former names of keys and of values. A job that uses one is refused with the present name."""
 
 from collections.abc import Mapping
 
@@ -23,3 +23,4 @@ OLD_KEYS: Mapping[str, str] = {
     "train.schedule": "train.lr_scheduler",
     "data.rows": "data.row_format",
 }
+OLD_VALUES: Mapping[str, str] = {"communication.tokens: exact": "native"}

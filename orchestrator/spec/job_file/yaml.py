@@ -4,6 +4,7 @@ Ambiguous constructs are refused: duplicate keys, anchors and aliases, tags, sev
 1.1 reads as booleans (yes, no, on, off). Numbers are those of YAML 1.2, so `3.0e-3` and `1e-3` both work.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ from orchestrator.spec.section import Path
 
 MAX_DEPTH = 32
 
-_NULLS = frozenset({"", "~", "null", "Null", "NULL"})
+NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _TRAPS = frozenset({"yes", "no", "on", "off"})
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
@@ -209,6 +210,14 @@ def dotted(path: Path) -> str:
     return ".".join(str(part) for part in path)
 
 
+def shown(value: Any) -> str:
+    """A value as written in a file, shortened to one line."""
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _place(event: Event) -> tuple[int, int]:
     mark = event.start_mark
     assert mark is not None  # only events made by hand have none
@@ -217,7 +226,7 @@ def _place(event: Event) -> tuple[int, int]:
 
 def _plain(text: str) -> Any:
     """The value of an unquoted scalar."""
-    if text in _NULLS:
+    if text in NULLS:
         return None
     if text in _BOOLS:
         return _BOOLS[text]

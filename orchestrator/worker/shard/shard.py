@@ -68,7 +68,7 @@ class Shard:
         micro_batch: size of a micro-batch.
         choosing: tuner of gradient compression, where the job leaves that open.
         skips: steps whose batches are left out.
-        witnesses: where training is exact, (first step, fingerprint that gives the digests from it on).
+        fingerprints: where training is exact, (first step, fingerprint that gives the digests from it on).
         seal: guard of the state between two updates, where that is checked.
     """
 
@@ -80,16 +80,16 @@ class Shard:
     micro_batch: MicroBatchSize
     choosing: CompressionTuner
     skips: frozenset[int]
-    witnesses: tuple[tuple[int, StateFingerprint], ...] = ()
+    fingerprints: tuple[tuple[int, StateFingerprint], ...] = ()
     seal: MemoryGuard | None = None
 
     @property
     def rank(self) -> int:
         return self.groups.rank
 
-    def witness(self, step: int) -> StateFingerprint | None:
+    def fingerprint(self, step: int) -> StateFingerprint | None:
         """The fingerprint that gives this step's digests."""
-        return next((witness for first_step, witness in reversed(self.witnesses) if first_step <= step), None)
+        return next((each for first_step, each in reversed(self.fingerprints) if first_step <= step), None)
 
 
 class ShardFactory:
@@ -197,11 +197,11 @@ class ShardFactory:
             micro_batch=micro_batch,
             choosing=choosing,
             skips=frozenset(plan.skips),
-            witnesses=self._witnesses(plan, engine) if self.spec.train.is_exact else (),
+            fingerprints=self._fingerprints(plan, engine) if self.spec.train.is_exact else (),
             seal=MemoryGuard(engine.idle_state()) if self.spec.verify.every is not None else None,
         )
 
-    def _witnesses(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, StateFingerprint], ...]:
+    def _fingerprints(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, StateFingerprint], ...]:
         asked_for = plan.replayed or (PastWorld(0, plan.world, plan.placement),)
         ranges = engine.ranges()
         return tuple(

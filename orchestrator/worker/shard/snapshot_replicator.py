@@ -32,12 +32,12 @@ class SnapshotReplicator:
         self.sender, self._receivers, self._takes_cores = sender, receivers, takes_cores
         self.generation = sender.own.generation
 
-    def start(self, vault: SnapshotStore) -> None:
-        """Keep the generation's snapshots in `vault`, and start the threads."""
-        vault.add(self.sender.own)
+    def start(self, store: SnapshotStore) -> None:
+        """Keep the generation's snapshots in `store`, and start the threads."""
+        store.add(self.sender.own)
         self.sender.start()
         for receiver in self._receivers:
-            vault.add(receiver.kept)
+            store.add(receiver.kept)
             receiver.start()
 
     def cost_s(self) -> float:

@@ -151,8 +151,8 @@ class TrainStep:
     ) -> VoteResult:
         """Vote, and apply what the members have agreed on: the compression, and the routers' biases."""
         shard, clock = step.shard, step.clock
-        witness = shard.witness(step.number)
-        digests = witness.look() if witness is not None else NO_DIGESTS
+        fingerprint = shard.fingerprint(step.number)
+        digests = fingerprint.look() if fingerprint is not None else NO_DIGESTS
         clock.updated()
         traffic = self._traffic.look()
         if not step.is_skipped:

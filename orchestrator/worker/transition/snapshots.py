@@ -45,7 +45,7 @@ class SnapshotManager:
     def __init__(self, me: str, protection: ProtectionSpec, last_step: int) -> None:
         self._me, self._last_step = me, last_step
         self._fixed = None if protection.every == AUTO else protection.interval or NEVER
-        self._vault = SnapshotStore()
+        self._store = SnapshotStore()
         self._protection: SnapshotReplicator | None = None
         self._keeper = self._lost_keeper = -1  # numbers of the present one, and of the newest one without connection
         self._left: RankSnapshots | None = None  # of this rank, from before its keeper was lost in the present step
@@ -62,13 +62,13 @@ class SnapshotManager:
             self._protect(protection)
         else:
             self._interval = NEVER
-            self._vault.drop_before(generation)
+            self._store.drop_before(generation)
 
     def _protect(self, protection: SnapshotReplicator) -> None:
         self._protection, self._paid_s = protection, 0.0
         self._choice = IntervalChoice(protection.sender.whole_bytes, protection.sender.mean_bytes)
         self._interval = self._choice.interval if self._fixed is None else self._fixed
-        protection.start(self._vault)
+        protection.start(self._store)
 
     def change_keeper(self, keeper: Keeper, protection: SnapshotReplicator) -> None:
         """Send the snapshots of a world of one to this keeper from now on. The next one must be taken at once."""
@@ -83,7 +83,7 @@ class SnapshotManager:
         if self._protection is not None:
             self._protection.close()
             self._protection, self._keeper = None, -1
-            self._vault.leave_free()
+            self._store.leave_free()
 
     def _end_keeper(self) -> None:
         if self._protection is not None:
@@ -94,7 +94,7 @@ class SnapshotManager:
     def _drop_left(self) -> None:
         """Drop the snapshots from before the keeper was lost."""
         if self._left is not None:
-            self._vault.remove(self._left)
+            self._store.remove(self._left)
         self._left = None
 
     def shut(self) -> None:
@@ -104,7 +104,7 @@ class SnapshotManager:
 
     def settle(self, generation: int) -> None:
         """Drop older generations: this one has a committed step, so the run won't return to them. From any thread."""
-        self._vault.drop_before(generation)
+        self._store.drop_before(generation)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -196,15 +196,15 @@ class SnapshotManager:
 
     def keep(self, snapshots: RankSnapshots) -> None:
         """Hold the snapshots of the member of a world of one."""
-        self._vault.add(snapshots)
+        self._store.add(snapshots)
 
     def drop(self, snapshots: RankSnapshots) -> None:
         """Hold them no longer."""
-        self._vault.remove(snapshots)
+        self._store.remove(snapshots)
 
     def hold(self, shard: Shard, progress: TrainingProgress) -> None:
         """Keep the shard's state; its engine is about to close."""
-        self._vault.leave_free()
+        self._store.leave_free()
         self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
 
     def make_room(self, needed_bytes: int) -> None:
@@ -219,14 +219,14 @@ class SnapshotManager:
 
     def distrust(self, generation: int, step: int) -> None:
         """Exclude the state after a step from recovery: it no longer matches its record."""
-        self._vault.distrust(generation, step)
+        self._store.distrust(generation, step)
         if self.held is not None and (self.held.generation, self.held.progress.step) == (generation, step):
             self.held = None
 
     def holdings(self) -> tuple[Holding, ...]:
         """All states held here. From any thread."""
         held = self.held
-        found = {*self._vault.holdings(), *(() if held is None else (held.holding,))}
+        found = {*self._store.holdings(), *(() if held is None else (held.holding,))}
         return tuple(sorted(found, key=lambda h: (h.generation, h.step, h.rank)))
 
     def gathered(self, source: StateSource, progress: TrainingProgress, tensors: Inventory) -> Held:
@@ -246,7 +246,7 @@ class SnapshotManager:
                 parts.append(self.held.ranges)
                 progress, mine = self.held.progress, wanted.rank
             else:
-                snapshot = self._vault.find(wanted)
+                snapshot = self._store.find(wanted)
                 parts.append(snapshot.ranges)
                 progress = TrainingProgress.from_json(snapshot.note)
         return Held(source.world.generation, mine, progress, merge_ranges(parts, tensors))
@@ -261,7 +261,7 @@ class SnapshotManager:
         for wanted in self._wanted(source, source.step):
             if self.held is None or self.held.holding != wanted:
                 with suppress(KeyError):
-                    self._vault.find(wanted)
+                    self._store.find(wanted)
 
     def _wanted(self, source: StateSource, step: int) -> list[Holding]:
         """What this worker hands over, its own rank's shard first."""

@@ -160,8 +160,8 @@ def make_transition(
 def _check_record(shard: Shard | None, recorded: StepRecord | None, peers: PeerGroup) -> None:
     """Compare the state with the digest from when its step was done, which may be long ago for a snapshot. Collective;
     passes where no record has a digest. Raises DigestMismatch."""
-    witness = shard.witness(0) if shard is not None else None
-    now = int(witness.look().sum()) if witness is not None else 0
+    fingerprint = shard.fingerprint(0) if shard is not None else None
+    now = int(fingerprint.look().sum()) if fingerprint is not None else 0
     expected = int(whole(recorded.state.digests), 16) if recorded is not None and recorded.state.digests else None
     found = torch.from_numpy(np.array([now], dtype=np.uint64).view(np.int64).copy())
     known = torch.tensor([UNKNOWN if expected is None else expected - (expected >> 63 << 64)])

@@ -1,8 +1,15 @@
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayTaskError
 
-from orchestrator.cluster.calls import cause_of, reason_of
-from orchestrator.errors import DataError
+from orchestrator.cluster import calls
+from orchestrator.cluster.calls import ONCE, cause_of, once, reason_of
+from orchestrator.cluster.remote import Remote
+from orchestrator.controller.controller import RunController
+from orchestrator.errors import ClusterUnreachable, DataError
+from orchestrator.scheduler.scheduler import Scheduler
 
 
 def test_the_reason_is_what_the_callee_raised() -> None:
@@ -46,3 +53,42 @@ def test_a_node_that_was_taken_away_with_notice() -> None:
     error = RuntimeError("The actor died because its node has died.")
     error.preempted = True  # type: ignore[attr-defined]
     assert cause_of(error) == "preemption"
+
+
+class Counted:
+    """An actor with methods that may be repeated, and with one that may not. It loses the answer to its first call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        self.read = self.add = SimpleNamespace(remote=self._called)  # as the methods of Ray's handles
+        monkeypatch.setattr(calls.ray, "get", lambda answer, timeout: answer())
+
+    def _called(self) -> Callable[[], int]:
+        self.calls += 1
+        return self._lost if self.calls == 1 else lambda: self.calls
+
+    def _lost(self) -> int:
+        raise ActorUnavailableError("RpcError", b"\x01" * 16)
+
+
+class Methods:
+    """The types of `Counted`."""
+
+    def read(self) -> int:
+        raise NotImplementedError
+
+    @once
+    def add(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_call_is_repeated_when_its_answer_is_lost_unless_it_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless, harmful = Counted(monkeypatch), Counted(monkeypatch)
+    assert Remote[Methods](harmless).ask(Methods.read) == 2
+    with pytest.raises(ClusterUnreachable, match="the answer to add was lost.*It may have been done"):
+        Remote[Methods](harmful).ask(Methods.add)
+    assert harmful.calls == 1
+
+
+def test_a_request_to_kill_one_worker_kills_no_second_one() -> None:
+    assert hasattr(Scheduler.kill_worker, ONCE) and hasattr(RunController.kill_worker, ONCE)

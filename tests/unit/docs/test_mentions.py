@@ -36,6 +36,11 @@ def test_named_tests_exist(page: Path) -> None:
 
 
 @by_page
+def test_plans_are_in_the_roadmap_only(page: Path) -> None:
+    assert page.name == "roadmap.md" or not re.search(r"\bPlanned(:| is\b| are\b)", page.read_text(encoding="utf-8"))
+
+
+@by_page
 def test_links_between_pages_resolve(page: Path) -> None:
     targets = [target for target, _ in LINK.findall(page.read_text(encoding="utf-8"))]
     assert [target for target in targets if not (page.parent / target).exists()] == []

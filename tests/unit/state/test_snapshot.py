@@ -57,26 +57,26 @@ def _add_gradients(state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
             state.view(name, held.start, held.stop).copy_(held.data)
 
 
-def _shelf(
+def _snapshots(
     rank: int, shared_only: bool, whole_every: int = 1, buffers: Buffers | None = None, generation: int = 4
 ) -> RankSnapshots:
     return RankSnapshots(generation, rank, LAYOUT, shared_only, whole_every, _add_gradients, buffers=buffers)
 
 
-def _put(shelf: RankSnapshots, step: int, update: Update | None = None) -> None:
-    snapshot = shelf.begin(step, str(step), update)
-    copy_into(snapshot, _shard(shelf.rank, float(step)))
-    shelf.finish(snapshot)
+def _put(snapshots: RankSnapshots, step: int, update: Update | None = None) -> None:
+    snapshot = snapshots.begin(step, str(step), update)
+    copy_into(snapshot, _shard(snapshots.rank, float(step)))
+    snapshots.finish(snapshot)
 
 
-def _is_of(shelf: RankSnapshots, step: int) -> bool:
-    held = shelf.state(step)
-    is_noted = held.note == str(step) and held.holding == Holding(4, step, shelf.rank) and held.update is None
+def _is_of(snapshots: RankSnapshots, step: int) -> bool:
+    held = snapshots.state(step)
+    is_noted = held.note == str(step) and held.holding == Holding(4, step, snapshots.rank) and held.update is None
     return is_noted and all(bool((place.data == step).all()) for _, place in held.ranges)
 
 
 def test_what_a_rank_holds_is_copied_and_its_shared_part_serves_its_buddy() -> None:
-    own, kept = _shelf(0, shared_only=False), _shelf(0, shared_only=True)
+    own, kept = _snapshots(0, shared_only=False), _snapshots(0, shared_only=True)
     snapshot = own.begin(7, "note")
     copy_into(snapshot, _shard(0, 2.5))
     own.finish(snapshot)
@@ -90,31 +90,31 @@ def test_what_a_rank_holds_is_copied_and_its_shared_part_serves_its_buddy() -> N
 
 
 def test_the_newest_whole_one_outlives_the_one_being_written() -> None:
-    shelf, vault = _shelf(0, shared_only=False), SnapshotStore()
-    vault.add(shelf)
+    snapshots, store = _snapshots(0, shared_only=False), SnapshotStore()
+    store.add(snapshots)
     for step in range(4):
-        snapshot = shelf.begin(step, str(step))
+        snapshot = snapshots.begin(step, str(step))
         copy_into(snapshot, _shard(0, float(step)))
         if step:
-            assert Holding(4, step - 1, 0) in vault.holdings()
-            held = vault.find(Holding(4, step - 1, 0))
+            assert Holding(4, step - 1, 0) in store.holdings()
+            held = store.find(Holding(4, step - 1, 0))
             assert held.note == str(step - 1) and float(held.ranges.view("exp_avg/dense", 0, 1)) == step - 1
-        shelf.finish(snapshot)
-    assert vault.holdings() == (Holding(4, 2, 0), Holding(4, 3, 0))
+        snapshots.finish(snapshot)
+    assert store.holdings() == (Holding(4, 2, 0), Holding(4, 3, 0))
     with pytest.raises(KeyError, match="is not held here"):
-        vault.find(Holding(4, 1, 0))
+        store.find(Holding(4, 1, 0))
 
 
 def test_one_that_is_given_up_gives_its_memory_back() -> None:
-    shelf = _shelf(1, shared_only=True, whole_every=EVERY)
-    shelf.finish(shelf.begin(0, ""))
+    snapshots = _snapshots(1, shared_only=True, whole_every=EVERY)
+    snapshots.finish(snapshots.begin(0, ""))
     for _ in range(3):
-        shelf.give_up(shelf.begin(1, ""))
+        snapshots.give_up(snapshots.begin(1, ""))
     for _ in range(2 * EVERY):
-        shelf.give_up(shelf.begin(1, "", UPDATE))
-    assert shelf.steps() == (0,)
-    _put(shelf, 1)
-    assert shelf.steps() == (0, 1)
+        snapshots.give_up(snapshots.begin(1, "", UPDATE))
+    assert snapshots.steps() == (0,)
+    _put(snapshots, 1)
+    assert snapshots.steps() == (0, 1)
 
 
 @pytest.mark.parametrize("shared_only", [False, True])
@@ -125,41 +125,41 @@ def test_the_newest_two_states_can_always_be_had(
     rank: int, shared_only: bool, kinds: list[bool], asked: list[int]
 ) -> None:
     """Whatever follows what: whole ones where there must be one or a step had no update, deltas elsewhere."""
-    shelf, since = _shelf(rank, shared_only, EVERY), EVERY
+    snapshots, since = _snapshots(rank, shared_only, EVERY), EVERY
     for step, may_be_delta in enumerate(kinds):
         is_delta = may_be_delta and since < EVERY - 1
         since = since + 1 if is_delta else 0
-        _put(shelf, step, UPDATE if is_delta else None)
-        assert shelf.steps() == tuple(range(max(0, step - 1), step + 1))
+        _put(snapshots, step, UPDATE if is_delta else None)
+        assert snapshots.steps() == tuple(range(max(0, step - 1), step + 1))
     for nth in asked:  # as when a recovery fails and another one goes back elsewhere
-        steps = shelf.steps()
-        assert _is_of(shelf, steps[nth % len(steps)])
+        steps = snapshots.steps()
+        assert _is_of(snapshots, steps[nth % len(steps)])
         assert len(kinds) - 1 in steps
-    for step in shelf.steps():
-        assert _is_of(shelf, step)
+    for step in snapshots.steps():
+        assert _is_of(snapshots, step)
 
 
 def test_one_that_is_not_asked_for_is_replayed_in_no_ones_place() -> None:
-    shelf = _shelf(0, False, EVERY)
+    snapshots = _snapshots(0, False, EVERY)
     for step in range(3):
-        _put(shelf, step, UPDATE if step else None)
-    assert _is_of(shelf, 2) and _is_of(shelf, 1) and _is_of(shelf, 2)
+        _put(snapshots, step, UPDATE if step else None)
+    assert _is_of(snapshots, 2) and _is_of(snapshots, 1) and _is_of(snapshots, 2)
     with pytest.raises(KeyError, match="step 0 of rank 0 is not held here"):
-        shelf.state(0)
+        snapshots.state(0)
 
 
 def test_a_delta_without_the_state_before_it_is_refused() -> None:
-    shelf = _shelf(0, False, EVERY)
+    snapshots = _snapshots(0, False, EVERY)
     with pytest.raises(ValueError, match="doesn't follow"):
-        shelf.begin(1, "", UPDATE)
-    _put(shelf, 0)
+        snapshots.begin(1, "", UPDATE)
+    _put(snapshots, 0)
     with pytest.raises(ValueError, match="doesn't follow"):
-        shelf.begin(2, "", UPDATE)
+        snapshots.begin(2, "", UPDATE)
     for step in range(1, EVERY):
-        _put(shelf, step, UPDATE)
+        _put(snapshots, step, UPDATE)
     with pytest.raises(ValueError, match="doesn't follow"):
-        shelf.begin(EVERY, "", UPDATE)
-    assert shelf.steps() == (EVERY - 2, EVERY - 1)
+        snapshots.begin(EVERY, "", UPDATE)
+    assert snapshots.steps() == (EVERY - 2, EVERY - 1)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -167,31 +167,31 @@ def test_a_replay_that_fails_loses_no_memory_and_no_other_state(in_place: bool) 
     def fail(state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
         raise MemoryError("no room")
 
-    shelf = RankSnapshots(4, 0, LAYOUT, False, EVERY, fail)
+    snapshots = RankSnapshots(4, 0, LAYOUT, False, EVERY, fail)
     for step in range(EVERY + in_place):
-        _put(shelf, step, UPDATE if step % EVERY else None)
+        _put(snapshots, step, UPDATE if step % EVERY else None)
     with pytest.raises(MemoryError):
-        shelf.state(EVERY - 1)
-    assert (EVERY if in_place else 0) in {base.whole.holding.step for base in shelf._bases}
-    assert len(shelf._free_whole) + len(shelf._bases) == 2
-    assert len(shelf._free_deltas) + sum(len(base.deltas) for base in shelf._bases) == EVERY
+        snapshots.state(EVERY - 1)
+    assert (EVERY if in_place else 0) in {base.whole.holding.step for base in snapshots._bases}
+    assert len(snapshots._free_whole) + len(snapshots._bases) == 2
+    assert len(snapshots._free_deltas) + sum(len(base.deltas) for base in snapshots._bases) == EVERY
 
 
 def test_memory_is_what_was_said_and_never_grows() -> None:
     buffers = Buffers()
-    shelf = _shelf(0, False, EVERY, buffers)
+    snapshots = _snapshots(0, False, EVERY, buffers)
     assert buffers.made_bytes == 0  # nothing before it is needed
     made = []
     for step in range(20):
-        shelf.finish(shelf.begin(step, "", UPDATE if step % EVERY else None))
-        shelf.state(step)
+        snapshots.finish(snapshots.begin(step, "", UPDATE if step % EVERY else None))
+        snapshots.state(step)
         made.append(buffers.made_bytes)
-    assert 0 < made[0] < made[EVERY] == made[-1] <= shelf.num_bytes()
+    assert 0 < made[0] < made[EVERY] == made[-1] <= snapshots.num_bytes()
 
 
 def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays() -> None:
-    buffers, vault = Buffers(), SnapshotStore()
-    old = vault.add(_shelf(0, False, EVERY, buffers))
+    buffers, store = Buffers(), SnapshotStore()
+    old = store.add(_snapshots(0, False, EVERY, buffers))
     for step in range(2 * EVERY):
         snapshot = old.begin(step, "", UPDATE if step % EVERY else None)
         for _, held in snapshot.ranges:
@@ -200,13 +200,13 @@ def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays(
     made, newest = buffers.made_bytes, old.steps()[-1]
     held = {id(snapshot.buffer) for base in old._bases for snapshot in (base.whole, *base.deltas)}
     del snapshot
-    vault.leave_free()
+    store.leave_free()
     assert old.steps()[-1] == newest and len(held) >= 2
-    new = vault.add(_shelf(0, False, EVERY, buffers, generation=5))
+    new = store.add(_snapshots(0, False, EVERY, buffers, generation=5))
     new.finish(new.begin(2 * EVERY, ""))
     assert buffers.made_bytes == made
     assert all(bool((r.data == EVERY).all()) for _, r in old._bases[-1].whole.ranges)
-    vault.drop_before(5)
+    store.drop_before(5)
     del old
     for step in range(2 * EVERY + 1, 4 * EVERY):
         new.finish(new.begin(step, "", UPDATE if step % EVERY else None))
@@ -214,14 +214,14 @@ def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays(
 
 
 def test_older_generations_go() -> None:
-    vault = SnapshotStore()
-    shelf = vault.add(_shelf(0, shared_only=False))
-    shelf.finish(shelf.begin(1, ""))
-    assert vault.num_bytes() == shelf.num_bytes()
-    vault.drop_before(4)
-    assert vault.holdings() == (Holding(4, 1, 0),)
-    vault.drop_before(5)
-    assert vault.holdings() == () and vault.num_bytes() == 0
+    store = SnapshotStore()
+    snapshots = store.add(_snapshots(0, shared_only=False))
+    snapshots.finish(snapshots.begin(1, ""))
+    assert store.num_bytes() == snapshots.num_bytes()
+    store.drop_before(4)
+    assert store.holdings() == (Holding(4, 1, 0),)
+    store.drop_before(5)
+    assert store.holdings() == () and store.num_bytes() == 0
 
 
 def test_parts_of_a_sum_are_added_up() -> None:

@@ -30,10 +30,10 @@ def test_without_a_timeout_the_run_is_queued() -> None:
     assert when_there_is_room(full.start, None, None) == "run" and full.waits == [True]
 
 
-def test_it_is_requested_until_there_is_room_and_the_wait_is_reported_once() -> None:
+def test_it_is_requested_until_there_is_room_and_each_refusal_is_reported() -> None:
     full, reports = Full(refusals=2), []
     assert when_there_is_room(full.start, 60.0, reports.append) == "run"
-    assert full.waits == [False] * 3 and [error.message for error in reports] == ["no room"]
+    assert full.waits == [False] * 3 and [error.message for error in reports] == ["no room"] * 2
 
 
 def test_without_room_in_time_it_is_refused() -> None:

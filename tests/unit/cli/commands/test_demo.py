@@ -25,7 +25,11 @@ def test_the_kill_falls_between_the_rescales() -> None:
 def test_a_demo_is_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        demo, "run", lambda job, **options: runs.append({"job": load_job(job, options["settings"])} | options)
+        demo,
+        "run_here",
+        lambda job, name, overrides, address, **options: runs.append(
+            {"job": load_job(job, overrides), "name": name, "address": address} | options
+        ),
     )
     storage = tmp_path / "a: b's"
     demo.demo(storage=storage)
@@ -35,4 +39,9 @@ def test_a_demo_is_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     names = [run["name"] for run in runs]
     assert names[0] == "quickstart" and names[1].startswith("quickstart-") and names[2] == "mine"
     for run in runs:
-        assert run["local"] and run["kill_at"] == demo.KILL_AT and run["job"].storage == str(storage)
+        assert (
+            run["address"] is None
+            and not run["leaves_run"]
+            and run["kill_at"] == demo.KILL_AT
+            and run["job"].storage == str(storage)
+        )

@@ -2,13 +2,32 @@
 
 import io
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
-from orchestrator.cli.commands.remote import FORWARDED, Marked, _without_address, forwarded, submit_by_url, write
+from orchestrator.cli.commands import remote
+from orchestrator.cli.commands.remote import (
+    FORWARDED,
+    STOPPED,
+    Marked,
+    _Stopped,
+    _without_address,
+    forwarded,
+    submit_by_url,
+    write,
+)
+from orchestrator.cli.main import app
 from orchestrator.cluster.jobs_api import MARK, JobsApiClient
-from orchestrator.errors import ClusterUnreachable, UsageError
+from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, UsageError
+from orchestrator.submission.by_url import BEGUN, submit_file
+
+URL = "http://127.0.0.1:9"
+STATUS = '{"run_id": "far"}'
 
 
 @pytest.mark.parametrize(
@@ -87,11 +106,11 @@ def test_paths_of_this_machine_are_refused_before_anything_is_sent(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.yaml").write_text("schema: v1\nname: far\n")
     with pytest.raises(UsageError, match="storage ./runs is relative"):
-        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, [], False)
+        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, [], None)
     with pytest.raises(UsageError, match="is not in the current directory"):
-        submit_by_url("http://127.0.0.1:9", tmp_path / "job.yaml", None, ["storage=/shared"], False)
+        submit_by_url("http://127.0.0.1:9", tmp_path / "job.yaml", None, ["storage=/shared"], None)
     with pytest.raises(ClusterUnreachable):
-        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, ["storage=/shared"], False)
+        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, ["storage=/shared"], None)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +128,95 @@ def test_code_that_would_not_be_sent_is_refused(
     job = {"schema": "v1", "name": "far", "storage": "/shared", "model": model}
     (tmp_path / "job.yaml").write_text(json.dumps(job))
     with pytest.raises(UsageError, match=told):
-        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, [], False)
+        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, [], None)
+
+
+class Port:
+    """A Jobs API whose run logs a line and succeeds. Keeps the command of its driver, and for how long it may wait."""
+
+    def __init__(self) -> None:
+        self.driver: list[str] = []
+        self.waits_s = -1.0
+
+    def start(
+        self, command: list[str], directory: Path, name: str, on_line: Callable[[str], bool], waits_s: float
+    ) -> tuple[str, int | None]:
+        self.driver, self.waits_s = command, waits_s
+        return "far-1", None
+
+    def follow(self, job: str, on_line: Callable[[str], None]) -> int:
+        for line in (BEGUN, "a log line", f"{MARK}a message"):
+            on_line(line)
+        return 0
+
+    def run(self, command: list[str], on_line: Callable[[str], None]) -> int:
+        assert command == ["status", "far", "-o", "json"]
+        on_line(STATUS)
+        return 0
+
+
+@pytest.fixture
+def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Port:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("schema: v1\nname: far\nstorage: /shared\n")
+    port = Port()
+    monkeypatch.setattr(remote, "JobsApiClient", lambda url: port)
+    return port
+
+
+def by_url(*arguments: str) -> Result:
+    done = CliRunner().invoke(app, [*arguments, "--address", URL])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.mark.parametrize("verb", [["submit"], ["run"], ["run", "-d"]], ids=" ".join)
+def test_the_time_to_wait_for_room_goes_to_the_driver(verb: list[str], port: Port) -> None:
+    by_url(*verb, "job.yaml", "--timeout", "400", "--set", "eval.every=5")
+    assert port.driver == ["drive", "job.yaml", "--name", "far", "--set", "eval.every=5", "--timeout", "400.0"]
+    assert port.waits_s == 400.0
+    by_url(*verb, "job.yaml")
+    assert "--timeout" not in port.driver and port.waits_s == 0.0
+
+
+def test_a_detached_run_prints_what_a_submission_does(port: Port) -> None:
+    for output in (["-o", "text"], ["-o", "json"]):
+        detached, submitted = (by_url(*verb, "job.yaml", *output).stdout for verb in (["run", "-d"], ["submit"]))
+        assert detached == submitted and "far" in detached
+
+
+def test_json_of_a_run_is_its_status_and_nothing_else(port: Port) -> None:
+    done = by_url("run", "job.yaml", "-o", "json")
+    assert done.stdout == f"{STATUS}\n" and "a log line\na message\n" in done.stderr
+    assert by_url("run", "job.yaml").stdout == "a log line\n"
+
+
+def test_a_driver_that_waits_for_room_ends_at_a_signal() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stopped, acted = _Stopped(), []
+        with stopped.later():
+            stopped.on_wait(JobDoesNotFit("no room"))
+            signal.raise_signal(signal.SIGTERM)  # deferred: the run may be submitted at this moment
+            with pytest.raises(SystemExit) as end:
+                stopped.on_wait(JobDoesNotFit("no room"))
+            assert end.value.code == STOPPED
+            with pytest.raises(SystemExit):
+                stopped.then(lambda: acted.append("stop"))
+        assert acted == ["stop"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_from_python_a_wait_without_room_is_an_error(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(
+        command: list[str], directory: Path, name: str, on_line: Callable[[str], bool], waits_s: float
+    ) -> tuple[str, int | None]:
+        assert command[-2:] == ["--timeout", "3.0"]
+        for line in ("Waiting for room: a", "error: no room"):
+            on_line(MARK + line)
+        return "far-1", JobDoesNotFit.exit_code
+
+    monkeypatch.setattr(port, "start", refused)
+    with pytest.raises(JobDoesNotFit, match="^no room"):
+        submit_file(port, "job.yaml", None, [], 3.0)

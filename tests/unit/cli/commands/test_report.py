@@ -89,7 +89,7 @@ def test_the_page_needs_nothing_else_and_its_path_is_printed(runs: Path, orchest
     page = runs / "books" / "report-with-poems.html"
     assert done.returncode == 0 and done.stdout.strip() == str(page)
     text = page.read_text()
-    assert text.count("<svg") == 4  # time, workers of each, moves of one
+    assert text.count("<svg") == 4  # time, workers of each, transitions of one
     assert "<script" not in text and 'src="http' not in text and "exposed communication" in text
     elsewhere = runs.parent / "page.html"
     assert orchestrator("report", "books", "-o", "html", "--out", "page.html").stdout.strip() == str(elsewhere)

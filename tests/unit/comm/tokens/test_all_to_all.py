@@ -29,8 +29,8 @@ def _rows(rank: int) -> Tensor:
 def test_rows_arrive_by_source_in_their_order() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[list[float]]:
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        journey = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND)
-        found: list[list[float]] = journey.end(journey.begin(_rows(rank))).tolist()
+        exchange = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND)
+        found: list[list[float]] = exchange.end(exchange.begin(_rows(rank))).tolist()
         return found
 
     for rank, rows in enumerate(on_ranks(3, run)):
@@ -50,8 +50,8 @@ def test_the_ledger_tells_what_goes_to_other_nodes(nodes: str, rows: int) -> Non
     def run(rank: int, group: dist.ProcessGroup | None) -> None:
         received_W = [SENT_WW[source][rank] for source in range(3)]
         is_far_W = [node != nodes[rank] for node in nodes]
-        journey = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
-        journey.end(journey.begin(_rows(rank).requires_grad_())).sum().backward()
+        exchange = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
+        exchange.end(exchange.begin(_rows(rank).requires_grad_())).sum().backward()
 
     since = traffic_meter.Since()
     on_ranks(3, run)
@@ -63,8 +63,8 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[float]:
         rows = _rows(rank).requires_grad_()
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        journey = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND)
-        received = journey.end(journey.begin(rows))
+        exchange = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND)
+        received = exchange.end(exchange.begin(rows))
         (received.sum() * (10.0 + rank)).backward()
         assert rows.grad is not None
         gradients: list[float] = rows.grad[:, 0].tolist()
@@ -77,23 +77,23 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
 @on_devices
 def test_in_a_world_of_one_nothing_moves() -> None:
     rows = _rows(1)
-    journey = AsyncAllToAll([4], [4], None, KIND)
-    assert journey.end(journey.begin(rows)) is rows
+    exchange = AsyncAllToAll([4], [4], None, KIND)
+    assert exchange.end(exchange.begin(rows)) is rows
 
 
 def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_travel() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
         under_way = []
         weights = torch.ones(3, requires_grad=True, device=devices.device())
-        journey = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
-        on_the_way = journey.begin(_rows(rank).requires_grad_())
+        exchange = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
+        on_the_way = exchange.begin(_rows(rank).requires_grad_())
         beside = weights * 2.0
-        under_way.append(journey.is_under_way)
-        received = journey.end(on_the_way)
-        under_way.append(journey.is_under_way)
-        beside.register_hook(lambda grad: under_way.append(journey.is_under_way))
+        under_way.append(exchange.is_under_way)
+        received = exchange.end(on_the_way)
+        under_way.append(exchange.is_under_way)
+        beside.register_hook(lambda grad: under_way.append(exchange.is_under_way))
         (received.sum() + beside.sum()).backward()
-        under_way.append(journey.is_under_way)
+        under_way.append(exchange.is_under_way)
         return under_way
 
     assert on_ranks(3, run) == [[True, False, True, False]] * 3
@@ -102,10 +102,10 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
 @on_devices
 def test_a_journey_ends_once() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> str:
-        journey = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
-        received = journey.end(journey.begin(_rows(rank)))
+        exchange = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
+        received = exchange.end(exchange.begin(_rows(rank)))
         with pytest.raises(ValueError, match="go in pairs") as error:
-            journey.end(received)
+            exchange.end(received)
         return str(error.value)
 
     assert len(set(on_ranks(3, run))) == 1
@@ -131,8 +131,8 @@ def test_rows_in_fewer_bytes_are_nearly_the_same_both_ways(wire: Wire, error: fl
     def run(rank: int, group: dist.ProcessGroup | None) -> None:
         counts, arriving = sent_WW[rank], [sent_WW[source][rank] for source in range(3)]
         x_ND = torch.linspace(-3, 5, sum(counts) * 8).view(-1, 8).to(devices.device(), dtype).requires_grad_()
-        journey = AsyncAllToAll(counts, arriving, group, KIND, wire)
-        received_MD = journey.end(journey.begin(x_ND))
+        exchange = AsyncAllToAll(counts, arriving, group, KIND, wire)
+        received_MD = exchange.end(exchange.begin(x_ND))
         back = AsyncAllToAll(arriving, counts, group, KIND)
         returned_ND = back.end(back.begin(received_MD))
         (returned_ND.float() * torch.arange(8.0, device=devices.device())).sum().backward()

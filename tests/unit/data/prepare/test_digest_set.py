@@ -26,7 +26,7 @@ def test_it_grows_and_forgets_nothing() -> None:
 
 
 def test_equal_places_in_the_table_are_no_equal_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seen_module, "FIRST_SLOTS", 8)
+    monkeypatch.setattr(seen_module, "FIRST_CAPACITY", 8)
     seen = DigestSet()
     digests = [bytes(8) + number.to_bytes(8, "big") for number in range(1, 100)]
     assert all(seen.add(digest) for digest in digests)

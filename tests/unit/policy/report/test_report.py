@@ -101,9 +101,9 @@ def test_time_is_split_as_records_and_events_tell() -> None:
     assert seconds[Use.RENDEZVOUS] == pytest.approx(0.25 + 0.3 - 0.2)
     assert seconds[Use.WASTED] == 0.0 and all(spent.note == "" for spent in told.time)
     assert told.goodput == pytest.approx(0.9 * 200 / told.elapsed_s)
-    moves = [(m.kind, m.from_size, m.to_size, m.step) for m in told.moves]
-    assert moves == [("recovery", 3, 2, 60), ("rescale", 2, 3, 100)]
-    assert [m.total_s for m in told.moves] == [pytest.approx(0.35), pytest.approx(0.3)]
+    transitions = [(m.kind, m.from_size, m.to_size, m.step) for m in told.transitions]
+    assert transitions == [("recovery", 3, 2, 60), ("rescale", 2, 3, 100)]
+    assert [m.total_s for m in told.transitions] == [pytest.approx(0.35), pytest.approx(0.3)]
 
 
 def test_an_older_journal_says_what_it_does_not_know() -> None:
@@ -312,6 +312,6 @@ def test_parts_add_up_to_the_whole_whatever_happens(
     assert known_seconds(told) == pytest.approx(told.elapsed_s)
     assert all(spent.seconds is None or spent.seconds >= 0.0 for spent in told.time)
     assert told.goodput is None or 0.0 <= told.goodput <= 1.0
-    assert sum(move.total_s for move in told.moves) <= told.elapsed_s + 1e-6
+    assert sum(each.total_s for each in told.transitions) <= told.elapsed_s + 1e-6
     assert told.workers.held >= told.workers.members - 1e-9
     assert told.tokens + told.wasted_tokens == 100 * (told.steps + told.wasted_steps)

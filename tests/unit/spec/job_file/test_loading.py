@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.job_file.loading import MAX_PROBLEMS, Setting, job_from, load_job, parse_job
+from orchestrator.spec.job_file.loading import MAX_PROBLEMS, job_from, load_job, parse_job
+from orchestrator.spec.job_file.overrides import Setting
 
 HEAD = "schema: v1\nname: try\n"
 
@@ -410,7 +411,7 @@ def test_a_setting_counts_in_place_of_a_file_and_is_named_in_errors() -> None:
         "train.lr=1e-3",
     ]
     job = parse_job(f"{HEAD}train: {{max_steps: 7}}\nworkers: 2\n", "job.yaml", settings)
-    assert (job.train.max_steps, job.train.lr, job.workers.max) == (9, 1e-3, 3)
+    assert (job.train.max_steps, job.train.lr, job.workers.min, job.workers.max) == (9, 1e-3, 2, 3)
     with pytest.raises(SpecError, match=r"config\(-1\):1:1: train\.max_steps: must be"):
         parse_job(HEAD, "job.yaml", [Setting(("train", "max_steps"), -1, "config(-1)")])
 

@@ -64,9 +64,9 @@ def test_buddies_exchange_the_parts_that_only_one_of_them_has() -> None:
         kept = RankSnapshots(4, 1 - rank, layout, shared_only=True)
         sender = SnapshotSender(RankSnapshots(4, rank, layout, False), [to_buddy], 1)
         replicator = SnapshotReplicator(sender, [SnapshotReceiver(kept, from_protected_rank)], takes_cores=True)
-        vault = SnapshotStore()
-        replicator.start(vault)
-        return replicator, vault
+        held = SnapshotStore()
+        replicator.start(held)
+        return replicator, held
 
     with ThreadPoolExecutor(2) as pool:
         members = [each.result(WAIT_S) for each in [pool.submit(protect, rank) for rank in range(2)]]
@@ -96,9 +96,9 @@ def test_two_copies_of_each_snapshot_are_with_two_others() -> None:
         sender = SnapshotSender(own, [to_buddy for to_buddy, _ in met], 1)
         assert sender.whole_bytes == own.copied_bytes(whole=True) + 2 * own.shared_bytes(whole=True)
         receivers = [SnapshotReceiver(each, stream) for each, (_, stream) in zip(kept, met, strict=True)]
-        replicator, vault = SnapshotReplicator(sender, receivers, takes_cores=True), SnapshotStore()
-        replicator.start(vault)
-        return replicator, vault
+        replicator, held = SnapshotReplicator(sender, receivers, takes_cores=True), SnapshotStore()
+        replicator.start(held)
+        return replicator, held
 
     with ThreadPoolExecutor(3) as pool:
         members = [each.result(WAIT_S) for each in [pool.submit(protect, rank) for rank in range(3)]]
@@ -106,8 +106,8 @@ def test_two_copies_of_each_snapshot_are_with_two_others() -> None:
         replicator.sender.begin(7, shard_of(layout, rank, 7.0), f"note {rank}")
     for replicator, _ in members:
         replicator.sender.acknowledged()
-    for _, vault in members:
-        assert vault.holdings() == tuple(Holding(4, 7, rank) for rank in range(3))
+    for _, held in members:
+        assert held.holdings() == tuple(Holding(4, 7, rank) for rank in range(3))
     members[0][0].shut()  # a rank without one of its buddies has lost it
     members[1][0].sender.begin(8, shard_of(layout, 1, 8.0), "note")
     with pytest.raises(StreamClosed):

@@ -99,7 +99,7 @@ def _do(parts: _Parts, step: int, skips: frozenset[int] = frozenset()) -> StepRe
         model=SimpleNamespace(moe_layers=[]),
         micro_batch=None,
         skips=skips,
-        witness=lambda _: None,
+        fingerprint=lambda _: None,
         engine=parts,
         seal=parts,
         choosing=parts,
