@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
@@ -71,7 +71,8 @@ def make_folders(root: Path, folder: Path) -> None:
     missing = tuple(takewhile(lambda each: each != root, (folder, *folder.parents)))
     try:
         for each in reversed(missing):
-            each.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # what is no folder is an error for whoever writes in it
+                each.mkdir()
         if missing or root.is_dir():
             return
     except FileNotFoundError:

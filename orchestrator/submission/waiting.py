@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import JobDoesNotFit, NotFinished
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.run_files import RunFiles
 from orchestrator.storage.journal_age import LIVELY_S
+
+if TYPE_CHECKING:  # which imports NumPy
+    from orchestrator.run_records.run_files import RunFiles
 
 WAITING = "Waiting for room"  # begins the message of a command
 RETRY_EVERY_S = 1.0
@@ -58,7 +61,7 @@ def until_ended(
         time.sleep(min(every_s, left_s))
 
 
-def until_ended_in_storage(files: RunFiles, timeout_s: float | None) -> RunStatus:
+def until_ended_in_storage(files: "RunFiles", timeout_s: float | None) -> RunStatus:
     """The status of a run that has ended, from run storage alone.
 
     Raises:

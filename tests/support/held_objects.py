@@ -12,6 +12,7 @@ class HeldObjects(DirectoryObjects):
     """`Objects` in a directory."""
 
     def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
         super().__init__(root)
         self._is_free = threading.Event()
         self._is_free.set()

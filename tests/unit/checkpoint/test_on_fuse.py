@@ -36,7 +36,9 @@ FAULTS = [  # of every call that writes a file and reads it back
 
 @pytest.fixture
 def checkpoints(fuse: FuseDisk) -> Path:
-    return fuse.path / str(next(number)) / "checkpoints"
+    run_dir = fuse.path / str(next(number))
+    run_dir.mkdir()
+    return run_dir / "checkpoints"
 
 
 def write(checkpoints: Path) -> ShardWritten:

@@ -48,7 +48,6 @@ class Scene:
     def __init__(self, root: Path) -> None:
         self.run_dir, self.storage = root / "run", HeldObjects(root / "run")
         self.run_dir.mkdir(exist_ok=True)
-        (root / "cluster").mkdir(exist_ok=True)
         cluster = HeldObjects(root / "cluster")
         self.cluster, self.journal = cluster, Journal(self.storage, kept=cluster)
         self.run = JournaledRun(self.run_dir, LIMITS, self.journal)

@@ -18,11 +18,11 @@ from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, location_of, objects_at
-from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.storage.tasks import run_inline
 from tests.support.checkpoints import write_checkpoint
+from tests.support.held_objects import HeldObjects
 from tests.support.request_proxy import RequestProxy
 from tests.unit.policy.imagined import record
 
@@ -68,7 +68,7 @@ def test_a_run_begins_is_restarted_ends_and_is_resumed(run_dir: Location) -> Non
 
 
 def test_a_restarted_controller_leaves_a_run_to_its_new_cluster(run_dir: Location, tmp_path: Path) -> None:
-    here, there = DirectoryObjects(tmp_path / "here"), DirectoryObjects(tmp_path / "there")
+    here, there = HeldObjects(tmp_path / "here"), HeldObjects(tmp_path / "there")
     assert open_run("demo", run_dir, None, None, kept=here, cluster="one").memory.term == 1
     assert open_run("demo", run_dir, None, None, kept=here, cluster="one").memory.term == 2  # restarted
     over = ResumeRequest("over", None)  # of a user of the other cluster

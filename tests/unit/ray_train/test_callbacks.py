@@ -59,6 +59,7 @@ def test_each_step_is_reported_once_from_now_on(tmp_path: Path) -> None:
 def test_a_run_that_has_not_begun_can_be_followed(tmp_path: Path) -> None:
     told = Told()
     follower = follower_of(tmp_path / "run", told)
+    (tmp_path / "run").mkdir()
     follower.read_on()
     run_inline(memory_of(tmp_path / "run").absorb([record(0)], up_to=100))
     follower.read_on()

@@ -275,6 +275,7 @@ def kills(when: str, at: int) -> Callable[[int, str], None]:
 def test_a_kill_at_any_call_of_a_compaction_loses_nothing(tmp_path: Path, when: str) -> None:
     """Also in a compaction that merges histories."""
     template = tmp_path / "template"
+    template.mkdir()
     writer = grown(template, 5 * DUE + 1)
     for _ in range(DUE - 1):
         writer.append()
@@ -391,6 +392,7 @@ def test_a_reader_goes_on_while_the_journal_is_compacted(
     tmp_path: Path, reads: Callable[[Objects], list[int]], rounds: int
 ) -> None:
     template = tmp_path / "template"
+    template.mkdir()
     grown(template, 5 * DUE)
     for at in count():
         run_dir = shutil.copytree(template, tmp_path / f"{at}")

@@ -31,7 +31,9 @@ FAULTS = [  # of every call that makes an object
 
 @pytest.fixture
 def objects(fuse: FuseDisk) -> DirectoryObjects:
-    return DirectoryObjects(fuse.path / str(next(number)))
+    directory = fuse.path / str(next(number))
+    directory.mkdir()
+    return DirectoryObjects(directory)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

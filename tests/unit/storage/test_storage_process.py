@@ -155,7 +155,7 @@ def test_children_that_cannot_be_killed_are_few_and_their_call_succeeds_once_sto
                 children |= {pid for pid in [process.pid] if pid is not None}
                 time.sleep(0.1)
         assert written.result(PATIENCE_S) == b"value" and len(children) == 1 + MOST_ABANDONED
-        assert [path.name for path in disk.glob("*key*")] == ["key"]
+        assert DirectoryObjects(disk).names("") == ("key", "lost+found")
         process.close()
 
 

@@ -124,6 +124,7 @@ def test_the_page_shows_the_loads_of_experts_of_a_run_that_has_them(runs: Path, 
 def test_what_makes_no_sense_is_refused(
     runs: Path, orchestrator: Command, args: list[str], code: int, said: str
 ) -> None:
+    (runs / "silent").mkdir(parents=True, exist_ok=True)
     Journal(DirectoryObjects(runs / "silent"))
     done = orchestrator("report", *args)
     assert done.returncode == code and said in done.stderr and done.stdout == "", done

@@ -576,6 +576,7 @@ def test_a_newer_shard_takes_the_place_of_a_late_one(refusing: Path) -> None:
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     scene = Scene(tmp_path / "run" / "checkpoints")
     for step in (3, 3):
         scene.save(step)
