@@ -14,7 +14,7 @@ from orchestrator.run_records.removal import refuse_active, remove_files, remove
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.backends.probe import reading
-from orchestrator.submission.waiting import until_ended_in_storage
+from orchestrator.submission.waiting_in_storage import until_ended_in_storage
 
 DEFAULT_STORAGE = Path("runs")
 
