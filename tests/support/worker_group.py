@@ -200,6 +200,7 @@ class Crew:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._env = env or {}
+        run_dir.mkdir(parents=True, exist_ok=True)
         if devices.selected != devices.CPU:
             job = job.model_copy(update={"resources": job.resources.model_copy(update={"gpus": 1.0})})
         self._rendezvous = RendezvousServer("127.0.0.1")
