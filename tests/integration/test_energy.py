@@ -48,6 +48,7 @@ def answers(inbox: Inbox, count: int) -> None:
 
 def test_what_workers_have_used_is_journalled_and_survives_them(tmp_path: Path) -> None:
     run_dir, root = tmp_path / "run", tmp_path / "powercap"
+    run_dir.mkdir()
     counter = write_zone(root, "intel-rapl:0", "package-0", 0)
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
     memory = JournaledRun(run_dir, limits)
@@ -81,6 +82,7 @@ def test_what_workers_have_used_is_journalled_and_survives_them(tmp_path: Path) 
 
 def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
+    run_dir.mkdir()
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
     memory = JournaledRun(run_dir, limits)
     inbox: Inbox = SimpleQueue()

@@ -51,6 +51,7 @@ PADDING = 20  # rows of the vocabulary beyond the tokenizer's
 def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of a random model with a padded vocabulary leaves: job, tokenizer, journal, checkpoint."""
     run_dir = tmp_path_factory.mktemp("runs") / "tried"
+    run_dir.mkdir()
     store = TokenStore.open(store_dir)
     sizes = {"vocab_size": store.vocab_size + PADDING, "initializer_range": 0.2, "qk_norm": True}
     job = small_job(texts, model=sizes, sequence_length=32)

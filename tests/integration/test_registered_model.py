@@ -36,6 +36,7 @@ def _run(texts: Path, tokenizer: Path, storage: Path, **model: Any) -> tuple[Job
     home = ExpertParallelContext(ExpertPlacement.balanced(job.model.n_routed_experts, 1), 0, None)
     ours = MoELanguageModel(job.model, vocab_size, home)
     ours.init_weights(5)
+    (storage / "try").mkdir()
     checkpoint = _checkpoint_of(ours, storage / "try" / "checkpoints")
     job = job.model_copy(update={"model": job.model.model_copy(update=model)})
     (storage / "try" / "job.json").write_text(job.model_dump_json(by_alias=True))
