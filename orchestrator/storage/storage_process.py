@@ -123,10 +123,11 @@ class StorageProcess:
         """Wait for a child's answer, or its end. Returns False once it is stuck, unless too many were."""
         answer = select.poll()
         answer.register(_output_of(child).fileno(), select.POLLIN)
-        progress, since_s = "", time.monotonic()
+        progress, since_s = _progress_of(child.pid), time.monotonic()
         while not answer.poll(LOOK_S * 1000):
             self._abandoned = [each for each in self._abandoned if each.poll() is None]
-            if (now := _progress_of(child.pid)) != progress or len(self._abandoned) >= MOST_ABANDONED:
+            now = _progress_of(child.pid)
+            if now is None or now != progress or len(self._abandoned) >= MOST_ABANDONED:
                 progress, since_s = now, time.monotonic()
             elif time.monotonic() - since_s >= self._stuck_s:
                 return False
@@ -158,13 +159,13 @@ def _output_of(child: "subprocess.Popen[bytes]") -> Any:
     return child.stdout
 
 
-def _progress_of(pid: int) -> str:
-    """What changes as long as a process computes, reads or writes."""
-    with suppress(OSError):  # it has ended
+def _progress_of(pid: int) -> str | None:
+    """What changes as long as a process computes, reads or writes; None where that isn't shown."""
+    with suppress(OSError):
         process = Path(f"/proc/{pid}")
         times = process.joinpath("stat").read_text().rpartition(")")[2].split()[11:13]
         return " ".join([*times, process.joinpath("io").read_text()])
-    return ""
+    return None
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
