@@ -71,7 +71,7 @@ def make_folders(root: Path, folder: Path) -> None:
     missing = tuple(takewhile(lambda each: each != root, (folder, *folder.parents)))
     try:
         for each in reversed(missing):
-            with suppress(FileExistsError):  # what is no folder is an error for whoever writes in it
+            with suppress(FileExistsError):  # a file in its place is an error of the write that follows
                 each.mkdir()
         if missing or root.is_dir():
             return

@@ -67,7 +67,7 @@ def make_database(path: Path) -> None:
 
 
 def client_at(uri: str) -> MlflowClient:
-    if is_directory(uri):  # whoever submitted the run has allowed it, in another process
+    if is_directory(uri):  # the submission has allowed it, in another process
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     return MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
 
