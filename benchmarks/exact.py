@@ -25,7 +25,7 @@ from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
-from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.checkpoints.search import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.data import DataSpec

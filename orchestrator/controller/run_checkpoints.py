@@ -23,15 +23,14 @@ from orchestrator.policy.state.run_state import Commit, Observation
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.protocol.messages import Restore
-from orchestrator.run_records.checkpoints import (
-    CheckpointFinder,
+from orchestrator.run_records.checkpoints.completion import (
     commit_checkpoint,
     discard_garbage,
     drop_set_aside,
     hopeless,
-    path_of,
     superfluous,
 )
+from orchestrator.run_records.checkpoints.search import CheckpointFinder, path_of
 from orchestrator.storage.condition import StorageCondition, StorageTrouble, refusal
 from orchestrator.storage.tasks import Lengthy, StorageTask
 

@@ -13,7 +13,7 @@ from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import Restore, ResumeRequest
-from orchestrator.run_records.checkpoints import newest_good
+from orchestrator.run_records.checkpoints.search import newest_good
 from orchestrator.run_records.final_status import note_resumed
 from orchestrator.run_records.job_files import JOB, check_job
 from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written

@@ -17,7 +17,7 @@ from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.checkpoints.search import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps

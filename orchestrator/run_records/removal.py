@@ -6,7 +6,7 @@ from pathlib import Path
 from orchestrator.checkpoint.retention import discard
 from orchestrator.errors import NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.checkpoints.search import path_of
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup
 from orchestrator.storage.backends.location import Location, is_there, objects_at

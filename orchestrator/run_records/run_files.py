@@ -11,8 +11,8 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.base import Event, JournalEntry
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.checkpoint_records import CheckpointRecord, CheckpointRecords
-from orchestrator.run_records.checkpoints import choose, list_checkpoints
+from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecord, CheckpointRecords
+from orchestrator.run_records.checkpoints.search import choose, list_checkpoints
 from orchestrator.run_records.final_status import read_status
 from orchestrator.run_records.job_files import has_job, read_job
 from orchestrator.run_records.run_history import RunHistory, read_entries, read_steps, user_events

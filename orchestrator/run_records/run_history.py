@@ -26,7 +26,7 @@ from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Ended, Resumed, Submitted
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.checkpoint_records import CheckpointRecords
+from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
 from orchestrator.storage.backends.location import Location

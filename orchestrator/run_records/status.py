@@ -19,7 +19,7 @@ from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.events.generations import Activated
 from orchestrator.protocol.events.run import Ended, Submitted
 from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
-from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.checkpoints.search import path_of
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import NotFound, UsageError
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.run_records.checkpoints import choose
+from orchestrator.run_records.checkpoints.search import choose
 from orchestrator.run_records.final_status import has_ended, status_keys
 from orchestrator.run_records.job_files import JOB, read_job
 from orchestrator.run_records.run_history import RunHistory

@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.checkpoint.hf.export import export_hf
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Export, ExportResult, Fault, Request
-from orchestrator.run_records.checkpoints import DIRECTORY as CHECKPOINTS
+from orchestrator.run_records.checkpoints.search import DIRECTORY as CHECKPOINTS
 from orchestrator.run_records.job_files import read_job
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.run_files import RunFiles

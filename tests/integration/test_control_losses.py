@@ -10,7 +10,7 @@ import pytest
 from orchestrator.checkpoint.manifest import MANIFEST_FILE
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.run_records.checkpoints import path_of
+from orchestrator.run_records.checkpoints.search import path_of
 from orchestrator.run_records.run_files import RunFiles
 from tests.support.control import UNHURRIED, Cluster, kill_at_once
 from tests.support.simulated_services import newcomers_held

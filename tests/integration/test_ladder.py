@@ -18,8 +18,9 @@ from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, ShardWritten
-from orchestrator.run_records.checkpoint_records import CheckpointRecords
-from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
+from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
+from orchestrator.run_records.checkpoints.completion import commit_checkpoint
+from orchestrator.run_records.checkpoints.search import newest_good
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.storage.directory import DirectoryObjects

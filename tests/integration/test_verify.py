@@ -21,7 +21,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ReplayResult
-from orchestrator.run_records.checkpoints import commit_checkpoint
+from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.fault_tolerance import CheckpointSpec, VerifySpec
 from orchestrator.spec.job import EvalSpec, JobSpec

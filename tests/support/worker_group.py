@@ -41,7 +41,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
-from orchestrator.run_records.checkpoints import commit_checkpoint
+from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.spec.job import JobSpec
 from tests.support import devices, forks
 from tests.support.pacing import Pace

@@ -25,7 +25,7 @@ def list_all(run: RunId, storage: Storage = None, address: Address = None, outpu
     from orchestrator.checkpoint.read import read_manifest
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import CheckpointCorrupt
-    from orchestrator.run_records.checkpoints import path_of
+    from orchestrator.run_records.checkpoints.search import path_of
     from orchestrator.storage.backends.location import objects_at
     from orchestrator.storage.backends.probe import reading
 

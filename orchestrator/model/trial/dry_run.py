@@ -2,8 +2,6 @@
 
 Workers run it while they warm up, and a process at submission (`orchestrator.worker.check_user_code`), so that mistakes
 are reported at once.
-
-Shape legend: B = rows, T = tokens in a row.
 """
 
 import math
@@ -11,23 +9,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.routed_experts import RoutedExperts, is_recomputed
 from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.model.tasks.user_task import UserTask
 from orchestrator.model.trial.isolation import check_isolation
+from orchestrator.model.trial.samples import Samples, drawn_chats
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.task import ARRAYS, MESSAGES, PREFERENCE, UNITS
+from orchestrator.spec.task import UNITS
 from orchestrator.user_code import calling_user
 
 MAX_ELEMENTS = 200_000_000  # of dense parameters; a larger model isn't built on a laptop, nor whole by each worker
@@ -59,7 +55,7 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
     trial = _Trial(job, model, task)
-    samples = _Samples(job, task, device, rows or (_drawn_chats(job, vocab_size) if job.has_chats else ()), vocab_size)
+    samples = Samples(job, task, device, rows or (drawn_chats(job, vocab_size) if job.has_chats else ()), vocab_size)
     first = trial.run(samples.of(0))
     if job.train.is_exact or (job.task.entrypoint is not None and device.type == "cpu"):
         trial.check_repeats(first, trial.run(samples.of(0)))
@@ -69,62 +65,6 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         task.report(dict.fromkeys(task.metrics, 0.0))
     for other in (both, trial.run(samples.of())):
         trial.check_calls(first, other)
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """Micro-batches of a dry run."""
-
-    job: JobSpec
-    task: Task
-    device: torch.device
-    rows: Sequence[Row]
-    vocab_size: int
-
-    @property
-    def last(self) -> int:
-        """Number of another row than 0, if there is one."""
-        return 0 if len(self.rows) == 1 else 1
-
-    def of(self, *numbers: int) -> tuple[Batch, int]:
-        """The rows with these numbers, and how many units the data count in them."""
-        if self.rows:
-            some = [self.rows[number] for number in numbers] or list(self.rows[:1])
-            arrays = self.task.collate(some, np.random.default_rng(0))
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            kept = {name: tensor if numbers else tensor[:0] for name, tensor in tensors.items()}
-            units = sum(self._units(self.rows[number]) for number in numbers)
-            return {name: tensor.to(self.device) for name, tensor in kept.items()}, units
-        shape = (len(numbers), self.job.train.sequence_length)
-        drawn = [_drawn(self.vocab_size, shape[1], number) for number in numbers]
-        tokens_BT = torch.from_numpy(np.array(drawn, dtype=np.int64).reshape(shape)).to(self.device)
-        batch: dict[str, Tensor] = {"inputs": tokens_BT, "targets": tokens_BT.roll(-1, 1)}
-        if self.job.data.isolate_documents:
-            batch["documents"] = torch.zeros_like(tokens_BT)
-        return batch, tokens_BT.numel()
-
-    def _units(self, row: Row) -> int:
-        """What the store of rows counts in one."""
-        if self.job.data_format == MESSAGES:
-            return int((row["targets"] != IGNORED).sum())
-        return int(row.get(UNITS, 1)) if self.job.data_format == ARRAYS and self.job.task.entrypoint else 1
-
-
-def _drawn_chats(job: JobSpec, vocab_size: int) -> list[Row]:
-    """Two rows of drawn tokens, as the store has those of chats, or of pairs of them."""
-    rows: list[Row] = []
-    for number in range(2):
-        row: dict[str, NDArray[np.generic]] = {}
-        for part, kind in enumerate(("chosen_", "rejected_") if job.data_format == PREFERENCE else ("",)):
-            tokens_T = _drawn(vocab_size, job.train.sequence_length, (part, number))
-            row |= {f"{kind}inputs": tokens_T, f"{kind}targets": np.roll(tokens_T, -1)}
-        reference = {f"reference_{kind}": np.zeros(()) for kind in ("chosen", "rejected")}
-        rows.append(row | reference if job.data_format == PREFERENCE else row)
-    return rows
-
-
-def _drawn(vocab_size: int, length: int, seed: int | tuple[int, int]) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(vocab_size, size=length)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Queued
 from orchestrator.protocol.events.training import CheckpointsDeleted
-from orchestrator.run_records.checkpoints import DIRECTORY, commit_checkpoint
+from orchestrator.run_records.checkpoints.completion import commit_checkpoint
+from orchestrator.run_records.checkpoints.search import DIRECTORY
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import RunHistory, user_events
 from orchestrator.spec.job import JobSpec

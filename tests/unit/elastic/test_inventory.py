@@ -22,7 +22,7 @@ from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.worker_report import ShardWritten
-from orchestrator.run_records.checkpoints import commit_checkpoint
+from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.train import TrainSpec

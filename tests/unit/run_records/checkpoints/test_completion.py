@@ -20,18 +20,20 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.training import CheckpointsAbandoned, CheckpointsDeleted
-from orchestrator.run_records.checkpoint_records import CheckpointRecords
-from orchestrator.run_records.checkpoints import (
-    DIRECTORY,
-    choose,
+from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
+from orchestrator.run_records.checkpoints.completion import (
     commit_checkpoint,
     discard_garbage,
     drop_set_aside,
     hopeless,
+    superfluous,
+)
+from orchestrator.run_records.checkpoints.search import (
+    DIRECTORY,
+    choose,
     list_checkpoints,
     newest_good,
     path_of,
-    superfluous,
 )
 from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_history import RunHistory

@@ -10,8 +10,8 @@ import pytest
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.retention import discard
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.run_records.checkpoint_records import CheckpointRecords
-from orchestrator.run_records.checkpoints import LOOK_AGAIN_S, CheckpointFinder
+from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
+from orchestrator.run_records.checkpoints.search import LOOK_AGAIN_S, CheckpointFinder
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.job import JobSpec
 from tests.support.call_faults import CallFault, Effect

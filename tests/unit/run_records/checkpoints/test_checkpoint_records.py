@@ -13,7 +13,7 @@ from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Resumed, Suspended
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsAbandoned, CheckpointsDeleted
 from orchestrator.protocol.messages import DesiredRunState
-from orchestrator.run_records.checkpoint_records import CheckpointRecords
+from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
 
 
 def done(step: int, generation: int = 0) -> Event:
