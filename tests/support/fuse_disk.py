@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 from tests.support.call_faults import CallFault
-from tests.support.disk import small_disk
+from tests.support.disk import skip_fault, small_disk
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0
@@ -69,7 +67,7 @@ def fuse_disk(place: Path, megabytes: int) -> Iterator[FuseDisk]:
     """A file system at `place` while this lasts, that passes calls on to a tmpfs of that size. Skips the test where it
     can't be mounted."""
     if lacking := _lacking():
-        pytest.skip(f"a file system by FUSE needs {lacking}")
+        skip_fault(f"a file system by FUSE needs {lacking}")
     with small_disk(place.with_suffix(".backing"), megabytes) as backing:
         place.mkdir()
         server = subprocess.Popen(
