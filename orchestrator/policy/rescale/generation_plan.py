@@ -59,12 +59,6 @@ def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...
     return state.members + node_by_node(seen, newcomers[:missing]) if len(newcomers) >= missing else None
 
 
-def prepared(seen: Observation, worker: str) -> int:
-    """The newest generation that this worker has connected to; -1 if none."""
-    report = seen.reports.get(worker)
-    return report.transition.prepared if report else -1
-
-
 def given_up(state: RunState, seen: Observation) -> SizeRequest:
     """The size request after several failed transitions: the present size, until another one is requested. Where
     members were to leave, the request is unchanged: their departure does not change the wanted size."""
@@ -80,7 +74,7 @@ def without_store(state: RunState, seen: Observation) -> str:
     plan = state.next
     if plan is None or seen.store_address in (None, plan.store_address):
         return ""
-    is_late = any(prepared(seen, worker) < plan.generation for worker in plan.involved)
+    is_late = any(seen.report(worker).transition.prepared < plan.generation for worker in plan.involved)
     return f"the rendezvous store of generation {plan.generation} was lost" if is_late else ""
 
 

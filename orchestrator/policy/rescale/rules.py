@@ -21,7 +21,6 @@ from orchestrator.policy.rescale.generation_plan import (
     node_by_node,
     nodes_of,
     planned_transition,
-    prepared,
     warm_standbys,
     with_plan,
     without_store,
@@ -77,7 +76,7 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
     broken = known + [
         f"{w} could not reach generation {plan.generation}"
         for w in involved
-        if (report := seen.reports.get(w)) and report.transition.failed_generation == plan.generation
+        if seen.report(w).transition.failed_generation == plan.generation
     ]
     if not broken:
         return Decision(state)
@@ -101,7 +100,7 @@ def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if transition is None or state.current is None or transition.fence is not None or state.is_recovering:
         return Decision(state)
     generation = transition.plan.generation
-    if not all(prepared(seen, worker) >= generation for worker in state.involved):
+    if not all(seen.report(worker).transition.prepared >= generation for worker in state.involved):
         return Decision(state)
     fence = Fence(generation, at_step=None if transition.first_step is None else transition.first_step - 1)
     return Decision(replace(state, transition=replace(transition, fence=fence)))
@@ -173,7 +172,7 @@ def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Dec
 def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Mark the current generation settled once it has committed a step of its own, and its keeper has a snapshot, if it
     gets one: older state may be dropped."""
-    settled = max((r.protection.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
+    settled = max((seen.report(w).protection.settled for w in state.members), default=-1)
     if state.current is None or settled <= state.settled or settled < state.current.generation:
         return Decision(state)
     return Decision(state if is_connecting(state, seen) else replace(state, settled=settled))
@@ -231,8 +230,8 @@ def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Cha
 
 
 def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
-    report = seen.reports.get(worker)
-    return report is not None and report.phase is Phase.READY and report.generation == generation
+    report = seen.report(worker)
+    return report.phase is Phase.READY and report.generation == generation
 
 
 def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:
