@@ -181,16 +181,6 @@ def set_stage(
     _show_target(run, target, output)
 
 
-@fault.callback()
-def _fault() -> None:
-    """Injected faults, to test recovery."""
-
-
-@curriculum.callback()
-def _curriculum() -> None:
-    """The stages of a run's curriculum."""
-
-
 @fault.command("kill-worker")
 def kill_worker(
     run: RunId,
