@@ -11,12 +11,12 @@ from dataclasses import replace
 from orchestrator.policy.health.budget import cause_of_loss
 from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, find_hung_member, is_silent
 from orchestrator.policy.recovery.respond import respond
-from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, given_up, is_blame_due, without_store
+from orchestrator.policy.rescale.generation_plan import abandoned, is_blame_due, without_store
 from orchestrator.policy.rescale.worker_pool import why_gone
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
 from orchestrator.policy.state.run_state import Decision, KillWorker, Observation, RunState
-from orchestrator.protocol.events.generations import GenerationAborted, TransitionAbandoned
+from orchestrator.protocol.events.generations import GenerationAborted
 from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.status import Recovery
@@ -59,7 +59,7 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
         cause = "storage" if unsaved and not first else "network"
         account = Recovery(current.generation, (), cause, current.world.size, 0, step, why)
         return Decision(replace(over, abort=replace(over.abort, account=account), traceback=""), (note,))
-    return _abandoned(over, seen, newest, why)
+    return abandoned(over, seen, newest, why)
 
 
 def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -140,15 +140,6 @@ def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
     return report.phase is Phase.STRANDED or waits
 
 
-def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
-    """Count a failed transition; after several in a row the run keeps its size, if it has one already."""
-    failures = replace(state.failures, transitions=state.failures.transitions + 1)
-    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
-    size_request = given_up(state, seen) if gives_up else state.size_request
-    note = TransitionAbandoned(generation, why, gives_up)
-    return Decision(replace(state, failures=failures, size_request=size_request, why=why), (note,))
-
-
 def _notice_broken_plan(state: RunState, seen: Observation) -> Decision:
     """Abandon the generation that is planned, while none trains, if one of its workers fails in transition, and free
     those that wait in it."""
@@ -165,7 +156,7 @@ def _notice_broken_plan(state: RunState, seen: Observation) -> Decision:
         return Decision(replace(state, transition=transition.failing(seen.now_s)))
     why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach(plan, failed, seen))
     abort = replace(state.abort, generation=plan.generation, since_s=seen.now_s)
-    return _abandoned(replace(state, abort=abort, transition=None), seen, plan.generation, why)
+    return abandoned(replace(state, abort=abort, transition=None), seen, plan.generation, why)
 
 
 def _broken_behind_fence(state: RunState, seen: Observation) -> str:

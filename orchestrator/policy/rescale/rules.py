@@ -13,9 +13,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import (
-    MAX_FAILED_TRANSITIONS,
+    abandoned,
     can_plan,
-    given_up,
     is_blame_due,
     members_for,
     node_by_node,
@@ -31,7 +30,7 @@ from orchestrator.policy.state.progress import stall_s, typical_step_s
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled, TransitionAbandoned
+from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled
 from orchestrator.protocol.messages import Fence, GenerationPlan
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.protocol.worker_phase import Phase
@@ -82,13 +81,8 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
         return Decision(state)
     if not known and not is_blame_due(state, seen):
         return Decision(replace(state, transition=transition.failing(seen.now_s)))
-    failures = replace(state.failures, transitions=state.failures.transitions + 1)
-    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS
     is_fit = plan.world.members == state.members  # the same members with other micro-batches: no request to drop
-    size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
-    note = TransitionAbandoned(plan.generation, broken[0], gives_up)
-    abandoned = replace(state, failures=failures, size_request=size_request, why=broken[0], transition=None)
-    return Decision(abandoned, (note,))
+    return abandoned(replace(state, transition=None), seen, plan.generation, broken[0], keeps_request=is_fit)
 
 
 def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
