@@ -28,7 +28,8 @@ from orchestrator.protocol.worker_report import ShardWritten
 
 FORMAT = "orchestrator-checkpoint-v3"
 MANIFEST_FILE = "manifest.json"
-DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")  # numpy's names; bf16 is never stored
+# Numpy's names of what is stored, and those of safetensors. bf16 never is.
+DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
 
 _NAME = re.compile(r"step-(\d{8,})-(\d{6,})-(\d{6,})")
 

@@ -14,19 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoint.manifest import ShardHeader, ShardPart, checkpoint_name
+from orchestrator.checkpoint.manifest import DTYPES, ShardHeader, ShardPart, checkpoint_name
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.backends.location import Location, objects_at
 
-_DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 _METADATA, _META = "__metadata__", "meta"  # the format's key for texts, and ours among them
 
 
@@ -55,15 +47,15 @@ def shard_chunks(pieces: Sequence[ShardPiece], meta: str | None) -> Iterator[byt
     offset = 0
     for piece in pieces:
         array = np.ascontiguousarray(piece.array).reshape(-1)
-        if array.size != piece.stop - piece.start or array.dtype.name not in _DTYPES:
+        if array.size != piece.stop - piece.start or array.dtype.name not in DTYPES:
             raise ValueError(
                 f"{piece.key} got {array.size} elements of {array.dtype}; "
-                f"it needs {piece.stop - piece.start} of one of {', '.join(_DTYPES)}"
+                f"it needs {piece.stop - piece.start} of one of {', '.join(DTYPES)}"
             )
         if piece.key in header:
             raise ValueError(f"the range {piece.key} is named twice")
         header[piece.key] = {
-            "dtype": _DTYPES[array.dtype.name],
+            "dtype": DTYPES[array.dtype.name],
             "shape": [array.size],
             "data_offsets": [offset, offset + array.nbytes],
         }

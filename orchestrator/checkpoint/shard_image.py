@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
 from orchestrator.checkpoint.shard_file import ShardPiece, shard_chunks
 
@@ -64,7 +63,5 @@ class ShardMemory:
     def __enter__(self) -> "ShardMemory":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

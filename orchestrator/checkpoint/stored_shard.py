@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.checkpoint.block_digests import BlockDigests, digests_of
+from orchestrator.checkpoint.manifest import DTYPES
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.objects import LargeObjects
@@ -21,7 +22,7 @@ READ_BYTES = 16 * 2**20  # of an object at once
 LEAST_HELD_BYTES, MOST_HELD_BYTES = 2**20, 2**26  # of one object, of all
 LARGEST_GAP_BYTES = 2**16  # between arrays that one request reads
 REQUESTS_AT_ONCE = 4  # to a bucket
-_DTYPES = {"F32": "float32", "F64": "float64", "I32": "int32", "I64": "int64", "U8": "uint8", "BOOL": "bool"}
+_DTYPES = {stored: name for name, stored in DTYPES.items()}
 
 
 def open_shard(checkpoint: Location, file: str, num_files: int) -> "StoredShard":

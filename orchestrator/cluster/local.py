@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -167,17 +167,7 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
         _forget(directory, record)
         raise
     processes = tuple(describe(process) for process in living_of(leader, (leader,)))
-    record = ClusterRecord(
-        address,
-        num_cpus,
-        str(temp_dir),
-        str(token_path),
-        str(log_path),
-        started_time,
-        leader,
-        processes,
-        metrics_address,
-    )
+    record = replace(record, address=address, processes=processes, metrics_address=metrics_address)
     _save(directory, record)
     # Ray writes such a list too, but only with its dashboard. The port changes each time, the file's path does not.
     _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])

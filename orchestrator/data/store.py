@@ -9,10 +9,11 @@ Shape suffixes: R requested rows, T tokens of a row, U = T + 1, D documents of t
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.data.manifest import (
     MANIFEST,
@@ -29,6 +30,8 @@ from orchestrator.data.split_tokens import MappedTokens, Tokens
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.sampling.chunks import Spans
+
+M = TypeVar("M", bound=BaseModel)
 
 IGNORED_TARGET = -100  # ignore_index of torch's cross_entropy
 
@@ -76,21 +79,11 @@ class TokenStore:
             StoreCorrupt: a file doesn't match the manifest.
         """
         directory = Path(directory)
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise DataError(
-                f"{directory} is no token store: it holds no {MANIFEST}",
-                remedy="Prepare the data first, or correct the path.",
-                unchanged="Nothing was written.",
-            )
-        try:
-            manifest = StoreManifest.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise _corrupt(path, f"{path} is damaged or of another version: {error}") from error
+        manifest = read_manifest(directory, StoreManifest, "token store")
         for name, recorded in manifest.files.items():
             check_file(directory / name, recorded, verify)
         tokens = {split: MappedTokens(directory / tokens_file(split), manifest.token_dtype) for split in SPLITS}
-        return cls(directory, manifest, digest_file(path).sha256, tokens)
+        return cls(directory, manifest, digest_file(directory / MANIFEST).sha256, tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -214,12 +207,31 @@ def _checked_length(sequence_length: int) -> int:
 
 
 def _split_arrays(directory: Path, split: Split, tokens: Tokens) -> _SplitArrays:
-    path = directory / index_file(split)
+    index_D = mapped_array(directory / index_file(split))
+    return _SplitArrays(tokens, index_D, np.ascontiguousarray(index_D["offset"]))
+
+
+def mapped_array(path: Path) -> NDArray[Any]:
+    """A NumPy file, memory-mapped. Raises StoreCorrupt."""
     try:
-        index_D = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except ValueError as error:  # a changed header of the same size
         raise _corrupt(path, f"{path} is no array: {error}") from error
-    return _SplitArrays(tokens, index_D, np.ascontiguousarray(index_D["offset"]))
+
+
+def read_manifest(directory: Path, kind: type[M], what: str) -> M:
+    """The manifest of a store. Raises DataError if the directory is none of `what`, StoreCorrupt."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"{directory} is no {what}: it holds no {MANIFEST}",
+            remedy="Prepare the data first, or correct the path.",
+            unchanged="Nothing was written.",
+        )
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _corrupt(path, f"{path} is damaged or of another version: {error}") from error
 
 
 def check_file(path: Path, recorded: FileDigest, verify: bool) -> None:

@@ -80,11 +80,9 @@ def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> 
 
 def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """End the run once all members have finished, the last checkpoint is marked and the last record received."""
-    reports = [seen.reports[w] for w in state.members if w in seen.reports]
-    if not reports or len(reports) < len(state.members) or any(r.phase is not Phase.FINISHED for r in reports):
+    if state.current is None or any(seen.phase(w) is not Phase.FINISHED for w in state.members):
         return Decision(state)
-    last_step = max(report.step for report in reports)
-    assert state.current is not None
+    last_step = max(seen.report(w).step for w in state.members)
     if state.checkpoint < (state.current.generation, last_step) or seen.progress.watermark < last_step:
         return Decision(state)
     if last_step + 1 >= limits.steps:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section, directory
+from orchestrator.spec.section import Broken, Section, broken_unread, directory
 
 # Keys of mixtures alone.
 OF_EXPERTS = frozenset(
@@ -112,10 +112,7 @@ class RopeScalingSpec(Section):
         return {key: value for key, value in found.items() if self.rope_type in USED_BY.get(key, (self.rope_type,))}
 
     def broken_rules(self) -> Iterator[Broken]:
-        for key, types in USED_BY.items():
-            if self.rope_type not in types and getattr(self, key) != type(self).model_fields[key].default:
-                rule = f"only {' and '.join(types)} read {key}; got {getattr(self, key)} for {self.rope_type}"
-                yield Broken(((key,), ("rope_type",)), rule)
+        yield from broken_unread(self, "rope_type", [self.rope_type], USED_BY)
         if self.rope_type != LINEAR and self.original_max_position_embeddings is None:
             rule = f"original_max_position_embeddings is needed for {self.rope_type}"
             yield Broken((("original_max_position_embeddings",), ("rope_type",)), rule)

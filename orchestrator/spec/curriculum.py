@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from orchestrator.spec.section import HERE, Broken, Path, Section, refuse
+from orchestrator.spec.section import HERE, Broken, CodeDir, Path, Section, refuse
 from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, Range, WorkersSpec
 
 SIGNALS = ("length", "compression", "rarity", "diversity", "reference_loss")
@@ -107,9 +107,8 @@ class CurriculumSpec(Section):
         "50), reference_loss (mean loss of its tokens under a bigram model of the training split without it), or a "
         "function of your own, package.module:score, from its text to a number.",
     )
-    code_dir: str = Field(
+    code_dir: CodeDir = Field(
         default=HERE,
-        min_length=1,
         description="Directory from which your own function is imported, on every node; relative to the current one.",
     )
     on_exhausted: Literal["next", "relax", "fail"] = Field(

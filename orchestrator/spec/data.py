@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, JsonValue
 
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.section import HERE, Broken, Path, Section, broken_own_code, directory, refuse
+from orchestrator.spec.section import HERE, Broken, CodeDir, Path, Section, broken_own_code, directory, refuse
 from orchestrator.spec.task import ARRAYS, CLASSIFICATION, FORMATS, OF_CHATS, TEXT, DataFormat, Entrypoint, TaskSpec
 from orchestrator.spec.train import TrainSpec
 
@@ -49,10 +49,8 @@ class DataSpec(Section):
         "it gets the name of a split, and `options` (docs/tasks.md).",
     )
     options: dict[str, JsonValue] = Field(default={}, description="Keys for `entrypoint`, of your own choice.")
-    code_dir: str = Field(
-        default=HERE,
-        min_length=1,
-        description="Directory from which `entrypoint` is imported; relative to the current one.",
+    code_dir: CodeDir = Field(
+        default=HERE, description="Directory from which `entrypoint` is imported; relative to the current one."
     )
     text_key: str = Field(default="text", min_length=1, description="Key or column of the text, in files with rows.")
     vocab_size: int = Field(

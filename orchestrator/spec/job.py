@@ -38,28 +38,7 @@ from orchestrator.spec.section import (
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
-from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, ScheduledScale, Workers, WorkersSpec
-
-__all__ = [
-    "AutoscaleSpec",
-    "CallbackSpec",
-    "CheckpointSpec",
-    "CommunicationSpec",
-    "CurriculumSpec",
-    "DataSpec",
-    "EvalSpec",
-    "JobSpec",
-    "ModelSpec",
-    "ProtectionSpec",
-    "RecoverySpec",
-    "ResourcesSpec",
-    "ScheduledScale",
-    "TaskSpec",
-    "TrackingSpec",
-    "TrainSpec",
-    "VerifySpec",
-    "WorkersSpec",
-]
+from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, Workers, WorkersSpec
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
-from orchestrator.spec.section import HERE, Broken, broken_own_code
+from orchestrator.spec.section import HERE, Broken, CodeDir, broken_own_code
 from orchestrator.spec.task import Entrypoint
 
 EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding
@@ -123,11 +123,7 @@ class ModelSpec(ModelSource):
         "(docs/own-model.md).",
     )
     options: dict[str, JsonValue] = Field(default={}, description="Further keys for `entrypoint`, of your own choice.")
-    code_dir: str = Field(
-        default=HERE,
-        min_length=1,
-        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
-    )
+    code_dir: CodeDir = HERE
 
     @property
     def is_native(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.spec.section import HERE, Broken, Section, broken_own_code
+from orchestrator.spec.section import HERE, Broken, CodeDir, Section, broken_own_code, broken_unread
 from orchestrator.spec.task import Entrypoint
 
 RuleName = Literal["adamw", "sgd", "lion", "muon", "adafactor"]
@@ -120,13 +120,7 @@ class OptimizerSpec(Section):
         return next(((g, p) for g in self.groups for p in g.params if fnmatchcase(name, p)), (None, ""))
 
     def broken_rules(self) -> Iterator[Broken]:
-        rules = self._rules()
-        for key in sorted(self.model_fields_set & USED_BY.keys()):
-            if not rules & set(USED_BY[key]) and getattr(self, key) != type(self).model_fields[key].default:
-                rule = f"only {' and '.join(USED_BY[key])} read {key}; got {getattr(self, key)} for " + ", ".join(
-                    sorted(rules)
-                )
-                yield Broken(((key,), ("name",)), rule)
+        yield from broken_unread(self, "name", self._rules(), USED_BY)
 
 
 def is_decayed(name: str, shape: Sequence[int]) -> bool:
@@ -170,11 +164,7 @@ class LrSchedulerSpec(Section):
         description='A function "package.module:function" of the step, from 0, and the number of steps that gives the '
         "learning rate over lr; `kind` and the other keys are then left out.",
     )
-    code_dir: str = Field(
-        default=HERE,
-        min_length=1,
-        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
-    )
+    code_dir: CodeDir = HERE
 
     def broken_rules(self) -> Iterator[Broken]:
         yield from broken_own_code(self.entrypoint, {}, self.code_dir)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, Section
+from orchestrator.spec.section import HERE, Broken, CodeDir, Section
 from orchestrator.spec.task import Entrypoint
 
 
@@ -15,9 +15,8 @@ class CallbackSpec(Section):
         description='A function "package.module:function" that makes a callback of `options` (docs/callbacks.md).'
     )
     options: dict[str, JsonValue] = Field(default={}, description="Keys for `entrypoint`, of your own choice.")
-    code_dir: str = Field(
+    code_dir: CodeDir = Field(
         default=HERE,
-        min_length=1,
         description="Directory from which `entrypoint` is imported, on the head; relative to the current one.",
     )
 

@@ -5,17 +5,24 @@ key that the user wrote, without rules that only break because of another mistak
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Annotated, Self, get_args
 from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Path = tuple[str | int, ...]
 HERE = "."  # the directory in which a job is submitted
+CodeDir = Annotated[
+    str,
+    Field(
+        min_length=1,
+        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
+    ),
+]
 REFERENCE = r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*"  # to a secret
 
 
@@ -60,6 +67,22 @@ def broken_own_code(entrypoint: str | None, options: Mapping[str, object], code_
     given = {"options": bool(options), "code_dir": code_dir != HERE}
     for key in [key for key, is_given in given.items() if is_given and entrypoint is None]:
         yield Broken(((key,), ("entrypoint",)), f"{key} has a meaning with entrypoint only; remove it")
+
+
+def broken_unread(
+    section: Section, choice: str, chosen: Collection[str], readers: Mapping[str, Collection[str]]
+) -> Iterator[Broken]:
+    """The rule that a key is left out where nothing reads it.
+
+    Args:
+        choice: the key on which that depends, and what is `chosen` by it.
+        readers: by key, the choices with which it is read.
+    """
+    for key, choices in readers.items():
+        value = getattr(section, key)
+        if not {*choices} & {*chosen} and value != type(section).model_fields[key].default:
+            rule = f"only {' and '.join(choices)} read{'s' * (len(choices) == 1)} {key}; got {value} for "
+            yield Broken(((key,), (choice,)), rule + ", ".join(sorted(chosen)))
 
 
 def refuse(rule: str) -> PydanticCustomError:

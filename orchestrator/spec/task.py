@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, Section, broken_own_code, refuse
+from orchestrator.spec.section import HERE, Broken, CodeDir, Section, broken_own_code, broken_unread, refuse
 
 TaskName = Literal["lm", "sft", "dpo", "classification"]
 LM: TaskName = "lm"
@@ -22,12 +22,12 @@ UNITS = "units"  # column of arrays with the number of a row's units, for a task
 OF_CHATS = (MESSAGES, PREFERENCE)  # rows are chats, which a tokenizer and a template turn into tokens
 FORMATS: dict[TaskName, DataFormat] = {LM: TEXT, SFT: MESSAGES, DPO: PREFERENCE, CLASSIFICATION: ARRAYS}
 USED_BY = {  # keys that not every task reads
-    "assistant_only_loss": SFT,
-    "beta": DPO,
-    "label_smoothing": DPO,
-    "num_classes": CLASSIFICATION,
-    "inputs": CLASSIFICATION,
-    "labels": CLASSIFICATION,
+    "assistant_only_loss": (SFT,),
+    "beta": (DPO,),
+    "label_smoothing": (DPO,),
+    "num_classes": (CLASSIFICATION,),
+    "inputs": (CLASSIFICATION,),
+    "labels": (CLASSIFICATION,),
 }
 
 
@@ -71,11 +71,7 @@ class TaskSpec(Section):
         "`options` (docs/tasks.md).",
     )
     options: dict[str, JsonValue] = Field(default={}, description="Keys for `entrypoint`, of your own choice.")
-    code_dir: str = Field(
-        default=HERE,
-        min_length=1,
-        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
-    )
+    code_dir: CodeDir = HERE
 
     @property
     def unit(self) -> str:
@@ -89,11 +85,7 @@ class TaskSpec(Section):
             rule = f"entrypoint takes the place of a built-in task: leave name out; got {self.entrypoint}, {self.name}"
             yield Broken((("name",), ("entrypoint",)), rule)
         yield from broken_own_code(self.entrypoint, self.options, self.code_dir)
-        for key, task in USED_BY.items():
-            mine = self.entrypoint or self.name
-            if mine != task and getattr(self, key) != type(self).model_fields[key].default:
-                rule = f"only task {task} reads {key}; got {getattr(self, key)} for {mine}"
-                yield Broken(((key,), ("name",)), rule)
+        yield from broken_unread(self, "name", [self.entrypoint or self.name], USED_BY)
 
 
 def _task(value: Any) -> Any:

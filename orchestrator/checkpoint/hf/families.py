@@ -9,26 +9,24 @@ from orchestrator.checkpoint.hf.family import Family
 from orchestrator.errors import UsageError
 from orchestrator.spec.model import ModelSpec
 
-_EXPERTS = {"num_experts_per_tok": "num_experts_per_tok", "moe_intermediate_size": "moe_intermediate_size"}
-_DENSE = {"intermediate_size": "intermediate_size"}
+
+def _same(*keys: str) -> dict[str, str]:
+    """Keys that are ours under their own names."""
+    return {key: key for key in keys}
+
+
+_DENSE = _same("intermediate_size")
+_EXPERTS = _same("num_experts_per_tok", "moe_intermediate_size")
+_SHARED = _same("n_routed_experts", "n_shared_experts", "routed_scaling_factor")
+_GROUPED = {**_DENSE, **_EXPERTS, **_SHARED, **_same("n_group", "topk_group", "first_k_dense_replace")}
+_LATENT = _same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
 _SOFTMAX = {"router": "softmax", "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 _NO_WINDOW = {"use_sliding_window": False}  # attention sees all earlier tokens, whatever sliding_window is
 
 GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     model_type="glm4_moe",
-    keys={
-        **_EXPERTS,
-        **_DENSE,
-        "n_routed_experts": "n_routed_experts",
-        "n_shared_experts": "n_shared_experts",
-        "routed_scaling_factor": "routed_scaling_factor",
-        "n_group": "n_group",
-        "topk_group": "topk_group",
-        "first_k_dense_replace": "first_k_dense_replace",
-        "attention_bias": "attention_bias",
-        "use_qk_norm": "qk_norm",
-    },
+    keys={**_GROUPED, **_same("attention_bias"), "use_qk_norm": "qk_norm"},
     is_ours={"router": "sigmoid", "norm_topk_prob": True},
     defaults={
         "rms_norm_eps": 1e-5,
@@ -50,22 +48,7 @@ GLM4_MOE = Family(
 DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
-    keys={
-        **_EXPERTS,
-        **_DENSE,
-        "n_routed_experts": "n_routed_experts",
-        "n_shared_experts": "n_shared_experts",
-        "routed_scaling_factor": "routed_scaling_factor",
-        "n_group": "n_group",
-        "topk_group": "topk_group",
-        "first_k_dense_replace": "first_k_dense_replace",
-        "kv_lora_rank": "kv_lora_rank",
-        "q_lora_rank": "q_lora_rank",
-        "qk_nope_head_dim": "qk_nope_head_dim",
-        "qk_rope_head_dim": "qk_rope_head_dim",
-        "v_head_dim": "v_head_dim",
-        "rope_interleave": "rope_interleave",
-    },
+    keys={**_GROUPED, **_LATENT},
     is_ours={"router": "sigmoid", "norm_topk_prob": True, "attention_bias": False, "qk_norm": False},
     defaults={"q_lora_rank": None, "rope_interleave": True},
     fixed={"norm_topk_prob": True, "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
@@ -77,7 +60,7 @@ DEEPSEEK_V3 = Family(
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    keys={**_EXPERTS, "num_experts": "n_routed_experts", "norm_topk_prob": "norm_topk_prob"},
+    keys={**_EXPERTS, "num_experts": "n_routed_experts", **_same("norm_topk_prob")},
     is_ours={**_SOFTMAX, "qk_norm": True, "attention_bias": False, "first_k_dense_replace": 0},
     aliases={"num_local_experts": "num_experts"},  # as transformers 5 writes it
     defaults={"norm_topk_prob": False},
@@ -89,7 +72,7 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     model_type="mixtral",
     keys={
-        "num_experts_per_tok": "num_experts_per_tok",
+        **_same("num_experts_per_tok"),
         "num_local_experts": "n_routed_experts",
         "intermediate_size": "moe_intermediate_size",
     },
@@ -111,10 +94,9 @@ OLMOE = Family(
     architecture="OlmoeForCausalLM",
     model_type="olmoe",
     keys={
-        "num_experts_per_tok": "num_experts_per_tok",
+        **_same("num_experts_per_tok", "norm_topk_prob"),
         "num_experts": "n_routed_experts",
         "intermediate_size": "moe_intermediate_size",
-        "norm_topk_prob": "norm_topk_prob",
     },
     is_ours={**_SOFTMAX, "qk_norm": "all_heads", "attention_bias": False, "first_k_dense_replace": 0},
     divides_hidden=True,

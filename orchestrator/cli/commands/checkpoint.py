@@ -9,7 +9,7 @@ import typer
 from orchestrator.cli.terminal.answers import AdoptedRun, ListedCheckpoint, NamedCheckpoint
 from orchestrator.cli.terminal.format import moment, number, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
-from orchestrator.cli.terminal.output import Format, narrate, show_json, show_table
+from orchestrator.cli.terminal.output import Format, narrate, show_answer, show_json, show_table
 from orchestrator.errors import NotFinished
 from orchestrator.protocol.codec import to_plain
 
@@ -79,8 +79,7 @@ def now(
         time.sleep(LOOK_EVERY_S)
         status = client.get(run)
     narrate(f"The checkpoint of step {status.checkpoint_step} of run {run} is complete: {status.checkpoint}.")
-    if output is Format.JSON:
-        show_json(to_plain(NamedCheckpoint(run, status.checkpoint_step, str(status.checkpoint))))
+    show_answer(output, NamedCheckpoint(run, status.checkpoint_step, str(status.checkpoint)))
 
 
 @app.command()
@@ -99,8 +98,7 @@ def verify(
     num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
     tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
     narrate(f"{path} is whole: step {manifest.step} of run {manifest.run_id}, {tensors}.")
-    if output is Format.JSON:
-        show_json(to_plain(NamedCheckpoint(run, manifest.step, str(path))))
+    show_answer(output, NamedCheckpoint(run, manifest.step, str(path)))
 
 
 @app.command("rm")
@@ -121,8 +119,7 @@ def remove(
     confirm(f"Remove {path}?", yes)
     remove_checkpoint(path)
     narrate(f"The checkpoint of step {step} of run {run} is removed: {path}.")
-    if output is Format.JSON:
-        show_json(to_plain(NamedCheckpoint(run, step, str(path))))
+    show_answer(output, NamedCheckpoint(run, step, str(path)))
 
 
 @app.command()
@@ -158,8 +155,7 @@ def adopt(
         publish_key(run_dir, key)
     whole = f"; {adopted.checkpoint.name} is whole" if adopted.checkpoint is not None else ""
     narrate(f"{adopted.num_objects} records of run {run} count as signed with key {key.id}{whole}.")
-    if output is Format.JSON:
-        show_json(to_plain(AdoptedRun(run, adopted.key_id, adopted.num_objects, str(adopted.checkpoint or ""))))
+    show_answer(output, AdoptedRun(run, adopted.key_id, adopted.num_objects, str(adopted.checkpoint or "")))
 
 
 def register(main: typer.Typer) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.terminal.options import GROUPS, Output
-from orchestrator.cli.terminal.output import Format, narrate, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, show, show_answer, show_json
 from orchestrator.errors import ClusterUnreachable, UsageError
 from orchestrator.protocol.codec import to_plain
 
@@ -39,10 +39,7 @@ def up(
         narrate(f"The local cluster is up: {record.num_cpus} logical CPUs. End it with `orchestrator cluster down`.")
     else:
         narrate(f"The local cluster is already up, with {record.num_cpus} logical CPUs. Nothing was changed.")
-    if output is Format.JSON:
-        show_json(to_plain(record))
-    else:
-        show(record.address)
+    show_answer(output, record, record.address)
 
 
 @app.command()

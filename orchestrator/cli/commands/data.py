@@ -13,10 +13,9 @@ from orchestrator.cli.terminal import signals
 from orchestrator.cli.terminal.answers import PreparedStore
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
-from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show, show_json
+from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show_answer
 from orchestrator.cli.terminal.progress import LINE_EVERY_S, StatusLine
 from orchestrator.errors import UsageError
-from orchestrator.protocol.codec import to_plain
 
 REDRAW_EVERY_S = 0.1
 OPTIONS = {  # names in the library, and here
@@ -106,10 +105,7 @@ def prepare(
     if done.found:
         narrate("The store was there already. Nothing was changed.")
     result = described(done)
-    if output is Format.JSON:
-        show_json(to_plain(result))
-    else:
-        show(aligned(_lines(result)))
+    show_answer(output, result, aligned(_lines(result)))
 
 
 def described(done: Any) -> PreparedStore:

@@ -12,7 +12,7 @@ import typer
 from orchestrator.cli.terminal.answers import EvaluatedModel, ExportedModel, GeneratedText
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage
-from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show, show_json
+from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show_answer
 from orchestrator.errors import UsageError
 from orchestrator.protocol.child_process import (
     Evaluation,
@@ -23,7 +23,6 @@ from orchestrator.protocol.child_process import (
     Split,
     TextPiece,
 )
-from orchestrator.protocol.codec import to_plain
 
 OPTIONS = {"data.source": "--corpus", "data.text_key": "--text-key"}  # names in the library, and here
 
@@ -76,10 +75,7 @@ def export(
     dtype = dtype or Dtype(job.train.precision)
     num_bytes = export_model(run_dir, job, checkpoint, out.absolute(), dtype.value, weights is Weights.EMA)
     narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
-    if output is Format.JSON:
-        show_json(to_plain(ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes)))
-    else:
-        show(str(out))
+    show_answer(output, ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes), str(out))
 
 
 @app.command("eval")
@@ -127,9 +123,6 @@ def evaluate(
                 narrate(answer.text)
             elif isinstance(answer, EvaluationResult):
                 result = answer
-    if output is Format.JSON:
-        show_json(to_plain(EvaluatedModel(**vars(result), run_id=run, checkpoint=str(checkpoint), source=text)))
-        return
     unit = result.unit.removesuffix("s")
     lines = [("loss", f"{result.loss:.4f} nats per {unit}")]
     if result.perplexity is not None:
@@ -139,7 +132,8 @@ def evaluate(
     of_text = f", {result.num_bytes:,} bytes of text" if result.num_bytes else ""
     lines.append((result.unit, f"{result.units:,} in {counted(result.rows, 'row')}{of_text}"))
     lines += [(name, f"{value:.4f}") for name, value in result.metrics.items()]
-    show(aligned(lines))
+    measured = EvaluatedModel(**vars(result), run_id=run, checkpoint=str(checkpoint), source=text)
+    show_answer(output, measured, aligned(lines))
 
 
 @app.command()
@@ -192,11 +186,8 @@ def generate(
             sys.stdout.flush()
         elif isinstance(answer, GenerationResult):
             result = answer
-    if output is Format.JSON:
-        made = GeneratedText(**vars(result), run_id=run, checkpoint=str(checkpoint), prompt=text, seed=seed)
-        show_json(to_plain(made))
-    else:
-        show("")
+    made = GeneratedText(**vars(result), run_id=run, checkpoint=str(checkpoint), prompt=text, seed=seed)
+    show_answer(output, made, "")
 
 
 def _chosen(corpus: str | None, text_key: str | None, split: Split | None) -> Split:

@@ -13,10 +13,9 @@ from orchestrator.cli.commands.remote import run_by_url, submit_by_url
 from orchestrator.cli.commands.runs import show_name
 from orchestrator.cli.terminal import signals
 from orchestrator.cli.terminal.options import RUNS, Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
-from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show_answer
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
-from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
 
@@ -138,10 +137,7 @@ def run_here(
             error.remedy = f"`orchestrator status {run_id} --storage {storage}` shows how far the run has come."
             raise
         live.close()
-    if output is Format.JSON:
-        show_json(to_plain(status))
-    else:
-        show(aligned(summary(status)))
+    show_answer(output, status, aligned(summary(status)))
     raise_unless_succeeded(status)
 
 

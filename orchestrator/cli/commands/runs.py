@@ -20,7 +20,16 @@ from orchestrator.cli.terminal.options import (
     Watch,
     overrides_of,
 )
-from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json, show_line, show_table
+from orchestrator.cli.terminal.output import (
+    Format,
+    narrate,
+    narrate_wait,
+    show,
+    show_answer,
+    show_json,
+    show_line,
+    show_table,
+)
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunStatus
@@ -144,20 +153,14 @@ def wait(
     from orchestrator.client import raise_unless_succeeded
 
     found = find_run(run, storage, address).wait(timeout)
-    if output is Format.JSON:
-        show_json(to_plain(found))
-    else:
-        show(progress(found))
+    show_answer(output, found, progress(found))
     raise_unless_succeeded(found)
 
 
 def show_name(run_id: str, output: Format) -> None:
-    if output is Format.JSON:
-        from orchestrator.cli.terminal.answers import NamedRun
+    from orchestrator.cli.terminal.answers import NamedRun
 
-        show_json(to_plain(NamedRun(run_id)))
-    else:
-        show(run_id)
+    show_answer(output, NamedRun(run_id), run_id)
 
 
 def register(app: typer.Typer) -> None:

@@ -20,9 +20,8 @@ from orchestrator.cli.terminal.options import (
     Yes,
     confirm,
 )
-from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show_json
+from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show_answer
 from orchestrator.errors import UsageError
-from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.messages import DesiredRunState
 
 curriculum = typer.Typer(no_args_is_help=True, help="The stages of a run's curriculum.")
@@ -94,8 +93,7 @@ def resume(
     """Resume a run from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run."""
     from orchestrator.client import OrchestratorClient
 
-    client = OrchestratorClient(address)
-    client.resume(
+    OrchestratorClient(address).resume(
         run,
         storage=storage,
         step=step,
@@ -148,8 +146,7 @@ def remove(
     confirm(f"Remove run {run} ({status.phase}, {status.step} of {status.steps} steps), {status.run_dir}{what}?", yes)
     directory = place.remove(tracking)
     narrate(f"Run {run} is removed{what}: {directory}.")
-    if output is Format.JSON:
-        show_json(to_plain(RemovedRun(run, directory)))
+    show_answer(output, RemovedRun(run, directory))
 
 
 def set_value(
@@ -165,8 +162,7 @@ def set_value(
     wanted = priority_of(change)  # before connecting to a cluster
     priority = OrchestratorClient(address).set_priority(run, wanted)
     narrate(f"Run {run} has priority {priority} from now on; `orchestrator ls` shows those of all runs.")
-    if output is Format.JSON:
-        show_json(to_plain(ChangedPriority(run, priority)))
+    show_answer(output, ChangedPriority(run, priority))
 
 
 @curriculum.command("set")
@@ -185,16 +181,6 @@ def set_stage(
     _show_target(run, target, output)
 
 
-@fault.callback()
-def _fault() -> None:
-    """Injected faults, to test recovery."""
-
-
-@curriculum.callback()
-def _curriculum() -> None:
-    """The stages of a run's curriculum."""
-
-
 @fault.command("kill-worker")
 def kill_worker(
     run: RunId,
@@ -207,8 +193,7 @@ def kill_worker(
 
     worker = OrchestratorClient(address).kill_worker(run, rank)
     narrate(f"Worker {worker} of run {run} is killed. `orchestrator events {run}` shows what follows.")
-    if output is Format.JSON:
-        show_json(to_plain(KilledWorker(run, worker)))
+    show_answer(output, KilledWorker(run, worker))
 
 
 def _size(workers: str) -> int | None:
@@ -223,8 +208,7 @@ def _size(workers: str) -> int | None:
 
 def _show_target(run_id: str, target: DesiredRunState, output: Format) -> None:
     """Print the run's desired state for programs; users have read a message on stderr."""
-    if output is Format.JSON:
-        show_json(to_plain(RequestedState(**vars(target), run_id=run_id)))
+    show_answer(output, RequestedState(**vars(target), run_id=run_id))
 
 
 def register(main: typer.Typer) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from orchestrator.errors import DataError, JobDoesNotFit, OrchestratorError, TracedError
+from orchestrator.protocol.codec import to_plain
 from orchestrator.submission.waiting import WAITING
 
 
@@ -50,6 +51,14 @@ def show(text: str) -> None:
 
 def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2))
+
+
+def show_answer(output: Format, value: Any, text: str | None = None) -> None:
+    """Write what a command answers: the value as JSON, or its text. None: what is narrated is enough for users."""
+    if output is Format.JSON:
+        show_json(to_plain(value))
+    elif text is not None:
+        show(text)
 
 
 def show_line(value: Any) -> None:

@@ -55,29 +55,20 @@ class RunRequests:
 
     def scale_by(self, run_id: str, change: int) -> Answer:
         """Request more workers, or fewer."""
-
-        def action() -> str:
-            with self._scaling:  # the next change is of what this one has requested
-                wanted = self._wanted(run_id) + change
-                self._client.scale(run_id, wanted)
-                self._requested[run_id] = (wanted, time.monotonic())
-            return f"{run_id}: {counted(wanted, 'worker')} wanted"
-
-        return _answer(action)
+        return _answer(lambda: self._scale_by(run_id, change), f"{run_id}: {{}} wanted")
 
     def pause(self, run_id: str) -> Answer:
-        def action() -> str:
-            self._client.pause(run_id)
-            return f"{run_id} pauses after its current step"
-
-        return _answer(action)
+        return _answer(lambda: self._client.pause(run_id), f"{run_id} pauses after its current step")
 
     def stop(self, run_id: str) -> Answer:
-        def action() -> str:
-            self._client.stop(run_id)
-            return f"{run_id} ends after its current step"
+        return _answer(lambda: self._client.stop(run_id), f"{run_id} ends after its current step")
 
-        return _answer(action)
+    def _scale_by(self, run_id: str, change: int) -> str:
+        with self._scaling:  # the next change is of what this one has requested
+            wanted = self._wanted(run_id) + change
+            self._client.scale(run_id, wanted)
+            self._requested[run_id] = (wanted, time.monotonic())
+        return counted(wanted, "worker")
 
     def _wanted(self, run_id: str) -> int:
         workers, time_s = self._requested.get(run_id, (0, -math.inf))
@@ -91,8 +82,9 @@ def line_of(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
-def _answer(action: Callable[[], str]) -> Answer:
+def _answer(action: Callable[[], object], text: str) -> Answer:
+    """What the action returns may be a part of the text."""
     try:
-        return Answer(action())
+        return Answer(text.format(action()))
     except Exception as error:  # a failed request must not end the screen
         return Answer(line_of(error), is_error=True)

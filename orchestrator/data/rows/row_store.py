@@ -17,11 +17,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from orchestrator.data.manifest import MANIFEST, FileDigest, Split, digest_file
-from orchestrator.data.store import check_file
-from orchestrator.errors import DataError, StoreCorrupt
+from orchestrator.data.store import check_file, mapped_array, read_manifest
 
 FORMAT_VERSION: Literal[1] = 1
 ROWS_DTYPE = np.dtype([("units", "<i8"), ("length", "<i8")])
@@ -86,7 +85,7 @@ class RowStore:
 
     def __init__(self, directory: Path, manifest: RowManifest, digest: str) -> None:
         self.directory, self.manifest, self.digest = directory, manifest, digest
-        self._rows = {split: _loaded(directory / rows_file(split)) for split in manifest.splits}
+        self._rows = {split: mapped_array(directory / rows_file(split)) for split in manifest.splits}
         self._columns = {
             split: {name: _column(directory, split, name, column) for name, column in manifest.columns.items()}
             for split in manifest.splits
@@ -100,22 +99,10 @@ class RowStore:
             DataError: there is no store.
             StoreCorrupt: a file doesn't match the manifest.
         """
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise DataError(
-                f"{directory} is no store of rows: it holds no {MANIFEST}", remedy="Prepare the data again."
-            )
-        try:
-            manifest = RowManifest.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise StoreCorrupt(
-                f"{path} is damaged or of another version: {error}",
-                remedy=f"Remove {directory} and start again: it is prepared anew.",
-                unchanged="Nothing was written.",
-            ) from error
+        manifest = read_manifest(directory, RowManifest, "store of rows")
         for name, recorded in manifest.files.items():
             check_file(directory / name, recorded, verify)
-        return cls(directory, manifest, digest_file(path).sha256)
+        return cls(directory, manifest, digest_file(directory / MANIFEST).sha256)
 
     def num_rows(self, split: Split) -> int:
         return len(self._rows[split]) if split in self._rows else 0
@@ -177,19 +164,8 @@ def _column(directory: Path, split: Split, name: str, column: ArrayColumn) -> _S
     num_bytes, dtype = path.stat().st_size, np.dtype(column.dtype)
     flat = np.memmap(path, dtype, "r") if num_bytes else np.empty(0, dtype)
     if column.shape and column.shape[0] is None:
-        offsets = _loaded(directory / offsets_file(split, name))
+        offsets = mapped_array(directory / offsets_file(split, name))
         return _SplitColumn(flat.reshape(int(offsets[-1]), *tail), column.shape, offsets)
     fixed = tuple(size or 0 for size in column.shape)
     size = int(np.prod(fixed, dtype=np.int64))
     return _SplitColumn(flat.reshape(flat.size // size if size else 0, *fixed), column.shape, None)
-
-
-def _loaded(path: Path) -> NDArray[Any]:
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except ValueError as error:
-        raise StoreCorrupt(
-            f"{path} is no array: {error}",
-            remedy=f"Remove {path.parent} and start again: it is prepared anew.",
-            unchanged="Nothing was written.",
-        ) from error

@@ -91,12 +91,6 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
     )
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-# -- snapshots ---------------------------------------------------------------------------------------------------------
-
-
 def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
     """Snapshot bytes that all ranks together send, per step."""
     interval = job.protection.interval
@@ -106,9 +100,6 @@ def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
     whole = sum(SnapshotFormat.of(layout, rank).shared_bytes for rank in ranks)
     deltas = sum(SnapshotFormat.of_delta(layout, rank).shared_bytes for rank in ranks) if every > 1 else 0
     return job.protection.copies * (whole + (every - 1) * deltas) // (every * interval)
-
-
-# -- rescale -----------------------------------------------------------------------------------------------------------
 
 
 def _plan_rescale(

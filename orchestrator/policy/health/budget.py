@@ -46,11 +46,11 @@ REMEDIES = {
 
 def cause_of_loss(state: RunState, seen: Observation, worker: str) -> str:
     """The class of a worker's failure: its own error's kind, or that of its process's end."""
-    report = seen.reports.get(worker)
-    if worker in seen.lost or report is None or report.health.error is None:
+    error = seen.report(worker).health.error
+    if worker in seen.lost or error is None:
         known = seen.causes.get(worker, "worker")
         return "preemption" if known in ("worker", "node") and is_to_leave(state, seen, worker) else known
-    return report.health.error.kind
+    return error.kind
 
 
 def count_failures(failures: Sequence[WorkerFailure], now_s: float, window_s: float = WINDOW_S) -> Counter[str]:

@@ -10,6 +10,4 @@ def leavers(state: RunState, seen: Observation) -> tuple[str, ...]:
 
 def is_to_leave(state: RunState, seen: Observation, worker: str) -> bool:
     """Whether the worker is a leaver, or was one when it failed."""
-    report = seen.reports.get(worker)
-    asked = report is not None and report.health.leaving
-    return asked or worker in state.leaving or seen.nodes.get(worker, "") in state.draining
+    return seen.report(worker).health.leaving or worker in state.leaving or seen.nodes.get(worker, "") in state.draining

@@ -11,13 +11,14 @@ from dataclasses import replace
 from orchestrator.policy.health.budget import cause_of_loss
 from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, find_hung_member, is_silent
 from orchestrator.policy.recovery.respond import respond
-from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, given_up, is_blame_due, without_store
+from orchestrator.policy.rescale.generation_plan import abandoned, is_blame_due, without_store
 from orchestrator.policy.rescale.worker_pool import why_gone
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
 from orchestrator.policy.state.run_state import Decision, KillWorker, Observation, RunState
-from orchestrator.protocol.events.generations import GenerationAborted, TransitionAbandoned
+from orchestrator.protocol.events.generations import GenerationAborted
 from orchestrator.protocol.events.workers import WorkerLost
+from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.status import Recovery
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
@@ -32,11 +33,11 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
     if current is None:
         return Decision(state)
     if state.is_recovering:
-        return _notice_broken_recovery(state, seen)
+        return _notice_broken_plan(state, seen)
     gone = {w: why for w in state.members if (why := why_gone(seen, w))}
     if not gone and (hanging := find_hung_member(state, seen)) is not None:
         gone = {hanging: f"{hanging} hangs: its peers have waited for it for {seen.idle_s:.0f} s"}
-    stopped = [w for w in state.members if w not in gone and _stopped_in(seen, w) == current.generation]
+    stopped = [w for w in state.members if w not in gone and seen.report(w).transition.stopped == current.generation]
     broken, unsaved = _broken_behind_fence(state, seen), _unsaved_end(state, seen)
     if not (gone or stopped or broken or unsaved):
         return Decision(state)
@@ -58,7 +59,7 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
         cause = "storage" if unsaved and not first else "network"
         account = Recovery(current.generation, (), cause, current.world.size, 0, step, why)
         return Decision(replace(over, abort=replace(over.abort, account=account), traceback=""), (note,))
-    return _abandoned(over, seen, newest, why)
+    return abandoned(over, seen, newest, why)
 
 
 def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -68,7 +69,9 @@ def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
         return Decision(state)
     generation = state.current.generation
     known = {failure.worker for failure in state.failures.recent if failure.generation == generation}
-    own = _own_errors(seen, (w for w in state.members if w not in known and _stopped_in(seen, w) == generation))
+    own = _own_errors(
+        seen, (w for w in state.members if w not in known and seen.report(w).transition.stopped == generation)
+    )
     if not own:
         return Decision(state)
     moment_s = seen.now_s if state.abort.since_s is None else state.abort.since_s  # one abort is one failure
@@ -126,58 +129,34 @@ def remove_lost_members(limits: RunLimits, state: RunState, seen: Observation) -
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed; it is planned anew."""
-    transition = state.transition
-    if transition is None or state.current is not None:
-        return Decision(state)
-    plan = transition.plan
-    lost = [w for w in plan.world.members if w not in state.worker_group]
-    failed = [w for w in plan.world.members if _failed_generation(seen, w) == plan.generation]
-    why = without_store(state, seen)
-    if not lost and not failed and not why:
-        return Decision(state)
-    if not lost and not why and not is_blame_due(state, seen):
-        return Decision(replace(state, transition=transition.failing(seen.now_s)))
-    what = "was lost" if lost else f"could not reach generation {plan.generation}"
-    why = why or f"{', '.join(lost or failed)} {what}"
-    over = replace(state, abort=replace(state.abort, generation=plan.generation), transition=None)
-    return _abandoned(over, seen, plan.generation, why)
+    return _notice_broken_plan(state, seen) if state.current is None else Decision(state)
 
 
 def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
     """Whether the member has left the current generation and reports its holdings."""
     assert state.current is not None
-    report = seen.reports.get(member)
-    if report is None:
-        return False
+    report = seen.report(member)
     waits = report.phase is Phase.READY and report.generation > state.current.generation
     return report.phase is Phase.STRANDED or waits
 
 
-def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
-    """Count a failed transition; after several in a row the run keeps its size, if it has one already."""
-    failures = replace(state.failures, transitions=state.failures.transitions + 1)
-    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
-    size_request = given_up(state, seen) if gives_up else state.size_request
-    note = TransitionAbandoned(generation, why, gives_up)
-    return Decision(replace(state, failures=failures, size_request=size_request, why=why), (note,))
-
-
-def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
-    """Abandon the recovery's generation if one of its workers fails in transition, and free those that wait in it."""
+def _notice_broken_plan(state: RunState, seen: Observation) -> Decision:
+    """Abandon the generation that is planned, while none trains, if one of its workers fails in transition, and free
+    those that wait in it."""
     transition = state.transition
     if transition is None:
         return Decision(state)
     plan = transition.plan
     lost = [w for w in plan.involved if w not in state.worker_group or why_gone(seen, w)]
-    failed = [w for w in plan.involved if _failed_generation(seen, w) == plan.generation]
+    failed = _failed_in(plan, seen)
     why = without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)
     if not lost and not why and not is_blame_due(state, seen):
         return Decision(replace(state, transition=transition.failing(seen.now_s)))
-    why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach("it", failed, seen))
+    why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach(plan, failed, seen))
     abort = replace(state.abort, generation=plan.generation, since_s=seen.now_s)
-    return _abandoned(replace(state, abort=abort, transition=None), seen, plan.generation, why)
+    return abandoned(replace(state, abort=abort, transition=None), seen, plan.generation, why)
 
 
 def _broken_behind_fence(state: RunState, seen: Observation) -> str:
@@ -190,38 +169,32 @@ def _broken_behind_fence(state: RunState, seen: Observation) -> str:
     lost = [w for w in state.next.involved if w not in state.worker_group or why_gone(seen, w)]
     if lost:
         return f"{', '.join(lost)} was lost"
-    failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
-    return _could_not_reach(f"generation {state.next.generation}", failed, seen) if failed else ""
+    failed = _failed_in(state.next, seen)
+    return _could_not_reach(state.next, failed, seen) if failed else ""
 
 
 def _unsaved_end(state: RunState, seen: Observation) -> str:
     """Why the run's end is not saved, and won't be by this generation: all members have finished and wait for the last
     checkpoint, which was abandoned. Empty if that isn't so."""
-    reports = [seen.reports.get(w) for w in state.members]
-    finished = [report for report in reports if report is not None and report.phase is Phase.FINISHED]
-    if state.current is None or not finished or len(finished) < len(reports):
+    if state.current is None or any(seen.phase(w) is not Phase.FINISHED for w in state.members):
         return ""
-    step = max(report.step for report in finished)
+    step = max(seen.report(w).step for w in state.members)
     abandoned = (state.current.generation, step) in seen.abandoned
     return f"the checkpoint of step {step}, the last one, could not be completed" if abandoned else ""
 
 
-def _could_not_reach(where: str, failed: Sequence[str], seen: Observation) -> str:
-    error = seen.reports[failed[0]].health.error
-    return f"{', '.join(failed)} could not reach {where}" + (f": {error.message}" if error is not None else "")
+def _failed_in(plan: GenerationPlan, seen: Observation) -> list[str]:
+    """Workers that could not reach the generation."""
+    return [w for w in plan.involved if seen.report(w).transition.failed_generation == plan.generation]
 
 
-def _stopped_in(seen: Observation, worker: str) -> int:
-    report = seen.reports.get(worker)
-    return report.transition.stopped if report is not None else -1
+def _could_not_reach(plan: GenerationPlan, failed: Sequence[str], seen: Observation) -> str:
+    error = seen.report(failed[0]).health.error
+    why = f": {error.message}" if error is not None else ""
+    return f"{', '.join(failed)} could not reach generation {plan.generation}{why}"
 
 
 def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
     """Errors of these workers that are their own: not a lost peer, nor a doubtful state received from others."""
-    errors = [(worker, report.health.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
+    errors = [(worker, seen.report(worker).health.error) for worker in workers]
     return [(worker, error) for worker, error in errors if error is not None and error.kind not in OTHERS]
-
-
-def _failed_generation(seen: Observation, worker: str) -> int:
-    report = seen.reports.get(worker)
-    return report.transition.failed_generation if report is not None else -1

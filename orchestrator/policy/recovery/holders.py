@@ -16,19 +16,17 @@ def num_holders(state: RunState, seen: Observation) -> int:
 def newest_held(state: RunState, seen: Observation) -> int:
     """The newest step that two domains hold, by the members' votes; -1 if there is none."""
     held = (
-        report.protection.held
-        for worker in state.members
-        if (report := seen.reports.get(worker)) is not None
+        report.held
+        for report in (seen.report(worker).protection for worker in state.members)
         for plan in (state.previous, state.current)
-        if plan is not None and report.protection.settled == plan.generation and _has_two_holders(state, seen, plan)
+        if plan is not None and report.settled == plan.generation and _has_two_holders(state, seen, plan)
     )
     return max(held, default=-1)
 
 
 def _has_two_holders(state: RunState, seen: Observation, plan: GenerationPlan) -> bool:
     """Whether the newest step that its members report as held is in two domains."""
-    report = seen.reports.get(plan.world.members[0])
-    kept_by = report.protection.kept_by if report is not None else -1
+    kept_by = seen.report(plan.world.members[0]).protection.kept_by
     keeper = next((keeper for keeper in state.keeping.chosen if keeper.number == kept_by), None)
     return _num_domains(state, seen, _holders(plan, keeper)) > 1
 

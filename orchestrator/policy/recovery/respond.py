@@ -48,7 +48,7 @@ def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, failu
     want of memory, for which it gives no reason."""
     if not limits.fits_memory or failure.cause != "worker" or state.current is None:
         return False
-    known = [r.micro_batches for w in state.members if (r := seen.reports.get(w)) and r.micro_batches]
+    known = [use for w in state.members if (use := seen.report(w).micro_batches)]
     steps = [use.steps for use in known if use.generation == state.current.generation]
     smallest = min((probe.tokens for probe in state.micro_batch.probes), default=state.current.micro_batch.tokens)
     return smallest < state.current.micro_batch.tokens and max(steps, default=SUSPECT_STEPS) < SUSPECT_STEPS

@@ -11,7 +11,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import Transition
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
-from orchestrator.protocol.events.generations import GenerationPlanned
+from orchestrator.protocol.events.generations import GenerationPlanned, TransitionAbandoned
 from orchestrator.protocol.messages import GenerationPlan, StateSource
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.micro_batches import MicroBatchSize
@@ -59,13 +59,16 @@ def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...
     return state.members + node_by_node(seen, newcomers[:missing]) if len(newcomers) >= missing else None
 
 
-def prepared(seen: Observation, worker: str) -> int:
-    """The newest generation that this worker has connected to; -1 if none."""
-    report = seen.reports.get(worker)
-    return report.transition.prepared if report else -1
+def abandoned(state: RunState, seen: Observation, generation: int, why: str, keeps_request: bool = False) -> Decision:
+    """Count a failed transition; after several in a row the run keeps its size, if it has one already."""
+    failures = replace(state.failures, transitions=state.failures.transitions + 1)
+    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
+    size_request = _given_up(state, seen) if gives_up and not keeps_request else state.size_request
+    note = TransitionAbandoned(generation, why, gives_up)
+    return Decision(replace(state, failures=failures, size_request=size_request, why=why), (note,))
 
 
-def given_up(state: RunState, seen: Observation) -> SizeRequest:
+def _given_up(state: RunState, seen: Observation) -> SizeRequest:
     """The size request after several failed transitions: the present size, until another one is requested. Where
     members were to leave, the request is unchanged: their departure does not change the wanted size."""
     if state.size_request is not None and any(worker in state.leaving for worker in state.members):
@@ -80,7 +83,7 @@ def without_store(state: RunState, seen: Observation) -> str:
     plan = state.next
     if plan is None or seen.store_address in (None, plan.store_address):
         return ""
-    is_late = any(prepared(seen, worker) < plan.generation for worker in plan.involved)
+    is_late = any(seen.report(worker).transition.prepared < plan.generation for worker in plan.involved)
     return f"the rendezvous store of generation {plan.generation} was lost" if is_late else ""
 
 

@@ -14,10 +14,8 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.workers import KeeperConnected, KeeperLost
 from orchestrator.protocol.messages import Keeper
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import ProtectionReport
 
 AGAIN_S = 10.0  # after a connection to a keeper has ended, until another one is chosen
-NONE = ProtectionReport()
 
 
 def choose_keeper(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -41,7 +39,7 @@ def choose_keeper(limits: RunLimits, state: RunState, seen: Observation) -> Deci
 
 def holds_snapshot(state: RunState, seen: Observation, keeper: Keeper) -> bool:
     """Whether the keeper has a snapshot of the member, and is sent the following ones."""
-    member = _protection(seen, state.members[0])
+    member = seen.report(state.members[0]).protection
     return member.kept_by == keeper.number and not _has_ended(state, seen, keeper)
 
 
@@ -53,11 +51,8 @@ def is_connecting(state: RunState, seen: Observation) -> bool:
 
 def _is_active(state: RunState, seen: Observation, member: str) -> bool:
     """Whether the member trains in the current generation, or is about to begin."""
-    report = seen.reports.get(member)
-    if report is None or state.current is None:
-        return False
-    begins = report.phase is Phase.READY and report.generation == state.current.generation
-    return report.phase is Phase.TRAINING or begins
+    report, generation = seen.report(member), state.current.generation if state.current is not None else None
+    return report.phase is Phase.TRAINING or (report.phase is Phase.READY and report.generation == generation)
 
 
 def _of_this_generation(state: RunState) -> tuple[Keeper, ...]:
@@ -82,7 +77,7 @@ def _is_needed(state: RunState, seen: Observation, keeper: Keeper, is_newest: bo
     there is another one."""
     if keeper.worker not in state.worker_group or why_gone(seen, keeper.worker):
         return False
-    kept_by = _protection(seen, state.members[0]).kept_by
+    kept_by = seen.report(state.members[0]).protection.kept_by
     is_to_come = keeper.number > kept_by and not _has_ended(state, seen, keeper)
     return is_newest or keeper.number == kept_by or is_to_come
 
@@ -123,11 +118,6 @@ def _keeper(state: RunState, seen: Observation, worker: str) -> Keeper:
 
 
 def _has_ended(state: RunState, seen: Observation, keeper: Keeper) -> bool:
-    member, here = _protection(seen, state.members[0]), _protection(seen, keeper.worker)
+    member, here = (seen.report(worker).protection for worker in (state.members[0], keeper.worker))
     is_skipped = member.unkept > keeper.number and member.kept_by != keeper.number  # else a later one has failed
     return here.unkept >= keeper.number or member.unkept == keeper.number or is_skipped
-
-
-def _protection(seen: Observation, worker: str) -> ProtectionReport:
-    report = seen.reports.get(worker)
-    return report.protection if report is not None else NONE

@@ -13,15 +13,13 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import (
-    MAX_FAILED_TRANSITIONS,
+    abandoned,
     can_plan,
-    given_up,
     is_blame_due,
     members_for,
     node_by_node,
     nodes_of,
     planned_transition,
-    prepared,
     warm_standbys,
     with_plan,
     without_store,
@@ -32,7 +30,7 @@ from orchestrator.policy.state.progress import stall_s, typical_step_s
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled, TransitionAbandoned
+from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled
 from orchestrator.protocol.messages import Fence, GenerationPlan
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.protocol.worker_phase import Phase
@@ -77,19 +75,14 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
     broken = known + [
         f"{w} could not reach generation {plan.generation}"
         for w in involved
-        if (report := seen.reports.get(w)) and report.transition.failed_generation == plan.generation
+        if seen.report(w).transition.failed_generation == plan.generation
     ]
     if not broken:
         return Decision(state)
     if not known and not is_blame_due(state, seen):
         return Decision(replace(state, transition=transition.failing(seen.now_s)))
-    failures = replace(state.failures, transitions=state.failures.transitions + 1)
-    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS
     is_fit = plan.world.members == state.members  # the same members with other micro-batches: no request to drop
-    size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
-    note = TransitionAbandoned(plan.generation, broken[0], gives_up)
-    abandoned = replace(state, failures=failures, size_request=size_request, why=broken[0], transition=None)
-    return Decision(abandoned, (note,))
+    return abandoned(replace(state, transition=None), seen, plan.generation, broken[0], keeps_request=is_fit)
 
 
 def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -101,7 +94,7 @@ def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if transition is None or state.current is None or transition.fence is not None or state.is_recovering:
         return Decision(state)
     generation = transition.plan.generation
-    if not all(prepared(seen, worker) >= generation for worker in state.involved):
+    if not all(seen.report(worker).transition.prepared >= generation for worker in state.involved):
         return Decision(state)
     fence = Fence(generation, at_step=None if transition.first_step is None else transition.first_step - 1)
     return Decision(replace(state, transition=replace(transition, fence=fence)))
@@ -173,7 +166,7 @@ def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Dec
 def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Mark the current generation settled once it has committed a step of its own, and its keeper has a snapshot, if it
     gets one: older state may be dropped."""
-    settled = max((r.protection.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
+    settled = max((seen.report(w).protection.settled for w in state.members), default=-1)
     if state.current is None or settled <= state.settled or settled < state.current.generation:
         return Decision(state)
     return Decision(state if is_connecting(state, seen) else replace(state, settled=settled))
@@ -231,8 +224,8 @@ def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Cha
 
 
 def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
-    report = seen.reports.get(worker)
-    return report is not None and report.phase is Phase.READY and report.generation == generation
+    report = seen.report(worker)
+    return report.phase is Phase.READY and report.generation == generation
 
 
 def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:

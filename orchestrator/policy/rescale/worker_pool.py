@@ -167,8 +167,8 @@ def why_gone(seen: Observation, worker: str) -> str:
     """Why this worker is unusable: its process ended, it failed, or it is silent; empty if it is usable."""
     if worker in seen.lost:
         return f"{worker} died: {seen.lost[worker]}"
-    report = seen.reports.get(worker)
-    if report is not None and report.phase is Phase.FAILED:
+    report = seen.report(worker)
+    if report.phase is Phase.FAILED:
         error = report.health.error
         return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
     if is_silent(seen, worker):
@@ -178,8 +178,7 @@ def why_gone(seen: Observation, worker: str) -> str:
 
 def traceback_of(seen: Observation, worker: str) -> str:
     """Traceback of the error with which this worker failed; empty if there is none, or it is only a lost peer."""
-    report = seen.reports.get(worker)
-    error = report.health.error if report is not None else None
+    error = seen.report(worker).health.error
     return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 
@@ -213,9 +212,7 @@ def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tupl
 
 def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
     """Whether a checkpoint that isn't complete yet needs this worker, which has written its part or still tries to."""
-    report = seen.reports.get(worker)
-    if report is None:
-        return False
+    report = seen.report(worker)
     generations = {plan.generation for plan in (state.previous, state.current) if plan is not None}
     pending = (s for s in report.shards if (s.generation, s.step) > state.checkpoint and s.generation in generations)
     return report.unsaved is not None or any(pending)

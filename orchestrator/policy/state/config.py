@@ -10,19 +10,7 @@ from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.fault_tolerance import AUTO, FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.workers import MANUAL, AutoscaleSpec
-
-DEFAULT_RECOVERY = RecoverySpec()
-DEFAULT_AUTOSCALE = AutoscaleSpec()
-DEFAULT_VERIFY = VerifySpec()
-
-
-@dataclass(frozen=True)
-class ScheduledSize:
-    """A scheduled world size: step `at_step` is the first step of the world of `workers` members."""
-
-    at_step: int
-    workers: int
+from orchestrator.spec.workers import MANUAL, AutoscaleSpec, ScheduledScale
 
 
 @dataclass(frozen=True)
@@ -43,11 +31,11 @@ class RunLimits:
     initial_workers: int
     standby: int
     num_experts: int
-    schedule: tuple[ScheduledSize, ...] = ()
+    schedule: tuple[ScheduledScale, ...] = ()
     protected: bool = True
     copies: int = 1
     publish: str = FINISHED
-    recovery: RecoverySpec = DEFAULT_RECOVERY
+    recovery: RecoverySpec = field(default_factory=RecoverySpec)
     micro_batch: MicroBatchSize = ONE_ROW
     fits_memory: bool = False
     memory_bytes: int | None = None
@@ -55,10 +43,10 @@ class RunLimits:
     unit: str = "tokens"
     by_document: bool = False
     curriculum: CurriculumSpec | None = None
-    autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
+    autoscale: AutoscaleSpec = field(default_factory=AutoscaleSpec)
     priority: int = 0
     label_selector: Mapping[str, str] = field(default_factory=dict)
-    verify: VerifySpec = DEFAULT_VERIFY
+    verify: VerifySpec = field(default_factory=VerifySpec)
     checkpoints_by_time: bool = False
 
     @classmethod
@@ -87,7 +75,7 @@ class RunLimits:
             label_selector=job.workers.label_selector,
             verify=job.verify,
             checkpoints_by_time=job.checkpoint.every == AUTO,
-            schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
+            schedule=job.workers.schedule,
         )
 
     def check_stage(self, name: str) -> None:

@@ -38,6 +38,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report, ShardWritten
 
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
+UNHEARD = Report(worker="", term=-1, version=-1, phase=Phase.COLD, generation=-1, step=-1, seen=-1)
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,13 @@ class Observation:
     grant: Grant = UNLIMITED
     priority: int | None = None
 
+    def report(self, worker: str) -> Report:
+        """The worker's newest report; UNHEARD if it never answered."""
+        return self.reports.get(worker, UNHEARD)
+
     def phase(self, worker: str) -> Phase:
         """The worker's phase; COLD if it never answered."""
-        report = self.reports.get(worker)
-        return report.phase if report else Phase.COLD
+        return self.report(worker).phase
 
     @property
     def committed(self) -> int:

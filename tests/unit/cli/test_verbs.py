@@ -1,5 +1,6 @@
 """The verbs: every one has its panel, its `-o json` a type, and old ones are refused with the name of the new one."""
 
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from orchestrator.cli.json_output import OUTPUTS
 from orchestrator.cli.main import app
 from orchestrator.cli.retired import OPTIONS, VERBS
 from tests.unit.cli.test_main import Done, here, orchestrator
@@ -31,6 +31,7 @@ def verbs() -> Iterator[tuple[str, typer.core.TyperCommand]]:
 
 
 KNOWN = dict(verbs())
+OUTPUTS = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "generate.py"))["OUTPUTS"]
 
 
 def options_of(verb: str) -> set[str]:

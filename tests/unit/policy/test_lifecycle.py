@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.lifecycle import decide, directive_of, explain, phase_of
-from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Observation
@@ -17,6 +16,7 @@ from orchestrator.protocol.messages import Fence, FinishMode, Restore, ResumeReq
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Handover, Report, WorkerError
+from orchestrator.spec.workers import ScheduledScale
 from tests.unit.policy.imagined import Life, limits_of
 
 
@@ -110,7 +110,7 @@ def test_leavers_become_standbys_and_the_surplus_is_let_go() -> None:
 
 
 def test_scheduled_sizes_come_exactly_at_their_steps() -> None:
-    schedule = (ScheduledSize(20, 3), ScheduledSize(35, 1))
+    schedule = (ScheduledScale(at_step=20, workers=3), ScheduledScale(at_step=35, workers=1))
     life = Life(limits_of(steps=50, schedule=schedule))
     life.run_to_the_end()
     assert life.sizes == [2] * 20 + [3] * 15 + [1] * 15
@@ -118,19 +118,19 @@ def test_scheduled_sizes_come_exactly_at_their_steps() -> None:
 
 
 def test_workers_of_the_schedule_are_warm_from_the_start() -> None:
-    life = Life(limits_of(steps=50, schedule=(ScheduledSize(20, 4),)))
+    life = Life(limits_of(steps=50, schedule=(ScheduledScale(at_step=20, workers=4),)))
     life.tick()
     assert len(life.state.worker_group) == 4
 
 
 def test_a_scheduled_fence_ends_with_the_step_before() -> None:
-    life = Life(limits_of(steps=50, schedule=(ScheduledSize(20, 3),)))
+    life = Life(limits_of(steps=50, schedule=(ScheduledScale(at_step=20, workers=3),)))
     life.run_until(lambda: life.state.fence is not None)
     assert life.state.fence == Fence(to_generation=1, at_step=19)
 
 
 def test_a_scheduled_size_whose_workers_come_late_is_taken_at_the_next_fence() -> None:
-    life = Life(limits_of(steps=50, schedule=(ScheduledSize(5, 3),)))
+    life = Life(limits_of(steps=50, schedule=(ScheduledScale(at_step=5, workers=3),)))
     life.frozen = {"w2"}
     life.run_until(lambda: life.step == 10)
     life.frozen = set()
@@ -140,7 +140,7 @@ def test_a_scheduled_size_whose_workers_come_late_is_taken_at_the_next_fence() -
 
 
 def test_a_wish_holds_until_the_next_scheduled_size() -> None:
-    life = Life(limits_of(steps=60, schedule=(ScheduledSize(40, 1),)))
+    life = Life(limits_of(steps=60, schedule=(ScheduledScale(at_step=40, workers=1),)))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
     life.run_to_the_end()
@@ -515,7 +515,7 @@ def test_a_requested_checkpoint_is_in_the_directive_until_one_of_its_step_is_com
 
 def test_a_requested_checkpoint_changes_no_size() -> None:
     """The target repeats the size that was requested last, which a schedule has replaced."""
-    life = Life(limits_of(steps=60, schedule=(ScheduledSize(10, 4),)), checkpoint_every=100)
+    life = Life(limits_of(steps=60, schedule=(ScheduledScale(at_step=10, workers=4),)), checkpoint_every=100)
     life.run_until(lambda: life.step > 14)
     before = life.state.size_request
     life.target = replace(life.target, seq=life.target.seq + 1, checkpoint=life.step)

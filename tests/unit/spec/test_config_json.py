@@ -11,7 +11,7 @@ from orchestrator.spec.config_json import RopeScalingSpec
 @pytest.mark.parametrize(
     ("keys", "rule"),
     [
-        ({"rope_type": "linear", "factor": 2, "beta_fast": 4}, "only yarn read beta_fast; got 4.0 for linear"),
+        ({"rope_type": "linear", "factor": 2, "beta_fast": 4}, "only yarn reads beta_fast; got 4.0 for linear"),
         ({"rope_type": "yarn", "factor": 2}, "original_max_position_embeddings is needed for yarn"),
         (
             {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 8, "high_freq_factor": 1},

@@ -44,7 +44,7 @@ def test_the_task_decides_what_the_data_are(
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown task": ({"task": "rlhf"}, "'lm', 'sft', 'dpo' or 'classification'"),
-    "a key of another task": ({"task": {"name": "sft", "beta": 0.2}}, "only task dpo reads beta; got 0.2 for sft"),
+    "a key of another task": ({"task": {"name": "sft", "beta": 0.2}}, "only dpo reads beta; got 0.2 for sft"),
     "a name and an entrypoint": (
         {"task": {"name": "sft", "entrypoint": "mine:task"}},
         "entrypoint takes the place of a built-in task: leave name out",

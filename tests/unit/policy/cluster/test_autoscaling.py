@@ -10,14 +10,13 @@ from orchestrator.policy.cluster.autoscaling import Demand, bounds, claim_of, de
 from orchestrator.policy.cluster.fair_share import divide
 from orchestrator.policy.cluster.grants import FairShare
 from orchestrator.policy.rescale.worker_pool import apply_target
-from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import MIN_STEPS, Progress, absorb, speeds
 from orchestrator.policy.state.world_size import SizeRequest
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.scaling import UNLIMITED, Grant, ScalingView
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.workers import AutoscaleSpec
+from orchestrator.spec.workers import AutoscaleSpec, ScheduledScale
 from tests.unit.policy.imagined import Life, limits_of, record
 
 CPU = {"CPU": 1.0}
@@ -244,7 +243,7 @@ def test_what_is_told_of_a_run() -> None:
 
 def test_workers_of_a_size_to_come_are_told_of() -> None:
     """They are held from the beginning on: nobody else gets their places."""
-    life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledSize(50, 4),)))
+    life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledScale(at_step=50, workers=4),)))
     life.run_until(lambda: life.step == 10)
     assert len(life.state.worker_group) == 4 and _scale(life).full == 4
 

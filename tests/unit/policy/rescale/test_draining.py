@@ -6,12 +6,12 @@ import pytest
 
 from orchestrator.policy.health.budget import cause_of_loss
 from orchestrator.policy.lifecycle import decide, explain
-from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.workers import NodeDraining
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_phase import Phase
+from orchestrator.spec.workers import ScheduledScale
 from tests.unit.policy.imagined import Life, limits_of
 
 
@@ -189,7 +189,7 @@ def test_a_controller_that_comes_back_knows_who_is_to_leave_and_lets_nobody_go_b
 
 
 def test_a_departure_does_not_wait_for_a_scheduled_change() -> None:
-    limits = limits_of(steps=60, standby=1, schedule=(ScheduledSize(20, 3),))
+    limits = limits_of(steps=60, standby=1, schedule=(ScheduledScale(at_step=20, workers=3),))
     life = Life(limits, nodes={"w0": "a", "w1": "b", "w2": "c", "w3": "d"})
     life.run_until(lambda: life.state.next is not None and life.step > 5)
     life.draining = {"b": life.now_s + 6}

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.lifecycle import explain, phase_of
-from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.policy.state.run_parts import FailureState, WorkerFailure
 from orchestrator.protocol.events.run import Suspended
@@ -19,6 +18,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
 from orchestrator.sampling.micro_batches import MicroBatchSize
+from orchestrator.spec.workers import ScheduledScale
 from tests.unit.policy.imagined import Life, limits_of
 
 ROOM = Grant(None, "there is room for all 4")
@@ -89,7 +89,9 @@ def test_standbys_go_before_members() -> None:
 
 
 def test_the_schedule_goes_on_beneath_the_grant() -> None:
-    life = _life(initial_workers=1, schedule=(ScheduledSize(10, 4), ScheduledSize(20, 2)))
+    life = _life(
+        initial_workers=1, schedule=(ScheduledScale(at_step=10, workers=4), ScheduledScale(at_step=20, workers=2))
+    )
     life.grant = Grant(3, "there is room for 3")
     life.run_to_the_end()
     assert life.sizes[9:11] == [1, 3] and life.sizes[19:21] == [3, 2] and life.sizes[-1] == 2

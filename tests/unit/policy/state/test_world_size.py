@@ -2,7 +2,7 @@ import pytest
 
 from orchestrator.errors import UsageError
 from orchestrator.policy.cluster.capacity import places
-from orchestrator.policy.state.config import RunLimits, ScheduledSize
+from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import (
     SizeChange,
     SizeRequest,
@@ -12,9 +12,10 @@ from orchestrator.policy.state.world_size import (
     workers_to_hold,
 )
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import ScheduledScale
 from tests.unit.policy.imagined import limits_of
 
-PLANNED = limits_of(steps=100, schedule=(ScheduledSize(20, 3), ScheduledSize(60, 1)))
+PLANNED = limits_of(steps=100, schedule=(ScheduledScale(at_step=20, workers=3), ScheduledScale(at_step=60, workers=1)))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_limits_of_a_job() -> None:
     job = JobSpec.model_validate({"schema": "v1", "name": "try", "workers": workers, "train": {"max_steps": 9}})
     limits = RunLimits.of("try", job)
     assert (limits.steps, limits.min_workers, limits.max_workers, limits.initial_workers) == (9, 1, 3, 2)
-    assert limits.schedule == (ScheduledSize(5, 3),)
+    assert limits.schedule == (ScheduledScale(at_step=5, workers=3),)
 
 
 @pytest.mark.parametrize("workers", [0, 5])
