@@ -32,6 +32,7 @@ from orchestrator.engine.optim.stepper import ParamPart, Stepper, places
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
+from orchestrator.model.linear.float8 import use_float8
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.task import Batch, Loss, Task
@@ -68,6 +69,8 @@ class _Core(DeepSpeedEngine):  # type: ignore[misc]
 
 def _set_up(model: TrainableModel, train: TrainSpec) -> None:
     """Let only the parameters that are trained need gradients, and layers know whether experts of any rank do."""
+    if train.float8:
+        use_float8(model)
     for name, param in model.named_parameters():
         param.requires_grad_(train.is_trained(name))
     for prefix, layer in model.named_modules():
