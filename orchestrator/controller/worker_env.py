@@ -20,8 +20,13 @@ WORKER_ENV = {
 }
 
 # A failed peer may end the communicator, but never the process, whose state is needed now: 2 does that. The monitor of
-# NCCL's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
-NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+# NCCL's watchdog would end a process that waits in an abort. A wait for a communicator that starts holds the lock that
+# its abort needs, for 30 minutes by default. Not tried on GPUs yet.
+NCCL_ENV = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "60",  # s, as of `orchestrator.engine.process_groups`
+}
 
 # For bitwise reproducible runs, libraries must not choose algorithms by current load or by memory addresses. On one
 # processor 166 of 400 shapes of fp32 products had other bits if a matrix began at another address, and none with

@@ -12,6 +12,7 @@ from orchestrator.comm import collective_stats
 from orchestrator.comm.gradients.bucket import Bucket
 from orchestrator.comm.gradients.buckets import Buckets
 from orchestrator.comm.gradients.codecs import codec_of
+from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.gradients.powersgd import Matrix, PowerSGD, first_thin
 from orchestrator.comm.gradients.reduce_scatter import Compressed, Reducer, ReduceScatter
 from orchestrator.elastic.state_spec import RESIDUAL, THIN, VELOCITY, rank_of_product
@@ -19,6 +20,7 @@ from orchestrator.engine.device_time import finished_s
 from orchestrator.engine.param_groups import ParamGroup
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
 log = logging.getLogger("orchestrator.worker")
@@ -29,8 +31,9 @@ class Gradients:
 
     Args:
         groups: in DeepSpeed's order.
-        every_micro_batch: send each micro-batch's gradients (ZeRO 2), not once per step.
-        largest_term: if given, sums are exact (`orchestrator.comm.gradients.exact_sum`).
+        train: with ZeRO 2 each micro-batch's gradients are sent, else once per step. Where training is exact, sums are
+            (`orchestrator.comm.gradients.exact_sum`).
+        after_tokens: as of `Buckets`.
     """
 
     def __init__(
@@ -38,16 +41,16 @@ class Gradients:
         model: TrainableModel,
         groups: Sequence[ParamGroup],
         communication: CommunicationSpec,
-        every_micro_batch: bool,
+        train: TrainSpec,
         device: torch.device,
-        largest_term: float | None = None,
+        after_tokens: bool,
     ) -> None:
         self._names = {id(param): name for name, param in model.named_parameters()}
         self._groups, self.device = groups, device
         self._compression, self._num_updates = communication.compression, 0
-        self._largest_term = largest_term
+        self._largest_term = largest_term(train.most_micro_batches) if train.is_exact else None
         self._buckets = [self._bucket(group, device) for group in groups]
-        self._all = Buckets(self._buckets, every_micro_batch, communication.overlap)
+        self._all = Buckets(self._buckets, train.zero_stage == 2, communication.overlap, after_tokens)
         self.saturated: tuple[str, ...] = ()  # of the newest sums: parameters with too large a gradient on this rank
         self.is_timed = False  # whether `backward_s` and `after_backward_s` are measured on a GPU
         self._began_s = self._waited_s = self._ended_s = 0.0

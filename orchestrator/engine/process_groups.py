@@ -8,7 +8,9 @@ A `PendingGroups` connects the ranks and may be made in the background while an 
 waits for a rank once a fence is reached, and a failed one is noticed at once: its connections are up already.
 
 On a GPU gradients use the communicator of tokens: operations of two communicators that ranks begin in different orders
-may wait for each other for ever.
+may wait for each other for ever. Those that replicas of experts have beside it are used in one order too: ranks that
+share one hold the same parameters in the same order, so they sort and cut buckets alike (`param_groups.groups_of`), and
+send them one after the other once the last tokens of a backward pass have arrived (`Buckets`).
 """
 
 import sys
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
@@ -29,6 +32,11 @@ REDUCTION = "reduction"
 GLOO, NCCL = "gloo", "nccl"
 # In torch's registry: groups that were connected beforehand.
 CONNECTED = {GLOO: "connected", NCCL: "connected_nccl"}
+
+
+def backend_of(device: torch.device) -> str:
+    """The backend for ranks with a device of this kind each."""
+    return NCCL if device.type == "cuda" else GLOO
 
 
 def _connected(made_by_torch: Any, connected: Any) -> Any:
@@ -46,7 +54,8 @@ def _connected_nccl(made_by_torch: Any, connected: Any) -> Any:
     return nccl_group(made_by_torch.store, "asked", rank, size, made_by_torch.timeout)
 
 
-dist.Backend.register_backend(CONNECTED[GLOO], _connected, extended_api=True, devices=["cpu"])
+# gloo takes tensors on a GPU too, through host memory: for ranks that share one, which nccl refuses.
+dist.Backend.register_backend(CONNECTED[GLOO], _connected, extended_api=True, devices=["cpu", "cuda"])
 dist.Backend.register_backend(CONNECTED[NCCL], _connected_nccl, extended_api=True, devices=["cuda"])
 
 

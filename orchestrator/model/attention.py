@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.model.kv_cache import LayerCache
+from orchestrator.model.linear.float8 import LinearProducts
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import inverse_frequencies
 from orchestrator.spec.config_json import RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
 
 
-class Attention(nn.Module):
+class Attention(LinearProducts):
     """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -49,12 +50,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are explicit (no -1): a forward pass on no rows must work too.
-        q_BTN, k_BTN = F.linear(x_BTD, self.query, self.query_bias), F.linear(x_BTD, self.key, self.key_bias)
+        q_BTN = self.linear(x_BTD, self.query, self.query_bias)
+        k_BTN = self.linear(x_BTD, self.key, self.key_bias)
         if self.norms_all_heads:
             q_BTN, k_BTN = self.query_norm(q_BTN), self.key_norm(k_BTN)
         q_BTAS = q_BTN.view(B, T, self.num_attention_heads, self.head_dim)
         k_BTGS = k_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
-        v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_key_value_heads, self.head_dim)
+        v_BTN = self.linear(x_BTD, self.value, self.value_bias)
+        v_BTGS = v_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
         if not self.norms_all_heads:
             q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
         if padding is not None:
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         y_BTAS = y_BATS.transpose(1, 2)
         if padding is not None:
             y_BTAS = padding.unpad(y_BTAS)[None]
-        return F.linear(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), self.output)
+        return self.linear(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), self.output)
 
 
 def rotary_tables(

@@ -135,8 +135,13 @@ def broken_outputs(task: TaskSpec, model: ModelSpec) -> Iterator[Broken]:
         yield Broken((("model", "vocab_size"), ("task", "num_classes")), rule)
 
 
-def broken_training(train: TrainSpec, data_format: DataFormat, has_curriculum: bool) -> Iterator[Broken]:
-    """Rules between a task with rows and its training."""
+def broken_training(
+    train: TrainSpec, model: ModelSpec, data_format: DataFormat, has_curriculum: bool
+) -> Iterator[Broken]:
+    """Rules between training and the model or a task with rows."""
+    if train.float8 and not model.is_native:
+        rule = f"float8 must be false with a model of {model.origin}: it computes the products of our own model"
+        yield Broken((("train", "float8"), ("model", "impl"), ("model", "entrypoint")), rule)
     if data_format == ARRAYS and not train.micro_batch_rows:
         rule = f"micro_batch_size must be a number of rows where rows have no tokens; got {train.micro_batch_size}"
         yield Broken((("train", "micro_batch_size"), ("task", "name")), rule)

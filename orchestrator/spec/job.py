@@ -174,7 +174,7 @@ class JobSpec(Section):
     def broken_rules(self) -> Iterator[Broken]:
         yield from broken_callbacks(self.callbacks)
         yield from broken_rows(self.task, self.data, self.model)
-        yield from broken_training(self.train, self.data_format, self.curriculum is not None)
+        yield from broken_training(self.train, self.model, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:

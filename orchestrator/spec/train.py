@@ -72,6 +72,12 @@ class TrainSpec(Section):
         default="fp32",
         description="Number format of forward and backward. Weights that are trained are kept in fp32 with either.",
     )
+    float8: bool = Field(
+        default=False,
+        description="true: linear products of attention, MLPs and experts are computed in float8, forward and "
+        "backward, with a scale per matrix; routers, norms, embedding and head are not. Needs GPUs of compute "
+        "capability 8.9 or later (docs/gpus.md), and our own model.",
+    )
     zero_stage: Literal[1, 2] = Field(
         default=1, description="State partitioned over the workers: 1 optimizer state, 2 gradients as well."
     )
@@ -129,6 +135,9 @@ class TrainSpec(Section):
             sizes = f"{self.global_batch_size} and {self.micro_batch_rows}"
             rule = f"global_batch_size must be a multiple of micro_batch_size; got {sizes}"
             yield Broken((("global_batch_size",), ("micro_batch_size",)), rule)
+        if self.float8 and self.is_exact:
+            rule = "float8 must be false where determinism is exact: torch doesn't promise equal bits of such products"
+            yield Broken((("float8",), ("determinism",)), rule)
         if self.lr_scheduler.warmup_steps > self.max_steps:
             got = f"got {self.lr_scheduler.warmup_steps} and {self.max_steps}"
             rule = f"warmup_steps must be at most train.max_steps; {got}"

@@ -32,7 +32,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.log_file import flush_logs
-from orchestrator.worker.runtime.device import check_gpu_memory, device_of
+from orchestrator.worker.runtime.device import check_float8, check_gpu_memory, device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.open_batches import open_batches, open_when_there
@@ -134,6 +134,8 @@ class Worker:
         device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)
+        if spec.train.float8:
+            check_float8(device)
         self._mailbox.publish(
             numerics=fingerprint(device, spec.model.libraries) if spec.train.is_exact else kind_of_gpu(device)
         )

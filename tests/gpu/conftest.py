@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.support import devices
 from tests.support.ranks import Ranks
@@ -10,6 +11,8 @@ from tests.support.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
+    if request.param == devices.GPU and not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} sees no GPU; --device emulated needs none")
     devices.selected = request.param
     return str(request.param)
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -157,3 +158,48 @@ def test_over_ranks_the_host_waits_once_for_each_layer_of_experts_and_micro_batc
         few, many = (ranks.run(_waits, 2, "bf16", layers, recompute)[0] for layers in (2, 6))
         more = sum(many.values()) - sum(few.values())
         assert more <= 4 * 2, many - few  # four more layers, two micro-batches
+
+
+PLACEMENTS = {
+    "replicas": ExpertPlacement.balanced(2, 3),
+    "overlapping replicas": ExpertPlacement(3, 3, ((0, 1), (1, 2), (0, 2))),
+    "a rank without experts": ExpertPlacement(2, 3, ((0, 2), (0,))),
+}
+
+
+def _begun(
+    rank: int, world_size: int, store: Store, prefix: str, placement: ExpertPlacement, stage: int, recompute: str
+) -> list[tuple[str, str]]:
+    """Collectives of a step of two micro-batches, the last rank's second one without rows, in the order in which they
+    are begun. Ranks have unlike gradients: a parameter has none on one of them."""
+    from tests.support.emulated_accelerator import launches
+
+    spec = small.model_spec(placement.num_experts, recompute=recompute)
+    train = small.train_spec(zero_stage=stage)
+    _, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, spec=spec, bucket_mb=0.01)
+    if rank == 1:
+        norm = model.layers[-1].mlp_norm
+        norm.forward = lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight.detach())
+    with launches() as begun:
+        for number in range(2):
+            rows = small.empty() if number and rank == world_size - 1 else small.micro_batch(0, 2 * rank + number)
+            engine.accumulate(rows, 1000, last=number == 1)
+        assert engine.step(1e-3).applied
+    engine.close()
+    return begun
+
+
+@pytest.mark.parametrize(("stage", "recompute"), [(1, "none"), (2, "none"), (1, "selective"), (1, "full")])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_ranks_begin_the_collectives_that_they_share_in_one_order(
+    ranks: Ranks, placement: str, stage: int, recompute: str
+) -> None:
+    """With nccl, ranks that begin the operations of two communicators in different orders may wait for ever."""
+    begun = ranks.run(_begun, 3, PLACEMENTS[placement], stage, recompute)
+    for one, other in combinations(begun, 2):
+        shared = {name for name, _ in one} & {name for name, _ in other}
+        in_both = [[each for each in rank if each[0] in shared] for rank in (one, other)]
+        assert in_both[0] == in_both[1]
+    groups = {name for rank in begun for name, _ in rank}
+    assert len(groups) == (4 if placement == "overlapping replicas" else 2)
+    assert len(begun[0]) > 30

@@ -15,19 +15,27 @@ CPU, EMULATED, GPU = "cpu", "emulated", "gpu"
 DEVICES = (CPU, EMULATED, GPU)
 
 selected = CPU  # of the processes that a test starts
+sharing = False  # whether these share one GPU, so that gloo connects them
 _used = CPU  # by this process
+_is_shared = False
 
 
-def use(name: str, plain_attention: bool = False) -> "torch.device":
+def use(name: str, plain_attention: bool = False, is_shared: bool = False) -> "torch.device":
     """Have tensors on this device from now on.
 
     Args:
         plain_attention: compute attention on the processor as the emulated GPU does, so that bits can be compared.
+        is_shared: use a GPU that others use too: ranks are connected by gloo, as nccl refuses two on one.
     """
     import torch  # not by every test that imports this module
 
-    global _used
-    _used = name
+    global _used, _is_shared
+    _used, _is_shared = name, is_shared
+    if is_shared:
+        from orchestrator.worker.shard import shard
+        from orchestrator.worker.transition import warmup
+
+        shard.backend_of = warmup.backend_of = lambda device: backend()
     if name == CPU:
         torch.backends.cuda.enable_flash_sdp(not plain_attention)
         return device()
@@ -55,4 +63,4 @@ def device() -> "torch.device":
 
 def backend() -> str:
     """The backend of process groups for that device."""
-    return "gloo" if _used == CPU else "nccl"
+    return "gloo" if _used == CPU or _is_shared else "nccl"

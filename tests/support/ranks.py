@@ -2,7 +2,7 @@
 
 results = ranks.run(function, world_size, *args)   # function(rank, world_size, store, prefix, *args) on each rank
 
-Their groups are gloo's, or on an emulated GPU nccl's, which gloo plays.
+Their groups are gloo's, or on GPUs nccl's, which on an emulated one gloo plays.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from tests.support import devices, forks
 PATIENCE_S = 100.0
 
 
-def _serve(pipe: Connection, device: str, plain_attention: bool) -> None:
+def _serve(pipe: Connection, device: str, plain_attention: bool, is_shared: bool) -> None:
     forks.begin({})
     import torch
 
     torch.set_num_threads(1)
-    devices.use(device, plain_attention)
+    devices.use(device, plain_attention, is_shared)
     with contextlib.suppress(EOFError):
         while True:
             function, rank, world_size, port, prefix, args = pipe.recv()
@@ -45,13 +45,13 @@ class Ranks:
     """A pool of rank processes, grown as needed.
 
     Args:
-        device, plain_attention: of all ranks, as `devices.use` takes them.
+        device, plain_attention, is_shared: of all ranks, as `devices.use` takes them.
     """
 
-    def __init__(self, device: str = devices.CPU, plain_attention: bool = False) -> None:
+    def __init__(self, device: str = devices.CPU, plain_attention: bool = False, is_shared: bool = False) -> None:
         from orchestrator.comm.transport.rendezvous import RendezvousServer
 
-        self.device, self._plain_attention = device, plain_attention
+        self.device, self._how = device, (device, plain_attention, is_shared)
         self._server = RendezvousServer("127.0.0.1")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
@@ -62,14 +62,14 @@ class Ranks:
     ) -> list[Any]:
         """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any. Skips the
         test where there are fewer GPUs than ranks, as nccl refuses two ranks on one."""
-        if self.device == devices.GPU:
+        if self.device == devices.GPU and not self._how[-1]:
             import torch
 
             if world_size > torch.cuda.device_count():
                 pytest.skip(f"{world_size} ranks need {world_size} GPUs, of which {torch.cuda.device_count()} are here")
         while len(self._pipes) < world_size:
             ours, theirs = forks.context.Pipe()
-            process = forks.start(_serve, theirs, self.device, self._plain_attention)
+            process = forks.start(_serve, theirs, *self._how)
             self._pipes.append(ours)
             self._processes.append(process)
         _, port = self._server.address()

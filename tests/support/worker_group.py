@@ -50,9 +50,9 @@ PATIENCE_S = 120.0
 BEGINNING_S = 0.1  # by which steps are late until one is waited for
 
 
-def _serve(pipe: Connection, env: dict[str, str], device: str) -> None:
+def _serve(pipe: Connection, env: dict[str, str], device: str, is_shared: bool) -> None:
     forks.begin(env)
-    devices.use(device)
+    devices.use(device, is_shared=is_shared)
     from orchestrator.worker.actor import Worker
     from tests.support import faults, pacing
 
@@ -126,11 +126,11 @@ class Member:
     """
 
     def __init__(self, is_exact: bool, env: Mapping[str, str]) -> None:
-        self.kind = (is_exact, devices.selected, env)
+        self.kind = (is_exact, devices.selected, devices.sharing, env)
         self._pipe, theirs = forks.context.Pipe()
         self._lock = threading.Lock()
         env = {**(EXACT_ENV if is_exact else {}), **env}
-        self.process = forks.start(_serve, theirs, env, devices.selected)
+        self.process = forks.start(_serve, theirs, env, devices.selected, devices.sharing)
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -229,7 +229,7 @@ class Crew:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            kind = (self.is_exact, devices.selected, self._env)
+            kind = (self.is_exact, devices.selected, devices.sharing, self._env)
             idle = next((member for member in _idle if member.kind == kind), None)
             if idle is not None:
                 _idle.remove(idle)

@@ -32,11 +32,14 @@ class Buckets:
         every_micro_batch: reduce after each micro-batch and keep only this rank's pieces, as in ZeRO 2; otherwise
             accumulate a step's micro-batches locally and reduce once.
         overlap: send during the backward pass; otherwise after it, with the same result.
+        after_tokens: send no bucket before the last tokens of a backward pass.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], every_micro_batch: bool, overlap: bool) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], every_micro_batch: bool, overlap: bool, after_tokens: bool = False
+    ) -> None:
         self.buckets = buckets
-        self._every_micro_batch, self.overlap = every_micro_batch, overlap
+        self._every_micro_batch, self.overlap, self._after_tokens = every_micro_batch, overlap, after_tokens
         self._sends = False  # in this micro-batch
         self._next = 0
         self._stop_listening = link_priority.listen(self._send_complete)
@@ -96,7 +99,7 @@ class Buckets:
 
     def _send_complete(self) -> None:
         """Send the complete buckets at the head of the list, in order."""
-        if self._sends and self.overlap:
+        if self._sends and self.overlap and not (self._after_tokens and link_priority.to_come()):
             complete = self._next
             while complete < len(self.buckets) and self.buckets[complete].is_complete:
                 complete += 1

@@ -21,7 +21,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.tokens import link_priority
 from orchestrator.elastic.state_spec import BUFFER, EMA, MASTER, PARAM
 from orchestrator.engine.base import StepOutcome, noop
@@ -33,6 +32,7 @@ from orchestrator.engine.optim.stepper import ParamPart, Stepper, places
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
+from orchestrator.model.linear.float8 import use_float8
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.task import Batch, Loss, Task
@@ -67,8 +67,10 @@ class _Core(DeepSpeedEngine):  # type: ignore[misc]
         return "zero_optimization"
 
 
-def _freeze(model: TrainableModel, train: TrainSpec) -> None:
+def _set_up(model: TrainableModel, train: TrainSpec) -> None:
     """Let only the parameters that are trained need gradients, and layers know whether experts of any rank do."""
+    if train.float8:
+        use_float8(model)
     for name, param in model.named_parameters():
         param.requires_grad_(train.is_trained(name))
     for prefix, layer in model.named_modules():
@@ -102,7 +104,7 @@ class DeepSpeedEngineAdapter:
         set_up(groups, device)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
-        _freeze(model, train)
+        _set_up(model, train)
         param_groups = groups_of(model, groups, communication, train.optimizer)
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
         self._stepper, self._num_updates = Stepper(for_deepspeed, train), 0
@@ -116,8 +118,8 @@ class DeepSpeedEngineAdapter:
             config_class=DeepSpeedConfig(config),
         )
         self._zero = self._core.optimizer
-        largest = largest_term(train.most_micro_batches) if train.is_exact else None
-        self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
+        together = groups.reduction is groups.world
+        self._gradients = Gradients(model, param_groups, communication, train, device, together)
         self._adapter = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._owned = self._find_owned()

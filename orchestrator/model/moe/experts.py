@@ -5,28 +5,32 @@ elementwise operations cover the whole group, small enough for the CPU's caches.
 backward pass: it keeps only the inner activations, gathers tokens again instead of keeping copies, and computes each
 expert's gradient at that expert's size, directly in the gradient buckets if there are any. Measured by
 `python -m benchmarks.moe_layer`. On a GPU, where it can, one kernel computes all experts
-(`orchestrator.model.moe.grouped_experts`).
+(`orchestrator.model.moe.grouped_experts`), but not in float8 (`orchestrator.model.linear.float8`).
 
 Shape legend: N = tokens, R = copies of tokens, C = copies for some experts, D = hidden size, H = intermediate size,
 L = experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrator.model.linear import float8
+from orchestrator.model.linear.float8 import LinearProducts
 from orchestrator.model.moe import grouped_experts
 from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of
 
 # Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+Product = Callable[..., Tensor]  # of two matrices, as `torch.mm`
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(LinearProducts):
     """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), gate and up in one matrix."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
@@ -39,12 +43,12 @@ class GatedMLP(nn.Module):
 
     def inner(self, x_ND: Tensor) -> Tensor:
         """The first half: x (N, D) to gated activations (N, H)."""
-        gate_NH, up_NH = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
+        gate_NH, up_NH = self.linear(x_ND, self.gate_up).chunk(2, dim=-1)
         return F.silu(gate_NH) * up_NH
 
     def outer(self, inner_NH: Tensor) -> Tensor:
         """The second half, back to (N, D)."""
-        return F.linear(inner_NH, self.down)
+        return self.linear(inner_NH, self.down)
 
 
 def run_experts(
@@ -71,17 +75,26 @@ def run_experts(
         (N, D); zeros for a token without a copy. Differentiable once, by tokens, gates and experts.
     """
     gate_ups, downs = [expert.gate_up for expert in experts], [expert.down for expert in experts]
-    if may_group and grouped_experts.can_run(x_ND, gate_ups):
+    in_float8 = any(expert.linear is float8.linear for expert in experts)
+    if may_group and not in_float8 and grouped_experts.can_run(x_ND, gate_ups):
         return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
-    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts_L.tolist(), *gate_ups, *downs)  # type: ignore[no-untyped-call]
+    counts = counts_L.tolist()
+    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts, in_float8, *gate_ups, *downs)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, counts: list[int], *weights: Tensor
+        ctx: Any,
+        x_ND: Tensor,
+        gates_R: Tensor | None,
+        token_R: Tensor,
+        counts: list[int],
+        in_float8: bool,
+        *weights: Tensor,
     ) -> Tensor:
+        mm: Product = float8.mm if in_float8 else torch.mm
         gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
         y_ND = torch.zeros_like(x_ND)
         # Gate and up: the only activations kept for the backward pass.
@@ -90,17 +103,17 @@ class _Experts(torch.autograd.Function):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
             x_CD = x_ND.index_select(0, token_C)
             for x_cD, before_cH, gate_up in part.each(x_CD, before_CH, gate_ups):
-                torch.mm(x_cD, gate_up.t(), out=before_cH)
+                mm(x_cD, gate_up.t(), out=before_cH)
             gate_CH, up_CH = before_CH.chunk(2, 1)
             inner_CH = F.silu(gate_CH).mul_(up_CH)
             if gates_R is not None:  # before the product, so that its output isn't needed for the gates' gradient
                 inner_CH.mul_(gates_R[part.copies, None])
             y_CD = x_CD  # reuses the memory
             for inner_cH, y_cD, down in part.each(inner_CH, y_CD, downs):
-                torch.mm(inner_cH, down.t(), out=y_cD)
+                mm(inner_cH, down.t(), out=y_cD)
             y_ND.index_add_(0, token_C, y_CD)
         ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
-        ctx.counts, ctx.sinks = counts, sinks_of(weights)
+        ctx.counts, ctx.in_float8, ctx.sinks = counts, in_float8, sinks_of(weights)
         return y_ND
 
     @staticmethod
@@ -111,7 +124,8 @@ class _Experts(torch.autograd.Function):
         gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
         dx_ND = torch.zeros_like(x_ND)
         dgates_R = None if gates_R is None else torch.empty_like(gates_R)
-        dweights = _WeightGradients(ctx.sinks)
+        mm: Product = partial(float8.mm, of_gradient=True) if ctx.in_float8 else torch.mm
+        dweights = _WeightGradients(ctx.sinks, mm if ctx.in_float8 else None)
         for part in _parts(counts, before_RH):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
             gate_CH, up_CH = before_CH.chunk(2, 1)
@@ -120,7 +134,7 @@ class _Experts(torch.autograd.Function):
             dy_CD = dy_ND.index_select(0, token_C)
             dinner_CH = torch.empty_like(inner_CH)
             for dy_cD, dinner_cH, down in part.each(dy_CD, dinner_CH, downs):
-                torch.mm(dy_cD, down, out=dinner_cH)
+                mm(dy_cD, down, out=dinner_cH)
             if gates_R is not None and dgates_R is not None:
                 torch.sum(inner_CH * dinner_CH, 1, out=dgates_R[part.copies])
                 inner_CH.mul_(gates_R[part.copies, None])
@@ -135,9 +149,9 @@ class _Experts(torch.autograd.Function):
                 dweights.add(number, dbefore_cH.t(), x_cD)
             dx_CD = dy_CD  # reuses the memory
             for dbefore_cH, dx_cD, gate_up in part.each(dbefore_CH, dx_CD, gate_ups):
-                torch.mm(dbefore_cH, gate_up, out=dx_cD)
+                mm(dbefore_cH, gate_up, out=dx_cD)
             dx_ND.index_add_(0, token_C, dx_CD)
-        return dx_ND, dgates_R, None, None, *dweights.grads
+        return dx_ND, dgates_R, None, None, None, *dweights.grads
 
 
 @dataclass(frozen=True)
@@ -172,14 +186,20 @@ def _parts(counts: Sequence[int], before_RH: Tensor) -> Iterator[_Part]:
 
 
 class _WeightGradients:
-    """Collects weight gradients for autograd, except those that go to their parameter's sink."""
+    """Collects weight gradients for autograd, except those that go to their parameter's sink.
 
-    def __init__(self, sinks: Sequence[GradientSink | None]) -> None:
-        self._sinks = sinks
+    Args:
+        product: how they are computed; None: as the sinks do.
+    """
+
+    def __init__(self, sinks: Sequence[GradientSink | None], product: Product | None) -> None:
+        self._sinks, self._product = sinks, product
         self.grads: list[Tensor | None] = [None] * len(sinks)
 
     def add(self, number: int, left: Tensor, right: Tensor) -> None:
         if (sink := self._sinks[number]) is None:
-            self.grads[number] = torch.mm(left, right)
+            self.grads[number] = (self._product or torch.mm)(left, right)
+        elif left.shape[1] and self._product is not None:
+            sink.add(self._product(left, right))
         elif left.shape[1]:
             sink.add_product(left, right)

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from orchestrator.errors import UsageError
+from orchestrator.model.linear.float8 import mm
 from orchestrator.policy.estimate.worker_memory import MemoryPlan
 
 log = logging.getLogger("orchestrator.worker")
@@ -38,6 +39,24 @@ def device_of(gpus: float) -> torch.device:
             "to 0.",
         ) from error
     return torch.device("cuda", 0)
+
+
+def check_float8(device: torch.device) -> None:
+    """Try a product in float8.
+
+    Raises:
+        UsageError: torch doesn't offer it on this device.
+    """
+    x_MK = torch.ones(1, 1, device=device)
+    try:
+        mm(x_MK, x_MK)
+    except (RuntimeError, AttributeError) as error:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise UsageError(
+            f"train.float8 is true, but torch {torch.__version__} can't multiply in float8 on {where}: "
+            f"{str(error).splitlines()[0]}",
+            remedy="Set train.float8 to false, or use GPUs of compute capability 8.9 or later and a newer torch.",
+        ) from error
 
 
 def check_gpu_memory(first: MemoryPlan, least: MemoryPlan, device: torch.device) -> None:

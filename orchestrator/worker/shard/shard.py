@@ -16,7 +16,7 @@ from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.optim.replayer import Replayer
-from orchestrator.engine.process_groups import PendingGroups, ProcessGroups
+from orchestrator.engine.process_groups import PendingGroups, ProcessGroups, backend_of
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
@@ -127,9 +127,8 @@ class ShardFactory:
 
     def meet(self, store: Store, plan: GenerationPlan) -> PendingGroups:
         """Connect to the other members of a generation. Collective over them."""
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         rank, prefix = plan.world.rank_of(self.me), plan.store_prefix + "/world"
-        return PendingGroups(store, prefix, rank, plan.placement, backend, address=self.address)
+        return PendingGroups(store, prefix, rank, plan.placement, backend_of(self.device), address=self.address)
 
     def protect(self, store: Store, plan: GenerationPlan) -> SnapshotReplicator | None:
         """Connect to buddies and protected ranks; None without buddies. Collective over the generation's members."""

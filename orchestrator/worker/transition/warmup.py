@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
-from orchestrator.engine.process_groups import connect, disconnect
+from orchestrator.engine.process_groups import backend_of, connect, disconnect
 from orchestrator.model.factory import single_rank
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
@@ -29,8 +29,7 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
     store = HashStore()
     store.set_timeout(timedelta(seconds=30))
     placement = ExpertPlacement.balanced(small.n_routed_experts, 1)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    groups = connect(store, "warm-up", 0, placement, backend, address=address)
+    groups = connect(store, "warm-up", 0, placement, backend_of(device), address=address)
     try:
         with device:
             model = MoELanguageModel(small, vocab_size, single_rank(small))

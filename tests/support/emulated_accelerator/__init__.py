@@ -29,7 +29,8 @@ A copy to pinned memory with `non_blocking=True` holds garbage until the host wa
 
 `with survey() as findings:` counts refusals instead of raising them, so that one run lists all (a backward pass through
 two devices ends it nevertheless). `with host_syncs() as places:` counts the places where the host waits for the
-device: `item`, `tolist`, `nonzero`, `cpu`, ...
+device: `item`, `tolist`, `nonzero`, `cpu`, ... `with launches() as begun:` records collectives in the order in which
+they are begun.
 
 Limits. Nothing else is asynchronous: races between streams, results of collectives that are read too early, and memory
 that is reused while another stream reads it stay hidden, and times mean nothing. Memory isn't counted: `torch.cuda`'s
@@ -44,7 +45,8 @@ peer there waits for ever.
 Written with torch 2.13. It uses private parts of torch, marked P, and one C++ symbol by its name on Linux.
 """
 
+from tests.support.emulated_accelerator.collectives import launches
 from tests.support.emulated_accelerator.installation import install
 from tests.support.emulated_accelerator.refusals import DeviceError, Finding, host_syncs, survey
 
-__all__ = ["DeviceError", "Finding", "host_syncs", "install", "survey"]
+__all__ = ["DeviceError", "Finding", "host_syncs", "install", "launches", "survey"]

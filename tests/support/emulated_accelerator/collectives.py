@@ -1,8 +1,11 @@
 """Collectives on tensors of the emulated device: gloo plays nccl."""
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +20,31 @@ NOT_IN_NCCL = {torch.int16, torch.uint16, torch.uint32, torch.uint64}
 GROUP = "__torch__.torch.classes.c10d.ProcessGroup"
 
 
+_launched: list[tuple[str, str]] | None = None
+
+
+@contextmanager
+def launches() -> Iterator[list[tuple[str, str]]]:
+    """Record the collectives of this process in the order in which they are begun: the group's name, which is the same
+    on all of its ranks, and the operation."""
+    global _launched
+    before, _launched = _launched, []
+    try:
+        yield _launched
+    finally:
+        _launched = before
+
+
 def run_collective(func: Any, args: Any, kwargs: Any) -> Any:
     """Do a collective on the host's memory, by the group's backend for the device. Raises RuntimeError if it has
     none."""
 
     def real(value: Any) -> Any:
         if isinstance(value, torch.ScriptObject) and value._type().qualified_name() == GROUP:
-            return _played(dist.ProcessGroup.unbox(value)).boxed()
+            group = dist.ProcessGroup.unbox(value)
+            if _launched is not None:
+                _launched.append((group.group_name, func._schema.name))
+            return _played(group).boxed()
         if isinstance(value, list | tuple):
             return type(value)(real(each) for each in value)
         if isinstance(value, Tensor):
@@ -47,7 +68,18 @@ def _played(group: Any) -> Any:
 
 
 class PlayedNccl(dist.ProcessGroupGloo):
-    """Replacement of torch's ProcessGroupNCCL."""
+    """Replacement of torch's ProcessGroupNCCL.
+
+    Attributes:
+        may_start: a communicator is starting until it is set, and its first operation waits, as torch's does.
+        waits: operations that wait so: each adds an entry.
+        aborted: ranks of the groups that were aborted.
+    """
+
+    may_start = threading.Event()
+    may_start.set()
+    waits: "Queue[int]" = Queue()
+    aborted: "Queue[int]" = Queue()
 
     class Options:
         """Options of nccl, all ignored but for the timeout."""
@@ -62,9 +94,21 @@ class PlayedNccl(dist.ProcessGroupGloo):
         gloo._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         gloo._timeout = options._timeout
         super().__init__(store, rank, size, gloo)
+        self._starting = threading.Lock()
 
-    def eager_connect_single_device(self, device: torch.device) -> None:
-        """Do nothing: gloo connects when it is made."""
+    def allreduce(self, tensors: list[torch.Tensor], *args: Any) -> Any:  # type: ignore[override]
+        """As called directly, not by `torch.distributed`."""
+        with self._starting:
+            if not self.may_start.is_set():
+                self.waits.put(self.rank())
+                self.may_start.wait()
+        return super().allreduce([on_host(tensor) for tensor in tensors], *args)
+
+    def abort(self) -> None:
+        """Wait until the communicator has started, as torch's does."""
+        with self._starting:
+            super().abort()
+        self.aborted.put(self.rank())
 
 
 def _refusing_device_tensors(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ NOT_DETERMINISTIC = {  # on CUDA, by torch.use_deterministic_algorithms, and und
     "put_": lambda named: not named.get("accumulate"),
     **dict.fromkeys(("histc", "kthvalue", "median", "nll_loss2d_forward", "_ctc_loss"), lambda named: True),
 }
+MULTIPLE = 16  # sizes of a product in float8, on GPUs since compute capability 8.9
 CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_", "mv", "dot"}
 
 generator = torch.Generator()  # the device's: it draws other numbers than the CPU's
@@ -89,6 +90,8 @@ def check(form: Form, named: dict[str, Any]) -> None:
             f"Expected all tensors to be on the same device, but found at least two devices, {SHOWN} and cpu! "
             f"(argument {others[0]} of {form.name})"
         )
+    if form.name == "_scaled_mm":
+        _check_scaled(named["self"], named["mat2"])
     if given is not None and given is not generator:
         refuse(f"Expected a 'cuda' device type for generator but found 'cpu' ({form.name})")
     if torch.are_deterministic_algorithms_enabled():
@@ -96,6 +99,17 @@ def check(form: Form, named: dict[str, Any]) -> None:
             refuse(f"{form.name} does not have a deterministic implementation on CUDA")
         if form.name in CUBLAS and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
             refuse("Deterministic behavior needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment")
+
+
+def _check_scaled(left: Any, right: Any) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        refuse("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0 or 8.9")
+    if left.dtype == right.dtype == torch.float8_e5m2:
+        refuse("Multiplication of two Float8_e5m2 matrices is not supported")
+    if not left.is_contiguous() or not right.t().is_contiguous():
+        refuse("Only multiplication of row-major and column-major matrices is supported by cuBLASLt")
+    if any(size % MULTIPLE for size in (left.shape[1], *right.shape)):
+        refuse(f"Expected sizes to be divisible by 16, got {tuple(left.shape)} and {tuple(right.shape)}")
 
 
 def _may_be_on_cpu(form: Form, name: str, value: torch.Tensor) -> bool:

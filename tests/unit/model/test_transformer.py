@@ -1,5 +1,7 @@
 """The language model against formulas written in another way, and what its parts promise to those around it."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import expert_of
 from orchestrator.model.attention import Attention, rotary_tables, rotate
 from orchestrator.model.factory import catalogue
+from orchestrator.model.linear.float8 import use_float8
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel, segments, within_documents
@@ -231,15 +234,33 @@ def test_the_balance_loss_has_a_gradient_and_is_not_reported() -> None:
     assert not torch.equal(_gradients(spec)[name], _gradients(heavy)[name])
 
 
+DENSE_BLOCKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases and norms": {"attention_bias": True, "qk_norm": True},
+    "recomputed": {"gradient_checkpointing": "selective"},
+    "latent attention": {"kv_lora_rank": 8, "q_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4},
+}
+
+
 @pytest.mark.emulated
 @pytest.mark.off_cpu
-def test_a_dense_block_leaves_the_host_alone_so_that_a_cuda_graph_could_hold_it() -> None:
+@pytest.mark.parametrize("form", ["fp32", "bf16", "float8", "documents"])
+@pytest.mark.parametrize("kind", DENSE_BLOCKS)
+def test_a_dense_block_leaves_the_host_alone_so_that_a_cuda_graph_could_hold_it(kind: str, form: str) -> None:
+    """The host waits for no value and for no size that depends on values, forward and backward."""
     from tests.support.emulated_accelerator import host_syncs
 
-    block = _model(_spec()).layers[0]
-    x_BTD = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(8)).to(devices.device()).requires_grad_()
+    spec = ModelSpec.model_validate(_spec().model_dump(exclude_unset=True) | DENSE_BLOCKS[kind])
+    dtype = torch.bfloat16 if form == "bf16" else torch.float32
+    block = _model(spec).layers[0].to(dtype)
+    if form == "float8":
+        use_float8(block)
+    x_BTD = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(8)).to(devices.device(), dtype)
+    x_BTD.requires_grad_()
     rotary = rotary_tables(12, 4, 1e4, devices.device())
+    documents_BT = torch.arange(12, device=devices.device()).div(5, rounding_mode="floor").expand(2, -1)
     with host_syncs() as places:
-        block(x_BTD, rotary, None).square().sum().backward()
+        mask = within_documents(documents_BT) if form == "documents" else None
+        block(x_BTD, rotary, mask).square().sum().backward()
     assert not places
-    assert x_BTD.grad is not None
+    assert x_BTD.grad is not None and all(param.grad is not None for param in block.parameters())

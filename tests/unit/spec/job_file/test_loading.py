@@ -168,6 +168,12 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
             "must be less than checkpoint.every: they follow the newest checkpoint; got 9 and 9",
         ),
         ("train: {determinism: exact, micro_batch_size: auto}", "train.micro_batch_size", "found by measuring"),
+        ("train: {determinism: exact, float8: true}", "train.float8", "must be false where determinism is exact"),
+        (
+            'train: {float8: true}\nmodel: {entrypoint: "mine:build"}',
+            "train.float8",
+            "must be false with a model of mine:build",
+        ),
         (
             "train: {determinism: exact}\neval: {every: 1}\n"
             "curriculum: {stages: [{name: a, until: {plateau: 2, max_steps: 9}}, {name: b}]}",

@@ -5,7 +5,7 @@ import torch
 
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.worker_memory import MemoryPlan
-from orchestrator.worker.runtime.device import GIB, check_gpu_memory, device_of
+from orchestrator.worker.runtime.device import GIB, check_float8, check_gpu_memory, device_of
 from tests.support import devices
 
 
@@ -32,6 +32,16 @@ def test_an_old_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "init", init)
     with pytest.raises(UsageError, match=r"driver on your system is too old \(found version 11040\)"):
         device_of(0.5)
+
+
+@pytest.mark.usefixtures("device")
+def test_float8_is_refused_where_the_gpu_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_float8(devices.device())
+    if devices.device().type == "cuda":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        with pytest.raises(UsageError, match="can't multiply in float8 on emulated GPU: .*compute capability") as no:
+            check_float8(devices.device())
+        assert "Set train.float8 to false" in no.value.remedy
 
 
 def _plan(state_gib: int, activations_gib: int) -> MemoryPlan:
