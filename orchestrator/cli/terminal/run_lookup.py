@@ -153,8 +153,9 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
     """
     if storage is not None:
         place = location_of(storage)
-        if isinstance(place, Path) and not place.is_dir():
-            raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR|URL.")
+        with reading(place):
+            if isinstance(place, Path) and not place.is_dir():
+                raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR|URL.")
         return lambda: _runs_in_storage(place)
     try:
         return OrchestratorClient(address).list
