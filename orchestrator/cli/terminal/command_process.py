@@ -42,7 +42,7 @@ def _code_of(child: int, passed_on: set[signal.Signals]) -> int:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else signals.EXIT_CODE_OF_SIGNALS - code
+            return code if code >= 0 else signals.EXIT_CODE_OF_SIGNALS + (first or -code)
         if not first or not _is_in_kernel(child):
             looked_s = time.monotonic()
         elif time.monotonic() - looked_s >= LEFT_AFTER_S:

@@ -126,9 +126,9 @@ def test_wait_for_named_storage_ends_with_the_timeout_or_if_nothing_writes_the_j
 @pytest.mark.parametrize(
     ("command", "first", "last"),
     [
-        ("events poems -f", '"kind": "submitted"', '"kind": "ended"'),
-        ("logs poems -f", '"text": "INFO begun"', '"text": "INFO stopped"'),
-        ("status poems --watch", '"phase": "starting"', '"phase": "stopped"'),
+        ("events poems -f", '"kind":"submitted"', '"kind":"ended"'),
+        ("logs poems -f", '"text":"INFO begun"', '"text":"INFO stopped"'),
+        ("status poems --watch", '"phase":"starting"', '"phase":"stopped"'),
     ],
 )
 def test_a_run_of_named_storage_is_followed_to_its_end(
