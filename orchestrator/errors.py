@@ -83,6 +83,10 @@ class DataError(UsageError):
     """A corpus that can't be read, or is too small for the job."""
 
 
+class DataNotWritten(DataError):
+    """Prepared data that can't be written now. Its cause is the OSError; trying again is safe."""
+
+
 class TracedError(OrchestratorError):
     """An error with a cause in another process or in a user's code.
 

@@ -13,6 +13,7 @@ import typer
 from orchestrator.cli.lazy import LazyGroup
 from orchestrator.cli.retired import refuse_retired
 from orchestrator.cli.terminal import signals
+from orchestrator.cli.terminal.command_process import in_child
 from orchestrator.cli.terminal.exit_codes import BUG
 from orchestrator.cluster.jobs_api import MARKED, is_url
 from orchestrator.errors import OrchestratorError
@@ -85,5 +86,10 @@ def main() -> None:
             disconnect()  # at the interpreter's exit Ray would sleep half a second before it
 
 
+def command() -> None:
+    """Run the command line in a child process, which a signal ends whatever it waits for."""
+    in_child(main)
+
+
 if __name__ == "__main__":
-    main()
+    command()

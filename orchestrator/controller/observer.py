@@ -62,11 +62,11 @@ class Observer:
         )
 
     def storage_trouble(self) -> StorageTrouble | None:
-        """What is wrong with run storage now: it doesn't answer, refuses entries of the journal or a checkpoint, or
-        doesn't give rows of a step, which are tried again meanwhile."""
+        """What is wrong with run storage now: it doesn't answer, refuses entries of the journal, a checkpoint or
+        prepared data, or doesn't give rows of a step, which are tried again meanwhile."""
         of_workers = (t for r in tuple(self._worker_group.reports.values()) for t in (r.unsaved, r.unread))
         own = self._memory.trouble or self._writer.trouble() or self._storage.trouble() or self._checkpoints.trouble
-        return own or next(filter(None, of_workers), None)
+        return own or self._services.trouble or next(filter(None, of_workers), None)
 
     def status(self, closed: bool) -> RunStatus:
         """The run's status. `closed`: everything of the run has ended."""

@@ -105,7 +105,8 @@ class Polls:
 
     def send(self, now_s: float) -> None:
         """Send the polls that are due."""
-        self._worker_group.poll(now_s, eager=self._memory.state.is_changing)
+        published = self._memory.progress.watermark
+        self._worker_group.poll(now_s, eager=self._memory.state.is_changing, published=published)
         seen = self._observer.observe()
         if not self._storage.is_pending("records"):
             self._recorder.ask(seen, now_s)

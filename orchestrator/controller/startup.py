@@ -3,8 +3,10 @@
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.policy.cluster.capacity import threads_of
@@ -24,6 +26,7 @@ from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.storage.chain import Holder
 from orchestrator.storage.chain_reader import newest_holder, newest_term
+from orchestrator.storage.compaction import delete_half_written
 from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import run_inline
 
@@ -82,6 +85,9 @@ def open_run(
     before = retry_until_written(lambda: newest_holder(objects))
     followed = retry_until_written(lambda: _followed(objects, kept, order))
     journal = retry_until_written(lambda: open_journal(run_dir, holder, caller, kept, followed, objects))
+    if isinstance(run_dir, Path):
+        with suppress(OSError):  # the next term's controller tries again
+            caller(delete_half_written, run_dir, journal.last.number)
     memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal, caller=caller, objects=objects))
     check_job(run_dir, job_json, memory.job_sha256 or job_sha256, objects)
     run = OpenedRun(run_id, run_dir, job, limits, memory, sha256(job_json).hexdigest(), cluster, bulk or caller)

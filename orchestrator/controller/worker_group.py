@@ -124,8 +124,9 @@ class WorkerGroup:
                 call = self._worker(worker).send(WorkerApi.direct, SentDirective.of(directive, worker, known))
                 post(self._inbox, call, partial(self._directed, worker, (directive.term, directive.seq)))
 
-    def poll(self, now_s: float, eager: bool) -> None:
-        """Poll every worker without an open poll; count one as failed that has been silent for too long."""
+    def poll(self, now_s: float, eager: bool, published: int) -> None:
+        """Poll every worker without an open poll, which shows it the newest step that is published; count one as failed
+        that has been silent for too long."""
         if now_s - self._last_poll_s > QUIET_S:  # this process was delayed: answers may be on their way
             self._polled_s = dict.fromkeys(self._polled_s, now_s)
         self._last_poll_s = now_s
@@ -134,7 +135,7 @@ class WorkerGroup:
                 if eager or now_s - self._rested_s.get(worker, 0.0) >= POLL_PAUSE_S:
                     version = self.reports[worker].version if worker in self.reports else -1
                     self._polled_s[worker] = now_s
-                    call = self._worker(worker).send(WorkerApi.report, None, version, POLL_S)
+                    call = self._worker(worker).send(WorkerApi.report, None, version, POLL_S, published)
                     post(self._inbox, call, partial(self._polled, worker))
             elif worker in self.reports and now_s - self._polled_s[worker] > POLL_S + SILENCE_S:
                 self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")

@@ -17,11 +17,14 @@ class WorkerApi(Protocol):
         """Accept a directive; the newest wins. One with a plan that isn't known here is not accepted: the report shows
         an older one as seen. Raises TermSuperseded for a directive of a replaced controller."""
 
-    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
+    def report(
+        self, after_step: int | None, known_version: int, timeout_s: float, published: int | None = None
+    ) -> Report:
         """The worker's state, once it is newer than `known_version` or `timeout_s` has passed.
 
         Args:
             after_step: include records of the finished steps after this one; None for no records.
+            published: the newest step whose record run storage has; None for unknown.
         """
 
 

@@ -200,7 +200,8 @@ class Report:
         plans: digests of its plans.
         shards: the newest ones that it has written for checkpoints.
         unsaved: why storage refuses its part of a checkpoint, which it goes on trying to write; None if it doesn't.
-        unread: why storage doesn't give the rows of its step, which it goes on trying to read; None if it does.
+        unread: why it waits for storage before its next step: that doesn't give the rows, which it goes on trying to
+            read, or hasn't taken the records of too many steps; None if it doesn't.
         micro_batches: memory that its micro-batches use, if measured.
         checked: result of the requested replay check.
     """

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestrator.protocol.events.base import Event
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.tracking.sinks.sink import Dataset
 
 
@@ -15,6 +16,15 @@ class PreparedData:
     vocab_size: int
     tokenizer: str  # location of its file
     datasets: tuple[Dataset, ...] = ()  # the data as a tracker shows it
+
+
+@dataclass(frozen=True)
+class PreparationProgress:
+    """The stage of preparation, and the fraction of it that is done. `trouble`: why it is tried again."""
+
+    stage: str = "reading"
+    share: float = 0.0
+    trouble: StorageTrouble | None = None
 
 
 @dataclass(frozen=True)
@@ -30,5 +40,5 @@ class PreparationApi(Protocol):
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         """Make or find the job's token store, and save its tokenizer with the run."""
 
-    def progress(self) -> tuple[str, float]:
-        """The stage of preparation, and the fraction of it that is done."""
+    def progress(self) -> PreparationProgress:
+        """How far it has come."""

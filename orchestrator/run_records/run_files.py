@@ -13,7 +13,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecord, CheckpointRecords
 from orchestrator.run_records.checkpoints.search import choose, list_checkpoints
-from orchestrator.run_records.final_status import read_status
+from orchestrator.run_records.final_status import has_ended, read_status
 from orchestrator.run_records.job_files import has_job, read_job
 from orchestrator.run_records.run_history import RunHistory, read_entries, read_steps, user_events
 from orchestrator.run_records.run_logs import LogLine, log_reader
@@ -27,7 +27,7 @@ from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain_reader import has_journal
 from orchestrator.storage.journal_age import journal_age_s
 
-LOOK_EVERY_S = 0.3
+LOOK_EVERY_S = 1.0
 NAMED_AT_MOST = 5  # runs in a message
 T = TypeVar("T")
 
@@ -76,6 +76,11 @@ class RunFiles:
             except NotFound:
                 return status_from_journal(self.run_dir)
 
+    def has_ended(self) -> bool:
+        """Whether the run has a final status, and was not resumed since."""
+        with reading(self.run_dir):
+            return has_ended(self.run_dir)
+
     def entries(
         self, only: Collection[type[Event]] = (), leave_out: Collection[type[Event]] = ()
     ) -> list[JournalEntry]:
@@ -90,7 +95,11 @@ class RunFiles:
         return _newest([event for event in found if event["time"] >= since_s], tail)
 
     def events_to_come(
-        self, is_over: Callable[[], bool], since_s: float = 0.0, tail: int | None = None
+        self,
+        is_over: Callable[[], bool],
+        since_s: float = 0.0,
+        tail: int | None = None,
+        look_every_s: float = LOOK_EVERY_S,
     ) -> Iterator[dict[str, Any]]:
         """Past events, as `events` returns them, and future ones, until `is_over` returns True."""
         after = -1
@@ -103,7 +112,7 @@ class RunFiles:
             tail = None
             if last_look:
                 return
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(look_every_s)
 
     def journal_age_s(self) -> float:
         """Seconds since the run's journal was written."""
@@ -150,6 +159,7 @@ class RunFiles:
         source: str | None = None,
         tail: int | None = None,
         since_s: float = 0.0,
+        look_every_s: float = LOOK_EVERY_S,
     ) -> Iterator[LogLine]:
         """Log lines of all processes, merged by time; with `is_over` also future ones, until it returns True.
 
@@ -179,7 +189,7 @@ class RunFiles:
             tail = None
             if last_look:
                 return
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(look_every_s)
 
 
 def run_dir_in(storage: Location, run_id: str) -> Location:

@@ -10,14 +10,17 @@ the last entry of each term are kept.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice, pairwise
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from orchestrator.storage.chain import (
     BEGINNING,
+    FOLDER,
     ChainEntry,
     Event,
     HistoryName,
@@ -34,6 +37,7 @@ from orchestrator.storage.objects import Objects
 from orchestrator.storage.tasks import StorageTask
 
 AT_ONCE = 32  # entries or objects in one storage call
+HALF_WRITTEN = re.compile(r"\.(?:state-|history-\d{10}-)?(\d{10})(?:\.gz)?\.[0-9a-f]{8}\.partial")
 LEVELS = 2  # of merged histories; more would make objects of hundreds of MB
 
 
@@ -103,6 +107,18 @@ def merge_histories(objects: Objects, limits: CompactionLimits) -> StorageTask[N
         names = yield partial(list_names, objects)
     for part, whole in names.contained().items():
         yield partial(_delete_contained, objects, part, whole)
+
+
+def delete_half_written(run_dir: Path, last: int) -> None:
+    """Delete what killed processes have left of objects of a journal up to entry `last`, that of the caller's term.
+
+    A past controller may still be writing one: it can't be linked any more, so `create` returns the object that is
+    there, or raises an OSError, after which it is created again. Raises OSError.
+    """
+    for path in (run_dir / FOLDER).glob(".*.partial"):
+        found = HALF_WRITTEN.fullmatch(path.name)
+        if found is not None and int(found[1]) <= last:
+            path.unlink(missing_ok=True)
 
 
 def _read(reader: ChainReader, before: Link, own: Link, limits: CompactionLimits) -> StorageTask[list[ChainEntry]]:

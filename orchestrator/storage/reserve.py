@@ -70,10 +70,15 @@ class NoReserve:
 Reserve = SpaceReserve | NoReserve
 
 
+def has_room(directory: Path) -> bool:
+    """Whether as much is free as must be before a reserve is taken. Raises OSError."""
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize >= ROOM * RESERVE_BYTES
+
+
 def _take(file: Path) -> bool:
     """Make the file if there is room for it. Returns whether there was."""
-    space = os.statvfs(file.parent)
-    if space.f_bavail * space.f_frsize < ROOM * RESERVE_BYTES:
+    if not has_room(file.parent):
         return False
     with file.open("wb") as reserve:
         os.posix_fallocate(reserve.fileno(), 0, RESERVE_BYTES)

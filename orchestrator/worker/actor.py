@@ -100,10 +100,12 @@ class Worker:
         self._mailbox.put(directive)
         return self.report(None, -1, 0.0)
 
-    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
+    def report(
+        self, after_step: int | None, known_version: int, timeout_s: float, published: int | None = None
+    ) -> Report:
         """This worker's report, as soon as its version is above `known_version` or `timeout_s` have passed."""
         self._heard()
-        report = self._mailbox.report(after_step, known_version, timeout_s)
+        report = self._mailbox.report(after_step, known_version, timeout_s, published)
         self._heard()
         if (error := report.health.error) is not None:
             message, traceback = redacted(error.message), redacted(error.traceback)

@@ -1,6 +1,7 @@
 """Training within one generation: step after step, to its fence or to the end of the run."""
 
 import logging
+import time
 from dataclasses import dataclass
 
 from orchestrator.comm import collective_stats
@@ -11,7 +12,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Saturation
 from orchestrator.spec.fault_tolerance import COMMITTED, MAX_UNPUBLISHED
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.condition import StorageTrouble
+from orchestrator.storage.condition import StorageCondition, StorageTrouble
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
@@ -30,7 +31,9 @@ from orchestrator.worker.transition.snapshots import SnapshotManager
 
 log = logging.getLogger("orchestrator.worker")
 
-SAVED_EVERY_S = 0.25  # how often a worker that waits for its last checkpoint looks whether it is still wanted
+SAVED_EVERY_S = 0.25  # how often a worker that waits for storage looks whether it still has to
+WAIT_SHOWN_AFTER_S = 1.0  # longer than a poll, by which the newest published step becomes known
+UNPUBLISHED = StorageTrouble(StorageCondition.AWAY, "training waits: run storage doesn't take the records of steps")
 
 
 @dataclass
@@ -130,6 +133,7 @@ class TrainingLoop:
         self._saver.begin(live.generation)
         while position.step + 1 < self._spec.train.max_steps:
             self._follow_keeper(live)
+            self._await_published(live)
             outcome = self._step(live, hooks)
             if self._timer.due(position.step, outcome.checkpoint):
                 self._save(shard, outcome.is_writing)
@@ -193,6 +197,21 @@ class TrainingLoop:
     def close(self) -> None:
         self._train_step.close()
         self._link.close()
+
+    def _await_published(self, live: LiveShard) -> None:
+        """Wait while so many steps are not published that the records of further ones might be lost, unless the run is
+        to end or to change. All members wait before the same step, as they know of the same published one within a
+        poll; the one that goes on first waits for the others in the step's first collective."""
+        since_s, mailbox = time.monotonic(), self._mailbox
+        while mailbox.is_full and mailbox.directive.finish is FinishMode.NO and mailbox.directive.next is None:
+            if mailbox.directive.aborted >= live.generation:
+                mailbox.refuse_rows(None)
+                raise AbortedGeneration(f"generation {live.generation} was aborted")
+            if time.monotonic() - since_s >= WAIT_SHOWN_AFTER_S:
+                mailbox.refuse_rows(UNPUBLISHED)
+            mailbox.wait(lambda _: not mailbox.is_full, SAVED_EVERY_S)
+            self._follow_keeper(live)
+        mailbox.refuse_rows(None)
 
     def _follow_keeper(self, live: LiveShard) -> None:
         """Give a keeper that has connected its first snapshot."""

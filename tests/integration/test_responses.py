@@ -1,5 +1,5 @@
 """What real workers do after an error of their own: smaller micro-batches after one of memory, a poisoned batch left
-out."""
+out; and while run storage takes no records."""
 
 from pathlib import Path
 
@@ -102,3 +102,32 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
         worker_group.finish()
     # Of 24: a busy machine holds up others too.
     assert sum(r.timing.slowest == 1 and r.timing.slowness > 1.5 for r in newest) >= 20
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_members_wait_before_the_same_step_while_too_many_are_not_published(
+    texts: Path, store_dir: Path, tmp_path: Path, size: int
+) -> None:
+    with Crew(small_job(texts), store_dir, tmp_path, size=size) as worker_group:
+
+        def publish(step: int) -> None:
+            for member in worker_group.members.values():
+                member.call("report", None, -1, 0.0, step)
+
+        def await_wait_after(step: int) -> None:
+            worker_group.await_all(worker_group.ids, lambda r: r.step == step and r.unread is not None)
+
+        for member in worker_group.members.values():
+            member.call("limit", 5)
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.pace.free()
+        await_wait_after(4)
+        publish(6)  # which they don't have yet
+        await_wait_after(11)
+        publish(9)
+        await_wait_after(14)
+        worker_group.rescale(worker_group.ids)  # goes on meanwhile
+        assert worker_group.newest_step >= 14
+        worker_group.finish()
+        assert {report.unread for report in worker_group.final.values()} == {None}
+        assert sorted(worker_group.records) == list(range(worker_group.newest_step + 1))

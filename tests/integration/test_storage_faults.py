@@ -164,6 +164,31 @@ def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) ->
     return max(after - before for before, after in pairwise([since, *votes, until]))
 
 
+def test_a_run_waits_on_a_full_disk_for_its_data_and_can_be_stopped_meanwhile(texts: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
+        (disk / "runs").mkdir()
+        with small_disk(disk / "runs" / ".data", 8) as data:  # so it is full before anything can be prepared
+            fill(data)
+            for run in ("given-up", "patient"):
+                _submit(client, texts, run, disk / "runs", steps=30)
+                await_event(reserve_in(disk / "runs" / run).exists, 60.0, "the space that the run reserves")
+                fill(disk)
+                full = until(client, run, lambda s: "prepared data can't be written" in str(s.warning))
+                assert full.phase is RunPhase.STARTING and full.storage is StorageCondition.FULL, full
+                if run == "given-up":
+                    asked_s = time.monotonic()
+                    client.stop(run)
+                    assert time.monotonic() - asked_s < SOON_S
+                    assert client.wait(run, timeout_s=100.0).phase is RunPhase.STOPPED
+                    (disk / "filler").unlink()
+            (data / "filler").unlink()
+            (disk / "filler").unlink()
+            status = client.wait("patient", timeout_s=250.0)
+        assert (status.phase, status.step, status.warning) == (RunPhase.SUCCEEDED, 30, None), status
+        kinds = [event["kind"] for event in client.events("patient")]
+        assert kinds.index("storage_fails") < kinds.index("storage_works") < kinds.index("activated"), kinds
+
+
 @pytest.mark.parametrize(("kind", "hangs_s"), [("ext4", HANGS_S), ("fuse", 20.0)], ids=["writes", "all calls"])
 def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path, kind: str, hangs_s: float) -> None:
     with hanging_disk(kind, tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:

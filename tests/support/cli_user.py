@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[2]
 # The product's command. Runs that it starts have workers that need no torch.
 COMMAND = """
 import sys
-from orchestrator.cli.main import main
+from orchestrator.cli.main import command
 if sys.argv[1] in ("demo", "run", "submit", "resume"):
     import functools
     from orchestrator.client import OrchestratorClient
     from tests.support.simulated_services import simulated_parts
     OrchestratorClient.submit = functools.partialmethod(OrchestratorClient.submit, parts=simulated_parts())
     OrchestratorClient.resume = functools.partialmethod(OrchestratorClient.resume, parts=simulated_parts())
-main()
+command()
 """
 JOB: dict[str, Any] = {
     "schema": "v1",

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.protocol.events.base import JournalEntry
-from orchestrator.run_records.prepared_data import PreparedData
+from orchestrator.run_records.prepared_data import PreparationProgress, PreparedData
 from orchestrator.tracking.sinks.sink import TrackerPosition, TrackerSetup
 
 HURRY, HOLD = Path("sim", "hurry"), Path("sim", "hold")
@@ -44,8 +44,8 @@ class SimulatedRendezvous:
 class SimulatedPreparation:
     """No corpus is read."""
 
-    def progress(self) -> tuple[str, float]:
-        return "reading", 0.0
+    def progress(self) -> PreparationProgress:
+        return PreparationProgress()
 
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         tokenizer = Path(run_dir) / "tokenizer.json"

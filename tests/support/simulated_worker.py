@@ -92,8 +92,10 @@ class SimulatedWorker:
             self._mailbox.publish(unkept=max((keeper.number for keeper in directive.keepers), default=-1))  # keeps none
         return self.report(None, -1, 0.0)
 
-    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
-        return self._mailbox.report(after_step, known_version, timeout_s)
+    def report(
+        self, after_step: int | None, known_version: int, timeout_s: float, published: int | None = None
+    ) -> Report:
+        return self._mailbox.report(after_step, known_version, timeout_s, published)
 
     def shutdown(self) -> None:
         os._exit(0)

@@ -63,6 +63,10 @@ def _serve(pipe: Connection, env: dict[str, str], device: str, is_shared: bool) 
             faults.arm(args)
             pipe.send((True, None))
             continue
+        if method == "limit":  # the steps that may wait for run storage
+            worker._mailbox._most_unpublished = args[0]
+            pipe.send((True, None))
+            continue
         if method == "memory":
             pipe.send((True, _memory_of(worker)))
             continue

@@ -38,7 +38,7 @@ def logs(
     if output is Format.TEXT and worker is None and (traceback := found.status().traceback):
         show(traceback.rstrip() + "\n")
     try:
-        for line in found.files.logs(found.is_over if follow else None, worker, tail, begin_s):
+        for line in found.files.logs(found.is_over if follow else None, worker, tail, begin_s, found.look_every_s):
             if output is Format.JSON:
                 show_line(to_plain(line))
             else:
@@ -65,7 +65,8 @@ def events(
         show_json(found.files.events(begin_s, tail))
         return
     try:
-        for event in found.files.events_to_come(found.is_over if follow else lambda: True, begin_s, tail):
+        is_over = found.is_over if follow else lambda: True
+        for event in found.files.events_to_come(is_over, begin_s, tail, found.look_every_s):
             if output is Format.JSON:
                 show_line(event)
             else:

@@ -128,7 +128,7 @@ def _looked_up(run: str, watch: bool, storage: str | None, address: str | None, 
     place = find_run(run, storage, address)
     if watch:
         on_change = (lambda s: show_line(to_plain(s))) if output is Format.JSON else None
-        watch_runs(lambda: (place.status(),), on_change, place.is_over)
+        watch_runs(lambda: (place.status(),), on_change, place.is_over, place.look_every_s)
     return place.status()
 
 

@@ -22,6 +22,7 @@ def watch_runs(
     look: Callable[[], Sequence[RunStatus]],
     on_change: Callable[[RunStatus], None] | None,
     is_over: Callable[[], bool] = lambda: False,
+    look_every_s: float = LOOK_EVERY_S,
 ) -> None:
     """Poll until all runs that are seen have ended; Ctrl-C ends it too.
 
@@ -45,7 +46,7 @@ def watch_runs(
                     lines.setdefault(status.run_id, LiveProgress()).show(status)
             if last_look or all(status.phase.ended for status in found):
                 return
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(look_every_s)
     except KeyboardInterrupt:
         raise SystemExit(0) from None  # Ctrl-C ends watching
     finally:

@@ -17,6 +17,7 @@ from orchestrator.storage.backends.probe import reading
 from orchestrator.submission.waiting_in_storage import until_ended_in_storage
 
 DEFAULT_STORAGE = Path("runs")
+LOOK_EVERY_S, LOOK_IN_STORAGE_S = 0.3, 1.0  # each of the latter may read much of a bucket
 
 
 class FoundRun:
@@ -38,6 +39,11 @@ class FoundRun:
     ) -> None:
         self.run_id, self.files = run_id, files
         self._client, self._is_named, self._address = client, is_named, address
+
+    @property
+    def look_every_s(self) -> float:
+        """Interval at which to poll for what is new."""
+        return LOOK_EVERY_S if self._client is not None else LOOK_IN_STORAGE_S
 
     @property
     def is_in_cluster(self) -> bool:
@@ -86,8 +92,11 @@ class FoundRun:
                 refuse_active(status)
 
     def is_over(self) -> bool:
-        """Whether nothing more will be written, as far as is known: without a cluster nothing writes."""
-        return self._client is None or self._client.get(self.run_id).phase.ended
+        """Whether nothing more will be written, as far as is known: only a run of a cluster, or of storage that was
+        named, may go on."""
+        if self._client is not None:
+            return self._client.get(self.run_id).phase.ended
+        return not self._is_named or self.files.has_ended()
 
 
 def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
@@ -144,8 +153,9 @@ def find_runs(storage: str | None, address: str | None) -> Callable[[], tuple[Ru
     """
     if storage is not None:
         place = location_of(storage)
-        if isinstance(place, Path) and not place.is_dir():
-            raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR|URL.")
+        with reading(place):
+            if isinstance(place, Path) and not place.is_dir():
+                raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR|URL.")
         return lambda: _runs_in_storage(place)
     try:
         return OrchestratorClient(address).list

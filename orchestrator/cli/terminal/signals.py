@@ -1,6 +1,7 @@
 """Signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP when its terminal is closed."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -9,7 +10,9 @@ EXIT_CODE_OF_SIGNALS = 128  # plus the signal's number, as shells report it
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_received: list[int] = []
+AT_ONCE_S = 1.0  # a signal to a process group reaches a command, and its parent, which passes it on
+
+_received: dict[int, float] = {}  # by signal, when it came last
 
 
 def install() -> None:
@@ -20,8 +23,13 @@ def install() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    if not is_nohup():
         signal.signal(signal.SIGHUP, _interrupt)
+
+
+def is_nohup() -> bool:
+    """Whether SIGHUP is ignored."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def ignore() -> None:
@@ -44,9 +52,12 @@ def ignored() -> Iterator[None]:
 
 def exit_code() -> int:
     """Exit code of a command that ended because of a signal."""
-    return EXIT_CODE_OF_SIGNALS + (_received[0] if _received else signal.SIGINT)
+    return EXIT_CODE_OF_SIGNALS + next(iter(_received), signal.SIGINT)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
-    raise KeyboardInterrupt
+    now_s = time.monotonic()
+    is_new = now_s - _received.get(number, -AT_ONCE_S) >= AT_ONCE_S
+    _received[number] = now_s
+    if is_new:
+        raise KeyboardInterrupt

@@ -23,10 +23,11 @@ from orchestrator.controller.services.rendezvous_client import NAME as STORE
 from orchestrator.controller.services.rendezvous_client import RendezvousClient
 from orchestrator.controller.services.tracker_client import NAME as TRACKER
 from orchestrator.controller.services.tracker_client import TrackerClient
-from orchestrator.run_records.prepared_data import PreparationApi, PreparedData
+from orchestrator.run_records.prepared_data import PreparationApi, PreparationProgress, PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location, is_there, location_of
 from orchestrator.storage.backends.log_target import LogTarget
+from orchestrator.storage.condition import StorageTrouble
 from orchestrator.storage.tasks import StorageTask
 
 log = logging.getLogger("orchestrator.control")
@@ -57,6 +58,7 @@ class RunServices:
         self._made_s = time.monotonic()
         self.data: PreparedData | None = None
         self.preparing = ""  # progress of data preparation, in words; empty once it is done
+        self.trouble: StorageTrouble | None = None  # of storage, for which preparation waits
         self._asked_s = 0.0  # when that progress was last requested
         self._known_data: PreparedData | None = None
         self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, term, storage, inbox)
@@ -116,13 +118,14 @@ class RunServices:
             if (handle := find(self._name(name))) is not None:
                 ray.kill(handle, no_restart=True)
 
-    def _progressed(self, answer: "Future[tuple[str, float]]") -> None:
+    def _progressed(self, answer: "Future[PreparationProgress]") -> None:
         if self.data is None and answer.exception() is None:  # else preparation has ended meanwhile
-            what, share = answer.result()
-            self.preparing = f"prepares the data: {what}, {share:.0%}"
+            now = answer.result()
+            self.preparing, self.trouble = f"prepares the data: {now.stage}, {now.share:.0%}", now.trouble
 
     def _ended(self, answer: "Future[PreparedData]") -> None:
         """Note the prepared data, or why there is none."""
+        self.trouble = None
         if (error := answer.exception()) is not None:
             self._faults.append(reason_of(error))
             return

@@ -3,9 +3,11 @@
 Tasks and results are JSON. A result may be an error, so that its message arrives unchanged.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +25,7 @@ from orchestrator.data.prepare.difficulty import Signal, Tokens, scores, signal_
 from orchestrator.data.prepare.store_writer import token_dtype
 from orchestrator.data.prepare.word_cache import WordCache, has_words
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, DataNotWritten
 from orchestrator.protocol.codec import from_plain, to_plain
 
 PART_FORMAT = 1
@@ -60,6 +62,7 @@ class EncodedBlock:
     error: str = ""
     remedy: str = ""
     unchanged: str = ""
+    errno: int = 0  # of a part that can't be written
 
 
 def saved(task: SampleTask | EncodeTask) -> str:
@@ -70,6 +73,9 @@ def outcomes(results: Iterable[str]) -> Iterator[EncodedBlock]:
     """Results of tasks in order of arrival. Raises DataError for the first that failed."""
     for result in results:
         outcome = from_plain(EncodedBlock, json.loads(result))
+        if outcome.errno:
+            refused = OSError(outcome.errno, os.strerror(outcome.errno))
+            raise DataNotWritten(outcome.error, remedy=outcome.remedy, unchanged=outcome.unchanged) from refused
         if outcome.error:
             raise DataError(outcome.error, remedy=outcome.remedy, unchanged=outcome.unchanged)
         yield outcome
@@ -122,6 +128,7 @@ def _told(block: RecordBlock, work: Callable[[], EncodedBlock]) -> str:
             error=f"a part of the store can't be written: {error}",
             remedy="Make room, and have every node see the corpus and the directory of the store under the same path.",
             unchanged="No store was written; what is done is kept.",
+            errno=error.errno or errno.EIO,
         )
     return json.dumps(to_plain(outcome))
 

@@ -39,7 +39,7 @@ from orchestrator.data.prepare.store_writer import StoreWriter, published
 from orchestrator.data.prepare.weights import surplus
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.errors import DataError, StoreCorrupt
+from orchestrator.errors import DataNotWritten, StoreCorrupt
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ def prepare_corpora(
         waits: wait for another process that prepares the same store; otherwise that is an error.
 
     Raises:
-        DataError: a source that can't be read, too many bad records, an option out of range, a document without a
-            score, or a directory that can't be written.
+        DataError: a source that can't be read, too many bad records, an option out of range, or a document without a
+            score.
+        DataNotWritten: the directory can't be written.
         StoreCorrupt: the store exists and doesn't match its digests.
     """
     report = progress or (lambda stage, fraction: None)
@@ -102,7 +103,7 @@ def prepare_corpora(
                     _Making(request, options, given, found, parts, spread, report).make(final, ids)
                 parts.remove()
     except OSError as error:
-        raise DataError(
+        raise DataNotWritten(
             f"the token store can't be written to {directory}: {error}",
             remedy="Make room and the directory writable, or choose another one.",
             unchanged="No store was written; what is done is kept.",

@@ -25,7 +25,7 @@ from orchestrator.data.rows.row_store import (
     values_file,
 )
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, DataNotWritten
 from orchestrator.storage.atomic import flush
 
 PREFIX = "rows-"  # of the names of stores
@@ -154,7 +154,7 @@ def new_rows(directory: Path) -> Iterator[tuple[RowWriter, list[Path]]]:
     A store that another process has published under this name meanwhile stays: both have the same rows.
 
     Raises:
-        DataError: it can't be written.
+        DataNotWritten: it can't be written.
     """
     named: list[Path] = []
     partial = directory / f".rows-{secrets.token_hex(8)}"
@@ -168,7 +168,7 @@ def new_rows(directory: Path) -> Iterator[tuple[RowWriter, list[Path]]]:
             flush(directory)
     except OSError as error:
         if not (named and named[0].is_dir()):
-            raise DataError(
+            raise DataNotWritten(
                 f"rows can't be written below {directory}: {error}",
                 remedy="Make room and the directory writable.",
                 unchanged="No store was written.",

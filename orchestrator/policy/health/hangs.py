@@ -3,7 +3,7 @@
 A frozen process, a lost host and a broken link look alike: the control thread doesn't answer, whatever the training
 thread is doing. If all answer and no step is finished, one member hangs outside of a collective while the others wait
 in the next one: the member that has entered the fewest collectives. One that waits for storage to give it the rows of
-its step reports that, and doesn't hang: another one in its place would wait too.
+its step, or to take records, reports that, and doesn't hang: another one in its place would wait too.
 """
 
 from orchestrator.policy.state.progress import typical_step_s

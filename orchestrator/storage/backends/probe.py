@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orchestrator.errors import NotAllowed, OrchestratorError, StorageError, UsageError
 from orchestrator.storage.backends.bucket_url import PREFIXES, BucketUrl
+from orchestrator.storage.backends.last_read import note_read
 from orchestrator.storage.backends.location import Location, objects_at
 from orchestrator.storage.backends.patience import Patience
 from orchestrator.storage.guard import refusal
@@ -77,6 +78,7 @@ def reading(location: Location) -> Iterator[None]:
         NotAllowed: a bucket refuses the credentials, or there are none.
         StorageError: it can't be read for another reason.
     """
+    note_read(str(location))
     try:
         yield
     except OSError as error:

@@ -16,16 +16,18 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ProcessReport, Report, ShardWritten
 from orchestrator.storage.condition import StorageTrouble
 
-MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
+MAX_RECORDS = 10_000  # finished steps kept
+MOST_UNPUBLISHED = 8_000  # of them, after which a member waits; those of a transition or the run's end come on top
 
 
 class WorkerMailbox:
     """Thread-safe state of one worker, used by both threads."""
 
-    def __init__(self, worker: str, pid: int) -> None:
+    def __init__(self, worker: str, pid: int, most_unpublished: int = MOST_UNPUBLISHED) -> None:
         self._changed = threading.Condition()
         self._directive = Directive(term=-1, seq=-1)
         self._records: list[StepRecord] = []
+        self._most_unpublished, self._published = most_unpublished, -1
         self._report = Report(
             worker=worker,
             term=-1,
@@ -58,13 +60,19 @@ class WorkerMailbox:
                 plans = tuple(plan.digest for plan in directive.plans)
                 self._publish(term=directive.term, seen=directive.seq, plans=plans, **answered)
 
-    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
+    def report(
+        self, after_step: int | None, known_version: int, timeout_s: float, published: int | None = None
+    ) -> Report:
         """The worker's report, as soon as its version is above `known_version` or `timeout_s` have passed.
 
         Args:
             after_step: if given, the records of finished steps after this one are added.
+            published: the newest step whose record run storage has; None if the caller doesn't know.
         """
         with self._changed:
+            if published is not None:
+                self._published = published
+                self._changed.notify_all()
             self._changed.wait_for(lambda: self._report.version > known_version, timeout_s)
             records = () if after_step is None else tuple(r for r in self._records if r.step > after_step)
             return changed(self._report, records=records)
@@ -118,10 +126,18 @@ class WorkerMailbox:
                 self._publish(unsaved=why)
 
     def refuse_rows(self, why: StorageTrouble | None) -> None:
-        """Report that storage doesn't give the rows of the step; None: it does."""
+        """Report that storage doesn't give the rows of the step, or takes no records; None: it does."""
         with self._changed:
             if why != self._report.unread:
                 self._publish(unread=why)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many finished steps wait for run storage that no further one should begin."""
+        with self._changed:
+            newest = self._records[-1].step if self._records else -1
+            first = next((record.step for record in self._records), 0)
+            return newest - max(self._published, first - 1) >= self._most_unpublished
 
     @property
     def records(self) -> tuple[StepRecord, ...]:

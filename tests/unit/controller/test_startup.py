@@ -1,6 +1,10 @@
 """Start of a controller on a run's storage, in a directory and in a bucket."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -18,6 +22,7 @@ from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, location_of, objects_at
+from orchestrator.storage.chain import HistoryName, entry_key, state_key
 from orchestrator.storage.log_file import flush_logs
 from orchestrator.storage.storage_process import StorageProcess
 from orchestrator.storage.tasks import run_inline
@@ -65,6 +70,39 @@ def test_a_run_begins_is_restarted_ends_and_is_resumed(run_dir: Location) -> Non
     assert [event["kind"] for event in RunFiles(run_dir).events()] == ["resumed"]
     assert "job.json" in objects_at(run_dir).names("")
     process.close()
+
+
+KILLED_IN_A_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from orchestrator.storage.directory import DirectoryObjects
+os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+DirectoryObjects(Path(sys.argv[1])).create(sys.argv[2], b"half")
+"""
+
+
+def test_the_next_controller_deletes_what_killed_ones_left_half_written_and_spares_later_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "demo"
+    write_job(run_dir, JOB.model_dump_json(by_alias=True), "name: demo\n")
+    first = open_run("demo", run_dir, None, None)  # entries 0 and 1
+    later = entry_key(99)
+    for key in (entry_key(0), entry_key(2), state_key(1), HistoryName(0, 1).key, later):
+        assert subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, run_dir, key]).returncode == -signal.SIGKILL
+    assert len(list(run_dir.glob("journal/.*.partial"))) == 5
+    link = os.link
+
+    def link_late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        assert open_run("demo", run_dir, None, None).memory.term == 2
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_late)
+    with pytest.raises(TermSuperseded):  # its own file was deleted too
+        run_inline(first.memory.absorb([record(0)], up_to=10**9))
+    assert [f"journal/{path.name.split('.')[1]}" for path in run_dir.glob("journal/.*.partial")] == [later]
+    assert open_run("demo", run_dir, None, None).memory.term == 3
 
 
 def test_a_restarted_controller_leaves_a_run_to_its_new_cluster(run_dir: Location, tmp_path: Path) -> None:

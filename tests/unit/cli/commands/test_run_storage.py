@@ -123,6 +123,37 @@ def test_wait_for_named_storage_ends_with_the_timeout_or_if_nothing_writes_the_j
     assert "orchestrator resume poems" in done.stderr and "--timeout" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "first", "last"),
+    [
+        ("events poems -f", '"kind":"submitted"', '"kind":"ended"'),
+        ("logs poems -f", '"text":"INFO begun"', '"text":"INFO stopped"'),
+        ("status poems --watch", '"phase":"starting"', '"phase":"stopped"'),
+    ],
+)
+def test_a_run_of_named_storage_is_followed_to_its_end(
+    runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, command: str, first: str, last: str
+) -> None:
+    log, looks, read = runs / "poems" / "logs" / "controller.log", [], RunFiles.has_ended
+    log.parent.mkdir()
+    log.write_text("2026-01-01 00:00:00.000 INFO begun\n")
+
+    def then_end(files: RunFiles) -> bool:
+        looks.append(read(files))
+        if len(looks) == 2:
+            Journal(DirectoryObjects(runs / "poems")).append([{"kind": "ended", "outcome": "stopped", "reason": ""}])
+            with log.open("a") as lines:
+                lines.write("2026-01-01 00:00:01.000 INFO stopped\n")
+            end(runs, RunPhase.STOPPED, "poems")
+        return looks[-1]
+
+    monkeypatch.setattr(RunFiles, "has_ended", then_end)
+    done = orchestrator(*command.split(), "--storage", "runs", "-o", "json")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and first in lines[0] and last in lines[-1], done
+    assert looks[:2] == [False, False]
+
+
 def test_a_run_is_removed_once_that_is_confirmed(runs: Path, orchestrator: Command) -> None:
     refused = orchestrator("rm", "books")
     assert refused.returncode == 2 and "Pass --yes" in refused.stderr and (runs / "books").is_dir()

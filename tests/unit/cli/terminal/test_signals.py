@@ -30,7 +30,7 @@ def waits():
 main.app = typer.Typer()
 main.app.command()(waits)
 sys.argv = ["orchestrator"]
-main.main()
+main.command()
 """
 # One that takes its time to end what it has started.
 SLOWLY = """
@@ -50,7 +50,7 @@ def waits():
 
 main.app = typer.Typer()
 main.app.command()(waits)
-main.main()
+main.command()
 """
 
 
