@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from orchestrator.code_package import placed
 from orchestrator.data.bucket_store import node_stores, upload
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
@@ -45,10 +46,12 @@ class Preparation:
             StoreCorrupt: a store that doesn't match its digests.
         """
         job = JobSpec.model_validate_json(job_json)
-        data, place = job.data, location_of(data_dir)
+        place = location_of(data_dir)
         if job.has_rows or job.pip:
             take_secrets(job.secrets)  # which a user's rows may need, or pip
         use_requirements(job.pip)
+        job = placed(job, location_of(run_dir))
+        data = job.data
         if job.has_rows:
             return self._prepare_rows(job, location_of(run_dir), place)
         store = prepare(

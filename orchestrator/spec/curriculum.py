@@ -110,7 +110,7 @@ class CurriculumSpec(Section):
     code_dir: str = Field(
         default=HERE,
         min_length=1,
-        description="Directory from which your own function is imported, on every node; relative to the current one.",
+        description="Directory from which your function is imported, sent with the job; relative to the current one.",
     )
     on_exhausted: Literal["next", "relax", "fail"] = Field(
         default="relax",

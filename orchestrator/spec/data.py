@@ -52,7 +52,7 @@ class DataSpec(Section):
     code_dir: str = Field(
         default=HERE,
         min_length=1,
-        description="Directory from which `entrypoint` is imported; relative to the current one.",
+        description="Directory from which `entrypoint` is imported, sent with the job; relative to the current one.",
     )
     text_key: str = Field(default="text", min_length=1, description="Key or column of the text, in files with rows.")
     vocab_size: int = Field(

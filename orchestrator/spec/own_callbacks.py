@@ -18,7 +18,7 @@ class CallbackSpec(Section):
     code_dir: str = Field(
         default=HERE,
         min_length=1,
-        description="Directory from which `entrypoint` is imported, on the head; relative to the current one.",
+        description="Directory from which `entrypoint` is imported, sent with the job; relative to the current one.",
     )
 
 

@@ -5,9 +5,9 @@ key that the user wrote, without rules that only break because of another mistak
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -60,6 +60,27 @@ def broken_own_code(entrypoint: str | None, options: Mapping[str, object], code_
     given = {"options": bool(options), "code_dir": code_dir != HERE}
     for key in [key for key, is_given in given.items() if is_given and entrypoint is None]:
         yield Broken(((key,), ("entrypoint",)), f"{key} has a meaning with entrypoint only; remove it")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def with_code_dirs(section: S, place: Callable[[str], str]) -> S:
+    """The section with another directory for each function of the user's that it or a section in it names.
+
+    Args:
+        place: the new directory, by the old one.
+    """
+    is_own = ":" in str(getattr(section, "entrypoint", None) or getattr(section, "signal", ""))
+    changed: dict[str, object] = {}
+    for name, value in section:
+        if name == "code_dir" and is_own:
+            changed[name] = place(value)
+        elif isinstance(value, Section) and (new := with_code_dirs(value, place)) is not value:
+            changed[name] = new
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            changed[name] = [with_code_dirs(each, place) for each in value]
+    return section.model_copy(update=changed) if changed else section
 
 
 def refuse(rule: str) -> PydanticCustomError:

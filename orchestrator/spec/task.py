@@ -74,7 +74,7 @@ class TaskSpec(Section):
     code_dir: str = Field(
         default=HERE,
         min_length=1,
-        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
+        description="Directory from which `entrypoint` is imported, sent with the job; relative to the current one.",
     )
 
     @property

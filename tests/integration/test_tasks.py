@@ -4,6 +4,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.protocol.messages import Restore
@@ -135,6 +136,8 @@ class Supervised:
         return Loss(model(batch["inputs"], batch["targets"], None, batch["lengths"]))
 
 class Preference:
+    needs_reference = True
+
     def __init__(self, beta):
         self.beta = beta
 
@@ -163,6 +166,10 @@ def test_a_users_task_gets_the_rows_of_a_builtin_one_and_with_its_formula_the_sa
     own = JobSpec.model_validate(plain | {"task": task, "data": plain["data"] | {"format": data_format}})
     store = prepared(job, tmp_path / "data")
     assert prepared(own, tmp_path / "data").directory == store.directory
+    (tmp_path / "without.py").write_text(OF_CHATS.replace("needs_reference = True", ""))
+    without = own.model_copy(update={"task": own.task.model_copy(update={"entrypoint": f"without:{builtin}"})})
+    columns = prepared(without, tmp_path / "data").read("train", np.arange(1))[0].keys()
+    assert columns == {name for name in store.read("train", np.arange(1))[0] if not name.startswith("reference")}
     theirs, ours = (_calm(each, store.directory, tmp_path / each.task.unit) for each in (job, own))
     assert len(ours) == 4
     for step, record in theirs.items():
