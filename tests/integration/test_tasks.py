@@ -1,5 +1,7 @@
 """Tasks through rescales and lost workers, in real processes: the bits of a run that nothing happens to."""
 
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestrator.data.rows.row_store import RowStore
 from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_phase import Phase
@@ -52,25 +55,37 @@ def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
     return paused | worker_group.records
 
 
-QUICK = {("sft", "lion"), ("dpo", "muon"), ("dpo", "adamw"), ("classification", "sgd"), ("own", "adafactor")}
+# Pairs that learn in the steps of `task_job`; others have only those that their moves take.
+LEARN = {("sft", "lion"), ("dpo", "muon"), ("dpo", "adamw"), ("classification", "sgd"), ("own", "adafactor")}
+STEPS = 16
 RATES = {("classification", "sgd"): 0.05, ("own", "sgd"): 0.02}  # where that of language modeling is too high
 
 
+@pytest.fixture(scope="module")
+def rows_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, RowStore]]:
+    """A task's folder, for `task_job`, and its prepared rows, by the task's name."""
+
+    @cache
+    def made(task: str) -> tuple[Path, RowStore]:
+        folder = tmp_path_factory.mktemp(task)
+        return folder, prepared(task_job(task, folder), folder / "data")
+
+    return made
+
+
 # Language modeling with each optimizer is in `test_moves`.
-@pytest.mark.parametrize(
-    ("task", "optimizer"),
-    [pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow]) for pair in product(TASKS, OPTIMIZERS)],
-)
+@pytest.mark.parametrize(("task", "optimizer"), [*product(TASKS, OPTIMIZERS)])
 def test_every_task_with_every_optimizer_is_moved_recovered_and_resumed_bit_by_bit(
-    tmp_path: Path, task: str, optimizer: str
+    tmp_path: Path, rows_of: Callable[[str], tuple[Path, RowStore]], task: str, optimizer: str
 ) -> None:
-    update = dict(OPTIMIZERS[optimizer])
+    learns = (task, optimizer) in LEARN
+    update = OPTIMIZERS[optimizer] | ({} if learns else {"max_steps": STEPS})
     if (task, optimizer) in RATES:
         update["lr"] = RATES[task, optimizer]
-    job = task_job(task, tmp_path, determinism="exact", **update)
+    folder, store = rows_of(task)
+    job = task_job(task, folder, determinism="exact", **update)
     # The default limit of a step's loss is made for language models; the regression's varies more than that.
     job = job.model_copy(update={"recovery": job.recovery.model_copy(update={"loss_explosion": None})})
-    store = prepared(job, tmp_path / "data")
     calm = _calm(job, store.directory, tmp_path / "calm")
     moved = _disturbed(job, store.directory, tmp_path / "moved")
     assert sorted(moved) == sorted(calm) == list(range(job.train.max_steps))
@@ -88,7 +103,8 @@ def test_every_task_with_every_optimizer_is_moved_recovered_and_resumed_bit_by_b
             other.validation_metrics,
         )
     validations = [record for record in ours if record.validation_loss is not None]
-    assert validations[-1].validation_loss < validations[0].validation_loss  # type: ignore[operator]
+    assert len(validations) > 1
+    assert not learns or validations[-1].validation_loss < validations[0].validation_loss  # type: ignore[operator]
     wanted = {"dpo": {"accuracy", "margin", "chosen_reward", "rejected_reward"}, "sft": set(), "own": {"within"}}
     assert set(ours[0].metrics) == set(validations[0].validation_metrics) == wanted.get(task, {"accuracy"})
 
