@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatch
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -29,6 +28,7 @@ LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", "
 MOST_BYTES = 100 << 20
 UNUSED_S = 86400.0 * 7
 UNCHANGED = "Nothing was started."
+_locks: dict[Path, int] = {}  # descriptors of the directories that this process uses
 
 
 def is_left_out(path: Path) -> bool:
@@ -119,7 +119,6 @@ def placed(job: JobSpec, run_dir: Location, caller: Caller = call_here) -> JobSp
     return with_code_dirs(job, lambda directory: places.get(directory, directory))
 
 
-@cache
 def unpacked(package: Location, caller: Caller = call_here) -> Path:
     """The directory with a package's files on this node. Raises as `placed`."""
     digest = package.name.removeprefix("code-").removesuffix(".tar")
@@ -162,12 +161,15 @@ def _is_held(directory: Path) -> bool:
     """Whether the directory is there. It stays until this process ends, which holds a lock on it."""
     try:
         os.utime(directory)
-        descriptor = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
+        if directory not in _locks:
+            _locks[directory] = os.open(directory, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(_locks[directory], fcntl.LOCK_SH)
+        os.stat(directory)
+    except FileNotFoundError:  # or it was removed before it was locked
+        _locks.pop(directory, None)
         return False
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-    return directory.is_dir()
+    return True
 
 
 def _remove_unused(above: Path) -> None:

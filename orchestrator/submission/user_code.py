@@ -26,13 +26,14 @@ _tried: set[str] = set()  # jobs: a command checks one before it connects to a c
 
 
 def with_packages(job: JobSpec) -> tuple[JobSpec, dict[str, bytes]]:
-    """The job with the digests of its own code, and the packages by them.
+    """The job with the directories of its own code as absolute paths and their digests, and the packages by these.
 
     Raises:
         EntrypointError: a user-defined module isn't where the job names it.
         UsageError: its directory is too large, or can't be read.
     """
     check_places(job)
+    job = with_code_dirs(job, lambda directory: str(Path(directory).expanduser().absolute()))
     storage = location_of(job.storage)
     directories = sorted({directory for _, _, directory in own_code_of(job)})
     packages = {directory: packed(Path(directory), storage) for directory in directories}
