@@ -205,6 +205,7 @@ class _Either:
     """One of several tasks of text, for each step anew: only one engine can be in a process."""
 
     metrics: tuple[str, ...] = ()
+    needs_reference = False
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self._tasks, self.chosen = tasks, next(iter(tasks))

@@ -91,7 +91,7 @@ class OrchestratorClient:
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
         key = None if order.spec.signing_key is None else read_key(order.spec.signing_key)
-        start = partial(self._cluster.ask, Scheduler.submit, *args, key=key, **options)
+        start = partial(self._cluster.ask, Scheduler.submit, *args, key=key, code=order.code, **options)
         return when_there_is_room(start, timeout_s, on_wait)
 
     def list(self) -> tuple[RunStatus, ...]:

@@ -9,18 +9,20 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from orchestrator.callback import Callback, Json, Pause, Request, SaveCheckpoint, Scale, Step, Stop, made
 from orchestrator.callback_process.callback_position import Position, read_position, read_steps_after, store_position
 from orchestrator.cluster.published.published_keys import signer_in_cluster
+from orchestrator.code_package import placed
 from orchestrator.errors import ClusterUnreachable, NotFinished, OrchestratorError
 from orchestrator.requirements import use_requirements
 from orchestrator.scheduler.scheduler import Scheduler
 from orchestrator.scheduler.scheduler_actor import get_or_create_scheduler
 from orchestrator.secrets import redacted, take_secrets
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.own_callbacks import CallbackSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import hold_key
@@ -101,8 +103,6 @@ class CallbackRunner:
     """Runs the callbacks of one run, in a thread.
 
     Args:
-        secrets: of the job, for its callbacks' environment.
-        requirements: of the job, packages that they may import.
         caller: makes calls to run storage, so that this process can be killed during them.
     """
 
@@ -110,13 +110,10 @@ class CallbackRunner:
         self,
         run_id: str,
         run_dir: str,
-        specs: Sequence[CallbackSpec],
-        secrets: Mapping[str, str],
-        requirements: Sequence[str],
+        job: JobSpec,
         caller: Caller,
     ) -> None:
-        self._run_id, self._run_dir, self._specs, self._caller = run_id, run_dir, tuple(specs), caller
-        self._secrets, self._requirements = secrets, requirements
+        self._run_id, self._run_dir, self._job, self._caller = run_id, run_dir, job, caller
         self._called: list[_Called] = []
         self._position = self._stored = Position()
         self._stored_s = time.monotonic()
@@ -167,10 +164,10 @@ class CallbackRunner:
             self._changed.clear()
 
     def _take_secrets(self) -> None:
-        take_secrets(self._secrets)
+        take_secrets(self._job.secrets)
 
     def _use_requirements(self) -> None:
-        use_requirements(self._requirements)
+        use_requirements(self._job.pip)
 
     def _begin(self) -> None:
         """Go on from where an earlier process was."""
@@ -179,7 +176,8 @@ class CallbackRunner:
             hold_key(run_dir, key)
         self._position = self._stored = self._caller(read_position, self._run_dir)
         states = dict(self._position.states)
-        self._called = [_Called(spec, states.get(spec.entrypoint)) for spec in self._specs]
+        specs = placed(self._job, run_dir, self._caller).callbacks
+        self._called = [_Called(spec, states.get(spec.entrypoint)) for spec in specs]
 
     def _read_on(self) -> None:
         """Call the callbacks for new steps."""

@@ -25,7 +25,8 @@ from orchestrator.cluster.auth import (
     reread_environment,
     token_refused,
 )
-from orchestrator.cluster.packages import LEFT_OUT, check
+from orchestrator.cluster.packages import check
+from orchestrator.code_package import LEFT_OUT
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 
 MARK = "\x1f"  # begins a line that was written to stderr

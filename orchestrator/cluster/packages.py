@@ -9,35 +9,19 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
+from orchestrator.code_package import LEFT_OUT, contents
 from orchestrator.errors import UsageError
 
 PACKAGES = ".packages"
-LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
-MOST_BYTES = 100 << 20
 YOUNG_S = 3600.0  # a submission takes minutes at most: younger packages may belong to an open one
 
 
 def check(directory: Path) -> None:
     """Raise UsageError if the directory is too large, or links lead out of it: Ray sends what links lead to."""
-    sizes: dict[Path, int] = {}
-    for folder, folders, files in os.walk(directory):
-        folders[:] = [name for name in folders if not _is_left_out(name)]
-        paths = [Path(folder) / name for name in files if not _is_left_out(name)]
-        for path in (*paths, *(Path(folder) / name for name in folders)):
-            _check_link(path, directory)
-        sizes |= {path: path.stat().st_size for path in paths}
-    if (total := sum(sizes.values())) > MOST_BYTES:
-        largest = max(sizes, key=lambda path: sizes[path])
-        raise UsageError(
-            f"{directory} can't be sent to the cluster: it holds {total >> 20} MiB, of {MOST_BYTES >> 20} MiB at most; "
-            f"{largest.relative_to(directory)} alone {sizes[largest] >> 20} MiB",
-            remedy="Submit from a directory with the job file and the code it needs; leave data where the cluster's "
-            "nodes see it.",
-            unchanged="Nothing was started.",
-        )
+    for path in contents(directory):
+        _check_link(path, directory)
 
 
 def _check_link(path: Path, directory: Path) -> None:
@@ -57,10 +41,6 @@ def _check_link(path: Path, directory: Path) -> None:
         remedy="Put a copy in its place, or remove it.",
         unchanged="Nothing was started.",
     )
-
-
-def _is_left_out(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ The contract: the same job and the same fingerprint give the same bits.
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from orchestrator.requirements import used_versions
+
+NO_CODE: Mapping[str, str] = {}
 
 
 def pin(device: torch.device) -> None:
@@ -26,11 +28,12 @@ def pin(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def fingerprint(device: torch.device, libraries: Sequence[str] = ()) -> str:
+def fingerprint(device: torch.device, libraries: Sequence[str] = (), code: Mapping[str, str] = NO_CODE) -> str:
     """Versions, kind of processor and threads, as JSON. Threads matter, as they split sums into parts.
 
     Args:
         libraries: further ones that compute, beside the packages that the job names.
+        code: digests of the job's own code, by its directories.
     """
     found = {
         "orchestrator": version_of_ours(),
@@ -44,6 +47,8 @@ def fingerprint(device: torch.device, libraries: Sequence[str] = ()) -> str:
     found |= {name: version(name) for name in libraries}
     if packages := used_versions():
         found["pip"] = ", ".join(packages)
+    if code:
+        found["code"] = ", ".join(sorted(code.values()))
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     return json.dumps(found, sort_keys=True)

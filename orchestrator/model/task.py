@@ -46,10 +46,14 @@ class Task(Protocol):
 
     Attributes:
         metrics: names of the metrics of every loss, in order; a rank without rows votes on them too.
+        needs_reference: whether pairs are to have the log-probabilities of the model that training starts from.
     """
 
     @property
     def metrics(self) -> tuple[str, ...]: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
         """The arrays of a micro-batch. The first axis of each is the rows, as many times as a row has parts.

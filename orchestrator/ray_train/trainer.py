@@ -246,7 +246,8 @@ def _training_failed(error: OrchestratorError, failures: Mapping[int, Exception]
 def _differences(stored: JobSpec, wanted: JobSpec) -> list[str]:
     """The keys in which two jobs differ, with both values."""
     tracking = {key: getattr(stored.tracking, key) for key in ("uri", "experiment", "tags")}  # may be of a submission
-    wanted = wanted.model_copy(update={"tracking": wanted.tracking.model_copy(update=tracking)})
+    changes = {"tracking": wanted.tracking.model_copy(update=tracking), "code": stored.code}
+    wanted = wanted.model_copy(update=changes)
     if wanted.resources.gpus == AUTO:  # which the run's submission has replaced by a number
         resources = wanted.resources.model_copy(update={"gpus": stored.resources.gpus})
         wanted = wanted.model_copy(update={"resources": resources})

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from orchestrator.code_package import placed
 from orchestrator.data.bucket_store import node_stores, upload
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
@@ -72,6 +73,7 @@ class Preparation:
             try:
                 if isinstance(run, Path):
                     make_folders(run, run)  # else directories would be made where its file system isn't mounted
+                job = placed(job, run)
                 return (self._prepare_rows if job.has_rows else self._prepare_text)(job, run, place)
             except (OSError, DataNotWritten) as error:
                 if call != self._num_calls:  # of a controller that is gone: its successor has called too

@@ -1,9 +1,12 @@
 """Job of a run in run storage, written once, at submission."""
 
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from orchestrator.code_package import package_name
 from orchestrator.errors import NameTaken, NotFound, OrchestratorError, UsageError
 from orchestrator.run_records.journaled_run import storage_error
 from orchestrator.spec.job import JobSpec
@@ -13,10 +16,14 @@ from orchestrator.storage.backends.signed_objects import SignedObjects
 from orchestrator.storage.chain_reader import has_journal
 
 JOB, TEXT = "job.json", "job.yaml"
+NO_CODE: Mapping[str, bytes] = {}
 
 
-def write_job(location: Location, job_json: str, job_text: str) -> None:
+def write_job(location: Location, job_json: str, job_text: str, code: Mapping[str, bytes] = NO_CODE) -> None:
     """Store a run's job, resolved and as its user wrote it, in storage that was checked; if that fails nothing is left.
+
+    Args:
+        code: packages of the job's own code, by their digests.
 
     Raises:
         NameTaken: another run has been submitted there meanwhile.
@@ -29,6 +36,8 @@ def write_job(location: Location, job_json: str, job_text: str) -> None:
         if found == job_json.encode():
             objects.delete([TEXT])  # of a submission that was cut off
             objects.create(TEXT, job_text.encode())
+            for digest, package in code.items():
+                objects.create(package_name(digest), package)
     except (OSError, OrchestratorError) as error:
         remove_job(location, job_json)
         if isinstance(error, OrchestratorError):
@@ -46,7 +55,8 @@ def remove_job(location: Location, job_json: str) -> None:
     objects = objects_at(location)
     with suppress(OSError):
         if objects.get(JOB) == job_json.encode() and not has_journal(objects):
-            objects.delete([TEXT, JOB])
+            packages = map(package_name, json.loads(job_json).get("code", {}).values())
+            objects.delete([*packages, TEXT, JOB])
     if isinstance(location, Path):
         with suppress(OSError):  # it isn't empty
             location.rmdir()

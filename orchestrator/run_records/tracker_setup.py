@@ -27,7 +27,9 @@ def database_directory(storage: Location) -> Path:
 
 def tracker_setup(run_id: str, run_dir: Location, job: JobSpec) -> TrackerSetup:
     storage = database_directory(run_dir.parent)
-    params = flattened(job.model_dump(mode="json", by_alias=True))
+    params = flattened(job.model_dump(mode="json", by_alias=True, exclude={"code"}))
+    if job.code:
+        params["code"] = ", ".join(sorted(job.code.values()))
     if job.tracking.uri is not None:
         params["tracking.uri"] = redacted(job.tracking.uri)
     run = RunInfo(

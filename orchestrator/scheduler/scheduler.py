@@ -6,7 +6,7 @@ internal key-value store; after a restart it finds all controllers by name.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -22,7 +22,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.job_files import remove_job, write_job
+from orchestrator.run_records.job_files import NO_CODE, remove_job, write_job
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -47,6 +47,7 @@ R = TypeVar("R")
 LATER = "Try again in a moment."
 
 WRITE_S, HISTORY_S = 10.0, 30.0  # limits of calls to run storage: the files of a new run, a journal
+BYTES_PER_S = 4e6  # slowest storage that takes packages of code in time
 
 
 class Scheduler:
@@ -72,6 +73,7 @@ class Scheduler:
         wait: bool = True,
         parts: ActorClasses | None = None,
         key: SigningKey | None = None,
+        code: Mapping[str, bytes] = NO_CODE,
     ) -> str:
         """Put a run into the queue: write its job to run storage and start its controller. The run begins once it has
         its place.
@@ -83,6 +85,7 @@ class Scheduler:
             wait: accept the run even if it has to wait for room.
             parts: actor classes other than the default ones, for tests.
             key: with which its records are signed; None: they aren't.
+            code: packages of the job's own code, by their digests.
 
         Raises:
             NameTaken: the cluster or the storage has a run of this name.
@@ -98,16 +101,19 @@ class Scheduler:
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
             job_json = job.model_dump_json(by_alias=True)
-            write = partial(self._write_job, run_id, directory, job_json, job_text)
-            self._storage.call(directory.parent, WRITE_S, write, undo=partial(remove_job, directory, job_json))
+            write = partial(self._write_job, run_id, directory, job_json, job_text, code)
+            limit_s = WRITE_S + sum(map(len, code.values())) / BYTES_PER_S
+            self._storage.call(directory.parent, limit_s, write, undo=partial(remove_job, directory, job_json))
             publish_key(directory, key, sha256(job_json.encode()).hexdigest())
             self._start_controller(run, run_dir, limits, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
-    def _write_job(self, run_id: str, directory: Location, job_json: str, job_text: str) -> None:
+    def _write_job(
+        self, run_id: str, directory: Location, job_json: str, job_text: str, code: Mapping[str, bytes]
+    ) -> None:
         with self._claims.extended(run_id):
-            write_job(directory, job_json, job_text)
+            write_job(directory, job_json, job_text, code)
 
     def resume(
         self,

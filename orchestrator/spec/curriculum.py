@@ -109,7 +109,7 @@ class CurriculumSpec(Section):
     )
     code_dir: CodeDir = Field(
         default=HERE,
-        description="Directory from which your own function is imported, on every node; relative to the current one.",
+        description="Directory from which your function is imported, sent with the job; relative to the current one.",
     )
     on_exhausted: Literal["next", "relax", "fail"] = Field(
         default="relax",

@@ -49,9 +49,7 @@ class DataSpec(Section):
         "it gets the name of a split, and `options` (docs/tasks.md).",
     )
     options: dict[str, JsonValue] = Field(default={}, description="Keys for `entrypoint`, of your own choice.")
-    code_dir: CodeDir = Field(
-        default=HERE, description="Directory from which `entrypoint` is imported; relative to the current one."
-    )
+    code_dir: CodeDir = HERE
     text_key: str = Field(default="text", min_length=1, description="Key or column of the text, in files with rows.")
     vocab_size: int = Field(
         default=2048,

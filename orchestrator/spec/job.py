@@ -26,7 +26,6 @@ from orchestrator.spec.fault_tolerance import (
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.section import (
-    REFERENCE,
     Broken,
     Path,
     Section,
@@ -38,13 +37,10 @@ from orchestrator.spec.section import (
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
-from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, Workers, WorkersSpec
+from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, Workers, WorkersSpec, broken_environment
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
-# Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
-REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
-REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 
 
 def _name(name: str) -> str:
@@ -131,6 +127,10 @@ class JobSpec(Section):
         "absolute, or env:NAME, from Ray's own environment there. The job holds no value, and logs don't show it.",
     )
 
+    code: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(
+        default={},
+        description="Set at submission: the SHA-256 of each `code_dir` as it was then, which the run's storage has.",
+    )
     signing_key: Annotated[str | None, AfterValidator(key_reference)] = Field(
         default=None,
         description="Key with which the run's journal is signed, so that storage that others can write to can't change "
@@ -201,7 +201,7 @@ class JobSpec(Section):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
                 yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
-        yield from self._broken_environment()
+        yield from broken_environment(self.envs, self.secrets)
 
     def _inexact(self) -> Iterator[Broken]:
         """Settings that make results depend on the number of workers, the placement of experts, or measured time."""
@@ -225,25 +225,3 @@ class JobSpec(Section):
         for key, value, why in wrong:
             rule = f"must not be {value} where train.determinism is exact: {why}"
             yield Broken((key, ("train", "determinism")), rule)
-
-    def _broken_environment(self) -> Iterator[Broken]:
-        for name, reference in self.secrets.items():
-            if not re.fullmatch(REFERENCE, reference):
-                yield Broken((("secrets", name),), "must be file:PATH with an absolute path, or env:NAME")
-            if name in self.envs:
-                yield Broken((("secrets", name), ("envs", name)), f"{name} is in envs too: leave one out")
-        of_both = (("envs", self.envs), ("secrets", self.secrets))
-        for section, name, value in ((section, *item) for section, values in of_both for item in values.items()):
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                yield Broken(((section, name),), "a name must be of letters, digits and _, and not begin with a digit")
-            elif name.upper().startswith(REFUSED_ENVS) or name.upper() in REFUSED_NAMES:
-                refused = ", ".join([*(f"{prefix}*" for prefix in REFUSED_ENVS), *REFUSED_NAMES])
-                rule = f"{refused} must not be set: they change how processes are loaded, or how Ray behaves"
-                yield Broken(((section, name),), rule)
-            elif name == "OMP_NUM_THREADS":
-                yield Broken(
-                    ((section, name),),
-                    "must not be set: workers share the cores of their node, as many as run at first",
-                )
-            elif "\0" in value:
-                yield Broken(((section, name),), "a value must not hold a NUL character")

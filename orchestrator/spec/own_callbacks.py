@@ -15,10 +15,7 @@ class CallbackSpec(Section):
         description='A function "package.module:function" that makes a callback of `options` (docs/callbacks.md).'
     )
     options: dict[str, JsonValue] = Field(default={}, description="Keys for `entrypoint`, of your own choice.")
-    code_dir: CodeDir = Field(
-        default=HERE,
-        description="Directory from which `entrypoint` is imported, on the head; relative to the current one.",
-    )
+    code_dir: CodeDir = HERE
 
 
 def broken_callbacks(callbacks: list[CallbackSpec]) -> Iterator[Broken]:

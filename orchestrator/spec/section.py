@@ -5,9 +5,9 @@ key that the user wrote, without rules that only break because of another mistak
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Self, get_args
+from typing import Annotated, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -20,7 +20,7 @@ CodeDir = Annotated[
     str,
     Field(
         min_length=1,
-        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
+        description="Directory from which `entrypoint` is imported, sent with the job; relative to the current one.",
     ),
 ]
 REFERENCE = r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*"  # to a secret
@@ -83,6 +83,27 @@ def broken_unread(
         if not {*choices} & {*chosen} and value != type(section).model_fields[key].default:
             rule = f"only {' and '.join(choices)} read{'s' * (len(choices) == 1)} {key}; got {value} for "
             yield Broken(((key,), (choice,)), rule + ", ".join(sorted(chosen)))
+
+
+S = TypeVar("S", bound=Section)
+
+
+def with_code_dirs(section: S, place: Callable[[str], str]) -> S:
+    """The section with another directory for each function of the user's that it or a section in it names.
+
+    Args:
+        place: the new directory, by the old one.
+    """
+    is_own = ":" in str(getattr(section, "entrypoint", None) or getattr(section, "signal", ""))
+    changed: dict[str, object] = {}
+    for name, value in section:
+        if name == "code_dir" and is_own:
+            changed[name] = place(value)
+        elif isinstance(value, Section) and (new := with_code_dirs(value, place)) is not value:
+            changed[name] = new
+        elif isinstance(value, list) and value and isinstance(value[0], Section):
+            changed[name] = [with_code_dirs(each, place) for each in value]
+    return section.model_copy(update=changed) if changed else section
 
 
 def refuse(rule: str) -> PydanticCustomError:

@@ -1,14 +1,18 @@
 """The `workers` section: the number of workers of a run, and its limits."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from orchestrator.spec.labels import LabelSelector
-from orchestrator.spec.section import Broken, Path, Section, refuse
+from orchestrator.spec.section import REFERENCE, Broken, Path, Section, refuse
+
+# Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
+REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
+REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 
 
 class ScheduledScale(Section):
@@ -183,3 +187,27 @@ class ResourcesSpec(Section):
         """What each worker reserves, by Ray's names, without what it doesn't need."""
         amounts = {"CPU": self.cpus, "GPU": self.num_gpus, "memory": float(self.memory_bytes or 0)}
         return {name: amount for name, amount in amounts.items() if amount}
+
+
+def broken_environment(envs: Mapping[str, str], secrets: Mapping[str, str]) -> Iterator[Broken]:
+    """The rules between the workers' environment variables that are broken."""
+    for name, reference in secrets.items():
+        if not re.fullmatch(REFERENCE, reference):
+            yield Broken((("secrets", name),), "must be file:PATH with an absolute path, or env:NAME")
+        if name in envs:
+            yield Broken((("secrets", name), ("envs", name)), f"{name} is in envs too: leave one out")
+    of_both = (("envs", envs), ("secrets", secrets))
+    for section, name, value in ((section, *item) for section, values in of_both for item in values.items()):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            yield Broken(((section, name),), "a name must be of letters, digits and _, and not begin with a digit")
+        elif name.upper().startswith(REFUSED_ENVS) or name.upper() in REFUSED_NAMES:
+            refused = ", ".join([*(f"{prefix}*" for prefix in REFUSED_ENVS), *REFUSED_NAMES])
+            rule = f"{refused} must not be set: they change how processes are loaded, or how Ray behaves"
+            yield Broken(((section, name),), rule)
+        elif name == "OMP_NUM_THREADS":
+            yield Broken(
+                ((section, name),),
+                "must not be set: workers share the cores of their node, as many as run at first",
+            )
+        elif "\0" in value:
+            yield Broken(((section, name),), "a value must not hold a NUL character")

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from orchestrator.errors import UsageError
+from orchestrator.code_package import placed
+from orchestrator.errors import OrchestratorError
 from orchestrator.policy.estimate.flops import ModelSize, size_of
 from orchestrator.policy.health.expert_load import LoadMap, load_map, shown_loads
 from orchestrator.policy.report.report import Rates, RunReport, report_of
@@ -27,7 +28,7 @@ def read_report(run_dir: Location, rates: Rates) -> RunReport:
     if not entries:
         return report_of(run_dir.name, entries)  # which raises NotFinished
     job = files.job()
-    size, note = _size(job, entries)
+    size, note = _size(job, run_dir, entries)
     gpus = job.resources.num_gpus
     return report_of(run_dir.name, entries, gpus_per_worker=gpus, size=size, size_note=note, rates=rates)
 
@@ -37,7 +38,7 @@ def read_load_map(run_dir: Location) -> LoadMap | None:
     return load_map(shown_loads(RunFiles(run_dir).steps()))
 
 
-def _size(job: JobSpec, entries: Iterable[JournalEntry]) -> tuple[ModelSize | None, str]:
+def _size(job: JobSpec, run_dir: Location, entries: Iterable[JournalEntry]) -> tuple[ModelSize | None, str]:
     """The model's size, with an embedding for the trained tokenizer's tokens; or why it isn't known."""
     prepared = [entry.event.data.vocab_size for entry in entries if isinstance(entry.event, DataPrepared)]
     if job.model.vocab_size is None and prepared:
@@ -45,6 +46,6 @@ def _size(job: JobSpec, entries: Iterable[JournalEntry]) -> tuple[ModelSize | No
     if not job.has_tokens:
         return None, f"not known: rows of task {job.task.entrypoint or job.task.name} have no tokens"
     try:
-        return size_of(job, state_of(job).params), ""
-    except UsageError as error:  # a user-defined model whose code isn't on this machine
+        return size_of(job, state_of(placed(job, run_dir)).params), ""
+    except OrchestratorError as error:  # a user-defined model whose code can't be read on this machine
         return None, f"not known: {error.message.strip().splitlines()[-1]}"

@@ -1,10 +1,9 @@
 """Preparation of a job for submission: read, renamed, paths made absolute, checked as far as possible here."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -20,18 +19,21 @@ from orchestrator.policy.estimate.memory_check import check_memory, is_checked
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
+from orchestrator.spec.section import with_code_dirs
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
 from orchestrator.submission.provenance import with_provenance
-from orchestrator.submission.user_code import check_own_code
+from orchestrator.submission.user_code import check_own_code, with_packages
 
 
 @dataclass(frozen=True)
 class Submission:
-    """Input of the Scheduler: the job with every path absolute, and the text that the user wrote."""
+    """Input of the Scheduler: the job with every path absolute, the text that the user wrote, and the packages of the
+    job's own code, by their digests."""
 
     spec: JobSpec
     text: str
+    code: Mapping[str, bytes] = field(repr=False)
 
     @property
     def run_dir(self) -> str:
@@ -59,13 +61,14 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
             unchanged="Nothing was started.",
         )
     spec = with_provenance(resolved(spec), None if isinstance(job, JobSpec) else Path(job))
-    check_own_code(spec)
+    spec, code = with_packages(spec)
+    check_own_code(spec, code)
     if spec.has_chats:
         check_first_chats(spec)
     # The plan takes a process with torch, some seconds, so it is made only if something may be refused by it.
     if is_checked(spec) or spec.train.names_parameters:
         check_memory(spec, plan_of(spec))
-    return Submission(spec, text)
+    return Submission(spec, text, code)
 
 
 def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, overrides: Sequence[str] = ()) -> JobSpec:
@@ -80,9 +83,8 @@ def resolved(spec: JobSpec) -> JobSpec:
     changes = {
         "storage": str(location_of(spec.storage)),
         "data": _absolute_data(spec.data),
-        **_with_absolute_code(spec),
     }
-    return spec.model_copy(update=changes)
+    return with_code_dirs(spec.model_copy(update=changes), _absolute)
 
 
 def with_pretrained(spec: JobSpec) -> JobSpec:
@@ -110,28 +112,9 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"model": model, "data": data})
 
 
-def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
-    """Sections that name user-defined code, with the directory of that code as an absolute path."""
-    changed: dict[str, Any] = {}
-    if spec.model.entrypoint is not None:
-        changed["model"] = spec.model.model_copy(update={"code_dir": _absolute(spec.model.code_dir)})
-    if (schedule := spec.train.lr_scheduler).entrypoint is not None:
-        placed = schedule.model_copy(update={"code_dir": _absolute(schedule.code_dir)})
-        changed["train"] = spec.train.model_copy(update={"lr_scheduler": placed})
-    if spec.task.entrypoint is not None:
-        changed["task"] = spec.task.model_copy(update={"code_dir": _absolute(spec.task.code_dir)})
-    if spec.curriculum is not None and ":" in spec.curriculum.signal:
-        changed["curriculum"] = spec.curriculum.model_copy(update={"code_dir": _absolute(spec.curriculum.code_dir)})
-    if spec.callbacks:
-        changed["callbacks"] = [
-            callback.model_copy(update={"code_dir": _absolute(callback.code_dir)}) for callback in spec.callbacks
-        ]
-    return changed
-
-
 def _absolute_data(data: DataSpec) -> DataSpec:
     if data.entrypoint is not None:
-        return data.model_copy(update={"code_dir": _absolute(data.code_dir)})
+        return data
     template = None if data.chat_template is None else _absolute(data.chat_template)
     return data.model_copy(update={"source": _absolute_source(data.source), "chat_template": template})
 

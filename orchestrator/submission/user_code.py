@@ -3,36 +3,58 @@ control code never imports torch."""
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from orchestrator.code_package import packed, unpack
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.requirements import installed
 from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.section import with_code_dirs
+from orchestrator.storage.backends.location import location_of
 from orchestrator.torch_process import run_module
 from orchestrator.user_code import place_of
 
 TIMEOUT_S = 120.0
 REHEARSAL = "orchestrator.worker.check_user_code"
 UNCHANGED = "Nothing was started."
+_tried: set[str] = set()  # jobs: a command checks one before it connects to a cluster, and again as it submits it
 
 
-def check_own_code(job: JobSpec) -> None:
-    """Check that user-defined code is in the job's directory; import it, build its model and run its task on its first
-    rows, as a worker would, with the packages that the job needs. Does nothing for a job without such code.
+def with_packages(job: JobSpec) -> tuple[JobSpec, dict[str, bytes]]:
+    """The job with the directories of its own code as absolute paths and their digests, and the packages by these.
 
     Raises:
-        UsageError: these packages can't be installed.
-        EntrypointError: there is no such module, or it can't be trained. Carries the traceback of the user's code.
+        EntrypointError: a user-defined module isn't where the job names it.
+        UsageError: its directory is too large, or can't be read.
     """
     check_places(job)
+    job = with_code_dirs(job, lambda directory: str(Path(directory).expanduser().absolute()))
+    storage = location_of(job.storage)
+    directories = sorted({directory for _, _, directory in own_code_of(job)})
+    packages = {directory: packed(Path(directory), storage) for directory in directories}
+    code = {directory: sha256(package).hexdigest() for directory, package in packages.items()}
+    return job.model_copy(update={"code": code}), {code[directory]: packages[directory] for directory in code}
+
+
+def check_own_code(job: JobSpec, packages: Mapping[str, bytes]) -> None:
+    """Import the code of these packages, build the job's model and run its task on its first rows, as a worker would,
+    with the packages that the job needs. Does nothing for a job without user-defined code.
+
+    Raises:
+        UsageError: packages of `pip` can't be installed.
+        EntrypointError: it can't be trained. Carries the traceback of the user's code.
+    """
     if not job.model.is_native or any(key != "curriculum.signal" for key, _, _ in own_code_of(job)):
         if job.pip:
             installed(job.pip, {**job.envs, **_secrets_here(job)[0]})  # before the time that the process has
-        _rehearse(job.model_dump_json(by_alias=True))
+        if (job_json := job.model_dump_json(by_alias=True)) not in _tried:
+            _rehearse(job, packages)
+            _tried.add(job_json)
 
 
 def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
@@ -65,14 +87,17 @@ def check_places(job: JobSpec) -> None:
             ) from None
 
 
-@cache  # a command checks a job before it connects to a cluster, and again as it submits it
-def _rehearse(job_json: str) -> None:
-    job = JobSpec.model_validate_json(job_json)
+def _rehearse(job: JobSpec, packages: Mapping[str, bytes]) -> None:
     secrets, missing = _secrets_here(job)
     of_user = [f"{key} {name}" for key, name, _ in own_code_of(job) if key != "curriculum.signal"]
     named = ", ".join(of_user or [f"the model of {job.model.origin}"])
     try:
-        done = run_module(REHEARSAL, job_json, {**job.envs, **secrets}, TIMEOUT_S)
+        with TemporaryDirectory(prefix="orchestrator-code-") as above:
+            places = {directory: f"{Path(above).resolve()}/{digest}" for directory, digest in job.code.items()}
+            for digest, package in packages.items():
+                unpack(package, Path(above, digest))
+            here = with_code_dirs(job, places.__getitem__).model_dump_json(by_alias=True)
+            done = run_module(REHEARSAL, here, {**job.envs, **secrets}, TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise EntrypointError(
             f"{named} was neither tried nor refused within {TIMEOUT_S:.0f} s",
@@ -82,15 +107,22 @@ def _rehearse(job_json: str) -> None:
     if done.returncode != 0:
         raise EntrypointError(
             f"the process that tried {named} ended with code {done.returncode}",
-            traceback=without(done.stderr, secrets.values()),
+            traceback=_of_user(without(done.stderr, secrets.values()), places),
             unchanged=UNCHANGED,
         )
     fault: dict[str, str] | None = json.loads(done.stdout)
     if fault is not None:
-        fields = {key: without(text, secrets.values()) for key, text in fault.items()}
+        fields = {key: _of_user(without(text, secrets.values()), places) for key, text in fault.items()}
         if missing:
             fields["remedy"] += f" The job's secrets that are not on this machine were not set: {', '.join(missing)}."
         raise EntrypointError(**fields, unchanged=UNCHANGED)
+
+
+def _of_user(text: str, places: Mapping[str, str]) -> str:
+    """The text with the user's own directories in place of those where their packages were tried."""
+    for directory, place in places.items():
+        text = text.replace(place, directory)
+    return text
 
 
 def _secrets_here(job: JobSpec) -> tuple[dict[str, str], list[str]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.code_package import placed
 from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
@@ -133,13 +134,16 @@ class Worker:
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
         use_requirements(spec.pip)
+        spec = placed(spec, location_of(job.storage_dir), self._caller)
         device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)
         if spec.train.float8:
             check_float8(device)
         self._mailbox.publish(
-            numerics=fingerprint(device, spec.model.libraries) if spec.train.is_exact else kind_of_gpu(device)
+            numerics=fingerprint(device, spec.model.libraries, spec.code)
+            if spec.train.is_exact
+            else kind_of_gpu(device)
         )
         factory = ShardFactory(self._id, job, spec, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)

@@ -3,7 +3,7 @@
     python -m orchestrator.worker.reference_model FD < order
 
 It takes a `ReferenceOrder`: the new store has the same rows and the log-probabilities beside them, `reference_chosen`
-and `reference_rejected`.
+and `reference_rejected`. A user's task that doesn't need them gets the store as it is.
 
 The whole model is in this process, without a GPU: those are the workers'.
 """
@@ -22,6 +22,7 @@ from orchestrator.elastic.state_spec import BUFFER, PARAM
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
 from orchestrator.protocol.child_process import REFERENCE_LINES, Fault, ReferenceProgress, ReferenceStore, answering
 from orchestrator.requirements import use_requirements
@@ -89,8 +90,11 @@ def main() -> None:
         job = JobSpec.model_validate_json(order.job_json)
         try:
             use_requirements(job.pip)
-            store, to = RowStore.open(Path(order.store_dir)), Path(order.to)
-            name = write_reference(job, store, to, order.name, lambda share: answer(ReferenceProgress(share)))
+            store, to, name = RowStore.open(Path(order.store_dir)), Path(order.to), order.name
+            if not task_of(job.task, job.data_format).needs_reference:
+                name = store.directory.name
+            elif not name or not (to / name).is_dir():
+                name = write_reference(job, store, to, name, lambda share: answer(ReferenceProgress(share)))
             answer(ReferenceStore(name))
         except OrchestratorError as error:
             answer(Fault.of(error))

@@ -21,7 +21,7 @@ OUTSIDE = ("benchmarks", "chaos", "cluster_files", "dashboards", "docs")
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"spec", "metrics", "secrets", "user_code", "storage"}),
-    frozenset({"elastic", "sampling", "callback", "requirements"}),
+    frozenset({"elastic", "sampling", "callback", "requirements", "code_package"}),
     frozenset({"protocol"}),
     frozenset({"policy"}),
     frozenset({"comm", "checkpoint", "tracking", "torch_process"}),
@@ -40,6 +40,7 @@ NO_TORCH = (
     *(
         "callback",
         "requirements",
+        "code_package",
         "torch_process",
         "storage",
         "data",

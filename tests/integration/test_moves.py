@@ -1,6 +1,7 @@
 """Real workers in real processes through rescales and a lost newcomer, compared with a run that nothing happened to."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
+from orchestrator.code_package import package_name
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.estimate.worker_memory import StatePlan, plan_memory
 from orchestrator.protocol.messages import Fence
@@ -21,6 +23,7 @@ from orchestrator.protocol.worker_report import Report
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.buffers import MOST_SPARE
+from orchestrator.submission.user_code import with_packages
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import OPTIMIZERS, STEPS, VOCAB, small_job
 from tests.support.wheels import write_wheel
@@ -217,6 +220,21 @@ def test_a_worker_has_the_packages_that_its_job_names(texts: Path, store_dir: Pa
     with Crew(job, store_dir, tmp_path / "run", size=2, env=env) as worker_group:  # two that install at once
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(2)
+
+
+def test_a_worker_has_the_code_that_its_job_was_submitted_with(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    run_dir, code = tmp_path / "run", tmp_path / "code"
+    code.mkdir()
+    run_dir.mkdir()
+    job, packages = with_packages(small_job(texts).model_copy(update={"model": own_spec(code, linear())}))
+    for digest, package in packages.items():
+        (run_dir / package_name(digest)).write_bytes(package)
+    shutil.rmtree(code)
+    env = {"ORCHESTRATOR_HOME": str(tmp_path / "home")}
+    with Crew(job, store_dir, run_dir, size=2, env=env) as worker_group:  # two that unpack at once
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_step(2)
+    assert [path.name for path in (tmp_path / "home" / "code").iterdir()] == [*packages]
 
 
 def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:

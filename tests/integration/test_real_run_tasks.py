@@ -50,6 +50,9 @@ def test_a_task_survives_what_happens_to_its_run(
     job = job.model_copy(update={"recovery": job.recovery.model_copy(update={"loss_explosion": None})})
     storage = tmp_path / "runs"
     run = _submitted(client, job, f"{task}-moved", storage, most=3)
+    own_code, elsewhere = tmp_path / "own_task.py", tmp_path / "elsewhere.py"
+    if own_code.exists():  # the run goes on with what was submitted
+        own_code.rename(elsewhere)
     until(client, run, lambda s: s.step > 10)
     client.scale(run, 3)
     scaled = until(client, run, lambda s: s.workers_now == 3)
@@ -64,6 +67,8 @@ def test_a_task_survives_what_happens_to_its_run(
     assert paused.step < steps
     client.resume(run, workers=1)
     moved = _ended(client, run)
+    if elsewhere.exists():
+        elsewhere.rename(own_code)
     calm = _ended(client, _submitted(client, job, f"{task}-calm", storage, most=1))
     assert_same_tensors(moved, calm)
     for one, other in zip(read_steps(Path(moved.run_dir)), read_steps(Path(calm.run_dir)), strict=True):

@@ -34,10 +34,10 @@ def validate(job: JobFile, output: Output = Format.TEXT) -> None:
     prints the job with every default."""
     from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.submission import with_pretrained
-    from orchestrator.submission.user_code import check_own_code
+    from orchestrator.submission.user_code import check_own_code, with_packages
 
     spec = with_pretrained(load_job(job))
-    check_own_code(spec)
+    check_own_code(*with_packages(spec))
     if output is Format.JSON:
         show_json(spec.model_dump(mode="json", by_alias=True))
     workers = spec.workers
@@ -73,10 +73,10 @@ def plan(
     from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.param_listing import plan_of
     from orchestrator.submission.submission import with_pretrained
-    from orchestrator.submission.user_code import check_own_code
+    from orchestrator.submission.user_code import check_own_code, with_packages
 
     spec = with_pretrained(load_job(job))
-    check_own_code(spec)
+    check_own_code(*with_packages(spec))
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:
         raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")

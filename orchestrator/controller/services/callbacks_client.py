@@ -82,7 +82,7 @@ class CallbacksClient:
             actor_options = ActorOptions(
                 env=self._job.envs, logs=LogTarget(self._run_dir, NAME), max_restarts=-1, storage_process=True
             )
-            args = (self._run_id, str(self._run_dir), tuple(self._job.callbacks), self._job.secrets, self._job.pip)
+            args = (self._run_id, str(self._run_dir), self._job)
             self._runner = start_host(self._name, self._target, args, actor_options).hosted()
         return self._runner
 

@@ -19,8 +19,8 @@ MODULE, STAGE = "orchestrator.worker.reference_model", "reference model"
 
 
 def with_reference(job: JobSpec, store: RowStore, directory: Path, progress: Callable[[str, float], None]) -> RowStore:
-    """The store below `directory` with the log-probabilities. It is named by the pairs and the starting weights, for a
-    user's own model, whose weights may come from anywhere, by its content.
+    """The store below `directory` with the log-probabilities, or the same one if the job's task needs none. It is named
+    by the pairs and the starting weights, for a user's own model, whose weights may come from anywhere, by its content.
 
     Raises:
         OrchestratorError: that of the process; if it ended by itself, with what it printed last.
@@ -31,7 +31,7 @@ def with_reference(job: JobSpec, store: RowStore, directory: Path, progress: Cal
         made_of = {"rows": store.digest, "model": model, "precision": job.train.precision, "weights": _weights(job)}
         name = rows_key(made_of)
     with only_one(directory / f".reference-{name}.lock"):  # of processes that may compute the same
-        if not name or not (directory / name).is_dir():
+        if not name or job.task.entrypoint is not None or not (directory / name).is_dir():
             name = _computed(job, store, directory, name, progress)
     return RowStore.open(directory / name)
 

@@ -24,6 +24,7 @@ class Classification:
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
+    needs_reference = False
 
     def __init__(self, inputs: str, labels: str) -> None:
         self._inputs, self._labels = inputs, labels

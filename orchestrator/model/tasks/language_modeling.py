@@ -17,6 +17,7 @@ class LanguageModeling:
     """The cross-entropy of the target tokens (`orchestrator.model.task.Task`)."""
 
     metrics: tuple[str, ...] = ()
+    needs_reference = False
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
         """Rows of one length as arrays (B, T). Token stores collate their rows themselves."""

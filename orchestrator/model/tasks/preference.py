@@ -30,6 +30,7 @@ class DirectPreference:
     """
 
     metrics: tuple[str, ...] = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+    needs_reference = True
 
     def __init__(self, beta: float, label_smoothing: float = 0.0) -> None:
         self._beta, self._smoothing = beta, label_smoothing
@@ -39,7 +40,7 @@ class DirectPreference:
         model's log-probabilities `reference` (2B,)."""
         kinds = [(kind, row) for kind in (CHOSEN, REJECTED) for row in rows]
         arrays = padded([row[f"{kind}_inputs"] for kind, row in kinds], [row[f"{kind}_targets"] for kind, row in kinds])
-        if f"reference_{CHOSEN}" in rows[0]:  # not where they are only now computed
+        if f"reference_{CHOSEN}" in rows[0]:  # not where they are only now computed, or not needed
             arrays["reference"] = np.array([row[f"reference_{kind}"] for kind, row in kinds], np.float32)
         return arrays
 

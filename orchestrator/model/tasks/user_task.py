@@ -2,8 +2,8 @@
 
     def function(options: dict) -> Task
 
-What it returns has `loss(model, batch)`, and may have `collate(rows, rng)`, `metrics` and `report(means)`
-(`orchestrator.model.task.Task`). docs/tasks.md is the guide for users.
+What it returns has `loss(model, batch)`, and may have `collate(rows, rng)`, `metrics`, `report(means)` and
+`needs_reference` (`orchestrator.model.task.Task`). docs/tasks.md is the guide for users.
 """
 
 import re
@@ -62,6 +62,7 @@ class UserTask:
             raise self._refused(f"has the metrics {metrics!r}", 'Name them in a tuple: one is ("accuracy",).')
         self.metrics: tuple[str, ...] = tuple(metrics)
         self._check_names(self.metrics)
+        self.needs_reference = bool(getattr(self._task, "needs_reference", False))
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
         """By the user's `collate`; without one, as the built-in task of such rows, or each column's arrays stacked."""

@@ -55,7 +55,9 @@ def rehearse(job: JobSpec, vocab_size: int, task: Task, device: torch.device, ro
         for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
     trial = _Trial(job, model, task)
-    samples = Samples(job, task, device, rows or (drawn_chats(job, vocab_size) if job.has_chats else ()), vocab_size)
+    if not rows and job.has_chats:
+        rows = drawn_chats(job, vocab_size, task.needs_reference)
+    samples = Samples(job, task, device, rows, vocab_size)
     first = trial.run(samples.of(0))
     if job.train.is_exact or (job.task.entrypoint is not None and device.type == "cpu"):
         trial.check_repeats(first, trial.run(samples.of(0)))

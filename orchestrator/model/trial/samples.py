@@ -56,7 +56,7 @@ class Samples:
         return int(row.get(UNITS, 1)) if self.job.data_format == ARRAYS and self.job.task.entrypoint else 1
 
 
-def drawn_chats(job: JobSpec, vocab_size: int) -> list[Row]:
+def drawn_chats(job: JobSpec, vocab_size: int, has_reference: bool) -> list[Row]:
     """Two rows of drawn tokens, as the store has those of chats, or of pairs of them."""
     rows: list[Row] = []
     for number in range(2):
@@ -65,7 +65,7 @@ def drawn_chats(job: JobSpec, vocab_size: int) -> list[Row]:
             tokens_T = _drawn(vocab_size, job.train.sequence_length, (part, number))
             row |= {f"{kind}inputs": tokens_T, f"{kind}targets": np.roll(tokens_T, -1)}
         reference = {f"reference_{kind}": np.zeros(()) for kind in ("chosen", "rejected")}
-        rows.append(row | reference if job.data_format == PREFERENCE else row)
+        rows.append(row | reference if has_reference and job.data_format == PREFERENCE else row)
     return rows
 
 

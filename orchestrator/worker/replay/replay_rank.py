@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 
+from orchestrator.code_package import placed
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
@@ -20,6 +21,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.requirements import use_requirements
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.backends.location import location_of
 from orchestrator.worker.replay.replay import replay
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.errors import kind_of
@@ -38,9 +40,10 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     compute_here(order.job.threads)
     take_secrets(spec.secrets)
     use_requirements(spec.pip)
+    spec = placed(spec, location_of(order.job.storage_dir))
     device = device_of(spec.resources.num_gpus)
     pin(device)
-    yield Numerics(fingerprint(device, spec.model.libraries))
+    yield Numerics(fingerprint(device, spec.model.libraries, spec.code))
     factory = ShardFactory(order.worker, order.job, spec, device)
     feed = open_batches(spec, order.job.store_dir, factory.task, device)
     yield from replay(factory, feed, prepare(factory, plan), order.last_step)

@@ -13,6 +13,7 @@ from orchestrator.callback_process.callback_runner import CallbackRunner
 from orchestrator.protocol.events.base import JournalEntry, plain_of_entry
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.own_callbacks import CallbackSpec
 from orchestrator.storage.caller import call_here
 from tests.support.recorded_run import write_journal
@@ -78,7 +79,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callba
             )
             for number, of_it in enumerate(options)
         ]
-        runner = CallbackRunner("run", str(tmp_path), specs, {"TOKEN": f"file:{tmp_path / 'token'}"}, [], call_here)
+        job = JobSpec(name="run", callbacks=specs, secrets={"TOKEN": f"file:{tmp_path / 'token'}"})
+        runner = CallbackRunner("run", str(tmp_path), job, call_here)
         assert runner.finish("succeeded", "", PATIENCE_S)
         return runner
 

@@ -36,6 +36,15 @@ def test_a_job_is_read_as_it_was_written(location: Location) -> None:
     assert objects_at(location).names("") == ("job.json", "job.yaml")
 
 
+def test_code_is_stored_with_a_job_and_removed_with_it(location: Location) -> None:
+    digest = "0" * 64
+    job_json = JOB.model_copy(update={"code": {"/mine": digest}}).model_dump_json(by_alias=True)
+    write_job(location, job_json, "name: demo\n", {digest: b"packed"})
+    assert objects_at(location).get(f"code-{digest}.tar") == b"packed"
+    remove_job(location, job_json)
+    assert objects_at(location).objects("") == ()
+
+
 def test_a_location_without_a_job_holds_no_run(location: Location) -> None:
     with pytest.raises(NotFound, match=f"{location} holds no run"):
         read_job(location)

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.errors import EntrypointError
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.submission import order_of
-from orchestrator.submission.user_code import check_own_code
+from orchestrator.submission.user_code import check_own_code, with_packages
 from tests.support.wheels import write_wheel
 
 pytestmark = pytest.mark.usefixtures("forked_torch")
@@ -37,6 +37,10 @@ def test_a_model_that_can_be_trained_passes(tmp_path: Path, monkeypatch: pytest.
     )
     order = order_of(_job(tmp_path, source, monkeypatch), None)
     assert order.spec.model.code_dir == str(tmp_path / "code")
+    (digest,) = order.code
+    assert order.spec.code == {str(tmp_path / "code"): digest}
+    (tmp_path / "code" / "mine.py").write_text(source + "# changed")
+    assert digest not in order_of(order.spec, None).code
 
 
 def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,14 +54,14 @@ def test_a_package_that_the_job_names_is_there(tmp_path: Path, monkeypatch: pyte
     wheel = write_wheel(tmp_path, "tiny_for_dry_runs", "")
     job = _job(tmp_path / "code", "import tiny_for_dry_runs\nraise RuntimeError('it is there')", monkeypatch)
     with pytest.raises(EntrypointError, match="No module named 'tiny_for_dry_runs'") as caught:
-        check_own_code(job)
+        check_own_code(*with_packages(job))
     assert "may be named in the job's pip" in caught.value.remedy
     with pytest.raises(EntrypointError, match="it is there"):
-        check_own_code(job.model_copy(update={"pip": [wheel]}))
+        check_own_code(*with_packages(job.model_copy(update={"pip": [wheel]})))
 
 
 def test_ours_needs_no_look() -> None:
-    check_own_code(JobSpec(name="ours"))
+    check_own_code(JobSpec(name="ours"), {})
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch.nn:Linear", "no_such:build"])
@@ -70,9 +74,8 @@ def test_code_that_was_not_submitted_is_refused(
     if key == "signal":
         section = {"curriculum": {"signal": name, "stages": [{"name": "all"}]}}  # type: ignore[dict-item]
     job = JobSpec.model_validate({"schema": "v1", "name": "own", **section})
-    for check in (check_own_code, lambda job: order_of(job, None)):
-        with pytest.raises(EntrypointError, match=f"{key} {name} can't be imported: ModuleNotFoundError: No module"):
-            check(job)
+    with pytest.raises(EntrypointError, match=f"{key} {name} can't be imported: ModuleNotFoundError: No module"):
+        order_of(job, None)
 
 
 def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +87,7 @@ def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pyt
     ):
         job = _job(tmp_path / str(code), f"import os\nkey = os.environ['API_KEY']\n{source}\n", monkeypatch)
         with pytest.raises(EntrypointError) as caught:
-            check_own_code(job.model_copy(update={"secrets": secrets}))
+            check_own_code(*with_packages(job.model_copy(update={"secrets": secrets})))
         told = f"{caught.value}\n{caught.value.traceback}"
         assert "hunter22" not in told and "***" in told
         assert ("secrets that are not on this machine were not set: FAR" in told) is (code == 0)

@@ -235,6 +235,8 @@ ON_CHATS = """
 from orchestrator.model.task import Loss
 
 class Task:
+    needs_reference = True
+
     def loss(self, model, batch):
         total = model.token_losses(batch["inputs"], batch["targets"], batch["lengths"]).sum(-1)
         total = total if "reference" not in batch else (total - batch["reference"]).view(2, -1).sum(0)
