@@ -111,7 +111,8 @@ def placed(job: JobSpec, run_dir: Location, caller: Caller = call_here) -> JobSp
     They stay as long as this process lives. A job that was submitted without packages is unchanged.
 
     Raises:
-        StorageError: a package can't be read.
+        StorageError: a package is missing.
+        OSError: run storage can't be read.
         UsageError: it isn't the one that was submitted.
         OrchestratorError: it can't be written here.
     """
@@ -123,31 +124,29 @@ def unpacked(package: Location, caller: Caller = call_here) -> Path:
     """The directory with a package's files on this node. Raises as `placed`."""
     digest = package.name.removeprefix("code-").removesuffix(".tar")
     directory = home() / "code" / digest
-    try:
-        while not _is_held(directory):
-            data = _read(package, digest, caller)
+    while not _is_held(directory):
+        data = _read(package, digest, caller)
+        try:
             _remove_unused(directory.parent)
-            try:
-                with new_directory(directory) as partial:
-                    unpack(data, partial)
-            except OSError:
-                if not directory.is_dir():  # else another process was faster
-                    raise
-    except OSError as error:
-        raise OrchestratorError(
-            f"the job's code can't be unpacked in {directory}: {error}",
-            remedy="Free space, or set ORCHESTRATOR_HOME to a directory that can be written, on every node.",
-        ) from error
+            with new_directory(directory) as partial:
+                unpack(data, partial)
+        except OSError as error:
+            if directory.is_dir():
+                continue  # another process was faster
+            raise OrchestratorError(
+                f"the job's code can't be unpacked in {directory}: {error}",
+                remedy="Free space, or set ORCHESTRATOR_HOME to a directory that can be written, on every node.",
+            ) from error
     return directory
 
 
 def _read(package: Location, digest: str, caller: Caller) -> bytes:
     try:
         data = caller(objects_at(package.parent).get, package.name)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(
-            f"{package}, the job's own code, can't be read: {error.strerror or error}",
-            remedy="It is written once, at submission: make it readable on every node, or put it back.",
+            f"{package}, the job's own code, is missing: {error.strerror or error}",
+            remedy="It is written once, at submission: put it back.",
         ) from error
     if sha256(data).hexdigest() != digest:
         raise UsageError(

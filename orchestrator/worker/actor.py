@@ -134,7 +134,9 @@ class Worker:
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
         use_requirements(spec.pip)
-        spec = placed(spec, location_of(job.storage_dir), self._caller)
+        run_dir = location_of(job.storage_dir)
+        code = partial(placed, spec, run_dir, self._caller)
+        spec = open_when_there(code, run_dir, self._mailbox.refuse_rows)
         device = device_of(spec.resources.num_gpus)
         if spec.train.is_exact:
             pin(device)
@@ -148,7 +150,7 @@ class Worker:
         factory = ShardFactory(self._id, job, spec, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
         opening = partial(open_batches, spec, job.store_dir, factory.task, device)
-        feed = open_when_there(opening, location_of(job.storage_dir), self._mailbox.refuse_rows)
+        feed = open_when_there(opening, run_dir, self._mailbox.refuse_rows)
         if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
             rehearse(spec, factory.vocab_size, factory.task, device, feed.rows_to_try())
         warm_up(spec, factory.vocab_size, device, factory.address)

@@ -127,7 +127,7 @@ def test_other_code_than_what_was_submitted_is_not_used(code: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="is not the code that was submitted"):
         placed(job, tmp_path / "run")
     package.unlink()
-    with pytest.raises(StorageError, match="can't be read: No such file"):
+    with pytest.raises(StorageError, match="is missing: No such file"):
         placed(job, tmp_path / "run")
     package.write_bytes(good)
     home.touch()

@@ -4,6 +4,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -20,15 +21,17 @@ from orchestrator.worker.step.token_batches import TokenBatches
 
 log = logging.getLogger("orchestrator.worker")
 
+R = TypeVar("R")
+
 AGAIN_S = 2.0  # until data that can't be read are tried again
 ABSENT = (OrchestratorError, FileNotFoundError, NotADirectoryError)  # errors of data that aren't there
 
 
 def open_when_there(
-    open_data: Callable[[], BatchReader], run_dir: Location, refused: Callable[[StorageTrouble | None], None]
-) -> BatchReader:
-    """What `open_data` returns, as soon as run storage gives the data: it is no failure of a worker if that can't be
-    read, or isn't mounted.
+    open_data: Callable[[], R], run_dir: Location, refused: Callable[[StorageTrouble | None], None]
+) -> R:
+    """What `open_data` returns, as soon as run storage gives what it reads: it is no failure of a worker if that can't
+    be read, or isn't mounted.
 
     Args:
         run_dir: the run's, which is there if its storage is.
@@ -37,7 +40,7 @@ def open_when_there(
     shown = ""
     while True:
         try:
-            reader = open_data()
+            found = open_data()
         except (OSError, OrchestratorError) as error:
             trouble = _trouble_of(error, run_dir)
             if trouble is None:
@@ -50,7 +53,7 @@ def open_when_there(
         else:
             if shown:
                 refused(None)
-            return reader
+            return found
 
 
 def _trouble_of(error: OSError | OrchestratorError, run_dir: Location) -> StorageTrouble | None:
