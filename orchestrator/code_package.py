@@ -165,7 +165,7 @@ def _is_held(directory: Path) -> bool:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(_locks[directory], fcntl.LOCK_SH)
         os.stat(directory)
-    except FileNotFoundError:  # or it was removed before it was locked
+    except (FileNotFoundError, NotADirectoryError):  # or it was removed before it was locked
         _locks.pop(directory, None)
         return False
     return True
