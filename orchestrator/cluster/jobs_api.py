@@ -26,7 +26,7 @@ from orchestrator.cluster.auth import (
     token_refused,
 )
 from orchestrator.cluster.packages import check
-from orchestrator.code_package import LEFT_OUT
+from orchestrator.code_archive import LEFT_OUT
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 
 MARK = "\x1f"  # begins a line that was written to stderr

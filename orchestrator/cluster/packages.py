@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.code_package import LEFT_OUT, contents
+from orchestrator.code_archive import LEFT_OUT, contents
 from orchestrator.errors import UsageError
 
 PACKAGES = ".packages"

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from orchestrator.code_package import packed, unpack
+from orchestrator.code_archive import packed, unpack
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.requirements import installed
 from orchestrator.secrets import read_secret, without

@@ -21,8 +21,8 @@ OUTSIDE = ("benchmarks", "chaos", "cluster_files", "dashboards", "docs")
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"spec", "metrics", "secrets", "user_code", "storage"}),
-    frozenset({"elastic", "sampling", "callback", "requirements", "code_package"}),
-    frozenset({"protocol"}),
+    frozenset({"elastic", "sampling", "callback", "requirements", "code_archive"}),
+    frozenset({"protocol", "code_package"}),
     frozenset({"policy"}),
     frozenset({"comm", "checkpoint", "tracking", "torch_process"}),
     frozenset({"data", "model", "state", "telemetry"}),
@@ -40,6 +40,7 @@ NO_TORCH = (
     *(
         "callback",
         "requirements",
+        "code_archive",
         "code_package",
         "torch_process",
         "storage",

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import code_package
-from orchestrator.code_package import UNUSED_S, package_name, packed, placed, unpack
+from orchestrator import code_archive, code_package
+from orchestrator.code_archive import packed, unpack
+from orchestrator.code_package import UNUSED_S, package_name, placed
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.section import with_code_dirs
@@ -89,7 +90,7 @@ def test_a_package_has_the_code_and_depends_on_nothing_else(code: Path, tmp_path
 def test_a_directory_that_is_too_large_is_refused(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code / "inner" / "weights.bin").write_bytes(bytes(3 << 20))
     packed(code, code / "store")
-    monkeypatch.setattr(code_package, "MOST_BYTES", 2 << 20)
+    monkeypatch.setattr(code_archive, "MOST_BYTES", 2 << 20)
     with pytest.raises(UsageError, match=r"holds more than 2 MiB, inner/weights.bin alone 3 MiB") as caught:
         packed(code, code / "store")
     assert "code_dir" in caught.value.remedy and caught.value.unchanged == "Nothing was started."
@@ -171,4 +172,4 @@ def test_code_that_no_process_uses_is_removed_after_a_while(code: Path, tmp_path
 )
 def test_processes_of_a_run_that_import_a_users_code_have_what_was_submitted(module: str) -> None:
     text = (Path(code_package.__file__).parent / f"{module.replace('.', '/')}.py").read_text()
-    assert re.search(r"\bplaced\((job|spec|self\._job), ", text)
+    assert re.search(r"\bplaced[(,] ?(job|spec|self\._job), ", text)

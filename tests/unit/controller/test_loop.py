@@ -24,7 +24,9 @@ class _Run:
         self.state.is_recovering = self.state.wants_restore = False
         self.answers, self.turns = 0, list[int]()
         self.turn_s = 0.0  # processor time that a decision takes
-        memory: Any = SimpleNamespace(state=self.state, compactor=Mock(is_due=lambda: False), data=None)
+        memory: Any = SimpleNamespace(
+            state=self.state, progress=SimpleNamespace(watermark=-1), compactor=Mock(is_due=lambda: False), data=None
+        )
         group: Any = Mock(is_quiet=lambda: False)
         self.group = group
         observer: Any = Mock(storage_trouble=lambda: None)
