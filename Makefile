@@ -21,15 +21,15 @@ demo: $(VENV)/run.stamp
 	$(BIN)/orchestrator demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 4 --dist worksteal tests/unit -m "not slow"
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
+	$(BIN)/pytest -n 8 --dist worksteal tests/unit -m "not slow"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
 test-emulated: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 2 --device emulated tests/unit
-	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/integration -m "not slow and not journey and not long_emulated"
+	$(BIN)/pytest -n 3 --device emulated tests/unit
+	$(BIN)/pytest -n 3 --dist loadfile --device emulated tests/integration -m "not slow and not journey and not long_emulated"
 
 journeys: $(VENV)/dev.stamp
-	$(BIN)/pytest tests/integration -m "journey and not slow"
+	$(BIN)/pytest -n 2 --dist load --maxschedchunk 1 tests/integration -m "journey and not slow"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest

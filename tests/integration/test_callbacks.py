@@ -15,7 +15,7 @@ from tests.support.control import PATIENCE_S, Cluster
 from tests.support.hosts import until
 from tests.support.simulated_services import simulated_parts
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.usefixtures("ray_cluster")]
 
 CODE = '''
 import json, os

@@ -8,7 +8,7 @@ from tests.chaos.checks import Checks
 from tests.chaos.schedule import PACES, schedule_of
 from tests.chaos.suite import run_chaos
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 SEED, NUM_FAULTS = 2, 5
 PATIENCE_S = 150.0

@@ -159,6 +159,7 @@ def test_where_no_run_was_stored_there_is_nothing_to_serve(alone: Here) -> None:
     assert "holds no mlflow.db" in alone("tracking", "ui", expect=2).stderr
 
 
+@pytest.mark.journey
 def test_logs_are_followed_to_the_end(here: Here) -> None:
     assert json.loads(here("submit", here.job("followed"), "-o", "json").stdout) == {"run_id": "followed"}
     watching = here.start("status", "followed", "--watch", "-o", "json")
@@ -187,6 +188,7 @@ def test_a_job_without_room_says_what_is_free(here: Here) -> None:
     assert not here.run_dir("large").exists()
 
 
+@pytest.mark.journey
 def test_run_in_the_foreground_uses_the_cluster_that_is_up(here: Here) -> None:
     grows = JOB["workers"] | {"schedule": [{"at_step": 4, "workers": 3}]}
     process = here.start("run", here.job("seen", workers=grows, envs={"SIM_STEP_S": "1.5"}))

@@ -21,7 +21,7 @@ from orchestrator.spec.labels import NODE_ID
 from tests.support.control import Cluster, another_node, drain, local_ray
 from tests.support.worker_processes import pid_of_actor
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.journey]
 
 SOON_S = 60.0
 
@@ -72,7 +72,6 @@ def test_ray_means_by_a_selector_what_we_do() -> None:
         remove_placement_group(group)
 
 
-@pytest.mark.journey
 def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
     on.submit("pooled", **_job({"pool": "a"}, autoscale={"policy": "available", "cooldown_s": 0}))
     on.until("pooled", lambda s: s.workers_now == 3)  # of six processors that are free
@@ -92,7 +91,6 @@ def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
         assert on.end_of(name).phase is RunPhase.STOPPED
 
 
-@pytest.mark.journey
 def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
     with pytest.raises(JobDoesNotFit) as told:
         on.submit("early", wait=True, **_job({"pool": "c"}))
@@ -106,7 +104,6 @@ def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
         on.end_of("early")
 
 
-@pytest.mark.journey
 def test_every_run_hears_of_a_drained_node_a_restarted_controller_too(on: Cluster) -> None:
     with another_node(2, pool="d"):
         for name in ("first", "second"):

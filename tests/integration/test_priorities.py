@@ -94,6 +94,7 @@ def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster
     on.assert_every_step_once("low", ended.step)
 
 
+@pytest.mark.journey
 def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
     """No run overtakes it, even with a controller that is slow to come. One that is stopped while it waits leaves
     nothing."""
