@@ -28,7 +28,7 @@ from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import key_to_resume, read_key
 from orchestrator.submission.by_url import refuse_by_url, submit_file
 from orchestrator.submission.cluster_access import ClusterAccess
-from orchestrator.submission.resume_request import find_run_dir, resume_request
+from orchestrator.submission.resume_request import code_of_now, find_run_dir, resume_request
 from orchestrator.submission.submission import check_job, order_of
 from orchestrator.submission.waiting import until_ended, when_there_is_room
 
@@ -190,6 +190,7 @@ class OrchestratorClient:
         reset_residuals: bool = False,
         take_over: bool = False,
         signing_key: str | None = None,
+        new_code: bool = False,
         timeout_s: float | None = None,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
@@ -206,9 +207,11 @@ class OrchestratorClient:
             take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
             signing_key: key that its records are signed with: `auto`, `file:PATH` or `env:NAME`, as in a job; None for
                 the one that this cluster or this machine's user has.
+            new_code: use the job's own code as it is on this machine now, in place of what the run has in its storage.
             timeout_s: don't queue the run: resume nothing if there is no room within this time.
 
         Raises:
+            EntrypointError: the new code can't be trained.
             NotFound: there is no such run, or no checkpoint of this step.
             CheckpointCorrupt: files of the checkpoint are missing or changed; the message names the one before.
             UsageError: the run is active, here or perhaps in another cluster, has done all its steps, may not have
@@ -220,8 +223,9 @@ class OrchestratorClient:
         refuse_by_url(self._cluster.port, "resume")
         run_dir = find_run_dir(run_id, storage, self.get)
         key = key_to_resume(run_dir, signing_key)
-        order = resume_request(run_dir, key, step, workers, reset_residuals)
-        how = {"take_over": take_over, "key": key, **options}
+        code, packages = code_of_now(run_dir, key) if new_code else (None, {})
+        order = resume_request(run_dir, key, step, workers, reset_residuals, code)
+        how = {"take_over": take_over, "key": key, "code": packages, **options}
         start = partial(self._cluster.ask, Scheduler.resume, run_id, str(run_dir), order, **how)
         return when_there_is_room(start, timeout_s, on_wait)
 

@@ -23,6 +23,7 @@ from orchestrator.storage.caller import Caller, call_here
 
 UNUSED_S = 86400.0 * 7
 _locks: dict[Path, int] = {}  # descriptors of the directories that this process uses
+_submitted: dict[str, str] = {}  # by directory here, the one that its files were sent from
 
 
 def package_name(digest: str) -> str:
@@ -41,7 +42,15 @@ def placed(job: JobSpec, run_dir: Location, caller: Caller = call_here) -> JobSp
         OrchestratorError: it can't be written here.
     """
     places = {old: str(unpacked(run_dir / package_name(digest), caller)) for old, digest in job.code.items()}
+    _submitted.update({place: old for old, place in places.items()})
     return with_code_dirs(job, lambda directory: places.get(directory, directory))
+
+
+def of_user(text: str) -> str:
+    """The text with the user's own directories in place of those where this process has their files."""
+    for place, directory in _submitted.items():
+        text = text.replace(place, directory)
+    return text
 
 
 def unpacked(package: Location, caller: Caller = call_here) -> Path:

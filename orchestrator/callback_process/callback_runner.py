@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator.callback import Callback, Json, Pause, Request, SaveCheckpoint, Scale, Step, Stop, made
 from orchestrator.callback_process.callback_position import Position, read_position, read_steps_after, store_position
 from orchestrator.cluster.published.published_keys import signer_in_cluster
-from orchestrator.code_package import placed
+from orchestrator.code_package import of_user, placed
 from orchestrator.errors import ClusterUnreachable, NotFinished, OrchestratorError
 from orchestrator.requirements import use_requirements
 from orchestrator.scheduler.scheduler import Scheduler
@@ -82,7 +82,7 @@ class _Called:
             return call()
         except (Exception, SystemExit) as error:
             log.error("callback %s: %s", self.name, "".join(traceback.format_exception(error)))
-            self._end(redacted(f"{what} raised {type(error).__name__}: {error}"))
+            self._end(of_user(redacted(f"{what} raised {type(error).__name__}: {error}")))
             return None
         finally:
             self.since_s = None

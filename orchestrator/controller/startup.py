@@ -97,7 +97,7 @@ def open_run(
         retry_until_written(lambda: run_inline(memory.decided(queued(memory.state, since_s), [])))
     if order is not None and memory.state.outcome is None:
         retry_until_written(lambda: note_resumed(objects, memory.term))
-    return run
+    return run if memory.code is None else replace(run, job=job.model_copy(update={"code": memory.code}))
 
 
 def _followed(run: Objects, kept: Objects | None, order: ResumeRequest | None) -> int | None:

@@ -47,7 +47,7 @@ def answers(request: Request) -> Iterator[Answer]:
     job = JobSpec.model_validate_json(objects_at(run_dir).get("job.json"))
     if job.has_own_code:
         use_requirements(job.pip)
-        job = placed(job, run_dir)
+        job = placed(job if request.code is None else job.model_copy(update={"code": request.code}), run_dir)
     tokenizer = TextTokenizer.load(run_dir / TOKENIZER) if job.has_tokens else None
     prepared = 0 if tokenizer is None else tokenizer.vocab_size
     if isinstance(request, Evaluation) and request.store_dir is not None and not job.has_tokens:

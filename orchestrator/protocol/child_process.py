@@ -97,6 +97,7 @@ class Evaluation:
         store_dir: the run's prepared data, of which `split` is read; None for another corpus.
         corpus, text_key: a whole source as in the job file; None for the run's store.
         max_rows: maximum number of rows of the job's length.
+        code: digests of the packages of the job's own code, by their directories; None: those of the job.
     """
 
     run_dir: str
@@ -106,6 +107,7 @@ class Evaluation:
     corpus: str | None = None
     text_key: str = "text"
     max_rows: int | None = None
+    code: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Export:
     """Request to write a model that transformers builds, as it saves it.
 
     Args:
-        run_dir, checkpoint: as in `Evaluation`.
+        run_dir, checkpoint, code: as in `Evaluation`.
         to: a directory that is there.
         dtype: fp32 or bf16.
         of_ema: the average of the weights in place of the weights.
@@ -146,6 +148,7 @@ class Export:
     to: str
     dtype: str
     of_ema: bool
+    code: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Generation:
     """Request for a continuation of a prompt.
 
     Args:
-        run_dir, checkpoint: as in `Evaluation`.
+        run_dir, checkpoint, code: as in `Evaluation`.
         max_tokens: maximum length of the continuation, which ends earlier at the end of the document.
         temperature: 0 for the likeliest token each time.
         top_k: sample from this many likeliest tokens; None for all.
@@ -175,6 +178,7 @@ class Generation:
     top_k: int | None
     top_p: float
     seed: int
+    code: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)

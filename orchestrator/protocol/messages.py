@@ -65,12 +65,14 @@ class ResumeRequest:
 
     `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None to keep the number
     that was wanted last. Unless its user named the checkpoint (`is_named`), it was the newest when it was chosen.
+    `code` has the digests of other packages of the job's own code, by their directories; None to keep those of before.
     """
 
     token: str
     restore: Restore | None
     workers: int | None = None
     is_named: bool = False
+    code: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)

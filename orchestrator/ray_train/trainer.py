@@ -167,7 +167,8 @@ class ElasticTrainer:
             if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
-        client.resume(name, storage=self._storage, take_over=self._take_over, signing_key=self.job.signing_key)
+        key, take_over = self.job.signing_key, self._take_over
+        client.resume(name, storage=self._storage, take_over=take_over, signing_key=key, new_code=True)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.code_package import placed
+from orchestrator.code_package import of_user, placed
 from orchestrator.data.bucket_store import node_stores, upload
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
@@ -17,7 +17,7 @@ from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import CONFIG
-from orchestrator.errors import DataNotWritten
+from orchestrator.errors import DataNotWritten, EntrypointError
 from orchestrator.requirements import use_requirements
 from orchestrator.run_records.prepared_data import PreparationProgress, PreparedData
 from orchestrator.secrets import take_secrets
@@ -75,6 +75,9 @@ class Preparation:
                     make_folders(run, run)  # else directories would be made where its file system isn't mounted
                 job = placed(job, run)
                 return (self._prepare_rows if job.has_rows else self._prepare_text)(job, run, place)
+            except EntrypointError as error:
+                error.message, error.traceback = of_user(error.message), of_user(error.traceback)
+                raise
             except (OSError, DataNotWritten) as error:
                 if call != self._num_calls:  # of a controller that is gone: its successor has called too
                     raise

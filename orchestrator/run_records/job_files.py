@@ -36,8 +36,7 @@ def write_job(location: Location, job_json: str, job_text: str, code: Mapping[st
         if found == job_json.encode():
             objects.delete([TEXT])  # of a submission that was cut off
             objects.create(TEXT, job_text.encode())
-            for digest, package in code.items():
-                objects.create(package_name(digest), package)
+            write_code(location, code)
     except (OSError, OrchestratorError) as error:
         remove_job(location, job_json)
         if isinstance(error, OrchestratorError):
@@ -47,6 +46,12 @@ def write_job(location: Location, job_json: str, job_text: str, code: Mapping[st
         raise NameTaken(
             f"{location} holds a run {location.name}", remedy="Choose another name.", unchanged="Nothing was started."
         )
+
+
+def write_code(location: Location, code: Mapping[str, bytes]) -> None:
+    """Store packages of a run's own code. Raises OSError."""
+    for digest, package in code.items():
+        objects_at(location).create(package_name(digest), package)
 
 
 def remove_job(location: Location, job_json: str) -> None:

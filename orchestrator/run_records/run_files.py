@@ -15,7 +15,7 @@ from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRe
 from orchestrator.run_records.checkpoints.search import choose, list_checkpoints
 from orchestrator.run_records.final_status import has_ended, read_status
 from orchestrator.run_records.job_files import has_job, read_job
-from orchestrator.run_records.run_history import RunHistory, read_entries, read_steps, user_events
+from orchestrator.run_records.run_history import RunHistory, read_code, read_entries, read_steps, user_events
 from orchestrator.run_records.run_logs import LogLine, log_reader
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
@@ -64,9 +64,10 @@ class RunFiles:
         )
 
     def job(self) -> JobSpec:
-        """The run's job, with every path absolute."""
+        """The run's job, with every path absolute, and the code that it uses now."""
         with reading(self.run_dir):
-            return read_job(self.run_dir)
+            job = read_job(self.run_dir)
+            return job.model_copy(update={"code": read_code(self.run_dir, job)})
 
     def status(self) -> RunStatus:
         """The run's final status; until it has ended, the status from its journal."""

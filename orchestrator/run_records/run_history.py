@@ -29,6 +29,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData
 from orchestrator.run_records.rollback import progress_up_to
+from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.signing_keys import run_objects
 from orchestrator.storage.chain import BEGINNING, damaged
@@ -62,6 +63,7 @@ class StoredHistory:
     troubles: Troubles
     resumed_by: str
     job_sha256: str
+    code: dict[str, str] | None
     storage: StorageCondition
     checkpoints: CheckpointRecords
 
@@ -92,6 +94,7 @@ class RunHistory:
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
         self.job_sha256 = ""  # digest of the job's file, as it was submitted
+        self.code: dict[str, str] | None = None  # digests of the job's own code; None: as it was submitted
         self.storage = StorageCondition.WELL  # by the newest event
         self.checkpoints = CheckpointRecords()
         self.compacted = -1  # number of the newest journal entry that a state included when it was read
@@ -120,7 +123,7 @@ class RunHistory:
         self.counts = Counter({_type_of(kind): count for kind, count in found.counts.items()})
         self.numerics, self.differing, self.first_steps = found.numerics, found.differing, found.first_steps
         self.saturated, self.troubles = set(found.saturated), found.troubles
-        self.resumed_by, self.job_sha256 = found.resumed_by, found.job_sha256
+        self.resumed_by, self.job_sha256, self.code = found.resumed_by, found.job_sha256, found.code
         self.storage, self.checkpoints = found.storage, found.checkpoints
 
     def stored(self) -> bytes:
@@ -139,6 +142,7 @@ class RunHistory:
             troubles=self.troubles,
             resumed_by=self.resumed_by,
             job_sha256=self.job_sha256,
+            code=self.code,
             storage=self.storage,
             checkpoints=self.checkpoints,
         )
@@ -190,7 +194,7 @@ class RunHistory:
 
     def _go_back(self, event: Resumed, progress: Progress) -> None:
         """Take back progress after the checkpoint that the run resumed from: those steps are repeated."""
-        self.resumed_by = event.token
+        self.resumed_by, self.code = event.token, event.code or self.code
         self.times.pop(Ended, None)
         self.progress = progress
         self.first_steps = {w: step for w, step in self.first_steps.items() if step <= self.progress.watermark}
@@ -223,6 +227,13 @@ def read_entries(
 ) -> list[JournalEntry]:
     """All that `entries_after` reads."""
     return list(entries_after(run_dir, after, only, leave_out))
+
+
+def read_code(run_dir: Location, job: JobSpec) -> dict[str, str]:
+    """Digests of the packages of the job's own code that the run uses now, by their directories."""
+    found = read_entries(run_dir, only=(Resumed,)) if job.code else []
+    given = [entry.event.code for entry in found if isinstance(entry.event, Resumed) and entry.event.code]
+    return given[-1] if given else job.code
 
 
 def read_steps(run_dir: Location) -> list[StepRecord]:

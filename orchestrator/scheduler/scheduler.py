@@ -22,7 +22,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.job_files import NO_CODE, remove_job, write_job
+from orchestrator.run_records.job_files import NO_CODE, remove_job, write_code, write_job
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -124,6 +124,7 @@ class Scheduler:
         parts: ActorClasses | None = None,
         take_over: bool = False,
         key: SigningKey | None = None,
+        code: Mapping[str, bytes] = NO_CODE,
     ) -> str:
         """Start a controller again for a run that has ended, or has lost its cluster.
 
@@ -132,6 +133,7 @@ class Scheduler:
             wait: accept the run even if it has to wait for room.
             take_over: even if another cluster has written its journal of late, which then lets go of the run.
             key: with which its records are signed; None: they aren't.
+            code: packages of the code that `order` names, by their digests.
 
         Raises:
             NotFound: the directory holds no run.
@@ -148,6 +150,9 @@ class Scheduler:
             )
             with self._submitting:
                 check_admissible(run, None if wait else self._autoscaler)
+            if code:
+                limit_s = WRITE_S + sum(map(len, code.values())) / BYTES_PER_S
+                self._storage.call(directory.parent, limit_s, partial(write_code, directory, code))
             publish_key(directory, key)
             self._start_controller(run, run_dir, limits, parts, order)
         log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)

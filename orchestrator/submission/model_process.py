@@ -8,6 +8,7 @@ Needs run storage, no cluster.
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def ask_model(request: Request) -> Iterator[Answer]:
     Raises:
         OrchestratorError: the error of the process, of the same class.
     """
+    request = replace(request, code=RunFiles(location_of(request.run_dir)).job().code)
     with TorchProcess(MODULE, MODEL_LINES) as process:
         with suppress(OSError):  # it has ended: its exit code shows why
             process.send(request)

@@ -11,6 +11,7 @@ from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.storage.backends.signed_objects import SigningKey
+from orchestrator.submission.user_code import check_own_code, with_packages
 
 
 def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Callable[[str], RunStatus]) -> Location:
@@ -27,8 +28,29 @@ def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Calla
             raise error from None
 
 
+def code_of_now(run_dir: Location, key: SigningKey | None) -> tuple[dict[str, str] | None, dict[str, bytes]]:
+    """Digests of the run's own code as it is on this machine now, by directories, and its packages by their digests.
+    None if it is the one that the run uses already.
+
+    Raises:
+        EntrypointError: it can't be trained, or isn't here.
+        UsageError: it can't be sent.
+    """
+    before = RunFiles(run_dir, key).job()
+    job, packages = with_packages(before)
+    if job.code == before.code:
+        return None, {}
+    check_own_code(job, packages)
+    return job.code, packages
+
+
 def resume_request(
-    run_dir: Location, key: SigningKey | None, step: int | None, workers: int | None, reset_residuals: bool
+    run_dir: Location,
+    key: SigningKey | None,
+    step: int | None,
+    workers: int | None,
+    reset_residuals: bool,
+    code: dict[str, str] | None = None,
 ) -> ResumeRequest:
     """Request to resume from the checkpoint of `step` or the newest, digests checked; without any, from the beginning.
 
@@ -45,4 +67,4 @@ def resume_request(
     if path is not None:
         record = next(record for record in files.named_checkpoints() if record.name == path.name)
         restore = Restore(record.step, str(path), reset_residuals, record.sha256)
-    return ResumeRequest(uuid.uuid4().hex, restore, workers, is_named=step is not None)
+    return ResumeRequest(uuid.uuid4().hex, restore, workers, is_named=step is not None, code=code)

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.code_package import placed
+from orchestrator.code_package import of_user, placed
 from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
@@ -109,7 +109,7 @@ class Worker:
         report = self._mailbox.report(after_step, known_version, timeout_s, published)
         self._heard()
         if (error := report.health.error) is not None:
-            message, traceback = redacted(error.message), redacted(error.traceback)
+            message, traceback = of_user(redacted(error.message)), of_user(redacted(error.traceback))
             report = changed(report, error=replace(error, message=message, traceback=traceback))
         return changed(report, rss_bytes=self._process.memory_info().rss, collective=collective_stats.entered())
 

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator import code_archive, code_package
 from orchestrator.code_archive import packed, unpack
-from orchestrator.code_package import UNUSED_S, package_name, placed
+from orchestrator.code_package import UNUSED_S, of_user, package_name, placed
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.section import with_code_dirs
@@ -110,6 +110,7 @@ def test_a_node_gets_the_code_of_every_section_once(
     (there,) = set(_directories(jobs[0]))
     assert [_directories(each) for each in jobs] == [[there] * 5] * 4
     assert (Path(there) / "mine.py").read_text() == "# mine.py\n"
+    assert of_user(f"{there}/mine.py:3") == f"{next(iter(job.code))}/mine.py:3"
     assert [path.name for path in (home / "code").iterdir()] == [*job.code.values()]
     objects_at(location).delete([package_name(*job.code.values())])
     assert placed(job, location) == jobs[0] == placed(jobs[0], location)

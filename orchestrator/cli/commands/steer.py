@@ -81,6 +81,10 @@ def resume(
         bool,
         typer.Option("--take-over", help="Even if it may be going on in another cluster, which then lets go of it."),
     ] = False,
+    new_code: Annotated[
+        bool,
+        typer.Option("--new-code", help="Use the job's own code as it is here now. Default: as it was submitted."),
+    ] = False,
     key_file: KeyFile = None,
     storage: Annotated[
         str | None,
@@ -101,6 +105,7 @@ def resume(
         reset_residuals=reset_residuals,
         take_over=take_over,
         signing_key=None if key_file is None else f"file:{key_file.absolute()}",
+        new_code=new_code,
         timeout_s=timeout,
         on_wait=narrate_wait,
     )

@@ -30,6 +30,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         checkpoint=order.restore.path if order.restore else None,
         workers=workers,
         residuals="left behind" if order.restore and order.restore.reset_residuals else None,
+        code=order.code,
     )
     target = replace(
         state.target,

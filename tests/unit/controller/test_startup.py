@@ -19,6 +19,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.final_status import has_ended
 from orchestrator.run_records.job_files import write_job
 from orchestrator.run_records.run_files import RunFiles
+from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, location_of, objects_at
@@ -70,6 +71,21 @@ def test_a_run_begins_is_restarted_ends_and_is_resumed(run_dir: Location) -> Non
     assert [event["kind"] for event in RunFiles(run_dir).events()] == ["resumed"]
     assert "job.json" in objects_at(run_dir).names("")
     process.close()
+
+
+def test_other_code_that_a_run_was_resumed_with_stays_its_code(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "demo"
+    write_job(run_dir, JOB.model_dump_json(by_alias=True), "")
+    run_inline(open_run("demo", run_dir, None, None).memory.conclude("{}"))
+    code = {"/home/user/code": "0" * 64}
+    resumed = open_run("demo", run_dir, ResumeRequest("mended", None, code=code), None)
+    assert resumed.job == JOB.model_copy(update={"code": code})
+    run_inline(resumed.memory.conclude("{}"))
+    again = open_run("demo", run_dir, ResumeRequest("again", None), None)
+    assert again.job.code == code and again.memory.code == code
+    other = RunHistory(run_dir, again.limits, is_read=False)
+    other.restore(again.memory.stored())
+    assert other.code == code
 
 
 KILLED_IN_A_WRITE = """
