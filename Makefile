@@ -21,7 +21,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/orchestrator demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 8 --dist worksteal tests/unit -m "not slow"
+	$(BIN)/pytest -n 4 --dist worksteal tests/unit -m "not slow"
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
 test-emulated: $(VENV)/dev.stamp

@@ -173,4 +173,4 @@ def test_code_that_no_process_uses_is_removed_after_a_while(code: Path, tmp_path
 )
 def test_processes_of_a_run_that_import_a_users_code_have_what_was_submitted(module: str) -> None:
     text = (Path(code_package.__file__).parent / f"{module.replace('.', '/')}.py").read_text()
-    assert re.search(r"\bplaced[(,] ?(job|spec|self\._job), ", text)
+    assert re.search(r"\bplaced[(,] ?(job|spec|self\._job)[, ]", text)
