@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
 def test_a_process_that_dies_says_what_it_said(run_dir: Path, tmp_path: Path) -> None:
     with CheckpointReader(run_dir / "checkpoints" / CHECKPOINT) as reader:
         reader.verify()
+    shutil.copy(run_dir / "job.json", tmp_path)  # and nothing else of the run
     with pytest.raises(OrchestratorError, match=r"(?s)ended by itself \(1\).*FileNotFoundError"):
         list(ask_model(Evaluation(str(tmp_path), "no checkpoint", "no store")))
 
