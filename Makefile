@@ -25,8 +25,8 @@ test: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/integration -m "not slow and not journey"
 
 test-emulated: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 3 --device emulated tests/unit
-	$(BIN)/pytest -n 3 --dist loadfile --device emulated tests/integration -m "not slow and not journey and not long_emulated"
+	$(BIN)/pytest -n 2 --device emulated tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/integration -m "not slow and not journey and not long_emulated"
 
 journeys: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder tests/integration -m "journey and not slow"

@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -46,9 +47,13 @@ def placed(job: JobSpec, run_dir: Location, caller: Caller = call_here) -> JobSp
     return with_code_dirs(job, lambda directory: places.get(directory, directory))
 
 
-def of_user(text: str) -> str:
-    """The text with the user's own directories in place of those where this process has their files."""
-    for place, directory in _submitted.items():
+def of_user(text: str, submitted: Mapping[str, str] = _submitted) -> str:
+    """The text with the user's own directories in place of those with their files.
+
+    Args:
+        submitted: the former by the latter; by default those of this process.
+    """
+    for place, directory in submitted.items():
         text = text.replace(place, directory)
     return text
 

@@ -168,7 +168,10 @@ class ElasticTrainer:
                 log.info("run %s is going on, and is followed", name)
                 return
         key, take_over = self.job.signing_key, self._take_over
-        client.resume(name, storage=self._storage, take_over=take_over, signing_key=key, new_code=True)
+        has_code = all(
+            Path(directory).is_dir() for directory in RunFiles(self.run_dir, read_key(key) if key else None).job().code
+        )
+        client.resume(name, storage=self._storage, take_over=take_over, signing_key=key, new_code=has_code)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:

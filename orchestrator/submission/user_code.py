@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from orchestrator.code_archive import packed, unpack
+from orchestrator.code_package import of_user
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.requirements import installed
 from orchestrator.secrets import read_secret, without
@@ -89,11 +90,12 @@ def check_places(job: JobSpec) -> None:
 
 def _rehearse(job: JobSpec, packages: Mapping[str, bytes]) -> None:
     secrets, missing = _secrets_here(job)
-    of_user = [f"{key} {name}" for key, name, _ in own_code_of(job) if key != "curriculum.signal"]
-    named = ", ".join(of_user or [f"the model of {job.model.origin}"])
+    own = [f"{key} {name}" for key, name, _ in own_code_of(job) if key != "curriculum.signal"]
+    named = ", ".join(own or [f"the model of {job.model.origin}"])
     try:
         with TemporaryDirectory(prefix="orchestrator-code-") as above:
             places = {directory: f"{Path(above).resolve()}/{digest}" for directory, digest in job.code.items()}
+            submitted = {place: directory for directory, place in places.items()}
             for digest, package in packages.items():
                 unpack(package, Path(above, digest))
             here = with_code_dirs(job, places.__getitem__).model_dump_json(by_alias=True)
@@ -107,22 +109,15 @@ def _rehearse(job: JobSpec, packages: Mapping[str, bytes]) -> None:
     if done.returncode != 0:
         raise EntrypointError(
             f"the process that tried {named} ended with code {done.returncode}",
-            traceback=_of_user(without(done.stderr, secrets.values()), places),
+            traceback=of_user(without(done.stderr, secrets.values()), submitted),
             unchanged=UNCHANGED,
         )
     fault: dict[str, str] | None = json.loads(done.stdout)
     if fault is not None:
-        fields = {key: _of_user(without(text, secrets.values()), places) for key, text in fault.items()}
+        fields = {key: of_user(without(text, secrets.values()), submitted) for key, text in fault.items()}
         if missing:
             fields["remedy"] += f" The job's secrets that are not on this machine were not set: {', '.join(missing)}."
         raise EntrypointError(**fields, unchanged=UNCHANGED)
-
-
-def _of_user(text: str, places: Mapping[str, str]) -> str:
-    """The text with the user's own directories in place of those where their packages were tried."""
-    for directory, place in places.items():
-        text = text.replace(place, directory)
-    return text
 
 
 def _secrets_here(job: JobSpec) -> tuple[dict[str, str], list[str]]:

@@ -167,14 +167,14 @@ def test_logs_are_followed_to_the_end(here: Here) -> None:
         here.start(*command, "--storage", "runs", "-o", "json")
         for command in (("events", "followed", "-f"), ("logs", "followed", "-f"), ("status", "followed", "--watch"))
     ]
-    told = here("events", "followed", "-f", "-o", "json").stdout.splitlines()
-    assert [json.loads(line)["kind"] for line in told][:: len(told) - 1] == ["submitted", "ended"]
+    happened = here("events", "followed", "-f", "-o", "json").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in happened][:: len(happened) - 1] == ["submitted", "ended"]
     watched = [json.loads(line) for line in watching.communicate(timeout=PATIENCE_S)[0].splitlines()]
     assert watched[-1]["phase"] == "succeeded" and watched[-1]["step"] == 40
     lines = here("logs", "followed", "-f").stdout.splitlines()
     assert "succeeded" in lines[-1]
     events, logs, seen = (process.communicate(timeout=PATIENCE_S)[0].splitlines() for process in reading)
-    assert events == told and json.loads(seen[-1]) == watched[-1]
+    assert events == happened and json.loads(seen[-1]) == watched[-1]
     assert {json.loads(line)["source"] for line in logs} == {line.split()[2] for line in lines}
     assert lines == sorted(lines, key=lambda line: line[:23])
 

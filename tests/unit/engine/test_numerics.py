@@ -15,10 +15,10 @@ CPU = torch.device("cpu")
 
 
 def test_the_same_machine_tells_the_same() -> None:
-    told = json.loads(fingerprint(CPU))
-    assert told == json.loads(fingerprint(CPU))
-    assert set(told) == {"orchestrator", "torch", "deepspeed", "mkl", "processor", "instructions", "threads"}
-    assert json.loads(fingerprint(CPU, code={"/two": "b2", "/one": "a1"})) == told | {"code": "a1, b2"}
+    found = json.loads(fingerprint(CPU))
+    assert found == json.loads(fingerprint(CPU))
+    assert set(found) == {"orchestrator", "torch", "deepspeed", "mkl", "processor", "instructions", "threads"}
+    assert json.loads(fingerprint(CPU, code={"/two": "b2", "/one": "a1"})) == found | {"code": "a1, b2"}
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="it has no more than that")
