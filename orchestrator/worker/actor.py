@@ -154,7 +154,7 @@ class Worker:
         if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
             rehearse(spec, factory.vocab_size, factory.task, device, feed.rows_to_try())
         warm_up(spec, factory.vocab_size, device, factory.address)
-        memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None
+        memory = ReservedMemory(factory.planned_memory(), factory.snapshot_memory) if device.type == "cpu" else None
         self._trainer = Trainer(self._mailbox, factory, feed, self._caller)
         self._mailbox.publish(phase=Phase.STANDBY)
         if memory is not None:

@@ -96,7 +96,7 @@ def _memory_of(worker: Any) -> Memory:
     from orchestrator.worker.step.memory_probe import allocated_bytes
 
     gc.collect()
-    kept = worker._trainer._rescaler._factory._snapshot_memory.held_bytes
+    kept = worker._trainer._rescaler._factory.snapshot_memory.held_bytes
     return Memory(allocated_bytes(torch.device("cpu")), kept)
 
 

@@ -88,6 +88,11 @@ class MemoryPlan:
         return self.state + self.fence + self.snapshots + self.deltas + self.process
 
     @property
+    def work(self) -> int:
+        """Memory for an engine and what it computes, or for a second shard."""
+        return max(self.engine + (self.activations or 0) + (self.loss or 0), self.state + self.fence)
+
+    @property
     def after_fence(self) -> int:
         """Memory at the first step of a new world: its first whole snapshots are taken, and the old world's stay until
         they are acknowledged. All others reuse the old world's buffers (`orchestrator.state.buffers`)."""

@@ -104,6 +104,7 @@ class ShardFactory:
     Attributes:
         task: of the run.
         vocab_size: rows of the model's last matrix; for text at least the tokenizer's tokens.
+        snapshot_memory: of all generations, but for what a GPU's memory is copied to.
     """
 
     def __init__(self, me: str, job: WorkerJob, spec: JobSpec, device: torch.device) -> None:
@@ -113,7 +114,7 @@ class ShardFactory:
         self.params: Sequence[ParamSpec]
         self.params, self.buffers = catalogue(spec.model, self.vocab_size)
         self.tensors = inventory(self.params, spec, self.buffers)
-        self._snapshot_memory = Buffers()
+        self.snapshot_memory = Buffers()
 
     def layout(self, world: World, placement: ExpertPlacement) -> StateLayout:
         """Which rank holds which state in a world; every worker computes the same."""
@@ -135,7 +136,7 @@ class ShardFactory:
         if not plan.buddies:
             return None
         rank = plan.world.rank_of(self.me)
-        self._snapshot_memory.drop_idle()
+        self.snapshot_memory.drop_idle()
         own = self._snapshots(plan, rank, shared_only=False)
         kept = [self._snapshots(plan, ring.index(rank), shared_only=True) for ring in plan.rings]
         met = meet_buddies(store, plan, rank, self.address)
@@ -147,7 +148,7 @@ class ShardFactory:
         self, store: Store, plan: GenerationPlan, keeper: Keeper, new_records: NewRecords
     ) -> SnapshotReplicator:
         """Connect the only member of a generation to its keeper. Collective over both."""
-        self._snapshot_memory.drop_idle()
+        self.snapshot_memory.drop_idle()
         own = self._snapshots(plan, 0, shared_only=False)
         streams = [meet_keeper(store, keeper.store_prefix)]
         sender = SnapshotSender(own, streams, self._whole_every, new_records, self.device)
@@ -157,7 +158,7 @@ class ShardFactory:
         self, store: Store, plan: GenerationPlan, keeper: Keeper, is_wanted: Callable[[], bool], records: KeepRecords
     ) -> SnapshotReceiver:
         """Connect this worker, the keeper, to the only member of a generation. Collective over both."""
-        self._snapshot_memory.drop_idle()
+        self.snapshot_memory.drop_idle()
         kept = self._snapshots(plan, 0, shared_only=True)
         return SnapshotReceiver(kept, meet_member(store, keeper.store_prefix, self.address, is_wanted), records)
 
@@ -170,7 +171,7 @@ class ShardFactory:
             self._whole_every,
             Replayer(self.spec.train, self.params, self.device),
             pinned=self.device.type == "cuda" and not shared_only,
-            buffers=self._snapshot_memory,
+            buffers=self.snapshot_memory,
         )
 
     @property

@@ -40,6 +40,11 @@ class SnapshotReplicator:
             store.add(receiver.kept)
             receiver.start()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all snapshots, once a worker has all that it may have."""
+        return self.sender.own.num_bytes() + sum(receiver.kept.num_bytes() for receiver in self._receivers)
+
     def cost_s(self) -> float:
         """Seconds that snapshots have cost training so far: its waits and, where training needs the same processors,
         the work of the threads."""

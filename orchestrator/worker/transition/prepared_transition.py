@@ -18,7 +18,7 @@ from orchestrator.policy.estimate.worker_memory import bytes_by_part
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
-from orchestrator.worker.transition.reserved_memory import reserve
+from orchestrator.worker.transition.reserved_memory import reserve, reserve_buffers
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,7 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     # Where micro-batches grow until they fill the memory, none is left, and a micro-batch's use is being measured.
     if factory.device.type == "cpu" and not factory.spec.train.fits_memory:
         reserve(sizes)
+        if protection is not None:
+            reserve_buffers(protection.num_bytes, factory.snapshot_memory)
     replicated = frozenset(name for name, tensor in old.tensors.items() if tensor.sharing is Sharing.REPLICATED)
     return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated, sum(sizes))

@@ -5,7 +5,6 @@ it needs more than the process ever had, or in larger pieces. In that case a vir
 per GB, as its host has to find the pages first.
 """
 
-import ctypes
 import mmap
 import os
 import threading
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.policy.estimate.worker_memory import MemoryPlan
+from orchestrator.state.buffers import Buffers, populate
 from orchestrator.worker.step.memory_probe import room
 
-MADV_POPULATE_WRITE = 23  # Linux 5.14: populates pages as a write would, and keeps their content
 PIECE = 1 << 22  # bytes populated by one call
 # Added to what is reserved: malloc needs a larger hole for an aligned block, and cuts small blocks off holes.
 ROOM_TO_ALIGN = mmap.PAGESIZE
@@ -32,13 +31,15 @@ class ReservedMemory:
 
     Args:
         planned: memory plan of the worker's world, as `orchestrator job plan` shows it.
+        buffers: for snapshots.
     """
 
-    def __init__(self, planned: MemoryPlan) -> None:
+    def __init__(self, planned: MemoryPlan, buffers: Buffers) -> None:
         first = torch.empty(planned.engine, dtype=torch.uint8)
-        later = torch.empty(planned.peak - planned.process - planned.engine, dtype=torch.uint8)  # behind it
+        later = torch.empty(planned.work - planned.engine, dtype=torch.uint8)  # behind it
         first.fill_(1)
         self._pieces = _pieces(later)
+        self._buffers, self._for_snapshots = buffers, planned.snapshots + planned.deltas
 
     def populate_the_rest(self) -> None:
         """Populate the remaining memory in a background thread."""
@@ -47,7 +48,16 @@ class ReservedMemory:
     def _populate(self) -> None:
         with suppress(AttributeError, OSError):  # of this thread alone; Linux only
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        _populate(self._pieces)
+        populate(self._pieces)
+        self._buffers.populate(self._for_snapshots)
+
+
+def reserve_buffers(num_bytes: int, buffers: Buffers) -> None:
+    """Have so many bytes for snapshots, lent ones included. Does nothing where the machine or the control group has
+    less than that left."""
+    there = room(torch.device("cpu"))
+    if num_bytes - buffers.held_bytes <= there.limit_bytes - there.used_bytes:
+        buffers.populate(num_bytes)
 
 
 def reserve(sizes: Iterable[int]) -> None:
@@ -63,7 +73,7 @@ def reserve(sizes: Iterable[int]) -> None:
         return
     blocks = [torch.empty(size, dtype=torch.uint8) for size in wanted]
     for block in blocks:
-        _populate(_pieces(block))
+        populate(_pieces(block))
 
 
 def _pieces(block: Tensor) -> range:
@@ -71,11 +81,3 @@ def _pieces(block: Tensor) -> range:
     page = mmap.PAGESIZE
     begin = -(-block.data_ptr() // page) * page
     return range(begin, max(begin, (block.data_ptr() + len(block)) // page * page), PIECE)
-
-
-def _populate(pieces: range) -> None:
-    libc = ctypes.CDLL(None)
-    for begin in pieces:
-        size = min(PIECE, pieces.stop - begin)
-        if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
-            return  # an older kernel: pages are cleared at their first use
