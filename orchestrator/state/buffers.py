@@ -157,7 +157,6 @@ def _c_library() -> ctypes.CDLL:
 
 
 _LIBC = _c_library()
-_MOVES = sys.platform == "linux"  # elsewhere a buffer is only used again as a whole
 
 
 def _mapped(size: int, access: int = _READ_WRITE) -> int:
@@ -183,3 +182,20 @@ def _move(address: int, size: int, to: int) -> None:
     arguments = (ctypes.c_void_p(address), *(ctypes.c_size_t(size),) * 2, ctypes.c_int(_MAYMOVE_FIXED))
     if _LIBC.mremap(*arguments, ctypes.c_void_p(to)) == _FAILED:
         raise MemoryError(f"mremap of {size} bytes at {address:#x}: {os.strerror(ctypes.get_errno())}")
+
+
+def _can_move() -> bool:
+    if sys.platform != "linux":
+        return False
+    piece, place = _mapped(PIECE), _mapped(PIECE, _PROT_NONE)
+    try:
+        _move(piece, PIECE, place)
+    except MemoryError:
+        _unmap(piece, PIECE)
+        return False
+    finally:
+        _unmap(place, PIECE)
+    return True
+
+
+_MOVES = _can_move()  # otherwise a buffer is used again as a whole only

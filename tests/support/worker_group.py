@@ -84,7 +84,7 @@ def _serve(pipe: Connection, env: dict[str, str], device: str, is_shared: bool) 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a worker's process has in use, and what of it is kept for snapshots, in bytes."""
+    """Bytes that a worker's process has in use, and those that it keeps for snapshots beside them."""
 
     allocated: int
     kept_for_snapshots: int
