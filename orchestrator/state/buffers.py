@@ -75,6 +75,12 @@ class Buffers:
             with self._changing:
                 self._free.append(span)
 
+    @property
+    def lent_bytes(self) -> int:
+        with self._changing:
+            self._collect()
+            return self.held_bytes - self._free_bytes()
+
     def drop_idle(self) -> None:
         """Return to the system what was free all the time since the last call, as after a larger world, but nothing of
         what `populate` is to hold."""

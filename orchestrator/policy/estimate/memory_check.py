@@ -79,12 +79,12 @@ def crowding(job: JobSpec, plan: JobPlan, node_bytes: int) -> str:
 def _parts(memory: MemoryPlan) -> str:
     """Parts of the peak. Gradients, activations and loss are freed where a second shard is held."""
     state = {part: getattr(memory, part) for part in ("weights", "masters", "moments", "buffers")}
-    if memory.at_fence == memory.peak:
+    if memory.at_fence == memory.heap:
         rest = {"a second shard at a fence": memory.fence}
     else:
         rest = {part: getattr(memory, part) for part in ("gradients", "activations", "loss")}
-        rest["the first snapshots of a second world"] = memory.first_snapshots
     rest |= {
+        "the first snapshots of a second world": memory.first_snapshots,
         "its own snapshots and its protected rank's": memory.snapshots,
         "gradients of the steps between two of them": memory.deltas,
     }

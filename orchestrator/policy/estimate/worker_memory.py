@@ -79,33 +79,33 @@ class MemoryPlan:
 
     @property
     def training(self) -> int:
-        work = (self.activations or 0) + (self.loss or 0)
-        return self.engine + work + self.snapshots + self.deltas + self.process
+        return self.computing + self.snapshots + self.deltas + self.process
+
+    @property
+    def computing(self) -> int:
+        """An engine and what a step of it computes."""
+        return self.engine + (self.activations or 0) + (self.loss or 0)
 
     @property
     def at_fence(self) -> int:
-        """Memory at a fence: without activations, loss and gradients, with a second shard."""
-        return self.state + self.fence + self.snapshots + self.deltas + self.process
+        """A shard without gradients, and a second one."""
+        return self.state + self.fence
 
     @property
-    def work(self) -> int:
-        """Memory for an engine and what it computes, or for a second shard."""
-        return max(self.engine + (self.activations or 0) + (self.loss or 0), self.state + self.fence)
-
-    @property
-    def after_fence(self) -> int:
-        """Memory at the first step of a new world: its first whole snapshots are taken, and the old world's stay until
-        they are acknowledged. All others reuse the old world's buffers (`orchestrator.state.buffers`)."""
-        return self.training + self.first_snapshots
+    def heap(self) -> int:
+        """What a step or a fence takes, whichever is more. Snapshots have memory of their own."""
+        return max(self.computing, self.at_fence)
 
     @property
     def first_snapshots(self) -> int:
-        """One whole snapshot of its own, and one of each protected rank's."""
+        """One whole snapshot of its own, and one of each protected rank's: a new world's first ones, while the old
+        world's stay until these are acknowledged. All others reuse the old world's memory
+        (`orchestrator.state.buffers`)."""
         return self.snapshots // 2
 
     @property
     def peak(self) -> int:
-        return max(self.at_fence, self.after_fence)
+        return self.heap + self.snapshots + self.deltas + self.first_snapshots + self.process
 
 
 def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:

@@ -41,9 +41,10 @@ class SnapshotReplicator:
             receiver.start()
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all snapshots, once a worker has all that it may have."""
-        return self.sender.own.num_bytes() + sum(receiver.kept.num_bytes() for receiver in self._receivers)
+    def first_bytes(self) -> int:
+        """Bytes of the first snapshots, which are whole."""
+        kept = sum(receiver.kept.shared_bytes(whole=True) for receiver in self._receivers)
+        return self.sender.own.copied_bytes(whole=True) + kept
 
     def cost_s(self) -> float:
         """Seconds that snapshots have cost training so far: its waits and, where training needs the same processors,

@@ -89,6 +89,6 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     if factory.device.type == "cpu" and not factory.spec.train.fits_memory:
         reserve(sizes)
         if protection is not None:
-            reserve_buffers(protection.num_bytes, factory.snapshot_memory)
+            reserve_buffers(protection.first_bytes, factory.snapshot_memory)
     replicated = frozenset(name for name, tensor in old.tensors.items() if tensor.sharing is Sharing.REPLICATED)
     return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated, sum(sizes))

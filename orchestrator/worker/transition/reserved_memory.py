@@ -36,10 +36,10 @@ class ReservedMemory:
 
     def __init__(self, planned: MemoryPlan, buffers: Buffers) -> None:
         first = torch.empty(planned.engine, dtype=torch.uint8)
-        later = torch.empty(planned.work - planned.engine, dtype=torch.uint8)  # behind it
+        later = torch.empty(planned.heap - planned.engine, dtype=torch.uint8)  # behind it
         first.fill_(1)
         self._pieces = _pieces(later)
-        self._buffers, self._for_snapshots = buffers, planned.snapshots + planned.deltas
+        self._buffers, self._for_snapshots = buffers, planned.peak - planned.process - planned.heap
 
     def populate_the_rest(self) -> None:
         """Populate the remaining memory in a background thread."""
@@ -53,11 +53,11 @@ class ReservedMemory:
 
 
 def reserve_buffers(num_bytes: int, buffers: Buffers) -> None:
-    """Have so many bytes for snapshots, lent ones included. Does nothing where the machine or the control group has
-    less than that left."""
+    """Have so many free bytes for snapshots. Does nothing where the machine or the control group has less than that
+    left."""
     there = room(torch.device("cpu"))
-    if num_bytes - buffers.held_bytes <= there.limit_bytes - there.used_bytes:
-        buffers.populate(num_bytes)
+    if num_bytes <= there.limit_bytes - there.used_bytes:
+        buffers.populate(buffers.lent_bytes + num_bytes)
 
 
 def reserve(sizes: Iterable[int]) -> None:
