@@ -68,7 +68,7 @@ def test_the_amount_that_is_named_is_enough() -> None:
 
 def test_a_size_that_fits_is_named() -> None:
     refusal = _refusal(*_job("6GB"))
-    assert "set workers.min to 3, for 4.83 GB" in refusal.remedy
+    assert "set workers.min to 3, for 5.19 GB" in refusal.remedy
     check_memory(*_job("6GB", workers="3..5"))
 
 
@@ -82,7 +82,7 @@ def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:
     check_memory(job, plan)
     needed = max(world.world_size * world.memory.peak for world in plan.worlds)
     assert crowding(job, plan, needed) == ""
-    assert "3 workers need 14.48 GB, and this machine has 14.48 GB" in crowding(job, plan, needed - 1)
+    assert "3 workers need 15.56 GB, and this machine has 15.56 GB" in crowding(job, plan, needed - 1)
     assert crowding(*_job("1GB"), GIB) == ""
 
 
