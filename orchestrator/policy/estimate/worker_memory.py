@@ -199,7 +199,8 @@ def _bytes_by_origin(layout: StateLayout, rank: int) -> Counter[tuple[Origin, bo
 def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
     """Bytes of two whole snapshots of a rank's own and two of the largest protected ranks possible, and of deltas. A
     lone rank protects none, and takes snapshots only beside a standby."""
-    if job.protection.interval is None or (layout.world.size < 2 and not job.workers.standby):
+    stand_by = job.workers.standby or job.workers.schedule  # those of a scheduled growth are kept warm for it
+    if job.protection.interval is None or (layout.world.size < 2 and not stand_by):
         return 0, 0
     every = job.protection.whole_every(job.recovery.whole_every)
     ranks, copies = range(layout.world.size), job.protection.copies
