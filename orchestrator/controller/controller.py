@@ -41,7 +41,7 @@ from orchestrator.controller.requests import PATIENCE_S, PendingRequests, member
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, let_go
+from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, remove_taken_over
 from orchestrator.controller.startup import OpenedRun, open_run, worker_threads
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded, UsageError
@@ -134,7 +134,7 @@ class RunController:
                 )
         except (TermSuperseded, KeyUnknown) as error:
             if error.cluster not in ("", cluster):  # else the run's processes are its successor's
-                let_go(self._run_id, error)
+                remove_taken_over(self._run_id, error)
             raise
 
     def _control(self, run: OpenedRun, parts: ActorClasses) -> _Controlled:

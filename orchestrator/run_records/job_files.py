@@ -115,6 +115,6 @@ def check_job(location: Location, data: bytes, digest: str, records: SignedObjec
     if records is not None and records.signer is not None and not records.has_adopted(JOB, data):
         raise UsageError(
             f"{location / JOB} may not be what was submitted: the run is signed, and its journal has no digest of it",
-            remedy="Submit it again under another name; a run that hasn't trained has nothing to go on from.",
+            remedy="Submit it again under another name; a run that hasn't trained has no state to resume from.",
             unchanged="Nothing was started.",
         )

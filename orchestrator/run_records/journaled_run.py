@@ -177,7 +177,7 @@ class JournaledRun(RunHistory):
         except OSError as error:
             if error.errno not in FULL or not self._reserve.give_up():
                 raise
-            log.warning("run storage %s is full: the journal goes on in the space reserved for it", self._run_dir)
+            log.warning("run storage %s is full: the journal continues in the space reserved for it", self._run_dir)
             written = write()
         self._reserve.tend()
         return written

@@ -107,7 +107,7 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     }
     assert here("run", "-d", here.job("sleeper", **slow)).stdout == "sleeper\n"
     here.until_event("sleeper", "checkpoint")
-    assert "is going on" in here("resume", "sleeper", expect=2).stderr
+    assert "is active" in here("resume", "sleeper", expect=2).stderr
     here("pause", "sleeper")
     paused = here.until_ended("sleeper")
     assert paused.phase == "paused" and paused.checkpoint_step == paused.step - 1
@@ -245,7 +245,7 @@ def test_sigterm_detaches_from_a_run_in_a_cluster_that_was_up_before(here: Here,
     name = "left" if verb == "run" else "shown"
     _await_line(process, f"{name} training")
     process.send_signal(signal.SIGTERM)
-    _await_line(process, f"Detached; run {name} goes on")
+    _await_line(process, f"Detached; run {name} continues")
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 101
     here.hurry(name)

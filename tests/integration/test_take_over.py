@@ -51,7 +51,7 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
     unknown = second("resume", "wanted", "--storage", "runs", expect=77).stderr
     assert "signed with key" in unknown and "--key-file FILE" in unknown
     refused = second("resume", "wanted", "--storage", "runs", "--key-file", str(key), expect=2).stderr
-    assert "wanted may be going on in another cluster" in refused and "--take-over" in refused
+    assert "wanted may be active in another cluster" in refused and "--take-over" in refused
     assert "Nothing was started" in refused
     assert json.loads(first("status", "wanted", "-o", "json").stdout)["phase"] == "training"
 

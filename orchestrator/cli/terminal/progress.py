@@ -1,6 +1,6 @@
 """The live progress of a run on stderr: one line that is rewritten on a terminal, a line every few seconds elsewhere.
 
-Lasting information (a rescale and its stall, a new phase without a terminal) gets a line of its own.
+Lasting information (a rescale and its stall, a new phase without a terminal) gets a separate line.
 """
 
 import shutil
@@ -109,7 +109,7 @@ class LiveProgress(StatusLine):
             self._told_recoveries += 1
             self.keep(f"{status.run_id} recovered: {recovery(failure)}")
         if status.warning and status.warning != self._warning:
-            self.keep(f"{status.run_id} goes on, but {status.warning}")
+            self.keep(f"{status.run_id} continues, but {status.warning}")
         self._warning = status.warning
         line = progress(status)
         if self.refreshes:

@@ -48,8 +48,8 @@ def test_a_warning_is_told_once() -> None:
     live = LiveProgress(file)
     for error in (None, "nobody answers", "nobody answers", "step 7 differs", "step 7 differs"):
         live.show(status(warning=error))
-    assert file.getvalue().count("try goes on, but step 7 differs") == 1
-    assert file.getvalue().count("try goes on, but nobody answers") == 1
+    assert file.getvalue().count("try continues, but step 7 differs") == 1
+    assert file.getvalue().count("try continues, but nobody answers") == 1
 
 
 def test_at_the_end_a_rescale_is_told_even_unmeasured() -> None:

@@ -83,7 +83,7 @@ def test_remarks_say_what_the_row_has_no_room_for() -> None:
     told = remarks(waiting, event("straggler", worker="w1", ratio=1.6))
     assert told[0] == "waits for 1 of 3 workers" and told[1].endswith("straggler  worker=w1  ratio=1.6")
     assert told[2] == "warning: MLflow doesn't answer"
-    assert remarks(status(), None) == ("goes on",)
+    assert remarks(status(), None) == ("active",)
 
 
 def test_a_warning_hides_nothing() -> None:
