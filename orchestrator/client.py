@@ -145,8 +145,8 @@ class OrchestratorClient:
         return self._cluster.ask(Scheduler.kill_worker, run_id, rank)
 
     def checkpoint(self, run_id: str) -> DesiredRunState:
-        """Request a checkpoint besides those of the job's `checkpoint.every`. Returns at once; the field `checkpoint`
-        of the result is the step that it will be of, at least. It is complete once the status shows that step.
+        """Request a checkpoint besides those of the job's `checkpoint.every`. Returns at once. The checkpoint will be
+        of the step in the result's field `checkpoint`, or of a later one, and is complete once the status shows it.
 
         Raises:
             UsageError: the run has ended, or finished no step yet.

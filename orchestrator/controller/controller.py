@@ -1,4 +1,4 @@
-"""Controller of one run: the actor that journals what is asked of the run, and decides.
+"""Controller of one run: the actor that journals requests to the run and its decisions.
 
     loop.RunLoop                    the run from beginning to end, in its own thread
     decisions.DecisionMaker         one decision: observe, ask `policy.lifecycle`, journal, carry out
@@ -138,7 +138,7 @@ class RunController:
             raise
 
     def _control(self, run: OpenedRun, parts: ActorClasses) -> _Controlled:
-        """Make what controls the run, and let requests be recorded."""
+        """Build the run's loop and its parts, and let requests be recorded."""
         inbox, memory = self._inbox, run.memory
         storage, writer = StorageThread(inbox, run.caller), JournalWriter(memory, inbox)
         memory.writer = writer

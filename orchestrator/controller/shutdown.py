@@ -34,7 +34,7 @@ def collect_final_records(
     watermark: int,
     take: Callable[[Arrival], None],
 ) -> None:
-    """Collect the steps that members finished since the last request: they count, whatever ended the run."""
+    """Collect the steps that members finished since the last request: they count, however the run ended."""
     asked: set[str] = set()
     for member in members:
         if worker_group.ask_records(member, watermark, partial(asked.discard, member)):

@@ -55,7 +55,7 @@ def write_code(location: Location, code: Mapping[str, bytes]) -> None:
 
 
 def remove_job(location: Location, job_json: str) -> None:
-    """Remove what `write_job` has written, but no other run's job: the name must not be taken by a run that never
+    """Remove the files of `write_job`, but no other run's job: the name must not be taken by a run that never
     began. One with a journal has begun, by another submission of the same job."""
     objects = objects_at(location)
     with suppress(OSError):

@@ -160,7 +160,7 @@ def set_value(
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Change what a job sets of a run while it is active: its priority."""
+    """Change the priority of an active run."""
     from orchestrator.client import OrchestratorClient
     from orchestrator.spec.live_changes import priority_of
 

@@ -24,7 +24,7 @@ def watch_runs(
     is_over: Callable[[], bool] = lambda: False,
     look_every_s: float = LOOK_EVERY_S,
 ) -> None:
-    """Poll until all runs that are seen have ended; Ctrl-C ends it too.
+    """Poll until all known runs have ended, or Ctrl-C.
 
     Args:
         on_change: called with each status that is new or has changed; None for live lines on stderr.

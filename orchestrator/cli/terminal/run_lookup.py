@@ -81,7 +81,8 @@ class FoundRun:
         return str(self.files.run_dir)
 
     def _refuse_active_in_cluster(self) -> None:
-        """Storage has the end of a run that is resumed until a controller has opened it; its cluster knows before."""
+        """Raise if the cluster has the run as active: a resumed run's old end stays in storage until its controller has
+        opened it."""
         try:
             client = OrchestratorClient(self._address)
         except ClusterUnreachable:

@@ -94,7 +94,7 @@ def _publish_the_last(key: bytes, done: threading.Event) -> None:
 
 
 def last_published(run_id: str) -> RunStatus | None:
-    """The status that a run's last controller published; None if none has of late, or it can't be read."""
+    """The status that a run's last controller published; None if it may be of an earlier attempt, or can't be read."""
     try:
         status = _published(run_id.encode())
         return None if status is None else from_plain(RunStatus, status)

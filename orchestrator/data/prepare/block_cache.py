@@ -169,7 +169,7 @@ class Parts:
 
     @property
     def assembly(self) -> Path:
-        """Directory for assembling the store; removes what is there."""
+        """Path of the directory in which the store is assembled, which doesn't exist yet: an earlier one is removed."""
         path = self.directory / "store"
         shutil.rmtree(path, ignore_errors=True)
         return path

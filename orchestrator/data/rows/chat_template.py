@@ -155,7 +155,7 @@ class _Generation(Extension):
 
 
 def messages_of(value: object) -> Sequence[Message]:
-    """A chat as it stands in a row. Raises DataError for anything that is none."""
+    """The chat in a row. Raises DataError if the value isn't one."""
     if not isinstance(value, list) or not value:
         raise _refused(f"a chat is a list of messages; found {_shown(value)}")
     for number, message in enumerate(value, 1):

@@ -50,7 +50,7 @@ class RunState:
         seq: counts decisions.
         worker_group: workers that should exist, oldest first.
         previous: the generation before `current`, whose checkpoint shards or snapshots may still be needed.
-        activated, settled: newest generation that was activated; that has committed a step of its own.
+        activated, settled: newest generation that was activated; newest one that has committed a step.
         finish: how the fence ends the run, once it is raised.
         checkpoint_done, checkpoint_generation: of the newest complete checkpoint, its step and who wrote it.
         draining: nodes that are being drained. `leaving`: workers that are to leave.
@@ -119,14 +119,14 @@ class RunState:
     @property
     def gives_way(self) -> bool:
         """Whether the run is being preempted: it has a world, releases all its workers and resumes later. Once begun
-        this is completed, whatever is granted meanwhile."""
+        this is completed, even if workers are granted again meanwhile."""
         stops = self.queue.grant.workers == 0 or self.finish is not FinishMode.NO
         return self.current is not None and self.target.finish is FinishMode.NO and stops
 
     @property
     def checkpoint(self) -> tuple[int, int]:
-        """(generation, step) of the newest complete checkpoint. Later generations count as newer whatever the step:
-        the run may have gone back to a step before that of a checkpoint."""
+        """(generation, step) of the newest complete checkpoint. One of a later generation is newer, even at a lower
+        step: the run may have gone back behind an older checkpoint."""
         return self.checkpoint_generation, self.checkpoint_done
 
     @property
