@@ -55,7 +55,7 @@ def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> N
 def remove_taken_over(run_id: str, error: TermSuperseded | KeyUnknown) -> None:
     """End and remove the workers and services of a run that another cluster has taken over. Steps that they did since
     then were never published. Retries until it succeeds."""
-    log.error("run %s: another cluster has taken it over; removing its workers and services from this one: %s", run_id, error)
+    log.error("run %s: another cluster has taken it over; this one ends its workers and services: %s", run_id, error)
     while True:
         try:
             _remove_all(run_id)

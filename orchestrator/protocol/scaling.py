@@ -27,7 +27,7 @@ class ScalingView:
 
     Args:
         request: resources that Ray reserves for each worker.
-        wanted, standby: target world size; workers kept warm beside it. The run holds as many of both as `grant` allows.
+        wanted, standby: target world size; workers kept warm beside it. The run holds as many as `grant` allows.
         least, most: workers that its job and present stage allow.
         is_steady: the wanted number of workers trains and no change is pending.
         has_begun: it has a world.

@@ -79,11 +79,11 @@ def resume(
     ] = False,
     take_over: Annotated[
         bool,
-        typer.Option("--take-over", help="Resume it even if it may be active in another cluster, which then ends its workers."),
+        typer.Option("--take-over", help="Even if it may be active in another cluster, which then ends its workers."),
     ] = False,
     new_code: Annotated[
         bool,
-        typer.Option("--new-code", help="Use the present code of the job's code directories. Default: the code that was submitted."),
+        typer.Option("--new-code", help="Use the job's own code as it is here now. Default: as it was submitted."),
     ] = False,
     key_file: KeyFile = None,
     storage: Annotated[
