@@ -162,7 +162,7 @@ def test_init_files_are_empty(file: Path) -> None:
     assert file.read_bytes() == b""
 
 
-def test_names_say_what_is_inside() -> None:
+def test_module_names_are_not_vague() -> None:
     assert [module.name for module in MODULES.values() if VAGUE_NAMES & set(module.name.split("."))] == []
 
 

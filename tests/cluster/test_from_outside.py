@@ -117,7 +117,7 @@ def open_hosts() -> Iterator[Hosts]:
         yield hosts
 
 
-def test_a_cluster_that_anybody_may_use_is_refused(open_hosts: Hosts, texts: Path, tmp_path: Path) -> None:
+def test_a_cluster_without_a_token_is_refused(open_hosts: Hosts, texts: Path, tmp_path: Path) -> None:
     storage = tmp_path / "shared"
     (tmp_path / "job.yaml").write_text(json.dumps({"schema": "v1", "name": "open", "storage": str(storage)}))
     head, url = open_hosts.head, f"http://{open_hosts.addresses[0]}:{JOBS_PORT}"

@@ -242,7 +242,7 @@ def test_buddies_live_on_different_hosts(hosts: Hosts, driver: Driver, texts: Pa
     _stop(driver, run)
 
 
-def test_a_host_that_was_cut_off_is_left_behind_and_used_again(
+def test_a_host_that_was_cut_off_is_removed_and_used_again_later(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
 ) -> None:
     run = _trained_a_little(driver, _job("parted", texts, tmp_path))

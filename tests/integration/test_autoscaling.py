@@ -111,7 +111,7 @@ def test_stages_name_their_workers_and_ray_is_asked_for_nodes(on: Cluster) -> No
     assert set(on.sizes("staged")[:50]) == {1}
 
 
-def test_a_size_of_its_own_has_to_be_the_jobs_wish(on: Cluster) -> None:
+def test_automatic_sizes_need_a_policy_in_the_job(on: Cluster) -> None:
     on.submit("by-hand", **_job("manual"))
     on.until("by-hand", lambda s: s.step > 0)
     with pytest.raises(UsageError, match=r"its job's autoscale\.policy is manual"):

@@ -65,7 +65,7 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
     assert records[-1].loss < records[0].loss - 0.5
 
 
-def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_workers_report_the_memory_of_their_micro_batches(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, max_steps=400)
     with Crew(job, store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids, micro_batch=MicroBatchSize(tokens=256, multiple=2)))

@@ -179,7 +179,7 @@ def test_logs_are_followed_to_the_end(here: Here) -> None:
     assert lines == sorted(lines, key=lambda line: line[:23])
 
 
-def test_a_job_without_room_says_what_is_free(here: Here) -> None:
+def test_a_job_without_room_fails_with_the_free_resources(here: Here) -> None:
     started_s = time.monotonic()
     refused = here("submit", here.job("large", resources={"cpus": 50}), "--timeout", "5", expect=105)
     assert refused.stderr.count("Waiting for room: 1 worker of 50 CPU is the least that large may have") == 1

@@ -46,7 +46,7 @@ def alone(texts: Path, scored_dir: Path, tmp_path_factory: pytest.TempPathFactor
     return worker_group.records
 
 
-def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
+def test_stages_begin_at_the_steps_of_the_job(alone: dict[int, StepRecord]) -> None:
     assert len(alone) == STEPS
     begun = {stage: min(r.step for r in alone.values() if r.batch.stage == stage) for stage in BEGIN}
     assert begun == BEGIN

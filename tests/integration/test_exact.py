@@ -36,7 +36,7 @@ PLAIN = {"precision": "fp32", "zero_stage": 1}
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 
 
-def _told(worker_group: Crew) -> list[tuple[Any, ...]]:
+def _step_results(worker_group: Crew) -> list[tuple[Any, ...]]:
     assert sorted(worker_group.records) == list(range(STEPS))
     records = [record for _, record in sorted(worker_group.records.items())]
     assert all(len(r.state.digests) == (r.world_size if worker_group.is_exact else 0) for r in records)
@@ -73,7 +73,7 @@ def _run(job: JobSpec, store_dir: Path, directory: Path, worlds: list[int]) -> R
             worker_group.await_step(worker_group.newest_step + 3)
             worker_group.rescale(worker_group.ids[-size:])
         worker_group.await_finished()
-        return _told(worker_group), _state(worker_group, job)
+        return _step_results(worker_group), _state(worker_group, job)
 
 
 def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:

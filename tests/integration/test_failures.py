@@ -28,7 +28,7 @@ def _report_of(worker_group: Crew, worker: str) -> Report:
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_survivor_of_a_loss_is_freed_at_once(worker_group: Crew, victim: int) -> None:
+def test_every_survivor_of_a_failure_is_freed_at_once(worker_group: Crew, victim: int) -> None:
     """Also those that were waiting for another survivor, not for the dead one."""
     worker_group.start(worker_group.plan(worker_group.ids))
     worker_group.await_step(2)
@@ -42,7 +42,7 @@ def test_every_survivor_of_a_loss_is_freed_at_once(worker_group: Crew, victim: i
 
 
 @pytest.mark.slow
-def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(worker_group: Crew) -> None:
+def test_survivors_of_a_transition_are_freed_whichever_peer_they_waited_for(worker_group: Crew) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     plan = worker_group.prepare(worker_group.ids)
@@ -52,7 +52,7 @@ def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(worker_gro
     worker_group.await_all(worker_group.ids[2:3], lambda r: r.phase is Phase.STANDBY, SOON_S)
 
 
-def test_a_newcomer_that_was_ready_and_is_not_wanted_any_more_stands_by(worker_group: Crew) -> None:
+def test_a_ready_newcomer_that_is_no_longer_needed_becomes_a_standby(worker_group: Crew) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     old = worker_group.directive.current
     worker_group.await_step(2)
@@ -131,7 +131,9 @@ def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, 
         assert {r.routing.experts.max_violation for r in worker_group.records.values()} == {0.0}
 
 
-def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(worker_group: Crew) -> None:
+def test_training_continues_without_a_store_and_the_next_generation_connects_through_another(
+    worker_group: Crew,
+) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     worker_group.lose_store()
@@ -142,7 +144,7 @@ def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(work
     assert {r.generation for r in worker_group.records.values()} == {0, 1}
 
 
-def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(worker_group: Crew) -> None:
+def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_reports_that(worker_group: Crew) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     plan = worker_group.prepare(worker_group.ids[:3])
@@ -156,7 +158,7 @@ def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(worker_group:
 
 
 @pytest.mark.slow
-def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(worker_group: Crew) -> None:
+def test_a_newcomer_that_gets_a_fence_after_its_store_is_lost_keeps_its_state(worker_group: Crew) -> None:
     """The store dies when all are connected and the fence is raised already: the move fails, the state does not."""
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)

@@ -247,7 +247,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
         _ask(other, checkpoint)
 
 
-def test_a_process_that_dies_says_what_it_said(run_dir: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_process_that_dies_has_its_last_output(run_dir: Path, tmp_path: Path) -> None:
     with CheckpointReader(run_dir / "checkpoints" / CHECKPOINT) as reader:
         reader.verify()
     shutil.copy(run_dir / "job.json", tmp_path)  # and nothing else of the run

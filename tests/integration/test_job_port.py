@@ -47,7 +47,7 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     assert len(list((storage / ".packages").iterdir())) == 1  # the code of the run that was not refused
 
 
-def test_a_wrong_token_is_told(far: Far, tmp_path: Path) -> None:
+def test_a_wrong_token_is_an_error(far: Far, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text("0" * 64)

@@ -27,7 +27,7 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
+from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoRecoveryPoint
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("device")]
 
@@ -237,7 +237,7 @@ def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(worker_gr
     worker_group.arm(Fault(1, Moment.VOTE, step=17, generation=0), Fault(buddy, Moment.VOTE, step=17, generation=0))
     plan = _train_past_checkpoints(worker_group, 4, 9)
     _die(worker_group, (1, buddy))
-    with pytest.raises(NoCut):
+    with pytest.raises(NoRecoveryPoint):
         _go_on(worker_group)
     assert _begin_again(worker_group, [w for w in plan.world.members if w in worker_group.living]) == 9
     worker_group.await_finished()

@@ -238,7 +238,7 @@ def test_a_worker_has_the_code_that_its_job_was_submitted_with(texts: Path, stor
     assert [path.name for path in (tmp_path / "home" / "code").iterdir()] == [*packages]
 
 
-def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_a_worker_reports_the_fault_of_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     spec = own_spec(tmp_path, "def build(*args):\n    return 1 / 0\n")
     with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as worker_group:
         report = worker_group.members["w0"].report()

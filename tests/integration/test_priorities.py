@@ -95,7 +95,7 @@ def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster
 
 
 @pytest.mark.journey
-def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
+def test_a_run_without_room_waits_in_the_queue_and_is_admitted(on: Cluster) -> None:
     """No run overtakes it, even with a controller that is slow to come. One that is stopped while it waits leaves
     nothing."""
     on.submit("first", **_job("1..1", cpus=3))

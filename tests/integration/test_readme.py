@@ -40,7 +40,7 @@ COMMANDS = list(_commands())
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
-def test_a_command_has_the_verb_and_the_options_that_a_page_says(page: str, command: str) -> None:
+def test_a_command_on_a_page_has_an_existing_verb_and_existing_options(page: str, command: str) -> None:
     words = [word for part in shlex.split(command)[1:] for word in part.strip("[]").split("=", 1)[:1]]
     node = get_command(app)
     while words and isinstance(node, typer.core.TyperGroup):

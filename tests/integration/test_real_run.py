@@ -102,9 +102,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     assert loss < math.log(VOCAB) - 1.0  # it has learned, for others too
 
 
-def test_a_member_that_is_told_to_end_leaves_at_a_fence(
-    client: OrchestratorClient, texts: Path, tmp_path: Path
-) -> None:
+def test_a_member_that_gets_sigterm_leaves_at_a_fence(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
     """As whoever takes a machine back tells its processes. Another worker takes over, and no step is done twice."""
     workers = WorkersSpec(min=2, max=3, initial=2)
     changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
@@ -225,7 +223,7 @@ def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
     assert account.ok and account.steps == 60 and account.left_out == (40,)
 
 
-def test_slots_by_document_grow_until_every_worker_has_one(
+def test_micro_batches_by_document_grow_until_every_worker_has_one(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     """The memory of this machine is more than they need."""

@@ -50,7 +50,7 @@ def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir:
     assert all(record.update.applied != record.update.skipped for record in worker_group.records.values())
 
 
-def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_a_micro_batch_too_large_for_memory_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     forward = f'if mark == 0 and len(tokens) > 1:\n    raise RuntimeError("{NO_MEMORY}")\nreturn {LOGITS}'
     job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
     with Crew(job, store_dir, tmp_path, size=2) as worker_group:
@@ -65,7 +65,7 @@ def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_di
 @pytest.mark.parametrize(
     "micro_batch", [MicroBatchSize(rows=1), pytest.param(MicroBatchSize(tokens=90), marks=pytest.mark.slow)]
 )
-def test_slots_of_another_size_train_the_same(
+def test_micro_batches_of_another_size_train_the_same(
     texts: Path, store_dir: Path, tmp_path: Path, micro_batch: MicroBatchSize
 ) -> None:
     """Up to rounding: the same rows, the same weights of their losses."""
@@ -80,7 +80,7 @@ def test_slots_of_another_size_train_the_same(
 
 
 @pytest.mark.parametrize("has_experts", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_slow_rank_is_told_by_who_waits_for_whom(
+def test_a_slow_rank_is_found_by_the_waits_of_its_peers(
     texts: Path, store_dir: Path, tmp_path: Path, has_experts: bool
 ) -> None:
     """Others wait for it at the exchange of tokens or, without experts, at the reduction of gradients."""

@@ -66,7 +66,7 @@ def compressed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_what_was_not_sent_goes_on_at_any_world_size(
+def test_unsent_residuals_are_restored_at_any_world_size(
     texts: Path, store_dir: Path, tmp_path: Path, compressed: Restore, size: int
 ) -> None:
     job = _job(texts, "topk", max_steps=SAVED + 1)
@@ -90,7 +90,7 @@ def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
 
 
 @pytest.mark.long_emulated
-def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_training_continues_with_the_bits_of_an_uninterrupted_run(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     at, train = 57, {"max_steps": 158, "determinism": "exact"}  # 100 steps after the break
     restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)
     with Crew(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as worker_group:

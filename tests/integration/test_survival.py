@@ -82,7 +82,7 @@ def test_a_rank_killed_with_its_buddy_costs_no_committed_step_where_there_are_tw
 
 
 @pytest.mark.on_cpu  # the gloo that plays nccl can't be aborted
-def test_a_stopped_member_is_left_behind(worker_group: Crew, undisturbed: Crew) -> None:
+def test_a_frozen_member_is_removed(worker_group: Crew, undisturbed: Crew) -> None:
     """It answers nothing and closes nothing: the others shut their own connections when they are told."""
     worker_group.start(worker_group.plan(worker_group.ids))
     worker_group.await_step(5)

@@ -36,7 +36,7 @@ def users(tmp_path: Path) -> Iterator[tuple[Here, Here]]:
             user("cluster", "down", "--force")
 
 
-def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
+def test_a_run_is_taken_over_and_removed_from_its_first_cluster(
     users: tuple[Here, Here], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = users

@@ -34,7 +34,7 @@ from tests.support.own_models import linear, own_spec
 from tests.support.real_runs import own_cluster, until
 from tests.support.recorded_run import rewrite_journal
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew, MoveFailed
+from tests.support.worker_group import Crew, TransitionFailed
 
 EVERY = 5  # steps between checkpoints
 STEPS_OF_PROOF = 300  # enough for a second worker to come
@@ -141,7 +141,7 @@ def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(
     assert error is not None and error.kind == "corrupted"
     assert tensor in error.message and "of rank 1 on" in error.message and "steps 7 and 8" in error.message
     worker_group.members["w1"].kill()  # as the controller does with whoever has failed
-    with suppress(MoveFailed):  # if the flipped bit came into the newest snapshot, which was being taken
+    with suppress(TransitionFailed):  # if the flipped bit came into the newest snapshot, which was being taken
         worker_group.recover(["w0", "w2"])
     if worker_group.directive.next is not None:
         told = worker_group.members["w0"].report().health.error
@@ -166,7 +166,7 @@ def test_a_check_gives_way_to_a_plan(worker_group: Crew) -> None:
     assert first_difference(_fingerprints(worker_group.records.values()), answer.findings) is None
 
 
-def test_a_check_whose_checkpoint_is_gone_says_so_and_harms_nobody(worker_group: Crew) -> None:
+def test_a_check_without_its_checkpoint_fails_with_the_reason_and_training_continues(worker_group: Crew) -> None:
     worker_group.await_step(5)
     check = _check(worker_group, 3, 5)  # never marked
     worker_group.await_all([check.worker], lambda r: r.checked is not None)
@@ -212,7 +212,7 @@ def flip(gradient):  # an element's would hardly show in the norm
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(texts: Path, tmp_path: Path) -> None:
+def test_bits_that_flip_in_a_run_are_found_reported_and_repaired_where_possible(texts: Path, tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     source = linear(forward=FLIPS.strip(), methods=FLIP.format(marks=marks))
@@ -227,7 +227,7 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
     with own_cluster(tmp_path / "home", cpus=4) as client:
         run = client.submit(job.model_copy(update=changes))
 
-        def told(kind: str, after: int = -1) -> list[dict[str, Any]]:
+        def events_of(kind: str, after: int = -1) -> list[dict[str, Any]]:
             return [event for event in client.events(run, after=after) if event["kind"] == kind]
 
         def flip(what: str) -> None:
@@ -235,20 +235,20 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
             pid = ask(find(f"{run}/worker/{worker}"), "pid")
             (marks / f"{what}-{pid}").touch()
 
-        until(client, run, lambda s: bool(told("checked")))
+        until(client, run, lambda s: bool(events_of("checked")))
         flip("rest")
-        until(client, run, lambda s: bool(told("worker_lost")) and not s.phase.ended and s.workers_now == 2)
-        (lost,) = told("worker_lost")
+        until(client, run, lambda s: bool(events_of("worker_lost")) and not s.phase.ended and s.workers_now == 2)
+        (lost,) = events_of("worker_lost")
         assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
-        until(client, run, lambda s: bool(told("checked", after=lost["seq"])))
-        assert all(event["equal"] for event in told("checked")) and told("state_differs") == []
+        until(client, run, lambda s: bool(events_of("checked", after=lost["seq"])))
+        assert all(event["equal"] for event in events_of("checked")) and events_of("state_differs") == []
 
         flip("gradient")
-        until(client, run, lambda s: bool(told("state_differs")))
+        until(client, run, lambda s: bool(events_of("state_differs")))
         client.stop(run)
         status = client.wait(run, timeout_s=250.0)
-        wrong = told("state_differs")[0]
-    # All ranks take a gradient over, so it can't be told whose it was.
+        wrong = events_of("state_differs")[0]
+    # All ranks take a gradient over, so whose it was is unknown.
     assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.STOPPED
     assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
     unequal = next(event for event in _events(status) if event["kind"] == "checked" and not event["equal"])

@@ -110,11 +110,11 @@ class MemberDied(RuntimeError):
     """The process of a member has ended."""
 
 
-class NoCut(RuntimeError):
+class NoRecoveryPoint(RuntimeError):
     """Nobody has a whole state: only a checkpoint can help."""
 
 
-class MoveFailed(RuntimeError):
+class TransitionFailed(RuntimeError):
     """A member could not reach its next generation."""
 
 
@@ -394,9 +394,9 @@ class Crew:
             more: other fields of the plan.
 
         Raises:
-            NoCut: nobody has a whole state.
+            NoRecoveryPoint: nobody has a whole state.
             MemberDied: somebody has died meanwhile.
-            MoveFailed: a member could not take the state over.
+            TransitionFailed: a member could not take the state over.
         """
         old = self.directive.current
         assert old is not None
@@ -412,7 +412,7 @@ class Crew:
         holdings = {w: self.members[w].report().protection.holdings for w in self.living}
         cut = find_recovery_point([origin.world for origin in origins], holdings)
         if cut is None:
-            raise NoCut(holdings)
+            raise NoRecoveryPoint(holdings)
         origin = next(plan for plan in origins if plan.generation == cut.generation)
         world = World(self.newest_generation + 1, tuple(members))
         placement = ExpertPlacement.rebalanced(
@@ -434,7 +434,9 @@ class Crew:
             if dead := [w for w in members if w not in self.living]:
                 raise MemberDied(f"{dead} died on the way to generation {plan.generation}")
             if report.transition.failed_generation == plan.generation:
-                raise MoveFailed(f"{report.worker} could not reach generation {plan.generation}: {report.health.error}")
+                raise TransitionFailed(
+                    f"{report.worker} could not reach generation {plan.generation}: {report.health.error}"
+                )
             return report.phase is Phase.READY and report.generation == plan.generation
 
         self.await_all(members, is_ready)

@@ -68,7 +68,7 @@ def test_nothing_is_run_to_find_it(tmp_path: Path) -> None:
     assert place_of("mine_r.inner", tmp_path).name == "inner.py"
 
 
-def test_a_name_that_python_uses_is_told(tmp_path: Path) -> None:
+def test_a_module_name_that_python_uses_is_an_error(tmp_path: Path) -> None:
     _write(tmp_path / "json.py")
     with pytest.raises(Elsewhere, match="goes by this name already; rename yours"):
         imported("json", tmp_path)

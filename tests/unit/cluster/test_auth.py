@@ -65,7 +65,7 @@ def test_one_that_asks_is_taken(server: Server, status: int) -> None:
     check_jobs_port(f"http://{OURS[0]}:{server.server_port}/")
 
 
-def test_what_is_no_head_of_ray_is_told(server: Server) -> None:
+def test_an_address_that_is_no_ray_head_is_an_error(server: Server) -> None:
     with pytest.raises(ClusterUnreachable, match="does not answer as a head of Ray"):
         check_head(f"127.0.0.1:{server.server_port}")
 

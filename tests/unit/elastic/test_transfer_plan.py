@@ -127,7 +127,7 @@ def test_layouts_of_different_tensors_are_refused() -> None:
         TransferPlan.between(one, one).for_worker("stranger")
 
 
-def test_a_partial_goes_to_those_who_stay_and_newcomers_start_from_zero() -> None:
+def test_a_partial_tensor_goes_to_survivors_and_newcomers_start_from_zero() -> None:
     old, new = World(0, ("a", "b", "c", "d")), World(1, ("e", "d", "c"))
     plan = TransferPlan.between(
         whole([Sharing.PARTIAL], [5], old, [(0, 1, 2, 3)]), whole([Sharing.PARTIAL], [5], new, [(0, 1, 2)])

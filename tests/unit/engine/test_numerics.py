@@ -14,7 +14,7 @@ from orchestrator.policy.replay_check import differences
 CPU = torch.device("cpu")
 
 
-def test_the_same_machine_tells_the_same() -> None:
+def test_the_same_machine_has_the_same_fingerprint() -> None:
     found = json.loads(fingerprint(CPU))
     assert found == json.loads(fingerprint(CPU))
     assert set(found) == {"orchestrator", "torch", "deepspeed", "mkl", "processor", "instructions", "threads"}

@@ -34,7 +34,7 @@ def alone() -> Iterator[ProcessGroups]:
     disconnect()
 
 
-def test_a_world_of_one_exchanges_with_nobody(alone: ProcessGroups) -> None:
+def test_a_world_of_one_exchanges_nothing(alone: ProcessGroups) -> None:
     assert alone.exchange is None
     assert (alone.rank, alone.world_size) == (0, 1)
     assert alone.replicas == (alone.world,)

@@ -70,7 +70,7 @@ def test_experts_are_counted_per_layer() -> None:
 
 
 @pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
-def test_the_catalogue_is_what_the_model_consists_of(spec: ModelSpec) -> None:
+def test_the_listing_has_every_parameter_of_the_model(spec: ModelSpec) -> None:
     params, buffers = catalogue(spec, VOCAB)
     model = _model(spec)
     assert [(p.name, p.shape) for p in params] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
@@ -146,7 +146,7 @@ def test_documents_reach_a_model_that_takes_them(tmp_path: Path) -> None:
         _model(own_spec(tmp_path, linear(more=", targets=None")))(TOKENS, TOKENS, TOKENS)
 
 
-def test_buffers_that_build_makes_anew_are_no_state(tmp_path: Path) -> None:
+def test_buffers_that_build_recomputes_are_no_state(tmp_path: Path) -> None:
     layers = "self.register_buffer('mask', torch.ones(4, 4).tril().bool(), persistent=False)"
     _, buffers = catalogue(own_spec(tmp_path, linear(layers=layers)), VOCAB)
     assert buffers == []

@@ -133,7 +133,7 @@ def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> No
     assert both == f"metrics wait on disk; {warning}"
 
 
-def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_path: Path) -> None:
+def test_the_status_names_members_by_rank_then_the_others_but_no_lost_worker(tmp_path: Path) -> None:
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 3)
     memory = remembered(tmp_path)

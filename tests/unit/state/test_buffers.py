@@ -14,7 +14,7 @@ from orchestrator.state.buffers import PIECE, Buffers
 moves_pages = pytest.mark.skipif(sys.platform != "linux", reason="needs mremap")
 
 
-def test_a_buffer_that_nobody_refers_to_is_the_next_one() -> None:
+def test_an_unreferenced_buffer_is_reused_next() -> None:
     buffers = Buffers()
     first = buffers.take(1000)
     address = first.data_ptr()

@@ -43,7 +43,7 @@ def test_a_model_that_can_be_trained_passes(tmp_path: Path, monkeypatch: pytest.
     assert digest not in order_of(order.spec, None).code
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = _job(tmp_path, "import os; os._exit(7)", monkeypatch)
     with pytest.raises(EntrypointError, match="ended with code 7"):
         order_of(job, None)

@@ -128,7 +128,7 @@ def test_a_gap_between_events_is_refused(tmp_path: Path) -> None:
     assert [entry.seq for entry in outbox.history().events] == [2, 5, 9]
 
 
-def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Path) -> None:
+def test_a_checkpoint_is_published_once_and_after_the_values_of_its_step(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     event = JournalEntry(4, 1, 9.0, CheckpointCommitted(2, "/c/2", 0, ""))
     outbox.put_points(points("train/loss", range(2)), after=-1)
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Pa
         assert rest(outbox) == [CheckpointMark(Fate.SUPERSEDED, after=1)]
 
 
-def test_the_end_is_told_once_and_not_if_the_run_goes_on(tmp_path: Path) -> None:
+def test_the_end_is_published_once_and_not_if_the_run_resumes(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     outbox.put_finish(Finish(Outcome.FAILED, "first"))
     outbox.put_finish(Finish(Outcome.PAUSED, ""))

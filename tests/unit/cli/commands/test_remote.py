@@ -95,7 +95,7 @@ def test_what_is_no_url_of_a_jobs_api_is_refused(url: str) -> None:
         JobsApiClient(url)
 
 
-def test_nobody_there_is_told() -> None:
+def test_an_address_without_a_server_is_an_error() -> None:
     with pytest.raises(ClusterUnreachable, match="no cluster answers at http://127.0.0.1:9"):
         JobsApiClient("http://127.0.0.1:9")
 

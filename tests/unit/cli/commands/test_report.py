@@ -47,7 +47,7 @@ def test_text_has_every_account(runs: Path, orchestrator: Command) -> None:
     assert "recovery" in lines and "rescale" in lines and "3 -> 2" in lines["recovery"]
 
 
-def test_what_was_measured_stands_beside_what_was_not(runs: Path, orchestrator: Command) -> None:
+def test_a_measured_run_beside_an_unmeasured_one(runs: Path, orchestrator: Command) -> None:
     story = Story()
     story.start(2)
     story.train(30)
@@ -141,7 +141,7 @@ def test_a_model_whose_code_is_gone_has_no_operations_but_a_reason(
     assert told["flops"] is None and "no_such_module" in told["flops_note"] and told["tokens"] == 20_000
 
 
-def test_accounts_that_differ_are_told() -> None:
+def test_differing_worker_hours_are_reported() -> None:
     story = Story()
     story.start(4)
     story.train(2)

@@ -38,7 +38,7 @@ def test_a_sum_of_digests_wraps() -> None:
     assert on_peers(("a", "b"), run) == [-2, -2]
 
 
-def test_whoever_closes_frees_those_that_wait_for_it() -> None:
+def test_a_closing_member_frees_the_peers_that_wait_for_it() -> None:
     def run(peers: PeerGroup) -> float:
         peers.barrier()
         started = time.perf_counter()
@@ -51,7 +51,7 @@ def test_whoever_closes_frees_those_that_wait_for_it() -> None:
     assert max(on_peers(("a", "b", "c"), run)) < PATIENCE_S / 2
 
 
-def test_a_group_of_one_needs_nobody_and_has_nobody_to_send_to() -> None:
+def test_a_group_of_one_has_no_peers() -> None:
     alone = PeerGroup(HashStore(), "test", ("a",), "a")
     data = torch.tensor([3.0])
     alone.reduce(data, dist.ReduceOp.SUM)
@@ -62,7 +62,7 @@ def test_a_group_of_one_needs_nobody_and_has_nobody_to_send_to() -> None:
     alone.close()
 
 
-def test_a_closed_group_says_so() -> None:
+def test_a_closed_group_raises() -> None:
     def run(peers: PeerGroup) -> None:
         peers.barrier()
         peers.close()

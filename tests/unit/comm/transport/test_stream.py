@@ -56,7 +56,7 @@ def test_a_sender_waits_for_the_answer(ends: tuple[FramedStream, FramedStream]) 
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["one's own end", "the other's end"])
-def test_whoever_waits_is_freed_when_an_end_is_shut(ends: tuple[FramedStream, FramedStream], which: int) -> None:
+def test_a_waiting_thread_is_freed_when_an_end_is_shut(ends: tuple[FramedStream, FramedStream], which: int) -> None:
     failed = threading.Event()
 
     def wait() -> None:
@@ -109,7 +109,7 @@ def test_a_stranger_is_turned_away() -> None:
     listener.close()
 
 
-def test_nobody_comes() -> None:
+def test_a_connection_without_a_peer_times_out() -> None:
     listener = Listener("127.0.0.1")
     with pytest.raises(StreamClosed, match="no peer connected"):
         listener.accept(0.05)

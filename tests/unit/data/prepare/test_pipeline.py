@@ -300,7 +300,7 @@ def test_bad_records_are_named_in_the_quarantine_and_left_out(corpus: Path, tmp_
     assert found["cut.jsonl.gz#0"] == texts(1, 500)[0]
 
 
-def test_too_many_bad_records_let_no_store_come_about(corpus: Path, tmp_path: Path) -> None:
+def test_too_many_bad_records_prevent_the_store(corpus: Path, tmp_path: Path) -> None:
     write_bad(corpus)
     with pytest.raises(
         DataError, match=r"8 of \d+ records are bad, more than max_bad 0.01 allows: .*:2: not JSON"
@@ -322,7 +322,7 @@ def test_file_names_may_be_any_bytes(corpus: Path, tmp_path: Path) -> None:
     assert [os.fsencode(name) for name in ids_of(done.store)] == [b"\xff%d.txt" % number for number in range(9)]
 
 
-def test_a_wrong_key_is_told_by_its_reason(corpus: Path, tmp_path: Path) -> None:
+def test_a_wrong_text_key_is_named_in_the_reason(corpus: Path, tmp_path: Path) -> None:
     write_lines(corpus / "a.jsonl", texts(9))
     with pytest.raises(DataError, match="9 of 9 records are bad.*no key 'body'; it has 'text'"):
         prepare_corpora(replace(PLAIN, sources=(str(corpus),), text_key="body"), tmp_path / "stores", map)
@@ -413,13 +413,13 @@ def test_a_corpus_without_text_is_refused(corpus: Path, tmp_path: Path) -> None:
 def test_a_corpus_that_changes_under_way_is_noticed(corpus: Path, tmp_path: Path, stage: str, change: str) -> None:
     path = write_lines(corpus / "a.jsonl", texts(60))
 
-    def tell(now: str, fraction: float) -> None:
+    def on_progress(now: str, fraction: float) -> None:
         if now == stage and fraction == 0:
             rows = {"text": ["Other", *texts(60)[1:]], "fewer": texts(59), "more": ["More", *texts(60)], "gone": []}
             write_lines(path, rows[change])
 
     with pytest.raises(DataError, match="the corpus changed while it was read: .*a.jsonl"):
-        prepare_corpora(replace(PLAIN, sources=(str(path),)), tmp_path / "stores", map, tell)
+        prepare_corpora(replace(PLAIN, sources=(str(path),)), tmp_path / "stores", map, on_progress)
     assert all(found.name.startswith(".") for found in (tmp_path / "stores").iterdir())
 
 
@@ -559,7 +559,7 @@ def test_the_manifest_of_a_plain_store_has_no_new_keys(corpus: Path, tmp_path: P
     )
 
 
-def test_pydocs_say_how_to_get_them_or_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pydocs_are_read_or_the_error_names_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.data.corpus.sources.PYDOCS", tmp_path / "_sources")
     request = replace(PLAIN, sources=("builtin:pydocs",))
     with pytest.raises(DataError, match="builtin:pydocs") as raised:
@@ -580,13 +580,13 @@ def test_memory_per_document_is_small(tmp_path: Path) -> None:
     prepare_corpora(request, tmp_path / "warm", map)
     sizes = []
 
-    def tell(stage: str, fraction: float) -> None:
+    def on_progress(stage: str, fraction: float) -> None:
         if stage == "encoding" and fraction == 0.0:
             sizes.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    prepare_corpora(request, tmp_path / "stores", map, tell)
+    prepare_corpora(request, tmp_path / "stores", map, on_progress)
     tracemalloc.stop()
     assert os.path.getsize(path) > 5_000 * 64
     assert (sizes[0] - before) / 5_000 < 120  # the held blocks' bits, digests, split and, per block, its places

@@ -96,7 +96,7 @@ def test_the_first_run_is_served_first() -> None:
     ]
 
 
-def test_nodes_on_which_a_run_puts_nobody_have_no_room_for_it() -> None:
+def test_nodes_that_a_run_avoids_have_no_room_for_it() -> None:
     free = {"good": {"CPU": 1.0}, "bad": {"CPU": 1.0}}
     runs = [_run(run_id="a", avoid=("bad",)), _run(run_id="b")]
     homes = {"a": 2, "b": 2}
@@ -206,7 +206,7 @@ def test_bounds_are_those_of_the_stage_and_else_of_the_job() -> None:
     assert bounds(by_stage, "b") == (2, 2)  # workers.initial
 
 
-def _told(life: Life, workers: int, by_hand: bool) -> None:
+def _request_size(life: Life, workers: int, by_hand: bool) -> None:
     life.target = DesiredRunState(seq=life.target.seq + 1, workers=workers, by_hand=by_hand)
 
 
@@ -214,7 +214,7 @@ def _scale(life: Life) -> ScalingView:
     return scale_of(life.limits, life.state, life.seen(), CPU)
 
 
-def test_what_is_told_of_a_run() -> None:
+def test_the_scaling_view_of_a_run() -> None:
     life = Life(limits_of(steps=200, autoscale=AutoscaleSpec(policy="available", cooldown_s=20.0)))
     assert not _scale(life).is_steady
     life.run_until(lambda: life.step == 20)
@@ -222,7 +222,7 @@ def test_what_is_told_of_a_run() -> None:
     assert (found.wanted, found.least, found.most) == (2, 1, 4)
     assert found.is_steady and not found.is_pinned and not found.rests
     assert found.speeds == {2: 100.0} and found.left_s == 179.0
-    _told(life, 3, by_hand=False)
+    _request_size(life, 3, by_hand=False)
     life.tick()
     grown_s = life.now_s
     assert _scale(life).wanted == 3 and not _scale(life).is_steady
@@ -230,18 +230,18 @@ def test_what_is_told_of_a_run() -> None:
     assert _scale(life).rests
     life.run_until(lambda: life.now_s > grown_s + 20.0)
     assert not _scale(life).rests
-    _told(life, 2, by_hand=False)
+    _request_size(life, 2, by_hand=False)
     life.run_until(lambda: len(life.state.members) == 2 and _scale(life).is_steady)
     assert not _scale(life).rests  # it may grow again at once: only growing makes it rest
-    _told(life, 4, by_hand=True)
+    _request_size(life, 4, by_hand=True)
     life.run_until(lambda: len(life.state.members) == 4)
     assert _scale(life).is_pinned
-    _told(life, 4, by_hand=False)
+    _request_size(life, 4, by_hand=False)
     life.tick()
     assert not _scale(life).is_pinned and _scale(life).wanted == 4
 
 
-def test_workers_of_a_size_to_come_are_told_of() -> None:
+def test_the_scaling_view_includes_workers_of_a_scheduled_size() -> None:
     """They are held from the beginning on: nobody else gets their places."""
     life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledScale(at_step=50, workers=4),)))
     life.run_until(lambda: life.step == 10)
@@ -252,7 +252,7 @@ def test_a_size_by_hand_is_the_least_that_is_kept_for_a_run() -> None:
     life = Life(limits_of(steps=90, initial_workers=4, autoscale=AutoscaleSpec(policy="stage")))
     life.run_until(lambda: life.step == 3)
     assert _scale(life).least == 4
-    _told(life, 2, by_hand=True)
+    _request_size(life, 2, by_hand=True)
     life.run_until(lambda: life.sizes[-1] == 2)
     assert (_scale(life).least, claim_of(_scale(life))) == (2, 2)
 

@@ -42,7 +42,7 @@ def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
     assert traffic.dispatch == 2 * rows * (128 + 4) * 4  # with a gate for each expert of the receiver
 
 
-def test_stage_two_reduces_after_every_slot() -> None:
+def test_stage_two_reduces_after_every_micro_batch() -> None:
     once, often = (_plan(zero_stage=stage, global_batch_size=16, micro_batch_size=4).worlds[1] for stage in (1, 2))
     assert once.traffic.gradients_reduced == 4 * 4000
     assert often.traffic.gradients_reduced == 2 * once.traffic.gradients_reduced  # 4 micro-batches on 2 workers
@@ -55,7 +55,7 @@ def test_bf16_halves_weights_and_gathers() -> None:
     assert half.memory.masters == full.memory.masters
 
 
-def test_a_model_of_the_users_has_no_activations_told() -> None:
+def test_a_users_model_has_no_estimate_of_activations() -> None:
     memory = _plan(ours=False).worlds[0].memory
     assert memory.activations is None and memory.loss is None
     assert memory.training == memory.weights + memory.masters + memory.moments + memory.buffers + memory.gradients + (

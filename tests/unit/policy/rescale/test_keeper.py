@@ -184,7 +184,7 @@ def test_a_recovery_from_memory_seeks_no_checkpoint_any_more() -> None:
     _trained(life)
 
 
-def test_numbers_of_keepers_are_not_used_again_after_the_run_begins_anew() -> None:
+def test_numbers_of_keepers_are_not_reused_after_the_run_restarts() -> None:
     life = _alone()
     assert begun_again(life.state, None).keeping == KeeperState(count=1)
 

@@ -37,7 +37,7 @@ def _queued(**changes: object) -> Life:
     return life
 
 
-def test_a_run_in_the_queue_holds_nobody_until_it_is_let_in() -> None:
+def test_a_queued_run_holds_no_worker_until_it_is_admitted() -> None:
     life = _queued()
     life.grant = Grant(0, "there is no room for 1 worker")
     for _ in range(10):
@@ -225,7 +225,7 @@ def test_the_words_for_a_run_that_stops() -> None:
     assert explain(life.limits, life.state, life.seen()) == "ends at the next fence with a checkpoint"
 
 
-def test_whoever_is_put_out_before_it_has_begun_has_waited_all_the_time() -> None:
+def test_a_run_preempted_before_its_first_world_has_waited_all_the_time() -> None:
     life = _queued()
     for _ in range(10):
         life.tick()
@@ -264,7 +264,7 @@ def test_what_failures_have_taught_is_kept() -> None:
     assert life.state.current is not None and life.state.current.micro_batch.rows == 2
 
 
-def test_who_is_lost_is_replaced_only_within_the_grant() -> None:
+def test_lost_workers_are_replaced_only_within_the_grant() -> None:
     life = _life(initial_workers=3)
     life.run_until(lambda: life.step == 5)
     life.grant = Grant(2, HELD.why)
@@ -277,7 +277,7 @@ def test_who_is_lost_is_replaced_only_within_the_grant() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_whoever_is_out_holds_nobody_whatever_was_lost(data: st.DataObject) -> None:
+def test_a_preempted_run_holds_no_workers_after_any_loss(data: st.DataObject) -> None:
     """Grants come and go and workers die, with and without snapshots: without a grant a run gives all back in the
     end, and with one it goes on."""
     least = data.draw(st.integers(1, 3))

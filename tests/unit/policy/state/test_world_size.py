@@ -32,7 +32,7 @@ PLANNED = limits_of(steps=100, schedule=(ScheduledScale(at_step=20, workers=3), 
         (SizeRequest(4, 30), 60, 1),
     ],
 )
-def test_the_newest_of_schedule_and_wish_counts(size_request: SizeRequest | None, step: int, size: int) -> None:
+def test_the_newest_of_schedule_and_request_counts(size_request: SizeRequest | None, step: int, size: int) -> None:
     assert wanted_size(PLANNED, size_request, step) == size
 
 

@@ -273,7 +273,7 @@ def test_garbage_is_what_no_journal_names_and_no_rank_completes(tmp_path: Path) 
     assert _steps(tmp_path) == [20] and run.checkpoints.newest == (3, 20)
 
 
-def test_what_can_not_be_completed_is_deleted_once_the_journal_says_so(tmp_path: Path) -> None:
+def test_parts_that_can_not_be_completed_are_deleted_after_their_journal_entry(tmp_path: Path) -> None:
     """With or without a manifest."""
     run = JournaledRun(tmp_path, LIMITS)
     _shard(tmp_path, 1)  # older than the newest checkpoint: garbage anyway

@@ -99,7 +99,7 @@ def test_waiting_for_a_directive_ends_when_it_comes() -> None:
     assert got[0].activated == 3
 
 
-def test_a_newer_controller_counts_its_directives_anew() -> None:
+def test_a_newer_controller_numbers_its_directives_from_the_start() -> None:
     mailbox = WorkerMailbox("w0", 1)
     mailbox.put(Directive(1, 9, activated=4))
     mailbox.put(Directive(2, 0, activated=5))

@@ -123,7 +123,7 @@ def test_another_world_gets_rows_of_its_own(recorder: Recorder, prefetch: Prefet
     assert [a.world_size for a in recorder.asked if a.step == 4] == [2, 3]
 
 
-def test_smaller_slots_are_read_anew(recorder: Recorder, prefetch: Prefetch) -> None:
+def test_rows_of_smaller_micro_batches_are_read_again(recorder: Recorder, prefetch: Prefetch) -> None:
     prefetch.step(3, 0, 2, TWO, _ignore)
     recorder.await_asked(4)
     prefetch.step(4, 0, 2, ONE, _ignore)

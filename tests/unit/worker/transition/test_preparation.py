@@ -137,7 +137,7 @@ def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(factory: ShardFa
 
 
 @pytest.mark.parametrize("without_store", [False, True], ids=["layout", "store"])
-def test_a_plan_that_can_not_be_prepared_is_told_at_once(
+def test_a_plan_that_can_not_be_prepared_is_reported_at_once(
     factory: ShardFactory, mailbox: WorkerMailbox, without_store: bool
 ) -> None:
     preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
@@ -155,7 +155,7 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(
     preparer.close()
 
 
-def test_a_plan_stands_while_the_newest_directive_names_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+def test_a_plan_is_valid_while_the_newest_directive_names_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
     preparer, plan = TransitionPreparer(factory, mailbox), _plan(5, "w0")
     mailbox.put(Directive(1, 0, next=plan))
     assert preparer.stands(plan)
@@ -182,7 +182,7 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
     assert found == [int(activated)]
 
 
-def test_a_newcomer_hears_that_the_run_went_on_without_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+def test_a_newcomer_notices_that_the_run_continued_without_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
     preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
     mailbox.put(Directive(1, 0, next=plan))
     assert preparer.await_next(lambda _: False).plan == plan
