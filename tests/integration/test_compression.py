@@ -21,7 +21,7 @@ from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support import small
 from tests.support.ranks import Ranks
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 LOSSY: list[dict[str, Any]] = [
     {"scheme": "bf16", "error_feedback": True},
@@ -173,14 +173,14 @@ def job(request: pytest.FixtureRequest, texts: Path) -> JobSpec:
     return small_job(texts).model_copy(update={"communication": communication})
 
 
-def _handovers(worker_group: Crew, plan: GenerationPlan) -> list[Handover]:
+def _handovers(worker_group: LocalWorkerGroup, plan: GenerationPlan) -> list[Handover]:
     reports = [worker_group.members[worker].report() for worker in worker_group.living]
     return [h for report in reports for h in report.transition.handovers if h.generation == plan.generation]
 
 
 @pytest.mark.usefixtures("device")
 def test_unsent_residuals_survive_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         for members in (worker_group.ids[:2], worker_group.ids[1:4], [worker_group.ids[3]], worker_group.ids[:2]):
             worker_group.await_step(worker_group.newest_step + 3)
@@ -195,7 +195,7 @@ def test_unsent_residuals_survive_rescales(job: JobSpec, store_dir: Path, tmp_pa
 
 @pytest.mark.usefixtures("device")
 def test_unsent_residuals_of_a_dead_worker_are_with_its_buddy(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(6)
         worker_group.members[worker_group.ids[1]].kill()
@@ -214,7 +214,7 @@ def test_auto_chooses_the_same_scheme_on_all_ranks_and_again_in_each_world(
 ) -> None:
     communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
     job = small_job(texts).model_copy(update={"communication": communication})
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         worker_group.await_step(12)
         plan = worker_group.rescale(worker_group.ids)

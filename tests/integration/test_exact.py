@@ -29,14 +29,14 @@ from tests.support.own_models import linear, own_spec
 from tests.support.ranks import Ranks
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 ALL_WORLDS = [2, 4, 3, 1, 2]  # sizes that one run passes through; each of its steps is compared
 PLAIN = {"precision": "fp32", "zero_stage": 1}
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 
 
-def _step_results(worker_group: Crew) -> list[tuple[Any, ...]]:
+def _step_results(worker_group: LocalWorkerGroup) -> list[tuple[Any, ...]]:
     assert sorted(worker_group.records) == list(range(STEPS))
     records = [record for _, record in sorted(worker_group.records.items())]
     assert all(len(r.state.digests) == (r.world_size if worker_group.is_exact else 0) for r in records)
@@ -53,7 +53,7 @@ def _step_results(worker_group: Crew) -> list[tuple[Any, ...]]:
     ]
 
 
-def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
+def _state(worker_group: LocalWorkerGroup, job: JobSpec) -> dict[str, bytes]:
     """Every tensor of the checkpoint after the last step."""
     members = worker_group.directive.current.world.members if worker_group.directive.current else ()
     shards = [worker_group.final[w].shards[-1] for w in members]
@@ -67,7 +67,7 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
 
 
 def _run(job: JobSpec, store_dir: Path, directory: Path, worlds: list[int]) -> Run:
-    with Crew(job, store_dir, directory, size=max(worlds)) as worker_group:
+    with LocalWorkerGroup(job, store_dir, directory, size=max(worlds)) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
         for size in worlds[1:]:
             worker_group.await_step(worker_group.newest_step + 3)

@@ -66,7 +66,7 @@ class SimulatedWorker:
         self._me = worker_id
         self._mailbox = WorkerMailbox(worker_id, os.getpid())
         self._counters: dict[int, int] = {}  # the experts that this worker holds
-        self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and its ward's
+        self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and those it keeps as a buddy
         self._step = -1
         self._saved = -1  # step of the newest checkpoint that it has written
         self._begun = -1
@@ -171,7 +171,7 @@ class SimulatedWorker:
         self._mailbox.publish(phase=phase, failed_generation=plan.generation, holdings=tuple(self._kept))
 
     def _keep(self, plan: GenerationPlan, votes: dict[str, dict[str, Any]]) -> None:
-        """Snapshots of this worker and of its ward after the newest step; two steps are kept."""
+        """Snapshots of this worker, and of the rank whose buddy it is, after the newest step; two steps are kept."""
         mine = plan.world.rank_of(self._me)
         ranks = [mine, *(ring.index(mine) for ring in plan.rings)]
         for rank in ranks:

@@ -1,8 +1,8 @@
 """Real workers in real processes, driven without Ray: each behind a pipe, and a rendezvous store in the test.
 
-with Crew(job, store_dir, run_dir, size=3) as crew:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.rescale(crew.ids[:3])
+with LocalWorkerGroup(job, store_dir, run_dir, size=3) as group:
+    group.start(group.plan(group.ids[:2]))
+    group.rescale(group.ids[:3])
 """
 
 import atexit
@@ -111,7 +111,7 @@ class MemberDied(RuntimeError):
 
 
 class NoRecoveryPoint(RuntimeError):
-    """Nobody has a whole state: only a checkpoint can help."""
+    """Live workers don't hold a whole state: only a checkpoint can help."""
 
 
 class TransitionFailed(RuntimeError):
@@ -179,14 +179,14 @@ def _num_outputs(store_dir: Path) -> int:
     return int(manifest["vocab_size"] if "vocab_size" in manifest else manifest["num_outputs"])
 
 
-class Crew:
-    """Workers of one run, and the simplest controller that can lead them.
+class LocalWorkerGroup:
+    """Workers of one run in processes of this machine, and the simplest controller that can direct them.
 
-    Steps are a little slow from the beginning on. Once one was waited for, later ones are very slow, until another one
-    is waited for, or a fence or the end: so there are some left for what a test does next.
+    Steps are slowed down a little. After a test has awaited a step, later ones are very slow until it awaits another
+    one, a fence or the end: so steps are left for what the test does next.
 
     Args:
-        orphan_s: how long a worker stays that isn't asked for anything.
+        orphan_s: seconds without a call after which a worker exits.
         env: variables of the workers' environment.
 
     Attributes:
@@ -482,7 +482,7 @@ class Crew:
                 member.kill()
 
 
-def commit_of(worker_group: Crew, step: int) -> Path:
+def commit_of(worker_group: LocalWorkerGroup, step: int) -> Path:
     """Path of the checkpoint of `step`, after marking it complete as a controller does. All members have finished."""
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     complete = Commit(step, 1, shards[0].generation, tuple(shards))

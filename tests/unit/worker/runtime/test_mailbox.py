@@ -1,4 +1,4 @@
-"""The desk from both sides: directives in, reports out."""
+"""The mailbox from both sides: directives in, reports out."""
 
 import threading
 import time
