@@ -114,10 +114,8 @@ def test_workers_on_three_hosts_train_over_the_network(
         connected = _sockets(hosts, index, pid)
         gloo = [(here, there) for here, there in connected if {here, there} & listening]
         streams = [pair for pair in connected if pair not in gloo]
-        for pairs, number in (
-            (gloo, 4),
-            (streams, 2),
-        ):  # two groups, to either peer; from the rank that it protects and to its buddy
+        # Two groups, to either peer; streams from the rank that it protects and to its buddy.
+        for pairs, number in ((gloo, 4), (streams, 2)):
             assert {here.partition(":")[0] for here, _ in pairs} == {hosts.addresses[index]}
             assert {there.partition(":")[0] for _, there in pairs} == others and len(pairs) == number
     ended = _stop(driver, run)
