@@ -88,7 +88,7 @@ def _read(package: Location, digest: str, caller: Caller) -> bytes:
         ) from error
     if sha256(data).hexdigest() != digest:
         raise UsageError(
-            f"{package} is not the code that was submitted: its sha256 is another than in its name",
+            f"{package} is not the code that was submitted: its sha256 is not the one in its name",
             remedy="Put the original back; to train with other code, submit a new run.",
         )
     return data

@@ -78,7 +78,7 @@ def _die(task: str) -> str:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_failing_cluster_is_a_readable_error() -> None:
-    with pytest.raises(OrchestratorError, match="the cluster couldn't do its part: .*not this one: b") as raised:
+    with pytest.raises(OrchestratorError, match="the tasks on the cluster failed: .*not this one: b") as raised:
         list(on_cluster(_die, ["b"]))
     assert "what is done is kept" in raised.value.unchanged
     assert list(on_cluster(str.upper, ["b"])) == ["B"]

@@ -195,7 +195,7 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     ended = client.wait(run, timeout_s=250.0)
     assert ended.phase is RunPhase.STOPPED and client.audit(run).ok and client.audit(run).steps == ended.step
     job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
-    with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
+    with pytest.raises(UsageError, match=r"trains a user's model, jobs\.models\.dense"):
         export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
     _answers_outside_of_training(Path(ended.run_dir), str(ended.checkpoint), texts)
 

@@ -60,7 +60,9 @@ def test_a_run_is_taken_over_and_removed_from_its_first_cluster(
     gone, alive = psutil.wait_procs(workers, timeout=200)
     assert len(gone) == len(workers) and not alive
     first.until(lambda: json.loads(first("ls", "-o", "json").stdout) == [])
-    assert "wanted is another cluster's now: term 1 may not write" in first("pause", "wanted", expect=102).stderr
+    assert (
+        "wanted was taken over by another cluster: term 1 may not write" in first("pause", "wanted", expect=102).stderr
+    )
     first.until(lambda: json.loads(first.python(COUNTED)) == [["scheduler"], 0, 4.0])  # actors, groups, free CPUs
 
     second("stop", "wanted")

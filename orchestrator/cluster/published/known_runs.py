@@ -21,7 +21,7 @@ def directory_of(run_id: str) -> Location:
         return location_of(place.decode())
     taken_over = internal_kv._internal_kv_get(run_id.encode(), namespace=TAKEN_OVER)
     if taken_over is not None:
-        raise NotFound(f"run {run_id} is another cluster's now: {taken_over.decode()}")
+        raise NotFound(f"run {run_id} was taken over by another cluster: {taken_over.decode()}")
     remedy = f"{nearest(run_id, known_runs())}`orchestrator ls` shows its runs."
     raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
 

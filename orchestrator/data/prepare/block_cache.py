@@ -157,7 +157,7 @@ class Parts:
             except BlockingIOError:
                 raise DataError(
                     f"another process prepares {final} now",
-                    remedy="Wait for it: the store is then found.",
+                    remedy="Repeat the command once it is done: it finds that store.",
                     unchanged="Nothing was written.",
                 ) from None
             except OSError as error:

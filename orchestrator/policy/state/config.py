@@ -97,7 +97,7 @@ class RunLimits:
         """Raises UsageError if the job leaves the number of workers to its user."""
         if self.autoscale.policy == MANUAL:
             raise UsageError(
-                f"{self.run_id} can't find its number of workers itself: its job's autoscale.policy is {MANUAL}",
+                f"{self.run_id} can't choose its number of workers itself: its job's autoscale.policy is {MANUAL}",
                 remedy="Ask for a number, or submit a job with another autoscale.policy.",
                 unchanged=f"{self.run_id} continues unchanged.",
             )

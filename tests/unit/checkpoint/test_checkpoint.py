@@ -336,7 +336,7 @@ def test_a_checkpoint_whose_manifest_can_not_be_trusted_does_not_open(tmp_path: 
     manifest.write_text(text)
     with pytest.raises(CheckpointCorrupt, match="the run's journal names it with"):
         read_manifest(path, "ab" * 32)
-    with pytest.raises(CheckpointCorrupt, match=f"is of {path.name}, as its directory is not named"):
+    with pytest.raises(CheckpointCorrupt, match=f"belongs to {path.name}, which is not the name of its directory"):
         CheckpointReader(path.rename(tmp_path / checkpoint_name(11, 1, 0)))
 
 

@@ -491,7 +491,7 @@ def test_a_part_that_is_lost_before_the_end_is_an_error(corpus: Path, tmp_path: 
         for part in (tmp_path / "stores").glob(".*/00000001.part"):
             part.unlink()
 
-    with pytest.raises(StoreCorrupt, match=r"00000001\.part was written and is not there"):
+    with pytest.raises(StoreCorrupt, match=r"00000001\.part was written, but is missing"):
         prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", losing)
     assert not [path for path in (tmp_path / "stores").glob("store-*") if path.is_dir()]
 
@@ -543,7 +543,7 @@ def test_a_damaged_store_is_no_source(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_store_is_no_text(corpus: Path, tmp_path: Path) -> None:
     store = prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", map).store
-    with pytest.raises(DataError, match="is a prepared token store, no text"):
+    with pytest.raises(DataError, match="is a prepared token store, not text"):
         prepare_corpora(replace(PLAIN, sources=(str(store.directory),)), tmp_path / "again", map)
 
 
