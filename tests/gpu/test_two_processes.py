@@ -55,7 +55,7 @@ def _trained(worker_group: LocalWorkerGroup) -> list[tuple[Any, ...]]:
     return [(record.loss, record.update.grad_norm) for _, record in sorted(worker_group.records.items())]
 
 
-def test_the_survivor_of_a_kill_goes_on_with_the_bits_of_an_undisturbed_run(shared: None, tmp_path: Path) -> None:
+def test_the_survivor_of_a_kill_has_the_bits_of_an_undisturbed_run(shared: None, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     texts = write_texts(tmp_path / "texts")
     job, store_dir = small_job(texts, determinism="exact"), prepare_texts(texts, tmp_path / "store")

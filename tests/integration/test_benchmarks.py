@@ -192,7 +192,7 @@ def test_dashboards_have_samples_of_everything() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_low_run_gives_way_and_comes_back() -> None:
+def test_a_low_run_is_shrunk_and_grows_back() -> None:
     line = quick("priorities")
     met = {bar["name"]: bar["met"] for bar in line["bars"]}
     assert met.keys() == {"shrink_s", "steps_lost", "grow_back_s"} and met["steps_lost"]

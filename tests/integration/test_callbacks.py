@@ -103,7 +103,7 @@ def test_callbacks_have_every_step_once_and_their_requests_are_met(on: Cluster, 
     until(lambda: names_of("heard") == [], PATIENCE_S, "the end of its processes")
 
 
-def test_a_process_that_is_killed_goes_on_with_the_state_of_its_callbacks(on: Cluster, tmp_path: Path) -> None:
+def test_a_replaced_process_continues_with_the_state_of_its_callbacks(on: Cluster, tmp_path: Path) -> None:
     train = {"max_steps": 1_000_000, "global_batch_size": 16, "micro_batch_size": 4}
     on.submit("killed", callbacks=[_callback(tmp_path, _5=["save"])], train=train, checkpoint={"every": 1000})
     until(lambda: read_position(str(tmp_path / "killed")).step >= 5, PATIENCE_S, "a stored position")

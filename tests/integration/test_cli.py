@@ -99,7 +99,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
 
 
 @pytest.mark.journey
-def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
+def test_a_run_is_paused_and_resumes_at_another_world_size(here: Here) -> None:
     slow = {
         "train": JOB["train"] | {"max_steps": 300},
         "envs": {"SIM_STEP_S": "0.4"},  # two minutes, in which commands start on a busy machine
@@ -223,7 +223,7 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
 
 
 @pytest.mark.journey
-def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
+def test_an_interrupt_detaches_and_the_run_continues(alone: Here) -> None:
     process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"max_steps": 900}, envs=UNHURRIED))
     _await_line(process, "lasting training")
     process.send_signal(signal.SIGINT)

@@ -136,7 +136,7 @@ def _losses(
 
 
 @pytest.mark.long_emulated
-def test_training_goes_on_nearly_as_without(ranks: Ranks) -> None:
+def test_training_is_nearly_that_without_compression(ranks: Ranks) -> None:
     plain = ranks.run(_losses, 3, "none", 20)[0]
     for compression in ("bf16", "fp16", "int8"):
         assert ranks.run(_losses, 3, compression, 20)[0] == pytest.approx(plain, rel=0.01)

@@ -209,7 +209,7 @@ def test_a_controller_that_does_not_answer_and_workers_that_ignore_sigterm_or_ar
     on.assert_every_step_once("deaf", status.step)
 
 
-def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
+def test_a_killed_controller_is_restarted_and_the_run_continues(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
     envs = {"SIM_STEP_S": "0.4"}  # two minutes for all that happens before the end: MLflow takes long to load

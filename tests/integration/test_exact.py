@@ -172,7 +172,7 @@ def alone(request: pytest.FixtureRequest, ranks: Ranks) -> tuple[int, dict[str, 
         pytest.param(ExpertPlacement.balanced(4, 5), id="more ranks than experts"),
     ],
 )
-def test_where_experts_lie_changes_no_bit(
+def test_the_placement_of_experts_changes_no_bit(
     ranks: Ranks, placement: ExpertPlacement, alone: tuple[int, dict[str, torch.Tensor]]
 ) -> None:
     stage, expected = alone

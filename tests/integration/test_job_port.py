@@ -64,7 +64,7 @@ def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_pa
     assert not (tmp_path / "shared").exists() and "heavy-" not in far.ray("list")
 
 
-def test_a_secret_that_is_not_there_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
+def test_a_missing_secret_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
     job = far.job(texts, tmp_path / "shared", "careless", secrets={"API_KEY": "env:NO_SUCH_KEY"})
     far("submit", job)
     ended = until_stored(tmp_path / "shared" / "careless", lambda s: s.phase is RunPhase.FAILED)

@@ -251,7 +251,9 @@ def test_a_worker_reports_the_fault_of_a_users_model(texts: Path, store_dir: Pat
     assert report.health.error.traceback.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_a_build_that_draws_otherwise_on_each_worker_is_found_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_a_build_with_different_random_weights_on_each_worker_is_detected(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
     spec = own_spec(tmp_path, linear(init="nn.init.constant_(self.head.bias, float(__import__('os').getpid()))"))
     with LocalWorkerGroup(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as worker_group:
         worker_group.send(next=worker_group.plan(worker_group.ids))

@@ -118,7 +118,9 @@ def environment(home: Path) -> dict[str, str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ended_midway_it_goes_on_and_ends_the_same(command: list[str], corpus: Path, tmp_path: Path) -> None:
+def test_an_interrupted_preparation_continues_and_gives_the_same_store(
+    command: list[str], corpus: Path, tmp_path: Path
+) -> None:
     """First by Ctrl-C, then, some blocks later, by SIGKILL of the command and all of its Ray."""
     out, env = tmp_path / "stores", environment(tmp_path)
     args = [*command, "data", "prepare", str(corpus), "--out", str(out), "--vocab-size", "300", "-o", "json"]

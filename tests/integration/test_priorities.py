@@ -156,7 +156,7 @@ def _held(file: Path, text: str) -> Iterator[None]:
 
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Cluster) -> None:
+def test_minimums_that_leave_no_room_preempt_the_lower_run_which_resumes_later(on: Cluster) -> None:
     """While it waits it has no process but its controller, and its tracker, the real one, misses nothing."""
     on.submit("low", parts=replace(simulated_parts(), tracker=ActorClasses().tracker), **_job("3..4"))
     on.until("low", lambda s: s.step > 20)

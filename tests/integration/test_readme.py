@@ -93,7 +93,7 @@ def test_a_job_of_a_page_is_valid(page: str, text: str, tmp_path: Path) -> None:
     load_job(tmp_path / "job.yaml")
 
 
-def test_a_job_that_comes_with_us_is_valid() -> None:
+def test_the_jobs_of_the_repository_are_valid() -> None:
     names = [load_job(job).name for job in sorted((ROOT / "jobs").glob("*.yaml"))]
     assert "quickstart" in names and len(set(names)) == len(names)
 

@@ -179,7 +179,7 @@ def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
     assert sorted(history) == list(range(status.step))
 
 
-def test_a_users_own_model_trains_and_goes_on_in_another_world(
+def test_a_users_own_model_trains_and_resumes_at_another_world_size(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     run = client.submit(_quick_example("dense", texts, tmp_path))

@@ -128,7 +128,7 @@ def test_nccl_sums_on_the_device_and_refuses_the_cpu() -> None:
         dist.destroy_process_group()
 
 
-def test_a_survey_lists_mistakes_and_goes_on() -> None:
+def test_a_survey_lists_mistakes_and_continues() -> None:
     with survey() as findings:
         (_ones() + torch.ones(3)).numpy()
     assert len(findings) == 2 and all("test_emulated_accelerator.py" in finding.where for finding in findings)

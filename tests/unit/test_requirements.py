@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_a_package_is_there_for_processes_that_ask_for_it_and_for_no_other(tmp_path: Path) -> None:
+def test_a_package_is_importable_only_in_processes_that_request_it(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path, "tiny_extra", "import numpy\nVALUE = numpy.arange(3).sum()", "numpy>=1")
     code = f"from orchestrator.requirements import use_requirements\nuse_requirements([{wheel!r}])\n"
     use = "import tiny_extra, numpy; print(tiny_extra.VALUE, numpy.__version__)"

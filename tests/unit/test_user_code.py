@@ -28,7 +28,7 @@ def _write(path: Path, text: str = "def score(text): return 1.0\n") -> Path:
 
 
 @pytest.mark.parametrize("module", ["mine_a", "mine_p.inner", "mine_n.deep.inner"])
-def test_what_is_there_is_found_and_imported(tmp_path: Path, module: str) -> None:
+def test_an_existing_module_is_found_and_imported(tmp_path: Path, module: str) -> None:
     file = _write(tmp_path / f"{module.replace('.', '/')}.py")
     if module.startswith("mine_p"):
         _write(tmp_path / "mine_p" / "__init__.py", "")

@@ -144,7 +144,7 @@ def test_run_refuses_before_it_starts_anything(
     assert not (here / "home").exists()
 
 
-def test_records_of_a_run_that_is_not_there(orchestrator: Callable[..., Done]) -> None:
+def test_records_of_a_missing_run(orchestrator: Callable[..., Done]) -> None:
     for verb in ("status", "check data", "events", "logs"):
         done = orchestrator(*verb.split(), "try", "--storage", ".")
         assert done.returncode == 102 and "holds no run" in done.stderr

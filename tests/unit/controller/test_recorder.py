@@ -57,7 +57,7 @@ def test_a_gradient_too_large_is_journalled_with_its_parameter(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("missing", ["processor", "threads"])
-def test_what_one_side_lacks_differs(tmp_path: Path, missing: str) -> None:
+def test_a_tensor_missing_on_one_side_differs(tmp_path: Path, missing: str) -> None:
     account = _account(tmp_path)
     run_inline(account.hear("w0", _report(numerics=json.dumps(FINGERPRINT))))
     run_inline(account.hear("w1", _report(numerics=json.dumps({k: v for k, v in FINGERPRINT.items() if k != missing}))))

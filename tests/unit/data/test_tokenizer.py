@@ -13,7 +13,7 @@ TOKENIZER = TextTokenizer.train(TEXTS, 300)
 
 
 @given(text=st.text())
-def test_any_text_comes_back(text: str) -> None:
+def test_any_text_survives_a_round_trip(text: str) -> None:
     [tokens] = TOKENIZER.encode([text])
     assert tokens[0] == TOKENIZER.document_token
     assert max(tokens) < TOKENIZER.vocab_size

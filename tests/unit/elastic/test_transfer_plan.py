@@ -76,7 +76,7 @@ def test_moved_bytes_are_the_minimum(pair: tuple[StateLayout, StateLayout]) -> N
 
 @settings(deadline=None)
 @given(pairs)
-def test_every_move_lies_in_one_held_range_at_both_ends_and_runs_are_merged(
+def test_every_copy_is_within_one_held_range_at_both_ends_and_neighbours_are_merged(
     pair: tuple[StateLayout, StateLayout],
 ) -> None:
     old, new = pair

@@ -123,14 +123,14 @@ def test_its_own_init_weights_comes_last_and_leaves_moe_layers_alone(tmp_path: P
     assert 0.001 < float(state["model.moe.experts.0.gate_up"].std()) < 0.1
 
 
-def test_init_weights_leaves_the_routes_of_an_exact_run_alone(tmp_path: Path) -> None:
+def test_init_weights_does_not_change_the_routes_of_an_exact_run(tmp_path: Path) -> None:
     spec = own_spec(tmp_path, EXPERTS)
     exact = build_model(spec, VOCAB, replace(single_rank(spec), is_exact=True))
     exact.init_weights(0)
     torch.testing.assert_close(exact(TOKENS), _model(spec)(TOKENS))
 
 
-def test_building_leaves_torchs_random_numbers_alone(tmp_path: Path) -> None:
+def test_building_does_not_change_torchs_random_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     _model(own_spec(tmp_path, linear()))
     assert torch.equal(torch.get_rng_state(), before)

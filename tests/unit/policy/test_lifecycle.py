@@ -77,7 +77,7 @@ def test_a_request_grows_the_world_without_a_lost_step() -> None:
     assert rescale.moved_bytes == 4 * 20
 
 
-def test_training_goes_on_while_newcomers_get_warm() -> None:
+def test_training_continues_while_newcomers_get_warm() -> None:
     life = Life(limits_of(steps=30))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
@@ -254,7 +254,7 @@ def test_a_world_that_can_not_be_rebuilt_fails_the_run() -> None:
     assert "6 transitions in a row failed; w0, w1 could not reach" in life.state.why
 
 
-def test_a_first_world_that_never_comes_about_fails_the_run() -> None:
+def test_a_first_world_that_never_forms_fails_the_run() -> None:
     """As where workers can't reach each other: there is no size to go back to."""
     life = Life(limits_of(steps=60))
     life.frozen = {"w0", "w1"}
@@ -311,7 +311,7 @@ def test_a_mistake_in_the_users_code_ends_a_run_that_has_not_begun_at_once() -> 
     assert life.state.traceback == "Traceback: line 1"
 
 
-def test_a_mistake_in_the_users_code_that_only_a_standby_meets_ends_nothing() -> None:
+def test_an_error_of_the_users_code_in_a_standby_ends_nothing() -> None:
     life = Life(limits_of(standby=1))
     life.run_until(lambda: life.step == 3 and "w2" in life.reports)
     life.frozen.add("w2")

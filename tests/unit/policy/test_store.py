@@ -15,7 +15,7 @@ def _ends_well(life: Life) -> None:
     assert len(life.done_by) == life.limits.steps == life.progress.watermark + 1
 
 
-def test_training_goes_on_without_a_store_and_a_rescale_waits_for_one() -> None:
+def test_training_continues_without_a_store_and_a_rescale_waits_for_one() -> None:
     life = Life(limits_of(steps=40))
     life.run_until(lambda: life.step == 3)
     life.store = None

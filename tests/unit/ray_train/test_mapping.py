@@ -109,7 +109,7 @@ def test_each_config_field_becomes_its_job_keys(config: Any, wanted: Job) -> Non
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(config: Any, words: str) -> None:
+def test_unsupported_options_are_refused_by_name(config: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as refused:
         settings(config)
     assert refused.value.unchanged == "Nothing was started."

@@ -105,6 +105,6 @@ def test_first_ranks_get_one_more() -> None:
 
 
 @pytest.mark.parametrize(("rank", "world_size", "num_micro_batches"), [(3, 3, 5), (-1, 3, 5), (0, 0, 5), (0, 1, -1)])
-def test_what_no_world_has_is_refused(rank: int, world_size: int, num_micro_batches: int) -> None:
+def test_ranks_outside_the_world_are_refused(rank: int, world_size: int, num_micro_batches: int) -> None:
     with pytest.raises(ValueError):
         micro_batches_of(rank, world_size, num_micro_batches)

@@ -49,7 +49,7 @@ def test_runs_before_it_in_the_queue_do_not_wait() -> None:
     assert _shares([_run("first", 1, NOW_S - 2.0)], [_run("slow", 1, NOW_S - 1.0)])["first"].places == 1
 
 
-def test_it_is_expected_until_it_has_spoken_is_gone_or_is_too_late() -> None:
+def test_a_run_is_expected_until_its_controller_reports_ends_or_is_late() -> None:
     now_s = time.time()  # not when this file was read, which may be long ago
     scaler, late = Autoscaler(), _run("late", 1, now_s - EXPECTED_S - 1.0)
     runs = {

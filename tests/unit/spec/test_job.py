@@ -257,7 +257,7 @@ def test_the_memory_of_a_micro_batch(micro_batch_size: int | str, rows: int, tok
     )
 
 
-def test_a_job_comes_back_from_its_json() -> None:
+def test_a_job_survives_a_round_trip_through_json() -> None:
     text = """
 schema: v1
 name: try

@@ -41,7 +41,7 @@ def test_a_buffer_is_kept_by_whatever_views_it(view_of: Callable[[torch.Tensor],
 
 
 @moves_pages
-def test_what_buffers_of_any_sizes_have_left_serves_those_of_other_sizes() -> None:
+def test_memory_left_by_buffers_of_any_size_serves_other_sizes() -> None:
     buffers = Buffers()
     left, between = [], []
     for size in (3 * PIECE, PIECE, 4 * PIECE, 2 * PIECE):

@@ -61,7 +61,7 @@ def test_detached_shares_memory_without_autograd() -> None:
     assert parameter.tolist() == [5.0] * 4
 
 
-def test_zeros_like_has_the_same_ranges_in_memory_of_its_own() -> None:
+def test_zeros_like_has_the_same_ranges_in_separate_memory() -> None:
     ranges, memory = _two_pieces()
     copy = zeros_like(ranges)
     assert [(n, r.start, r.stop) for n, r in copy] == [(n, r.start, r.stop) for n, r in ranges]

@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> None:
+def test_an_adopted_run_continues_with_the_key_that_adopted_it(tmp_path: Path) -> None:
     run_dir = run_of(tmp_path, "auto", SigningKey(b"a key that was lost"))
     (run_dir / "status-0000000001.json").write_text("{}")  # it has ended
     with pytest.raises(KeyUnknown):

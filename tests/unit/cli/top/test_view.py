@@ -55,7 +55,7 @@ def test_before_the_first_step_there_are_no_figures() -> None:
     assert view.workers == ("none yet",) and view.figures[0] == "loss -  -"
 
 
-def test_runs_that_go_on_come_first_and_then_the_newest() -> None:
+def test_active_runs_come_first_and_then_the_newest() -> None:
     runs = [
         status(run_id="old", phase=RunPhase.SUCCEEDED, ended_time=5.0),
         status(run_id="first"),

@@ -81,7 +81,7 @@ def test_in_a_world_of_one_nothing_moves() -> None:
     assert exchange.end(exchange.begin(rows)) is rows
 
 
-def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_travel() -> None:
+def test_computation_between_begin_and_end_overlaps_with_the_exchange_in_both_passes() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
         under_way = []
         weights = torch.ones(3, requires_grad=True, device=devices.device())

@@ -73,6 +73,6 @@ def test_a_closed_group_raises() -> None:
     on_peers(("a", "b"), run)
 
 
-def test_a_peer_that_does_not_come_is_an_error_after_the_timeout() -> None:
+def test_a_peer_that_does_not_connect_is_an_error_after_the_timeout() -> None:
     with pytest.raises(RuntimeError):
         PeerGroup(HashStore(), "test", ("a", "b"), "a", timeout_s=0.2)

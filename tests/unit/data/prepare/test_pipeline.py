@@ -353,7 +353,7 @@ def own_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.param(lambda text: 1 / 0, "raised ZeroDivisionError: division by zero", id="raises"),
     ],
 )
-def test_a_score_that_is_none_is_named_with_file_and_line(
+def test_an_invalid_score_is_named_with_file_and_line(
     corpus: Path, tmp_path: Path, own_signal: ModuleType, worth: Callable[[str], float], what: str
 ) -> None:
     rows = texts(60)
@@ -426,7 +426,7 @@ def test_a_corpus_that_changes_under_way_is_noticed(corpus: Path, tmp_path: Path
 # -- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_taken_up_and_nothing_else(corpus: Path, tmp_path: Path) -> None:
+def test_finished_parts_are_reused_and_no_others(corpus: Path, tmp_path: Path) -> None:
     request = replace(PLAIN, sources=(str(write_folder(corpus)),))
     whole = prepare_corpora(request, tmp_path / "whole", map)
 
@@ -519,7 +519,7 @@ def test_a_job_may_name_the_store(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "unused").exists()
 
 
-def test_a_job_that_wants_the_store_otherwise_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_job_with_other_settings_than_the_store_is_refused(corpus: Path, tmp_path: Path) -> None:
     store = prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", map).store
     source = str(store.directory)
     other = prepare(str(corpus), 290, 0.3, tmp_path / "other").directory / TOKENIZER

@@ -144,7 +144,7 @@ def test_a_worker_that_adds_too_little_goes_and_does_not_come_back() -> None:
     assert _decide(_fast({2: 200.0, 3: 230.0}, wanted=3, least=3), 9.0) is None
 
 
-def test_what_a_rescale_costs_has_to_come_back() -> None:
+def test_a_rescale_must_save_more_than_it_costs() -> None:
     assert _decide(_fast({2: 200.0}, left_s=3.0, stall_s=1.1), 9.0) is None
     assert _decide(_fast({2: 200.0}, left_s=3.0, stall_s=0.9), 9.0) is not None
 
@@ -168,7 +168,7 @@ def test_demand_is_what_runs_would_have_if_there_were_room(run: ScalingView, wor
     assert demand([run]) == (Demand(CPU),) * workers
 
 
-def test_what_others_have_asked_for_is_left_alone_where_no_run_leaves_its_size_open() -> None:
+def test_requests_of_others_are_unchanged_if_no_run_leaves_its_size_open() -> None:
     by_hand = _run(policy="manual", wanted=3)
     assert demand([]) == demand([by_hand]) == ()
     assert demand([by_hand, _run()]) == (Demand(CPU),) * 5  # all that there is to be room for
@@ -266,7 +266,7 @@ def test_an_ending_run_is_left_alone() -> None:
     assert decide_sizes([_scale(life)], {"run": FairShare(9, UNLIMITED)}) == ()
 
 
-def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() -> None:
+def test_a_size_that_gained_too_little_is_not_tried_again_in_this_stage() -> None:
     limits = limits_of(steps=900, autoscale=AutoscaleSpec(policy="throughput", cooldown_s=0.0))
     life = Life(limits)
     life.run_until(lambda: life.step == 5)

@@ -325,7 +325,7 @@ def test_what_holds_in_any_cluster(
 
 @settings(max_examples=300, deadline=None)
 @given(_clusters(are_alike=True))
-def test_what_was_decided_is_decided_again(
+def test_shares_of_runs_that_hold_their_grants_are_stable(
     cluster: tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]],
 ) -> None:
     """Once runs hold what they were granted, nothing changes any more: no place goes back and forth. With workers that
@@ -411,7 +411,7 @@ def test_no_run_starves(data: st.DataObject) -> None:
         now_s += 30.0
 
 
-def test_whose_places_are_not_there_waits_again() -> None:
+def test_an_admitted_run_without_its_places_waits_again() -> None:
     """Free places were counted, but not on one node: a run that has begun stays, another one leaves them to others."""
     free = {"n": {"CPU": 1.0}, "m": {"CPU": 1.0}}
     run = _run("a", 1, 1, request={"CPU": 2.0}, has_begun=False)

@@ -24,7 +24,7 @@ def _trained(life: Life) -> None:
     assert life.progress.watermark == life.limits.steps - 1
 
 
-def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
+def test_survivors_continue_at_once_and_the_lost_one_is_replaced() -> None:
     life = Life(limits_of(steps=40, initial_workers=4))
     life.run_until(lambda: life.step == 5)
     committed = life.progress.watermark
@@ -42,7 +42,7 @@ def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
     assert [r.why for r in life.state.rescales] == ["asked for"] or len(life.state.rescales) == 1
 
 
-def test_a_warm_standby_takes_the_place_at_once() -> None:
+def test_a_warm_standby_replaces_a_lost_member_at_once() -> None:
     life = Life(limits_of(steps=40, initial_workers=3, standby=1))
     life.run_until(lambda: life.step == 5)
     life.kill("w0")
@@ -275,7 +275,7 @@ def test_leavers_are_kept_until_the_new_world_has_committed_a_step() -> None:
     assert life.state.settled == 1
 
 
-def test_an_error_of_its_own_is_a_loss_too() -> None:
+def test_an_error_of_a_frozen_worker_counts_as_its_failure() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     life.frozen = {"w1"}
@@ -326,7 +326,7 @@ def test_the_same_user_error_twice_in_a_step_ends_the_run_with_its_traceback() -
     assert life.state.traceback == "Traceback: line 7"
 
 
-def test_a_user_error_that_does_not_come_again_is_lived_through() -> None:
+def test_a_user_error_that_is_not_repeated_is_survived() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     _fails_by_itself(life, "w1", "user_error")
@@ -335,7 +335,7 @@ def test_a_user_error_that_does_not_come_again_is_lived_through() -> None:
     assert {len(members) for members in life.done_by} == {3}
 
 
-def test_recoveries_that_lead_to_no_step_come_to_an_end() -> None:
+def test_recoveries_without_a_step_end_the_run() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     life.holds_still = True

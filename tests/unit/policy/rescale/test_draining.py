@@ -38,7 +38,7 @@ def test_a_standby_on_another_node_replaces_a_leaving_member() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED and life.replayed == 0 and not life.state.recoveries
 
 
-def test_without_a_standby_the_others_go_on_and_the_replacement_joins_later() -> None:
+def test_without_a_standby_the_others_continue_and_the_replacement_joins_later() -> None:
     life = _life()
     life.run_until(lambda: life.state.members == ("w0", "w2"))
     life.run_until(lambda: life.state.members == ("w0", "w2", "w3"))
@@ -108,7 +108,7 @@ def test_a_leaver_that_is_too_late_counts_as_preempted(is_announced: bool) -> No
     assert life.state.recoveries[0].steps_lost == 0
 
 
-def test_a_run_whose_only_node_is_drained_goes_on_as_long_as_it_can() -> None:
+def test_a_run_whose_only_node_is_drained_continues_as_long_as_it_can() -> None:
     life = _life(steps=20)
     life.draining = dict.fromkeys("abc", 0.0)
     for number in range(3, 12):  # they get no place
@@ -162,7 +162,7 @@ def test_leavers_go_first_when_a_run_shrinks() -> None:
     assert "w2" in life.state.members
 
 
-def test_as_many_leave_as_there_are_standbys_where_fewer_may_not_be() -> None:
+def test_at_the_minimum_size_only_as_many_leave_as_there_are_standbys() -> None:
     nodes = {"w0": "a", "w1": "b", "w2": "b", "w3": "d"}
     life = Life(limits_of(steps=200, min_workers=3, initial_workers=3), nodes=nodes)
     life.run_until(lambda: life.step == 3)

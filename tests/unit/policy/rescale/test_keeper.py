@@ -205,7 +205,7 @@ def test_a_keeper_on_another_node_is_preferred(nodes: dict[str, str]) -> None:
     assert [worker for _, worker, _ in _chosen(life)] == ["w2"]
 
 
-def test_the_directive_names_keepers_and_where_to_meet_them() -> None:
+def test_the_directive_names_keepers_and_their_stores() -> None:
     life = _alone()
     assert life.store is not None
     (keeper,) = life.directive.keepers

@@ -88,7 +88,7 @@ def test_standbys_go_before_members() -> None:
     assert life.sizes[-1] == 2 and life.state.rescales == ()
 
 
-def test_the_schedule_goes_on_beneath_the_grant() -> None:
+def test_the_schedule_continues_below_the_grant() -> None:
     life = _life(
         initial_workers=1, schedule=(ScheduledScale(at_step=10, workers=4), ScheduledScale(at_step=20, workers=2))
     )
@@ -97,7 +97,7 @@ def test_the_schedule_goes_on_beneath_the_grant() -> None:
     assert life.sizes[9:11] == [1, 3] and life.sizes[19:21] == [3, 2] and life.sizes[-1] == 2
 
 
-def test_a_preempted_run_loses_no_step_and_goes_on_from_its_checkpoint() -> None:
+def test_a_preempted_run_loses_no_step_and_resumes_from_its_checkpoint() -> None:
     life = _life()
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
@@ -177,7 +177,7 @@ def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> Non
 
 @pytest.mark.parametrize("comes_back", [False, True])
 @pytest.mark.parametrize("changes", [{"initial_workers": 1}, {"initial_workers": 3, "protected": False}])
-def test_a_run_that_loses_its_state_while_it_stops_goes_on_from_its_checkpoint(
+def test_a_run_that_loses_its_state_while_it_stops_returns_to_its_checkpoint(
     changes: dict[str, object], comes_back: bool
 ) -> None:
     life = _life(**changes)
@@ -239,7 +239,7 @@ def test_a_run_preempted_before_its_first_world_has_waited_all_the_time() -> Non
     assert life.state.queue.since_s is None and life.state.queue.begun_s is not None
 
 
-def test_what_failures_have_taught_is_kept() -> None:
+def test_limits_learned_from_failures_are_kept() -> None:
     """A smaller micro-batch, and the nodes where nobody is put."""
     life = _life(initial_workers=3, micro_batch=MicroBatchSize(rows=4))
     life.nodes = {f"w{number}": "good" for number in range(9)}
@@ -320,7 +320,7 @@ def test_no_step_is_lost_or_done_twice_whatever_is_granted(data: st.DataObject) 
     assert len(life.sizes) == 40 and life.replayed == 0 and life.state.recoveries == ()
 
 
-def test_what_was_granted_is_remembered_by_a_successor() -> None:
+def test_a_restarted_controller_remembers_its_grant() -> None:
     life = _life()
     life.run_until(lambda: life.step == 5)
     life.grant = HELD

@@ -224,7 +224,7 @@ def test_one_that_was_removed_by_hand_does_not_count(tmp_path: Path) -> None:
     assert [record.step for record in run.checkpoints.current] == [10, 30, 40]
 
 
-def test_what_an_interrupted_deletion_has_left_goes_once_the_journal_does_not_name_it(tmp_path: Path) -> None:
+def test_remains_of_an_interrupted_deletion_are_deleted(tmp_path: Path) -> None:
     """While it does, its manifest may only be out of sight."""
     run = JournaledRun(tmp_path, LIMITS)
     for step in (10, 20):

@@ -115,7 +115,7 @@ def test_a_repeat_is_no_news() -> None:
     assert mailbox.state.version == version
 
 
-def test_waiting_in_vain_ends_after_the_timeout_with_what_there_is() -> None:
+def test_a_wait_ends_after_the_timeout_with_the_present_report() -> None:
     mailbox = WorkerMailbox("w0", 1)
     assert mailbox.wait(lambda d: d.activated >= 0, 0.01) == Directive(-1, -1)
 

@@ -115,7 +115,7 @@ def test_each_step_is_read_once_and_in_the_thread(recorder: Recorder, prefetch: 
     assert {a.thread.rpartition("_")[0] for a in recorder.asked} == {"rows"}
 
 
-def test_another_world_gets_rows_of_its_own(recorder: Recorder, prefetch: Prefetch) -> None:
+def test_each_world_gets_its_own_rows(recorder: Recorder, prefetch: Prefetch) -> None:
     prefetch.step(3, 1, 2, TWO, _ignore)
     recorder.await_asked(4)
     assert prefetch.step(4, 1, 3, TWO, _ignore).num_positions == 3
