@@ -46,7 +46,7 @@ class ShardMemory:
                 self._file.write(chunk)
             self._file.flush()
         except BaseException:
-            with suppress(OSError):  # of what is still to be flushed: the descriptor is closed all the same
+            with suppress(OSError):  # from flushing the rest: the descriptor is closed anyway
                 self._file.close()
             raise
         self.image = ShardImage(

@@ -91,7 +91,7 @@ class JournaledRun(RunHistory):
         resumed = next((event for event in events if isinstance(event, Resumed)), None)
         progress = Progress()
         if resumed is not None:
-            known = self._journal.last.next_seq  # an attempt before this one may be there all the same
+            known = self._journal.last.next_seq  # an earlier attempt may have been stored despite its error
             progress = yield Lengthy(partial(progress_up_to, self._objects, self.progress, resumed.step, known))
         written = yield from self._append([*events, *changed])
         self._become(state)

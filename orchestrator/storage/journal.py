@@ -73,7 +73,7 @@ class Journal:
         self._objects, self._kept, self._holder = objects, kept, holder
         self.last = ChainReader(objects).newest_link()
         self._unsettled: bytes | None = None  # an entry of ours that may be there, though its creation failed
-        self._superseded: Link | None = None  # an entry of a later term: nothing may be written any more
+        self._superseded: Link | None = None  # an entry of a later term: this journal may write nothing more
         self.num_bytes = 0
         self.term = 0
         while self.term == 0:

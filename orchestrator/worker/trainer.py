@@ -182,7 +182,7 @@ class Trainer:
         self._loop.release(live)
         if live.progress is not None:
             self._snapshots.hold(live.shard, live.progress)
-        with suppress(torch.AcceleratorError):  # of a GPU that is lost
+        with suppress(torch.AcceleratorError):  # if the GPU is lost
             live.shard.engine.close()
         disconnect()
 
