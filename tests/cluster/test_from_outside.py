@@ -1,4 +1,4 @@
-"""A user whose host is no part of the cluster's network and reaches one port of it; and clusters that anybody may use.
+"""A user whose host is no part of the cluster's network and reaches one port of it; and clusters without a token.
 
 The user's files lie where no node sees them, and what the nodes share is not seen by the user.
 """
@@ -42,7 +42,7 @@ def _job(texts: Path, storage: Path, name: str, **changes: Any) -> str:
 
 
 def _until(run_dir: Path, condition: Callable[[RunStatus], bool]) -> RunStatus:
-    """As whoever sees run storage sees it."""
+    """Read from run storage."""
     found: list[RunStatus] = []
 
     def is_so() -> bool:

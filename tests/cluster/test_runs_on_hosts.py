@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available())),
 ]
 
-SOON_S = 15.0  # operations of gloo that nobody interrupts take a minute
+SOON_S = 15.0  # gloo's operations that are not interrupted take a minute
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def _goes_on_without(driver: Driver, run: str, workers: tuple[str, ...], lost_ti
 def test_a_host_that_dies_costs_no_committed_step(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path, is_cut: bool
 ) -> None:
-    """The kernel closes the connections of processes that are killed; nobody does when the power fails."""
+    """The kernel closes the connections of killed processes, but not when the power fails."""
     run = _trained_a_little(driver, _job("mortal", texts, tmp_path))
     index, workers = _fullest(hosts, driver)
     lost_time = time.time()
@@ -195,7 +195,7 @@ def test_a_host_that_dies_costs_no_committed_step(
         hosts.cut(index)
     hosts.kill_host(index)
     _goes_on_without(driver, run, workers, lost_time)
-    if not is_cut:  # the broken connections tell who is lost, not its silence
+    if not is_cut:  # broken connections show which worker is lost, not its silence
         times = {event["kind"]: event["time"] for event in _events(driver, run)}
         assert times["worker_lost"] - times["generation_aborted"] < SILENT_WHEN_STOPPING_S
     _stop(driver, run)
@@ -204,7 +204,8 @@ def test_a_host_that_dies_costs_no_committed_step(
 def test_a_host_that_is_drained_is_left_before_its_deadline(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
 ) -> None:
-    """No step is lost or done twice; while nothing else is free the run goes on smaller, and nobody is put there."""
+    """No step is lost or done twice; while no other node is free the run continues smaller, and no worker is placed
+    there."""
     run = _trained_a_little(driver, _job("drained", texts, tmp_path))
     index, (worker,) = _fullest(hosts, driver)
     deadline = hosts.drain(index, 10.0)

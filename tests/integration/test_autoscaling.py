@@ -76,7 +76,8 @@ def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -
 
 @pytest.mark.journey
 def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
-    """A worker is lost, and somebody else is in its place: the run wants no more than it can have, until that goes."""
+    """A worker is lost and another process takes its place: the run requests no more than there is room for, until that
+    ends."""
     # Five of these steps come before a replacement is asked for: by then Ray has given the place away.
     on.submit("squeezed", **_job("available", envs={"SIM_STEP_S": "0.5"}))
     on.until("squeezed", lambda s: s.workers_now == 4)

@@ -30,7 +30,7 @@ def quick(name: str, *options: str) -> dict[str, Any]:
 
 
 def recoveries(baseline: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """What a baseline tells of `rounds` kills, with a tiny job of four workers."""
+    """A baseline's output for `rounds` kills, with a tiny job of four workers."""
     data = data_spec(True, folder)
     store = prepared(data, stores_dir(True, folder))
     job = job_of("recovery", 2, data, folder, quick=True)

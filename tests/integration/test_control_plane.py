@@ -1,4 +1,4 @@
-"""Every process that steers a run is killed by its id, in the middle of training: nobody who trains takes notice."""
+"""Every process that steers a run is killed by its id, in the middle of training, which continues undisturbed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Stages of difficulty with real workers: the same samples in the same order, whoever is lost."""
+"""Stages of difficulty with real workers: the same samples in the same order, whichever worker is lost."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_a_death_changes_no_sample_of_any_stage(
 def test_a_stage_that_is_decided_begins_on_all_members_at_its_step(
     texts: Path, scored_dir: Path, tmp_path: Path, alone: dict[int, StepRecord]
 ) -> None:
-    """And stays decided for whoever goes on without a dead one. One that comes too late is left out by all alike."""
+    """It stays decided for the survivors of a lost worker. A decision that comes too late is ignored by all."""
     late, in_time = (StageStart("opening", 1),), (StageStart("opening", STEPS - 12),)
     job = _job(texts).model_copy(update={"curriculum": _long_first_stage()})
     with LocalWorkerGroup(job, scored_dir, tmp_path, size=3) as worker_group:

@@ -237,7 +237,7 @@ def test_the_engine_holds_the_ranges_of_the_layout(ranks: Ranks, placement: Expe
 
 
 def _non_finite(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> tuple[bool, bool]:
-    """One rank's micro-batch overflows: nobody may change anything, and the next step must be sound."""
+    """One rank's micro-batch overflows: no rank may change its state, and the next step must be applied."""
     placement = ExpertPlacement.balanced(4, world_size)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
     small.train_steps(engine, groups, range(1))

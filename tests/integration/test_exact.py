@@ -181,7 +181,8 @@ def test_the_placement_of_experts_changes_no_bit(
 
 
 def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str], tuple[str, ...]]:
-    """One rank's micro-batch brings a gradient that no exact sum may have: what all ranks do, and what it says."""
+    """One rank's micro-batch has a gradient too large for an exact sum: all ranks leave the step out, and that one
+    reports it."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

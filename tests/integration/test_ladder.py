@@ -61,7 +61,7 @@ def _die(worker_group: LocalWorkerGroup, ranks: tuple[int, ...]) -> None:
 
 
 def _go_on(worker_group: LocalWorkerGroup, previous: GenerationPlan | None = None) -> Loss:
-    """Recover with whoever lives; anew if somebody dies in that."""
+    """Recover with the live workers; again if one dies meanwhile."""
     current = worker_group.directive.current
     assert current is not None
     worker_group.send()  # news of an activation may have come to some only
@@ -230,7 +230,7 @@ def _begin_again(worker_group: LocalWorkerGroup, members: list[str]) -> int:
     assert restore is not None
     worker_group.send(aborted=worker_group.newest_generation, current=None, next=None)
     worker_group.start(worker_group.plan(members, generation=worker_group.newest_generation + 1, restore=restore))
-    worker_group.records.clear()  # only now: until survivors have gone back, they tell of steps after the checkpoint
+    worker_group.records.clear()  # only now: until survivors have gone back, they report steps after the checkpoint
     worker_group.collect(members[0])
     return restore.step
 

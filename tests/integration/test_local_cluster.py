@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def python(script: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own that knows nothing of Ray but what `env` says."""
+    """In a separate process that knows of Ray only by `env`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-c", script],

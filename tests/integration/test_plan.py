@@ -1,4 +1,4 @@
-"""What a plan says of memory and traffic, against what real ranks hold and send."""
+"""A plan's memory and traffic, compared with the state and traffic of real ranks."""
 
 import gc
 from collections import Counter

@@ -103,7 +103,7 @@ def test_a_run_without_room_waits_in_the_queue_and_is_admitted(on: Cluster) -> N
     on.submit("slow", wait=True, **_job("1..1", cpus=2))
     job = on.storage / "slow" / "job.json"
     text = job.read_text()
-    with _held(job, text):  # its controller, whose process is just starting, waits for somebody who writes here
+    with _held(job, text):  # its controller, just starting, blocks on this pipe until a writer opens it
         _wait_behind(on)
     on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
     third = on.until("third", lambda s: s.submitted_time is not None)

@@ -32,7 +32,7 @@ STEPS = 200
 
 
 class Recorder(UserCallback):
-    """What it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []

@@ -103,7 +103,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
 
 
 def test_a_member_that_gets_sigterm_leaves_at_a_fence(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
-    """As whoever takes a machine back tells its processes. Another worker takes over, and no step is done twice."""
+    """The signal of a machine that is taken back. Another worker takes over, and no step is done twice."""
     workers = WorkersSpec(min=2, max=3, initial=2)
     changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
     run = client.submit(small_job(texts, max_steps=100_000).model_copy(update=changes))

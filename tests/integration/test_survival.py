@@ -85,7 +85,7 @@ def test_a_rank_killed_with_its_buddy_costs_no_committed_step_where_there_are_tw
 
 @pytest.mark.on_cpu  # the gloo that plays nccl can't be aborted
 def test_a_frozen_member_is_removed(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup) -> None:
-    """It answers nothing and closes nothing: the others shut their own connections when they are told."""
+    """It neither answers nor closes its connections: the others shut their own when their generation is aborted."""
     worker_group.start(worker_group.plan(worker_group.ids))
     worker_group.await_step(5)
     stopped = worker_group.members[worker_group.ids[2]]

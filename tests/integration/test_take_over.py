@@ -1,4 +1,5 @@
-"""Two clusters and one storage: a run goes on in the one that takes it over, and the other lets go of all it holds."""
+"""Two clusters and one storage: a run continues in the one that takes it over, and the other ends the run's
+processes."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Tokens on their way to experts in a run of real workers: what the job file says of them holds through rescales."""
+"""Tokens sent to experts in a run of real workers: their settings in the job file hold through rescales."""
 
 from pathlib import Path
 

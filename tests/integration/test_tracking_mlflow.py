@@ -74,7 +74,7 @@ def models_of(client: Any) -> dict[int, Any]:
 
 
 def error_of(tracker: Tracker) -> str:
-    """What the tracker says is wrong, once it does."""
+    """The tracker's error, once it reports one."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not (error := tracker.describe()["error"]):
         assert time.monotonic() < deadline_s

@@ -112,7 +112,7 @@ def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: LocalWork
     digests = {digest for finding in answer.findings for digest in finding.digests}
     assert len(digests) == 20 and all(len(finding.digests) == 2 for finding in answer.findings)
     assert worker_group.members["w2"].report().phase is Phase.STANDBY
-    again = _answer(worker_group, _check(worker_group, 4, 6, number=1))  # and what was there before is in nobody's way
+    again = _answer(worker_group, _check(worker_group, 4, 6, number=1))  # beside what the first one left
     assert [finding.digests for finding in again.findings] == [
         worker_group.records[step].state.digests for step in (5, 6)
     ]
@@ -142,7 +142,7 @@ def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(
     error = worker_group.members["w1"].report().health.error
     assert error is not None and error.kind == "corrupted"
     assert tensor in error.message and "of rank 1 on" in error.message and "steps 7 and 8" in error.message
-    worker_group.members["w1"].kill()  # as the controller does with whoever has failed
+    worker_group.members["w1"].kill()  # as the controller does with a failed worker
     with suppress(TransitionFailed):  # if the flipped bit came into the newest snapshot, which was being taken
         worker_group.recover(["w0", "w2"])
     if worker_group.directive.next is not None:

@@ -338,7 +338,7 @@ class SimulatedWorker:
     def _meet(
         self, plan: GenerationPlan, name: str, word: dict[str, Any], members: tuple[str, ...]
     ) -> dict[str, dict[str, Any]]:
-        """Say `word` and hear everybody's."""
+        """Publish `word` and wait for those of all members."""
         place = self._place(plan, name)
         self._say(place, json.dumps(word))
         for peer in members:

@@ -101,7 +101,7 @@ def _memory_of(worker: Any) -> Memory:
 
 
 def _await_end(worker: Any) -> None:
-    """A worker that has finished lets its groups go in a thread of its own; the next one must not meet them."""
+    """A worker that has finished closes its groups in a separate thread; the next one must not connect to them."""
     if worker.report(None, -1, 0.0).phase is Phase.FINISHED:
         worker._training.join(PATIENCE_S)
 
@@ -373,7 +373,7 @@ class LocalWorkerGroup:
         return number
 
     def rescale_to(self, plan: GenerationPlan, at_step: int | None = None) -> None:
-        """Let the current generation end for `plan`, and wait for nobody."""
+        """Let the current generation end for `plan`, without waiting."""
         self.pace.free()
         self.send(fence=Fence(plan.generation, at_step))
 
@@ -387,7 +387,7 @@ class LocalWorkerGroup:
         return [worker for worker, member in self.members.items() if member.process.is_alive()]
 
     def recover(self, members: list[str], previous: GenerationPlan | None = None, **more: Any) -> GenerationPlan:
-        """Go on with `members` from the newest state that the worker group holds, once everybody has stopped.
+        """Go on with `members` from the newest state that the worker group holds, once all have stopped.
 
         Args:
             previous: the generation before the one that was activated last, if that may still be needed.
@@ -440,7 +440,7 @@ class LocalWorkerGroup:
             return report.phase is Phase.READY and report.generation == plan.generation
 
         self.await_all(members, is_ready)
-        # Not before: until they have gone back themselves, they tell of steps after the cut.
+        # Not before: until they have gone back themselves, they report steps after the recovery point.
         self.records = {step: record for step, record in self.records.items() if step <= cut.step}
         self.collect(cut.holders[0])
         self.send(current=plan, next=None, activated=plan.generation, keepers=())
@@ -472,7 +472,7 @@ class LocalWorkerGroup:
             for member in self.members.values():
                 member.kill()
             return
-        self.send(checkpoint_generation=10**9)  # lets the training threads of those who have finished end
+        self.send(checkpoint_generation=10**9)  # so that the training threads of finished workers end
         for member in self.members.values():
             if not member.process.is_alive():
                 continue

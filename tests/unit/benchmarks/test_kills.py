@@ -1,4 +1,4 @@
-"""How a recovery's figures are taken from what ranks tell."""
+"""A recovery's figures, from the reports of ranks."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FAULT_TIME = 9.5
 
 
 def finished_steps(steps: range, begin_time: float, first_pid: int, gap_s: float = 1.0) -> list[FinishedStep]:
-    """What two ranks tell; the second ends each step 0.1 s later."""
+    """Reports of two ranks; the second ends each step 0.1 s later."""
     return [
         FinishedStep(step, rank, 2, first_pid + rank, begin_time + gap_s * (number + 1) + 0.1 * rank, 1.0)
         for number, step in enumerate(steps)

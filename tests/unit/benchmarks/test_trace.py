@@ -1,4 +1,4 @@
-"""What ranks tell is read as it comes."""
+"""Reports of ranks are read as they arrive."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Clusters that ask for no token are taken on loopback only, and tokens only from files that nobody else may read."""
+"""Clusters without a token are accepted on loopback only, and tokens only from files that no other user may read."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""What a controller writes down of its workers' numerics, once each, whoever it was before."""
+"""Events of workers' numerics, one each, also across controllers."""
 
 import json
 from pathlib import Path

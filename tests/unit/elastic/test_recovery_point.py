@@ -1,4 +1,4 @@
-"""Which state is the newest that somebody reachable holds all of, and how it lies with its holders."""
+"""The newest step for which reachable workers hold every shard, and the layout of its state on them."""
 
 import numpy as np
 import pytest

@@ -67,9 +67,9 @@ def test_moved_bytes_are_the_minimum(pair: tuple[StateLayout, StateLayout]) -> N
     old, new = pair
     held, needed = elements(old), elements(new)
     minimum_bytes = 0
-    for tensor, _, _ in needed - held:  # whoever lacks an element must receive it
+    for tensor, _, _ in needed - held:  # a rank that lacks an element must receive it
         minimum_bytes += 0 if old.sharing[tensor] == Sharing.PARTIAL else int(old.itemsize[tensor])
-    for tensor, _, _ in held - needed:  # whoever gives up a part of a sum must send it
+    for tensor, _, _ in held - needed:  # a rank that drops its part of a sum must send it
         minimum_bytes += int(old.itemsize[tensor]) if old.sharing[tensor] == Sharing.PARTIAL else 0
     assert TransferPlan.between(old, new).moved_bytes == minimum_bytes
 

@@ -1,4 +1,4 @@
-"""When steps are done again, by whom, and what is told of it."""
+"""When a standby replays steps, which one, and the events of it."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,7 +38,7 @@ def test_the_same_steps_don_t_differ() -> None:
         ({"loss": -0.0, "grad_norm": 2.0}, Difference(2, ("loss", "grad_norm"))),
         ({"digests": ("0a", "0c")}, Difference(2, ("state",), (1,))),
         ({"digests": ("0a", "0c"), "grad_norm": 2.0}, Difference(2, ("grad_norm", "state"))),  # made by all together
-        ({"digests": ("0c", "0c")}, Difference(2, ("state",))),  # all of them: it isn't told whose fault it is
+        ({"digests": ("0c", "0c")}, Difference(2, ("state",))),  # all of them: which rank is at fault is unknown
     ],
 )
 def test_the_first_step_that_differs_is_reported(changes: dict[str, Any], difference: Difference) -> None:

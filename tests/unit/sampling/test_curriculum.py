@@ -130,7 +130,7 @@ def test_every_epoch_holds_every_token_once_whatever_the_stages(order: tuple[Chu
 @settings(deadline=None)
 @given(orders(), st.integers(0, 12))
 def test_a_later_stage_changes_no_earlier_step(order: tuple[Chunks, CurriculumState], step: int) -> None:
-    """So whoever hears of a stage late has trained on the same tokens until then."""
+    """So a worker that learns of a stage late has trained on the same tokens until then."""
     chunks, state = order
     known = tuple(stage for stage in state.stages if stage.first_step <= step)
     early = Curriculum(chunks, dataclasses.replace(state, stages=known))

@@ -1,4 +1,4 @@
-"""Digests per rank: the same whoever makes them, and another one for another bit."""
+"""Digests per rank: equal in every world, and different for any flipped bit."""
 
 from itertools import pairwise
 

@@ -20,7 +20,7 @@ from orchestrator.protocol.codec import to_plain
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str
 ) -> tuple[int, str]:
-    """Exit code and what is said of a command that must not start a cluster."""
+    """Exit code and message of a command that must not start a cluster."""
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["orchestrator", "data", "prepare", *args, "--out", "stores"])

@@ -38,7 +38,7 @@ def text(pilot: Pilot[None], name: str) -> str:
 
 
 def notice(pilot: Pilot[None]) -> str:
-    """What toasts say."""
+    """Texts of the notifications."""
     return " ".join(note.message for note in pilot.app._notifications)
 
 

@@ -1,4 +1,4 @@
-"""A group of peers: what is sent arrives in order, sums are of all, and whoever leaves frees the others."""
+"""A group of peers: what is sent arrives in order, sums are of all, and a member that leaves frees the others."""
 
 import time
 
@@ -20,7 +20,7 @@ def test_messages_of_a_pair_keep_their_order_and_bytes_are_counted() -> None:
         if peers.me == "b":
             peers.receive(got[:2], "a")
             peers.receive(got[2:], "a")
-        peers.barrier()  # whoever has nothing to do would leave while others still connect
+        peers.barrier()  # a member without work would leave while others still connect
         return got.tolist(), peers.sent_bytes, peers.received_bytes
 
     a, b, c = on_peers(("a", "b", "c"), run)

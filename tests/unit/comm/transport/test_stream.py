@@ -1,4 +1,5 @@
-"""Frames over real sockets: whole, in order, from whoever knows the word, and an error as soon as an end is shut."""
+"""Frames over real sockets: whole, in order, only from peers that know the password, and an error as soon as an end is
+shut."""
 
 import socket
 import threading

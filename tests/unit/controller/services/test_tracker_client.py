@@ -1,4 +1,4 @@
-"""What a tracker that was away is told, from the journal alone."""
+"""Publication to a tracker that was away, from the journal alone."""
 
 import os
 import time

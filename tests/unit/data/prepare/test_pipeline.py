@@ -1,4 +1,5 @@
-"""Preparation of corpora of any size, without a cluster: `map` carries out the tasks, or somebody in another order."""
+"""Preparation of corpora of any size, without a cluster: `map` runs the tasks, or a function that runs them in another
+order."""
 
 import gzip
 import hashlib

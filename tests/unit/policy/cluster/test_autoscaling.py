@@ -36,7 +36,7 @@ def _shares(
 
 
 def _decide(run: ScalingView, free: float, placed: int | None = None) -> tuple[int, str] | None:
-    """With `free` processors free, and as many workers placed as are wanted unless told."""
+    """With `free` processors free, and by default as many workers placed as are wanted."""
     homes = {"run": run.wanted + run.standby if placed is None else placed}
     found = decide_sizes([run], _shares([run], homes, {"node": {"CPU": free}}))
     return (found[0].workers, found[0].why) if found else None
@@ -242,7 +242,7 @@ def test_the_scaling_view_of_a_run() -> None:
 
 
 def test_the_scaling_view_includes_workers_of_a_scheduled_size() -> None:
-    """They are held from the beginning on: nobody else gets their places."""
+    """They are held from the beginning: no other run gets their places."""
     life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledScale(at_step=50, workers=4),)))
     life.run_until(lambda: life.step == 10)
     assert len(life.state.worker_group) == 4 and _scale(life).full == 4

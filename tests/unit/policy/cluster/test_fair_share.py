@@ -1,4 +1,4 @@
-"""How a cluster's places are divided among runs: who is let in, who is shrunk, who is preempted, and that nobody
+"""How a cluster's places are divided among runs: which are admitted, shrunk or preempted, and that no run
 starves."""
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def _new(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> ScalingV
 def _divide(
     runs: Sequence[ScalingView], free: float = 0.0, homes: Mapping[str, int] | None = None, now_s: float = NOW_S
 ) -> dict[str, FairShare]:
-    """On one node, where every run that trains has its place unless told."""
+    """On one node, where every run that trains has its places unless `homes` differs."""
     held = {run.run_id: has(run) for run in runs} if homes is None else homes
     places = {run: ["n"] * count for run, count in held.items()}
     return divide(runs, {run.run_id: claim_of(run) for run in runs}, places, {"n": {"CPU": free}}, now_s)
@@ -115,7 +115,7 @@ def test_a_newly_admitted_run_is_not_preempted(is_long: bool, granted: dict[str,
 
 
 def test_the_first_in_the_queue_is_not_overtaken() -> None:
-    """Nor does anybody grow into what it waits for; on nodes that are of no use to it they may."""
+    """Nor does another run grow into places for which it waits, except on nodes that it can't use."""
     runs = [_run("old", 3, 1, grant=Grant(2)), _new("big", 4, 4), _new("small", 1, 1, submitted_s=NOW_S + 1)]
     shares = _divide(runs, 2.0)
     assert _granted(shares) == {"old": 2, "big": 0, "small": 0}
@@ -310,7 +310,7 @@ def test_what_holds_in_any_cluster(
     for run in runs:
         share = shares[run.run_id]
         assert share.places <= claim_of(run)
-        assert share.grant.workers in (None, 0) or share.grant.workers >= run.least  # a gang, or nobody
+        assert share.grant.workers in (None, 0) or share.grant.workers >= run.least  # its minimum together, or none
         if run.queued_s is not None:
             continue
         if share.places < run.least:  # preempted, and only for who is higher

@@ -1,4 +1,4 @@
-"""Which stage begins when, as far as the job and its corpus say."""
+"""First steps of stages, as far as they follow from the job and its corpus."""
 
 from typing import Any
 

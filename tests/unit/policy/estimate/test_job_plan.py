@@ -34,7 +34,7 @@ def test_sharded_parts_shrink_and_dense_weights_stay() -> None:
 
 
 def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
-    """Not as `num_hidden_layers` says, which means nothing to a user's own model."""
+    """Independent of `num_hidden_layers`, which a user's own model need not use."""
     train = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 8}
     traffic = _plan(ours=False, **train).worlds[1].traffic
     rows = round(4 * 8 * (1 - 6 / 28))  # tokens of which both experts are at home stay there

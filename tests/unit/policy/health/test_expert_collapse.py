@@ -1,4 +1,4 @@
-"""When a collapse or swinging loads are told of, when they are over, and which steps say nothing."""
+"""Events of collapses and swinging loads, their ends, and the steps that don't count."""
 
 from dataclasses import replace
 

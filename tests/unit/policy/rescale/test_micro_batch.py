@@ -220,7 +220,7 @@ def test_an_abandoned_transition_keeps_the_size_of_micro_batches() -> None:
     machine = Machine()
     life = _fitted(machine)
     full = _tokens(life)
-    life.store = None  # nobody can meet for what is planned from now on
+    life.store = None  # no later generation can connect
     life.scale(1)
     life.run_until(lambda: life.step == 80)
     life.kill("w1")

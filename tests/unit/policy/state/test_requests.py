@@ -162,7 +162,7 @@ def test_a_preempted_run_may_be_ended(finish: FinishMode, outcome: RunPhase, is_
 
 @pytest.mark.parametrize("least", [1, 4])
 def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> None:
-    """The others write the checkpoint, even if they are fewer than it may have: nobody else has a place."""
+    """The others write the checkpoint, even if they are fewer than it may have: no other worker has a place."""
     life = _life(min_workers=least)
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
@@ -240,7 +240,7 @@ def test_a_run_preempted_before_its_first_world_has_waited_all_the_time() -> Non
 
 
 def test_limits_learned_from_failures_are_kept() -> None:
-    """A smaller micro-batch, and the nodes where nobody is put."""
+    """A smaller micro-batch, and the quarantined nodes."""
     life = _life(initial_workers=3, micro_batch=MicroBatchSize(rows=4))
     life.nodes = {f"w{number}": "good" for number in range(9)}
     life.run_until(lambda: life.step == 12)

@@ -1,4 +1,4 @@
-"""What memory there is, as the system's files tell it."""
+"""Memory figures from the system's files."""
 
 from pathlib import Path
 

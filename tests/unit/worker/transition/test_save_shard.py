@@ -1,4 +1,4 @@
-"""What the ranks of a world save: each element of the state once, whoever holds it."""
+"""Shards that the ranks of a world save: each element of the state once."""
 
 import errno
 import gc
