@@ -1,8 +1,8 @@
-# A virtual environment of its own in .venv, installed once and again when the dependencies change.
-#   make demo      install, then train one small run, scale it, kill a worker in it and summarise
-#   make test      install what tests need, then run them; those of the architecture are in make check
-#   make test-emulated  the tests of what holds tensors again, on an emulated GPU
-#   make journeys  runs on a real cluster from beginning to end, as their users have them
+# The virtual environment .venv, installed once and again when the dependencies change.
+#   make demo      install, then train one small run, scale it, kill one of its workers, and print a summary
+#   make test      install the test dependencies, then run the tests; those of the architecture are in make check
+#   make test-emulated  the tests of code that holds tensors once more, on an emulated GPU
+#   make journeys  whole runs on a real cluster, as users run them
 #   make test-all  all tests, slow ones, several hosts and injected faults included
 #   make check     format, lint, types and architecture: what CI runs first
 #   make dist      a source distribution and a wheel, in dist/

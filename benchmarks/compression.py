@@ -31,7 +31,7 @@ from orchestrator.data.prepare.job_store import prepare
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 WORKERS, SIZES = 4, (2, 4, 8)
 SEEDS, QUICK_SEEDS = 3, 1
@@ -91,7 +91,7 @@ def measure(quick: bool) -> Result:
 def train(job: JobSpec, store: Path, directory: Path, size: int, sizes: tuple[int, ...]) -> Trained:
     """To the end, at `size` workers and then, after equal stretches, at each of `sizes`."""
     error = 0.0
-    with Crew(job, store, directory, size=max(size, *sizes, 1)) as worker_group:
+    with LocalWorkerGroup(job, store, directory, size=max(size, *sizes, 1)) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:size]))
         for number, now in enumerate(sizes, 1):
             worker_group.await_step(number * job.train.max_steps // (len(sizes) + 1))

@@ -29,7 +29,7 @@ from orchestrator.data.prepare.job_store import prepare
 from orchestrator.spec.curriculum import SIGNALS
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 SEEDS, QUICK_SEEDS = 5, 1
 STEPS, QUICK_STEPS = 480, 24
@@ -92,7 +92,7 @@ def signal_of(arm: str) -> str | None:
 def train(job: JobSpec, store: Path, run_dir: Path) -> Curve:
     """Validation losses of a run from beginning to end."""
     run_dir.mkdir(parents=True)
-    with Crew(job, store, run_dir, size=1) as worker_group:
+    with LocalWorkerGroup(job, store, run_dir, size=1) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_finished(patience_s=3600.0)
     rows, curve = job.train.global_batch_size, list[tuple[int, float]]()

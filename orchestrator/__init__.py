@@ -1,5 +1,5 @@
-"""Elastic mixture-of-experts training on Ray. What is named here is loaded when it is asked for: importing the package
-loads neither Ray nor torch. `__init__.pyi` says the same to type checkers."""
+"""Elastic mixture-of-experts training on Ray. Names are loaded on first use, so that importing the package loads
+neither Ray nor torch. `__init__.pyi` has the same names for type checkers."""
 
 from importlib import import_module
 

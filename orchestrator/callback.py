@@ -1,4 +1,4 @@
-"""Interface of callbacks: code of the user's that follows a run's committed steps and may steer the run.
+"""Interface of callbacks: a user's code, called for a run's committed steps, which may steer the run.
 
     # early_stopping.py; in the job file: callbacks: [{entrypoint: "early_stopping:make", options: {patience: 3}}]
     def make(options):

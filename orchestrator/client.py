@@ -145,8 +145,8 @@ class OrchestratorClient:
         return self._cluster.ask(Scheduler.kill_worker, run_id, rank)
 
     def checkpoint(self, run_id: str) -> DesiredRunState:
-        """Request a checkpoint besides those of the job's `checkpoint.every`. Returns at once; the field `checkpoint`
-        of the result is the step that it will be of, at least. It is complete once the status shows that step.
+        """Request a checkpoint besides those of the job's `checkpoint.every`. Returns at once. The checkpoint will be
+        of the step in the result's field `checkpoint`, or of a later one, and is complete once the status shows it.
 
         Raises:
             UsageError: the run has ended, or finished no step yet.
@@ -204,10 +204,10 @@ class OrchestratorClient:
             step: of the checkpoint; None for the newest. Without any checkpoint the run starts from the beginning.
             workers: number of workers; None for the number requested last.
             reset_residuals: discard gradients that compression has not sent yet; without compression there are none.
-            take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
+            take_over: resume the run even if it may be active in another cluster, which then ends its workers of it.
             signing_key: key that its records are signed with: `auto`, `file:PATH` or `env:NAME`, as in a job; None for
                 the one that this cluster or this machine's user has.
-            new_code: use the job's own code as it is on this machine now, in place of what the run has in its storage.
+            new_code: use the present code on this machine, instead of the code that was submitted.
             timeout_s: don't queue the run: resume nothing if there is no room within this time.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Tar files of directories with a user's code, without what is no code."""
+"""Tar files of directories with a user's code, without run storage, environments and caches."""
 
 import io
 import os

@@ -33,8 +33,8 @@ def package_name(digest: str) -> str:
 
 
 def placed(job: JobSpec, run_dir: Location, caller: Caller = call_here) -> JobSpec:
-    """The job with the directories of its own code on this node, which are made from run storage if they aren't there.
-    They stay as long as this process lives. A job that was submitted without packages is unchanged.
+    """The job with the directories of its own code on this node, unpacked from run storage if missing. They stay until
+    this process ends. A job that was submitted without packages is unchanged.
 
     Raises:
         StorageError: a package is missing.
@@ -88,14 +88,14 @@ def _read(package: Location, digest: str, caller: Caller) -> bytes:
         ) from error
     if sha256(data).hexdigest() != digest:
         raise UsageError(
-            f"{package} is not the code that was submitted: its sha256 is another than in its name",
+            f"{package} is not the code that was submitted: its sha256 is not the one in its name",
             remedy="Put the original back; to train with other code, submit a new run.",
         )
     return data
 
 
 def _is_held(directory: Path) -> bool:
-    """Whether the directory is there. It stays until this process ends, which holds a lock on it."""
+    """Whether the directory exists; if so, this process locks it, and it stays until the process ends."""
     try:
         os.utime(directory)
         if directory not in _locks:

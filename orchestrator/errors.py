@@ -135,7 +135,7 @@ class NotAllowed(OrchestratorError):
 
 
 class KeyUnknown(NotAllowed):
-    """Records of a run that were signed with a key which isn't at hand.
+    """Records of a run that were signed with a key which this process doesn't have.
 
     Attributes:
         cluster: that of the writer, as with `TermSuperseded`: it isn't known, and is not this one.

@@ -103,7 +103,7 @@ def _versions(directories: Sequence[str]) -> list[str]:
 
 
 def _files(requirements: Sequence[str]) -> list[str]:
-    """Digests of the files that requirements name: one that is built anew under its name is another."""
+    """Digests of the files that requirements name: a file that was rebuilt under the same name counts as another."""
     urls = [urlsplit(Requirement(requirement).url or "") for requirement in requirements]
     files = [Path(unquote(url.path)) for url in urls if url.scheme == "file"]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]

@@ -24,7 +24,7 @@ _from: dict[str, Path] = {}  # directory of each top-level package imported here
 
 
 class Elsewhere(ImportError):
-    """The module exists, but outside of the user's directory."""
+    """The module exists, but outside the user's directory."""
 
 
 def place_of(module: str, directory: Path) -> Path:

@@ -31,7 +31,7 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
-from tests.support.worker_group import Crew, MemberDied
+from tests.support.worker_group import LocalWorkerGroup, MemberDied
 
 START_TIMEOUT_S = 120.0
 JOURNAL_EVERY_S = 0.5
@@ -113,7 +113,7 @@ class OurLoop(Arm):
         self.snapshot_interval = 0  # of the newest step
         self.traffic: dict[str, Traffic] = {}  # sent in the newest step by all ranks, by kind
         with environment(worker_environment(threads, keep_memory=True)):
-            self._worker_group = Crew(job, store_dir, run_dir, size=world_size, threads=threads)
+            self._worker_group = LocalWorkerGroup(job, store_dir, run_dir, size=world_size, threads=threads)
         try:
             self._worker_group.start(self._worker_group.plan(self._worker_group.ids))
         except BaseException:

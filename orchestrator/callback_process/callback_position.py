@@ -1,4 +1,4 @@
-"""Position of a run's callbacks in its journal, with their states: what a replaced process goes on from."""
+"""Position of a run's callbacks in its journal, with their states, from which a new process continues."""
 
 import json
 from dataclasses import dataclass

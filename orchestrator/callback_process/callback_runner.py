@@ -146,7 +146,7 @@ class CallbackRunner:
                     begins[0]()
                     begins.pop(0)
                 self._read_on()
-                self._pass_on()  # before the position is stored: a process in its place requests the same again
+                self._pass_on()  # before the position is stored: a successor would request the same again
                 if end is not None:
                     self._call_end(*end)
                 self._store(is_due=end is not None)

@@ -39,7 +39,7 @@ def read_manifest(checkpoint: Location, digest: str | None = None) -> Checkpoint
     except UnicodeDecodeError as error:
         raise CheckpointCorrupt(f"{path} can't be trusted: {error}") from error
     if manifest.name != checkpoint.name:
-        raise CheckpointCorrupt(f"{path} is of {manifest.name}, as its directory is not named")
+        raise CheckpointCorrupt(f"{path} belongs to {manifest.name}, which is not the name of its directory")
     return manifest
 
 

@@ -50,7 +50,7 @@ def discard_unnamed(
         those that were deleted.
 
     Raises:
-        OSError: one can't be deleted. All others are, then too.
+        OSError: one can't be deleted; all others are, even then.
     """
     deleted, errors = list[Location](), list[OSError]()
     for name in objects_at(checkpoints).names(""):

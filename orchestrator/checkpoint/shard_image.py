@@ -11,7 +11,7 @@ from orchestrator.checkpoint.shard_file import ShardPiece, shard_chunks
 
 @dataclass(frozen=True)
 class ShardImage:
-    """A file in memory that holds what a shard's file is to hold.
+    """Content of a shard's file, in a file in memory.
 
     Args:
         path: of the memory, for processes of this node, while the process that made it lives.
@@ -46,7 +46,7 @@ class ShardMemory:
                 self._file.write(chunk)
             self._file.flush()
         except BaseException:
-            with suppress(OSError):  # of what is still to be flushed: the descriptor is closed all the same
+            with suppress(OSError):  # from flushing the rest: the descriptor is closed anyway
                 self._file.close()
             raise
         self.image = ShardImage(

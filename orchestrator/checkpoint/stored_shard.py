@@ -29,7 +29,7 @@ def open_shard(checkpoint: Location, file: str, num_files: int) -> "StoredShard"
     """A file of a checkpoint. Raises as `StoredShard`.
 
     Args:
-        num_files: that are open at once. Bytes of each one in a bucket are held, to answer the next reads.
+        num_files: number of files open at once. Bytes of each one in a bucket are held for later reads.
     """
     where = str(checkpoint / file)
     if not isinstance(checkpoint, Path):
@@ -88,8 +88,7 @@ class _File:
 
 
 class _Object:
-    """An object in a bucket. A request reads on beyond what is wanted, as arrays are mostly read in their order, and
-    small."""
+    """An object in a bucket. A request reads beyond the requested range, as most arrays are small and read in order."""
 
     def __init__(self, objects: LargeObjects, file: str, held_bytes: int) -> None:
         self._objects, self._file, self._held_bytes = objects, file, held_bytes
@@ -176,7 +175,7 @@ class StoredShard:
             raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
 
     def close(self) -> None:
-        """Close the file, or drop what is held of the object. It can't be read any more."""
+        """Close the file, or drop the held bytes of the object. No reads afterwards."""
         self._stored.close()
 
     def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:

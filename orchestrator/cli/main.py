@@ -87,8 +87,8 @@ def main() -> None:
 
 
 def command() -> None:
-    """Run the command line in a child process, which a signal ends whatever it waits for. `top`, which reads no run
-    storage itself, has its terminal for itself."""
+    """Run the command line in a child process, which a signal can end during any system call. `top`, which reads no run
+    storage itself, runs in this process, on its terminal."""
     if sys.argv[1:2] == ["top"]:
         main()
     in_child(main)

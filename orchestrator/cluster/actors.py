@@ -82,7 +82,7 @@ class Host:
             return self._energy.read(gpus)
 
     def hold(self) -> None:
-        """Block until a newer call: an error of this call tells the caller of this process's end, in milliseconds.
+        """Block until a newer call: this call's error shows the caller within milliseconds that this process has ended.
 
         A newer call ends the previous one because a killed controller leaves its call in one of few threads, which its
         successor's call frees.
@@ -157,7 +157,7 @@ def _kill(pid: int) -> None:
 
 
 def kill_on_node(node_id: str, pid: int) -> Any:
-    """Kill a process of the run on its node, whatever it is doing. Returns Ray's reference of the call."""
+    """Kill a process of the run on its node by SIGKILL. Returns Ray's reference of the call."""
     placed = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return _kill.options(scheduling_strategy=placed).remote(pid)
 

@@ -44,7 +44,7 @@ class Remote(Generic[A]):
         return Remote(self.handle, is_hosted=True, timeout_s=self.timeout_s)
 
     def kill(self) -> None:
-        """End the process, whatever it is doing. Ray doesn't restart it."""
+        """Kill the process. Ray doesn't restart it."""
         ray.kill(self.handle, no_restart=True)
 
     def ask(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -68,8 +68,7 @@ class StorageThread:
             self.advance()
 
     def abandon(self) -> None:
-        """Run the current tasks to their end, whatever they raise, and drop those that wait: no call is made
-        afterwards."""
+        """Finish the current tasks, ignoring their errors, and drop those that wait. No call is made afterwards."""
         for tasks in self._lanes.values():
             tasks.drop()
         for _ in self._lanes:
@@ -141,7 +140,7 @@ class _Tasks:
         return has_run
 
     def wait(self) -> None:
-        """Wait for what is open. Raises what ends the run."""
+        """Wait until the open call has returned, or the open condition holds. Raises an error that ends the run."""
         if isinstance(self._open, Future):
             self._open.exception()  # its result is the task's
         elif self._open is not None:

@@ -59,7 +59,7 @@ def entered() -> int:
 
 
 def waited_s() -> float:
-    """Seconds waited in this generation, on a GPU by what it has done so far."""
+    """Seconds waited in this generation; on a GPU, those of operations that it has finished."""
     global _waited_s
     while _on_device and _on_device[0][1].query():  # type: ignore[no-untyped-call]
         began, ended = _on_device.popleft()

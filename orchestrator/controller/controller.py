@@ -1,4 +1,4 @@
-"""Controller of one run: the actor that journals what is asked of the run, and decides.
+"""Controller of one run: the actor that journals requests to the run and its decisions.
 
     loop.RunLoop                    the run from beginning to end, in its own thread
     decisions.DecisionMaker         one decision: observe, ask `policy.lifecycle`, journal, carry out
@@ -41,7 +41,7 @@ from orchestrator.controller.requests import PATIENCE_S, PendingRequests, member
 from orchestrator.controller.run_checkpoints import RunCheckpoints
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, let_go
+from orchestrator.controller.shutdown import FLUSH_S, exit_for_good, remove_taken_over
 from orchestrator.controller.startup import OpenedRun, open_run, worker_threads
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded, UsageError
@@ -134,11 +134,11 @@ class RunController:
                 )
         except (TermSuperseded, KeyUnknown) as error:
             if error.cluster not in ("", cluster):  # else the run's processes are its successor's
-                let_go(self._run_id, error)
+                remove_taken_over(self._run_id, error)
             raise
 
     def _control(self, run: OpenedRun, parts: ActorClasses) -> _Controlled:
-        """Make what controls the run, and let requests be recorded."""
+        """Build the run's loop and its parts, and let requests be recorded."""
         inbox, memory = self._inbox, run.memory
         storage, writer = StorageThread(inbox, run.caller), JournalWriter(memory, inbox)
         memory.writer = writer

@@ -50,7 +50,7 @@ class JournalWriter:
         self._waiting: deque[_Waiting] = deque()  # for run storage, oldest first
         self._stored = self._kept = -1  # numbers of the newest entries
         self._to_store: SimpleQueue[ChainEntry] = SimpleQueue()
-        self._error: Exception | None = None  # nothing is recorded any more
+        self._error: Exception | None = None  # once set, nothing more is recorded
         for name, work in (("journal", self._store_all), ("journal-keeper", self._keep_urgent)):
             threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True).start()
 

@@ -15,7 +15,7 @@ from orchestrator.controller.observer import Observer
 from orchestrator.controller.polling import ROUNDS_BURST_S, ROUNDS_SHARE, Polls, RoundLimiter
 from orchestrator.controller.requests import BEGIN
 from orchestrator.controller.services.run_services import RunServices
-from orchestrator.controller.shutdown import FLUSH_S, await_gone, let_go, remove_groups
+from orchestrator.controller.shutdown import FLUSH_S, await_gone, remove_groups, remove_taken_over
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import TermSuperseded
@@ -72,7 +72,7 @@ class RunLoop:
             log.error("run %s: %s", self._run_id, error)
             if error.cluster not in ("", self._cluster):  # else the run's processes are its successor's
                 self._publisher.close()
-                let_go(self._run_id, error)
+                remove_taken_over(self._run_id, error)
         except Exception:
             log.exception("run %s: its end could not be recorded; the next incarnation tries again", self._run_id)
             flush_logs(FLUSH_S)

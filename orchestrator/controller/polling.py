@@ -116,7 +116,7 @@ class Polls:
         if self._recorder.tracking_changed():
             self._storage.add("tracking", self._recorder.note_tracking, Lane.DECISIONS)
         trouble = self._observer.storage_trouble()
-        if self._recorder.storage_changed(trouble):  # the newest takes the place of one that waits
+        if self._recorder.storage_changed(trouble):  # the newest replaces one that waits
             self._storage.add("trouble", partial(self._recorder.note_storage, trouble), Lane.DECISIONS)
         self._recorder.show_run(seen, trouble, now_s)
 

@@ -97,13 +97,13 @@ class StepRecorder:
         self._exporter.show(points_of_event(entry))
 
     def are_new(self, worker: str, report: Report) -> bool:
-        """Whether `hear` has something to journal of this report."""
+        """Whether this report has numerics or gradients for `hear` to journal."""
         found = report.health.saturated
         is_saturated = found is not None and (worker, found.step) not in self._memory.saturated
         return is_saturated or self._numerics.get(worker, "") != report.process.numerics
 
     def hear(self, worker: str, report: Report) -> StorageTask[None]:
-        """Journal what a worker's report has of its numerics, and of a gradient that was too large."""
+        """Journal a worker's numerics, and a gradient of it that was too large, from its report."""
         yield from self._hear_numerics(worker, report.process.numerics)
         yield from self._hear_saturation(worker, report.health.saturated)
 

@@ -1,5 +1,4 @@
-"""What others ask of a run, or report to it: requests, from the call until the controller has journalled them, and
-nodes that are being drained."""
+"""Calls from outside to a run's controller: requests, each until it is journalled, and nodes that are being drained."""
 
 import logging
 import threading
@@ -78,7 +77,7 @@ class PendingRequests:
         checkpoint: int | None = None,
     ) -> DesiredRunState:
         """Request this state; None keeps the previous value. Returns when it is journalled. A size that was not
-        requested by hand yields at once to one that was. Other arguments as in `DesiredRunState`.
+        requested by hand is replaced at once by one that was. Other arguments as in `DesiredRunState`.
 
         Raises:
             UsageError: the run is ending, or is to end in another way.

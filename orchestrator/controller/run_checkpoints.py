@@ -102,7 +102,7 @@ class RunCheckpoints:
             self._storage.add("search", partial(self._search, self._num_searches))
 
     def _forget(self) -> None:
-        """Void what a search has found, or finds."""
+        """Void the result of a search, finished or running."""
         if self._is_known or self._storage.is_pending("search"):
             self.restorable, self._is_known = None, False
             self._num_searches += 1
@@ -196,8 +196,8 @@ class RunCheckpoints:
             yield Lengthy(partial(self._caller, discard_garbage, self._run.run_dir, self._memory.checkpoints))
 
     def make_room(self, observe: Callable[[], Observation]) -> None:
-        """Delete what no checkpoint needs any more, at intervals, while storage refuses parts or manifests: checkpoints
-        that the job doesn't keep, parts that can't be completed, and on a full disk checkpoints that were set aside."""
+        """Delete files, at intervals, while storage refuses parts or manifests: checkpoints that the job doesn't keep,
+        parts that can't be completed, and on a full disk checkpoints that were set aside."""
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
             self._apply_retention()

@@ -17,8 +17,8 @@ BEGINNINGS = (Submitted, Activated, Resumed)  # events that start a run's clocks
 
 
 def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen: Observation) -> dict[str, float]:
-    """Values by metric name. Times are `time.time()` seconds, and those of the run's last beginning until there is a
-    later one; a resumed run begins anew. Counters cover the whole run, also before a controller's first step: they must
+    """Values by metric name. Times are `time.time()` seconds, that of the run's last start until there is a later one;
+    a resume is a new start. Counters cover the whole run, also before a controller's first step: they must
     not seem to fall and rise again.
     """
     state, progress = memory.state, memory.progress

@@ -34,7 +34,7 @@ def collect_final_records(
     watermark: int,
     take: Callable[[Arrival], None],
 ) -> None:
-    """Collect the steps that members finished since the last request: they count, whatever ended the run."""
+    """Collect the steps that members finished since the last request: they count, however the run ended."""
     asked: set[str] = set()
     for member in members:
         if worker_group.ask_records(member, watermark, partial(asked.discard, member)):
@@ -52,10 +52,10 @@ def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> N
             remove_group(f"{run_id}/worker/{worker}")
 
 
-def let_go(run_id: str, error: TermSuperseded | KeyUnknown) -> None:
-    """End and remove everything that this cluster has of a run which another one has taken over. What its workers
-    trained meanwhile was never published. It is tried again until it succeeds."""
-    log.error("run %s: another cluster has taken it over, and this one lets go of it: %s", run_id, error)
+def remove_taken_over(run_id: str, error: TermSuperseded | KeyUnknown) -> None:
+    """End and remove the workers and services of a run that another cluster has taken over. Steps that they did since
+    then were never published. Retries until it succeeds."""
+    log.error("run %s: another cluster has taken it over; this one ends its workers and services: %s", run_id, error)
     while True:
         try:
             _remove_all(run_id)

@@ -3,7 +3,7 @@
 from orchestrator.spec.job import JobSpec
 
 # A worker keeps freed memory (glibc's mallopt variables): every step and every fence allocates tens of megabytes again,
-# and getting them from the kernel anew costs more than filling them. At 17 M parameters on two cores the median stall
+# and getting them from the kernel again costs more than filling them. At 17 M parameters on two cores the median stall
 # of a rescale fell from 0.6 to 0.3 s. Huge pages, where the kernel gives them on request: a killed process returns its
 # memory before it closes its connections, and until then no peer notices. With 1.2 GB of small pages that takes 80 ms,
 # with huge ones 11 (a scratch script).

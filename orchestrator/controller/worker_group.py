@@ -159,7 +159,7 @@ class WorkerGroup:
             answered: called first when the request has ended, with an answer or an error.
 
         Returns:
-            whether the worker is there to be asked.
+            whether the worker could be called.
         """
         if worker not in self._handles:
             return False
@@ -256,7 +256,7 @@ class WorkerGroup:
         self._dismiss(worker)
 
     def _dismiss(self, worker: str) -> None:
-        """Kill a worker's process, whatever it is doing, and free its reservation."""
+        """Kill a worker's process and free its reservation."""
         host = self._handles.pop(worker)
         if (report := self.reports.pop(worker, None)) is not None:
             earlier = list(self.gone.items())[1 - MAX_GONE :]

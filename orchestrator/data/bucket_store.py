@@ -45,7 +45,7 @@ def node_stores() -> Path:
 
 
 def upload(directory: Path, files: Mapping[str, FileDigest], place: Location) -> None:
-    """Copy the files of a store in `directory` below `place`, the manifest last. What is there already stays. Raises
+    """Copy the files of a store in `directory` below `place`, the manifest last. Files already there are kept. Raises
     OSError."""
     objects = objects_at(place)
     there = {found.key: found.num_bytes for found in objects.objects("")}

@@ -37,7 +37,7 @@ class Tokens(Protocol):
 
 
 class MappedTokens:
-    """A tokens file that is mapped into memory: all of it is there."""
+    """A complete tokens file, mapped into memory."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._array = np.asarray(np.memmap(path, dtype=dtype, mode="r"))

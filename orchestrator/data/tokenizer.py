@@ -169,7 +169,9 @@ def content_of(path: Location) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} can't be read: {error}", remedy="Mend it.", unchanged="Nothing was started."
+            f"{path} can't be read: {error}",
+            remedy="Correct it, or name another tokenizer.",
+            unchanged="Nothing was started.",
         ) from error
     return content if isinstance(content, dict) else {}
 

@@ -130,7 +130,7 @@ class ExpertPlacement:
     def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
         """The distinct replica sets by colour: sets of one colour are disjoint, and sorted.
 
-        The engine makes one optimizer group per colour, so every rank has equally many groups whatever it holds.
+        The engine makes one optimizer group per colour, so every rank has equally many groups, with any experts.
         A balanced placement has one colour.
         """
         colours: list[list[ReplicaSet]] = []

@@ -116,7 +116,7 @@ class Origin(Enum):
 class Absent(Enum):
     """Value of a tensor after a restore from a checkpoint that lacks it."""
 
-    REFUSE = "refuse"  # every checkpoint has it; another one is refused
+    REFUSE = "refuse"  # every checkpoint must have it
     FIRST = "first"  # as before the first update (`Engine.on_weights_initialized`); also if residuals are to be reset
 
 

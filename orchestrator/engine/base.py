@@ -82,8 +82,7 @@ class Engine(Protocol):
         ...
 
     def on_state_loaded(self, num_updates: int) -> None:
-        """Called after `ranges()` was written: derived copies are made anew; `num_updates` optimizer steps have been
-        applied so far."""
+        """Recompute derived copies after `ranges()` was written. `num_updates`: optimizer steps applied so far."""
         ...
 
     def close(self) -> None:

@@ -125,7 +125,7 @@ class PendingGroups:
 
     def adopt(self) -> ProcessGroups:
         """Make this generation the process's torch world. `disconnect` ends it; these groups are used up."""
-        hook = sys.excepthook  # torch wraps it anew for every world
+        hook = sys.excepthook  # torch wraps it once more for every world
         dist.init_process_group(
             CONNECTED[self.backend],
             store=self._store,

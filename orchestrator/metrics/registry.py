@@ -176,7 +176,7 @@ DECLARED = (
                 "elastic/recoveries",
                 "recoveries",
                 MetricKind.COUNTER,
-                "times that a generation ended by a failure, and the run went on",
+                "generations that ended by a failure from which the run recovered",
             ),
             (
                 "elastic/quarantined_nodes",

@@ -1,4 +1,4 @@
-"""Prints a job's model as a list of parameters. A process of its own, since the planning process doesn't load torch.
+"""Process that prints the parameters of a job's model, since the planning process doesn't load torch.
 
     python -m orchestrator.model.param_listing < job.json
 

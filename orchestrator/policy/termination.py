@@ -60,7 +60,7 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     asked = FinishMode.PAUSE if state.gives_way else state.target.finish
     if asked is FinishMode.NO or state.finish is not FinishMode.NO or state.fence is not None:
         return Decision(state)
-    if state.is_recovering:  # on its way to the world that is to end
+    if state.is_recovering:  # the world that will end is still being formed
         return Decision(replace(state, finish=asked))
     return Decision(replace(state, finish=asked, transition=None))
 

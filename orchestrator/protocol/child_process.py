@@ -134,11 +134,11 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class Export:
-    """Request to write a model that transformers builds, as it saves it.
+    """Request to write a model that transformers builds, by transformers' own `save_pretrained`.
 
     Args:
         run_dir, checkpoint, code: as in `Evaluation`.
-        to: a directory that is there.
+        to: an existing directory.
         dtype: fp32 or bf16.
         of_ema: the average of the weights in place of the weights.
     """

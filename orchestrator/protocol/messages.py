@@ -194,20 +194,25 @@ class Keeper:
 class Directive:
     """The whole desired state of a worker.
 
-    `current` is the generation being trained (None before the first), `next` the one to be prepared in the
-    background, `fence` where current hands over to next. `activated` is the newest generation that may train: a
-    worker that is ready for a generation waits until it is activated. `aborted` is the newest generation that must
-    stop training because a member failed; workers that wait for a peer in it close the connection. `settled` is the
-    newest generation that has committed a step of its own: state of older ones may be freed. `finish` requests a fence,
-    a checkpoint and the end. `checkpoint_done` is the step of the newest checkpoint that the controller has marked
-    complete, `checkpoint_generation` the generation that wrote it. `checkpoint_interval_s` is the training
-    time between two checkpoints with `checkpoint.every: auto`. `checkpoint_from`: a checkpoint of this step or a later
-    one was requested, and is not complete yet; -1: none.
-    `stages` are all decisions so far, in order, and `stages_version` counts them: members apply a decision once all of
-    them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
-    `keepers` are standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
-    last one; the others may free what they have once they are no longer named.
-    `journalled` is a step up to which the records are in the journal: later ones must not get lost.
+    Args:
+        current: the generation in training; None before the first.
+        next: the generation to prepare in the background.
+        fence: where `current` hands over to `next`.
+        activated: newest generation that may train: a worker that is ready for one waits until it is activated.
+        aborted: newest generation that must stop training because a member failed. Workers that wait for a peer in it
+            close the connection.
+        settled: newest generation that has committed a step: state of older ones may be freed.
+        finish: requests a fence, a checkpoint and the end.
+        checkpoint_done, checkpoint_generation: step of the newest checkpoint that the controller has marked complete,
+            and the generation that wrote it.
+        checkpoint_interval_s: training time between two checkpoints with `checkpoint.every: auto`.
+        checkpoint_from: a checkpoint of this step or a later one was requested and is not complete yet; -1: none.
+        stages, stages_version: all decisions on stages so far, in order, and their number. Members apply a decision
+            once all of them have seen it; parts of it about steps before the one after the next are too late and
+            ignored.
+        keepers: standbys that may hold snapshots of a current world of one, oldest first. Its member connects to the
+            last one; the others may free their snapshots once they are no longer named.
+        journalled: a step up to which the records are in the journal: later ones must not get lost.
     """
 
     term: int

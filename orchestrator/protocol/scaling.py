@@ -23,18 +23,22 @@ JUST_COME = Grant(0, "not yet considered by the scheduler")
 
 @dataclass(frozen=True)
 class ScalingView:
-    """State of a run that matters for its size. Its job and present stage allow `least` to `most` workers.
+    """State of a run that matters for its size. Times are `time.time()` seconds.
 
-    `request` is what Ray reserves for each worker, `wanted` the target world size, with `standby` more workers kept
-    warm; the run holds as many of both as `grant` allows. `has_begun`: it has a world. `is_steady`: the wanted number
-    of workers trains and no change is pending. `is_pinned`: its user requested this size, or it is about to end.
-    `rests`: it was enlarged a short time ago. `speeds` are target tokens per second by world size, from the present
-    stage's newest steps, `stall_s` is the cost of a rescale, and `left_s` the remaining time at the present speed.
-    `selector` has the node labels that its workers require, and `avoid` lists nodes that get no new workers of the run,
-    whatever their labels.
-
-    Times are `time.time()` seconds: `queued_s` is when the run was queued, None if it is not queued, `admitted_s` when
-    it was last admitted, and `begun_s` when it first had a world after that.
+    Args:
+        request: resources that Ray reserves for each worker.
+        wanted, standby: target world size; workers kept warm beside it. The run holds as many as `grant` allows.
+        least, most: workers that its job and present stage allow.
+        is_steady: the wanted number of workers trains and no change is pending.
+        has_begun: it has a world.
+        is_pinned: its user requested this size, or it is about to end.
+        rests: it was enlarged a short time ago.
+        speeds: target tokens per second by world size, from the present stage's newest steps.
+        stall_s, left_s: cost of a rescale; remaining time at the present speed.
+        avoid: nodes that get no new workers of the run, whatever their labels.
+        selector: node labels that its workers require.
+        queued_s: when the run was queued; None if it isn't.
+        admitted_s, begun_s: when it was last admitted; when it first had a world after that.
     """
 
     run_id: str

@@ -153,7 +153,7 @@ def raise_unless_succeeded(status: RunStatus) -> None:
     if status.phase is RunPhase.PAUSED:
         raise NotFinished(
             f"run {status.run_id}: {status.why}",
-            remedy=f"`orchestrator resume {status.run_id}` lets it go on.",
+            remedy=f"`orchestrator resume {status.run_id}` continues it.",
         )
     if status.phase is not RunPhase.SUCCEEDED:
         raise NotFinished(f"run {status.run_id} is {status.phase}: {status.why}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.train import Checkpoint
-from ray.train.v2._internal.execution.context import TrainRunContext  # callbacks get it; Ray has it nowhere else
+from ray.train.v2._internal.execution.context import TrainRunContext  # an argument of callbacks, public nowhere else
 from ray.train.v2.api.callback import UserCallback
 
 from orchestrator.errors import OrchestratorError

@@ -139,7 +139,7 @@ def _failures(config: FailureConfig) -> _Said:
         budget, written = config.max_preemption_failures, _said(config, "max_preemption_failures")
         yield Setting(("recovery", "budgets", "preemption"), budget, written)
     if config.controller_failure_limit != -1:
-        rule = "a controller that dies is always started again, and training goes on meanwhile: leave it out"
+        rule = "a controller that dies is always restarted, and training continues meanwhile: leave it out"
         yield _Refusal(_said(config, "controller_failure_limit"), rule)
     for field in ("relax_collectives_on_preemption", "preemption_grace_s"):
         if getattr(config, field):

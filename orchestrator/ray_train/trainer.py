@@ -70,7 +70,7 @@ class ElasticTrainer:
         run_config: name, storage, failures, checkpoints, callbacks; None for the job's.
         address: HOST:PORT of the cluster's head; None for the one that this process is connected to, RAY_ADDRESS, or
             the local cluster. Without any, one is started on this machine for the run.
-        take_over: resume the run even if it may be going on in another cluster, which then lets go of it.
+        take_over: resume the run even if it may be active in another cluster, which then ends its workers of it.
 
     Raises:
         UsageError: a config asks for something unsupported, or is none of Ray Train's; or a part can't be imported by
@@ -150,7 +150,7 @@ class ElasticTrainer:
         if different := _differences(read_job(self.run_dir), resolved(self.job)):
             raise UsageError(
                 f"{self.run_dir} is a run of another job: {'; '.join(different)}",
-                remedy="A run goes on with the job that it began with: give this one another name, or that job.",
+                remedy="A run keeps the job that it began with: give this one another name, or that job.",
                 unchanged="Nothing was started.",
             )
         key = None if self.job.signing_key is None else read_key(self.job.signing_key)
@@ -165,14 +165,14 @@ class ElasticTrainer:
         with suppress(NotFound):  # this cluster may not know it
             status = client.get(name)
             if not status.phase.ended and status.run_dir == str(self.run_dir):
-                log.info("run %s is going on, and is followed", name)
+                log.info("run %s is active: following it", name)
                 return
         key, take_over = self.job.signing_key, self._take_over
         has_code = all(
             Path(directory).is_dir() for directory in RunFiles(self.run_dir, read_key(key) if key else None).job().code
         )
         client.resume(name, storage=self._storage, take_over=take_over, signing_key=key, new_code=has_code)
-        log.info("run %s goes on", name)
+        log.info("run %s resumes", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:
         name, logged = self.job.name, _Told()

@@ -139,7 +139,7 @@ class Preparation:
             store = with_reference(job, store, here, self._tell)
         stored: Location = store.directory
         if not isinstance(place, Path):
-            stored = place / store.directory.name  # as it is named on this node, which needs no copy
+            stored = place / store.directory.name  # under this node's own path, without a copy
             upload(store.directory, store.manifest.files, stored)
         files = {name for name in store.manifest.files if name in OF_RUN}
         for name in files:

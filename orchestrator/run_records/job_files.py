@@ -55,7 +55,7 @@ def write_code(location: Location, code: Mapping[str, bytes]) -> None:
 
 
 def remove_job(location: Location, job_json: str) -> None:
-    """Remove what `write_job` has written, but no other run's job: the name must not be taken by a run that never
+    """Remove the files of `write_job`, but no other run's job: the name must not be taken by a run that never
     began. One with a journal has begun, by another submission of the same job."""
     objects = objects_at(location)
     with suppress(OSError):
@@ -115,6 +115,6 @@ def check_job(location: Location, data: bytes, digest: str, records: SignedObjec
     if records is not None and records.signer is not None and not records.has_adopted(JOB, data):
         raise UsageError(
             f"{location / JOB} may not be what was submitted: the run is signed, and its journal has no digest of it",
-            remedy="Submit it again under another name; a run that hasn't trained has nothing to go on from.",
+            remedy="Submit it again under another name; a run that hasn't trained has no state to resume from.",
             unchanged="Nothing was started.",
         )

@@ -91,7 +91,7 @@ class JournaledRun(RunHistory):
         resumed = next((event for event in events if isinstance(event, Resumed)), None)
         progress = Progress()
         if resumed is not None:
-            known = self._journal.last.next_seq  # an attempt before this one may be there all the same
+            known = self._journal.last.next_seq  # an earlier attempt may have been stored despite its error
             progress = yield Lengthy(partial(progress_up_to, self._objects, self.progress, resumed.step, known))
         written = yield from self._append([*events, *changed])
         self._become(state)
@@ -177,7 +177,7 @@ class JournaledRun(RunHistory):
         except OSError as error:
             if error.errno not in FULL or not self._reserve.give_up():
                 raise
-            log.warning("run storage %s is full: the journal goes on in the space reserved for it", self._run_dir)
+            log.warning("run storage %s is full: the journal continues in the space reserved for it", self._run_dir)
             written = write()
         self._reserve.tend()
         return written

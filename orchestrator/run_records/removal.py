@@ -41,7 +41,7 @@ def remove_files(run_dir: Location) -> None:
 
 
 def _remove_directory(run_dir: Path) -> None:
-    """Remove a directory: at once under its name, then file by file."""
+    """Remove a directory: its name first, by a rename, then its files."""
     hidden = run_dir.with_name(REMOVED_PREFIX + run_dir.name)
     try:
         shutil.rmtree(hidden, ignore_errors=True)

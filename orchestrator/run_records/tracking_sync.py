@@ -63,7 +63,7 @@ def deliver(run_dir: Location, timeout_s: float) -> TrackerState:
     except NotFound as error:
         raise NotFinished(
             f"run {run_dir.name} has not ended, as far as its storage knows",
-            remedy="Its tracker delivers while it goes on; if it lost its cluster, `orchestrator resume` continues it.",
+            remedy="Its tracker delivers while it is active; without a cluster `orchestrator resume` continues it.",
             unchanged="Nothing was changed.",
         ) from error
     job = read_job(run_dir)

@@ -42,7 +42,7 @@ def refuse_taken(run_id: str, directory: Location) -> None:
     remedy = "Choose another name, or move that run's directory away."
     is_over = has_ended(directory)  # its controller may be about to exit
     if ControllerClient(run_id).find() is not None and not is_over:
-        raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
+        raise NameTaken(f"a run {run_id} is active", remedy=remedy, unchanged="Nothing was started.")
     if holds_run(directory):
         raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
@@ -106,7 +106,7 @@ def resumed_run(
     """Limits and view of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
     if ControllerClient(run_id).find() is not None:
         raise UsageError(
-            f"run {run_id} is going on",
+            f"run {run_id} is active",
             remedy="To go back to a checkpoint, pause or stop it first.",
             unchanged="Nothing was changed.",
         )
@@ -134,15 +134,15 @@ def resumed_run(
 
 
 def _refuse_of_another_cluster(run_id: str, directory: Location, holder: Holder) -> None:
-    """Raise UsageError for a run that has not ended, and of which another cluster has written the journal of late."""
+    """Raise UsageError for a run that has not ended, if another cluster has written its journal recently."""
     if holder.cluster == cluster_id() or has_ended(directory):
         return
     if (age_s := journal_age_s(objects_at(directory))) > LIVELY_S:
         return
     raise UsageError(
-        f"run {run_id} may be going on in another cluster: {holder.process} wrote its journal {age_s:.0f} s ago",
-        remedy=f"If that cluster is gone, resume it with --take-over, or {LIVELY_S:.0f} s after its last entry. A "
-        "cluster that lives lets go of a run that is taken over.",
+        f"run {run_id} may be active in another cluster: {holder.process} wrote its journal {age_s:.0f} s ago",
+        remedy=f"If that cluster is gone, resume it with --take-over, or {LIVELY_S:.0f} s after its last entry. If "
+        "it is not, it ends its workers of the run that is taken over.",
         unchanged="Nothing was started.",
     )
 

@@ -52,7 +52,7 @@ class RunRemoval:
     def _refuse_active(self, run_id: str, directory: Location) -> None:
         try:
             refuse_active(self._statuses.get(run_id))
-        except (KeyUnknown, JournalCorrupt):  # it may be removed all the same, if all else shows that it has ended
+        except (KeyUnknown, JournalCorrupt):  # it may still be removed, if other records show that it has ended
             if ControllerClient(run_id).find() is not None or not self._storage.call(
                 directory.parent, STATUS_S, partial(has_ended, directory)
             ):

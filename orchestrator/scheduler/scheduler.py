@@ -131,7 +131,7 @@ class Scheduler:
         Args:
             run_dir: the run's directory in run storage, absolute.
             wait: accept the run even if it has to wait for room.
-            take_over: even if another cluster has written its journal of late, which then lets go of the run.
+            take_over: even if another cluster, which then ends its workers, has written its journal recently.
             key: with which its records are signed; None: they aren't.
             code: packages of the code that `order` names, by their digests.
 

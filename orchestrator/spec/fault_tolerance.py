@@ -67,7 +67,7 @@ Protection = Annotated[ProtectionSpec, BeforeValidator(_protection, json_schema_
 
 # -- The `recovery` section: budgets for failures, and the response to them --------------------------------------------
 
-MAX_BUDGET = 200  # failures per hour; no more of them are recorded
+MAX_BUDGET = 200  # failures per hour; only so many are recorded
 
 
 def _budget(default: int, what: str) -> int:

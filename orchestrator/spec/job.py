@@ -134,7 +134,7 @@ class JobSpec(Section):
     signing_key: Annotated[str | None, AfterValidator(key_reference)] = Field(
         default=None,
         description="Key with which the run's journal is signed, so that storage that others can write to can't change "
-        "what the run goes on from: file:PATH, absolute, or env:NAME, read where the job is submitted or resumed, or "
+        "what the run resumes from: file:PATH, absolute, or env:NAME, read where the job is submitted or resumed, or "
         "auto, a key of this user that is made if there is none yet. null: it isn't signed.",
     )
 

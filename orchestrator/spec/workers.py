@@ -83,7 +83,7 @@ def _workers(value: Any) -> Any:
         return {
             **value,
             "schedule": tuple(value["schedule"]),
-        }  # what passed through here is no JSON to pydantic any more
+        }  # values from this validator no longer count as JSON input to pydantic
     if isinstance(value, bool) or not isinstance(value, int | str):
         return value
     match = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", str(value).replace(" ", ""))

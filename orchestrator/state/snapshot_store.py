@@ -109,7 +109,7 @@ class RankSnapshots:
             self._release(snapshot)
 
     def leave_free(self) -> None:
-        """Leave unused buffers to others. They are allocated anew if they are needed after all."""
+        """Release unused buffers for other uses. They are allocated again if they are needed later."""
         with self._lock:
             self._free_whole = [None] * len(self._free_whole)
             self._free_deltas = [None] * len(self._free_deltas)

@@ -71,7 +71,7 @@ def make_folders(root: Path, folder: Path) -> None:
     missing = tuple(takewhile(lambda each: each != root, (folder, *folder.parents)))
     try:
         for each in reversed(missing):
-            with suppress(FileExistsError):  # a file in its place is an error of the write that follows
+            with suppress(FileExistsError):  # if it is a file, the write that follows fails
                 each.mkdir()
         if missing or root.is_dir():
             return

@@ -139,7 +139,7 @@ class ChainReader:
         try:
             return self._objects.get(key)
         except FileNotFoundError:
-            raise damaged(what, "is missing, though later ones are there") from None
+            raise damaged(what, "is missing, though later ones exist") from None
 
     def _has_changed(self) -> bool:
         """List the objects again. Whether compaction has changed where entries are."""

@@ -62,7 +62,7 @@ class Fold(Protocol):
     def take(self, events: Sequence[Event]) -> None: ...
 
     def stored(self) -> bytes:
-        """One line of JSON, from which the same fold is made again."""
+        """One line of JSON, from which the same fold can be rebuilt."""
         ...
 
 
@@ -110,7 +110,8 @@ def merge_histories(objects: Objects, limits: CompactionLimits) -> StorageTask[N
 
 
 def delete_half_written(run_dir: Path, last: int) -> None:
-    """Delete what killed processes have left of objects of a journal up to entry `last`, that of the caller's term.
+    """Delete partly written objects that killed processes have left of a journal up to entry `last`, that of the
+    caller's term.
 
     A past controller may still be writing one: it can't be linked any more, so `create` returns the object that is
     there, or raises an OSError, after which it is created again. Raises OSError.

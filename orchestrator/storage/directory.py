@@ -41,7 +41,7 @@ class DirectoryObjects:
                     remedy="Name run storage on another file system.",
                     unchanged="Nothing was written.",
                 ) from error
-            with suppress(FileNotFoundError):  # there all the same: a reply was lost, or the directory wasn't flushed
+            with suppress(FileNotFoundError):  # it may exist: a reply was lost, or the directory wasn't flushed
                 found = path.read_bytes()
                 flush(path.parent)
                 return found

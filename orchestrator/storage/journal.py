@@ -45,7 +45,7 @@ from orchestrator.storage.objects import Objects
 
 
 class Journal:
-    """Appends events under a term of its own, which it takes when it is made. No two journals get the same.
+    """Appends events under a new term, which the constructor takes. No two journals get the same term.
 
     `append` writes an entry at once. In its place, entries may be made by `propose` in one thread, and stored in the
     same order by another one. Entries that were proposed have to be stored before `append` is called.
@@ -73,7 +73,7 @@ class Journal:
         self._objects, self._kept, self._holder = objects, kept, holder
         self.last = ChainReader(objects).newest_link()
         self._unsettled: bytes | None = None  # an entry of ours that may be there, though its creation failed
-        self._superseded: Link | None = None  # an entry of a later term: nothing may be written any more
+        self._superseded: Link | None = None  # an entry of a later term: this journal may write nothing more
         self.num_bytes = 0
         self.term = 0
         while self.term == 0:
@@ -167,7 +167,7 @@ class Journal:
         return json.dumps(plain, separators=(",", ":")).encode()
 
     def _settle(self) -> None:
-        """Find out whether the entry whose creation failed is there: it is then the last one."""
+        """Find out whether the entry whose creation failed exists; if so, it is the last one."""
         self._refuse_the_past()
         if self._unsettled is not None:
             entry = entry_from(self.last.number + 1, self._unsettled, "the entry before")
@@ -177,7 +177,7 @@ class Journal:
             self._unsettled = None
 
     def _has(self, key: str) -> bool:
-        """Whether anything is there, of any writer. Raises OSError."""
+        """Whether an object of any writer exists under this key. Raises OSError."""
         try:
             with suppress(KeyUnknown, JournalCorrupt):
                 self._objects.get(key)

@@ -74,7 +74,7 @@ class _Waiting(QueueHandler):
             self.queue.put_nowait(record)
 
 
-STORE = logging.makeLogRecord({})  # no line: stands for the request to store those before it
+STORE = logging.makeLogRecord({})  # not a line but a request to store the lines before it
 
 
 class _Listener(QueueListener):

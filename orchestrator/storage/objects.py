@@ -51,7 +51,7 @@ class Written:
 
 @dataclass(frozen=True, order=True)
 class StoredObject:
-    """An object that is there, by its whole key. `written_s` is by the clock of storage, as `time.time()`."""
+    """An existing object, by its whole key. `written_s`: `time.time()` by the clock of storage."""
 
     key: str
     num_bytes: int

@@ -206,7 +206,7 @@ def _end_with_parent() -> None:
     """End this process once the other end of its standard input is closed. In a system call that can't be interrupted
     it ends when that returns, and makes no other."""
     parent = select.poll()
-    parent.register(sys.stdin.fileno(), 0)  # an end that is closed is reported all the same
+    parent.register(sys.stdin.fileno(), 0)  # poll reports a closed end even with an empty mask
     parent.poll()
     os._exit(0)
 

@@ -50,7 +50,7 @@ def adopt_records(run_dir: Location, key: SigningKey, step: int | None = None) -
         raise NotFound(f"{run_dir} holds no journal of a run", remedy="Name its run storage: --storage DIR|URL.")
     if not has_ended(run_dir) and age_s < LIVELY_S:
         raise UsageError(
-            f"run {run_dir.name} may be going on: its journal was written {age_s:.0f} s ago",
+            f"run {run_dir.name} may be active: its journal was written {age_s:.0f} s ago",
             remedy=f"Stop or pause it first, or wait until its journal is {LIVELY_S:.0f} s old.",
             unchanged="Nothing was adopted.",
         )

@@ -36,7 +36,7 @@ class ClusterAccess:
         self._scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S) if self.port is None else None
 
     def ask(self, method: Callable[Concatenate[Scheduler, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the Scheduler's method returns or raises."""
+        """The result of the Scheduler's method. Raises the method's errors."""
         if self.port is not None:
             answer: R = ask_by_url(self.port, method.__name__, *args)
             return answer

@@ -102,13 +102,13 @@ def _rehearse(job: JobSpec, packages: Mapping[str, bytes]) -> None:
             done = run_module(REHEARSAL, here, {**job.envs, **secrets}, TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise EntrypointError(
-            f"{named} was neither tried nor refused within {TIMEOUT_S:.0f} s",
+            f"the check of {named} did not end within {TIMEOUT_S:.0f} s",
             remedy="It is imported, built and run on a row or two: let none of it wait or compute for long.",
             unchanged=UNCHANGED,
         ) from None
     if done.returncode != 0:
         raise EntrypointError(
-            f"the process that tried {named} ended with code {done.returncode}",
+            f"the process that checked {named} ended with code {done.returncode}",
             traceback=of_user(without(done.stderr, secrets.values()), submitted),
             unchanged=UNCHANGED,
         )

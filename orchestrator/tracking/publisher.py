@@ -199,7 +199,7 @@ class Publisher:
             return ()
 
     def _note(self, error: str) -> None:
-        """Log one line per change between failing and working."""
+        """Log one line at each change between failing and working."""
         if error and not self._error:
             logger.warning("tracking of run %s fails, will be tried again: %s", self._run.run_id, error)
         if self._error and not error:

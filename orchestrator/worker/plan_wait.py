@@ -21,7 +21,7 @@ class PlanWaiter:
 
     Args:
         checker: replays steps meanwhile.
-        snapshots: states that a plan after a failure may need.
+        snapshots: hold the states that a plan after a failure may need.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class PlanWaiter:
             prepared.close()
 
     def await_activation(self, plan: GenerationPlan) -> int:
-        """The newest activated generation, as soon as it is that of `plan` or later, or a newer plan has come."""
+        """Wait until the generation of `plan` or a later one is activated, or a newer plan replaces it. Returns the
+        newest activated generation."""
         return self._preparer.await_activation(plan)
 
     def close(self) -> None:
@@ -89,7 +90,8 @@ class PlanWaiter:
         self._mailbox.publish(holdings=self._snapshots.holdings)
 
     def _await_fence(self, prepared: PreparedTransition) -> bool:
-        """Wait for the old world to reach its fence. False if the plan is dropped before, or its store fails."""
+        """Wait until the old world has reached its fence. False if the plan is dropped first, or its rendezvous store
+        fails."""
         plan = prepared.plan
         try:
             while (standing := announced(prepared, POLL_S)) is None:

@@ -87,7 +87,7 @@ class Trainer:
         self._loop = TrainingLoop(spec, mailbox, train_step, preparer, self._snapshots, position, saver, link)
 
     def run(self) -> None:
-        """Run from standby to the end of the run. Errors end up in the report."""
+        """Run from standby to the end of the run. An error ends it and is in the worker's report."""
         try:
             self._live()
         except Exception as error:
@@ -182,7 +182,7 @@ class Trainer:
         self._loop.release(live)
         if live.progress is not None:
             self._snapshots.hold(live.shard, live.progress)
-        with suppress(torch.AcceleratorError):  # of a GPU that is lost
+        with suppress(torch.AcceleratorError):  # if the GPU is lost
             live.shard.engine.close()
         disconnect()
 
@@ -226,8 +226,8 @@ class Trainer:
         return state
 
     def _activate(self, ready: Ready | Leaving) -> WorkerState:
-        """Wait until the next generation is activated; then the old state is dropped. Another plan may replace it
-        before, in which this worker may have no part."""
+        """Wait until the next generation is activated, then drop the old state. A newer plan may replace it first, and
+        need not include this worker."""
         plan, protection = ready.prepared.plan, ready.prepared.protection
         activated = self._waiter.await_activation(plan)
         if activated != plan.generation:
@@ -246,12 +246,12 @@ class Trainer:
             log.info("generation %d begins after step %d", plan.generation, self._mailbox.state.step)
             return Training(self._loop.live(ready.shard))
         self._abort_handle.end()
-        gc.collect()  # the old shard, before anybody counts on its memory
+        gc.collect()  # frees the old shard before a check that needs its memory may begin
         self._mailbox.publish(phase=Phase.STANDBY, generation=-1, holdings=self._snapshots.holdings)
         return Standby()
 
     def _fail_checkpoint(self, error: Exception) -> None:
-        """Report that a shard could not be written. From the thread that tried."""
+        """Report that a shard could not be written. Called by the thread that tried."""
         self._mailbox.publish(phase=Phase.FAILED, error=failure_of(error, "a checkpoint could not be written: "))
 
     # -- the end -----------------------------------------------------------------------------------------------

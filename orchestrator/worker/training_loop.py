@@ -41,8 +41,8 @@ class LiveShard:
     """A shard in training.
 
     Args:
-        progress: of the step after which the shard's state is; None while it belongs to no finished step, from the
-            first change by an update until the vote on its step.
+        progress: of the finished step whose state the shard has; None from the first change by an update until the vote
+            on its step.
     """
 
     shard: Shard
@@ -116,7 +116,7 @@ class TrainingLoop:
         self._timer = CheckpointTimer(spec.checkpoint.every, spec.train.max_steps, at_least_every=most_steps)
 
     def live(self, shard: Shard) -> LiveShard:
-        """A newly activated shard, whose state is that of the run's position."""
+        """A newly activated shard, whose state is that after the run's newest step."""
         return LiveShard(shard, self._position.progress)
 
     def train(self, live: LiveShard) -> PreparedTransition | None:
@@ -155,7 +155,8 @@ class TrainingLoop:
             self._saver.save(shard, self._position.progress)
 
     def finish(self, live: LiveShard) -> None:
-        """Write the last checkpoint and wait until it is complete: if a worker fails before, the step isn't safe."""
+        """Write the last checkpoint and wait until it is complete: if a worker fails before that, the step may be
+        lost."""
         step, shard, progress = self._position.step, live.shard, self._position.progress
         while not self._saver.wait(SAVED_EVERY_S) and not self._saver.is_late:  # for an earlier one
             self._refuse_aborted(live)
@@ -214,7 +215,7 @@ class TrainingLoop:
         mailbox.refuse_rows(None)
 
     def _follow_keeper(self, live: LiveShard) -> None:
-        """Give a keeper that has connected its first snapshot."""
+        """Send the first snapshot to a keeper that has connected."""
         connected = self._link.take(live.generation)
         if connected is not None:
             self._snapshots.change_keeper(*connected)

@@ -140,7 +140,7 @@ def test_only_the_engine_imports_deepspeed() -> None:
     assert importers <= {"engine"}
 
 
-def test_what_starts_first_loads_no_torch() -> None:
+def test_packages_without_torch_do_not_load_it() -> None:
     """What third parties import is not seen in our syntax trees: import everything for real."""
     names = [module.name for module in modules_of(*NO_TORCH)]
     script = (
@@ -162,7 +162,7 @@ def test_init_files_are_empty(file: Path) -> None:
     assert file.read_bytes() == b""
 
 
-def test_names_say_what_is_inside() -> None:
+def test_module_names_are_not_vague() -> None:
     assert [module.name for module in MODULES.values() if VAGUE_NAMES & set(module.name.split("."))] == []
 
 

@@ -1,4 +1,4 @@
-"""A user whose host is no part of the cluster's network and reaches one port of it; and clusters that anybody may use.
+"""A user whose host is no part of the cluster's network and reaches one port of it; and clusters without a token.
 
 The user's files lie where no node sees them, and what the nodes share is not seen by the user.
 """
@@ -42,7 +42,7 @@ def _job(texts: Path, storage: Path, name: str, **changes: Any) -> str:
 
 
 def _until(run_dir: Path, condition: Callable[[RunStatus], bool]) -> RunStatus:
-    """As whoever sees run storage sees it."""
+    """Read from run storage."""
     found: list[RunStatus] = []
 
     def is_so() -> bool:
@@ -117,7 +117,7 @@ def open_hosts() -> Iterator[Hosts]:
         yield hosts
 
 
-def test_a_cluster_that_anybody_may_use_is_refused(open_hosts: Hosts, texts: Path, tmp_path: Path) -> None:
+def test_a_cluster_without_a_token_is_refused(open_hosts: Hosts, texts: Path, tmp_path: Path) -> None:
     storage = tmp_path / "shared"
     (tmp_path / "job.yaml").write_text(json.dumps({"schema": "v1", "name": "open", "storage": str(storage)}))
     head, url = open_hosts.head, f"http://{open_hosts.addresses[0]}:{JOBS_PORT}"

@@ -74,7 +74,7 @@ def test_hosts_reach_each_other_unless_one_is_cut(hosts: Hosts) -> None:
     assert _call(hosts, 1, 0) == hosts.addresses[1]
 
 
-def test_a_further_host_takes_the_place_of_a_killed_one() -> None:
+def test_another_host_replaces_a_killed_one() -> None:
     with Hosts(2) as hosts:
         _listen(hosts, 0, ANSWER)
         hosts.kill_host(1)
@@ -120,7 +120,7 @@ def test_a_killed_host_takes_its_processes_along_and_no_others(hosts: Hosts) -> 
     assert hosts.processes(1) == [] and survivor.poll() is None
 
 
-def test_nothing_is_left_of_them_whatever_happens() -> None:
+def test_nothing_is_left_of_them_after_any_end() -> None:
     links, mounts = _links(), _mounts()
     with suppress(KeyboardInterrupt), Hosts(2) as hosts:
         hosts.start_ray()
@@ -147,7 +147,7 @@ with Hosts(2) as hosts:
 """
 
 
-def test_nothing_goes_on_when_the_test_itself_is_killed() -> None:
+def test_no_process_survives_when_the_test_itself_is_killed() -> None:
     links = _links()
     maker = subprocess.run([sys.executable, "-c", MAKE_THEM_AND_DIE], stdout=subprocess.PIPE, text=True, timeout=20.0)
     assert maker.returncode == -signal.SIGKILL

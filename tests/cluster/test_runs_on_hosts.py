@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available())),
 ]
 
-SOON_S = 15.0  # operations of gloo that nobody interrupts take a minute
+SOON_S = 15.0  # gloo's operations that are not interrupted take a minute
 
 
 @pytest.fixture
@@ -114,7 +114,8 @@ def test_workers_on_three_hosts_train_over_the_network(
         connected = _sockets(hosts, index, pid)
         gloo = [(here, there) for here, there in connected if {here, there} & listening]
         streams = [pair for pair in connected if pair not in gloo]
-        for pairs, number in ((gloo, 4), (streams, 2)):  # two groups, to either peer; from its ward and to its buddy
+        # Two groups, to either peer; streams from the rank that it protects and to its buddy.
+        for pairs, number in ((gloo, 4), (streams, 2)):
             assert {here.partition(":")[0] for here, _ in pairs} == {hosts.addresses[index]}
             assert {there.partition(":")[0] for _, there in pairs} == others and len(pairs) == number
     ended = _stop(driver, run)
@@ -186,7 +187,7 @@ def _goes_on_without(driver: Driver, run: str, workers: tuple[str, ...], lost_ti
 def test_a_host_that_dies_costs_no_committed_step(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path, is_cut: bool
 ) -> None:
-    """The kernel closes the connections of processes that are killed; nobody does when the power fails."""
+    """The kernel closes the connections of killed processes, but not when the power fails."""
     run = _trained_a_little(driver, _job("mortal", texts, tmp_path))
     index, workers = _fullest(hosts, driver)
     lost_time = time.time()
@@ -194,7 +195,7 @@ def test_a_host_that_dies_costs_no_committed_step(
         hosts.cut(index)
     hosts.kill_host(index)
     _goes_on_without(driver, run, workers, lost_time)
-    if not is_cut:  # the broken connections tell who is lost, not its silence
+    if not is_cut:  # broken connections show which worker is lost, not its silence
         times = {event["kind"]: event["time"] for event in _events(driver, run)}
         assert times["worker_lost"] - times["generation_aborted"] < SILENT_WHEN_STOPPING_S
     _stop(driver, run)
@@ -203,7 +204,8 @@ def test_a_host_that_dies_costs_no_committed_step(
 def test_a_host_that_is_drained_is_left_before_its_deadline(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
 ) -> None:
-    """No step is lost or done twice; while nothing else is free the run goes on smaller, and nobody is put there."""
+    """No step is lost or done twice; while no other node is free the run continues smaller, and no worker is placed
+    there."""
     run = _trained_a_little(driver, _job("drained", texts, tmp_path))
     index, (worker,) = _fullest(hosts, driver)
     deadline = hosts.drain(index, 10.0)
@@ -242,7 +244,7 @@ def test_buddies_live_on_different_hosts(hosts: Hosts, driver: Driver, texts: Pa
     _stop(driver, run)
 
 
-def test_a_host_that_was_cut_off_is_left_behind_and_used_again(
+def test_a_host_that_was_cut_off_is_removed_and_used_again_later(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
 ) -> None:
     run = _trained_a_little(driver, _job("parted", texts, tmp_path))

@@ -12,7 +12,7 @@ from orchestrator.protocol.worker_phase import Phase
 from tests.support import devices, small
 from tests.support.ranks import Ranks
 from tests.support.texts import STEPS, prepare_texts, small_job, write_texts
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 pytestmark = pytest.mark.off_cpu
 
@@ -50,19 +50,19 @@ def test_losses_of_two_ranks_are_nearly_those_of_the_cpu(
     assert losses == pytest.approx(wanted, rel=error)
 
 
-def _trained(worker_group: Crew) -> list[tuple[Any, ...]]:
+def _trained(worker_group: LocalWorkerGroup) -> list[tuple[Any, ...]]:
     assert sorted(worker_group.records) == list(range(STEPS))
     return [(record.loss, record.update.grad_norm) for _, record in sorted(worker_group.records.items())]
 
 
-def test_the_survivor_of_a_kill_goes_on_with_the_bits_of_an_undisturbed_run(shared: None, tmp_path: Path) -> None:
+def test_the_survivor_of_a_kill_has_the_bits_of_an_undisturbed_run(shared: None, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     texts = write_texts(tmp_path / "texts")
     job, store_dir = small_job(texts, determinism="exact"), prepare_texts(texts, tmp_path / "store")
-    with Crew(job, store_dir, tmp_path / "undisturbed", size=2) as undisturbed:
+    with LocalWorkerGroup(job, store_dir, tmp_path / "undisturbed", size=2) as undisturbed:
         undisturbed.start(undisturbed.plan(undisturbed.ids))
         undisturbed.await_finished()
-    with Crew(job, store_dir, tmp_path / "killed", size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path / "killed", size=2) as worker_group:
         survivor, victim = worker_group.ids
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(5)

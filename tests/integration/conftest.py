@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 # What takes longest, journeys first: it begins first, so that all processes of pytest end at about the same time.
 LONGEST = (
@@ -93,9 +93,11 @@ def store_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(device: str, texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
+def undisturbed(
+    device: str, texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LocalWorkerGroup:
     """A run in a world of one from beginning to end, to compare others with."""
-    with Crew(
+    with LocalWorkerGroup(
         small_job(texts, determinism="exact"), store_dir, tmp_path_factory.mktemp("alone"), size=1
     ) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))

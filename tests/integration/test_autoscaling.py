@@ -76,7 +76,8 @@ def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -
 
 @pytest.mark.journey
 def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
-    """A worker is lost, and somebody else is in its place: the run wants no more than it can have, until that goes."""
+    """A worker is lost and another process takes its place: the run requests no more than there is room for, until that
+    ends."""
     # Five of these steps come before a replacement is asked for: by then Ray has given the place away.
     on.submit("squeezed", **_job("available", envs={"SIM_STEP_S": "0.5"}))
     on.until("squeezed", lambda s: s.workers_now == 4)
@@ -111,7 +112,7 @@ def test_stages_name_their_workers_and_ray_is_asked_for_nodes(on: Cluster) -> No
     assert set(on.sizes("staged")[:50]) == {1}
 
 
-def test_a_size_of_its_own_has_to_be_the_jobs_wish(on: Cluster) -> None:
+def test_automatic_sizes_need_a_policy_in_the_job(on: Cluster) -> None:
     on.submit("by-hand", **_job("manual"))
     on.until("by-hand", lambda s: s.step > 0)
     with pytest.raises(UsageError, match=r"its job's autoscale\.policy is manual"):

@@ -11,7 +11,7 @@ from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.step.memory_probe import room
 from tests.support.texts import STEPS, prepare_texts, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 CPU = torch.device("cpu")
 
@@ -37,10 +37,10 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
 ) -> None:
     texts, store_dir = uneven
     job = _by_document(texts, zero_stage=zero_stage)
-    with Crew(job, store_dir, tmp_path / "alone", size=1) as alone:
+    with LocalWorkerGroup(job, store_dir, tmp_path / "alone", size=1) as alone:
         alone.start(alone.plan(alone.ids))
         alone.await_finished()
-    with Crew(job, store_dir, tmp_path / "moved", size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path / "moved", size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         worker_group.await_step(4)
         worker_group.rescale(worker_group.ids[:3])
@@ -65,9 +65,9 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
     assert records[-1].loss < records[0].loss - 0.5
 
 
-def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_workers_report_the_memory_of_their_micro_batches(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, max_steps=400)
-    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids, micro_batch=MicroBatchSize(tokens=256, multiple=2)))
         worker_group.await_step(6)
         one = _micro_batches(worker_group)
@@ -84,7 +84,7 @@ def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_pa
     assert one.resident_bytes < one.used_bytes < one.limit_bytes
 
 
-def _micro_batches(worker_group: Crew) -> MicroBatchMemory:
+def _micro_batches(worker_group: LocalWorkerGroup) -> MicroBatchMemory:
     found = worker_group.members["w0"].report().micro_batches
     assert found is not None
     return found

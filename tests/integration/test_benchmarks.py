@@ -30,7 +30,7 @@ def quick(name: str, *options: str) -> dict[str, Any]:
 
 
 def recoveries(baseline: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """What a baseline tells of `rounds` kills, with a tiny job of four workers."""
+    """A baseline's output for `rounds` kills, with a tiny job of four workers."""
     data = data_spec(True, folder)
     store = prepared(data, stores_dir(True, folder))
     job = job_of("recovery", 2, data, folder, quick=True)
@@ -192,7 +192,7 @@ def test_dashboards_have_samples_of_everything() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_low_run_gives_way_and_comes_back() -> None:
+def test_a_low_run_is_shrunk_and_grows_back() -> None:
     line = quick("priorities")
     met = {bar["name"]: bar["met"] for bar in line["bars"]}
     assert met.keys() == {"shrink_s", "steps_lost", "grow_back_s"} and met["steps_lost"]

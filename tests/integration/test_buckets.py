@@ -136,7 +136,7 @@ def _checked(rank: int, world_size: int, store: Store, prefix: str, names: list[
     return ""
 
 
-def test_a_rank_that_would_send_others_is_named_before_anybody_waits(ranks: Ranks) -> None:
+def test_a_rank_with_another_parameter_list_is_named_before_any_rank_waits(ranks: Ranks) -> None:
     names = ["a (3,), b (2,)", "c (4,)"]
     assert ranks.run(_checked, 3, names, names) == [""] * 3
     for other in (names[::-1], names[:1], [*names, "d (1,)"]):

@@ -75,7 +75,7 @@ def _callback(tmp_path: Path, **requests: list[object]) -> dict[str, object]:
     return {"entrypoint": "followers:recorder", "code_dir": str(tmp_path), "options": options}
 
 
-def _heard(tmp_path: Path) -> list[dict[str, object]]:
+def _written_lines(tmp_path: Path) -> list[dict[str, object]]:
     file = tmp_path / "heard.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -95,7 +95,7 @@ def test_callbacks_have_every_step_once_and_their_requests_are_met(on: Cluster, 
     assert 40 <= saved.checkpoint_step < 1_000_000
     ended = on.end_of("heard")
     assert ended.phase is RunPhase.STOPPED and ended.why.startswith("enough")
-    *steps, end = _heard(tmp_path)
+    *steps, end = _written_lines(tmp_path)
     assert [line["step"] for line in steps] == list(range(ended.step)) == [line["seen"] - 1 for line in steps]  # type: ignore[operator]
     assert {line["workers"] for line in steps} == {2, 3} and (end["end"], end["reason"]) == ("stopped", ended.why)
     log = (Path(ended.run_dir) / "logs" / "callbacks.log").read_text()
@@ -103,17 +103,17 @@ def test_callbacks_have_every_step_once_and_their_requests_are_met(on: Cluster, 
     until(lambda: names_of("heard") == [], PATIENCE_S, "the end of its processes")
 
 
-def test_a_process_that_is_killed_goes_on_with_the_state_of_its_callbacks(on: Cluster, tmp_path: Path) -> None:
+def test_a_replaced_process_continues_with_the_state_of_its_callbacks(on: Cluster, tmp_path: Path) -> None:
     train = {"max_steps": 1_000_000, "global_batch_size": 16, "micro_batch_size": 4}
     on.submit("killed", callbacks=[_callback(tmp_path, _5=["save"])], train=train, checkpoint={"every": 1000})
     until(lambda: read_position(str(tmp_path / "killed")).step >= 5, PATIENCE_S, "a stored position")
-    until(lambda: len(_heard(tmp_path)) > 30, PATIENCE_S, "steps after it")
-    (first,) = {line["pid"] for line in _heard(tmp_path)}
+    until(lambda: len(_written_lines(tmp_path)) > 30, PATIENCE_S, "steps after it")
+    (first,) = {line["pid"] for line in _written_lines(tmp_path)}
     os.kill(int(str(first)), signal.SIGKILL)
-    until(lambda: len({line["pid"] for line in _heard(tmp_path)}) == 2, PATIENCE_S, "another process")
+    until(lambda: len({line["pid"] for line in _written_lines(tmp_path)}) == 2, PATIENCE_S, "another process")
     on.ask("pause", "killed")
     paused = on.end_of("killed")
-    lines = _heard(tmp_path)
+    lines = _written_lines(tmp_path)
     second = [line for line in lines if line["pid"] != first]
     assert second[-1]["end"] == "paused"
     steps = [line["step"] for line in second[:-1]]
@@ -125,6 +125,6 @@ def test_a_process_that_is_killed_goes_on_with_the_state_of_its_callbacks(on: Cl
     on.until("killed", lambda s: s.step > paused.step + 20)
     on.ask("stop", "killed")
     ended = on.end_of("killed")
-    third = _heard(tmp_path)[len(lines) :]
+    third = _written_lines(tmp_path)[len(lines) :]
     assert [line.get("step") for line in third[:-1]] == list(range(paused.step, ended.step))
     assert third[-2]["seen"] == ended.step and third[-1]["end"] == "stopped"

@@ -99,7 +99,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
 
 
 @pytest.mark.journey
-def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
+def test_a_run_is_paused_and_resumes_at_another_world_size(here: Here) -> None:
     slow = {
         "train": JOB["train"] | {"max_steps": 300},
         "envs": {"SIM_STEP_S": "0.4"},  # two minutes, in which commands start on a busy machine
@@ -107,7 +107,7 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     }
     assert here("run", "-d", here.job("sleeper", **slow)).stdout == "sleeper\n"
     here.until_event("sleeper", "checkpoint")
-    assert "is going on" in here("resume", "sleeper", expect=2).stderr
+    assert "is active" in here("resume", "sleeper", expect=2).stderr
     here("pause", "sleeper")
     paused = here.until_ended("sleeper")
     assert paused.phase == "paused" and paused.checkpoint_step == paused.step - 1
@@ -179,7 +179,7 @@ def test_logs_are_followed_to_the_end(here: Here) -> None:
     assert lines == sorted(lines, key=lambda line: line[:23])
 
 
-def test_a_job_without_room_says_what_is_free(here: Here) -> None:
+def test_a_job_without_room_fails_with_the_free_resources(here: Here) -> None:
     started_s = time.monotonic()
     refused = here("submit", here.job("large", resources={"cpus": 50}), "--timeout", "5", expect=105)
     assert refused.stderr.count("Waiting for room: 1 worker of 50 CPU is the least that large may have") == 1
@@ -223,7 +223,7 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
 
 
 @pytest.mark.journey
-def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
+def test_an_interrupt_detaches_and_the_run_continues(alone: Here) -> None:
     process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"max_steps": 900}, envs=UNHURRIED))
     _await_line(process, "lasting training")
     process.send_signal(signal.SIGINT)
@@ -245,7 +245,7 @@ def test_sigterm_detaches_from_a_run_in_a_cluster_that_was_up_before(here: Here,
     name = "left" if verb == "run" else "shown"
     _await_line(process, f"{name} training")
     process.send_signal(signal.SIGTERM)
-    _await_line(process, f"Detached; run {name} goes on")
+    _await_line(process, f"Detached; run {name} continues")
     process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 101
     here.hurry(name)

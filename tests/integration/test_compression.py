@@ -21,7 +21,7 @@ from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support import small
 from tests.support.ranks import Ranks
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 LOSSY: list[dict[str, Any]] = [
     {"scheme": "bf16", "error_feedback": True},
@@ -112,7 +112,7 @@ def _whole(gradients: Any, sums: list[Tensor], model: Any, named: list[str]) -> 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("compression", LOSSY, ids=IDS)
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_what_is_sent_and_what_is_kept_make_the_gradients(
+def test_sent_values_and_residuals_add_up_to_the_gradients(
     ranks: Ranks, world_size: int, compression: dict[str, Any], stage: int
 ) -> None:
     if stage == 2 and compression.get("momentum"):
@@ -136,7 +136,7 @@ def _losses(
 
 
 @pytest.mark.long_emulated
-def test_training_goes_on_nearly_as_without(ranks: Ranks) -> None:
+def test_training_is_nearly_that_without_compression(ranks: Ranks) -> None:
     plain = ranks.run(_losses, 3, "none", 20)[0]
     for compression in ("bf16", "fp16", "int8"):
         assert ranks.run(_losses, 3, compression, 20)[0] == pytest.approx(plain, rel=0.01)
@@ -156,7 +156,7 @@ def _held(rank: int, world_size: int, store: Store, prefix: str, compression: di
 
 
 @pytest.mark.parametrize("compression", LOSSY[3:], ids=IDS[3:])
-def test_the_engine_holds_what_the_layout_says(ranks: Ranks, compression: dict[str, Any]) -> None:
+def test_the_engine_holds_the_ranges_of_the_layout(ranks: Ranks, compression: dict[str, Any]) -> None:
     layout = small.layout_of(ExpertPlacement.balanced(4, 3), "fp32", compression=compression, bucket_mb=0.02)
     assert Sharing.PARTIAL in layout.sharing
     for rank, spans in enumerate(ranks.run(_held, 3, compression)):
@@ -173,14 +173,14 @@ def job(request: pytest.FixtureRequest, texts: Path) -> JobSpec:
     return small_job(texts).model_copy(update={"communication": communication})
 
 
-def _handovers(worker_group: Crew, plan: GenerationPlan) -> list[Handover]:
+def _handovers(worker_group: LocalWorkerGroup, plan: GenerationPlan) -> list[Handover]:
     reports = [worker_group.members[worker].report() for worker in worker_group.living]
     return [h for report in reports for h in report.transition.handovers if h.generation == plan.generation]
 
 
 @pytest.mark.usefixtures("device")
-def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+def test_unsent_residuals_survive_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         for members in (worker_group.ids[:2], worker_group.ids[1:4], [worker_group.ids[3]], worker_group.ids[:2]):
             worker_group.await_step(worker_group.newest_step + 3)
@@ -194,8 +194,8 @@ def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_
 
 
 @pytest.mark.usefixtures("device")
-def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+def test_unsent_residuals_of_a_dead_worker_are_with_its_buddy(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(6)
         worker_group.members[worker_group.ids[1]].kill()
@@ -209,10 +209,12 @@ def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_d
 
 
 @pytest.mark.usefixtures("device")
-def test_auto_chooses_alike_on_all_ranks_and_anew_in_each_world(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_auto_chooses_the_same_scheme_on_all_ranks_and_again_in_each_world(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
     communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
     job = small_job(texts).model_copy(update={"communication": communication})
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         worker_group.await_step(12)
         plan = worker_group.rescale(worker_group.ids)

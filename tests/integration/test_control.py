@@ -104,7 +104,7 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
     published = [json.loads(line) for line in (on.storage / "whole/tracking/published.jsonl").read_text().splitlines()]
     losses = [line["step"] for line in published if line.get("name") == "train/loss"]
     assert losses == list(range(60))
-    told = [line for line in published if "artifact" not in line]  # files are told again at the end: a repeat is one
+    told = [line for line in published if "artifact" not in line]  # files are published again at the end
     assert (told[-2]["event"], told[-1]) == ("ended", {"term": 1, "outcome": "succeeded"})
     assert {line["artifact"] for line in published if "artifact" in line} == {"job.yaml", "tokenizer.json"}
     assert "whole" in [s.run_id for s in on.ask("list")]
@@ -209,7 +209,7 @@ def test_a_controller_that_does_not_answer_and_workers_that_ignore_sigterm_or_ar
     on.assert_every_step_once("deaf", status.step)
 
 
-def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
+def test_a_killed_controller_is_restarted_and_the_run_continues(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
     envs = {"SIM_STEP_S": "0.4"}  # two minutes for all that happens before the end: MLflow takes long to load
@@ -272,7 +272,7 @@ def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
     freed, holding = ray.wait(holds, num_returns=len(holds) - 1, timeout=PATIENCE_S)  # of controllers that are gone
     assert len(holding) == 1 and ray.get(freed) == [None] * len(freed)
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RayActorError):  # whoever came last hears of the end
+    with pytest.raises(RayActorError):  # the newest call fails when the process ends
         ray.get(holding[0], timeout=PATIENCE_S)
 
 

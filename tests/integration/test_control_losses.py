@@ -48,7 +48,7 @@ def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
     [pytest.param(("w2",), marks=pytest.mark.slow), pytest.param(("w0",), marks=pytest.mark.slow), ("w0", "w2")],
     ids=str,
 )
-def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[str, ...]) -> None:
+def test_survivors_continue_and_lost_workers_are_replaced(on: Cluster, victims: tuple[str, ...]) -> None:
     name = "lost-" + "-".join(victims)
     pids = _four(on, name)
     kill_at_once(pids[victim] for victim in victims)
@@ -134,7 +134,7 @@ def test_a_pause_behind_a_checkpoint_of_the_abandoned_past_writes_one(on: Cluste
     assert (newest / MANIFEST_FILE).exists()  # set aside, not deleted
 
 
-def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:
+def test_below_the_least_number_of_workers_the_run_waits_and_its_status_shows_it(on: Cluster) -> None:
     workers = {"min": 3, "max": 3, "initial": 3}
     on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 1.25})
     on.until("least", lambda s: s.step > 5)
@@ -173,7 +173,7 @@ def test_a_death_while_the_run_recovers_from_another(on: Cluster) -> None:
     assert status.recoveries[0].steps_lost == 0
 
 
-def test_a_stopped_member_is_found_and_left_behind(on: Cluster) -> None:
+def test_a_frozen_member_is_found_and_removed(on: Cluster) -> None:
     pids = _four(on, "frozen")
     os.kill(pids["w2"], signal.SIGSTOP)
     on.until("frozen", lambda s: bool(s.recoveries))

@@ -1,4 +1,4 @@
-"""Every process that steers a run is killed by its id, in the middle of training: nobody who trains takes notice."""
+"""Every process that steers a run is killed by its id, in the middle of training, which continues undisturbed."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def _published_once(on: Cluster, run: str, steps: int) -> None:
     ],
     ids=["one, then all", "scheduler", "tracker", "controller"],
 )
-def test_whoever_steers_may_die(on: Cluster, rounds: tuple[tuple[str, ...], ...]) -> None:
+def test_scheduler_controller_tracker_and_store_may_die(on: Cluster, rounds: tuple[tuple[str, ...], ...]) -> None:
     run = f"steered-{len(rounds)}-{rounds[0][0]}"
     train = {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4}
     on.submit(run, train=train, envs={"SIM_STEP_S": "0.05"})  # several while a process starts

@@ -1,4 +1,4 @@
-"""Stages of difficulty with real workers: the same samples in the same order, whoever is lost."""
+"""Stages of difficulty with real workers: the same samples in the same order, whichever worker is lost."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import STEPS, prepare_texts, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 STAGES = [
     {"name": "easy", "difficulty": [0.0, 0.5], "sequence_length": 16, "until": {"steps": 8}},
@@ -40,13 +40,13 @@ def scored_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(texts: Path, scored_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, StepRecord]:
     """What one undisturbed worker did."""
-    with Crew(_job(texts), scored_dir, tmp_path_factory.mktemp("alone"), size=1) as worker_group:
+    with LocalWorkerGroup(_job(texts), scored_dir, tmp_path_factory.mktemp("alone"), size=1) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_finished()
     return worker_group.records
 
 
-def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
+def test_stages_begin_at_the_steps_of_the_job(alone: dict[int, StepRecord]) -> None:
     assert len(alone) == STEPS
     begun = {stage: min(r.step for r in alone.values() if r.batch.stage == stage) for stage in BEGIN}
     assert begun == BEGIN
@@ -57,7 +57,7 @@ def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
 def test_a_death_changes_no_sample_of_any_stage(
     texts: Path, scored_dir: Path, tmp_path: Path, alone: dict[int, StepRecord], kill_after: int
 ) -> None:
-    with Crew(_job(texts), scored_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(_job(texts), scored_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(kill_after)
         worker_group.members[worker_group.ids[1]].kill()
@@ -86,10 +86,10 @@ def test_a_death_changes_no_sample_of_any_stage(
 def test_a_stage_that_is_decided_begins_on_all_members_at_its_step(
     texts: Path, scored_dir: Path, tmp_path: Path, alone: dict[int, StepRecord]
 ) -> None:
-    """And stays decided for whoever goes on without a dead one. One that comes too late is left out by all alike."""
+    """It stays decided for the survivors of a lost worker. A decision that comes too late is ignored by all."""
     late, in_time = (StageStart("opening", 1),), (StageStart("opening", STEPS - 12),)
     job = _job(texts).model_copy(update={"curriculum": _long_first_stage()})
-    with Crew(job, scored_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, scored_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(3)
         worker_group.send(stages=late, stages_version=1)

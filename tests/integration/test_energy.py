@@ -1,4 +1,4 @@
-"""What living processes have used is journalled, and what a dead one has said stays. Real Ray, made-up counters."""
+"""Energy of living processes is journalled, and the last reading of a dead one is kept. Real Ray, made-up counters."""
 
 from pathlib import Path
 from queue import SimpleQueue

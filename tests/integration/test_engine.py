@@ -92,7 +92,9 @@ def test_an_expert_may_have_holders_that_overlap_with_anothers(ranks: Ranks) -> 
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_bf16_trains_with_fp32_masters_alike_at_every_world_size(ranks: Ranks, oracle: list[float], stage: int) -> None:
+def test_bf16_with_fp32_masters_trains_the_same_at_every_world_size(
+    ranks: Ranks, oracle: list[float], stage: int
+) -> None:
     alone = ranks.run(_losses, 1, "deepspeed", ExpertPlacement.balanced(4, 1), "bf16", stage)[0]
     together = ranks.run(_losses, 3, "deepspeed", ExpertPlacement.balanced(4, 3), "bf16", stage)[0]
     assert together == pytest.approx(alone, rel=1e-3)
@@ -223,7 +225,7 @@ def _spans(
         pytest.param(ExpertPlacement.balanced(4, 5), id="more ranks than experts"),
     ],
 )
-def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: ExpertPlacement, precision: str) -> None:
+def test_the_engine_holds_the_ranges_of_the_layout(ranks: Ranks, placement: ExpertPlacement, precision: str) -> None:
     layout = small.layout_of(placement, precision)
     held = ranks.run(_spans, placement.world_size, placement, precision, 1)
     for rank, spans in enumerate(held):
@@ -235,7 +237,7 @@ def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: ExpertPl
 
 
 def _non_finite(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> tuple[bool, bool]:
-    """One rank's micro-batch overflows: nobody may change anything, and the next step must be sound."""
+    """One rank's micro-batch overflows: no rank may change its state, and the next step must be applied."""
     placement = ExpertPlacement.balanced(4, world_size)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
     small.train_steps(engine, groups, range(1))
@@ -251,7 +253,7 @@ def _non_finite(rank: int, world_size: int, store: Store, prefix: str, precision
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_non_finite_update_is_skipped_on_all_ranks_alike(ranks: Ranks, precision: str, stage: int) -> None:
+def test_a_non_finite_update_is_skipped_on_all_ranks(ranks: Ranks, precision: str, stage: int) -> None:
     assert ranks.run(_non_finite, 2, precision, stage) == [(False, True), (False, True)]
 
 

@@ -29,14 +29,14 @@ from tests.support.own_models import linear, own_spec
 from tests.support.ranks import Ranks
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 ALL_WORLDS = [2, 4, 3, 1, 2]  # sizes that one run passes through; each of its steps is compared
 PLAIN = {"precision": "fp32", "zero_stage": 1}
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 
 
-def _told(worker_group: Crew) -> list[tuple[Any, ...]]:
+def _step_results(worker_group: LocalWorkerGroup) -> list[tuple[Any, ...]]:
     assert sorted(worker_group.records) == list(range(STEPS))
     records = [record for _, record in sorted(worker_group.records.items())]
     assert all(len(r.state.digests) == (r.world_size if worker_group.is_exact else 0) for r in records)
@@ -53,7 +53,7 @@ def _told(worker_group: Crew) -> list[tuple[Any, ...]]:
     ]
 
 
-def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
+def _state(worker_group: LocalWorkerGroup, job: JobSpec) -> dict[str, bytes]:
     """Every tensor of the checkpoint after the last step."""
     members = worker_group.directive.current.world.members if worker_group.directive.current else ()
     shards = [worker_group.final[w].shards[-1] for w in members]
@@ -67,13 +67,13 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
 
 
 def _run(job: JobSpec, store_dir: Path, directory: Path, worlds: list[int]) -> Run:
-    with Crew(job, store_dir, directory, size=max(worlds)) as worker_group:
+    with LocalWorkerGroup(job, store_dir, directory, size=max(worlds)) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
         for size in worlds[1:]:
             worker_group.await_step(worker_group.newest_step + 3)
             worker_group.rescale(worker_group.ids[-size:])
         worker_group.await_finished()
-        return _told(worker_group), _state(worker_group, job)
+        return _step_results(worker_group), _state(worker_group, job)
 
 
 def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
@@ -172,7 +172,7 @@ def alone(request: pytest.FixtureRequest, ranks: Ranks) -> tuple[int, dict[str, 
         pytest.param(ExpertPlacement.balanced(4, 5), id="more ranks than experts"),
     ],
 )
-def test_where_experts_lie_changes_no_bit(
+def test_the_placement_of_experts_changes_no_bit(
     ranks: Ranks, placement: ExpertPlacement, alone: tuple[int, dict[str, torch.Tensor]]
 ) -> None:
     stage, expected = alone
@@ -181,7 +181,8 @@ def test_where_experts_lie_changes_no_bit(
 
 
 def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str], tuple[str, ...]]:
-    """One rank's micro-batch brings a gradient that no exact sum may have: what all ranks do, and what it says."""
+    """One rank's micro-batch has a gradient too large for an exact sum: all ranks leave the step out, and that one
+    reports it."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

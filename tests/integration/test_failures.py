@@ -10,7 +10,7 @@ import pytest
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import Report
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 ORPHAN_S = 6.0
 
@@ -18,17 +18,17 @@ SOON_S = 10.0  # a death is known this soon; a gloo operation without a closed c
 
 
 @pytest.fixture
-def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, max_steps=100_000), store_dir, tmp_path, size=4) as worker_group:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[LocalWorkerGroup]:
+    with LocalWorkerGroup(small_job(texts, max_steps=100_000), store_dir, tmp_path, size=4) as worker_group:
         yield worker_group
 
 
-def _report_of(worker_group: Crew, worker: str) -> Report:
+def _report_of(worker_group: LocalWorkerGroup, worker: str) -> Report:
     return worker_group.members[worker].report()
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_survivor_of_a_loss_is_freed_at_once(worker_group: Crew, victim: int) -> None:
+def test_every_survivor_of_a_failure_is_freed_at_once(worker_group: LocalWorkerGroup, victim: int) -> None:
     """Also those that were waiting for another survivor, not for the dead one."""
     worker_group.start(worker_group.plan(worker_group.ids))
     worker_group.await_step(2)
@@ -42,7 +42,7 @@ def test_every_survivor_of_a_loss_is_freed_at_once(worker_group: Crew, victim: i
 
 
 @pytest.mark.slow
-def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(worker_group: Crew) -> None:
+def test_survivors_of_a_transition_are_freed_whichever_peer_they_waited_for(worker_group: LocalWorkerGroup) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     plan = worker_group.prepare(worker_group.ids)
@@ -52,7 +52,7 @@ def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(worker_gro
     worker_group.await_all(worker_group.ids[2:3], lambda r: r.phase is Phase.STANDBY, SOON_S)
 
 
-def test_a_newcomer_that_was_ready_and_is_not_wanted_any_more_stands_by(worker_group: Crew) -> None:
+def test_a_ready_newcomer_that_is_no_longer_needed_becomes_a_standby(worker_group: LocalWorkerGroup) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     old = worker_group.directive.current
     worker_group.await_step(2)
@@ -70,7 +70,7 @@ def test_a_newcomer_that_was_ready_and_is_not_wanted_any_more_stands_by(worker_g
     assert {r.generation for r in worker_group.records.values()} == {0, again.generation, again.generation + 1}
 
 
-def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(worker_group: Crew) -> None:
+def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(worker_group: LocalWorkerGroup) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     worker_group.members[worker_group.ids[3]].kill()
@@ -87,7 +87,7 @@ def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(w
 def test_a_last_checkpoint_that_can_not_be_written_is_tried_again(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     checkpoints.write_text("a file where a directory is needed")
-    with Crew(small_job(texts), store_dir, tmp_path, size=2) as worker_group:
+    with LocalWorkerGroup(small_job(texts), store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_all(worker_group.ids, lambda r: r.unsaved is not None and "Not a directory" in r.unsaved.why)
         for worker in worker_group.ids:  # no error, and nothing made good of it
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
 ) -> None:
     plain = small_job(texts)
     job = plain.model_copy(update={"checkpoint": plain.checkpoint.model_copy(update={"every": 10})})
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.pace.slow_after(0)  # else step 9 may come before the next generation is prepared
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         worker_group.rescale(worker_group.ids[1:3], at_step=9)
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
 
 
 def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(small_job(texts, {"first_k_dense_replace": 2}), store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(small_job(texts, {"first_k_dense_replace": 2}), store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         for members in (worker_group.ids, worker_group.ids[:1]):
             worker_group.await_step(worker_group.newest_step + 2)
@@ -131,7 +131,9 @@ def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, 
         assert {r.routing.experts.max_violation for r in worker_group.records.values()} == {0.0}
 
 
-def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(worker_group: Crew) -> None:
+def test_training_continues_without_a_store_and_the_next_generation_connects_through_another(
+    worker_group: LocalWorkerGroup,
+) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     worker_group.lose_store()
@@ -142,7 +144,7 @@ def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(work
     assert {r.generation for r in worker_group.records.values()} == {0, 1}
 
 
-def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(worker_group: Crew) -> None:
+def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_reports_that(worker_group: LocalWorkerGroup) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     plan = worker_group.prepare(worker_group.ids[:3])
@@ -156,7 +158,7 @@ def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(worker_group:
 
 
 @pytest.mark.slow
-def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(worker_group: Crew) -> None:
+def test_a_newcomer_that_gets_a_fence_after_its_store_is_lost_keeps_its_state(worker_group: LocalWorkerGroup) -> None:
     """The store dies when all are connected and the fence is raised already: the move fails, the state does not."""
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
@@ -175,7 +177,7 @@ def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(worke
 def test_a_worker_without_a_controller_exits_but_not_because_it_was_stopped(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
-    with Crew(small_job(texts), store_dir, tmp_path, size=1, orphan_s=ORPHAN_S) as worker_group:
+    with LocalWorkerGroup(small_job(texts), store_dir, tmp_path, size=1, orphan_s=ORPHAN_S) as worker_group:
         member = worker_group.members[worker_group.ids[0]]
         worker_group.await_all(worker_group.ids, lambda report: report.phase is Phase.STANDBY)
         os.kill(member.process.pid or 0, signal.SIGSTOP)

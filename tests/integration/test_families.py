@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("architecture", "changes", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_ours_cannot_be_is_refused(
+def test_models_that_ours_cannot_express_are_refused(
     tmp_path: Path, architecture: str, changes: dict[str, Any], message: str
 ) -> None:
     _saved(architecture, tmp_path)

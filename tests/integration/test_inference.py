@@ -199,8 +199,12 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
         (("model", "eval", "tired"), 102, "Did you mean `tried`?"),
         (("model", "eval", "tried", "--step", "3"), 102, "it holds 7"),
         (("model", "eval", "tried", "--corpus", "/nowhere"), 2, "--corpus /nowhere doesn't exist"),
-        (("model", "eval", "tried", "--corpus", "x.txt", "--split", "train"), 2, "--split is of the run's own text"),
-        (("model", "eval", "tried", "--text-key", "body"), 2, "--text-key is of a text that --corpus names"),
+        (
+            ("model", "eval", "tried", "--corpus", "x.txt", "--split", "train"),
+            2,
+            "--split selects from the run's own text",
+        ),
+        (("model", "eval", "tried", "--text-key", "body"), 2, "--text-key needs --corpus"),
         (("model", "generate", "tried", "--prompt", ""), 2, "the prompt is empty"),
         (("model", "generate", "tried", "--prompt", "a", "--top-p", "0"), 2, "--top-p is 0.0"),
     ],
@@ -247,7 +251,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
         _ask(other, checkpoint)
 
 
-def test_a_process_that_dies_says_what_it_said(run_dir: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_process_that_dies_has_its_last_output(run_dir: Path, tmp_path: Path) -> None:
     with CheckpointReader(run_dir / "checkpoints" / CHECKPOINT) as reader:
         reader.verify()
     shutil.copy(run_dir / "job.json", tmp_path)  # and nothing else of the run

@@ -47,7 +47,7 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     assert len(list((storage / ".packages").iterdir())) == 1  # the code of the run that was not refused
 
 
-def test_a_wrong_token_is_told(far: Far, tmp_path: Path) -> None:
+def test_a_wrong_token_is_an_error(far: Far, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text("0" * 64)
@@ -64,7 +64,7 @@ def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_pa
     assert not (tmp_path / "shared").exists() and "heavy-" not in far.ray("list")
 
 
-def test_a_secret_that_is_not_there_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
+def test_a_missing_secret_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
     job = far.job(texts, tmp_path / "shared", "careless", secrets={"API_KEY": "env:NO_SUCH_KEY"})
     far("submit", job)
     ended = until_stored(tmp_path / "shared" / "careless", lambda s: s.phase is RunPhase.FAILED)

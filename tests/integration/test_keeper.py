@@ -10,31 +10,31 @@ from orchestrator.protocol.worker_report import ProtectionReport
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 SOON_S = 60.0
 LATE_S = 0.25  # steps are slow: the run must not be over before its member has a keeper
 
 
 @pytest.fixture
-def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path, size=3) as worker_group:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[LocalWorkerGroup]:
+    with LocalWorkerGroup(small_job(texts, determinism="exact"), store_dir, tmp_path, size=3) as worker_group:
         worker_group.pace.slow_after(0, LATE_S)
         yield worker_group
 
 
-def _protection(worker_group: Crew, worker: str) -> ProtectionReport:
+def _protection(worker_group: LocalWorkerGroup, worker: str) -> ProtectionReport:
     return worker_group.members[worker].report().protection
 
 
-def _kept(worker_group: Crew, member: str, keeper: str) -> int:
+def _kept(worker_group: LocalWorkerGroup, member: str, keeper: str) -> int:
     """The newest committed step, once the keeper has a snapshot."""
     number = worker_group.keep(keeper)
     worker_group.await_all([member], lambda r: r.protection.kept_by == number, SOON_S)
     return _protection(worker_group, member).committed
 
 
-def _go_on(worker_group: Crew, member: str, keeper: str) -> None:
+def _go_on(worker_group: LocalWorkerGroup, member: str, keeper: str) -> None:
     """Training goes on with the keeper, once the member is dead and the keeper has reported what it holds."""
     worker_group.members[member].process.join(SOON_S)
     number = worker_group.directive.keepers[-1].number
@@ -43,7 +43,7 @@ def _go_on(worker_group: Crew, member: str, keeper: str) -> None:
     worker_group.recover([keeper])
 
 
-def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
+def _same_training(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup) -> None:
     assert sorted(worker_group.records) == list(range(STEPS))
     for step, record in worker_group.records.items():
         other = undisturbed.records[step]
@@ -51,7 +51,9 @@ def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
 
 
 @pytest.mark.parametrize("moment", [Moment.FORWARD, Moment.UPDATE, Moment.VOTE, Moment.VOTED, Moment.SNAPSHOT])
-def test_a_killed_lone_member_costs_a_step_at_most(worker_group: Crew, undisturbed: Crew, moment: Moment) -> None:
+def test_a_killed_lone_member_costs_a_step_at_most(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, moment: Moment
+) -> None:
     member, keeper, _ = worker_group.ids
     worker_group.start(worker_group.plan([member]))
     committed = _kept(worker_group, member, keeper)
@@ -67,10 +69,10 @@ def test_a_killed_lone_member_costs_a_step_at_most(worker_group: Crew, undisturb
 
 @pytest.mark.parametrize("every", [3, "auto"])
 def test_a_keeper_of_some_steps(
-    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, every: int | str
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: LocalWorkerGroup, every: int | str
 ) -> None:
     job = small_job(texts, determinism="exact").model_copy(update={"protection": ProtectionSpec(every=every)})
-    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=2) as worker_group:
         member, keeper = worker_group.ids
         worker_group.pace.slow_after(0, LATE_S)
         worker_group.start(worker_group.plan([member]))
@@ -84,7 +86,7 @@ def test_a_keeper_of_some_steps(
 
 
 def test_a_lost_keeper_stops_nothing_and_the_next_one_has_the_newest_state(
-    worker_group: Crew, undisturbed: Crew
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
 ) -> None:
     member, first, second = worker_group.ids
     worker_group.start(worker_group.plan([member]))
@@ -101,7 +103,7 @@ def test_a_lost_keeper_stops_nothing_and_the_next_one_has_the_newest_state(
 
 
 def test_a_keeper_that_joins_frees_what_it_kept_once_the_new_world_has_settled(
-    worker_group: Crew, undisturbed: Crew
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
 ) -> None:
     member, keeper, _ = worker_group.ids
     worker_group.start(worker_group.plan([member]))
@@ -116,7 +118,7 @@ def test_a_keeper_that_joins_frees_what_it_kept_once_the_new_world_has_settled(
         assert record.loss == undisturbed.records[step].loss
 
 
-def test_a_member_changes_to_another_keeper_and_the_former_one_frees_its_copy(worker_group: Crew) -> None:
+def test_a_member_changes_to_another_keeper_and_the_former_one_frees_its_copy(worker_group: LocalWorkerGroup) -> None:
     member, first, second = worker_group.ids
     worker_group.start(worker_group.plan([member]))
     _kept(worker_group, member, first)

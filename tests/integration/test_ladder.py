@@ -27,7 +27,7 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
+from tests.support.worker_group import PATIENCE_S, LocalWorkerGroup, MemberDied, NoRecoveryPoint
 
 pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("device")]
 
@@ -35,22 +35,22 @@ EVERY = 5  # steps between checkpoints
 
 
 @pytest.fixture
-def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[LocalWorkerGroup]:
     plain = small_job(texts, determinism="exact")
     job = plain.model_copy(update={"checkpoint": plain.checkpoint.model_copy(update={"every": EVERY})})
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         yield worker_group
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a crew had published when it lost somebody, and how it went on."""
+    """Steps that workers had published when one was lost, and how training continued."""
 
     published: int
     plan: GenerationPlan
 
 
-def _die(worker_group: Crew, ranks: tuple[int, ...]) -> None:
+def _die(worker_group: LocalWorkerGroup, ranks: tuple[int, ...]) -> None:
     """Wait until those who have these ranks of the newest world have been killed by their faults."""
     plan = worker_group.directive.next or worker_group.directive.current
     assert plan is not None
@@ -60,8 +60,8 @@ def _die(worker_group: Crew, ranks: tuple[int, ...]) -> None:
         assert process.exitcode == -9, f"rank {rank} never came to its fault"
 
 
-def _go_on(worker_group: Crew, previous: GenerationPlan | None = None) -> Loss:
-    """Recover with whoever lives; anew if somebody dies in that."""
+def _go_on(worker_group: LocalWorkerGroup, previous: GenerationPlan | None = None) -> Loss:
+    """Recover with the live workers; again if one dies meanwhile."""
     current = worker_group.directive.current
     assert current is not None
     worker_group.send()  # news of an activation may have come to some only
@@ -80,7 +80,7 @@ def _go_on(worker_group: Crew, previous: GenerationPlan | None = None) -> Loss:
     raise AssertionError("everybody died")
 
 
-def _lost_nothing(worker_group: Crew, undisturbed: Crew, loss: Loss) -> None:
+def _lost_nothing(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, loss: Loss) -> None:
     """Nothing published was done again, the state went on bit by bit, and every step was done once."""
     source, generation = loss.plan.source, loss.plan.generation
     assert source is not None and source.step is not None and source.step >= loss.published
@@ -92,7 +92,7 @@ def _lost_nothing(worker_group: Crew, undisturbed: Crew, loss: Loss) -> None:
     assert all((step > source.step) == (r.generation >= generation) for step, r in worker_group.records.items())
 
 
-def _same_training(worker_group: Crew, undisturbed: Crew, first: int = 0) -> None:
+def _same_training(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, first: int = 0) -> None:
     """Every step from `first` on once, the same samples in the same order, the same bits of losses and norms."""
     records = {step: record for step, record in sorted(worker_group.records.items()) if step >= first}
     assert list(records) == list(range(first, STEPS))
@@ -122,7 +122,7 @@ def _same_training(worker_group: Crew, undisturbed: Crew, first: int = 0) -> Non
     ],
 )
 def test_a_death_at_any_moment_of_a_step(
-    worker_group: Crew, undisturbed: Crew, moment: Moment, ranks: tuple[int, ...]
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, moment: Moment, ranks: tuple[int, ...]
 ) -> None:
     worker_group.arm(*(Fault(rank, moment, step=6, generation=0) for rank in ranks))
     worker_group.start(worker_group.plan(worker_group.ids))
@@ -143,7 +143,9 @@ def test_a_death_at_any_moment_of_a_step(
     ],
     ids=lambda moment: moment.name.lower(),
 )
-def test_another_death_while_the_run_recovers(worker_group: Crew, undisturbed: Crew, moment: Moment) -> None:
+def test_another_death_while_the_run_recovers(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, moment: Moment
+) -> None:
     """Rank 3 of four dies, and then the second of the three that are left, who is no buddy of its."""
     first = worker_group.plan(worker_group.ids)
     assert first.buddies[1] != 3 and first.buddies[3] != 1
@@ -165,7 +167,9 @@ def test_another_death_while_the_run_recovers(worker_group: Crew, undisturbed: C
     ],
     ids=lambda moment: moment.name.lower(),
 )
-def test_a_member_that_dies_in_a_rescale(worker_group: Crew, undisturbed: Crew, moment: Moment) -> None:
+def test_a_member_that_dies_in_a_rescale(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, moment: Moment
+) -> None:
     """In the first half the old world is rebuilt; once activated the new one is, from what was held at the fence."""
     old = worker_group.plan(worker_group.ids[:3])
     worker_group.arm(Fault(1, moment, generation=1))
@@ -195,7 +199,7 @@ def test_a_member_that_dies_in_a_rescale(worker_group: Crew, undisturbed: Crew, 
 # -- the lower rungs: checkpoints ------------------------------------------------------------------------------------
 
 
-def _commit(worker_group: Crew, shards: tuple[ShardWritten, ...]) -> None:
+def _commit(worker_group: LocalWorkerGroup, shards: tuple[ShardWritten, ...]) -> None:
     """Complete a checkpoint, as a controller does."""
     first, run_dir = shards[0], Path(worker_group.job.storage_dir)
     done = commit_checkpoint("test", run_dir, Commit(first.step, 1, first.generation, shards))
@@ -206,7 +210,7 @@ def _has_written(step: int, report: Report) -> bool:
     return any(shard.step == step for shard in report.shards)
 
 
-def _train_past_checkpoints(worker_group: Crew, *steps: int) -> GenerationPlan:
+def _train_past_checkpoints(worker_group: LocalWorkerGroup, *steps: int) -> GenerationPlan:
     """Start, and go on until checkpoints of these steps are complete."""
     plan = worker_group.plan(worker_group.ids)
     worker_group.start(plan)
@@ -217,7 +221,7 @@ def _train_past_checkpoints(worker_group: Crew, *steps: int) -> GenerationPlan:
     return plan
 
 
-def _begin_again(worker_group: Crew, members: list[str]) -> int:
+def _begin_again(worker_group: LocalWorkerGroup, members: list[str]) -> int:
     """From the newest good checkpoint. Returns its step."""
     run_dir, records = Path(worker_group.job.storage_dir), CheckpointRecords()
     for entry in read_entries(run_dir):
@@ -226,18 +230,20 @@ def _begin_again(worker_group: Crew, members: list[str]) -> int:
     assert restore is not None
     worker_group.send(aborted=worker_group.newest_generation, current=None, next=None)
     worker_group.start(worker_group.plan(members, generation=worker_group.newest_generation + 1, restore=restore))
-    worker_group.records.clear()  # only now: until survivors have gone back, they tell of steps after the checkpoint
+    worker_group.records.clear()  # only now: until survivors have gone back, they report steps after the checkpoint
     worker_group.collect(members[0])
     return restore.step
 
 
 @pytest.mark.slow
-def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(worker_group: Crew, undisturbed: Crew) -> None:
+def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
+) -> None:
     buddy = worker_group.plan(worker_group.ids).buddies[1]
     worker_group.arm(Fault(1, Moment.VOTE, step=17, generation=0), Fault(buddy, Moment.VOTE, step=17, generation=0))
     plan = _train_past_checkpoints(worker_group, 4, 9)
     _die(worker_group, (1, buddy))
-    with pytest.raises(NoCut):
+    with pytest.raises(NoRecoveryPoint):
         _go_on(worker_group)
     assert _begin_again(worker_group, [w for w in plan.world.members if w in worker_group.living]) == 9
     worker_group.await_finished()
@@ -246,7 +252,9 @@ def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(worker_gr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True], ids=["the newest checkpoint", "a damaged one, and the one before"])
-def test_when_all_are_lost_new_workers_read_a_checkpoint(worker_group: Crew, undisturbed: Crew, damaged: bool) -> None:
+def test_when_all_are_lost_new_workers_read_a_checkpoint(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, damaged: bool
+) -> None:
     worker_group.arm(*(Fault(rank, Moment.FORWARD, step=17, generation=0) for rank in range(4)))
     _train_past_checkpoints(worker_group, 4, 9)
     _die(worker_group, (0, 1, 2, 3))

@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def python(script: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own that knows nothing of Ray but what `env` says."""
+    """In a separate process that knows of Ray only by `env`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-c", script],
@@ -97,7 +97,7 @@ def test_two_ups_at_once_start_one_cluster(home: Path) -> None:
     assert started[0].record == started[1].record
 
 
-def test_only_who_has_the_token_gets_in(home: Path, tmp_path: Path) -> None:
+def test_only_processes_with_the_token_connect(home: Path, tmp_path: Path) -> None:
     record = local.up(2).record
     whoever = {"ORCHESTRATOR_HOME": str(tmp_path / "elsewhere"), **environment(record)}
     script = CONNECT.format(address=record.address) + "print('in')"
@@ -125,7 +125,7 @@ def test_a_cluster_that_was_killed_is_noticed_and_cleared_away(home: Path) -> No
     assert local.up(2).fresh
 
 
-def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_path: Path) -> None:
+def test_a_record_whose_pid_was_reused_kills_no_process(home: Path, tmp_path: Path) -> None:
     stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
         reused = Process(stranger.pid, psutil.Process(stranger.pid).create_time() - 60.0, "ray start")
@@ -141,7 +141,7 @@ def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_
         stranger.wait()
 
 
-def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_is_an_error_and_is_cleaned_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit('no room')"]
 
@@ -152,7 +152,7 @@ def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.
     assert not (home / "clusters" / "local" / "token").exists()
 
 
-def test_a_port_that_cannot_be_had_is_told_before_anything_starts(home: Path) -> None:
+def test_a_port_in_use_is_an_error_before_anything_starts(home: Path) -> None:
     with pytest.raises(UsageError, match="port 18265 for the Jobs API: Ray gives ports 10002 to 19999 to its workers"):
         local.up(2, jobs_port=18265)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -27,18 +27,18 @@ from orchestrator.submission.user_code import with_packages
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import OPTIMIZERS, STEPS, VOCAB, small_job
 from tests.support.wheels import write_wheel
-from tests.support.worker_group import Crew, Memory
+from tests.support.worker_group import LocalWorkerGroup, Memory
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture
-def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path, size=4) as worker_group:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[LocalWorkerGroup]:
+    with LocalWorkerGroup(small_job(texts, determinism="exact"), store_dir, tmp_path, size=4) as worker_group:
         yield worker_group
 
 
-def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
+def _same_training(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup) -> None:
     """Every step once, the same samples in the same order, the same bits of losses and norms."""
     assert sorted(worker_group.records) == list(range(STEPS))
     order = [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
@@ -55,12 +55,14 @@ def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
         assert record.validation_loss == undisturbed.records[step].validation_loss
 
 
-def _handovers(worker_group: Crew, generation: int) -> list[Any]:
+def _handovers(worker_group: LocalWorkerGroup, generation: int) -> list[Any]:
     reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
     return [h for r in reports for h in r.transition.handovers if h.generation == generation]
 
 
-def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Crew, undisturbed: Crew) -> None:
+def test_a_run_through_rescales_equals_one_that_never_rescaled(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
+) -> None:
     worker_group.start(worker_group.plan(worker_group.ids))
     for members in (worker_group.ids[:2], worker_group.ids[1:4], [worker_group.ids[3]], worker_group.ids[:2]):
         worker_group.await_step(worker_group.newest_step + 3)
@@ -75,10 +77,10 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Cre
 
 @pytest.mark.emulated
 def test_a_gpu_without_room_for_two_shards_keeps_the_old_one_in_host_memory(
-    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: LocalWorkerGroup
 ) -> None:
     job = small_job(texts, determinism="exact")
-    with Crew(job, store_dir, tmp_path, size=3, env={"EMULATED_GPU_FREE_BYTES": "1000"}) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3, env={"EMULATED_GPU_FREE_BYTES": "1000"}) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         for members in (worker_group.ids, worker_group.ids[1:]):
             worker_group.await_step(worker_group.newest_step + 3)
@@ -95,7 +97,7 @@ def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
     job = small_job(texts, {"hidden_size": 128}, max_steps=1000)
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         found: list[Memory] = []
         for _ in range(8):
@@ -121,7 +123,7 @@ def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations
 def test_every_precision_and_stage_moves_bit_by_bit(
     texts: Path, store_dir: Path, tmp_path: Path, precision: str, zero_stage: int
 ) -> None:
-    with Crew(
+    with LocalWorkerGroup(
         small_job(texts, precision=precision, zero_stage=zero_stage), store_dir, tmp_path, size=3
     ) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
@@ -150,7 +152,7 @@ def test_every_optimizer_is_moved_and_replayed_bit_by_bit(
     job = small_job(texts, determinism="exact", **UPDATES[name])
     runs = []
     for is_disturbed in (False, True):
-        with Crew(job, store_dir, tmp_path / str(is_disturbed), size=3) as worker_group:
+        with LocalWorkerGroup(job, store_dir, tmp_path / str(is_disturbed), size=3) as worker_group:
             ids = worker_group.ids
             worker_group.start(worker_group.plan(ids[:2] if is_disturbed else ids[:1]))
             if is_disturbed:
@@ -174,7 +176,7 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
     job = small_job(texts, example(name, **sizes, moe_intermediate_size=32), determinism="exact")
     runs = []
     for worlds in ((1, 2, 1), (2,)):  # the second one begins in another world, and stays
-        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
+        with LocalWorkerGroup(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
             worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
             for size in worlds[1:]:
                 worker_group.await_step(worker_group.newest_step + 3)
@@ -201,7 +203,7 @@ def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, 
     )
     runs = []
     for worlds in ((1, 2, 1), (2,)):  # the second one begins in another world, and stays
-        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
+        with LocalWorkerGroup(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
             worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
             for size in worlds[1:]:
                 worker_group.await_step(worker_group.newest_step + 3)
@@ -218,7 +220,9 @@ def test_a_worker_has_the_packages_that_its_job_names(texts: Path, store_dir: Pa
     source = "import tiny_for_workers\n" + linear(init="assert tiny_for_workers.SIZE == spec.hidden_size")
     job = small_job(texts).model_copy(update={"model": own_spec(tmp_path, source), "pip": [wheel]})
     env = {"ORCHESTRATOR_HOME": str(tmp_path / "home")}
-    with Crew(job, store_dir, tmp_path / "run", size=2, env=env) as worker_group:  # two that install at once
+    with LocalWorkerGroup(
+        job, store_dir, tmp_path / "run", size=2, env=env
+    ) as worker_group:  # two that install at once
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(2)
 
@@ -232,31 +236,33 @@ def test_a_worker_has_the_code_that_its_job_was_submitted_with(texts: Path, stor
         (run_dir / package_name(digest)).write_bytes(package)
     shutil.rmtree(code)
     env = {"ORCHESTRATOR_HOME": str(tmp_path / "home")}
-    with Crew(job, store_dir, run_dir, size=2, env=env) as worker_group:  # two that unpack at once
+    with LocalWorkerGroup(job, store_dir, run_dir, size=2, env=env) as worker_group:  # two that unpack at once
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(2)
     assert [path.name for path in (tmp_path / "home" / "code").iterdir()] == [*packages]
 
 
-def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_a_worker_reports_the_fault_of_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     spec = own_spec(tmp_path, "def build(*args):\n    return 1 / 0\n")
-    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as worker_group:
+    with LocalWorkerGroup(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as worker_group:
         report = worker_group.members["w0"].report()
     assert report.phase is Phase.FAILED and report.health.error is not None and report.health.error.kind == "user_error"
     assert "build raised ZeroDivisionError" in report.health.error.message
     assert report.health.error.traceback.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_a_build_that_draws_otherwise_on_each_worker_is_found_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_a_build_with_different_random_weights_on_each_worker_is_detected(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
     spec = own_spec(tmp_path, linear(init="nn.init.constant_(self.head.bias, float(__import__('os').getpid()))"))
-    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as worker_group:
+    with LocalWorkerGroup(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as worker_group:
         worker_group.send(next=worker_group.plan(worker_group.ids))
         worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
         error = worker_group.members["w1"].report().health.error
     assert error is not None and error.kind == "user_error" and "gives head.bias other values on one" in error.message
 
 
-def test_a_scheduled_fence_is_reached_at_its_very_step(worker_group: Crew) -> None:
+def test_a_scheduled_fence_is_reached_at_its_very_step(worker_group: LocalWorkerGroup) -> None:
     worker_group.pace.slow_after(0)  # else step 19 may come before the next generation is prepared
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.rescale(worker_group.ids[:3], at_step=19)
@@ -265,7 +271,9 @@ def test_a_scheduled_fence_is_reached_at_its_very_step(worker_group: Crew) -> No
 
 
 @pytest.mark.parametrize("when", ["waiting for the fence", "moving"])
-def test_a_newcomer_lost_costs_no_step(worker_group: Crew, undisturbed: Crew, when: str) -> None:
+def test_a_newcomer_lost_costs_no_step(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, when: str
+) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:2]))
     worker_group.await_step(2)
     old = worker_group.directive.current
@@ -298,7 +306,7 @@ def test_a_newcomer_lost_costs_no_step(worker_group: Crew, undisturbed: Crew, wh
 
 
 def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
-    texts: Path, worker_group: Crew, undisturbed: Crew, tmp_path: Path
+    texts: Path, worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, tmp_path: Path
 ) -> None:
     worker_group.start(worker_group.plan(worker_group.ids[:3]))
     worker_group.await_finished()

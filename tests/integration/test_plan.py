@@ -1,4 +1,4 @@
-"""What a plan says of memory and traffic, against what real ranks hold and send."""
+"""A plan's memory and traffic, compared with the state and traffic of real ranks."""
 
 import gc
 from collections import Counter
@@ -136,7 +136,7 @@ def _measured(
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_plan_says_what_ranks_hold_and_send(
+def test_a_plan_equals_the_state_and_traffic_of_real_ranks(
     ranks: Ranks, world_size: int, precision: str, stage: int, determinism: str
 ) -> None:
     plan = _plan(world_size, precision, stage, determinism)

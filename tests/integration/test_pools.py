@@ -54,7 +54,7 @@ def _pools(name: str) -> list[str | None]:
     return [labels[ask(worker, "node", timeout_s=SOON_S)].get("pool") for worker in workers]
 
 
-def test_ray_means_by_a_selector_what_we_do() -> None:
+def test_a_selector_selects_the_same_nodes_in_ray() -> None:
     texts = ("a", "!a", "in(a,b)", "!in(a,b)", "x", "!x")
     labels = labels_of_nodes()
     asked = [({key: text, NODE_ID: node}, node) for key in ("pool", "zone") for text in texts for node in labels]
@@ -91,7 +91,7 @@ def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
         assert on.end_of(name).phase is RunPhase.STOPPED
 
 
-def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
+def test_a_missing_node_pool_is_an_immediate_error(on: Cluster) -> None:
     with pytest.raises(JobDoesNotFit) as told:
         on.submit("early", wait=True, **_job({"pool": "c"}))
     assert "{pool: c} fits none of the cluster's 3 nodes; labels there are: pool: a, b; zone: east" in str(told.value)
@@ -104,7 +104,7 @@ def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
         on.end_of("early")
 
 
-def test_every_run_hears_of_a_drained_node_a_restarted_controller_too(on: Cluster) -> None:
+def test_every_controller_gets_drained_nodes_a_restarted_one_too(on: Cluster) -> None:
     with another_node(2, pool="d"):
         for name in ("first", "second"):
             on.submit(name, wait=True, **_job({"pool": "d"}))

@@ -62,12 +62,12 @@ def test_an_error_of_a_node_keeps_its_words(corpus: Path, tmp_path: Path) -> Non
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
     request = Request((str(tmp_path / "a.jsonl"),), vocab_size=300)
 
-    def tell(stage: str, fraction: float) -> None:
+    def on_progress(stage: str, fraction: float) -> None:
         if (stage, fraction) == ("encoding", 0.0):
             (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "TWO"}\n')
 
     with pytest.raises(DataError, match="the corpus changed while it was read: .*a.jsonl") as raised:
-        prepare_corpora(request, tmp_path / "stores", on_cluster, tell)
+        prepare_corpora(request, tmp_path / "stores", on_cluster, on_progress)
     assert raised.value.remedy and raised.value.unchanged == "No store was written."
 
 
@@ -77,8 +77,8 @@ def _die(task: str) -> str:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_cluster_that_fails_is_told_in_words() -> None:
-    with pytest.raises(OrchestratorError, match="the cluster couldn't do its part: .*not this one: b") as raised:
+def test_a_failing_cluster_is_a_readable_error() -> None:
+    with pytest.raises(OrchestratorError, match="the tasks on the cluster failed: .*not this one: b") as raised:
         list(on_cluster(_die, ["b"]))
     assert "what is done is kept" in raised.value.unchanged
     assert list(on_cluster(str.upper, ["b"])) == ["B"]
@@ -118,7 +118,9 @@ def environment(home: Path) -> dict[str, str]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_ended_midway_it_goes_on_and_ends_the_same(command: list[str], corpus: Path, tmp_path: Path) -> None:
+def test_an_interrupted_preparation_continues_and_gives_the_same_store(
+    command: list[str], corpus: Path, tmp_path: Path
+) -> None:
     """First by Ctrl-C, then, some blocks later, by SIGKILL of the command and all of its Ray."""
     out, env = tmp_path / "stores", environment(tmp_path)
     args = [*command, "data", "prepare", str(corpus), "--out", str(out), "--vocab-size", "300", "-o", "json"]
@@ -176,7 +178,7 @@ def await_parts(process: "subprocess.Popen[str]", out: Path, count: int) -> None
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_command_tells_what_it_read_dropped_and_wrote(command: list[str], tmp_path: Path) -> None:
+def test_the_command_prints_what_it_read_dropped_and_wrote(command: list[str], tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"text number {number} " * 5}) for number in range(200)]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, rows[0], '{"text": ""}', "no JSON"]) + "\n")
     args = [*command, "data", "prepare", "a.jsonl", "--out", "stores", "--vocab-size", "300"]

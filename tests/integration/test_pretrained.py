@@ -106,7 +106,7 @@ def _begin(
         pytest.param(torch.float32, {"tie_word_embeddings": True}, _as_it_is, id="head tied to the embedding"),
     ],
 )
-def test_logits_equal_those_of_who_saved_it(
+def test_logits_equal_those_of_transformers_after_a_load(
     ranks: Ranks,
     tmp_path: Path,
     world_size: int,

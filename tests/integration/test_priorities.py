@@ -95,7 +95,7 @@ def test_a_priority_that_is_set_shrinks_a_lower_run_which_grows_back(on: Cluster
 
 
 @pytest.mark.journey
-def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
+def test_a_run_without_room_waits_in_the_queue_and_is_admitted(on: Cluster) -> None:
     """No run overtakes it, even with a controller that is slow to come. One that is stopped while it waits leaves
     nothing."""
     on.submit("first", **_job("1..1", cpus=3))
@@ -103,7 +103,7 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     on.submit("slow", wait=True, **_job("1..1", cpus=2))
     job = on.storage / "slow" / "job.json"
     text = job.read_text()
-    with _held(job, text):  # its controller, whose process is just starting, waits for somebody who writes here
+    with _held(job, text):  # its controller, just starting, blocks on this pipe until a writer opens it
         _wait_behind(on)
     on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
     third = on.until("third", lambda s: s.submitted_time is not None)
@@ -156,7 +156,7 @@ def _held(file: Path, text: str) -> Iterator[None]:
 
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Cluster) -> None:
+def test_minimums_that_leave_no_room_preempt_the_lower_run_which_resumes_later(on: Cluster) -> None:
     """While it waits it has no process but its controller, and its tracker, the real one, misses nothing."""
     on.submit("low", parts=replace(simulated_parts(), tracker=ActorClasses().tracker), **_job("3..4"))
     on.until("low", lambda s: s.step > 20)

@@ -32,7 +32,7 @@ STEPS = 200
 
 
 class Recorder(UserCallback):
-    """What it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -131,7 +131,7 @@ def test_a_fit_is_scaled_and_loses_a_member(client: OrchestratorClient, texts: P
         trainer(job | {"train": job["train"] | {"lr": 0.1}}, failure_config=failures).fit()
 
 
-def test_a_failure_is_ray_trains_and_the_next_fit_goes_on(
+def test_a_failure_raises_ray_trains_error_and_the_next_fit_resumes(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     counting = "self.calls = getattr(self, 'calls', 0) + 1\n        {}return self.head(self.embedding(tokens))"

@@ -40,7 +40,7 @@ COMMANDS = list(_commands())
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
-def test_a_command_has_the_verb_and_the_options_that_a_page_says(page: str, command: str) -> None:
+def test_a_command_on_a_page_has_an_existing_verb_and_existing_options(page: str, command: str) -> None:
     words = [word for part in shlex.split(command)[1:] for word in part.strip("[]").split("=", 1)[:1]]
     node = get_command(app)
     while words and isinstance(node, typer.core.TyperGroup):
@@ -93,7 +93,7 @@ def test_a_job_of_a_page_is_valid(page: str, text: str, tmp_path: Path) -> None:
     load_job(tmp_path / "job.yaml")
 
 
-def test_a_job_that_comes_with_us_is_valid() -> None:
+def test_the_jobs_of_the_repository_are_valid() -> None:
     names = [load_job(job).name for job in sorted((ROOT / "jobs").glob("*.yaml"))]
     assert "quickstart" in names and len(set(names)) == len(names)
 

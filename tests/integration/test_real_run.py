@@ -102,10 +102,8 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     assert loss < math.log(VOCAB) - 1.0  # it has learned, for others too
 
 
-def test_a_member_that_is_told_to_end_leaves_at_a_fence(
-    client: OrchestratorClient, texts: Path, tmp_path: Path
-) -> None:
-    """As whoever takes a machine back tells its processes. Another worker takes over, and no step is done twice."""
+def test_a_member_that_gets_sigterm_leaves_at_a_fence(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
+    """The signal of a machine that is taken back. Another worker takes over, and no step is done twice."""
     workers = WorkersSpec(min=2, max=3, initial=2)
     changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
     run = client.submit(small_job(texts, max_steps=100_000).model_copy(update=changes))
@@ -181,7 +179,7 @@ def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
     assert sorted(history) == list(range(status.step))
 
 
-def test_a_users_own_model_trains_and_goes_on_in_another_world(
+def test_a_users_own_model_trains_and_resumes_at_another_world_size(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     run = client.submit(_quick_example("dense", texts, tmp_path))
@@ -197,7 +195,7 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     ended = client.wait(run, timeout_s=250.0)
     assert ended.phase is RunPhase.STOPPED and client.audit(run).ok and client.audit(run).steps == ended.step
     job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
-    with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
+    with pytest.raises(UsageError, match=r"trains a user's model, jobs\.models\.dense"):
         export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
     _answers_outside_of_training(Path(ended.run_dir), str(ended.checkpoint), texts)
 
@@ -225,7 +223,7 @@ def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
     assert account.ok and account.steps == 60 and account.left_out == (40,)
 
 
-def test_slots_by_document_grow_until_every_worker_has_one(
+def test_micro_batches_by_document_grow_until_every_worker_has_one(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     """The memory of this machine is more than they need."""

@@ -95,4 +95,4 @@ def test_a_model_that_no_other_library_knows_is_registered_by_its_checkpoint(
     assert version.tags["orchestrator.path"] == str(checkpoint)
     with CheckpointReader(Path(version.tags["orchestrator.path"])) as reader:
         reader.verify()
-    assert "has no files: run moves trains a model of its own, mine:build" in caplog.text
+    assert "has no files: run moves trains a user's model, mine:build" in caplog.text

@@ -12,13 +12,13 @@ from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import linear, own_spec
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 BAD_STEP = 12
 SOON_S = 10.0
 
 
-def _stopped_with(worker_group: Crew, kind: str) -> None:
+def _stopped_with(worker_group: LocalWorkerGroup, kind: str) -> None:
     worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.STRANDED, SOON_S)
     kinds = [
         error.kind for w in worker_group.ids if (error := worker_group.members[w].report().health.error) is not None
@@ -26,7 +26,7 @@ def _stopped_with(worker_group: Crew, kind: str) -> None:
     assert kind in kinds and set(kinds) <= {kind, "peer_lost"}
 
 
-def _trained(worker_group: Crew) -> None:
+def _trained(worker_group: LocalWorkerGroup) -> None:
     worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
     assert audit(
@@ -37,7 +37,7 @@ def _trained(worker_group: Crew) -> None:
 def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     forward = f"return {LOGITS} * (500.0 if mark == 0 else 1.0)"
     job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
-    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         _stopped_with(worker_group, "numeric")
         assert {worker_group.members[w].report().step for w in worker_group.ids} == {BAD_STEP - 1}
@@ -50,10 +50,10 @@ def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir:
     assert all(record.update.applied != record.update.skipped for record in worker_group.records.values())
 
 
-def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_a_micro_batch_too_large_for_memory_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     forward = f'if mark == 0 and len(tokens) > 1:\n    raise RuntimeError("{NO_MEMORY}")\nreturn {LOGITS}'
     job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
-    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         _stopped_with(worker_group, "out_of_memory")
         worker_group.recover(worker_group.ids, micro_batch=MicroBatchSize(rows=1))
@@ -65,14 +65,14 @@ def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_di
 @pytest.mark.parametrize(
     "micro_batch", [MicroBatchSize(rows=1), pytest.param(MicroBatchSize(tokens=90), marks=pytest.mark.slow)]
 )
-def test_slots_of_another_size_train_the_same(
+def test_micro_batches_of_another_size_train_the_same(
     texts: Path, store_dir: Path, tmp_path: Path, micro_batch: MicroBatchSize
 ) -> None:
     """Up to rounding: the same rows, the same weights of their losses."""
     losses = []
     for size in (UNSAID, micro_batch):
         job = small_job(texts, max_steps=8)
-        with Crew(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as worker_group:
+        with LocalWorkerGroup(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as worker_group:
             worker_group.start(worker_group.plan(worker_group.ids, micro_batch=size))
             worker_group.await_finished()
         losses.append([r.loss for _, r in sorted(worker_group.records.items())])
@@ -80,7 +80,7 @@ def test_slots_of_another_size_train_the_same(
 
 
 @pytest.mark.parametrize("has_experts", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_slow_rank_is_told_by_who_waits_for_whom(
+def test_a_slow_rank_is_found_by_the_waits_of_its_peers(
     texts: Path, store_dir: Path, tmp_path: Path, has_experts: bool
 ) -> None:
     """Others wait for it at the exchange of tokens or, without experts, at the reduction of gradients."""
@@ -93,7 +93,7 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
         forward="\n        ".join([*forward.splitlines(), f"return self.head({through})"]),
     )
     job = small_job(texts, max_steps=1000, global_batch_size=6).model_copy(update={"model": own_spec(tmp_path, source)})
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(10)
         slow.write_text(str(worker_group.members[worker_group.ids[1]].process.pid))
@@ -108,7 +108,7 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
 def test_members_wait_before_the_same_step_while_too_many_are_not_published(
     texts: Path, store_dir: Path, tmp_path: Path, size: int
 ) -> None:
-    with Crew(small_job(texts), store_dir, tmp_path, size=size) as worker_group:
+    with LocalWorkerGroup(small_job(texts), store_dir, tmp_path, size=size) as worker_group:
 
         def publish(step: int) -> None:
             for member in worker_group.members.values():

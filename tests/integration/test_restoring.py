@@ -13,7 +13,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job
-from tests.support.worker_group import Crew, commit_of
+from tests.support.worker_group import LocalWorkerGroup, commit_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -21,7 +21,7 @@ Records = dict[int, StepRecord]
 SAVED = 14  # the step after which training stops
 
 
-def _train(worker_group: Crew, restore: Restore | None = None) -> None:
+def _train(worker_group: LocalWorkerGroup, restore: Restore | None = None) -> None:
     """All workers, from the beginning or a checkpoint, to the end of the job."""
     worker_group.start(worker_group.plan(worker_group.ids, restore=restore))
     worker_group.await_finished()
@@ -38,7 +38,7 @@ def _saved(
     """A run of `size` workers that was never broken: a checkpoint from its middle, and all of its steps."""
     job = _job(texts, **train)
     job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": at + 1})})
-    with Crew(job, store_dir, directory, size=size) as worker_group:
+    with LocalWorkerGroup(job, store_dir, directory, size=size) as worker_group:
         _train(worker_group)
         return Restore(at, str(commit_of(worker_group, at))), dict(worker_group.records)
 
@@ -49,7 +49,9 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
 ) -> None:
     train = {"precision": precision, "zero_stage": zero_stage}
     restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, **train)
-    with Crew(small_job(texts, max_steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as worker_group:
+    with LocalWorkerGroup(
+        small_job(texts, max_steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2
+    ) as worker_group:
         _train(worker_group, restore)  # nothing is left to do: it writes what it has read
         assert worker_group.records == {}
         again = commit_of(worker_group, SAVED)
@@ -66,11 +68,11 @@ def compressed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_what_was_not_sent_goes_on_at_any_world_size(
+def test_unsent_residuals_are_restored_at_any_world_size(
     texts: Path, store_dir: Path, tmp_path: Path, compressed: Restore, size: int
 ) -> None:
     job = _job(texts, "topk", max_steps=SAVED + 1)
-    with Crew(job, store_dir, tmp_path, size=size) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=size) as worker_group:
         _train(worker_group, compressed)  # nothing is left to do: it writes what it has read
         again = commit_of(worker_group, SAVED)
     with CheckpointReader(Path(compressed.path)) as old, CheckpointReader(again) as new:
@@ -90,10 +92,10 @@ def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
 
 
 @pytest.mark.long_emulated
-def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+def test_training_continues_with_the_bits_of_an_uninterrupted_run(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     at, train = 57, {"max_steps": 158, "determinism": "exact"}  # 100 steps after the break
     restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)
-    with Crew(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as worker_group:
+    with LocalWorkerGroup(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as worker_group:
         _train(worker_group, restore)
         records = dict(worker_group.records)
     assert sorted(records) == list(range(at + 1, at + 101))
@@ -119,7 +121,7 @@ def alone(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory
 def test_what_does_not_belong_to_the_job_is_refused(
     texts: Path, store_dir: Path, tmp_path: Path, alone: Restore, changes: dict[str, Any], rule: str
 ) -> None:
-    with Crew(small_job(texts, **changes), store_dir, tmp_path, size=1) as worker_group:
+    with LocalWorkerGroup(small_job(texts, **changes), store_dir, tmp_path, size=1) as worker_group:
         worker_group.send(next=worker_group.plan(worker_group.ids, restore=alone))
         worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
         error = worker_group.members["w0"].report().health.error

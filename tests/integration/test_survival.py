@@ -13,18 +13,18 @@ from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.spec.workers import WorkersSpec
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 SOON_S = 45.0  # gloo by itself would wait for a minute
 
 
 @pytest.fixture
-def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path, size=4) as worker_group:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[LocalWorkerGroup]:
+    with LocalWorkerGroup(small_job(texts, determinism="exact"), store_dir, tmp_path, size=4) as worker_group:
         yield worker_group
 
 
-def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
+def _same_training(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup) -> None:
     """Every step once, the same samples in the same order, the same bits of losses and norms."""
     assert sorted(worker_group.records) == list(range(STEPS))
     order = [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
@@ -36,13 +36,15 @@ def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
         )
 
 
-def _handovers(worker_group: Crew, generation: int) -> list[Any]:
+def _handovers(worker_group: LocalWorkerGroup, generation: int) -> list[Any]:
     reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
     return [h for r in reports for h in r.transition.handovers if h.generation == generation]
 
 
 @pytest.mark.parametrize("victims", [(2,), (0,), (1, 3)], ids=["one", "the first", "two that are no buddies"])
-def test_killed_members_cost_no_committed_step(worker_group: Crew, undisturbed: Crew, victims: tuple[int, ...]) -> None:
+def test_killed_members_cost_no_committed_step(
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup, victims: tuple[int, ...]
+) -> None:
     worker_group.start(worker_group.plan(worker_group.ids))
     worker_group.await_step(5)
     for victim in victims:
@@ -61,11 +63,11 @@ def test_killed_members_cost_no_committed_step(worker_group: Crew, undisturbed: 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_killed_with_its_buddy_costs_no_committed_step_where_there_are_two_copies(
-    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, rank: int
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: LocalWorkerGroup, rank: int
 ) -> None:
     changes = {"protection": ProtectionSpec(copies=2), "workers": WorkersSpec(min=3, max=4, initial=4)}
     job = small_job(texts, determinism="exact").model_copy(update=changes)
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         plan = worker_group.plan(worker_group.ids)
         worker_group.start(plan)
         worker_group.await_step(5)
@@ -82,8 +84,8 @@ def test_a_rank_killed_with_its_buddy_costs_no_committed_step_where_there_are_tw
 
 
 @pytest.mark.on_cpu  # the gloo that plays nccl can't be aborted
-def test_a_stopped_member_is_left_behind(worker_group: Crew, undisturbed: Crew) -> None:
-    """It answers nothing and closes nothing: the others shut their own connections when they are told."""
+def test_a_frozen_member_is_removed(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup) -> None:
+    """It neither answers nor closes its connections: the others shut their own when their generation is aborted."""
     worker_group.start(worker_group.plan(worker_group.ids))
     worker_group.await_step(5)
     stopped = worker_group.members[worker_group.ids[2]]
@@ -100,10 +102,10 @@ def test_a_stopped_member_is_left_behind(worker_group: Crew, undisturbed: Crew) 
 
 @pytest.mark.parametrize("every", [pytest.param(4, marks=pytest.mark.slow), "auto"])
 def test_a_loss_between_two_snapshots_goes_back_to_the_older_one(
-    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, every: int | str
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: LocalWorkerGroup, every: int | str
 ) -> None:
     job = small_job(texts, determinism="exact").model_copy(update={"protection": ProtectionSpec(every=every)})
-    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(12)
         interval = worker_group.records[12].state.snapshot_interval

@@ -1,4 +1,5 @@
-"""Two clusters and one storage: a run goes on in the one that takes it over, and the other lets go of all it holds."""
+"""Two clusters and one storage: a run continues in the one that takes it over, and the other ends the run's
+processes."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def users(tmp_path: Path) -> Iterator[tuple[Here, Here]]:
             user("cluster", "down", "--force")
 
 
-def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
+def test_a_run_is_taken_over_and_removed_from_its_first_cluster(
     users: tuple[Here, Here], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = users
@@ -51,7 +52,7 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
     unknown = second("resume", "wanted", "--storage", "runs", expect=77).stderr
     assert "signed with key" in unknown and "--key-file FILE" in unknown
     refused = second("resume", "wanted", "--storage", "runs", "--key-file", str(key), expect=2).stderr
-    assert "wanted may be going on in another cluster" in refused and "--take-over" in refused
+    assert "wanted may be active in another cluster" in refused and "--take-over" in refused
     assert "Nothing was started" in refused
     assert json.loads(first("status", "wanted", "-o", "json").stdout)["phase"] == "training"
 
@@ -60,7 +61,9 @@ def test_a_run_is_taken_over_and_its_first_cluster_lets_go(
     gone, alive = psutil.wait_procs(workers, timeout=200)
     assert len(gone) == len(workers) and not alive
     first.until(lambda: json.loads(first("ls", "-o", "json").stdout) == [])
-    assert "wanted is another cluster's now: term 1 may not write" in first("pause", "wanted", expect=102).stderr
+    assert (
+        "wanted was taken over by another cluster: term 1 may not write" in first("pause", "wanted", expect=102).stderr
+    )
     first.until(lambda: json.loads(first.python(COUNTED)) == [["scheduler"], 0, 4.0])  # actors, groups, free CPUs
 
     second("stop", "wanted")

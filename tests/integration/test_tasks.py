@@ -18,7 +18,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import TaskSpec
 from tests.support.tasks import TASKS, prepared, task_job
 from tests.support.texts import OPTIMIZERS, small_job
-from tests.support.worker_group import Crew, commit_of
+from tests.support.worker_group import LocalWorkerGroup, commit_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -27,7 +27,7 @@ Records = dict[int, StepRecord]
 
 def _calm(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
     """The records of a run on one worker to which nothing happens."""
-    with Crew(job, store_dir, run_dir, size=1) as worker_group:
+    with LocalWorkerGroup(job, store_dir, run_dir, size=1) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_finished()
     return worker_group.records
@@ -35,7 +35,7 @@ def _calm(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
 
 def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
     """The records of a run that grows from two to three workers, loses one, is paused, and resumed on one."""
-    with Crew(job, store_dir, run_dir, size=3) as worker_group:
+    with LocalWorkerGroup(job, store_dir, run_dir, size=3) as worker_group:
         ids = worker_group.ids
         worker_group.start(worker_group.plan(ids[:2]))
         worker_group.await_step(worker_group.newest_step + 3)
@@ -48,7 +48,7 @@ def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
         step, paused = worker_group.newest_step, worker_group.records
         restore = Restore(step, str(commit_of(worker_group, step)))
     assert step < job.train.max_steps - 1 and {record.world_size for record in paused.values()} == {2, 3}
-    with Crew(job, store_dir, run_dir, size=1) as worker_group:
+    with LocalWorkerGroup(job, store_dir, run_dir, size=1) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids, restore=restore))
         worker_group.await_finished()
     assert min(worker_group.records) == step + 1
@@ -129,7 +129,7 @@ def test_the_builtin_task_written_as_a_users_has_the_same_bits_and_collectives(
     runs = []
     for task in (TaskSpec(), own):
         job = small_job(texts, max_steps=8).model_copy(update={"task": task})
-        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
+        with LocalWorkerGroup(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
             worker_group.start(worker_group.plan(worker_group.ids))
             worker_group.await_finished()
         reports = [worker_group.final[worker] for worker in worker_group.ids]
@@ -205,7 +205,7 @@ def test_a_world_of_two_learns_what_one_learns(tmp_path: Path, task: str) -> Non
     store = prepared(job, tmp_path / "data")
     losses = []
     for count in (1, 2):
-        with Crew(job, store.directory, tmp_path / str(count), size=count) as worker_group:
+        with LocalWorkerGroup(job, store.directory, tmp_path / str(count), size=count) as worker_group:
             worker_group.start(worker_group.plan(worker_group.ids))
             worker_group.await_finished()
         losses.append([worker_group.records[step].loss for step in range(6)])
@@ -251,7 +251,7 @@ def test_a_peer_that_is_lost_in_a_users_loss_is_no_error_of_the_users(
     (tmp_path / "dies.py").write_text(DIES)
     task = TaskSpec(entrypoint="dies:task", code_dir=str(tmp_path))
     job = small_job(texts, max_steps=8).model_copy(update={"task": task})
-    with Crew(job, store_dir, tmp_path / "run", size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path / "run", size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_all(worker_group.ids[:1], lambda report: report.phase is Phase.STRANDED)
         error = worker_group.members["w0"].report().health.error
@@ -265,7 +265,7 @@ def test_a_rank_that_calls_a_model_with_experts_twice_is_named(texts: Path, stor
     (tmp_path / "twice.py").write_text(TWICE)
     task = TaskSpec(entrypoint="twice:task", code_dir=str(tmp_path))
     job = small_job(texts, max_steps=8).model_copy(update={"task": task})
-    with Crew(job, store_dir, tmp_path / "run", size=2) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path / "run", size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_all(worker_group.ids[1:], lambda report: report.phase is Phase.STRANDED)
         error = worker_group.members["w1"].report().health.error

@@ -8,7 +8,7 @@ from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support import pools
 from tests.support.texts import small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 THREADS = 2
 # Large enough for torch to cut a copy of its tensors, and the exchange of a few tokens, into parts for two threads.
@@ -25,7 +25,7 @@ def test_one_thread_of_a_worker_computes_in_parallel(
     job = job.model_copy(
         update={"protection": ProtectionSpec(every=1), "checkpoint": job.checkpoint.model_copy(update={"every": 4})}
     )
-    with Crew(job, store_dir, tmp_path, size=3, threads=THREADS) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=3, threads=THREADS) as worker_group:
         first = worker_group.plan(worker_group.ids[:2])
         worker_group.start(first)
         worker_group.await_step(2)

@@ -1,4 +1,4 @@
-"""Tokens on their way to experts in a run of real workers: what the job file says of them holds through rescales."""
+"""Tokens sent to experts in a run of real workers: their settings in the job file hold through rescales."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import EvalSpec
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew
+from tests.support.worker_group import LocalWorkerGroup
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -22,7 +22,7 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
         update={"communication": communication, "eval": EvalSpec()}
     )
     nodes = ("a", "a", "b", "b")
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         plans = [worker_group.plan(worker_group.ids, nodes=nodes)]
         worker_group.start(plans[0])
         for size in (2, 3):
@@ -46,7 +46,7 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
 def test_tokens_leave_their_node_only_for_what_it_lacks(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     job = small_job(texts, {"n_routed_experts": 2}).model_copy(update={"eval": EvalSpec()})
     nodes = ("a", "a", "b", "b")
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         plans = [worker_group.plan(worker_group.ids, nodes=nodes)]
         worker_group.start(plans[0])
         for size in (3, 4):

@@ -180,9 +180,7 @@ def test_a_cluster_that_dies_is_a_line_and_its_successor_is_found(
 def test_without_a_terminal_the_screen_is_refused_with_a_remedy(verb: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "orchestrator.cli.main", *verb], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        "top draws on a terminal" in done.stderr and "-o json" in done.stderr and "Nothing was changed" in done.stderr
-    )
+    assert "top needs a terminal" in done.stderr and "-o json" in done.stderr and "Nothing was changed" in done.stderr
 
 
 def _client_process(pid: int) -> psutil.Process:

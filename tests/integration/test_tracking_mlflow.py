@@ -74,7 +74,7 @@ def models_of(client: Any) -> dict[int, Any]:
 
 
 def error_of(tracker: Tracker) -> str:
-    """What the tracker says is wrong, once it does."""
+    """The tracker's error, once it reports one."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not (error := tracker.describe()["error"]):
         assert time.monotonic() < deadline_s
@@ -228,7 +228,7 @@ def test_a_process_that_is_killed_while_it_makes_the_database_leaves_none(tmp_pa
     assert only_run(client_of(f"sqlite:///{path}")).data.metrics["train/loss"] == 3.0
 
 
-def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_broken_mlflow_store_delays_no_run_and_loses_nothing(tmp_path: Path) -> None:
     setup = setup_of(tmp_path, run_id="demo-2")
     broken = Tracker(setup)
     assert broken.finish(1, "succeeded", timeout_s=PATIENCE_S)  # the store is there, the run is in it
@@ -296,7 +296,7 @@ def answering(status: int, body: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "message"),
     [
         pytest.param(401, "You are not authenticated.", "doesn't know us: give the tracker credentials", id="login"),
         pytest.param(403, "Permission denied", "doesn't allow us this: Permission denied", id="permission"),
@@ -304,15 +304,15 @@ def answering(status: int, body: str) -> Iterator[str]:
         pytest.param(200, "<html>welcome</html>", "is no MLflow server: correct tracking.uri", id="welcome"),
     ],
 )
-def test_a_server_that_is_of_no_use_is_told(tmp_path: Path, status: int, body: str, told: str) -> None:
+def test_an_unusable_tracking_server_is_reported(tmp_path: Path, status: int, body: str, message: str) -> None:
     with answering(status, body) as address:
         tracker = Tracker(setup_of(tmp_path, address))
         tracker.publish(1, points("train/loss", range(3), 1.0))
-        assert told in error_of(tracker)
+        assert message in error_of(tracker)
         assert tracker.describe()["waiting"] == 3
 
 
-def test_a_database_of_an_older_schema_is_told(tmp_path: Path) -> None:
+def test_a_database_with_an_older_schema_is_a_warning(tmp_path: Path) -> None:
     setup = setup_of(tmp_path)
     tracker = Tracker(setup)
     assert tracker.finish(1, "paused", timeout_s=PATIENCE_S)

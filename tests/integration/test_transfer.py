@@ -37,7 +37,7 @@ def _layout(generation: int, members: tuple[str, ...]) -> StateLayout:
 
 
 def _value(layout: StateLayout, tensor: int) -> torch.Tensor:
-    """What a tensor is, whoever holds it."""
+    """The whole tensor, from the ranges of its holders."""
     generator = torch.Generator().manual_seed(tensor)
     numel, itemsize = int(layout.numel[tensor]), int(layout.itemsize[tensor])
     return torch.randn(numel, generator=generator).to(DTYPES[itemsize])

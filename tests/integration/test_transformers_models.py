@@ -273,7 +273,7 @@ def test_experts_that_compute_something_else_are_refused() -> None:
     assert "GptOssExperts" in caught.value.message and "has_bias is True" in caught.value.message
 
 
-def test_a_speed_of_biases_that_are_not_there_is_refused() -> None:
+def test_a_bias_speed_without_biases_is_refused() -> None:
     config = {"model_type": "qwen2_moe", **SIZES, **KINDS["qwen2_moe"]}
     spec = resolved(ModelSpec(impl="transformers", config=config, bias_update_speed=0.01))
     with pytest.raises(EntrypointError, match="bias_update_speed is 0.01, and routers of .* have no bias"):

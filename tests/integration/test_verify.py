@@ -34,7 +34,7 @@ from tests.support.own_models import linear, own_spec
 from tests.support.real_runs import own_cluster, until
 from tests.support.recorded_run import rewrite_journal
 from tests.support.texts import STEPS, small_job
-from tests.support.worker_group import Crew, MoveFailed
+from tests.support.worker_group import LocalWorkerGroup, TransitionFailed
 
 EVERY = 5  # steps between checkpoints
 STEPS_OF_PROOF = 300  # enough for a second worker to come
@@ -50,8 +50,8 @@ def _job(texts: Path) -> JobSpec:
 
 
 @pytest.fixture
-def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(_job(texts), store_dir, tmp_path, size=3) as worker_group:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[LocalWorkerGroup]:
+    with LocalWorkerGroup(_job(texts), store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         yield worker_group
 
@@ -59,13 +59,13 @@ def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]
 @pytest.fixture(scope="module")
 def calm(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[StepRecord]:
     """The steps of a run to which nothing happens, each with the digest of the whole state."""
-    with Crew(_job(texts), store_dir, tmp_path_factory.mktemp("calm"), size=1) as worker_group:
+    with LocalWorkerGroup(_job(texts), store_dir, tmp_path_factory.mktemp("calm"), size=1) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_finished()
     return _wholes(worker_group)
 
 
-def _commit(worker_group: Crew, step: int) -> None:
+def _commit(worker_group: LocalWorkerGroup, step: int) -> None:
     """Mark the checkpoint of this step, as the controller would."""
     assert worker_group.directive.current is not None
     members = list(worker_group.directive.current.world.members)
@@ -74,11 +74,11 @@ def _commit(worker_group: Crew, step: int) -> None:
     commit_checkpoint("test", Path(worker_group.job.storage_dir), Commit(step, 1, 0, tuple(written)))
 
 
-def _path(worker_group: Crew, step: int) -> str:
+def _path(worker_group: LocalWorkerGroup, step: int) -> str:
     return str(Path(worker_group.job.storage_dir) / "checkpoints" / checkpoint_name(step, 1, 0))
 
 
-def _check(worker_group: Crew, step: int, last_step: int, number: int = 0) -> ReplayTask:
+def _check(worker_group: LocalWorkerGroup, step: int, last_step: int, number: int = 0) -> ReplayTask:
     plan = worker_group.directive.current
     assert plan is not None
     past = (PastWorld(0, plan.world, plan.placement),)
@@ -91,19 +91,19 @@ def _fingerprints(records: Iterable[StepRecord]) -> list[StepFingerprint]:
     return [StepFingerprint.of(record) for record in records]
 
 
-def _wholes(worker_group: Crew) -> list[StepRecord]:
+def _wholes(worker_group: LocalWorkerGroup) -> list[StepRecord]:
     """With one digest, that of the whole state."""
     return [changed(record, digests=(whole(record.state.digests),)) for record in worker_group.records.values()]
 
 
-def _answer(worker_group: Crew, check: ReplayTask) -> ReplayResult:
+def _answer(worker_group: LocalWorkerGroup, check: ReplayTask) -> ReplayResult:
     worker_group.await_all([check.worker], lambda r: r.checked is not None and r.checked.number == check.number)
     answer = worker_group.members[check.worker].report().checked
     assert answer is not None and not answer.error
     return answer
 
 
-def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: Crew) -> None:
+def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: LocalWorkerGroup) -> None:
     worker_group.await_step(14)
     _commit(worker_group, 4)
     answer = _answer(worker_group, _check(worker_group, 4, 14))
@@ -112,7 +112,7 @@ def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: Crew) -> 
     digests = {digest for finding in answer.findings for digest in finding.digests}
     assert len(digests) == 20 and all(len(finding.digests) == 2 for finding in answer.findings)
     assert worker_group.members["w2"].report().phase is Phase.STANDBY
-    again = _answer(worker_group, _check(worker_group, 4, 6, number=1))  # and what was there before is in nobody's way
+    again = _answer(worker_group, _check(worker_group, 4, 6, number=1))  # beside what the first one left
     assert [finding.digests for finding in again.findings] == [
         worker_group.records[step].state.digests for step in (5, 6)
     ]
@@ -120,7 +120,9 @@ def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: Crew) -> 
 
 
 @pytest.mark.parametrize("tensor", ["exp_avg/", "master/"])
-def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(worker_group: Crew, tensor: str) -> None:
+def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(
+    worker_group: LocalWorkerGroup, tensor: str
+) -> None:
     worker_group.arm(Fault(1, Moment.UPDATE, step=8, flips=tensor))
     worker_group.await_step(14)
     _commit(worker_group, 4)
@@ -133,15 +135,15 @@ def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(worker_gr
 
 @pytest.mark.parametrize("tensor", ["param/", "exp_avg_sq/", "master/"])
 def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(
-    worker_group: Crew, calm: list[StepRecord], tensor: str
+    worker_group: LocalWorkerGroup, calm: list[StepRecord], tensor: str
 ) -> None:
     worker_group.arm(Fault(1, Moment.FORWARD, step=8, generation=0, flips=tensor))
     worker_group.await_all(["w1"], lambda r: r.phase is Phase.FAILED)
     error = worker_group.members["w1"].report().health.error
     assert error is not None and error.kind == "corrupted"
     assert tensor in error.message and "of rank 1 on" in error.message and "steps 7 and 8" in error.message
-    worker_group.members["w1"].kill()  # as the controller does with whoever has failed
-    with suppress(MoveFailed):  # if the flipped bit came into the newest snapshot, which was being taken
+    worker_group.members["w1"].kill()  # as the controller does with a failed worker
+    with suppress(TransitionFailed):  # if the flipped bit came into the newest snapshot, which was being taken
         worker_group.recover(["w0", "w2"])
     if worker_group.directive.next is not None:
         told = worker_group.members["w0"].report().health.error
@@ -153,7 +155,7 @@ def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(
     assert first_difference(_fingerprints(_wholes(worker_group)), _fingerprints(calm)) is None
 
 
-def test_a_check_gives_way_to_a_plan(worker_group: Crew) -> None:
+def test_a_check_gives_way_to_a_plan(worker_group: LocalWorkerGroup) -> None:
     worker_group.await_step(5)
     _commit(worker_group, 4)
     check = _check(worker_group, 4, STEPS - 1)
@@ -166,7 +168,9 @@ def test_a_check_gives_way_to_a_plan(worker_group: Crew) -> None:
     assert first_difference(_fingerprints(worker_group.records.values()), answer.findings) is None
 
 
-def test_a_check_whose_checkpoint_is_gone_says_so_and_harms_nobody(worker_group: Crew) -> None:
+def test_a_check_without_its_checkpoint_fails_with_the_reason_and_training_continues(
+    worker_group: LocalWorkerGroup,
+) -> None:
     worker_group.await_step(5)
     check = _check(worker_group, 3, 5)  # never marked
     worker_group.await_all([check.worker], lambda r: r.checked is not None)
@@ -212,7 +216,7 @@ def flip(gradient):  # an element's would hardly show in the norm
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(texts: Path, tmp_path: Path) -> None:
+def test_bits_that_flip_in_a_run_are_found_reported_and_repaired_where_possible(texts: Path, tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     source = linear(forward=FLIPS.strip(), methods=FLIP.format(marks=marks))
@@ -227,7 +231,7 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
     with own_cluster(tmp_path / "home", cpus=4) as client:
         run = client.submit(job.model_copy(update=changes))
 
-        def told(kind: str, after: int = -1) -> list[dict[str, Any]]:
+        def events_of(kind: str, after: int = -1) -> list[dict[str, Any]]:
             return [event for event in client.events(run, after=after) if event["kind"] == kind]
 
         def flip(what: str) -> None:
@@ -235,20 +239,20 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
             pid = ask(find(f"{run}/worker/{worker}"), "pid")
             (marks / f"{what}-{pid}").touch()
 
-        until(client, run, lambda s: bool(told("checked")))
+        until(client, run, lambda s: bool(events_of("checked")))
         flip("rest")
-        until(client, run, lambda s: bool(told("worker_lost")) and not s.phase.ended and s.workers_now == 2)
-        (lost,) = told("worker_lost")
+        until(client, run, lambda s: bool(events_of("worker_lost")) and not s.phase.ended and s.workers_now == 2)
+        (lost,) = events_of("worker_lost")
         assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
-        until(client, run, lambda s: bool(told("checked", after=lost["seq"])))
-        assert all(event["equal"] for event in told("checked")) and told("state_differs") == []
+        until(client, run, lambda s: bool(events_of("checked", after=lost["seq"])))
+        assert all(event["equal"] for event in events_of("checked")) and events_of("state_differs") == []
 
         flip("gradient")
-        until(client, run, lambda s: bool(told("state_differs")))
+        until(client, run, lambda s: bool(events_of("state_differs")))
         client.stop(run)
         status = client.wait(run, timeout_s=250.0)
-        wrong = told("state_differs")[0]
-    # All ranks take a gradient over, so it can't be told whose it was.
+        wrong = events_of("state_differs")[0]
+    # All ranks take a gradient over, so whose it was is unknown.
     assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.STOPPED
     assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
     unequal = next(event for event in _events(status) if event["kind"] == "checked" and not event["equal"])
@@ -267,7 +271,7 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
     train = {"precision": "bf16", "zero_stage": 2, "determinism": "exact"}
     plain = small_job(texts, {"n_routed_experts": 2, "num_experts_per_tok": 2}, **train)
     job = plain.model_copy(update={"checkpoint": CheckpointSpec(every=EVERY), "eval": EvalSpec(every=2)})
-    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+    with LocalWorkerGroup(job, store_dir, tmp_path, size=4) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]], skips=(7,)))
         worker_group.await_step(5)
         _commit(worker_group, 4)

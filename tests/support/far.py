@@ -72,7 +72,7 @@ def far_cluster(home: Path, directory: Path, variables: Mapping[str, str] = {}) 
 
 
 def until_stored(run_dir: Path, condition: Callable[[RunStatus], bool]) -> RunStatus:
-    """As whoever sees run storage sees it: a question by URL takes seconds."""
+    """Read from run storage, as a request by URL takes seconds."""
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         if (run_dir / "job.json").exists() and condition(status := RunFiles(run_dir).status()):

@@ -1,6 +1,6 @@
 """Faults at an exact (rank, step, moment) of real workers, made inside their own processes.
 
-    crew.arm(Fault(2, Moment.VOTE, step=6), Fault(1, Moment.MOVE, generation=1))
+    worker_group.arm(Fault(2, Moment.VOTE, step=6), Fault(1, Moment.MOVE, generation=1))
 
 Every worker gets the whole table, as its rank is known only in a generation; whose turn it is kills its own process
 there, which gives nobody a last word. `arm` wraps the functions that mark the moments, in the calling process alone:

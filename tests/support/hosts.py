@@ -41,7 +41,7 @@ START_TIMEOUT_S = 120.0  # starting Ray takes 2 s a host on an idle machine of 2
 COMMAND_TIMEOUT_S = 60.0
 GONE_TIMEOUT_S = 60.0
 
-# Ignoring the end of children lets the kernel bury orphans, which all become an init's.
+# With SIGCHLD ignored the kernel reaps orphans, all of which become children of an init.
 INIT = """
 import signal
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -206,7 +206,7 @@ class Hosts:
     # -- its link ----------------------------------------------------------------------------------------------
 
     def cut(self, index: int) -> None:
-        """Take a host off the network: nothing arrives any more, in either direction, and nobody is told."""
+        """Take a host off the network: nothing arrives in either direction, and no peer is notified."""
         self._switch.run(["ip", "link", "set", f"port{index}", "down"])
 
     def mend(self, index: int) -> None:
@@ -264,7 +264,7 @@ class Hosts:
         return time.time() + seconds
 
     def ray_log(self, index: int) -> Path:
-        """What `ray start` has said on a host."""
+        """Output of `ray start` on a host."""
         return self.directory / f"ray-{index}.log"
 
     def _begin_ray(self, index: int, cpus: int, jobs_port: int | None = None) -> "subprocess.Popen[Any]":

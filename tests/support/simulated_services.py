@@ -17,13 +17,13 @@ HURRY, HOLD = Path("sim", "hurry"), Path("sim", "hold")
 
 
 def hurry(run_dir: Path) -> None:
-    """From here on a step takes no time: what had to happen before the run's end has happened."""
+    """Let steps take no time from now on: the test is done with everything that needs an active run."""
     (run_dir / HURRY).touch()
 
 
 @contextmanager
 def newcomers_held(run_dir: Path) -> Iterator[None]:
-    """No further worker of the run gets warm while this lasts."""
+    """Keep further workers of the run from getting warm within the block."""
     (run_dir / HOLD).touch()
     try:
         yield

@@ -66,7 +66,7 @@ class SimulatedWorker:
         self._me = worker_id
         self._mailbox = WorkerMailbox(worker_id, os.getpid())
         self._counters: dict[int, int] = {}  # the experts that this worker holds
-        self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and its ward's
+        self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and those it keeps as a buddy
         self._step = -1
         self._saved = -1  # step of the newest checkpoint that it has written
         self._begun = -1
@@ -171,7 +171,7 @@ class SimulatedWorker:
         self._mailbox.publish(phase=phase, failed_generation=plan.generation, holdings=tuple(self._kept))
 
     def _keep(self, plan: GenerationPlan, votes: dict[str, dict[str, Any]]) -> None:
-        """Snapshots of this worker and of its ward after the newest step; two steps are kept."""
+        """Snapshots of this worker, and of the rank whose buddy it is, after the newest step; two steps are kept."""
         mine = plan.world.rank_of(self._me)
         ranks = [mine, *(ring.index(mine) for ring in plan.rings)]
         for rank in ranks:
@@ -294,14 +294,14 @@ class SimulatedWorker:
         states = [told[worker] for worker in plan.involved if worker in source.holders]
         assert len({state["step"] for state in states}) == 1, f"members stopped at different steps: {states}"
         self._step = states[0]["step"]
-        records = self._tell_newcomers(plan)
+        records = self._announce_to_newcomers(plan)
         self._mailbox.go_back_to(self._step, records)
         counters = {int(e): count for state in states for e, count in state["counters"].items()}
         assert set(counters.values()) == {self._step + 1}, f"a counter was lost or counted twice: {counters}"
         if self._me in plan.world:
             self._counters = {e: counters[e] for e in plan.placement.experts_of(plan.world.rank_of(self._me))}
 
-    def _tell_newcomers(self, plan: GenerationPlan) -> tuple[StepRecord, ...]:
+    def _announce_to_newcomers(self, plan: GenerationPlan) -> tuple[StepRecord, ...]:
         """The newest steps, from a holder of the state to those who weren't there."""
         assert plan.source is not None
         mine = [to_plain(record) for record in self._mailbox.records[-256:]]
@@ -338,11 +338,11 @@ class SimulatedWorker:
     def _meet(
         self, plan: GenerationPlan, name: str, word: dict[str, Any], members: tuple[str, ...]
     ) -> dict[str, dict[str, Any]]:
-        """Say `word` and hear everybody's."""
+        """Publish `word` and wait for those of all members."""
         place = self._place(plan, name)
         self._say(place, json.dumps(word))
         for peer in members:
-            self._wait(plan, partial(self._has_said, place, peer), peer)
+            self._wait(plan, partial(self._has_announced, place, peer), peer)
         return {peer: json.loads(self._read(place, peer) or "{}") for peer in members}
 
     def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
@@ -374,7 +374,7 @@ class SimulatedWorker:
         except FileNotFoundError:
             return None
 
-    def _has_said(self, place: str, worker: str) -> bool:
+    def _has_announced(self, place: str, worker: str) -> bool:
         return self._read(place, worker) is not None
 
     def _lives(self, peer: str) -> bool:

@@ -1,8 +1,8 @@
 """Real workers in real processes, driven without Ray: each behind a pipe, and a rendezvous store in the test.
 
-with Crew(job, store_dir, run_dir, size=3) as crew:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.rescale(crew.ids[:3])
+with LocalWorkerGroup(job, store_dir, run_dir, size=3) as group:
+    group.start(group.plan(group.ids[:2]))
+    group.rescale(group.ids[:3])
 """
 
 import atexit
@@ -101,7 +101,7 @@ def _memory_of(worker: Any) -> Memory:
 
 
 def _await_end(worker: Any) -> None:
-    """A worker that has finished lets its groups go in a thread of its own; the next one must not meet them."""
+    """A worker that has finished closes its groups in a separate thread; the next one must not connect to them."""
     if worker.report(None, -1, 0.0).phase is Phase.FINISHED:
         worker._training.join(PATIENCE_S)
 
@@ -110,11 +110,11 @@ class MemberDied(RuntimeError):
     """The process of a member has ended."""
 
 
-class NoCut(RuntimeError):
-    """Nobody has a whole state: only a checkpoint can help."""
+class NoRecoveryPoint(RuntimeError):
+    """Live workers don't hold a whole state: only a checkpoint can help."""
 
 
-class MoveFailed(RuntimeError):
+class TransitionFailed(RuntimeError):
     """A member could not reach its next generation."""
 
 
@@ -179,14 +179,14 @@ def _num_outputs(store_dir: Path) -> int:
     return int(manifest["vocab_size"] if "vocab_size" in manifest else manifest["num_outputs"])
 
 
-class Crew:
-    """Workers of one run, and the simplest controller that can lead them.
+class LocalWorkerGroup:
+    """Workers of one run in processes of this machine, and the simplest controller that can direct them.
 
-    Steps are a little slow from the beginning on. Once one was waited for, later ones are very slow, until another one
-    is waited for, or a fence or the end: so there are some left for what a test does next.
+    Steps are slowed down a little. After a test has awaited a step, later ones are very slow until it awaits another
+    one, a fence or the end: so steps are left for what the test does next.
 
     Args:
-        orphan_s: how long a worker stays that isn't asked for anything.
+        orphan_s: seconds without a call after which a worker exits.
         env: variables of the workers' environment.
 
     Attributes:
@@ -373,7 +373,7 @@ class Crew:
         return number
 
     def rescale_to(self, plan: GenerationPlan, at_step: int | None = None) -> None:
-        """Let the current generation end for `plan`, and wait for nobody."""
+        """Let the current generation end for `plan`, without waiting."""
         self.pace.free()
         self.send(fence=Fence(plan.generation, at_step))
 
@@ -387,16 +387,16 @@ class Crew:
         return [worker for worker, member in self.members.items() if member.process.is_alive()]
 
     def recover(self, members: list[str], previous: GenerationPlan | None = None, **more: Any) -> GenerationPlan:
-        """Go on with `members` from the newest state that the worker group holds, once everybody has stopped.
+        """Go on with `members` from the newest state that the worker group holds, once all have stopped.
 
         Args:
             previous: the generation before the one that was activated last, if that may still be needed.
             more: other fields of the plan.
 
         Raises:
-            NoCut: nobody has a whole state.
+            NoRecoveryPoint: nobody has a whole state.
             MemberDied: somebody has died meanwhile.
-            MoveFailed: a member could not take the state over.
+            TransitionFailed: a member could not take the state over.
         """
         old = self.directive.current
         assert old is not None
@@ -412,7 +412,7 @@ class Crew:
         holdings = {w: self.members[w].report().protection.holdings for w in self.living}
         cut = find_recovery_point([origin.world for origin in origins], holdings)
         if cut is None:
-            raise NoCut(holdings)
+            raise NoRecoveryPoint(holdings)
         origin = next(plan for plan in origins if plan.generation == cut.generation)
         world = World(self.newest_generation + 1, tuple(members))
         placement = ExpertPlacement.rebalanced(
@@ -434,11 +434,13 @@ class Crew:
             if dead := [w for w in members if w not in self.living]:
                 raise MemberDied(f"{dead} died on the way to generation {plan.generation}")
             if report.transition.failed_generation == plan.generation:
-                raise MoveFailed(f"{report.worker} could not reach generation {plan.generation}: {report.health.error}")
+                raise TransitionFailed(
+                    f"{report.worker} could not reach generation {plan.generation}: {report.health.error}"
+                )
             return report.phase is Phase.READY and report.generation == plan.generation
 
         self.await_all(members, is_ready)
-        # Not before: until they have gone back themselves, they tell of steps after the cut.
+        # Not before: until they have gone back themselves, they report steps after the recovery point.
         self.records = {step: record for step, record in self.records.items() if step <= cut.step}
         self.collect(cut.holders[0])
         self.send(current=plan, next=None, activated=plan.generation, keepers=())
@@ -470,7 +472,7 @@ class Crew:
             for member in self.members.values():
                 member.kill()
             return
-        self.send(checkpoint_generation=10**9)  # lets the training threads of those who have finished end
+        self.send(checkpoint_generation=10**9)  # so that the training threads of finished workers end
         for member in self.members.values():
             if not member.process.is_alive():
                 continue
@@ -480,7 +482,7 @@ class Crew:
                 member.kill()
 
 
-def commit_of(worker_group: Crew, step: int) -> Path:
+def commit_of(worker_group: LocalWorkerGroup, step: int) -> Path:
     """Path of the checkpoint of `step`, after marking it complete as a controller does. All members have finished."""
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     complete = Commit(step, 1, shards[0].generation, tuple(shards))

@@ -37,7 +37,7 @@ def test_a_directory_with_something_in_it_is_not_taken_over(tmp_path: Path) -> N
     ("source", "cause"),
     [("/nowhere/at/all", "does not exist"), ("empty", "holds no file of .txt"), ("book.pdf", "is none of .txt")],
 )
-def test_a_corpus_that_is_none_is_told_early(
+def test_a_missing_corpus_is_an_early_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, cause: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

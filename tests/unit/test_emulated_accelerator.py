@@ -56,14 +56,14 @@ def test_what_cuda_allows_is_allowed() -> None:
     assert [each.sum().item() for each in allowed] == [12.0, 3.0, 12.0, 6.0]
 
 
-def test_a_copy_that_nobody_has_waited_for_is_garbage() -> None:
+def test_a_copy_before_any_wait_is_garbage() -> None:
     copy = _ones().to("cpu", non_blocking=True)
     assert copy.isnan().all()
     torch.cuda.synchronize()
     assert copy.tolist() == [[1.0] * 3] * 2
 
 
-def test_a_copy_is_complete_once_its_thread_has_waited_whoever_else_waits() -> None:
+def test_a_copy_is_complete_once_its_own_thread_has_waited() -> None:
     values, ended = torch.ones(100_000, device=devices.device()), threading.Event()
 
     def wait_for_the_device() -> None:
@@ -128,7 +128,7 @@ def test_nccl_sums_on_the_device_and_refuses_the_cpu() -> None:
         dist.destroy_process_group()
 
 
-def test_a_survey_lists_mistakes_and_goes_on() -> None:
+def test_a_survey_lists_mistakes_and_continues() -> None:
     with survey() as findings:
         (_ones() + torch.ones(3)).numpy()
     assert len(findings) == 2 and all("test_emulated_accelerator.py" in finding.where for finding in findings)

@@ -81,5 +81,5 @@ def test_spec_error_lists_all_problems_and_survives_a_process_border() -> None:
         (1, "OrchestratorError"),
     ],
 )
-def test_an_exit_code_stands_for_an_error(code: int, name: str) -> None:
+def test_each_error_has_an_exit_code(code: int, name: str) -> None:
     assert errors.of_code(code) is getattr(errors, name)

@@ -20,7 +20,7 @@ def test_what_is_named_is_there() -> None:
         orchestrator.__getattr__("ElasticTrainers")
 
 
-def test_type_checkers_are_told_the_same() -> None:
+def test_type_checkers_see_the_same_names() -> None:
     stub = ast.parse(Path(str(orchestrator.__file__)).with_suffix(".pyi").read_text())
     told = {alias.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert told == orchestrator._HOMES and sorted(told) == orchestrator.__all__

@@ -21,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_a_package_is_there_for_processes_that_ask_for_it_and_for_no_other(tmp_path: Path) -> None:
+def test_a_package_is_importable_only_in_processes_that_request_it(tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path, "tiny_extra", "import numpy\nVALUE = numpy.arange(3).sum()", "numpy>=1")
     code = f"from orchestrator.requirements import use_requirements\nuse_requirements([{wheel!r}])\n"
     use = "import tiny_extra, numpy; print(tiny_extra.VALUE, numpy.__version__)"
@@ -30,9 +30,7 @@ def test_a_package_is_there_for_processes_that_ask_for_it_and_for_no_other(tmp_p
     assert subprocess.run([sys.executable, "-c", use], capture_output=True).returncode == 1
 
 
-def test_it_is_installed_once_by_those_who_ask_at_the_same_time(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_concurrent_requests_install_it_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     wheel = write_wheel(tmp_path, "tiny_once", "")
     with ThreadPoolExecutor(3) as pool:
         assert len(set(pool.map(lambda _: installed([wheel]), range(3)))) == 1
@@ -40,7 +38,7 @@ def test_it_is_installed_once_by_those_who_ask_at_the_same_time(
     assert capfd.readouterr().err.count("pip installs tiny_once") == 1
 
 
-def test_a_wheel_that_is_built_anew_is_another(tmp_path: Path) -> None:
+def test_a_rebuilt_wheel_counts_as_another(tmp_path: Path) -> None:
     first = installed([write_wheel(tmp_path, "tiny_again", "VALUE = 1")])
     second = installed([write_wheel(tmp_path, "tiny_again", "VALUE = 2")])
     assert "1" in (first / "tiny_again.py").read_text() and "2" in (second / "tiny_again.py").read_text()

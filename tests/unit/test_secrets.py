@@ -47,7 +47,7 @@ def test_one_of_the_environment_is_known_by_another_name(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("reference", ["env:NO_SUCH_NAME", "file:/no/such/file"])
-def test_one_that_is_not_there_is_named(reference: str) -> None:
+def test_a_missing_secret_is_named(reference: str) -> None:
     with pytest.raises(UsageError, match="secret API_KEY") as error:
         take_secrets({"API_KEY": reference})
     assert reference.partition(":")[2] in str(error.value)

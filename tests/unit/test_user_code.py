@@ -28,7 +28,7 @@ def _write(path: Path, text: str = "def score(text): return 1.0\n") -> Path:
 
 
 @pytest.mark.parametrize("module", ["mine_a", "mine_p.inner", "mine_n.deep.inner"])
-def test_what_is_there_is_found_and_imported(tmp_path: Path, module: str) -> None:
+def test_an_existing_module_is_found_and_imported(tmp_path: Path, module: str) -> None:
     file = _write(tmp_path / f"{module.replace('.', '/')}.py")
     if module.startswith("mine_p"):
         _write(tmp_path / "mine_p" / "__init__.py", "")
@@ -68,7 +68,7 @@ def test_nothing_is_run_to_find_it(tmp_path: Path) -> None:
     assert place_of("mine_r.inner", tmp_path).name == "inner.py"
 
 
-def test_a_name_that_python_uses_is_told(tmp_path: Path) -> None:
+def test_a_module_name_that_python_uses_is_an_error(tmp_path: Path) -> None:
     _write(tmp_path / "json.py")
     with pytest.raises(Elsewhere, match="goes by this name already; rename yours"):
         imported("json", tmp_path)

@@ -62,13 +62,13 @@ def export_hf(
         )
     if job.model.entrypoint is not None:
         raise UsageError(
-            f"run {job.name} trains a model of its own, {job.model.entrypoint}; which transformers does not know",
+            f"run {job.name} trains a user's model, {job.model.entrypoint}, which transformers does not know",
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
     if not job.has_tokens:
         raise UsageError(
-            f"run {job.name} learns from rows of arrays and has no tokenizer, which the directory would hold",
+            f"run {job.name} trains on rows of arrays and has no tokenizer, which such a directory needs",
             remedy="Read its checkpoint instead: each shard is a safetensors file.",
             unchanged="Nothing was written.",
         )

@@ -216,10 +216,10 @@ class Family:
             wrong["rope_type"] = scaling["rope_type"]
         if wrong:
             shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in wrong.items())
-            raise UsageError(f"it has {shown}, which no model of ours can have")
+            raise UsageError(f"it has {shown}, which our models don't support")
         divided = int(known["hidden_size"]) // int(known["num_attention_heads"])
         if self.is_latent:
-            known["head_dim"] = known["qk_rope_head_dim"]  # as transformers has it; ours doesn't use it
+            known["head_dim"] = known["qk_rope_head_dim"]  # transformers' value; our model doesn't use it
         if known["head_dim"] is None:
             known["head_dim"] = divided
         if self.divides_hidden and known["head_dim"] != divided:

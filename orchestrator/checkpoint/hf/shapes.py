@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors of our own model, without building it, which takes torch."""
+"""Names and shapes of the tensors of our own model, without building it, which would need torch."""
 
 from collections.abc import Iterator
 

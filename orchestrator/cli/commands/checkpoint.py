@@ -135,9 +135,9 @@ def adopt(
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Sign a run's records with another key, whatever they were signed with: its key was lost, or is to be replaced.
+    """Sign a run's records with another key, when its key was lost or is to be replaced.
 
-    The checkpoint and all records are read first and must be whole, but all who can write to the storage may have
+    The checkpoint and all records are read first and must be whole, but anyone who can write to the storage may have
     changed them.
     """
     from orchestrator.cli.terminal.run_lookup import find_run

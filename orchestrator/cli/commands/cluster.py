@@ -86,7 +86,7 @@ def down(
         ) from error
     if active:
         raise UsageError(
-            f"runs are going on in the local cluster: {', '.join(active)}",
+            f"runs are active in the local cluster: {', '.join(active)}",
             remedy="Wait for them, end them with `orchestrator stop RUN`, or pass --force.",
             unchanged="Nothing was changed.",
         )

@@ -193,9 +193,9 @@ def generate(
 def _chosen(corpus: str | None, text_key: str | None, split: Split | None) -> Split:
     """The split of the run's own text; options that contradict each other are refused."""
     if corpus is not None and split is not None:
-        raise UsageError("--split is of the run's own text; --corpus names another one, which is read whole")
+        raise UsageError("--split selects from the run's own text; --corpus names another one, which is read whole")
     if corpus is None and text_key is not None:
-        raise UsageError("--text-key is of a text that --corpus names; the run's own is tokens already")
+        raise UsageError("--text-key needs --corpus: the run's own text is stored as tokens")
     return split or Split.VALIDATION
 
 

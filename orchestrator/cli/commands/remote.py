@@ -100,7 +100,7 @@ def run_by_url(
     try:
         code = port.follow(job_id, lambda line: None if line == BEGUN else write(mark + line))
     except KeyboardInterrupt:
-        narrate(f"Detached; run {run_id} goes on. `orchestrator stop {run_id} --address {url}` ends it.")
+        narrate(f"Detached; run {run_id} continues. `orchestrator stop {run_id} --address {url}` ends it.")
         raise typer.Exit(101) from None
     if output is Format.JSON:
         port.run(["status", run_id, "-o", "json"], write)

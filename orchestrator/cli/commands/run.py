@@ -1,4 +1,4 @@
-"""`run`: run a job in the foreground, with a cluster of its own if there is none."""
+"""`run`: run a job in the foreground, in a cluster that it starts if there is none."""
 
 import math
 import shlex
@@ -39,7 +39,7 @@ def run(
         typer.Option(
             "-d",
             "--detach",
-            help="Return once the run is submitted, and print its name; a cluster of its own stays up.",
+            help="Return once the run is submitted, and print its name; a cluster that was started for it stays up.",
         ),
     ] = False,
     address: Address = None,
@@ -200,7 +200,7 @@ def logical_cpus(spec: JobSpec) -> int:
 
 def _detached(run_id: str) -> str:
     return (
-        f"Detached; run {run_id} goes on. `orchestrator status {run_id}` shows where it is, "
+        f"Detached; run {run_id} continues. `orchestrator status {run_id}` shows where it is, "
         f"`orchestrator logs {run_id} -f` follows it, `orchestrator stop {run_id}` ends it; "
         "`orchestrator cluster down` stops Ray afterwards."
     )

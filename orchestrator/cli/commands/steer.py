@@ -50,11 +50,11 @@ def scale(
     asked = counted(size, "worker")
     now = client.get(run).workers_now
     if now == size:
-        narrate(f"Run {run} has {asked} and goes on with them.")
+        narrate(f"Run {run} has {asked} and continues with them.")
     elif now > size:
-        narrate(f"Run {run} goes on with {asked} after its current step.")
+        narrate(f"Run {run} continues with {asked} after its current step.")
     else:
-        narrate(f"Run {run} will go on with {asked} as soon as they are ready.")
+        narrate(f"Run {run} will continue with {asked} as soon as they are ready.")
     _show_target(run, target, output)
 
 
@@ -63,7 +63,7 @@ def pause(run: RunId, address: Address = None, output: Output = Format.TEXT) -> 
     from orchestrator.client import OrchestratorClient
 
     target = OrchestratorClient(address).pause(run)
-    narrate(f"Run {run} pauses after its current step. `orchestrator resume {run}` lets it go on.")
+    narrate(f"Run {run} pauses after its current step. `orchestrator resume {run}` continues it.")
     _show_target(run, target, output)
 
 
@@ -79,7 +79,7 @@ def resume(
     ] = False,
     take_over: Annotated[
         bool,
-        typer.Option("--take-over", help="Even if it may be going on in another cluster, which then lets go of it."),
+        typer.Option("--take-over", help="Even if it may be active in another cluster, which then ends its workers."),
     ] = False,
     new_code: Annotated[
         bool,
@@ -109,7 +109,7 @@ def resume(
         timeout_s=timeout,
         on_wait=narrate_wait,
     )
-    narrate(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
+    narrate(f"Run {run} resumes. Follow it with `orchestrator logs {run} -f`.")
     show_name(run, output)
 
 
@@ -160,7 +160,7 @@ def set_value(
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Change what a job sets of a run while it is active: its priority."""
+    """Change the priority of an active run."""
     from orchestrator.client import OrchestratorClient
     from orchestrator.spec.live_changes import priority_of
 
@@ -182,7 +182,7 @@ def set_stage(
 
     target = OrchestratorClient(address).stage(run, name)
     which = "the next stage" if name == "next" else f"stage {name}"
-    narrate(f"Run {run} will go on to {which} in some steps, on all workers at the same one.")
+    narrate(f"Run {run} switches to {which} in some steps, all workers at the same step.")
     _show_target(run, target, output)
 
 

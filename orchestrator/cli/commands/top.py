@@ -18,7 +18,7 @@ def top(
     """Watch and steer the cluster's runs on a live screen: arrows and enter choose, + - p s steer, q quits."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
-            "top draws on a terminal, and its input or output is none",
+            "top needs a terminal as its input and output",
             remedy="`orchestrator status RUN -o json`, or `orchestrator ls -o json`, has the same for programs; "
             "--watch repeats it.",
             unchanged="Nothing was changed.",

@@ -53,4 +53,4 @@ def _page(reports: Sequence[RunReport], tables: Sequence[Table], load_maps: Sequ
 
 def _told(report: RunReport) -> str:
     goodput = NONE if report.goodput is None else f"{report.goodput:.1%}"
-    return f"{report.run_id}: {report.outcome or 'goes on'}, {report.steps:,} steps, goodput {goodput}"
+    return f"{report.run_id}: {report.outcome or 'active'}, {report.steps:,} steps, goodput {goodput}"

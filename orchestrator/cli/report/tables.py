@@ -101,7 +101,7 @@ def _difference(report: RunReport) -> str:
 
 
 def _attempts(report: RunReport) -> str:
-    return f"{len(report.attempts)}: " + ", ".join(span.outcome or "goes on" for span in report.attempts)
+    return f"{len(report.attempts)}: " + ", ".join(span.outcome or "active" for span in report.attempts)
 
 
 def _steps(report: RunReport) -> str:

@@ -14,7 +14,7 @@ EXIT_CODES = {
     77: "the cluster refused this user's token, or asks for none although others reach it; or others may read the "
     "token file",
     100: "the run failed",
-    101: "not finished: the run is paused or active; of `run` after Ctrl-C, when the run goes on; of `wait` after "
+    101: "not finished: the run is paused or active; of `run` after Ctrl-C, when the run continues; of `wait` after "
     "`--timeout`, or with `--storage` once nothing seems to write the run's journal",
     102: "no such run, checkpoint or log",
     103: "the run was stopped",

@@ -133,7 +133,7 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise UsageError(
-            f"{question} No terminal can answer", remedy="Pass --yes if so.", unchanged="Nothing was changed."
+            f"{question} There is no terminal to answer", remedy="Pass --yes if so.", unchanged="Nothing was changed."
         )
     if not typer.confirm(question, err=True):
         raise UsageError("not confirmed", unchanged="Nothing was changed.")

@@ -1,6 +1,6 @@
 """The live progress of a run on stderr: one line that is rewritten on a terminal, a line every few seconds elsewhere.
 
-Lasting information (a rescale and its stall, a new phase without a terminal) gets a line of its own.
+Lasting information (a rescale and its stall, a new phase without a terminal) gets a separate line.
 """
 
 import shutil
@@ -24,7 +24,7 @@ def watch_runs(
     is_over: Callable[[], bool] = lambda: False,
     look_every_s: float = LOOK_EVERY_S,
 ) -> None:
-    """Poll until all runs that are seen have ended; Ctrl-C ends it too.
+    """Poll until all known runs have ended, or Ctrl-C.
 
     Args:
         on_change: called with each status that is new or has changed; None for live lines on stderr.
@@ -109,7 +109,7 @@ class LiveProgress(StatusLine):
             self._told_recoveries += 1
             self.keep(f"{status.run_id} recovered: {recovery(failure)}")
         if status.warning and status.warning != self._warning:
-            self.keep(f"{status.run_id} goes on, but {status.warning}")
+            self.keep(f"{status.run_id} continues, but {status.warning}")
         self._warning = status.warning
         line = progress(status)
         if self.refreshes:

@@ -81,7 +81,8 @@ class FoundRun:
         return str(self.files.run_dir)
 
     def _refuse_active_in_cluster(self) -> None:
-        """Storage has the end of a run that is resumed until a controller has opened it; its cluster knows before."""
+        """Raise if the cluster has the run as active: a resumed run's old end stays in storage until its controller has
+        opened it."""
         try:
             client = OrchestratorClient(self._address)
         except ClusterUnreachable:
@@ -113,7 +114,7 @@ def find_run(run_id: str, storage: str | None, address: str | None) -> FoundRun:
     if is_url(named := address or os.environ.get("RAY_ADDRESS")):
         raise UsageError(
             f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
-            remedy="Call it in the cluster, or name run storage that is seen here: --storage DIR|URL.",
+            remedy="Call it in the cluster, or name run storage that this machine reaches: --storage DIR|URL.",
             unchanged="Nothing was started.",
         )
     try:

@@ -55,7 +55,7 @@ class ClusterLink:
 
     def begin(self, run_id: str | None) -> tuple[RunStatus, ...]:
         """Return statuses at once if runs publish them, `run_id` among them unless it is None: the cluster is joined
-        from the first call on, as that takes a core for seconds. Else join it, and return those of all runs.
+        only from the first call on, as joining takes a core for seconds. Else join it, and return those of all runs.
 
         Raises:
             ClusterUnreachable: there is no cluster, or it doesn't answer.

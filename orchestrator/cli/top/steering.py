@@ -78,7 +78,7 @@ class Steering(Screen[None]):
 
     def action_pause(self) -> None:
         if (run := self.chosen) is not None:
-            question = f"Pause {run}? It writes a checkpoint and frees its workers; `orchestrator resume` goes on."
+            question = f"Pause {run}? It writes a checkpoint and frees its workers; `orchestrator resume` continues it."
             self._confirm(question, lambda: self._requests.pause(run))
 
     def action_stop(self) -> None:

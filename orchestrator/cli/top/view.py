@@ -127,7 +127,7 @@ def columns(rows: Sequence[RunRow], width: int, gap: int) -> tuple[Column, ...]:
 
 def remarks(status: RunStatus, newest: Event | None) -> tuple[str, ...]:
     """Texts for which a row has no room: the run's state or end, its newest event, its warning."""
-    lines = [status.why or ("goes on" if not status.phase.ended else "")]
+    lines = [status.why or ("active" if not status.phase.ended else "")]
     lines += [event_line(newest)] if newest is not None else []
     lines += [f"warning: {status.warning}"] if status.warning else []
     return tuple(line for line in lines if line)

@@ -15,13 +15,13 @@ def known_runs() -> list[str]:
 
 
 def directory_of(run_id: str) -> Location:
-    """The run's location. Raises NotFound, with the nearest names, or who has taken the run over."""
+    """The run's location. Raises NotFound, with the nearest names, or with how another cluster took it over."""
     place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
     if place is not None:
         return location_of(place.decode())
     taken_over = internal_kv._internal_kv_get(run_id.encode(), namespace=TAKEN_OVER)
     if taken_over is not None:
-        raise NotFound(f"run {run_id} is another cluster's now: {taken_over.decode()}")
+        raise NotFound(f"run {run_id} was taken over by another cluster: {taken_over.decode()}")
     remedy = f"{nearest(run_id, known_runs())}`orchestrator ls` shows its runs."
     raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
 
@@ -36,6 +36,6 @@ def forget_run(run_id: str) -> None:
 
 
 def forget_taken_over(run_id: str, how: str) -> None:
-    """Forget a run that another cluster has taken over. `how` is said of it from now on."""
+    """Forget a run that another cluster has taken over. `directory_of` then raises NotFound with `how`."""
     internal_kv._internal_kv_put(run_id.encode(), how.encode(), overwrite=True, namespace=TAKEN_OVER)
     forget_run(run_id)

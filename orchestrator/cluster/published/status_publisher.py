@@ -86,7 +86,7 @@ def publishing_the_last(run_id: str) -> Iterator[None]:
 def _publish_the_last(key: bytes, done: threading.Event) -> None:
     since_s = time.monotonic()
     while not done.wait(EVERY_S):
-        with suppress(Exception):  # of Ray's head, or there is none: readers ask the Scheduler
+        with suppress(Exception):  # Ray's head fails or is gone: readers ask the Scheduler
             if (status := _published(key)) is not None:
                 waits_s = time.monotonic() - since_s
                 warning = f"its controller has been restarted, and has waited {waits_s:.0f} s for run storage"
@@ -94,7 +94,7 @@ def _publish_the_last(key: bytes, done: threading.Event) -> None:
 
 
 def last_published(run_id: str) -> RunStatus | None:
-    """The status that a run's last controller published; None if none has of late, or it can't be read."""
+    """The status that a run's last controller published; None if it may be of an earlier attempt, or can't be read."""
     try:
         status = _published(run_id.encode())
         return None if status is None else from_plain(RunStatus, status)

@@ -1,4 +1,4 @@
-"""Sums whose bits depend neither on the order of their terms nor on how terms are grouped.
+"""Sums with the same bits for any order and grouping of their terms.
 
 Terms are rounded to multiples of one power of two and added in fp64: as long as no partial sum needs more than 53 bits
 above that, no addition rounds, so addition is associative. This is fixed-point arithmetic in the mantissa of fp64, at

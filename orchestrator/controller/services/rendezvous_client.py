@@ -80,7 +80,7 @@ class RendezvousClient:
         now_s, why = time.monotonic(), f"the rendezvous store failed: {reason_of(error)}"
         if self._failing_s is None:
             self._failing_s = now_s
-            log.warning("%s; training goes on, and no generation is planned until it is back", why)
+            log.warning("%s; training continues, and no generation is planned until it is back", why)
         elif now_s - self._failing_s > GIVE_UP_S:
             self.fault = why
 

@@ -71,7 +71,8 @@ class RunServices:
         return (*self._faults, self.store.fault) if self.store.fault else tuple(self._faults)
 
     def start(self, data: PreparedData | None) -> StorageTask[None]:
-        """Start what isn't running. `data`, prepared by an earlier controller, is made anew if it is gone."""
+        """Start the services that aren't running. `data`, prepared by an earlier controller, is prepared again if it is
+        gone."""
         is_kept = data is not None and (yield partial(self._storage.caller, is_there, location_of(data.store_dir)))
         self._known_data, self.data = data, data if is_kept else None
         if self.data is not None:

@@ -160,7 +160,8 @@ class TrackerClient:
             self._described(answer.result())
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
-        """Send the tracker what it lacks, and let it deliver. What MLflow doesn't take in time stays on disk."""
+        """Send the tracker the values that it lacks, and let it deliver. Values that MLflow doesn't accept in time stay
+        on disk."""
         if self._ended_s is not None:
             self._start_anew()
         tracker = self.start().within(FINISH_S)

@@ -52,7 +52,7 @@ def _found(source: str) -> tuple[Path, tuple[Path, ...]]:
     root = Path(source)
     if is_store(root):
         raise DataError(
-            f"{root} is a prepared token store, no text",
+            f"{root} is a prepared token store, not text",
             remedy="Name the text that it was made of.",
             unchanged="Nothing was written.",
         )
@@ -117,6 +117,6 @@ def read_documents(source: str, text_key: str = "text") -> Iterator[Document]:
 def _bad(path: Path, record: Record) -> DataError:
     return DataError(
         f"{path}:{record.line}: {record.fault}",
-        remedy="Mend it, move it out of the corpus, or name the key that holds the text: data.text_key.",
+        remedy="Correct it, move it out of the corpus, or name the key that holds the text: data.text_key.",
         unchanged="Nothing was written.",
     )

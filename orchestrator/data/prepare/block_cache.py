@@ -157,7 +157,7 @@ class Parts:
             except BlockingIOError:
                 raise DataError(
                     f"another process prepares {final} now",
-                    remedy="Wait for it: the store is then found.",
+                    remedy="Repeat the command once it is done: it finds that store.",
                     unchanged="Nothing was written.",
                 ) from None
             except OSError as error:
@@ -169,7 +169,7 @@ class Parts:
 
     @property
     def assembly(self) -> Path:
-        """Directory for assembling the store; removes what is there."""
+        """Path of the directory in which the store is assembled, which doesn't exist yet: an earlier one is removed."""
         path = self.directory / "store"
         shutil.rmtree(path, ignore_errors=True)
         return path

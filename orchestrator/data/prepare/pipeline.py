@@ -183,8 +183,8 @@ class _Making:
             footer = checked(path, made_of(block, tokenizer.digest, signal))
             if footer is None or footer.num_documents != block.num_documents:
                 raise StoreCorrupt(
-                    f"{path} was written and is not there, or damaged",
-                    remedy="Start again: only what is missing is made. If it happens again, look at the disk, and see "
+                    f"{path} was written, but is missing or damaged",
+                    remedy="Start again: finished parts are kept. If it happens again, check the disk, and check "
                     "that every node has this directory under the same path.",
                     unchanged="No store was written.",
                 )

@@ -35,8 +35,8 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator
             yield row["result"]
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise OrchestratorError(
-            f"the cluster couldn't do its part: {_reason(error)}",
-            remedy="See that all nodes are up and have orchestrator installed, and start again.",
+            f"the tasks on the cluster failed: {_reason(error)}",
+            remedy="Check that all nodes are up and have orchestrator installed, and start again.",
             unchanged="No store was written; what is done is kept.",
         ) from error
 

@@ -120,7 +120,7 @@ class ChatTemplate:
             before, after = self.render(messages[:turn], prompt=True).text, self.render(messages[: turn + 1]).text
             if not (after.startswith(before) and whole.text.startswith(after)):
                 raise _refused(
-                    f"the chat template renders turn {turn + 1} otherwise if it stands alone, so what the assistant "
+                    f"the chat template renders turn {turn + 1} differently if it is alone, so what the assistant "
                     "says in it is not known",
                     "Mark that in the template by {% generation %} and {% endgeneration %}: data.chat_template.",
                 )
@@ -131,12 +131,12 @@ class ChatTemplate:
         """The text of a chat of which the last turns are an answer, with where that begins.
 
         Raises:
-            DataError: the template refuses the chat, or renders its beginning otherwise if it stands alone.
+            DataError: the template refuses the chat, or renders its beginning differently if it is alone.
         """
         before, whole = self.render(asked, prompt=True).text, self.render([*asked, *answer]).text
         if not whole.startswith(before):
             raise _refused(
-                "the chat template renders a prompt otherwise if an answer follows, so where it begins is not known"
+                "the chat template renders a prompt differently before an answer, so the answer's beginning is unknown"
             )
         return RenderedChat(whole, ((len(before), len(whole)),))
 
@@ -155,7 +155,7 @@ class _Generation(Extension):
 
 
 def messages_of(value: object) -> Sequence[Message]:
-    """A chat as it stands in a row. Raises DataError for anything that is none."""
+    """The chat in a row. Raises DataError if the value isn't one."""
     if not isinstance(value, list) or not value:
         raise _refused(f"a chat is a list of messages; found {_shown(value)}")
     for number, message in enumerate(value, 1):

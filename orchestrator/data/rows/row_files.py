@@ -132,5 +132,7 @@ def _number_type(kind: Any) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(
-        f"{path} can't be read: {' '.join(str(error).split())}", remedy="Mend it.", unchanged="Nothing was written."
+        f"{path} can't be read: {' '.join(str(error).split())}",
+        remedy="Correct it, or move it out of the folder.",
+        unchanged="Nothing was written.",
     )

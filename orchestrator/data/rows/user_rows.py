@@ -45,7 +45,7 @@ class UserRows:
             raise self._refused("returned None for train", "Return a data set.")
         self.num_rows = {split: self._length(split) for split in self._sets}
         if self.num_rows["train"] == 0:
-            raise self._refused("returned no rows for train", "Look at where it looks for them.")
+            raise self._refused("returned no rows for train", "Check the place from which it reads them.")
 
     def _length(self, split: Split) -> int:
         found = self._sets[split]

@@ -37,7 +37,7 @@ class UpdateRule(Protocol):
         """
         Args:
             master: weights in fp32, after weight decay; a flat piece, or a whole matrix for a rule of matrices.
-            grad: of the same shape, clipped; stays as it is.
+            grad: of the same shape, clipped; not modified.
             state: by kind, each of the same shape, or a flat tensor of the kind's own size.
         """
         ...

@@ -80,7 +80,7 @@ class Limit(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token in fp32, whatever the precision of the model.
+    """Scores every expert for every token, in fp32 at any precision of the model.
 
     Args:
         spec: kind, sizes, groups and the weight of the auxiliary loss.

@@ -204,7 +204,7 @@ class _Trial:
                 f"{self._place}the loss of {self._name} is a mean: {first.loss:.6g} and {last.loss:.6g} of two rows, "
                 f"and of both {both.loss:.6g}",
                 remedy="Return the sum over the micro-batch's units. It is divided by the number of units of the whole "
-                "global batch, which no rank knows the others' part of.",
+                "global batch, of which a rank has only a part.",
             )
 
     def check_calls(self, first: _Pass, other: _Pass) -> None:

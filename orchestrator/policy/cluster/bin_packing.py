@@ -16,7 +16,7 @@ class NodePacking:
 
     Args:
         free: unused resources, by node.
-        homes: nodes of the workers that each run has now, oldest first; their resources are assigned anew.
+        homes: nodes of the workers that each run has now, oldest first; their resources are assigned again.
         requests: resources of a worker, by run.
         avoid: nodes on which a run places no new worker.
     """

@@ -37,7 +37,7 @@ def best_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 
 def choose_checkpoint_interval(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Choose anew after each complete checkpoint but the last one. A rule of `lifecycle`."""
+    """Choose the interval again after each complete checkpoint but the last one. A rule of `lifecycle`."""
     now = state.checkpoint_interval
     if not limits.checkpoints_by_time or state.current is None:
         return Decision(state)

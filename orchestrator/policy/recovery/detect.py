@@ -128,7 +128,8 @@ def remove_lost_members(limits: RunLimits, state: RunState, seen: Observation) -
 
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed; it is planned anew."""
+    """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed. `plan_next` makes
+    another."""
     return _notice_broken_plan(state, seen) if state.current is None else Decision(state)
 
 

@@ -105,7 +105,7 @@ def _planned_from(
 
 
 def _blamed(state: RunState, seen: Observation) -> RunState:
-    """The state with a network failure recorded, where no worker was lost and none reported an error of its own."""
+    """The state with a network failure recorded, where no worker was lost and none reported another error."""
     account = state.abort.account
     if account is None or account.cause != "network" or any(w not in state.worker_group for w in state.members):
         return state
@@ -114,7 +114,7 @@ def _blamed(state: RunState, seen: Observation) -> RunState:
 
 
 def _account(limits: RunLimits, state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
-    """The recovery's cost as far as it is known; None if only a transition failed and no worker."""
+    """The recovery's cost, as far as known; None if a transition failed but no worker."""
     account = state.abort.account
     if account is None:
         return None

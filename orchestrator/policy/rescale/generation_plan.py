@@ -35,7 +35,7 @@ def nodes_of(seen: Observation, workers: Iterable[str]) -> tuple[str, ...]:
 
 def node_by_node(seen: Observation, workers: Sequence[str]) -> tuple[str, ...]:
     """The workers grouped by node, in rank order: weights are gathered from neighbour to neighbour, so few neighbours
-    should live on different nodes."""
+    should be on different nodes."""
     first = list(nodes_of(seen, workers))
     return tuple(sorted(workers, key=lambda worker: first.index(seen.nodes.get(worker, ""))))
 
@@ -78,8 +78,8 @@ def _given_up(state: RunState, seen: Observation) -> SizeRequest:
 
 
 def without_store(state: RunState, seen: Observation) -> str:
-    """Why the next generation can't connect even if all its workers live: its rendezvous store is gone, and some worker
-    has yet to connect there. Empty if it can, or while there is no other store to plan a replacement with."""
+    """Why the next generation can't connect even if all its workers are alive: its rendezvous store is gone, and some
+    worker has yet to connect there. Empty if it can, or while there is no other store to plan a replacement with."""
     plan = state.next
     if plan is None or seen.store_address in (None, plan.store_address):
         return ""

@@ -17,11 +17,15 @@ from orchestrator.spec.workers import MANUAL, AutoscaleSpec, ScheduledScale
 class RunLimits:
     """The part of a job that its lifecycle depends on.
 
-    `steps` are numbered from 0; `protected`: workers keep snapshots, each in the memory of `copies` others;
-    `publish` is the job's `protection.publish`. `micro_batch` is the micro-batch size, with `fits_memory` only the
-    first one. `memory_bytes` is per worker, None if the job sets none. `by_document`: rows are of unequal length.
-    `checkpoints_by_time`: at intervals that are chosen. `unit`: what speed is
-    measured in, in the plural.
+    Args:
+        steps: number of steps, which are counted from 0.
+        protected, copies: whether workers keep snapshots; in the memory of how many others each is kept.
+        publish: the job's `protection.publish`.
+        micro_batch, fits_memory: size of micro-batches; whether that is only the first one.
+        memory_bytes: of each worker; None if the job sets none.
+        unit: of speeds, in the plural.
+        by_document: rows are of unequal length.
+        checkpoints_by_time: checkpoints follow at intervals that are chosen.
     """
 
     run_id: str
@@ -93,7 +97,7 @@ class RunLimits:
         """Raises UsageError if the job leaves the number of workers to its user."""
         if self.autoscale.policy == MANUAL:
             raise UsageError(
-                f"{self.run_id} can't find its number of workers itself: its job's autoscale.policy is {MANUAL}",
+                f"{self.run_id} can't choose its number of workers itself: its job's autoscale.policy is {MANUAL}",
                 remedy="Ask for a number, or submit a job with another autoscale.policy.",
                 unchanged=f"{self.run_id} continues unchanged.",
             )

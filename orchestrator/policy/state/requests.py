@@ -103,7 +103,7 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 
 def heed_priority(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Record the priority that was requested for the run; the Scheduler reads it and changes grants accordingly."""
+    """Record the requested priority of the run. The Scheduler reads it and changes grants accordingly."""
     if seen.priority == state.priority:
         return Decision(state)
     before, now = limits.priority_of(state.priority), limits.priority_of(seen.priority)

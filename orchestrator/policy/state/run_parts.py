@@ -66,7 +66,7 @@ class QueueState:
 
     Args:
         grant: workers that the Scheduler lets the run hold, received before step `granted_since` was done.
-        since_s: when the run began to wait for a world of its own; None once it has one.
+        since_s: when the run began to wait for workers; None once it has a world.
         admitted_s: when it last left the queue.
         begun_s: when it first had a world after that.
     """
@@ -85,7 +85,7 @@ class AbortState:
     Args:
         generation: -1 before the first abort.
         since_s: when it was aborted; None once the next generation is active.
-        account: the recovery's cost as far as it is known.
+        account: the recovery's cost, as far as known.
     """
 
     generation: int = -1
@@ -222,7 +222,7 @@ class ReplayState:
     """Replay checks by a standby.
 
     Args:
-        task: the one in progress.
+        task: the check in progress.
         count: number of checks begun.
         last_step: the step after which the newest one began.
         differences: steps that did not reproduce.

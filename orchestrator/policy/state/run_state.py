@@ -50,7 +50,7 @@ class RunState:
         seq: counts decisions.
         worker_group: workers that should exist, oldest first.
         previous: the generation before `current`, whose checkpoint shards or snapshots may still be needed.
-        activated, settled: newest generation that was activated; that has committed a step of its own.
+        activated, settled: newest generation that was activated; newest one that has committed a step.
         finish: how the fence ends the run, once it is raised.
         checkpoint_done, checkpoint_generation: of the newest complete checkpoint, its step and who wrote it.
         draining: nodes that are being drained. `leaving`: workers that are to leave.
@@ -119,14 +119,14 @@ class RunState:
     @property
     def gives_way(self) -> bool:
         """Whether the run is being preempted: it has a world, releases all its workers and resumes later. Once begun
-        this is completed, whatever is granted meanwhile."""
+        this is completed, even if workers are granted again meanwhile."""
         stops = self.queue.grant.workers == 0 or self.finish is not FinishMode.NO
         return self.current is not None and self.target.finish is FinishMode.NO and stops
 
     @property
     def checkpoint(self) -> tuple[int, int]:
-        """(generation, step) of the newest complete checkpoint. Later generations count as newer whatever the step:
-        the run may have gone back to a step before that of a checkpoint."""
+        """(generation, step) of the newest complete checkpoint. One of a later generation is newer, even at a lower
+        step: the run may have gone back behind an older checkpoint."""
         return self.checkpoint_generation, self.checkpoint_done
 
     @property
@@ -163,18 +163,23 @@ class StateDecided(Event, kind="state", internal=True):
 
 @dataclass(frozen=True)
 class Observation:
-    """A controller's view: the newest report of every worker that answered, failed workers with reasons, and the rest.
+    """A controller's view of its run at one moment.
 
-    `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
-    known. `checkpointed` is (generation, step) of the newest complete checkpoint, `checkpoints` maps the steps of all
-    to their directories, `abandoned` has (generation, step) of those that won't be completed, `restorable` is the
-    newest good one, if `wants_restore` asked for it, known once `is_searching` ends; `unreadable` is why it can't be
-    read now. `recording` is the newest step whose record is in the journal, or is about to be. `nodes` maps workers to
-    nodes, `silence_s` to the time since their last answer; `idle_s` is the time since any worker reported something
-    new. `store_address` is the rendezvous store's, None while there is none: no generation can be planned then.
-    `faults` are failures outside the workers that end the run. `draining` maps nodes that will be removed from the
-    cluster to `time.time()` of the deadline, 0 without one. `gone` holds the last reports of workers that are gone.
-    `grant` is the newest one of the Scheduler, `priority` the newest one that was requested, None for the job's.
+    Args:
+        reports, gone: newest report of every worker that answered; last report of each worker that is gone.
+        lost, causes: workers of the group whose process has ended, with the reason; the class of failure where known.
+        checkpointed: (generation, step) of the newest complete checkpoint.
+        checkpoints: directories of all complete checkpoints, by step.
+        abandoned: (generation, step) of checkpoints that won't be completed.
+        recording: newest step whose record is in the journal, or is about to be.
+        restorable: newest good checkpoint, if `wants_restore` asked for it; known once `is_searching` ends.
+        unreadable: why it can't be read now; empty if it can.
+        nodes: node of each worker.
+        silence_s, idle_s: time since the last answer of each worker; since any worker reported something new.
+        store_address: of the rendezvous store; None while there is none, when no generation can be planned.
+        faults: failures outside the workers that end the run.
+        draining: nodes that will be removed from the cluster, with the deadline in `time.time()`, 0 without one.
+        grant, priority: newest grant of the Scheduler; newest requested priority, None for the job's.
     """
 
     term: int

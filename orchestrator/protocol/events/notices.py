@@ -100,7 +100,7 @@ class GradientSaturated(Event):
 @dataclass(frozen=True)
 class StorageFails(Event):
     """Run storage refuses checkpoints, prepared data or entries of the journal, doesn't answer, or doesn't give rows of
-    a step. Calls are repeated; training goes on meanwhile, or waits for its rows."""
+    a step. Calls are repeated; training continues meanwhile, or waits for its rows."""
 
     condition: StorageCondition
     why: str

@@ -65,7 +65,7 @@ class Resumed(Event):
     Args:
         token: token of the request to resume, which identifies repeats.
         residuals: `left behind` if the compression's unsent residuals were dropped.
-        code: digests of the packages of the job's own code from now on, by their directories; None: those of before.
+        code: digests of the packages of the job's own code from now on, by their directories; None: unchanged.
     """
 
     token: str

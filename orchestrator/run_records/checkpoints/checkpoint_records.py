@@ -88,7 +88,7 @@ class CheckpointRecords:
         return self
 
     def _with(self, record: CheckpointRecord) -> Self:
-        """One of a step that is there already replaces it, if its generation is a later one."""
+        """The checkpoints with this one added; it replaces that of the same step if its generation is later."""
         if record in self.set_aside or record.name in self.abandoned:
             return self
         others = [other for other in self.current if other.step != record.step]

@@ -95,7 +95,7 @@ class BucketObjects:
                     obstore.put(store, name, b"".join(parts()), use_multipart=False)
                 else:
                     obstore.put(store, name, parts(), chunk_size=part_bytes, max_concurrency=PARTS_AT_ONCE)
-        except OSError:  # there all the same, if the reply to the last request was lost
+        except OSError:  # it may exist, if the reply to the last request was lost
             if num_read < num_bytes or not self._holds(key, num_bytes):
                 raise
         return Written(digest.hexdigest(), num_read)

@@ -190,9 +190,9 @@ def _refused(key: str, why: str) -> JournalCorrupt:
 
 
 def unknown_key(run_id: str, key: str, key_id: str) -> KeyUnknown:
-    """The error for an object that was signed with a key that isn't at hand."""
+    """The error for an object that was signed with a key that this process doesn't have."""
     return KeyUnknown(
-        f"{key} of run {run_id} was signed with key {key_id}, which isn't at hand",
+        f"{key} of run {run_id} was signed with key {key_id}, which was not found",
         remedy="Put its file into $ORCHESTRATOR_HOME/keys; `resume` takes it by --key-file FILE too. If it is lost, "
         "`orchestrator checkpoint adopt` signs the run's records with another key.",
         unchanged="Nothing was changed.",

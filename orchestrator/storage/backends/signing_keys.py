@@ -100,7 +100,7 @@ def key_to_resume(run_dir: Location, reference: str | None) -> SigningKey | None
         reference: as for `read_key`.
 
     Raises:
-        KeyUnknown: the journal is signed with a key that isn't at hand.
+        KeyUnknown: the journal is signed with a key that this process doesn't have.
         UsageError, NotAllowed: the named key can't be used.
     """
     if reference is not None:

@@ -52,7 +52,7 @@ class WorkerMailbox:
                 raise TermSuperseded(
                     f"directive of term {directive.term}; this worker obeys term {self._directive.term}",
                     remedy="A newer controller of this run exists; this one should stop.",
-                    unchanged="The worker goes on as before.",
+                    unchanged="The worker continues as before.",
                 )
             if (directive.term, directive.seq) > (self._directive.term, self._directive.seq):
                 self._directive = directive

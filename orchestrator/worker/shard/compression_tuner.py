@@ -2,7 +2,7 @@
 
 The first steps send gradients uncompressed and after the backward pass, which measures the link and the pass
 separately. Then each rank names its preferred scheme in its vote, and all use the coarsest named. A new generation
-begins anew: another world has other links.
+starts again: another world has other links.
 """
 
 import torch

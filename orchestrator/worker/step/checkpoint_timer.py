@@ -29,13 +29,13 @@ class CheckpointTimer:
         self._saved = -1  # the step of the newest checkpoint that was begun here
 
     def begin(self, step: int) -> None:
-        """Start the clock, unless it runs. It runs anew for a worker that was no member when `step` ended."""
+        """Start the clock, unless it runs. It restarts for a worker that was no member when `step` ended."""
         if self._since_s is None or step > self._step:
             self._since_s = self._clock()
         self._saved = -1  # what the generation before has begun may not be completed
 
     def restart(self) -> None:
-        """Start the clock anew: a checkpoint is being written."""
+        """Restart the clock: a checkpoint is being written."""
         self._since_s, self._saved = self._clock(), self._step
 
     def wants(self, step: int, interval_s: float, requested_from: int = -1) -> bool:

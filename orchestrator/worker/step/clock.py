@@ -48,7 +48,7 @@ class StepClock:
         return self._updated_s - self._started_s - self._peers_s - self._copies_s
 
     def proposed(self) -> None:
-        """The vote begins."""
+        """Record that the vote begins."""
         self._proposed_s = time.perf_counter()
 
     def voted(self) -> None:

@@ -67,7 +67,8 @@ class TransitionPreparer:
         return plan.generation in _wanted(self._mailbox.directive)
 
     def await_activation(self, plan: GenerationPlan) -> int:
-        """The newest activated generation, as soon as it is that of `plan` or later, or a newer plan has come."""
+        """Wait until the generation of `plan` or a later one is activated, or a newer plan replaces it. Returns the
+        newest activated generation."""
 
         def settled(directive: Directive) -> bool:
             newer = (p for p in (directive.next, directive.current) if p is not None and p.generation > plan.generation)

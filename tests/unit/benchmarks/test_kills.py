@@ -1,4 +1,4 @@
-"""How a recovery's figures are taken from what ranks tell."""
+"""A recovery's figures, from the reports of ranks."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from benchmarks.support.trace import FinishedStep, Trace
 FAULT_TIME = 9.5
 
 
-def told(steps: range, begin_time: float, first_pid: int, gap_s: float = 1.0) -> list[FinishedStep]:
-    """What two ranks tell; the second ends each step 0.1 s later."""
+def finished_steps(steps: range, begin_time: float, first_pid: int, gap_s: float = 1.0) -> list[FinishedStep]:
+    """Reports of two ranks; the second ends each step 0.1 s later."""
     return [
         FinishedStep(step, rank, 2, first_pid + rank, begin_time + gap_s * (number + 1) + 0.1 * rank, 1.0)
         for number, step in enumerate(steps)
@@ -19,11 +19,11 @@ def told(steps: range, begin_time: float, first_pid: int, gap_s: float = 1.0) ->
     ]
 
 
-OLD = told(range(9), begin_time=0.0, first_pid=10)  # the last ones at 9.0 and 9.1 s
-NEW = told(range(5, 15), begin_time=20.0, first_pid=20, gap_s=0.5)
+OLD = finished_steps(range(9), begin_time=0.0, first_pid=10)  # the last ones at 9.0 and 9.1 s
+NEW = finished_steps(range(5, 15), begin_time=20.0, first_pid=20, gap_s=0.5)
 
 
-def test_a_stall_ends_with_the_first_step_that_nobody_had_finished() -> None:
+def test_a_stall_ends_with_the_first_step_that_no_member_had_finished() -> None:
     found = recovery(OLD + NEW, FAULT_TIME, notice_times=[3.0, 9.75, 9.8])
     # Steps 5 to 8 are done again; rank 0 ends step 9 at 22.5 s.
     assert found == {
@@ -47,7 +47,7 @@ def test_a_step_that_one_rank_alone_had_finished_is_done_again() -> None:
 
 
 def test_a_failed_restart_belongs_to_the_stall_and_its_steps_count_once() -> None:
-    failed = told(range(5, 7), begin_time=12.0, first_pid=30)
+    failed = finished_steps(range(5, 7), begin_time=12.0, first_pid=30)
     found = recovery(OLD + failed + NEW, FAULT_TIME, [])
     assert (found["steps_replayed"], found["stall_s"]) == (4, 22.5 - FAULT_TIME - 0.5)
     assert found["detect_s"] is None

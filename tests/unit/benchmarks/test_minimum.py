@@ -14,7 +14,7 @@ PARAMS = [DENSE, FIRST, SECOND]
 ONE, TWO = World(0, ("w0",)), World(1, ("w0", "w1"))
 
 
-def test_who_holds_what() -> None:
+def test_the_holder_of_each_state() -> None:
     held = holdings(PARAMS, TWO, ExpertPlacement.balanced(2, 2))
     weights, moments = held["w1"]
     assert weights.tolist() == [True] * 20 + [False] * 3 + [True] * 5
@@ -28,7 +28,7 @@ def test_a_newcomer_gets_its_weights_and_its_part_of_the_moments() -> None:
     assert bytes_moved == 4 * ((20 + 5) + 2 * (4 + 5) + 7)
 
 
-def test_whoever_stays_gets_what_the_leaver_had_alone() -> None:
+def test_survivors_get_what_only_the_leaver_had() -> None:
     bytes_moved = minimum_bytes(PARAMS, 7, TWO, ExpertPlacement.balanced(2, 2), ONE, ExpertPlacement.balanced(2, 1))
     assert bytes_moved == 4 * (5 + 2 * (4 + 5))
 

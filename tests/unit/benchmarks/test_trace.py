@@ -1,4 +1,4 @@
-"""What ranks tell is read as it comes."""
+"""Reports of ranks are read as they arrive."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_line_that_is_not_whole_waits(tmp_path: Path) -> None:
     assert trace.steps() == [STEP, STEP]
 
 
-def test_notices_and_the_wish_to_stop_reach_others(tmp_path: Path) -> None:
+def test_notices_and_the_request_to_stop_reach_others(tmp_path: Path) -> None:
     reader, writer = Trace(tmp_path), Trace(tmp_path)
     assert reader.notice_times() == [] and not reader.is_stopping()
     writer.notice()

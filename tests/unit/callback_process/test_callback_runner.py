@@ -87,7 +87,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callba
     return made
 
 
-def test_one_that_raises_keeps_its_state_and_others_go_on(run: Callable[..., CallbackRunner], tmp_path: Path) -> None:
+def test_a_callback_that_raises_keeps_its_state_and_others_continue(
+    run: Callable[..., CallbackRunner], tmp_path: Path
+) -> None:
     store_position(str(tmp_path), Position(1, 1, (("counting:callback0", {"seen": 12}),)))
     runner = run({"raises_at": 4}, {"leaves_at": 3}, {})
     why = "on_step of step 4 raised ConnectionError: no answer to ***"

@@ -195,7 +195,7 @@ def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path, pieces: list[Shard
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_checkpoint_without_its_manifest_is_none(tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, state_of(0), 40)  # the ranks wrote, the controller died before its commit
     with pytest.raises(CheckpointCorrupt, match="is missing; a checkpoint has a manifest"):
         CheckpointReader(tmp_path / checkpoint_name(40, 1, 0))
@@ -270,7 +270,7 @@ def test_a_damaged_manifest_that_was_there_is_not_deleted(tmp_path: Path) -> Non
     assert (path / MANIFEST_FILE).read_text() == "damaged"
 
 
-def test_writers_of_the_same_step_do_not_meet(tmp_path: Path) -> None:
+def test_writers_of_the_same_step_do_not_collide(tmp_path: Path) -> None:
     """A step that was done again, and a generation that another cluster knew nothing of."""
     writers = ((1, 0), (1, 1), (2, 1))
     paths = [save(tmp_path, state_of(t + g), 40, term=t, generation=g) for t, g in writers]
@@ -336,7 +336,7 @@ def test_a_checkpoint_whose_manifest_can_not_be_trusted_does_not_open(tmp_path: 
     manifest.write_text(text)
     with pytest.raises(CheckpointCorrupt, match="the run's journal names it with"):
         read_manifest(path, "ab" * 32)
-    with pytest.raises(CheckpointCorrupt, match=f"is of {path.name}, as its directory is not named"):
+    with pytest.raises(CheckpointCorrupt, match=f"belongs to {path.name}, which is not the name of its directory"):
         CheckpointReader(path.rename(tmp_path / checkpoint_name(11, 1, 0)))
 
 
@@ -351,7 +351,7 @@ def test_an_older_format_is_refused_with_a_remedy(tmp_path: Path) -> None:
     assert "Use the version that wrote it" in raised.value.remedy
 
 
-def test_reading_what_is_not_there(tmp_path: Path) -> None:
+def test_reads_of_missing_objects(tmp_path: Path) -> None:
     with CheckpointReader(save(tmp_path, state_of(0), 10)) as reader:
         with pytest.raises(NotFound, match="master/v"):
             reader.read("master/v", 0, 1)

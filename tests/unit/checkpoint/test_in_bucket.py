@@ -149,7 +149,7 @@ def test_damage_is_named(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
         read_manifest(path)
 
 
-def test_what_attempts_have_left_goes_with_the_commit(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+def test_parts_of_earlier_attempts_are_deleted_at_the_commit(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
     lost, manifest = write(checkpoints, 9), write(checkpoints, 9)
     path = commit(checkpoints, manifest)
     assert commit(checkpoints, manifest) == path

@@ -132,7 +132,7 @@ def test_json_that_was_changed_is_refused(text: str) -> None:
         ),
     ],
 )
-def test_a_well_formed_lie_is_refused_too(change: dict[str, object], rule: str) -> None:
+def test_a_well_formed_but_wrong_value_is_refused_too(change: dict[str, object], rule: str) -> None:
     lie = replace(joined(*WHOLE), **change)  # its digest is right, its content isn't
     with pytest.raises(CheckpointCorrupt, match=rule):
         CheckpointManifest.from_json(lie.to_json())

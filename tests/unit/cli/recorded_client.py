@@ -20,14 +20,14 @@ AFTER_A_LOSS, RESCALING, THREE_WORKERS, ENDED = range(4)  # looks
 
 
 def recorded_looks(storage: Path) -> list[tuple[RunStatus, ...]]:
-    """As the client told them, but for where run storage is."""
+    """As the client returned them, but for the path of run storage."""
     lines = (RECORDED / "looks.jsonl").read_text().splitlines()
     looks = [[from_plain(RunStatus, plain) for plain in json.loads(line)] for line in lines]
     return [tuple(replace(status, run_dir=str(storage / status.run_id)) for status in look) for look in looks]
 
 
 class RecordedClient:
-    """Shows the look that `now` says, or no run if it `hides` them. Requests are kept in `requests`."""
+    """Returns the look at index `now`, or no run if it `hides` them. Requests are kept in `requests`."""
 
     address = "10.0.0.5:6379"
 

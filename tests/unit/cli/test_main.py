@@ -81,7 +81,7 @@ def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callabl
     assert told["schema"] == "v1" and told["model"]["num_experts_per_tok"] == 2 and told["train"]["lr"] > 0
 
 
-def test_validate_and_plan_tell_where_workers_may_live(here: Path, orchestrator: Callable[..., Done]) -> None:
+def test_validate_and_plan_show_the_node_pool(here: Path, orchestrator: Callable[..., Done]) -> None:
     job = yaml.safe_load((here / "job.yaml").read_text())
     workers = {"min": 1, "max": 2, "label_selector": {"pool": "in(a, b)", "spot": "!yes"}}
     (here / "pools.yaml").write_text(yaml.safe_dump(job | {"workers": workers}))
@@ -91,7 +91,7 @@ def test_validate_and_plan_tell_where_workers_may_live(here: Path, orchestrator:
         )
 
 
-def test_validate_tells_every_problem_and_its_place(here: Path, orchestrator: Callable[..., Done]) -> None:
+def test_validate_lists_every_problem_with_its_position(here: Path, orchestrator: Callable[..., Done]) -> None:
     (here / "bad.yaml").write_text(f"{VALID}workrs: 2\ntrain: {{max_steps: 0}}\n")
     done = orchestrator("job", "validate", "bad.yaml")
     assert done.returncode == 2 and done.stdout == ""
@@ -109,7 +109,7 @@ def test_schema_is_json_on_stdout(orchestrator: Callable[..., Done]) -> None:
     [["ls"], ["status", "try"], ["scale", "try", "--workers", "2"], ["stop", "try"], ["submit", "job.yaml"]],
     ids=lambda args: args[0],
 )
-def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_told(
+def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_printed(
     orchestrator: Callable[..., Done], args: list[str]
 ) -> None:
     done = orchestrator(*args)
@@ -117,7 +117,7 @@ def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_told(
     assert "orchestrator cluster up" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_dead_address_is_told_at_once(orchestrator: Callable[..., Done]) -> None:
+def test_a_dead_address_is_an_immediate_error(orchestrator: Callable[..., Done]) -> None:
     done = orchestrator("ls", "--address", "127.0.0.1:1")
     assert done.returncode == 69 and "127.0.0.1:1" in done.stderr
 
@@ -144,7 +144,7 @@ def test_run_refuses_before_it_starts_anything(
     assert not (here / "home").exists()
 
 
-def test_records_of_a_run_that_is_not_there(orchestrator: Callable[..., Done]) -> None:
+def test_records_of_a_missing_run(orchestrator: Callable[..., Done]) -> None:
     for verb in ("status", "check data", "events", "logs"):
         done = orchestrator(*verb.split(), "try", "--storage", ".")
         assert done.returncode == 102 and "holds no run" in done.stderr

@@ -1,4 +1,4 @@
-"""Clusters that ask for no token are taken on loopback only, and tokens only from files that nobody else may read."""
+"""Clusters without a token are accepted on loopback only, and tokens only from files that no other user may read."""
 
 import socket
 import threading
@@ -65,7 +65,7 @@ def test_one_that_asks_is_taken(server: Server, status: int) -> None:
     check_jobs_port(f"http://{OURS[0]}:{server.server_port}/")
 
 
-def test_what_is_no_head_of_ray_is_told(server: Server) -> None:
+def test_an_address_that_is_no_ray_head_is_an_error(server: Server) -> None:
     with pytest.raises(ClusterUnreachable, match="does not answer as a head of Ray"):
         check_head(f"127.0.0.1:{server.server_port}")
 
@@ -76,12 +76,14 @@ def test_what_is_loopback(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.5", "fd00::2", "no-such-host.invalid"])
-def test_what_is_not(host: str) -> None:
+def test_addresses_beyond_loopback(host: str) -> None:
     assert not is_loopback(host)
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
-def test_a_token_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, refused: bool) -> None:
+def test_a_token_file_is_readable_by_its_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, refused: bool
+) -> None:
     token = tmp_path / "token"
     token.write_text("0" * 64)
     token.chmod(mode)
@@ -97,7 +99,7 @@ def test_a_token_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check_token_file()
 
 
-def test_a_token_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_token_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))

@@ -23,7 +23,7 @@ def test_the_reason_of_a_death_is_one_line_without_ids() -> None:
     assert reason_of(RuntimeError(text)) == "The actor died. Its process ended."
 
 
-def test_a_killed_process_is_told_in_words() -> None:
+def test_a_killed_process_is_a_readable_error() -> None:
     text = (
         "The actor died unexpectedly.\n\tpid: 12\nThe actor is dead because its worker process has died. Worker exit "
         "type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file."
@@ -31,7 +31,7 @@ def test_a_killed_process_is_told_in_words() -> None:
     assert reason_of(RuntimeError(text)).startswith("its process ended suddenly: killed from outside")
 
 
-def test_a_worker_lost_with_its_host_is_told_in_our_words() -> None:
+def test_the_error_of_a_worker_lost_with_its_host_is_readable() -> None:
     error = ActorUnavailableError("RpcError: RPC error: recvmsg:Connection reset by peer rpc_code: 14", b"\x01" * 16)
     assert reason_of(error).startswith("its connections broke")
 

@@ -15,7 +15,7 @@ def test_what_is_no_address(address: str) -> None:
         probe(address)
 
 
-def test_nobody_there_is_told_at_once_or_when_patience_ends() -> None:
+def test_a_missing_cluster_is_an_error_at_once_or_after_the_timeout() -> None:
     address = f"127.0.0.1:{free_port()}"
     started_s = time.monotonic()
     with pytest.raises(ClusterUnreachable, match="Connection refused"):

@@ -23,8 +23,8 @@ def well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def nobody() -> Iterator[str]:
-    """An address at which nobody listens."""
+def dead_address() -> Iterator[str]:
+    """An address at which no process listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{held.getsockname()[1]}"
@@ -66,15 +66,15 @@ def test_storage_that_is_a_file_is_a_fault(tmp_path: Path) -> None:
     assert found.verdict is Verdict.FAULT and found.remedy
 
 
-def test_an_address_where_nobody_answers_is_a_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody: str
+def test_an_address_without_an_answer_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead_address: str
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", nobody)
+    monkeypatch.setenv("RAY_ADDRESS", dead_address)
     found = _of("cluster", tmp_path)
-    assert found.verdict is Verdict.FAULT and nobody in found.text and "RAY_ADDRESS" in found.remedy
+    assert found.verdict is Verdict.FAULT and dead_address in found.text and "RAY_ADDRESS" in found.remedy
 
 
-def test_a_stale_file_of_ray_is_a_warning(tmp_path: Path, nobody: str) -> None:
-    (tmp_path / "ray_current_cluster").write_text(nobody)
+def test_a_stale_file_of_ray_is_a_warning(tmp_path: Path, dead_address: str) -> None:
+    (tmp_path / "ray_current_cluster").write_text(dead_address)
     found = _of("leftovers", tmp_path)
     assert found.verdict is Verdict.WARNING and "Remove the file" in found.remedy

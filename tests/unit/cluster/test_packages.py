@@ -31,7 +31,7 @@ def test_one_that_no_run_refers_to_is_removed_when_it_is_old(sent: Path, tmp_pat
     assert sweep(storage, later) == [used]
 
 
-def test_a_storage_without_any_is_left_alone(tmp_path: Path) -> None:
+def test_a_storage_without_packages_is_unchanged(tmp_path: Path) -> None:
     assert sweep(tmp_path / "none") == []
 
 

@@ -42,7 +42,7 @@ def test_a_secret_is_found(text: str) -> None:
 
 
 @by_file
-def test_nobody_else_may_write_a_file(path: Path) -> None:
+def test_files_are_writable_by_their_owner_only(path: Path) -> None:
     assert not path.stat().st_mode & stat.S_IWOTH
 
 
@@ -75,7 +75,7 @@ def test_the_slurm_script_has_a_private_token_and_ends_only_what_it_started() ->
     assert used - of_srun <= ray_start_options()
 
 
-def test_the_slurm_script_says_how_it_is_called(tmp_path: Path) -> None:
+def test_the_slurm_script_documents_its_call(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(FOLDER / "slurm.sh"), "run", "job.yaml"], capture_output=True, text=True, cwd=tmp_path, timeout=100
     )
@@ -105,7 +105,7 @@ def test_the_image_has_what_the_build_reads() -> None:
     assert {name for pair in named for name in pair if name} <= set(_copied((FOLDER / "Dockerfile").read_text()))
 
 
-def test_the_image_is_of_the_right_python_and_runs_as_nobody_special() -> None:
+def test_the_image_has_the_right_python_and_an_unprivileged_user() -> None:
     text = (FOLDER / "Dockerfile").read_text()
     assert text[text.index("\nFROM ") :].startswith("\nFROM python:3.11-slim\n")
     assert re.findall(r"^USER (.+)$", text, re.MULTILINE)[-1:] == ["1000:1000"]

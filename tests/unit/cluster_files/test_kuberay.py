@@ -165,7 +165,7 @@ def test_a_kind_that_is_not_known_is_found() -> None:
         checked({**CLUSTER[2], "kind": "Raycluster"})
 
 
-def test_a_key_that_stands_twice_is_found(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_found(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("kind: RayJob\nspec: {}\nkind: RayCluster\n")
     with pytest.raises(ValueError, match="twice"):
         documents(tmp_path / "twice.yaml")

@@ -118,7 +118,7 @@ def test_storage_that_hangs_for_long_is_trouble(tmp_path: Path, monkeypatch: pyt
     assert recorded.writer.trouble() is None
 
 
-def test_what_neither_takes_is_not_recorded(tmp_path: Path) -> None:
+def test_an_entry_that_neither_storage_nor_cluster_takes_is_not_recorded(tmp_path: Path) -> None:
     recorded = Recorded(tmp_path)
     with recorded.storage.hanging(), recorded.cluster.refusing(OSError(errno.EIO, "the head is away")):
         wait = recorded.note("waits")

@@ -1,4 +1,4 @@
-"""What a controller writes down of its workers' numerics, once each, whoever it was before."""
+"""Events of workers' numerics, one each, also across controllers."""
 
 import json
 from pathlib import Path
@@ -32,33 +32,33 @@ def _report(numerics: str = "", saturated: Saturation | None = None) -> Report:
     return Report("w0", 1, 0, Phase.TRAINING, -1, -1, -1, health=health, process=process)
 
 
-def _told(run_dir: Path) -> list[tuple[Any, ...]]:
+def _events(run_dir: Path) -> list[tuple[Any, ...]]:
     events = user_events(run_dir)
     return [tuple(v for k, v in event.items() if k not in ("seq", "term", "time")) for event in events]
 
 
-def test_numerics_are_those_of_the_first_worker_and_others_are_told_once(tmp_path: Path) -> None:
+def test_numerics_are_those_of_the_first_worker_and_differences_are_reported_once(tmp_path: Path) -> None:
     other = FINGERPRINT | {"processor": "b"}
     for _ in range(2):  # a second controller knows what the first one had heard
         account = _account(tmp_path)
         for worker, found in (("w0", FINGERPRINT), ("w1", FINGERPRINT), ("w2", other), ("w2", other)):
             run_inline(account.hear(worker, _report(numerics=json.dumps(found))))
         run_inline(account.hear("w3", _report(numerics="")))  # of a run that isn't exact
-    assert _told(tmp_path) == [("numerics", FINGERPRINT), ("numerics_differ", "w2", {"processor": "a -> b"})]
+    assert _events(tmp_path) == [("numerics", FINGERPRINT), ("numerics_differ", "w2", {"processor": "a -> b"})]
 
 
-def test_a_gradient_too_large_is_told_with_its_parameter(tmp_path: Path) -> None:
+def test_a_gradient_too_large_is_journalled_with_its_parameter(tmp_path: Path) -> None:
     for _ in range(2):
         account = _account(tmp_path)
         run_inline(account.hear("w0", _report()))
         for step in (4, 4, 5):
             run_inline(account.hear("w1", _report(saturated=Saturation(step, ("head",)))))
-    assert _told(tmp_path) == [("gradient_saturated", "w1", 4, ["head"]), ("gradient_saturated", "w1", 5, ["head"])]
+    assert _events(tmp_path) == [("gradient_saturated", "w1", 4, ["head"]), ("gradient_saturated", "w1", 5, ["head"])]
 
 
 @pytest.mark.parametrize("missing", ["processor", "threads"])
-def test_what_one_side_lacks_differs(tmp_path: Path, missing: str) -> None:
+def test_a_tensor_missing_on_one_side_differs(tmp_path: Path, missing: str) -> None:
     account = _account(tmp_path)
     run_inline(account.hear("w0", _report(numerics=json.dumps(FINGERPRINT))))
     run_inline(account.hear("w1", _report(numerics=json.dumps({k: v for k, v in FINGERPRINT.items() if k != missing}))))
-    assert _told(tmp_path)[1][2] == {missing: f"{FINGERPRINT[missing]} -> None"}
+    assert _events(tmp_path)[1][2] == {missing: f"{FINGERPRINT[missing]} -> None"}

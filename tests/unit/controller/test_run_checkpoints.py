@@ -144,7 +144,7 @@ def test_nothing_is_deleted_before_storage_has_the_checkpoint_after_it(tmp_path:
     assert RunHistory(scene.run_dir, LIMITS).checkpoints == scene.run.checkpoints
 
 
-def test_nothing_is_deleted_before_storage_has_the_journal_that_says_so(tmp_path: Path) -> None:
+def test_nothing_is_deleted_before_storage_has_its_journal_entry(tmp_path: Path) -> None:
     past = Scene(tmp_path)
     past.complete(10, 20)
     run_inline(past.run.note(commit_checkpoint("run", past.run_dir, past.shard(30))))

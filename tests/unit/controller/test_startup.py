@@ -138,7 +138,9 @@ def test_a_restarted_controller_leaves_a_run_to_its_new_cluster(run_dir: Locatio
     assert open_run("demo", run_dir, back, None, kept=here, cluster="one").memory.resumed_by == "back"
 
 
-def test_a_run_that_went_on_elsewhere_resumes_from_its_newest_checkpoint(run_dir: Location, tmp_path: Path) -> None:
+def test_a_run_continued_in_another_cluster_resumes_from_its_newest_checkpoint(
+    run_dir: Location, tmp_path: Path
+) -> None:
     first = open_run("demo", run_dir, None, None, cluster="one")
     run_inline(first.memory.absorb([record(step) for step in range(10)], up_to=10**9))
     journal = first.memory._journal

@@ -24,7 +24,7 @@ def test_a_file_is_as_new_as_the_code(name: str) -> None:
     assert (DIRECTORY / name).read_text(encoding="utf-8") == FILES[name](), "run `python -m dashboards.build`"
 
 
-def test_nothing_else_lies_there() -> None:
+def test_the_folder_holds_no_other_files() -> None:
     assert {path.name for path in DIRECTORY.glob("*.json")} == {name for name in FILES if name.endswith(".json")}
 
 

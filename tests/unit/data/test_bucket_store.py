@@ -78,7 +78,7 @@ def test_small_files_are_copied_once_by_a_nodes_workers_and_no_tokens(
     assert bucket[1].requests["GET"] == sum(-(-recorded.num_bytes // 1_000) for recorded in small) + 1
 
 
-def test_an_upload_that_is_cut_off_goes_on(
+def test_an_upload_that_is_cut_off_is_continued(
     store: TokenStore, place: BucketUrl, bucket: tuple[str, RequestProxy]
 ) -> None:
     bucket[1].fail("PUT", None, None, RequestFault.FORBIDDEN)

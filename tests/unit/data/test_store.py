@@ -112,7 +112,7 @@ def test_tokens_beyond_the_split_are_refused(tmp_path: Path) -> None:
             store.read("train", Spans(np.array([start]), np.array([3])), 3)
 
 
-def test_no_rows_is_a_fine_wish(tmp_path: Path) -> None:
+def test_a_request_for_no_rows_is_valid(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", [20])
     assert store.rows("train", np.array([], np.int64), 4).inputs_RT.shape == (0, 4)
     assert store.target_count("train", store.spans("train", np.array([], np.int64), 4)) == 0

@@ -100,7 +100,7 @@ def test_a_row_fetches_its_block_and_rows_in_sequence_one_for_sixteen_blocks(
         assert cache.read() == (store.directory / "train.tokens").read_bytes()
 
 
-def test_what_was_fetched_ahead_is_there(store: TokenStore, place: BucketUrl, proxy: RequestProxy) -> None:
+def test_prefetched_rows_are_present(store: TokenStore, place: BucketUrl, proxy: RequestProxy) -> None:
     opened, rows = open_store(place), _blocks(2, 7)
     assert opened.fetch("train", opened.spans("train", rows, LENGTH))
     proxy.forget()

@@ -13,7 +13,7 @@ TOKENIZER = TextTokenizer.train(TEXTS, 300)
 
 
 @given(text=st.text())
-def test_any_text_comes_back(text: str) -> None:
+def test_any_text_survives_a_round_trip(text: str) -> None:
     [tokens] = TOKENIZER.encode([text])
     assert tokens[0] == TOKENIZER.document_token
     assert max(tokens) < TOKENIZER.vocab_size
@@ -90,7 +90,7 @@ END, SPACE = 0, TOKENIZER.encode([" "])[0][1]
     ],
     ids=["bos first", "as older versions write it", "one of several numbers", "generation before model", "not known"],
 )
-def test_the_border_of_another_tokenizer_is_what_stands_beside_it(
+def test_the_border_token_of_another_tokenizer_is_named_beside_it(
     tmp_path: Path, beside: dict[str, object], border: int
 ) -> None:
     tokenizer = TextTokenizer.load(_foreign(tmp_path / "foreign", beside))

@@ -24,7 +24,7 @@ def test_small_worlds(nodes: list[str], buddies: tuple[int, ...]) -> None:
 
 
 @given(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=40))
-def test_everybody_keeps_one_others_snapshot_elsewhere_if_possible(nodes: list[str]) -> None:
+def test_every_rank_keeps_one_others_snapshot_on_another_node_if_possible(nodes: list[str]) -> None:
     buddies = buddies_of(nodes)
     assert sorted(buddies) == list(range(len(nodes)))
     assert all(rank != buddy for rank, buddy in enumerate(buddies))
@@ -48,7 +48,7 @@ def test_second_buddies_of_small_worlds(nodes: list[str], second: tuple[int, ...
 
 
 @given(st.lists(st.sampled_from("abcdef"), min_size=3, max_size=24))
-def test_everybody_keeps_two_others_snapshots(nodes: list[str]) -> None:
+def test_every_rank_keeps_two_others_snapshots(nodes: list[str]) -> None:
     ranks, first = range(len(nodes)), buddies_of(nodes)
     second = second_buddies_of(nodes, first)
     assert sorted(second) == list(ranks)

@@ -52,7 +52,7 @@ MIXED = {**WEIGHTS, "param": "REPLICATED bfloat16", "master": "SHARDED float32"}
     ],
     ids=str,
 )
-def test_what_a_job_s_state_consists_of(
+def test_the_tensors_of_a_jobs_state(
     mixed: bool, compression: dict[str, Any], wanted: dict[str, str], kept: dict[str, tuple[int, ...]]
 ) -> None:
     communication = CommunicationSpec(compression=CompressionSpec(**compression))

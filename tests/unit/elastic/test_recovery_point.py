@@ -1,4 +1,4 @@
-"""Which state is the newest that somebody reachable holds all of, and how it lies with its holders."""
+"""The newest step for which reachable workers hold every shard, and the layout of its state on them."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_the_newest_step_that_is_whole_counts() -> None:
     assert find_recovery_point([WORLD], held) == RecoveryPoint(3, 7, ("a", "b", "a"))
 
 
-def test_a_rank_stands_for_itself_if_it_can() -> None:
+def test_a_rank_is_its_own_holder_if_possible() -> None:
     held = _held(a=[(7, 0), (7, 2)], b=[(7, 1), (7, 0)], c=[(7, 2), (7, 1)])
     assert find_recovery_point([WORLD], held) == RecoveryPoint(3, 7, ("a", "b", "c"))
 
@@ -139,7 +139,7 @@ def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
             assert len(layout.holder_sets[layout.holder_set[tensor]]) == layout.world.size
 
 
-def test_nobody_stands_for_himself() -> None:
+def test_holders_of_only_others_shards_are_refused() -> None:
     layout = layout_of_state(
         [ParamSpec("w", (4,), None)], ExpertPlacement.balanced(1, 2), World(0, ("a", "b")), False, []
     )

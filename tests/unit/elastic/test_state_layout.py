@@ -53,7 +53,7 @@ def world_of(size: int) -> World:
 
 @settings(deadline=None)
 @given(models(), st.booleans(), st.integers(1, 40))
-def test_every_element_lies_where_zero_puts_it(
+def test_every_element_is_where_zero_puts_it(
     model: tuple[list[ParamSpec], ExpertPlacement], mixed_precision: bool, bucket: int
 ) -> None:
     params, placement = model
@@ -88,7 +88,7 @@ def test_every_element_lies_where_zero_puts_it(
 @pytest.mark.parametrize(("rule", "kind"), [("muon", "momentum_buffer"), ("adafactor", "exp_avg_sq_factors")])
 @settings(deadline=None)
 @given(models(), st.integers(1, 40))
-def test_a_matrix_lies_whole_on_one_of_its_holders(
+def test_a_matrix_is_whole_on_one_of_its_holders(
     rule: str, kind: str, model: tuple[list[ParamSpec], ExpertPlacement], bucket: int
 ) -> None:
     params, placement = model

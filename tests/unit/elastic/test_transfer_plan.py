@@ -67,16 +67,16 @@ def test_moved_bytes_are_the_minimum(pair: tuple[StateLayout, StateLayout]) -> N
     old, new = pair
     held, needed = elements(old), elements(new)
     minimum_bytes = 0
-    for tensor, _, _ in needed - held:  # whoever lacks an element must receive it
+    for tensor, _, _ in needed - held:  # a rank that lacks an element must receive it
         minimum_bytes += 0 if old.sharing[tensor] == Sharing.PARTIAL else int(old.itemsize[tensor])
-    for tensor, _, _ in held - needed:  # whoever gives up a part of a sum must send it
+    for tensor, _, _ in held - needed:  # a rank that drops its part of a sum must send it
         minimum_bytes += int(old.itemsize[tensor]) if old.sharing[tensor] == Sharing.PARTIAL else 0
     assert TransferPlan.between(old, new).moved_bytes == minimum_bytes
 
 
 @settings(deadline=None)
 @given(pairs)
-def test_every_move_lies_in_one_held_range_at_both_ends_and_runs_are_merged(
+def test_every_copy_is_within_one_held_range_at_both_ends_and_neighbours_are_merged(
     pair: tuple[StateLayout, StateLayout],
 ) -> None:
     old, new = pair
@@ -127,7 +127,7 @@ def test_layouts_of_different_tensors_are_refused() -> None:
         TransferPlan.between(one, one).for_worker("stranger")
 
 
-def test_a_partial_goes_to_those_who_stay_and_newcomers_start_from_zero() -> None:
+def test_a_partial_tensor_goes_to_survivors_and_newcomers_start_from_zero() -> None:
     old, new = World(0, ("a", "b", "c", "d")), World(1, ("e", "d", "c"))
     plan = TransferPlan.between(
         whole([Sharing.PARTIAL], [5], old, [(0, 1, 2, 3)]), whole([Sharing.PARTIAL], [5], new, [(0, 1, 2)])

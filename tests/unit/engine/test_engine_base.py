@@ -92,7 +92,7 @@ def test_evaluation_leaves_no_trace(alone: ProcessGroups) -> None:
     assert routed.counts_LE.sum().item() == 64 * SPEC.num_experts_per_tok
 
 
-def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: ProcessGroups) -> None:
+def test_training_continues_from_values_written_to_the_ranges(alone: ProcessGroups) -> None:
     """Two steps here, then the state into another engine: the third step is the same in both."""
     model, engine = _engine(alone)
     other_model, other = _engine(alone)

@@ -14,7 +14,7 @@ from orchestrator.policy.replay_check import differences
 CPU = torch.device("cpu")
 
 
-def test_the_same_machine_tells_the_same() -> None:
+def test_the_same_machine_has_the_same_fingerprint() -> None:
     found = json.loads(fingerprint(CPU))
     assert found == json.loads(fingerprint(CPU))
     assert set(found) == {"orchestrator", "torch", "deepspeed", "mkl", "processor", "instructions", "threads"}
@@ -22,7 +22,7 @@ def test_the_same_machine_tells_the_same() -> None:
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="it has no more than that")
-def test_a_processor_with_fewer_instructions_is_another_one() -> None:
+def test_a_processor_with_fewer_instructions_has_other_numerics() -> None:
     program = (
         "import torch; from orchestrator.engine.numerics import fingerprint;"
         f"torch.set_num_threads({torch.get_num_threads()}); print(fingerprint(torch.device('cpu')))"

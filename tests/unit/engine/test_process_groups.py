@@ -34,7 +34,7 @@ def alone() -> Iterator[ProcessGroups]:
     disconnect()
 
 
-def test_a_world_of_one_exchanges_with_nobody(alone: ProcessGroups) -> None:
+def test_a_world_of_one_exchanges_nothing(alone: ProcessGroups) -> None:
     assert alone.exchange is None
     assert (alone.rank, alone.world_size) == (0, 1)
     assert alone.replicas == (alone.world,)
@@ -60,7 +60,7 @@ def test_generations_may_follow_each_other_on_one_store() -> None:
         pytest.param(ExpertPlacement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
     ],
 )
-def test_groups_hold_what_lies_on_the_same_ranks(alone: ProcessGroups, placement: ExpertPlacement) -> None:
+def test_groups_hold_parameters_of_the_same_ranks(alone: ProcessGroups, placement: ExpertPlacement) -> None:
     """In buckets, the last parameters first; a rank that holds nothing of a colour has a filler there."""
     for rank in range(placement.world_size):
         model = MoELanguageModel(SPEC, 20, ExpertParallelContext(placement, rank, None))
@@ -93,7 +93,7 @@ def test_a_model_without_experts_has_dense_groups_alone(alone: ProcessGroups) ->
     assert {id(p) for p in dense.everything} == {id(p) for p in model.parameters()}
 
 
-def test_parameters_that_are_updated_otherwise_have_buckets_of_their_own(alone: ProcessGroups) -> None:
+def test_parameters_with_other_settings_have_separate_buckets(alone: ProcessGroups) -> None:
     model = MoELanguageModel(SPEC, 20, ExpertParallelContext(ExpertPlacement.balanced(3, 1), 0, None))
     name_of = {id(param): name for name, param in model.named_parameters()}
     optimizer = OptimizerSpec.model_validate(

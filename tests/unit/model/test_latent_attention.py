@@ -107,6 +107,6 @@ def test_documents_and_padding_keep_tokens_apart() -> None:
         ({"attention_bias": True}, "attention_bias must be false with kv_lora_rank"),
     ],
 )
-def test_what_it_has_not_is_refused(changes: dict[str, Any], rule: str) -> None:
+def test_settings_that_latent_attention_lacks_are_refused(changes: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValidationError, match=rule):
         _spec(**changes)

@@ -73,7 +73,7 @@ def test_large_logits_do_not_overflow() -> None:
     assert torch.isfinite(cross_entropy_sum(x_ND * 1e4, head_VD, targets_N))
 
 
-def test_nothing_is_computed_for_backward_where_nobody_asks() -> None:
+def test_nothing_is_computed_for_backward_where_no_gradient_is_needed() -> None:
     with torch.no_grad():
         loss = cross_entropy_sum(*_case(torch.float32))
     assert not loss.requires_grad

@@ -110,7 +110,7 @@ def test_logits_are_padded_with_zeros() -> None:
     assert not logits_BTV[0, 7:].any()
 
 
-def test_tokens_come_back_from_their_places() -> None:
+def test_tokens_are_read_back_at_their_positions() -> None:
     padding = Padding.of(torch.tensor([2, 0, 3], device=devices.device()), 3)
     x_ND = torch.arange(5.0, device=devices.device())[:, None]
     padded = padding.pad(x_ND)

@@ -52,7 +52,7 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_a_slot_keeps(changes: dict[str, Any], precision: str) -> None:
+def test_the_activations_that_a_micro_batch_keeps(changes: dict[str, Any], precision: str) -> None:
     spec = ModelSpec(**(SIZES | changes))
     train = TrainSpec(micro_batch_size=4, sequence_length=64, precision=precision)
     head_gradient = 4 * VOCAB * spec.hidden_size

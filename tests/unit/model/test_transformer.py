@@ -129,7 +129,7 @@ def test_the_loss_is_the_sum_over_targets_that_count() -> None:
 
 
 @pytest.mark.parametrize("isolated", [True, False])
-def test_a_slot_without_rows_costs_nothing_and_has_all_gradients(isolated: bool) -> None:
+def test_a_micro_batch_without_rows_has_loss_0_and_all_gradients(isolated: bool) -> None:
     model, nothing = _model(_spec()), torch.zeros(0, 12, dtype=torch.int64, device=devices.device())
     loss = model(nothing, nothing, nothing if isolated else None)
     loss.backward()
@@ -145,7 +145,7 @@ def test_counts_are_per_layer_of_experts() -> None:
 
 
 @pytest.mark.parametrize("first_k_dense_replace", [0, 1, 2])
-def test_the_catalogue_is_what_the_model_consists_of(first_k_dense_replace: int) -> None:
+def test_the_listing_has_every_parameter_of_the_model(first_k_dense_replace: int) -> None:
     spec = _spec(first_k_dense_replace)
     params, buffers = catalogue(spec, VOCAB)
     model = _model(spec)
@@ -154,7 +154,7 @@ def test_the_catalogue_is_what_the_model_consists_of(first_k_dense_replace: int)
     assert {p.expert for p in params} == ({None} if first_k_dense_replace == 2 else {None, 0, 1, 2, 3})
 
 
-def test_a_rank_has_its_own_experts_of_the_catalogue_in_its_order() -> None:
+def test_a_rank_has_its_own_experts_in_the_order_of_the_listing() -> None:
     placement = ExpertPlacement(4, 2, ((1,), (0,), (0, 1), (1,)))
     params, _ = catalogue(_spec(), VOCAB)
     for rank in range(2):
@@ -194,7 +194,7 @@ def test_initial_weights_have_the_wanted_spread() -> None:
         ("embedding.weight", None),
     ],
 )
-def test_a_parameters_name_says_which_expert_it_is(name: str, expert: int | None) -> None:
+def test_a_parameters_name_contains_its_expert(name: str, expert: int | None) -> None:
     assert expert_of(name) == expert
 
 

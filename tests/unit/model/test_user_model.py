@@ -70,7 +70,7 @@ def test_experts_are_counted_per_layer() -> None:
 
 
 @pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
-def test_the_catalogue_is_what_the_model_consists_of(spec: ModelSpec) -> None:
+def test_the_listing_has_every_parameter_of_the_model(spec: ModelSpec) -> None:
     params, buffers = catalogue(spec, VOCAB)
     model = _model(spec)
     assert [(p.name, p.shape) for p in params] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
@@ -123,14 +123,14 @@ def test_its_own_init_weights_comes_last_and_leaves_moe_layers_alone(tmp_path: P
     assert 0.001 < float(state["model.moe.experts.0.gate_up"].std()) < 0.1
 
 
-def test_init_weights_leaves_the_routes_of_an_exact_run_alone(tmp_path: Path) -> None:
+def test_init_weights_does_not_change_the_routes_of_an_exact_run(tmp_path: Path) -> None:
     spec = own_spec(tmp_path, EXPERTS)
     exact = build_model(spec, VOCAB, replace(single_rank(spec), is_exact=True))
     exact.init_weights(0)
     torch.testing.assert_close(exact(TOKENS), _model(spec)(TOKENS))
 
 
-def test_building_leaves_torchs_random_numbers_alone(tmp_path: Path) -> None:
+def test_building_does_not_change_torchs_random_state(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     _model(own_spec(tmp_path, linear()))
     assert torch.equal(torch.get_rng_state(), before)
@@ -146,7 +146,7 @@ def test_documents_reach_a_model_that_takes_them(tmp_path: Path) -> None:
         _model(own_spec(tmp_path, linear(more=", targets=None")))(TOKENS, TOKENS, TOKENS)
 
 
-def test_buffers_that_build_makes_anew_are_no_state(tmp_path: Path) -> None:
+def test_buffers_that_build_recomputes_are_no_state(tmp_path: Path) -> None:
     layers = "self.register_buffer('mask', torch.ones(4, 4).tril().bool(), persistent=False)"
     _, buffers = catalogue(own_spec(tmp_path, linear(layers=layers)), VOCAB)
     assert buffers == []

@@ -196,7 +196,7 @@ class Life:
                 self.stop(peer)
 
     def stop(self, worker: str) -> None:
-        """It leaves its generation and tells what it holds."""
+        """It leaves its generation and reports the state that it holds."""
         assert self.state.current is not None
         error = WorkerError("peer_lost", "a connection was closed")
         stopped = self.state.current.generation

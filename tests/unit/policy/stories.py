@@ -1,4 +1,4 @@
-"""Journals of imagined runs, told event by event with a clock of their own."""
+"""Journals of simulated runs, written event by event with a simulated clock."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -75,7 +75,7 @@ def test_next_is_the_one_behind_the_present_one() -> None:
     assert limits.curriculum is not None and following(limits.curriculum, "") == "b"
 
 
-def test_the_present_stage_is_kept_and_says_so() -> None:
+def test_a_request_for_the_present_stage_is_answered_with_an_event() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
     state = _training(limits)
     state = replace(state, target=replace(state.target, seq=9, stage="a", stage_requests=1))
@@ -83,7 +83,7 @@ def test_the_present_stage_is_kept_and_says_so() -> None:
     assert kept.curriculum.stages == () and told == [{"stage": "a", "why": "a is the present stage"}]
 
 
-def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
+def test_a_request_waits_for_the_stage_that_is_decided() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
     state = replace(_training(limits), curriculum=CurriculumDecisions((StageStart("b", 30),), 1, 1))
     state = replace(state, target=replace(state.target, seq=9, stage="last", stage_requests=2))

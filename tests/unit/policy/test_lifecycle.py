@@ -50,7 +50,7 @@ def test_activation_waits_for_the_last_member() -> None:
     assert life.state.activated == -1
 
 
-def test_an_activation_tells_what_the_slowest_member_took() -> None:
+def test_an_activation_has_the_times_of_the_slowest_member() -> None:
     life = Life(limits_of())
     life.run_until(lambda: life.state.next is not None)
     life.frozen = {"w1"}
@@ -64,7 +64,7 @@ def test_an_activation_tells_what_the_slowest_member_took() -> None:
     assert parts == {"connect_s": 0.1, "build_s": 0.2, "transfer_s": 0.3, "digest_s": 0.4}
 
 
-def test_a_wish_grows_the_world_without_a_lost_step() -> None:
+def test_a_request_grows_the_world_without_a_lost_step() -> None:
     life = Life(limits_of(steps=30))
     life.run_until(lambda: life.step == 3)
     life.scale(4)
@@ -77,7 +77,7 @@ def test_a_wish_grows_the_world_without_a_lost_step() -> None:
     assert rescale.moved_bytes == 4 * 20
 
 
-def test_training_goes_on_while_newcomers_get_warm() -> None:
+def test_training_continues_while_newcomers_get_warm() -> None:
     life = Life(limits_of(steps=30))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
@@ -98,7 +98,7 @@ def test_survivors_keep_their_order_and_newcomers_are_appended() -> None:
     assert life.done_by[-1] == ("w0",)
 
 
-def test_leavers_become_standbys_and_the_surplus_is_let_go() -> None:
+def test_leavers_become_standbys_and_the_surplus_is_released() -> None:
     life = Life(limits_of(steps=60, standby=1))
     life.run_until(lambda: life.step == 2)
     life.scale(4)
@@ -139,7 +139,7 @@ def test_a_scheduled_size_whose_workers_come_late_is_taken_at_the_next_fence() -
     assert life.sizes[10] == 2 and life.sizes[-1] == 3
 
 
-def test_a_wish_holds_until_the_next_scheduled_size() -> None:
+def test_a_request_holds_until_the_next_scheduled_size() -> None:
     life = Life(limits_of(steps=60, schedule=(ScheduledScale(at_step=40, workers=1),)))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
@@ -148,7 +148,7 @@ def test_a_wish_holds_until_the_next_scheduled_size() -> None:
     assert life.sizes[40:] == [1] * 20
 
 
-def test_of_two_wishes_in_a_move_the_newest_counts_after_it() -> None:
+def test_of_two_requests_in_a_transition_the_newest_counts_after_it() -> None:
     life = Life(limits_of(steps=60))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
@@ -254,7 +254,7 @@ def test_a_world_that_can_not_be_rebuilt_fails_the_run() -> None:
     assert "6 transitions in a row failed; w0, w1 could not reach" in life.state.why
 
 
-def test_a_first_world_that_never_comes_about_fails_the_run() -> None:
+def test_a_first_world_that_never_forms_fails_the_run() -> None:
     """As where workers can't reach each other: there is no size to go back to."""
     life = Life(limits_of(steps=60))
     life.frozen = {"w0", "w1"}
@@ -311,7 +311,7 @@ def test_a_mistake_in_the_users_code_ends_a_run_that_has_not_begun_at_once() -> 
     assert life.state.traceback == "Traceback: line 1"
 
 
-def test_a_mistake_in_the_users_code_that_only_a_standby_meets_ends_nothing() -> None:
+def test_an_error_of_the_users_code_in_a_standby_ends_nothing() -> None:
     life = Life(limits_of(standby=1))
     life.run_until(lambda: life.step == 3 and "w2" in life.reports)
     life.frozen.add("w2")

@@ -1,4 +1,4 @@
-"""When steps are done again, by whom, and what is told of it."""
+"""When a standby replays steps, which one, and the events of it."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,10 +38,10 @@ def test_the_same_steps_don_t_differ() -> None:
         ({"loss": -0.0, "grad_norm": 2.0}, Difference(2, ("loss", "grad_norm"))),
         ({"digests": ("0a", "0c")}, Difference(2, ("state",), (1,))),
         ({"digests": ("0a", "0c"), "grad_norm": 2.0}, Difference(2, ("grad_norm", "state"))),  # made by all together
-        ({"digests": ("0c", "0c")}, Difference(2, ("state",))),  # all of them: it isn't told whose fault it is
+        ({"digests": ("0c", "0c")}, Difference(2, ("state",))),  # all of them: which rank is at fault is unknown
     ],
 )
-def test_the_first_step_that_differs_is_told(changes: dict[str, Any], difference: Difference) -> None:
+def test_the_first_step_that_differs_is_reported(changes: dict[str, Any], difference: Difference) -> None:
     again = _steps()
     again[2], again[3] = replace(again[2], **changes), replace(again[3], loss=9.0)
     assert first_difference(_steps(), again) == difference
@@ -135,7 +135,7 @@ def test_what_differed_is_doubted_until_the_run_goes_back_before_it() -> None:
     assert begun_again(state, None).replay.differences == ()
 
 
-def test_a_check_that_failed_says_why_and_the_next_one_comes() -> None:
+def test_a_failed_check_has_a_reason_and_the_next_one_follows() -> None:
     life = _life()
     check = _asked(life)
     life.say(check.worker, checked=ReplayResult(0, error="no such file"))
@@ -163,7 +163,7 @@ def test_a_check_ends_if_its_worker_is_needed_first() -> None:
     assert life.of_kind("checked") == []
 
 
-def test_whoever_computes_otherwise_is_not_asked() -> None:
+def test_a_standby_with_other_numerics_does_not_replay() -> None:
     life = _life()
     life.run_until(lambda: life.state.checkpoint_done == 3)
     for worker in life.state.worker_group:
@@ -184,7 +184,7 @@ def test_steps_long_ago_are_compared_all_the_same() -> None:
     assert [note.parts for note in life.of_kind("state_differs")] == [("loss",)]
 
 
-def test_nobody_is_asked_without_the_wish() -> None:
+def test_no_standby_replays_without_the_job_key() -> None:
     life = Life(limits_of(standby=1, max_workers=3), checkpoint_every=4)
     life.run_until(lambda: life.progress.watermark > 9)
     assert life.state.replay.task is None and life.state.replay.count == 0

@@ -15,7 +15,7 @@ def _ends_well(life: Life) -> None:
     assert len(life.done_by) == life.limits.steps == life.progress.watermark + 1
 
 
-def test_training_goes_on_without_a_store_and_a_rescale_waits_for_one() -> None:
+def test_training_continues_without_a_store_and_a_rescale_waits_for_one() -> None:
     life = Life(limits_of(steps=40))
     life.run_until(lambda: life.step == 3)
     life.store = None
@@ -29,7 +29,7 @@ def test_training_goes_on_without_a_store_and_a_rescale_waits_for_one() -> None:
     assert life.sizes[-1] == 3 and life.replayed == 0
 
 
-def test_a_move_that_was_to_meet_in_a_lost_store_is_planned_anew() -> None:
+def test_a_transition_planned_with_a_lost_store_is_planned_again() -> None:
     life = Life(limits_of(steps=40))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
@@ -61,7 +61,7 @@ def test_a_move_that_has_met_needs_its_store_no_more() -> None:
     assert life.sizes[-1] == 1 and not life.of_kind("transition_abandoned")
 
 
-def test_a_recovery_that_was_to_meet_in_a_lost_store_is_planned_anew_at_once() -> None:
+def test_a_recovery_planned_with_a_lost_store_is_planned_again_at_once() -> None:
     life = Life(limits_of(steps=40, initial_workers=4))
     life.run_until(lambda: life.step == 5)
     life.kill("w2")
@@ -78,7 +78,7 @@ def test_a_recovery_that_was_to_meet_in_a_lost_store_is_planned_anew_at_once() -
     _ends_well(life)
 
 
-def test_a_recovery_waits_for_a_store_and_says_so() -> None:
+def test_a_recovery_waits_for_a_store_and_the_status_shows_it() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     life.store = None
@@ -92,7 +92,7 @@ def test_a_recovery_waits_for_a_store_and_says_so() -> None:
     assert life.state.recoveries[0].steps_lost == 0
 
 
-def test_the_first_generation_is_planned_anew_too() -> None:
+def test_the_first_generation_is_planned_again_too() -> None:
     life = Life(limits_of())
     life.run_until(lambda: len(life.reports) == 2 and all(r.phase is Phase.WARMING for r in life.reports.values()))
     life.tick()
@@ -106,7 +106,7 @@ def test_the_first_generation_is_planned_anew_too() -> None:
     ]
 
 
-def test_a_store_whose_loss_is_not_known_yet_costs_no_wish() -> None:
+def test_a_store_whose_loss_is_not_known_yet_costs_no_request() -> None:
     """Workers find out at once, and would do so any number of times before the controller hears of it."""
     life = Life(limits_of(steps=60))
     life.run_until(lambda: life.step == 3)

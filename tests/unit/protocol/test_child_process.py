@@ -31,7 +31,7 @@ from orchestrator.protocol.child_process import (
     ],
     ids=lambda message: type(message).__name__,
 )
-def test_a_message_is_one_line_and_comes_back(message: Request | Answer) -> None:
+def test_a_message_is_one_line_and_survives_a_round_trip(message: Request | Answer) -> None:
     line = MODEL_LINES.write(message)
     assert "\n" not in line
     assert MODEL_LINES.read(line) == message

@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused(plain: object, message: str) -> None:
         from_plain(DesiredRunState, plain)
 
 
-def test_where_something_does_not_fit_is_told() -> None:
+def test_the_path_of_a_value_that_does_not_fit_is_named() -> None:
     plain = to_plain(DIRECTIVE)
     plain["next"]["world"]["members"][1] = 7
     with pytest.raises(ProtocolError, match=r"^Directive\.next\.world\.members\[1\] is 7; it must be str"):

@@ -30,5 +30,5 @@ def test_a_failure_carries_the_traceback_of_what_a_worker_raised() -> None:
     assert pickle.loads(pickle.dumps(caught.value)).traceback == "Traceback: line 3"
 
 
-def test_success_is_none() -> None:
+def test_success_raises_nothing() -> None:
     raise_unless_succeeded(status(phase=RunPhase.SUCCEEDED))

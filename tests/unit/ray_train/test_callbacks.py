@@ -22,7 +22,7 @@ CONTEXT = TrainRunContext(
 )
 
 
-class Told(UserCallback):
+class RecordingCallback(UserCallback):
     def __init__(self) -> None:
         self.reports: list[tuple[int, int, str | None]] = []
         self.rows: list[dict[str, Any]] = []
@@ -45,54 +45,54 @@ def follower_of(run_dir: Path, *callbacks: UserCallback) -> Follower:
 
 
 def test_each_step_is_reported_once_from_now_on(tmp_path: Path) -> None:
-    memory, told = memory_of(tmp_path), Told()
+    memory, recorded = memory_of(tmp_path), RecordingCallback()
     run_inline(memory.absorb([record(0), record(1)], up_to=100))
-    follower = follower_of(tmp_path, told)
+    follower = follower_of(tmp_path, recorded)
     follower.read_on()
     run_inline(memory.absorb([record(2), record(3, world_size=3)], up_to=100))
     follower.read_on()
     follower.read_on()
-    assert told.reports == [(2, 2, None), (3, 3, None)]
-    assert [row["train/tokens"] for row in told.rows] == [300, 400]  # those before it are counted
+    assert recorded.reports == [(2, 2, None), (3, 3, None)]
+    assert [row["train/tokens"] for row in recorded.rows] == [300, 400]  # those before it are counted
 
 
 def test_a_run_that_has_not_begun_can_be_followed(tmp_path: Path) -> None:
-    told = Told()
-    follower = follower_of(tmp_path / "run", told)
+    recorded = RecordingCallback()
+    follower = follower_of(tmp_path / "run", recorded)
     (tmp_path / "run").mkdir()
     follower.read_on()
     run_inline(memory_of(tmp_path / "run").absorb([record(0)], up_to=100))
     follower.read_on()
-    assert told.reports == [(0, 2, None)]
+    assert recorded.reports == [(0, 2, None)]
 
 
 def test_a_checkpoint_is_reported_with_its_step_even_if_that_comes_later(tmp_path: Path) -> None:
-    memory, told = memory_of(tmp_path), Told()
-    follower = follower_of(tmp_path, told)
+    memory, recorded = memory_of(tmp_path), RecordingCallback()
+    follower = follower_of(tmp_path, recorded)
     run_inline(memory.absorb([record(0), record(1)], up_to=100))
     run_inline(memory.note(CheckpointCommitted(0, "/c/0", 0, "")))
     run_inline(memory.note(CheckpointCommitted(2, "/c/2", 0, "")))
     follower.read_on()
-    assert told.reports == [(0, 2, None), (1, 2, None), (0, 2, "/c/0")]
+    assert recorded.reports == [(0, 2, None), (1, 2, None), (0, 2, "/c/0")]
     run_inline(memory.absorb([record(2)], up_to=100))
     follower.read_on()
-    assert told.reports[3:] == [(2, 2, None), (2, 2, "/c/2")] and told.rows[4] == told.rows[3]
+    assert recorded.reports[3:] == [(2, 2, None), (2, 2, "/c/2")] and recorded.rows[4] == recorded.rows[3]
 
 
 def test_steps_that_are_done_again_after_a_resume_are_reported_again(tmp_path: Path) -> None:
-    memory, told = memory_of(tmp_path), Told()
-    follower = follower_of(tmp_path, told)
+    memory, recorded = memory_of(tmp_path), RecordingCallback()
+    follower = follower_of(tmp_path, recorded)
     run_inline(memory.absorb([record(step) for step in range(4)], up_to=100))
     run_inline(memory.decided(memory.state, [Resumed("t", 1, "/c/1", 2)]))
     run_inline(memory.absorb([record(2), record(3)], up_to=100))
     follower.read_on()
-    assert [step for step, _, _ in told.reports] == [0, 1, 2, 3, 2, 3]
-    assert told.rows[4]["train/tokens"] == told.rows[2]["train/tokens"]
+    assert [step for step, _, _ in recorded.reports] == [0, 1, 2, 3, 2, 3]
+    assert recorded.rows[4]["train/tokens"] == recorded.rows[2]["train/tokens"]
 
 
-def test_a_loss_is_told_by_rank_and_forgotten_after_a_step(tmp_path: Path) -> None:
-    memory, told, life = memory_of(tmp_path), Told(), Life(LIMITS)
-    follower = follower_of(tmp_path, told)
+def test_a_lost_worker_is_reported_by_rank_until_the_next_step(tmp_path: Path) -> None:
+    memory, recorded, life = memory_of(tmp_path), RecordingCallback(), Life(LIMITS)
+    follower = follower_of(tmp_path, recorded)
 
     def live_until(condition: Any) -> None:
         while not condition():
@@ -104,18 +104,18 @@ def test_a_loss_is_told_by_rank_and_forgotten_after_a_step(tmp_path: Path) -> No
         follower.read_on()
 
     live_until(lambda: life.step >= 3)
-    assert told.exceptions == []
+    assert recorded.exceptions == []
     life.kill("w1")
     live_until(lambda: bool(life.state.failures.recent))
-    (failed,) = told.exceptions
+    (failed,) = recorded.exceptions
     assert list(failed) == [1] and failed[1].startswith("w1 died")
     assert list(follower.failures) == [1]
     lost_at = life.step
     live_until(lambda: life.progress.watermark > lost_at + 2)
-    assert follower.failures == {} and len(told.exceptions) == 1
+    assert follower.failures == {} and len(recorded.exceptions) == 1
 
 
-def test_an_error_of_a_callback_is_told_with_its_name(tmp_path: Path) -> None:
+def test_an_error_of_a_callback_is_reported_with_its_name(tmp_path: Path) -> None:
     class Broken(UserCallback):
         def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
             raise LookupError("no")

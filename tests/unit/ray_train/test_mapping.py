@@ -22,7 +22,7 @@ def job_of(scaling: ScalingConfig | None = None, run: RunConfig | None = None, *
     return job_from(HEAD | job, overrides=settings_of(scaling, run))
 
 
-def said(config: Any) -> Job:
+def settings(config: Any) -> Job:
     scaling = config if isinstance(config, ScalingConfig) else None
     run = config if isinstance(config, RunConfig) else None
     return {".".join(map(str, setting.key)): setting.value for setting in settings_of(scaling, run)}
@@ -78,8 +78,8 @@ ONE = {"workers.min": 1, "workers.max": 1, **FIXED}
         (snapshots(checkpoint_score_attribute="perf/tokens_per_second"), {}),
     ],
 )
-def test_what_a_field_says(config: Any, wanted: Job) -> None:
-    assert said(config) == wanted
+def test_each_config_field_becomes_its_job_keys(config: Any, wanted: Job) -> None:
+    assert settings(config) == wanted
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_what_a_field_says(config: Any, wanted: Job) -> None:
         ),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(config: Any, words: str) -> None:
+def test_unsupported_options_are_refused_by_name(config: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as refused:
-        said(config)
+        settings(config)
     assert refused.value.unchanged == "Nothing was started."
 
 
-def test_all_refusals_are_told_at_once() -> None:
+def test_all_refusals_are_listed_at_once() -> None:
     scaling = ScalingConfig(placement_strategy="SPREAD", accelerator_type="A100")
     with pytest.raises(UsageError) as refused:
         settings_of(scaling, failing(preemption_grace_s=2.0))
@@ -140,7 +140,7 @@ def test_every_field_of_ray_trains_configs_is_known_here() -> None:
 
 
 @given(st.tuples(st.integers(1, 64), st.integers(1, 64)).map(sorted), st.integers(0, 3), st.integers(1, 64))
-def test_any_range_is_the_jobs_whatever_it_said(bounds: list[int], standby: int, before: int) -> None:
+def test_a_range_overrides_the_jobs_sizes(bounds: list[int], standby: int, before: int) -> None:
     low, high = bounds
     for workers in (before, f"{before}..{before + 3}", {"max": before, "standby": standby}):
         job = job_of(ScalingConfig(num_workers=(low, high)), workers=workers)
@@ -173,7 +173,7 @@ def test_a_fixed_number_ends_whatever_would_change_it() -> None:
         ({"workers": {"max": 3, "schedule": []}}, "available"),
     ],
 )
-def test_a_range_grows_by_itself_unless_the_job_says_otherwise(job: Job, policy: str) -> None:
+def test_a_range_implies_the_policy_available_unless_the_job_names_one(job: Job, policy: str) -> None:
     assert job_of(ScalingConfig(num_workers=(1, 4)), **job).autoscale.policy == policy
 
 

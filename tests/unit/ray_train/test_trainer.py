@@ -27,7 +27,7 @@ def test_a_file_a_dict_and_a_spec_are_the_same_job(tmp_path: Path) -> None:
     assert plain.job.train.max_steps == 7 and plain.job.workers.max == 4
 
 
-def test_the_configs_of_callbacks_say_what_counts(tmp_path: Path) -> None:
+def test_configs_of_callbacks_have_the_values_that_apply(tmp_path: Path) -> None:
     trainer = ElasticTrainer(JOB | {"storage": tmp_path}, run_config=RunConfig(worker_runtime_env={}))
     assert (trainer.run_config.name, trainer.run_config.storage_path) == ("try", str(tmp_path))
     assert trainer.scaling_config.num_workers == (1, 4)
@@ -38,7 +38,7 @@ def test_a_spec_that_was_copied_keeps_what_was_changed() -> None:
     assert ElasticTrainer(copied).job.workers == WorkersSpec(min=2, max=3)
 
 
-def test_mistakes_are_told_by_the_constructor(tmp_path: Path) -> None:
+def test_the_constructor_refuses_mistakes(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"train\.max_stepz: unknown key; nearest known key: train\.max_steps"):
         ElasticTrainer(JOB | {"train": {"max_stepz": 3}})
     with pytest.raises(SpecError, match="must hold only what a job file can"):
@@ -58,7 +58,7 @@ def test_a_directory_with_something_else_in_it_is_refused_before_a_cluster_is_st
         ElasticTrainer(JOB | {"storage": tmp_path}).fit()
 
 
-def test_ray_trains_first_version_is_told_from_this_one() -> None:
+def test_configs_of_ray_train_v1_are_refused() -> None:
     script = (
         "import os; os.environ['RAY_TRAIN_V2_ENABLED'] = '0'\n"
         "from ray.train import ScalingConfig\nfrom orchestrator import ElasticTrainer\n"

@@ -72,7 +72,7 @@ def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
     assert files.events(since_s=time.time() + 1.0) == []
 
 
-def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir: Path) -> None:
+def test_the_status_of_a_run_whose_cluster_is_gone_is_that_of_its_journal(run_dir: Path) -> None:
     job = JobSpec.model_validate({"name": "lost", "train": {"max_steps": 30}})
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     memory = JournaledRun(run_dir, RunLimits.of("lost", job))

@@ -121,7 +121,7 @@ def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
     assert (status.phase, status.error, status.step) == (RunPhase.FAILED, "w1 died", 2)
 
 
-def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> None:
+def test_the_status_warns_of_steps_that_did_not_reproduce(tmp_path: Path) -> None:
     state = RunState(target=Life(LIMITS).target, replay=ReplayState(differences=(9, 7)))
     warning = status_after(tmp_path, state, closed=False).warning
     assert warning is not None and warning.startswith("step 7 did not reproduce") and "resume it with --step" in warning
@@ -133,7 +133,7 @@ def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> No
     assert both == f"metrics wait on disk; {warning}"
 
 
-def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_path: Path) -> None:
+def test_the_status_names_members_by_rank_then_the_others_but_no_lost_worker(tmp_path: Path) -> None:
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 3)
     memory = remembered(tmp_path)
@@ -169,7 +169,7 @@ def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
     }
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:
+def test_a_run_resumed_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     run_inline(memory.absorb([record(step) for step in range(6)], up_to=10_000))
     run_inline(memory.decided(*_over(memory.state, "failed")))

@@ -89,7 +89,7 @@ def test_steps_draw_what_a_plain_walk_draws(order: tuple[Chunks, CurriculumState
 
 @settings(deadline=None)
 @given(orders())
-def test_a_row_by_document_is_of_one_chunk_and_no_longer_than_its_stage_says(
+def test_a_row_by_document_is_one_chunk_within_its_stages_sequence_length(
     order: tuple[Chunks, CurriculumState],
 ) -> None:
     chunks, state = order[0], dataclasses.replace(order[1], by_document=True)
@@ -104,7 +104,7 @@ def test_a_row_by_document_is_of_one_chunk_and_no_longer_than_its_stage_says(
 
 @settings(deadline=None)
 @given(orders(), st.lists(st.integers(0, 30), min_size=1, max_size=5))
-def test_a_step_is_the_same_whoever_asks_for_it_and_when(
+def test_a_step_has_the_same_rows_on_any_rank_and_at_any_time(
     order: tuple[Chunks, CurriculumState], steps: list[int]
 ) -> None:
     chunks, state = order
@@ -130,7 +130,7 @@ def test_every_epoch_holds_every_token_once_whatever_the_stages(order: tuple[Chu
 @settings(deadline=None)
 @given(orders(), st.integers(0, 12))
 def test_a_later_stage_changes_no_earlier_step(order: tuple[Chunks, CurriculumState], step: int) -> None:
-    """So whoever hears of a stage late has trained on the same tokens until then."""
+    """So a worker that learns of a stage late has trained on the same tokens until then."""
     chunks, state = order
     known = tuple(stage for stage in state.stages if stage.first_step <= step)
     early = Curriculum(chunks, dataclasses.replace(state, stages=known))

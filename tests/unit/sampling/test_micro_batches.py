@@ -18,9 +18,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=0, max_size=40).map(np.array)
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(1, 5))
-def test_every_row_is_in_one_slot_which_is_no_larger_than_it_may(
-    lengths_R: np.ndarray, tokens: int, multiple: int
-) -> None:
+def test_every_row_is_in_one_micro_batch_within_the_limit(lengths_R: np.ndarray, tokens: int, multiple: int) -> None:
     micro_batches = split_into_micro_batches(lengths_R, MicroBatchSize(tokens=tokens, multiple=multiple))
     assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths_R)))
     for rows, padded in zip(micro_batches, padded_tokens(lengths_R, micro_batches), strict=True):
@@ -32,7 +30,7 @@ def test_every_row_is_in_one_slot_which_is_no_larger_than_it_may(
 
 
 @given(LENGTHS, st.integers(1, 200))
-def test_there_are_as_few_slots_as_there_can_be_of_rows_in_order_of_length(lengths_R: np.ndarray, tokens: int) -> None:
+def test_there_are_as_few_micro_batches_as_rows_in_order_of_length_allow(lengths_R: np.ndarray, tokens: int) -> None:
     """Against all ways to cut: the least number for the first rows, from that for fewer."""
     by_length = sorted(lengths_R.tolist(), reverse=True)
     least = [0]
@@ -43,7 +41,7 @@ def test_there_are_as_few_slots_as_there_can_be_of_rows_in_order_of_length(lengt
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12), st.integers(1, 4))
-def test_rows_of_one_length_keep_their_order_in_slots_that_are_about_equal(
+def test_rows_of_one_length_keep_their_order_in_micro_batches_of_about_equal_size(
     num_rows: int, length: int, at_once: int, multiple: int
 ) -> None:
     micro_batches = split_into_micro_batches(
@@ -66,13 +64,13 @@ def test_every_rank_gets_long_rows_and_short_ones() -> None:
         assert max(means) < 1.25 * min(means)
 
 
-def test_slots_of_so_many_rows_hold_them_in_order() -> None:
+def test_micro_batches_of_a_number_of_rows_hold_them_in_order() -> None:
     micro_batches = split_into_micro_batches(np.array([3, 9, 1, 7, 2]), MicroBatchSize(rows=2))
     assert [rows.tolist() for rows in micro_batches] == [[0, 1], [2, 3], [4]]
     assert padded_tokens(np.array([3, 9, 1, 7, 2]), micro_batches).tolist() == [18, 14, 2]
 
 
-def test_workers_get_equally_many_slots_where_their_number_is_known() -> None:
+def test_workers_get_equally_many_micro_batches_where_their_number_is_known() -> None:
     lengths_R = np.array([90, 80, 10, 10, 10, 10, 10, 10])
     sizes = [MicroBatchSize(tokens=180, multiple=multiple) for multiple in (1, 2, 3, 5, 7)]
     assert [len(split_into_micro_batches(lengths_R, size)) for size in sizes] == [
@@ -85,7 +83,7 @@ def test_workers_get_equally_many_slots_where_their_number_is_known() -> None:
 
 
 @pytest.mark.parametrize("size", [{"rows": 1, "tokens": 1}, {"rows": -1}, {"tokens": 1, "multiple": 0}])
-def test_a_size_that_says_two_things_or_none_is_refused(size: dict[str, int]) -> None:
+def test_an_ambiguous_or_empty_micro_batch_size_is_refused(size: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         MicroBatchSize(**size)
     with pytest.raises(ValueError, match="sets neither rows nor tokens"):
@@ -93,7 +91,7 @@ def test_a_size_that_says_two_things_or_none_is_refused(size: dict[str, int]) ->
 
 
 @given(world_size=st.integers(1, 40), num_micro_batches=st.integers(0, 100))
-def test_ranks_in_order_run_every_slot_once_and_evenly(world_size: int, num_micro_batches: int) -> None:
+def test_ranks_in_order_run_every_micro_batch_once_and_evenly(world_size: int, num_micro_batches: int) -> None:
     blocks = [micro_batches_of(rank, world_size, num_micro_batches) for rank in range(world_size)]
     assert [micro_batch for block in blocks for micro_batch in block] == list(range(num_micro_batches))
     lengths = [len(block) for block in blocks]
@@ -107,6 +105,6 @@ def test_first_ranks_get_one_more() -> None:
 
 
 @pytest.mark.parametrize(("rank", "world_size", "num_micro_batches"), [(3, 3, 5), (-1, 3, 5), (0, 0, 5), (0, 1, -1)])
-def test_what_no_world_has_is_refused(rank: int, world_size: int, num_micro_batches: int) -> None:
+def test_ranks_outside_the_world_are_refused(rank: int, world_size: int, num_micro_batches: int) -> None:
     with pytest.raises(ValueError):
         micro_batches_of(rank, world_size, num_micro_batches)

@@ -24,7 +24,7 @@ def test_sizes_around_powers_of_two_are_bijections(num_rows: int) -> None:
     assert np.array_equal(np.sort(whole_epoch(7, 3, num_rows)), np.arange(num_rows))
 
 
-def test_one_position_alone_is_what_the_whole_epoch_says() -> None:
+def test_a_single_position_equals_that_of_the_whole_epoch() -> None:
     epoch = whole_epoch(5, 2, 1000)
     assert [row_at(5, 2, position, 1000) for position in range(0, 1000, 37)] == epoch[::37].tolist()
 

@@ -34,7 +34,7 @@ def _run(name: str, least: int, queued_s: float | None = None, priority: int = 0
     return ScalingView(name, MANUAL, {"CPU": 1.0}, least, least, least, priority=priority, queued_s=queued_s)
 
 
-def test_who_is_behind_it_waits_and_nobody_makes_room_for_it() -> None:
+def test_runs_behind_it_wait_and_no_run_makes_room_for_it() -> None:
     low, third = replace(_run("low", 2), admitted_s=NOW_S - 1e4, begun_s=NOW_S - 1e4), _run("third", 1, NOW_S)
     slow = _run("slow", 3, NOW_S - 1.0, priority=5)
     assert _shares([low, third], [])["third"].places == 1
@@ -45,11 +45,11 @@ def test_who_is_behind_it_waits_and_nobody_makes_room_for_it() -> None:
     assert heard["low"].places == 0 and heard["slow"].places == 3  # once it has spoken
 
 
-def test_who_comes_before_it_does_not_wait() -> None:
+def test_runs_before_it_in_the_queue_do_not_wait() -> None:
     assert _shares([_run("first", 1, NOW_S - 2.0)], [_run("slow", 1, NOW_S - 1.0)])["first"].places == 1
 
 
-def test_it_is_expected_until_it_has_spoken_is_gone_or_is_too_late() -> None:
+def test_a_run_is_expected_until_its_controller_reports_ends_or_is_late() -> None:
     now_s = time.time()  # not when this file was read, which may be long ago
     scaler, late = Autoscaler(), _run("late", 1, now_s - EXPECTED_S - 1.0)
     runs = {

@@ -41,7 +41,7 @@ def test_only_a_change_is_reported(head: _Head) -> None:
     assert changes == [2, 4, 5]
 
 
-def test_it_goes_on_once_the_head_is_back(head: _Head) -> None:
+def test_it_continues_once_the_head_is_back(head: _Head) -> None:
     changed = threading.Event()
     head.is_away.set()
     watch = DrainWatch(changed.set)

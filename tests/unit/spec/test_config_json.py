@@ -21,7 +21,7 @@ from orchestrator.spec.config_json import RopeScalingSpec
         ({"rope_type": "linear", "factor": 0.5}, "greater than or equal to 1"),
     ],
 )
-def test_what_cannot_be_is_refused(keys: dict[str, Any], rule: str) -> None:
+def test_an_invalid_rope_scaling_is_refused(keys: dict[str, Any], rule: str) -> None:
     with pytest.raises(ValidationError, match=rule):
         RopeScalingSpec.model_validate(keys)
 

@@ -248,7 +248,7 @@ def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) ->
     ("micro_batch_size", "rows", "tokens"),
     [(4, 4, 512), ("1000 tokens", 0, 1000), ("9 tokens", 0, 9), ("auto", 0, 128)],
 )
-def test_how_much_a_slot_takes(micro_batch_size: int | str, rows: int, tokens: int) -> None:
+def test_the_memory_of_a_micro_batch(micro_batch_size: int | str, rows: int, tokens: int) -> None:
     train = job(train={"global_batch_size": 12, "micro_batch_size": micro_batch_size}).train
     assert (train.micro_batch_rows, train.micro_batch_tokens, train.fits_memory) == (
         rows,
@@ -257,7 +257,7 @@ def test_how_much_a_slot_takes(micro_batch_size: int | str, rows: int, tokens: i
     )
 
 
-def test_a_job_comes_back_from_its_json() -> None:
+def test_a_job_survives_a_round_trip_through_json() -> None:
     text = """
 schema: v1
 name: try
@@ -343,7 +343,7 @@ def test_names_that_mlflow_would_refuse_are_refused_here(tracking: dict[str, str
         ("{TWICE: env:A}", "TWICE is in envs too"),
     ],
 )
-def test_a_secret_is_named_and_not_said(secrets: str, rule: str) -> None:
+def test_a_secret_is_named_without_its_value(secrets: str, rule: str) -> None:
     with pytest.raises(SpecError, match=rule):
         parse_job(f"schema: v1\nname: try\nenvs: {{TWICE: b}}\nsecrets: {secrets}\n")
     assert (

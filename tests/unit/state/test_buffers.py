@@ -14,7 +14,7 @@ from orchestrator.state.buffers import PIECE, Buffers
 moves_pages = pytest.mark.skipif(sys.platform != "linux", reason="needs mremap")
 
 
-def test_a_buffer_that_nobody_refers_to_is_the_next_one() -> None:
+def test_an_unreferenced_buffer_is_reused_next() -> None:
     buffers = Buffers()
     first = buffers.take(1000)
     address = first.data_ptr()
@@ -41,7 +41,7 @@ def test_a_buffer_is_kept_by_whatever_views_it(view_of: Callable[[torch.Tensor],
 
 
 @moves_pages
-def test_what_buffers_of_any_sizes_have_left_serves_those_of_other_sizes() -> None:
+def test_memory_left_by_buffers_of_any_size_serves_other_sizes() -> None:
     buffers = Buffers()
     left, between = [], []
     for size in (3 * PIECE, PIECE, 4 * PIECE, 2 * PIECE):

@@ -41,7 +41,7 @@ def _values(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_digest_is_the_sum_that_its_formula_says(dtype: torch.dtype) -> None:
+def test_the_digest_is_the_sum_of_its_formula(dtype: torch.dtype) -> None:
     data = _values(41, dtype)
     itemsize = data.element_size()
     start = PERIOD * WORD // itemsize - 3  # in the middle of a word, and across the end of a block
@@ -90,7 +90,7 @@ def test_order_and_place_count() -> None:
     assert digest(0, data) != digest(PERIOD, data)
 
 
-def test_zeros_of_either_sign_and_nans_are_told_apart() -> None:
+def test_zeros_of_either_sign_and_nans_have_different_digests() -> None:
     device = devices.device()
     assert digest(0, torch.tensor([0.0], device=device)) != digest(0, torch.tensor([-0.0], device=device))
     assert digest(0, torch.tensor([float("nan")])) == digest(0, torch.tensor([float("nan")], device=device))

@@ -1,4 +1,4 @@
-"""Digests per rank: the same whoever makes them, and another one for another bit."""
+"""Digests per rank: equal in every world, and different for any flipped bit."""
 
 from itertools import pairwise
 
@@ -57,7 +57,7 @@ def _digests(of: StateLayout, by: StateLayout, values: dict[str, Tensor]) -> lis
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_any_world_tells_the_digests_of_any_other(size: int, mixed: bool) -> None:
+def test_any_world_can_compute_the_digests_of_any_other(size: int, mixed: bool) -> None:
     layout = _layout(size, mixed)
     values = _values(layout)
     own = _digests(layout, layout, values)
@@ -86,7 +86,7 @@ def test_a_flipped_bit_changes_the_digest_of_the_rank_that_updates_it_and_no_oth
                     tensor.view(torch.int32)[element] ^= 1
 
 
-def test_each_rank_tells_only_of_what_it_updates() -> None:
+def test_each_rank_digests_only_the_part_that_it_updates() -> None:
     layout = _layout(3, mixed=False)
     values = _values(layout)
     for rank in range(3):

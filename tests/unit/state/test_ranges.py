@@ -39,7 +39,7 @@ def test_a_view_writes_the_memory_that_was_entered() -> None:
         pytest.param("v", 0, 1, id="another name"),
     ],
 )
-def test_what_is_not_held_in_one_range_is_an_error_that_says_what_is(name: str, start: int, stop: int) -> None:
+def test_elements_not_in_one_range_are_an_error_with_the_held_ranges(name: str, start: int, stop: int) -> None:
     ranges, _ = _two_pieces()
     with pytest.raises(KeyError, match=rf"{name}\[{start}:{stop}\] is not held here"):
         ranges.view(name, start, stop)
@@ -61,7 +61,7 @@ def test_detached_shares_memory_without_autograd() -> None:
     assert parameter.tolist() == [5.0] * 4
 
 
-def test_zeros_like_has_the_same_ranges_in_memory_of_its_own() -> None:
+def test_zeros_like_has_the_same_ranges_in_separate_memory() -> None:
     ranges, memory = _two_pieces()
     copy = zeros_like(ranges)
     assert [(n, r.start, r.stop) for n, r in copy] == [(n, r.start, r.stop) for n, r in ranges]

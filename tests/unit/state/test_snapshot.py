@@ -177,7 +177,7 @@ def test_a_replay_that_fails_loses_no_memory_and_no_other_state(in_place: bool) 
     assert len(snapshots._free_deltas) + sum(len(base.deltas) for base in snapshots._bases) == EVERY
 
 
-def test_memory_is_what_was_said_and_never_grows() -> None:
+def test_memory_is_as_planned_and_never_grows() -> None:
     buffers = Buffers()
     snapshots = _snapshots(0, False, EVERY, buffers)
     assert buffers.made_bytes == 0  # nothing before it is needed
@@ -189,7 +189,7 @@ def test_memory_is_what_was_said_and_never_grows() -> None:
     assert 0 < made[0] < made[EVERY] == made[-1] <= (2 + EVERY) * PIECE  # at most a piece each
 
 
-def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays() -> None:
+def test_buffers_freed_by_one_rank_snapshots_serve_the_next_and_the_newest_state_stays() -> None:
     buffers, store = Buffers(), SnapshotStore()
     old = store.add(_snapshots(0, False, EVERY, buffers))
     for step in range(2 * EVERY):

@@ -74,7 +74,7 @@ def _same(found: NamedRanges, wanted: NamedRanges) -> bool:
 
 
 @pytest.mark.parametrize(("before", "after"), [("a", "abc"), ("abc", "b"), ("ab", "ca")])
-def test_everybody_ends_with_what_the_new_layout_says_and_the_old_is_untouched(before: str, after: str) -> None:
+def test_every_rank_ends_with_its_ranges_of_the_new_layout_and_the_old_is_untouched(before: str, after: str) -> None:
     old, new = _layout(0, before), _layout(1, after)
     plan = TransferPlan.between(old, new)
 
@@ -107,7 +107,7 @@ def test_a_lost_peer_is_an_error_and_the_old_shard_is_untouched() -> None:
     on_peers(plan.workers, run)
 
 
-def test_a_worker_without_the_memory_that_the_plan_needs_is_told_so() -> None:
+def test_a_worker_without_the_memory_that_the_plan_needs_fails_with_the_reason() -> None:
     plan = TransferPlan.between(_layout(0, "a"), _layout(1, "a"))
 
     def run(peers: PeerGroup) -> None:

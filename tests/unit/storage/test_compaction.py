@@ -139,7 +139,7 @@ def test_a_compacted_journal_reads_as_before(tmp_path: Path) -> None:
     assert has_journal(DirectoryObjects(tmp_path)) and newest_term(DirectoryObjects(tmp_path)) == 1
 
 
-def test_a_journal_without_entries_after_its_state_goes_on(tmp_path: Path) -> None:
+def test_a_journal_without_entries_after_its_state_continues(tmp_path: Path) -> None:
     writer = Writer(tmp_path, [])
     for _ in range(3):
         writer.append(2)
@@ -225,7 +225,7 @@ def test_a_past_controller_whose_reply_was_lost_is_refused(tmp_path: Path) -> No
     check(tmp_path, new.written)
 
 
-def test_a_controller_whose_reply_was_lost_goes_on_after_its_own_compaction(tmp_path: Path) -> None:
+def test_a_controller_whose_reply_was_lost_continues_after_its_own_compaction(tmp_path: Path) -> None:
     writer = grown(tmp_path, 6)
     writer.append_without_reply()
     writer.compact()
@@ -306,7 +306,7 @@ def test_a_kill_at_any_call_of_a_compaction_loses_nothing(tmp_path: Path, when: 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_happens_every_event_is_there_once(tmp_path: Path, seed: int) -> None:
+def test_every_event_is_present_once_after_any_fault(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     written: list[Event] = []
     writer, past = Writer(tmp_path, written), []
@@ -388,7 +388,7 @@ def read_at_start(objects: Objects) -> list[int]:
 
 @pytest.mark.parametrize("reads", [read_forwards, read_backwards, read_at_start])
 @pytest.mark.parametrize("rounds", [1, 8])
-def test_a_reader_goes_on_while_the_journal_is_compacted(
+def test_a_reader_continues_while_the_journal_is_compacted(
     tmp_path: Path, reads: Callable[[Objects], list[int]], rounds: int
 ) -> None:
     template = tmp_path / "template"
@@ -466,7 +466,7 @@ def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"format":1}\n'])
-def test_a_state_that_is_none_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_an_invalid_state_is_refused(tmp_path: Path, data: bytes) -> None:
     grown(tmp_path, 6)
     damage(tmp_path / "journal" / "state-0000000003", lambda _: data)
     refused(tmp_path, "journal/state-0000000003 can't be read")

@@ -51,7 +51,7 @@ def test_a_write_that_comes_too_late_is_undone() -> None:
     assert guard.call(WELL, 20.0, lambda: "written", undo=undone.clear) == "written" and undone.is_set()
 
 
-def test_storage_that_hangs_holds_up_nobody_else_and_works_again_later() -> None:
+def test_storage_that_hangs_delays_no_other_storage_and_works_again_later() -> None:
     guard, opened = StorageGuard(), threading.Event()
     for _ in range(MOST_HUNG):
         with pytest.raises(StorageError, match="/hung hangs: no answer within 0.05 s"):

@@ -203,7 +203,7 @@ def test_a_changed_entry_is_named(objects: Objects) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", json.dumps({"term": 1}).encode()])
-def test_an_entry_that_is_none_is_named(objects: Objects, data: bytes) -> None:
+def test_an_invalid_entry_is_named(objects: Objects, data: bytes) -> None:
     Journal(objects)
     damage(objects, "journal/0000000000", data)
     with pytest.raises(JournalCorrupt, match="journal/0000000000 can't be read"):
@@ -272,7 +272,7 @@ MOVES = st.lists(st.tuples(st.sampled_from(["begin", "decide", "store", "keep", 
 
 @settings(max_examples=300)
 @given(moves=MOVES)
-def test_what_any_controller_acted_on_is_in_the_journal_whatever_storage_did(
+def test_the_journal_has_every_decision_that_any_controller_acted_on_after_any_fault(
     tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[str, int]]
 ) -> None:
     """Controllers decide, have entries stored or kept, and are replaced, also while they live, in any order."""

@@ -135,7 +135,7 @@ def test_a_request_that_comes_after_its_entry_was_compacted_does_no_harm(url: st
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_happens_every_event_is_there_once(url: str, proxy: RequestProxy, seed: int) -> None:
+def test_every_event_is_present_once_after_any_fault(url: str, proxy: RequestProxy, seed: int) -> None:
     chance, written = random.Random(seed), list[Event]()
     writer, past = BucketWriter(url, written), list[BucketWriter]()
     for _ in range(40):

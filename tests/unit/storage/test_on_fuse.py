@@ -37,7 +37,7 @@ def objects(fuse: FuseDisk) -> DirectoryObjects:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_object_is_there_whole_or_not_at_all_whatever_call_failed(
+def test_an_object_exists_whole_or_not_at_all_after_any_failed_call(
     fuse: FuseDisk, objects: DirectoryObjects, fault: CallFault
 ) -> None:
     found = None
@@ -52,7 +52,7 @@ def test_an_object_is_there_whole_or_not_at_all_whatever_call_failed(
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if "mkdir" not in str(fault.id)])
-def test_a_journal_goes_on_after_any_failed_call(fuse: FuseDisk, objects: DirectoryObjects, fault: CallFault) -> None:
+def test_a_journal_continues_after_any_failed_call(fuse: FuseDisk, objects: DirectoryObjects, fault: CallFault) -> None:
     journal = Journal(objects)
     journal.append([{"kind": "a"}])
     expected = "ac"

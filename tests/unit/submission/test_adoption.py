@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> None:
+def test_an_adopted_run_continues_with_the_key_that_adopted_it(tmp_path: Path) -> None:
     run_dir = run_of(tmp_path, "auto", SigningKey(b"a key that was lost"))
     (run_dir / "status-0000000001.json").write_text("{}")  # it has ended
     with pytest.raises(KeyUnknown):
@@ -42,7 +42,7 @@ def test_an_adopted_run_goes_on_with_the_key_that_adopted_it(tmp_path: Path) -> 
 
 def test_a_run_that_may_be_going_on_is_not_adopted(tmp_path: Path) -> None:
     run_dir = run_of(tmp_path, None, None)
-    with pytest.raises(UsageError, match="demo may be going on: its journal was written [01] s ago"):
+    with pytest.raises(UsageError, match="demo may be active: its journal was written [01] s ago"):
         adopt_records(run_dir, read_key("auto"))
     assert not (run_dir / "adopted").exists()
 

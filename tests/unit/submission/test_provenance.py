@@ -53,7 +53,7 @@ def test_a_password_in_the_variable_is_refused_and_hidden() -> None:
     assert "swordfish" not in str(refused.value)
 
 
-def test_who_submitted_which_file_at_which_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_file_and_commit_of_a_submission_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "ada")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     outside = with_provenance(_job(), tmp_path / "job.yaml", {}).tracking.tags

@@ -45,7 +45,7 @@ def test_another_tokenizer_may_be_named(tmp_path: Path, monkeypatch: pytest.Monk
         ("{init_from: hf, router: softmax}", "softmax"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_starts(
+def test_a_job_that_does_not_fit_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, rule: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

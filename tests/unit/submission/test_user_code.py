@@ -43,13 +43,13 @@ def test_a_model_that_can_be_trained_passes(tmp_path: Path, monkeypatch: pytest.
     assert digest not in order_of(order.spec, None).code
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = _job(tmp_path, "import os; os._exit(7)", monkeypatch)
     with pytest.raises(EntrypointError, match="ended with code 7"):
         order_of(job, None)
 
 
-def test_a_package_that_the_job_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_the_job_names_is_importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     wheel = write_wheel(tmp_path, "tiny_for_dry_runs", "")
     job = _job(tmp_path / "code", "import tiny_for_dry_runs\nraise RuntimeError('it is there')", monkeypatch)
@@ -101,7 +101,7 @@ def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pyt
         ("def other(options): ...", "has no function make"),
     ],
 )
-def test_a_callback_that_is_none_is_refused(
+def test_an_object_that_is_no_callback_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, why: str
 ) -> None:
     (tmp_path / "mine.py").write_text(source)

@@ -139,7 +139,7 @@ def test_a_reading_too_soon_changes_nothing(machine: Machine) -> None:
     assert meter.read(0.0) == meter.read(0.0) == EnergyReading(cpu_j=pytest.approx(50.0))
 
 
-def test_a_counter_that_can_not_be_read_for_a_while_is_caught_up_with(machine: Machine) -> None:
+def test_a_counter_that_was_unreadable_for_a_while_loses_nothing(machine: Machine) -> None:
     meter = machine.meter("own")
     text = machine.counter.read_text()
     machine.counter.write_text("")

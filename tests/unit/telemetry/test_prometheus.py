@@ -82,7 +82,7 @@ def test_a_run_is_in_one_phase_and_its_storage_in_one_condition(tmp_path: Path) 
     assert conditions == {condition: float(condition == "well") for condition in StorageCondition}
 
 
-def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_export_is_logged_once_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def broken(declared: Metric) -> Recorded:
         raise RuntimeError("no agent")
 

@@ -26,7 +26,7 @@ def test_columns_of_numbers_are_aligned_and_the_first_never() -> None:
     assert kinds(table_of(("a", "b"), ())) == ["text", "text"]
 
 
-def test_what_is_text_stays_text() -> None:
+def test_text_is_escaped_in_the_page() -> None:
     page = page_of("a <b> & c", "x < y", table_of(("<i>", "n"), (("<script>", "1"),), ("a & b",)))
     assert "<script>" not in page and "<i>" not in page and "a &lt;b&gt; &amp; c" in page
     assert "x &lt; y" in page and "<p>a &amp; b</p>" in page

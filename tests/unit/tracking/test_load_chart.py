@@ -45,7 +45,7 @@ def test_every_layer_has_one_panel(num_layers: int) -> None:
     assert "least even" not in figure.get_suptitle()
 
 
-def test_of_many_layers_the_least_even_are_shown_and_the_title_says_so() -> None:
+def test_of_many_layers_the_least_even_are_shown_and_the_title_has_their_number() -> None:
     loads = _map(30)
     uneven = list(range(1, 2 * MOST_LAYERS, 2))
     loads.load_LES[uneven, 0] = 2.0

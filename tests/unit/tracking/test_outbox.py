@@ -58,7 +58,7 @@ def test_what_was_put_survives_the_process(tmp_path: Path) -> None:
     assert rest(outbox) == [MetricPoint("train/loss", 0.1 * s, s, s / 7) for s in range(50)]
 
 
-def test_every_kind_of_thing_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_values_of_every_type_survive_a_round_trip(tmp_path: Path) -> None:
     things = [
         MetricPoint("train/loss", math.inf, 3, 1.5),
         MetricPoint("system/cpu_percent", 12.5, 3, 1.5, label="10.0.0.7"),
@@ -128,7 +128,7 @@ def test_a_gap_between_events_is_refused(tmp_path: Path) -> None:
     assert [entry.seq for entry in outbox.history().events] == [2, 5, 9]
 
 
-def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Path) -> None:
+def test_a_checkpoint_is_published_once_and_after_the_values_of_its_step(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     event = JournalEntry(4, 1, 9.0, CheckpointCommitted(2, "/c/2", 0, ""))
     outbox.put_points(points("train/loss", range(2)), after=-1)
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Pa
         assert rest(outbox) == [CheckpointMark(Fate.SUPERSEDED, after=1)]
 
 
-def test_the_end_is_told_once_and_not_if_the_run_goes_on(tmp_path: Path) -> None:
+def test_the_end_is_published_once_and_not_if_the_run_resumes(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     outbox.put_finish(Finish(Outcome.FAILED, "first"))
     outbox.put_finish(Finish(Outcome.PAUSED, ""))
@@ -172,7 +172,7 @@ def test_what_can_not_be_written_changes_nothing(tmp_path: Path) -> None:
     assert (outbox.num_waiting, outbox.position.step, len(outbox.history().events)) == (2, 1, 0)
 
 
-def test_a_damaged_file_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_separate_error(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("no database, but long enough to be looked at as one" * 40)
     with pytest.raises(sqlite3.DatabaseError, match="not a database"):
         Outbox(tmp_path)

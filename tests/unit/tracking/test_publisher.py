@@ -152,7 +152,7 @@ def test_what_was_sent_before_a_crash_is_sent_again_to_the_last_bit(tmp_path: Pa
     assert second.log[: len(first.log)] == first.log and number > 0
 
 
-def test_a_sink_that_can_not_be_made_is_tried_again_and_told_of(tmp_path: Path) -> None:
+def test_a_sink_that_can_not_be_opened_is_retried_and_reported(tmp_path: Path) -> None:
     failed = threading.Event()
     seen: list[str] = []
     sink = MemorySink()
@@ -174,7 +174,7 @@ def test_a_sink_that_can_not_be_made_is_tried_again_and_told_of(tmp_path: Path) 
     assert (seen, publisher.state().error, sink.log[-1]) == (["no such host"], "", END)
 
 
-def test_a_blocked_tracker_blocks_nobody_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_blocked_tracker_blocks_no_run_and_loses_nothing(tmp_path: Path) -> None:
     sink = MemorySink()
     sink.gate.clear()
     scene = Scene(tmp_path, sink, Pace(flush_s=0.01, batch=100))

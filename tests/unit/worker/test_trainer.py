@@ -164,7 +164,7 @@ def test_the_old_state_is_held_through_a_rescale_and_dropped_after_it() -> None:
     assert held == [(), (), (Holding(0, 5, 0),), ()]
 
 
-def test_a_worker_that_leaves_is_a_standby_once_the_others_go_on() -> None:
+def test_a_worker_that_leaves_is_a_standby_once_the_others_continue() -> None:
     run = _Run([FIRST, _to(2, "w0", first=True)], [True, False, True], [0, 1, 2], [_to(1, "w1"), None])
     assert run.phases[:6] == ["moving", "ready", "training", "moving", "ready", "standby"]
     assert run.replays == [True, True] and run.mailbox.state.protection.holdings == ()
@@ -222,7 +222,7 @@ def test_a_failed_transition_is_abandoned(plan: PreparedTransition, then: str) -
     assert run.replays == [True, then == "standby"]
 
 
-def test_a_keeper_whose_transition_fails_stands_by_again_and_reports_what_it_keeps() -> None:
+def test_a_keeper_whose_transition_fails_is_a_standby_again_and_reports_its_snapshots() -> None:
     layout = layout_of(("a",))
     kept = RankSnapshots(4, 0, layout, shared_only=True)
     kept.finish(kept.begin(5, ""))

@@ -79,7 +79,7 @@ def test_a_model_that_ours_cannot_be_is_refused(tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("content", "rule"), [(None, "No such file"), ("{", "not JSON"), ("[1]", "JSON list")], ids=["none", "cut", "list"]
 )
-def test_a_config_that_is_none_is_named(tmp_path: Path, content: str | None, rule: str) -> None:
+def test_an_invalid_config_is_named(tmp_path: Path, content: str | None, rule: str) -> None:
     directory = write_directory(tmp_path / "hf")
     (directory / "config.json").unlink()
     if content is not None:

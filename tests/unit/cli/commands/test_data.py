@@ -20,7 +20,7 @@ from orchestrator.protocol.codec import to_plain
 def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str
 ) -> tuple[int, str]:
-    """Exit code and what is said of a command that must not start a cluster."""
+    """Exit code and message of a command that must not start a cluster."""
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["orchestrator", "data", "prepare", *args, "--out", "stores"])
@@ -43,7 +43,7 @@ def refused(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_told_in_words_of_options_before_a_cluster_is_started(
+def test_mistakes_are_named_by_their_options_before_a_cluster_is_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[str], said: str
 ) -> None:
     code, told = refused(monkeypatch, capsys, tmp_path, *args)
@@ -70,7 +70,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_a_line_per_stage_where_nobody_looks() -> None:
+def test_progress_is_a_line_per_stage_without_a_terminal() -> None:
     stream = io.StringIO()
     progress = ProgressLine(stream)
     for stage in ("reading", "encoding", "done"):

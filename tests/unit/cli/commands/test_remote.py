@@ -77,7 +77,7 @@ def test_where_run_storage_is_named_only_resume_and_what_names_the_cluster_too_g
         forwarded([*command, "--address", "http://127.0.0.1:9"])
 
 
-def test_both_streams_come_back_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_and_stderr_are_returned_separately(capsys: pytest.CaptureFixture[str]) -> None:
     log = io.StringIO()
     marked = Marked(log)
     for text in ("a wa", "rning\nand ", "another\n"):
@@ -95,7 +95,7 @@ def test_what_is_no_url_of_a_jobs_api_is_refused(url: str) -> None:
         JobsApiClient(url)
 
 
-def test_nobody_there_is_told() -> None:
+def test_an_address_without_a_server_is_an_error() -> None:
     with pytest.raises(ClusterUnreachable, match="no cluster answers at http://127.0.0.1:9"):
         JobsApiClient("http://127.0.0.1:9")
 

@@ -47,7 +47,7 @@ def test_text_has_every_account(runs: Path, orchestrator: Command) -> None:
     assert "recovery" in lines and "rescale" in lines and "3 -> 2" in lines["recovery"]
 
 
-def test_what_was_measured_stands_beside_what_was_not(runs: Path, orchestrator: Command) -> None:
+def test_a_measured_run_beside_an_unmeasured_one(runs: Path, orchestrator: Command) -> None:
     story = Story()
     story.start(2)
     story.train(30)
@@ -73,7 +73,7 @@ def test_json_is_the_report_and_of_two_runs_a_list(runs: Path, orchestrator: Com
     assert [one["run_id"] for one in both] == ["books", "poems"] and both[0] == told
 
 
-def test_two_runs_stand_side_by_side_and_one_goes_on(runs: Path, orchestrator: Command) -> None:
+def test_the_report_of_an_ended_and_an_active_run_side_by_side(runs: Path, orchestrator: Command) -> None:
     done = orchestrator("report", "books", "poems", "--storage", "runs")
     assert done.returncode == 0 and "poems has not ended according to its journal" in done.stderr
     (head,) = [line for line in done.stdout.splitlines() if line.startswith("RUN ")]
@@ -121,7 +121,7 @@ def test_the_page_shows_the_loads_of_experts_of_a_run_that_has_them(runs: Path, 
     ],
     ids=["unknown", "unknown-other", "price", "power", "to", "empty"],
 )
-def test_what_makes_no_sense_is_refused(
+def test_invalid_report_requests_are_refused(
     runs: Path, orchestrator: Command, args: list[str], code: int, said: str
 ) -> None:
     (runs / "silent").mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def test_a_model_whose_code_is_gone_has_no_operations_but_a_reason(
     assert told["flops"] is None and "no_such_module" in told["flops_note"] and told["tokens"] == 20_000
 
 
-def test_accounts_that_differ_are_told() -> None:
+def test_differing_worker_hours_are_reported() -> None:
     story = Story()
     story.start(4)
     story.train(2)

@@ -172,7 +172,7 @@ def test_a_run_that_has_not_ended_is_not_removed(runs: Path, orchestrator: Comma
 
 
 @pytest.mark.parametrize("options", [[], ["--tracking"]])
-def test_a_run_that_goes_on_in_the_cluster_is_not_removed_though_storage_has_its_end(
+def test_a_run_active_in_the_cluster_is_not_removed_though_storage_has_its_end(
     runs: Path, orchestrator: Command, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     """It was resumed just now, and no controller has opened it yet."""

@@ -67,7 +67,7 @@ def test_rescale_names_its_first_step_and_its_cost() -> None:
     assert "identical" not in format.rescale(UNMEASURED)
 
 
-def test_event_shows_what_it_says_and_not_its_bookkeeping() -> None:
+def test_an_event_is_shown_without_its_bookkeeping() -> None:
     line = format.event({"seq": 3, "term": 1, "time": 0.0, "kind": "workers_spawned", "workers": ["w0", "w1"]})
     assert line.endswith("workers_spawned     workers=w0,w1")
     assert "term" not in line

@@ -33,7 +33,7 @@ def test_elsewhere_a_line_is_written_for_a_phase_and_then_only_now_and_then() ->
     assert "\x1b" not in file.getvalue()
 
 
-def test_a_rescale_is_told_once_when_it_has_been_measured() -> None:
+def test_a_rescale_is_printed_once_when_it_has_been_measured() -> None:
     file = io.StringIO()
     live = LiveProgress(file)
     live.show(status(rescales=(UNMEASURED,)))
@@ -43,16 +43,16 @@ def test_a_rescale_is_told_once_when_it_has_been_measured() -> None:
     assert file.getvalue().count("rescaled 2 -> 3") == 1
 
 
-def test_a_warning_is_told_once() -> None:
+def test_a_warning_is_printed_once() -> None:
     file = io.StringIO()
     live = LiveProgress(file)
     for error in (None, "nobody answers", "nobody answers", "step 7 differs", "step 7 differs"):
         live.show(status(warning=error))
-    assert file.getvalue().count("try goes on, but step 7 differs") == 1
-    assert file.getvalue().count("try goes on, but nobody answers") == 1
+    assert file.getvalue().count("try continues, but step 7 differs") == 1
+    assert file.getvalue().count("try continues, but nobody answers") == 1
 
 
-def test_at_the_end_a_rescale_is_told_even_unmeasured() -> None:
+def test_at_the_end_a_rescale_is_printed_even_unmeasured() -> None:
     file = io.StringIO()
     LiveProgress(file).show(status(phase=RunPhase.FAILED, rescales=(UNMEASURED,)))
     assert "rescaled 3 -> 2" in file.getvalue()
@@ -63,7 +63,7 @@ def test_a_bar_fills(done: int, drawn: int) -> None:
     assert bar(done, 180) == "[" + "#" * drawn + "-" * (20 - drawn) + "]"
 
 
-def test_watching_tells_each_change_once_and_ends_with_the_last_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_prints_each_change_once_and_ends_with_the_last_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.cli.terminal.progress.LOOK_EVERY_S", 0.0)
     over = RunPhase.SUCCEEDED
     looks = iter(
@@ -78,7 +78,7 @@ def test_watching_tells_each_change_once_and_ends_with_the_last_run(monkeypatch:
     assert [(s.run_id, s.step) for s in told] == [("try", 1), ("other", 61), ("try", 2)]
 
 
-def test_watching_ends_where_nobody_writes_any_more() -> None:
+def test_watching_ends_when_the_journal_is_no_longer_written() -> None:
     told: list[RunStatus] = []
     watch_runs(lambda: (status(),), told.append, is_over=lambda: True)
     assert len(told) == 1

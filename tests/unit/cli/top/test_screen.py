@@ -37,8 +37,8 @@ def text(pilot: Pilot[None], name: str) -> str:
     return str(found.first(Static).render()) if found else ""
 
 
-def told(pilot: Pilot[None]) -> str:
-    """What toasts say."""
+def notice(pilot: Pilot[None]) -> str:
+    """Texts of the notifications."""
     return " ".join(note.message for note in pilot.app._notifications)
 
 
@@ -110,16 +110,16 @@ def test_what_changes_is_shown_and_the_choice_stays(client: RecordedClient) -> N
     drive(client, script, size=(160, 50))
 
 
-def test_scaling_is_done_at_once_and_a_refusal_is_told(client: RecordedClient) -> None:
+def test_scaling_is_requested_at_once_and_a_refusal_is_shown(client: RecordedClient) -> None:
     async def script(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "112/180" in text(pilot, "head"))
         await pilot.press("plus")
-        await until(pilot, lambda: "quickstart: 4 workers wanted" in told(pilot))
+        await until(pilot, lambda: "quickstart: 4 workers wanted" in notice(pilot))
         await pilot.press("minus")
-        await until(pilot, lambda: "quickstart: 3 workers wanted" in told(pilot))
+        await until(pilot, lambda: "quickstart: 3 workers wanted" in notice(pilot))
         client.most = 3
         await pilot.press("plus")
-        await until(pilot, lambda: "4 workers are more than workers.max" in told(pilot))
+        await until(pilot, lambda: "4 workers are more than workers.max" in notice(pilot))
 
     drive(client, script, "quickstart")
     assert client.requests == [("scale", "quickstart", 4), ("scale", "quickstart", 3)]
@@ -137,7 +137,7 @@ def test_what_ends_a_run_is_asked_for_confirmation(client: RecordedClient, key: 
             await until(pilot, lambda: isinstance(pilot.app.screen, RunsScreen))
         assert client.requests == []
         await pilot.press(key, "y")
-        await until(pilot, lambda: "after its current step" in told(pilot))
+        await until(pilot, lambda: "after its current step" in notice(pilot))
 
     drive(client, script)
     assert client.requests == [(action, "quickstart", None)]
@@ -153,7 +153,7 @@ def test_a_cluster_that_is_away_is_a_line_and_is_looked_for_again(client: Record
         assert "No answer, trying again: no cluster answers at 10.0.0.5:6379" in text(pilot, "trouble")
         assert "112/180" in text(pilot, "head")  # as it was seen last
         await pilot.press("plus")
-        await until(pilot, lambda: "no cluster answers" in told(pilot))
+        await until(pilot, lambda: "no cluster answers" in notice(pilot))
         client.is_gone, client.now = False, ENDED
         await until(pilot, lambda: not trouble.display and "180/180" in text(pilot, "head"))
 
@@ -192,18 +192,18 @@ def test_the_first_look_is_drawn_before_the_first_poll(tmp_path: Path, run: str 
     drive(client, script, run, first=first)
 
 
-def test_while_the_cluster_is_joined_the_screen_says_so_and_requests_follow(client: RecordedClient) -> None:
+def test_while_the_cluster_is_joined_the_title_shows_it_and_requests_follow(client: RecordedClient) -> None:
     client.is_joining = True
 
     async def script(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "joining the cluster, 1 going on" in text(pilot, "title"))
         await pilot.press("plus")
-        await until(pilot, lambda: "Sent once the cluster is joined" in told(pilot))
+        await until(pilot, lambda: "Sent once the cluster is joined" in notice(pilot))
         client.is_joining = False
         await until(pilot, lambda: "2 runs, 1 going on" in text(pilot, "title"))
         await pilot.press("minus")
-        await until(pilot, lambda: "3 workers wanted" in told(pilot))
-        assert told(pilot).count("Sent once") == 1
+        await until(pilot, lambda: "3 workers wanted" in notice(pilot))
+        assert notice(pilot).count("Sent once") == 1
 
     drive(client, script)
 
@@ -235,7 +235,7 @@ def test_a_change_is_of_the_runs_status_once_that_shows_the_last_one(
     assert requests.scale_by("quickstart", 1).text == "quickstart: 4 workers wanted"
 
 
-def test_a_run_that_is_gone_is_said_to_be(client: RecordedClient) -> None:
+def test_a_removed_run_is_shown_as_gone(client: RecordedClient) -> None:
     async def script(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "nobody is not among" in text(pilot, "head"))
         await pilot.press("escape")
@@ -244,7 +244,7 @@ def test_a_run_that_is_gone_is_said_to_be(client: RecordedClient) -> None:
     drive(client, script, "nobody")
 
 
-def test_without_runs_the_screen_says_how_to_start_one(client: RecordedClient) -> None:
+def test_without_runs_the_screen_shows_how_to_start_one(client: RecordedClient) -> None:
     client.hides = True
 
     async def script(pilot: Pilot[None]) -> None:

@@ -41,9 +41,7 @@ def event(kind: str, **fields: Any) -> dict[str, Any]:
     ],
     ids=["as wanted", "no standby", "one missing", "not measured yet", "a loss after it", "ended"],
 )
-def test_a_row_says_who_is_there_and_what_the_last_change_cost(
-    changes: dict[str, Any], workers: str, stall: str
-) -> None:
+def test_a_row_shows_workers_and_the_cost_of_the_last_change(changes: dict[str, Any], workers: str, stall: str) -> None:
     row = row_of(status(**changes), None)
     assert (row.workers, row.stall, row.step, row.event) == (workers, stall, "61/180", "-")
 
@@ -57,7 +55,7 @@ def test_before_the_first_step_there_are_no_figures() -> None:
     assert view.workers == ("none yet",) and view.figures[0] == "loss -  -"
 
 
-def test_runs_that_go_on_come_first_and_then_the_newest() -> None:
+def test_active_runs_come_first_and_then_the_newest() -> None:
     runs = [
         status(run_id="old", phase=RunPhase.SUCCEEDED, ended_time=5.0),
         status(run_id="first"),
@@ -78,12 +76,12 @@ def test_the_table_fits_and_events_get_what_is_left(width: int) -> None:
     assert phase.width >= max(map(len, RunPhase))  # no jump when it changes
 
 
-def test_remarks_say_what_the_row_has_no_room_for() -> None:
+def test_remarks_show_what_the_row_has_no_room_for() -> None:
     waiting = status(why="waits for 1 of 3 workers", warning="MLflow doesn't answer")
     told = remarks(waiting, event("straggler", worker="w1", ratio=1.6))
     assert told[0] == "waits for 1 of 3 workers" and told[1].endswith("straggler  worker=w1  ratio=1.6")
     assert told[2] == "warning: MLflow doesn't answer"
-    assert remarks(status(), None) == ("goes on",)
+    assert remarks(status(), None) == ("active",)
 
 
 def test_a_warning_hides_nothing() -> None:
@@ -91,7 +89,7 @@ def test_a_warning_hides_nothing() -> None:
     assert view_of(failed, [], [], None).figures[-2:] == ("w1 died", "warning: step 7 came out otherwise")
 
 
-def test_events_that_say_much_are_told_in_words() -> None:
+def test_events_with_many_fields_are_shown_as_sentences() -> None:
     told = event_line(event("rescaled", **vars(MEASURED)))
     assert told.endswith("rescaled  2 -> 3 workers at step 60: stall 0.62 s, 0 steps lost, 14.1 MB moved, "
                          "state identical (scheduled for step 60)")  # fmt: skip
@@ -102,7 +100,7 @@ def test_events_that_say_much_are_told_in_words() -> None:
     assert event_line(event("rescaled", of="another version")).endswith("rescaled  of=another version")
 
 
-def test_workers_say_what_they_do_and_who_is_slow() -> None:
+def test_workers_are_shown_with_their_phase_and_slowness() -> None:
     worker_group = (
         WorkerStatus("w0", 0, Phase.TRAINING, "aaaaaaaaaaaa"),
         WorkerStatus("w1", 1, Phase.MOVING, "bbbbbbbbbbbb"),

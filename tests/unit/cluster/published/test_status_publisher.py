@@ -97,7 +97,7 @@ def test_after_the_end_nothing_is_published(
     assert not thread.is_alive() and store.values == {} and store.num_puts == num_puts
 
 
-def test_it_goes_on_after_an_outage_of_the_head(
+def test_it_continues_after_an_outage_of_the_head(
     store: Store, publisher: StatusPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_publisher, "EVERY_S", 0.01)

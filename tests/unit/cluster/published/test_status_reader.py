@@ -143,6 +143,8 @@ def test_a_cluster_that_asks_for_no_token_gets_none(head: Head, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1", "nothing"])
-def test_without_a_cluster_there_is_none(head: Head, monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+def test_without_a_cluster_no_status_is_published(
+    head: Head, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert published_status("try", address) is None and published_statuses(address) == ()

@@ -37,7 +37,7 @@ def test_what_is_sent_and_what_is_left_make_the_whole(scheme: str) -> None:
 @pytest.mark.parametrize(
     ("scheme", "share"), [("bf16", 0.5), ("fp16", 0.504), ("int8", 0.254), ("int4", 0.129), ("topk", 0.05)]
 )
-def test_a_payload_is_as_small_as_it_says(scheme: str, share: float) -> None:
+def test_a_payload_has_the_declared_size(scheme: str, share: float) -> None:
     x_WS = _gradients()
     payload_WP = _codec(scheme).encode(x_WS)
     assert payload_WP.dtype == torch.uint8

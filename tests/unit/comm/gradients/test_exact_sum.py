@@ -55,7 +55,9 @@ def _square(*pieces: torch.Tensor) -> float:
 
 
 @given(seed=SEEDS, count=SIZES, order=st.randoms(use_true_random=False), cut=st.integers(0, 40))
-def test_neither_order_nor_who_adds_changes_a_bit(seed: int, count: int, order: object, cut: int) -> None:
+def test_neither_the_order_nor_the_rank_of_additions_changes_a_bit(
+    seed: int, count: int, order: object, cut: int
+) -> None:
     terms = _terms(seed, count, 50, largest_term(count))
     whole = _sum(terms)
     order.shuffle(terms)  # type: ignore[attr-defined]
@@ -71,7 +73,7 @@ def test_each_term_is_off_by_half_a_grid_at_most(seed: int, count: int) -> None:
         assert abs(total - exact) <= count * GRID / 2
 
 
-def test_the_grid_reaches_as_far_as_it_says() -> None:
+def test_the_grid_has_the_documented_range() -> None:
     for term, kept in (
         (LARGEST_SUM, LARGEST_SUM),
         (LARGEST_SUM - GRID, LARGEST_SUM - GRID),

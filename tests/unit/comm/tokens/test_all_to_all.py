@@ -46,7 +46,7 @@ def test_rows_arrive_by_source_in_their_order() -> None:
         pytest.param("xyz", 5, id="three"),
     ],
 )
-def test_the_ledger_tells_what_goes_to_other_nodes(nodes: str, rows: int) -> None:
+def test_the_traffic_meter_counts_bytes_to_other_nodes(nodes: str, rows: int) -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> None:
         received_W = [SENT_WW[source][rank] for source in range(3)]
         is_far_W = [node != nodes[rank] for node in nodes]
@@ -81,7 +81,7 @@ def test_in_a_world_of_one_nothing_moves() -> None:
     assert exchange.end(exchange.begin(rows)) is rows
 
 
-def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_travel() -> None:
+def test_computation_between_begin_and_end_overlaps_with_the_exchange_in_both_passes() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
         under_way = []
         weights = torch.ones(3, requires_grad=True, device=devices.device())
@@ -100,7 +100,7 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
 
 
 @on_devices
-def test_a_journey_ends_once() -> None:
+def test_an_exchange_ends_once() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> str:
         exchange = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
         received = exchange.end(exchange.begin(_rows(rank)))

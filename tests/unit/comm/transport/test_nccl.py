@@ -53,7 +53,7 @@ def test_a_group_is_connected_only_once_its_communicator_has_started(pool: Threa
     assert {played.aborted.get(timeout=PATIENCE_S) for _ in groups} == {0, 1}
 
 
-def test_an_abort_frees_who_waits_for_a_communicator_that_is_starting(pool: ThreadPoolExecutor, played: Any) -> None:
+def test_an_abort_frees_ranks_that_wait_for_a_starting_communicator(pool: ThreadPoolExecutor, played: Any) -> None:
     groups = _connecting(pool, played)
     assert nccl.abort_communicators() == 2  # returns though the communicators' locks are held
     for group in groups:

@@ -1,4 +1,4 @@
-"""A group of peers: what is sent arrives in order, sums are of all, and whoever leaves frees the others."""
+"""A group of peers: what is sent arrives in order, sums are of all, and a member that leaves frees the others."""
 
 import time
 
@@ -20,7 +20,7 @@ def test_messages_of_a_pair_keep_their_order_and_bytes_are_counted() -> None:
         if peers.me == "b":
             peers.receive(got[:2], "a")
             peers.receive(got[2:], "a")
-        peers.barrier()  # whoever has nothing to do would leave while others still connect
+        peers.barrier()  # a member without work would leave while others still connect
         return got.tolist(), peers.sent_bytes, peers.received_bytes
 
     a, b, c = on_peers(("a", "b", "c"), run)
@@ -38,7 +38,7 @@ def test_a_sum_of_digests_wraps() -> None:
     assert on_peers(("a", "b"), run) == [-2, -2]
 
 
-def test_whoever_closes_frees_those_that_wait_for_it() -> None:
+def test_a_closing_member_frees_the_peers_that_wait_for_it() -> None:
     def run(peers: PeerGroup) -> float:
         peers.barrier()
         started = time.perf_counter()
@@ -51,7 +51,7 @@ def test_whoever_closes_frees_those_that_wait_for_it() -> None:
     assert max(on_peers(("a", "b", "c"), run)) < PATIENCE_S / 2
 
 
-def test_a_group_of_one_needs_nobody_and_has_nobody_to_send_to() -> None:
+def test_a_group_of_one_has_no_peers() -> None:
     alone = PeerGroup(HashStore(), "test", ("a",), "a")
     data = torch.tensor([3.0])
     alone.reduce(data, dist.ReduceOp.SUM)
@@ -62,7 +62,7 @@ def test_a_group_of_one_needs_nobody_and_has_nobody_to_send_to() -> None:
     alone.close()
 
 
-def test_a_closed_group_says_so() -> None:
+def test_a_closed_group_raises() -> None:
     def run(peers: PeerGroup) -> None:
         peers.barrier()
         peers.close()
@@ -73,6 +73,6 @@ def test_a_closed_group_says_so() -> None:
     on_peers(("a", "b"), run)
 
 
-def test_a_peer_that_does_not_come_is_an_error_after_the_timeout() -> None:
+def test_a_peer_that_does_not_connect_is_an_error_after_the_timeout() -> None:
     with pytest.raises(RuntimeError):
         PeerGroup(HashStore(), "test", ("a", "b"), "a", timeout_s=0.2)

@@ -1,4 +1,5 @@
-"""Frames over real sockets: whole, in order, from whoever knows the word, and an error as soon as an end is shut."""
+"""Frames over real sockets: whole, in order, only from peers that know the password, and an error as soon as an end is
+shut."""
 
 import socket
 import threading
@@ -56,7 +57,7 @@ def test_a_sender_waits_for_the_answer(ends: tuple[FramedStream, FramedStream]) 
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["one's own end", "the other's end"])
-def test_whoever_waits_is_freed_when_an_end_is_shut(ends: tuple[FramedStream, FramedStream], which: int) -> None:
+def test_a_waiting_thread_is_freed_when_an_end_is_shut(ends: tuple[FramedStream, FramedStream], which: int) -> None:
     failed = threading.Event()
 
     def wait() -> None:
@@ -109,7 +110,7 @@ def test_a_stranger_is_turned_away() -> None:
     listener.close()
 
 
-def test_nobody_comes() -> None:
+def test_a_connection_without_a_peer_times_out() -> None:
     listener = Listener("127.0.0.1")
     with pytest.raises(StreamClosed, match="no peer connected"):
         listener.accept(0.05)

@@ -46,7 +46,7 @@ def test_a_store_that_another_controller_holds_is_still_there(link: RendezvousCl
     assert link.address is not None
 
 
-def test_a_store_that_never_comes_is_a_fault_with_its_reason(
+def test_a_store_that_never_starts_is_a_fault_with_its_reason(
     link: RendezvousClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous_client, "GIVE_UP_S", 0.0)

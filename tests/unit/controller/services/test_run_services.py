@@ -22,7 +22,7 @@ def services(tmp_path: Path) -> RunServices:
     return made
 
 
-def test_a_store_that_was_lost_may_be_made_anew_elsewhere(services: RunServices) -> None:
+def test_a_lost_store_may_be_restarted_on_another_node(services: RunServices) -> None:
     again = replace(KNOWN, store_dir="/new/store-abc")
     services._prepared(again)
     assert services.data == again and services.faults == ()

@@ -1,4 +1,4 @@
-"""What a tracker that was away is told, from the journal alone."""
+"""Publication to a tracker that was away, from the journal alone."""
 
 import os
 import time
@@ -196,7 +196,7 @@ def test_the_end_waits_for_a_model_that_is_being_written(
     assert (link.warning is None) == (ends == 3)
 
 
-def test_files_and_data_are_told_too(run_dir: Path) -> None:
+def test_files_and_data_are_published_too(run_dir: Path) -> None:
     told = [
         (method, args)
         for method, args in missing(run_dir, TrackerPosition(STEPS), DATA)
@@ -219,7 +219,7 @@ def test_parameters_hold_no_password() -> None:
     assert setup.run.params["train.max_steps"] == str(job.train.max_steps)
 
 
-def test_a_node_is_told_as_rates_between_two_readings() -> None:
+def test_node_metrics_are_rates_between_two_readings() -> None:
     before = Reading("10.0.0.7", 100.0, 50.0, 1000.0, 5, 40.0, 1_000, 2_000)
     after = Reading("10.0.0.7", 110.0, 65.0, 1020.0, 7, 41.0, 6_000, 2_500)
     values = {point.key: point.value for point in points_of_readings(before, after, step=9)}

@@ -54,7 +54,7 @@ def test_plain_files_may_be_gzipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("rows.jsonl", b'{"text": "good"}\n{"text": bad}\n', r"rows.jsonl:2: not JSON"),
         ("rows.jsonl", b'["text"]\n', r"rows.jsonl:1: a JSON list"),
@@ -65,9 +65,9 @@ def test_plain_files_may_be_gzipped(tmp_path: Path) -> None:
         ("rows.arrow", b"not arrow at all", r"rows.arrow:1: no arrow file"),
     ],
 )
-def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         list(read_documents(str(tmp_path / name)))
 
 

@@ -24,7 +24,7 @@ def write(path: Path, made_of: str = "this", dtype: str = "<u2") -> Footer:
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
-def test_documents_come_back(tmp_path: Path, dtype: str) -> None:
+def test_documents_survive_a_round_trip(tmp_path: Path, dtype: str) -> None:
     footer = write(tmp_path / "part", dtype=dtype)
     assert (footer.num_documents, footer.num_tokens) == (3, 1004)
     found = list(documents_in(tmp_path / "part", footer))

@@ -92,7 +92,7 @@ def test_a_function_without_an_answer_is_named_with_its_document(
 
 
 @pytest.mark.parametrize("name", ["my_scores:none", "no_such_module:score"])
-def test_a_function_that_is_not_there_is_refused(tmp_path: Path, module: ModuleType, name: str) -> None:
+def test_a_missing_function_is_refused(tmp_path: Path, module: ModuleType, name: str) -> None:
     (tmp_path / "texts").mkdir()
     with pytest.raises(DataError, match="can't be imported"):
         prepare(_texts(tmp_path / "texts"), 257, 0.3, tmp_path / "stores", difficulty=name)

@@ -252,7 +252,7 @@ def test_a_given_tokenizer_is_used_and_names_the_store(texts: Path, tmp_path: Pa
     assert len(directories | {learned.directory}) == 3
 
 
-def test_a_tokenizer_that_is_none_is_named(texts: Path, tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_is_named(texts: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can't be read: No such file"):
         prepare(str(texts), 300, 0.3, tmp_path, tokenizer=tmp_path / "none.json")
     (tmp_path / "some.json").write_text("{}")

@@ -1,4 +1,5 @@
-"""Preparation of corpora of any size, without a cluster: `map` carries out the tasks, or somebody in another order."""
+"""Preparation of corpora of any size, without a cluster: `map` runs the tasks, or a function that runs them in another
+order."""
 
 import gzip
 import hashlib
@@ -300,7 +301,7 @@ def test_bad_records_are_named_in_the_quarantine_and_left_out(corpus: Path, tmp_
     assert found["cut.jsonl.gz#0"] == texts(1, 500)[0]
 
 
-def test_too_many_bad_records_let_no_store_come_about(corpus: Path, tmp_path: Path) -> None:
+def test_too_many_bad_records_prevent_the_store(corpus: Path, tmp_path: Path) -> None:
     write_bad(corpus)
     with pytest.raises(
         DataError, match=r"8 of \d+ records are bad, more than max_bad 0.01 allows: .*:2: not JSON"
@@ -322,7 +323,7 @@ def test_file_names_may_be_any_bytes(corpus: Path, tmp_path: Path) -> None:
     assert [os.fsencode(name) for name in ids_of(done.store)] == [b"\xff%d.txt" % number for number in range(9)]
 
 
-def test_a_wrong_key_is_told_by_its_reason(corpus: Path, tmp_path: Path) -> None:
+def test_a_wrong_text_key_is_named_in_the_reason(corpus: Path, tmp_path: Path) -> None:
     write_lines(corpus / "a.jsonl", texts(9))
     with pytest.raises(DataError, match="9 of 9 records are bad.*no key 'body'; it has 'text'"):
         prepare_corpora(replace(PLAIN, sources=(str(corpus),), text_key="body"), tmp_path / "stores", map)
@@ -353,7 +354,7 @@ def own_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.param(lambda text: 1 / 0, "raised ZeroDivisionError: division by zero", id="raises"),
     ],
 )
-def test_a_score_that_is_none_is_named_with_file_and_line(
+def test_an_invalid_score_is_named_with_file_and_line(
     corpus: Path, tmp_path: Path, own_signal: ModuleType, worth: Callable[[str], float], what: str
 ) -> None:
     rows = texts(60)
@@ -413,20 +414,20 @@ def test_a_corpus_without_text_is_refused(corpus: Path, tmp_path: Path) -> None:
 def test_a_corpus_that_changes_under_way_is_noticed(corpus: Path, tmp_path: Path, stage: str, change: str) -> None:
     path = write_lines(corpus / "a.jsonl", texts(60))
 
-    def tell(now: str, fraction: float) -> None:
+    def on_progress(now: str, fraction: float) -> None:
         if now == stage and fraction == 0:
             rows = {"text": ["Other", *texts(60)[1:]], "fewer": texts(59), "more": ["More", *texts(60)], "gone": []}
             write_lines(path, rows[change])
 
     with pytest.raises(DataError, match="the corpus changed while it was read: .*a.jsonl"):
-        prepare_corpora(replace(PLAIN, sources=(str(path),)), tmp_path / "stores", map, tell)
+        prepare_corpora(replace(PLAIN, sources=(str(path),)), tmp_path / "stores", map, on_progress)
     assert all(found.name.startswith(".") for found in (tmp_path / "stores").iterdir())
 
 
 # -- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_taken_up_and_nothing_else(corpus: Path, tmp_path: Path) -> None:
+def test_finished_parts_are_reused_and_no_others(corpus: Path, tmp_path: Path) -> None:
     request = replace(PLAIN, sources=(str(write_folder(corpus)),))
     whole = prepare_corpora(request, tmp_path / "whole", map)
 
@@ -491,7 +492,7 @@ def test_a_part_that_is_lost_before_the_end_is_an_error(corpus: Path, tmp_path: 
         for part in (tmp_path / "stores").glob(".*/00000001.part"):
             part.unlink()
 
-    with pytest.raises(StoreCorrupt, match=r"00000001\.part was written and is not there"):
+    with pytest.raises(StoreCorrupt, match=r"00000001\.part was written, but is missing"):
         prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", losing)
     assert not [path for path in (tmp_path / "stores").glob("store-*") if path.is_dir()]
 
@@ -519,7 +520,7 @@ def test_a_job_may_name_the_store(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "unused").exists()
 
 
-def test_a_job_that_wants_the_store_otherwise_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_job_with_other_settings_than_the_store_is_refused(corpus: Path, tmp_path: Path) -> None:
     store = prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", map).store
     source = str(store.directory)
     other = prepare(str(corpus), 290, 0.3, tmp_path / "other").directory / TOKENIZER
@@ -543,7 +544,7 @@ def test_a_damaged_store_is_no_source(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_store_is_no_text(corpus: Path, tmp_path: Path) -> None:
     store = prepare_corpora(replace(PLAIN, sources=(str(write_folder(corpus)),)), tmp_path / "stores", map).store
-    with pytest.raises(DataError, match="is a prepared token store, no text"):
+    with pytest.raises(DataError, match="is a prepared token store, not text"):
         prepare_corpora(replace(PLAIN, sources=(str(store.directory),)), tmp_path / "again", map)
 
 
@@ -559,7 +560,7 @@ def test_the_manifest_of_a_plain_store_has_no_new_keys(corpus: Path, tmp_path: P
     )
 
 
-def test_pydocs_say_how_to_get_them_or_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pydocs_are_read_or_the_error_names_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.data.corpus.sources.PYDOCS", tmp_path / "_sources")
     request = replace(PLAIN, sources=("builtin:pydocs",))
     with pytest.raises(DataError, match="builtin:pydocs") as raised:
@@ -580,13 +581,13 @@ def test_memory_per_document_is_small(tmp_path: Path) -> None:
     prepare_corpora(request, tmp_path / "warm", map)
     sizes = []
 
-    def tell(stage: str, fraction: float) -> None:
+    def on_progress(stage: str, fraction: float) -> None:
         if stage == "encoding" and fraction == 0.0:
             sizes.append(tracemalloc.get_traced_memory()[0])
 
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    prepare_corpora(request, tmp_path / "stores", map, tell)
+    prepare_corpora(request, tmp_path / "stores", map, on_progress)
     tracemalloc.stop()
     assert os.path.getsize(path) > 5_000 * 64
     assert (sizes[0] - before) / 5_000 < 120  # the held blocks' bits, digests, split and, per block, its places

@@ -104,7 +104,7 @@ def test_pairs_share_cells_only_if_there_are_too_many() -> None:
     assert len(np.unique(crowded)) > 0.95 * len(crowded)  # spread as by chance: 0.977
 
 
-def test_what_repeats_is_easier_than_noise() -> None:
+def test_repetitive_text_is_easier_than_noise() -> None:
     noise, other = (
         [BORDER, *chance.integers(0, BORDER, 400).tolist()] for chance in map(np.random.default_rng, (0, 1))
     )

@@ -38,7 +38,7 @@ def test_every_ascii_character_is_where_the_tokenizer_has_it(text: str) -> None:
     assert_same([text])
 
 
-def test_a_full_table_begins_anew() -> None:
+def test_a_full_word_cache_is_emptied() -> None:
     table = WordCache(TOKENIZER, largest=1000)
     for number in range(50):
         assert_same([f"the cat number {number} sat on x{'y' * number}", "é" * number], table)

@@ -83,7 +83,7 @@ FORGETFUL = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.c
 REFUSED = {
     "no template": ("{% for m in %}", [], "can't be read"),
     "refuses": ("{{ raise_exception('roles must alternate') }}", CHAT, "roles must alternate"),
-    "forgets earlier turns": (FORGETFUL, CHAT, "renders turn 3 otherwise if it stands alone"),
+    "forgets earlier turns": (FORGETFUL, CHAT, "renders turn 3 differently if it is alone"),
     "reaches into Python": ("{{ messages.__class__.__mro__ }}", CHAT, "refuses the chat"),
 }
 

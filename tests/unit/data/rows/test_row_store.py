@@ -74,7 +74,7 @@ def test_rows_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path, ro
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_is_there_stays(tmp_path: Path) -> None:
+def test_an_existing_store_stays(tmp_path: Path) -> None:
     first = _written(tmp_path, ROWS)
     assert _written(tmp_path, ROWS).digest == first.digest
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -85,7 +85,7 @@ def test_a_users_function_gives_the_factor(tmp_path: Path) -> None:
         ("return 1 / 0", "for step 3 raised ZeroDivisionError"),
     ],
 )
-def test_what_is_no_factor_is_named(tmp_path: Path, body: str, message: str) -> None:
+def test_an_invalid_factor_is_named(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(EntrypointError, match=message):
         learning_rate(_own(tmp_path, body), 3)
 

@@ -54,7 +54,7 @@ def test_a_product_is_as_near_as_the_rounding_of_its_factors(
     assert mm(left, right, out=written, of_gradient=of_gradient) is written and torch.equal(written, found)
 
 
-def test_factors_may_lie_in_memory_column_by_column() -> None:
+def test_factors_may_be_column_major() -> None:
     left, right = _drawn(20, 9), _drawn(6, 20, seed=2)
     assert torch.equal(mm(left.t(), right.t()), mm(left.t().contiguous(), right.t().contiguous()))
 

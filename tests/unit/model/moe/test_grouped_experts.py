@@ -98,7 +98,7 @@ def test_bf16_takes_them_and_gives_nearly_what_fp32_gives() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.3)
 
 
-def test_weights_that_lie_at_equal_distances_are_not_copied() -> None:
+def test_weights_at_equal_distances_in_memory_are_not_copied() -> None:
     flat = torch.arange(4 * 48, dtype=torch.bfloat16, device=devices.device())
     weights = [flat[48 * n + 8 : 48 * n + 40].view(4, 8) for n in range(4)]
     together = grouped_experts.stacked(weights)
@@ -113,7 +113,7 @@ def test_weights_that_lie_at_equal_distances_are_not_copied() -> None:
     [(0, 32, 96), (64, 32, 0), (4, 36, 68), (0, 36, 72), (0, 16, 32)],
     ids=["gap", "back", "odd", "step", "in"],
 )
-def test_weights_that_lie_otherwise_are_copied(offsets: tuple[int, ...]) -> None:
+def test_weights_at_other_distances_are_copied(offsets: tuple[int, ...]) -> None:
     flat = torch.arange(128, dtype=torch.bfloat16, device=devices.device())
     weights = [flat[at : at + 32].view(4, 8) for at in offsets]
     together = grouped_experts.stacked(weights)

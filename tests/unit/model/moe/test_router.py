@@ -43,7 +43,7 @@ def test_gates_are_the_chosen_scores_normalised(scaling_factor: float) -> None:
     torch.testing.assert_close(routing.gates_NK, scaling_factor * chosen_NK / chosen_NK.sum(-1, keepdim=True))
 
 
-def test_the_bias_decides_who_is_chosen_and_not_how_much_it_counts() -> None:
+def test_the_bias_changes_the_choice_of_experts_and_not_their_weights() -> None:
     router, x_ND = _router(), _tokens()
     before = router(x_ND)
     assert not bool((before.expert_ids_NK == 3).any(-1).all())

@@ -36,7 +36,7 @@ def _shares(
 
 
 def _decide(run: ScalingView, free: float, placed: int | None = None) -> tuple[int, str] | None:
-    """With `free` processors free, and as many workers placed as are wanted unless told."""
+    """With `free` processors free, and by default as many workers placed as are wanted."""
     homes = {"run": run.wanted + run.standby if placed is None else placed}
     found = decide_sizes([run], _shares([run], homes, {"node": {"CPU": free}}))
     return (found[0].workers, found[0].why) if found else None
@@ -96,7 +96,7 @@ def test_the_first_run_is_served_first() -> None:
     ]
 
 
-def test_nodes_on_which_a_run_puts_nobody_have_no_room_for_it() -> None:
+def test_nodes_that_a_run_avoids_have_no_room_for_it() -> None:
     free = {"good": {"CPU": 1.0}, "bad": {"CPU": 1.0}}
     runs = [_run(run_id="a", avoid=("bad",)), _run(run_id="b")]
     homes = {"a": 2, "b": 2}
@@ -144,7 +144,7 @@ def test_a_worker_that_adds_too_little_goes_and_does_not_come_back() -> None:
     assert _decide(_fast({2: 200.0, 3: 230.0}, wanted=3, least=3), 9.0) is None
 
 
-def test_what_a_rescale_costs_has_to_come_back() -> None:
+def test_a_rescale_must_save_more_than_it_costs() -> None:
     assert _decide(_fast({2: 200.0}, left_s=3.0, stall_s=1.1), 9.0) is None
     assert _decide(_fast({2: 200.0}, left_s=3.0, stall_s=0.9), 9.0) is not None
 
@@ -168,7 +168,7 @@ def test_demand_is_what_runs_would_have_if_there_were_room(run: ScalingView, wor
     assert demand([run]) == (Demand(CPU),) * workers
 
 
-def test_what_others_have_asked_for_is_left_alone_where_no_run_leaves_its_size_open() -> None:
+def test_requests_of_others_are_unchanged_if_no_run_leaves_its_size_open() -> None:
     by_hand = _run(policy="manual", wanted=3)
     assert demand([]) == demand([by_hand]) == ()
     assert demand([by_hand, _run()]) == (Demand(CPU),) * 5  # all that there is to be room for
@@ -206,7 +206,7 @@ def test_bounds_are_those_of_the_stage_and_else_of_the_job() -> None:
     assert bounds(by_stage, "b") == (2, 2)  # workers.initial
 
 
-def _told(life: Life, workers: int, by_hand: bool) -> None:
+def _request_size(life: Life, workers: int, by_hand: bool) -> None:
     life.target = DesiredRunState(seq=life.target.seq + 1, workers=workers, by_hand=by_hand)
 
 
@@ -214,7 +214,7 @@ def _scale(life: Life) -> ScalingView:
     return scale_of(life.limits, life.state, life.seen(), CPU)
 
 
-def test_what_is_told_of_a_run() -> None:
+def test_the_scaling_view_of_a_run() -> None:
     life = Life(limits_of(steps=200, autoscale=AutoscaleSpec(policy="available", cooldown_s=20.0)))
     assert not _scale(life).is_steady
     life.run_until(lambda: life.step == 20)
@@ -222,7 +222,7 @@ def test_what_is_told_of_a_run() -> None:
     assert (found.wanted, found.least, found.most) == (2, 1, 4)
     assert found.is_steady and not found.is_pinned and not found.rests
     assert found.speeds == {2: 100.0} and found.left_s == 179.0
-    _told(life, 3, by_hand=False)
+    _request_size(life, 3, by_hand=False)
     life.tick()
     grown_s = life.now_s
     assert _scale(life).wanted == 3 and not _scale(life).is_steady
@@ -230,19 +230,19 @@ def test_what_is_told_of_a_run() -> None:
     assert _scale(life).rests
     life.run_until(lambda: life.now_s > grown_s + 20.0)
     assert not _scale(life).rests
-    _told(life, 2, by_hand=False)
+    _request_size(life, 2, by_hand=False)
     life.run_until(lambda: len(life.state.members) == 2 and _scale(life).is_steady)
     assert not _scale(life).rests  # it may grow again at once: only growing makes it rest
-    _told(life, 4, by_hand=True)
+    _request_size(life, 4, by_hand=True)
     life.run_until(lambda: len(life.state.members) == 4)
     assert _scale(life).is_pinned
-    _told(life, 4, by_hand=False)
+    _request_size(life, 4, by_hand=False)
     life.tick()
     assert not _scale(life).is_pinned and _scale(life).wanted == 4
 
 
-def test_workers_of_a_size_to_come_are_told_of() -> None:
-    """They are held from the beginning on: nobody else gets their places."""
+def test_the_scaling_view_includes_workers_of_a_scheduled_size() -> None:
+    """They are held from the beginning: no other run gets their places."""
     life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledScale(at_step=50, workers=4),)))
     life.run_until(lambda: life.step == 10)
     assert len(life.state.worker_group) == 4 and _scale(life).full == 4
@@ -252,7 +252,7 @@ def test_a_size_by_hand_is_the_least_that_is_kept_for_a_run() -> None:
     life = Life(limits_of(steps=90, initial_workers=4, autoscale=AutoscaleSpec(policy="stage")))
     life.run_until(lambda: life.step == 3)
     assert _scale(life).least == 4
-    _told(life, 2, by_hand=True)
+    _request_size(life, 2, by_hand=True)
     life.run_until(lambda: life.sizes[-1] == 2)
     assert (_scale(life).least, claim_of(_scale(life))) == (2, 2)
 
@@ -266,7 +266,7 @@ def test_an_ending_run_is_left_alone() -> None:
     assert decide_sizes([_scale(life)], {"run": FairShare(9, UNLIMITED)}) == ()
 
 
-def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() -> None:
+def test_a_size_that_gained_too_little_is_not_tried_again_in_this_stage() -> None:
     limits = limits_of(steps=900, autoscale=AutoscaleSpec(policy="throughput", cooldown_s=0.0))
     life = Life(limits)
     life.run_until(lambda: life.step == 5)

@@ -33,7 +33,7 @@ def test_parts_of_two_gpus_make_no_place(free: float, gpus: float, fit: int, dev
 
 @pytest.mark.parametrize("gpus", [0.6, 0.75, 0.4, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("devices", [1, 2, 5, 8])
-def test_on_a_node_of_workers_that_are_alike_the_room_is_what_is_left(gpus: float, devices: int) -> None:
+def test_on_a_node_of_equal_workers_the_room_is_the_rest(gpus: float, devices: int) -> None:
     room = devices * int(1 / gpus + 1e-9)
     for held in range(room + 1):
         assert _places(devices - held * gpus, gpus, devices) == room - held

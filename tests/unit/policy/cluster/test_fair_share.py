@@ -1,4 +1,4 @@
-"""How a cluster's places are divided among runs: who is let in, who is shrunk, who is preempted, and that nobody
+"""How a cluster's places are divided among runs: which are admitted, shrunk or preempted, and that no run
 starves."""
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def _new(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> ScalingV
 def _divide(
     runs: Sequence[ScalingView], free: float = 0.0, homes: Mapping[str, int] | None = None, now_s: float = NOW_S
 ) -> dict[str, FairShare]:
-    """On one node, where every run that trains has its place unless told."""
+    """On one node, where every run that trains has its places unless `homes` differs."""
     held = {run.run_id: has(run) for run in runs} if homes is None else homes
     places = {run: ["n"] * count for run, count in held.items()}
     return divide(runs, {run.run_id: claim_of(run) for run in runs}, places, {"n": {"CPU": free}}, now_s)
@@ -69,7 +69,7 @@ def test_a_run_of_the_same_priority_waits() -> None:
     assert _granted(_divide([_run("old"), _new("young")], 1.0)) == {"old": None, "young": 1}
 
 
-def test_what_nobody_needed_is_given_to_who_waits() -> None:
+def test_unneeded_places_go_to_waiting_runs() -> None:
     """A run that finds its size has grown into free places."""
     old = _run("old", policy="available", most=8)
     assert _granted(_divide([old, _new("young", 2, 2)])) == {"old": 2, "young": None}
@@ -77,7 +77,7 @@ def test_what_nobody_needed_is_given_to_who_waits() -> None:
     assert _granted(_divide([replace(old, priority=1), _new("young", 2, 2)])) == {"old": None, "young": 0}
 
 
-def test_who_is_preempted() -> None:
+def test_the_choice_of_preempted_runs() -> None:
     """Only where minimums leave no room, only lower ones, the lowest and youngest first, and as few as are enough."""
     runs = [
         _run("a", 2, 2, submitted_s=1.0),
@@ -106,7 +106,7 @@ def test_who_is_preempted() -> None:
 
 
 @pytest.mark.parametrize(("is_long", "granted"), [(False, {"low": None, "high": 0}), (True, {"low": 0, "high": None})])
-def test_who_was_just_let_in_is_not_preempted(is_long: bool, granted: dict[str, int | None]) -> None:
+def test_a_newly_admitted_run_is_not_preempted(is_long: bool, granted: dict[str, int | None]) -> None:
     """Nor who has not begun yet, unless that takes too long."""
     high = _new("high", 1, 1, priority=5)
     trains = _run("low", 1, 1, admitted_s=NOW_S - 500.0, begun_s=NOW_S - PROTECTED_S + (not is_long))
@@ -115,7 +115,7 @@ def test_who_was_just_let_in_is_not_preempted(is_long: bool, granted: dict[str, 
 
 
 def test_the_first_in_the_queue_is_not_overtaken() -> None:
-    """Nor does anybody grow into what it waits for; on nodes that are of no use to it they may."""
+    """Nor does another run grow into places for which it waits, except on nodes that it can't use."""
     runs = [_run("old", 3, 1, grant=Grant(2)), _new("big", 4, 4), _new("small", 1, 1, submitted_s=NOW_S + 1)]
     shares = _divide(runs, 2.0)
     assert _granted(shares) == {"old": 2, "big": 0, "small": 0}
@@ -128,21 +128,21 @@ def test_the_first_in_the_queue_is_not_overtaken() -> None:
     assert _granted(shares) == {"old": None, "big": 0, "small": None}
 
 
-def test_what_is_taken_from_a_lower_run_is_not_kept_for_who_waits() -> None:
+def test_places_taken_from_a_lower_run_are_not_reserved_for_a_waiting_one() -> None:
     """One that has waited long comes first in the queue, but could not have preempted that run itself."""
     waits = _new("waits", 1, 1, queued_s=NOW_S - 11 * AGE_S)
     runs = [waits, _run("middle", 4, 4, priority=1), _new("high", 4, 4, priority=9)]
     assert _granted(_divide(runs)) == {"waits": 0, "middle": 0, "high": None}
 
 
-def test_who_could_never_be_let_in_is_not_in_the_way() -> None:
+def test_a_run_that_could_never_be_admitted_blocks_no_other() -> None:
     """A node has gone since it was submitted."""
     shares = _divide([_new("big", 5, 5), _new("small", 1, 1, submitted_s=NOW_S + 1)], 4.0)
     assert _granted(shares) == {"big": 0, "small": None}
     assert shares["big"].grant.why == "the cluster has room for at most 4 of its workers; it needs at least 5"
 
 
-def test_who_gives_way_knows_for_whom() -> None:
+def test_a_preempted_run_knows_for_which_run() -> None:
     """Until it has done so, whatever else is true by then; and nobody waits behind it."""
     low, high = _run("low", 3, 3), _new("high", 3, 3, priority=5)
     out = _divide([low, high], 1.0)["low"].grant
@@ -155,7 +155,7 @@ def test_who_gives_way_knows_for_whom() -> None:
     assert shares["v"].grant.workers == 0 and "behind x in the queue" in shares["y"].grant.why
 
 
-def test_whoever_has_nothing_to_do_with_it_is_not_named() -> None:
+def test_unconcerned_runs_are_not_named() -> None:
     low, high = _run("low", 4, 1, grant=Grant(2)), _run("high", 2, 1, priority=5, request={"GPU": 1.0})
     homes = {"low": ["n"] * 2, "high": ["g"] * 2}
     shares = divide([low, high], {"low": 4, "high": 2}, homes, {"n": {"CPU": 0.0}, "g": {"GPU": 0.0}}, NOW_S)
@@ -199,39 +199,41 @@ def test_the_oldest_workers_keep_their_places() -> None:
 # -- what runs are told ----------------------------------------------------------------------------------------------
 
 
-def _told(runs: Sequence[ScalingView], shares: Mapping[str, FairShare]) -> list[tuple[str, int | None, float | None]]:
+def _new_grants(
+    runs: Sequence[ScalingView], shares: Mapping[str, FairShare]
+) -> list[tuple[str, int | None, float | None]]:
     return [(new.run_id, new.grant.workers, new.patience_s) for new in new_grants(runs, shares)]
 
 
-def test_whoever_gives_way_hears_of_it_first() -> None:
+def test_grants_that_shrink_come_before_those_that_grow() -> None:
     runs = [_new("high", 2, 2, priority=5), _run("low", 4, 1)]
-    assert _told(runs, _divide(runs)) == [("low", 2, 0.0), ("high", None, 0.0)]
+    assert _new_grants(runs, _divide(runs)) == [("low", 2, 0.0), ("high", None, 0.0)]
 
 
-def test_a_place_has_to_be_missing_for_a_while_unless_somebody_is_let_in() -> None:
+def test_a_place_must_be_missing_for_a_while_unless_a_run_is_admitted() -> None:
     runs = [_run("low", 3, 1), _run("high", 4, 1, priority=5)]
-    assert _told(runs, _divide(runs, 0.0, {"low": 3, "high": 2})) == [("low", 1, FREED_S)]
+    assert _new_grants(runs, _divide(runs, 0.0, {"low": 3, "high": 2})) == [("low", 1, FREED_S)]
     alone = [_run("low", 3, 1)]
-    assert _told(alone, _divide(alone, 0.0, {"low": 2})) == [("low", 2, FREED_S)]
+    assert _new_grants(alone, _divide(alone, 0.0, {"low": 2})) == [("low", 2, FREED_S)]
 
 
-def test_a_run_that_is_alone_is_let_in_at_once() -> None:
-    assert _told([_new("a")], _divide([_new("a")], 4.0)) == [("a", None, None)]
+def test_a_single_run_is_admitted_at_once() -> None:
+    assert _new_grants([_new("a")], _divide([_new("a")], 4.0)) == [("a", None, None)]
 
 
 def test_a_run_that_trains_waits_for_the_rest_of_the_places_that_another_run_frees() -> None:
     run = replace(_run("low", 4, 1), grant=Grant(2, "there is room for 2"))
-    assert _told([run], _divide([run], 1.0, {"low": 2})) == [("low", 3, FREEING_S)]
-    assert _told([run], _divide([run], 2.0, {"low": 2})) == [("low", None, None)]
+    assert _new_grants([run], _divide([run], 1.0, {"low": 2})) == [("low", 3, FREEING_S)]
+    assert _new_grants([run], _divide([run], 2.0, {"low": 2})) == [("low", None, None)]
 
 
-def test_nothing_is_told_twice() -> None:
+def test_no_grant_is_repeated() -> None:
     """But what a run waits for, when that is something else."""
     waits = _new("b", 2, 2)
     runs = [_run("a", 2, 2), waits]
     shares = _divide(runs)
-    assert _told(runs, shares) == [("b", 0, 0.0)]
-    assert _told([runs[0], replace(waits, grant=shares["b"].grant)], shares) == []
+    assert _new_grants(runs, shares) == [("b", 0, 0.0)]
+    assert _new_grants([runs[0], replace(waits, grant=shares["b"].grant)], shares) == []
 
 
 # -- whatever the cluster and its runs are like ----------------------------------------------------------------------
@@ -308,7 +310,7 @@ def test_what_holds_in_any_cluster(
     for run in runs:
         share = shares[run.run_id]
         assert share.places <= claim_of(run)
-        assert share.grant.workers in (None, 0) or share.grant.workers >= run.least  # a gang, or nobody
+        assert share.grant.workers in (None, 0) or share.grant.workers >= run.least  # its minimum together, or none
         if run.queued_s is not None:
             continue
         if share.places < run.least:  # preempted, and only for who is higher
@@ -323,7 +325,7 @@ def test_what_holds_in_any_cluster(
 
 @settings(max_examples=300, deadline=None)
 @given(_clusters(are_alike=True))
-def test_what_was_decided_is_decided_again(
+def test_shares_of_runs_that_hold_their_grants_are_stable(
     cluster: tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]],
 ) -> None:
     """Once runs hold what they were granted, nothing changes any more: no place goes back and forth. With workers that
@@ -372,7 +374,7 @@ def _placed(
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_nobody_starves(data: st.DataObject) -> None:
+def test_no_run_starves(data: st.DataObject) -> None:
     """However many runs of a higher priority keep coming: a low one gets its turn, and keeps it long enough to work,
     however long runs take to start."""
     size, start_s = data.draw(st.integers(2, 4)), data.draw(st.sampled_from([0.0, 90.0]))
@@ -409,7 +411,7 @@ def test_nobody_starves(data: st.DataObject) -> None:
         now_s += 30.0
 
 
-def test_whose_places_are_not_there_waits_again() -> None:
+def test_an_admitted_run_without_its_places_waits_again() -> None:
     """Free places were counted, but not on one node: a run that has begun stays, another one leaves them to others."""
     free = {"n": {"CPU": 1.0}, "m": {"CPU": 1.0}}
     run = _run("a", 1, 1, request={"CPU": 2.0}, has_begun=False)

@@ -33,7 +33,7 @@ def test_gpus_are_counted_by_kind() -> None:
     assert kinds_of(nodes) == {"H100": 8, "A100": 6}
 
 
-def test_gpus_of_one_kind_are_alike_and_of_several_are_named() -> None:
+def test_gpus_of_several_kinds_are_named() -> None:
     assert check_alike({}, is_exact=True) == check_alike({"H100": 8}, is_exact=True) == ""
     warning = check_alike({"H100": 8, "A100": 6}, is_exact=False)
     assert warning.startswith("the nodes' GPUs are of 2 kinds: 6 A100, 8 H100; a step takes as long as on the slowest")

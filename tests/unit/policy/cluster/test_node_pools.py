@@ -42,7 +42,7 @@ def test_a_run_avoids_what_is_outside_of_its_pool() -> None:
     assert confined(replace(run, selector={"pool": "!in(a,b)"}), NODES).avoid == ("n0", "n0", "n1")
 
 
-def test_a_selector_that_fits_no_node_is_told_with_the_labels_that_there_are() -> None:
+def test_a_selector_that_fits_no_node_is_an_error_with_the_existing_labels() -> None:
     check_pool({"pool": "a"}, NODES)
     with pytest.raises(
         JobDoesNotFit, match=r"\{pool: x\} fits none of the cluster's 3 nodes; labels there are: pool: "

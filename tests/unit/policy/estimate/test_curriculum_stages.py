@@ -1,4 +1,4 @@
-"""Which stage begins when, as far as the job and its corpus say."""
+"""First steps of stages, as far as they follow from the job and its corpus."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ def _decided(*stages: tuple[str, int]) -> list[tuple[str, int]]:
     return [(stage.name, stage.first_step) for stage in found]
 
 
-def test_what_is_decided_comes_first_and_the_job_goes_on_behind_it() -> None:
+def test_decided_stages_come_first_and_the_jobs_follow() -> None:
     assert _decided() == [("a", 0), ("b", 10), ("c", 15)]
     assert _decided(("b", 4)) == [("a", 0), ("b", 4), ("c", 9)]
     assert _decided(("c", 4)) == [("a", 0), ("c", 4)]
@@ -118,13 +118,13 @@ def _continued(first_step: int, *decided: StageStart, present: tuple[StageStart,
     return [f"{stage.name}{stage.first_step}" for stage in after.stages]
 
 
-def test_what_is_decided_for_the_past_comes_too_late() -> None:
+def test_decisions_about_past_steps_are_too_late() -> None:
     assert _continued(7, StageStart("c", 7)) == ["a0", "c7"]
     assert _continued(8, StageStart("c", 7)) == ["a0", "b10", "c15"]
     assert _continued(12, StageStart("b", 4), StageStart("c", 12)) == ["a0", "b10", "c12"]
 
 
-def test_what_was_followed_stays_though_it_is_not_spoken_of_any_more() -> None:
+def test_a_followed_stage_stays_after_directives_stop_naming_it() -> None:
     assert _continued(8, present=(StageStart("b", 4),)) == ["a0", "b4", "c9"]
     assert _continued(8, StageStart("a", 8), present=(StageStart("b", 4),)) == ["a0", "b4", "a8", "b18", "c23"]
 

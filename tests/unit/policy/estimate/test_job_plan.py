@@ -34,7 +34,7 @@ def test_sharded_parts_shrink_and_dense_weights_stay() -> None:
 
 
 def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
-    """Not as `num_hidden_layers` says, which means nothing to a user's own model."""
+    """Independent of `num_hidden_layers`, which a user's own model need not use."""
     train = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 8}
     traffic = _plan(ours=False, **train).worlds[1].traffic
     rows = round(4 * 8 * (1 - 6 / 28))  # tokens of which both experts are at home stay there
@@ -42,7 +42,7 @@ def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
     assert traffic.dispatch == 2 * rows * (128 + 4) * 4  # with a gate for each expert of the receiver
 
 
-def test_stage_two_reduces_after_every_slot() -> None:
+def test_stage_two_reduces_after_every_micro_batch() -> None:
     once, often = (_plan(zero_stage=stage, global_batch_size=16, micro_batch_size=4).worlds[1] for stage in (1, 2))
     assert once.traffic.gradients_reduced == 4 * 4000
     assert often.traffic.gradients_reduced == 2 * once.traffic.gradients_reduced  # 4 micro-batches on 2 workers
@@ -55,7 +55,7 @@ def test_bf16_halves_weights_and_gathers() -> None:
     assert half.memory.masters == full.memory.masters
 
 
-def test_a_model_of_the_users_has_no_activations_told() -> None:
+def test_a_users_model_has_no_estimate_of_activations() -> None:
     memory = _plan(ours=False).worlds[0].memory
     assert memory.activations is None and memory.loss is None
     assert memory.training == memory.weights + memory.masters + memory.moments + memory.buffers + memory.gradients + (

@@ -50,7 +50,7 @@ def test_a_buddys_snapshots_that_do_not_fit_are_refused_with_every_figure() -> N
     check_memory(*_job("4GB", workers="2", protection={"every": "none"}))
 
 
-def test_whole_snapshots_alone_take_less_memory_which_is_said() -> None:
+def test_the_memory_error_suggests_whole_snapshots_only() -> None:
     refusal = _refusal(*_job("6GB", workers="2"))
     assert "gradients of the steps between two of them" in refusal.message
     amount = re.search(r"recovery.whole_every: 1, for (\S+) GB", refusal.remedy)

@@ -1,4 +1,4 @@
-"""What schemes of compression are said to send."""
+"""Estimated traffic of compression schemes."""
 
 import pytest
 

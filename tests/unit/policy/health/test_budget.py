@@ -27,7 +27,7 @@ def _losses(*times_s: float, cause: str = "worker", node: str = "a") -> tuple[Wo
     return tuple(WorkerFailure(f"w{i}", node, cause, 5, time_s) for i, time_s in enumerate(times_s))
 
 
-def test_whoever_is_lost_in_the_same_moment_is_one_failure() -> None:
+def test_workers_lost_at_the_same_moment_are_one_failure() -> None:
     assert count_failures(_losses(10.0, 10.0, 11.0), now_s=12.0) == {"worker": 2}
     assert count_failures(_losses(10.0, 10.0 + WINDOW_S), now_s=11.0 + WINDOW_S) == {"worker": 1}
 
@@ -68,7 +68,7 @@ def test_a_node_that_keeps_failing_is_quarantined_unless_it_is_the_only_one() ->
 
 
 @pytest.mark.parametrize(("number", "divisor"), [(8, 4), (6, 3), (9, 3), (7, 1), (2, 1), (1, 1)])
-def test_slots_shrink_so_that_they_still_fill_the_batch(number: int, divisor: int) -> None:
+def test_micro_batches_shrink_so_that_they_still_fill_the_batch(number: int, divisor: int) -> None:
     assert largest_proper_divisor(number) == divisor
 
 
@@ -108,7 +108,7 @@ def test_after_many_losses_in_a_row_replacements_are_held_back() -> None:
     assert waited_s >= 2.0 and life.state.outcome is None
 
 
-def test_a_failing_node_is_told_of_once_and_taken_back() -> None:
+def test_a_failing_node_is_quarantined_and_later_released_with_one_event_each() -> None:
     life = Life(limits_of(steps=3000, initial_workers=2, recovery=RecoverySpec(quarantine_after=2)))
     life.nodes = {"w0": "good"} | {f"w{n}": "bad" for n in range(1, 9)}
     life.run_until(lambda: life.step == 3)
@@ -122,7 +122,7 @@ def test_a_failing_node_is_told_of_once_and_taken_back() -> None:
     assert [len(life.of_kind(kind)) for kind in ("node_quarantined", "node_released")] == [1, 1]
 
 
-def test_out_of_memory_makes_slots_smaller_once_per_generation() -> None:
+def test_out_of_memory_makes_micro_batches_smaller_once_per_generation() -> None:
     life = Life(limits_of(steps=400, initial_workers=3, micro_batch=MicroBatchSize(rows=6)))
     _goes_on(life, 0)
     _fails(life, "w0", "out_of_memory")
@@ -139,7 +139,7 @@ def test_out_of_memory_makes_slots_smaller_once_per_generation() -> None:
     assert life.state.current.micro_batch.rows == 1
 
 
-def test_out_of_memory_in_the_smallest_slots_ends_with_the_budget() -> None:
+def test_out_of_memory_at_the_smallest_micro_batches_ends_with_the_budget() -> None:
     life = Life(limits_of(steps=400, recovery=RecoverySpec(budgets=BudgetsSpec(out_of_memory=1))))
     for generation in range(2):
         _goes_on(life, generation)
@@ -161,7 +161,7 @@ def test_a_poisoned_batch_is_left_out_from_the_next_generation_on() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED
 
 
-def test_a_run_below_its_least_size_says_that_the_next_worker_is_held_back() -> None:
+def test_the_status_of_a_run_below_its_least_size_shows_the_delay_of_the_next_worker() -> None:
     life = Life(limits_of(steps=400, initial_workers=2, min_workers=2))
     life.run_until(lambda: life.step == 5)
     for _ in range(FREE_FAILURES + 2):
@@ -172,7 +172,7 @@ def test_a_run_below_its_least_size_says_that_the_next_worker_is_held_back() -> 
 
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "numeric", "user_error"])
-def test_an_error_that_is_told_after_a_peers_complaint_is_heard_all_the_same(kind: str) -> None:
+def test_an_error_reported_after_a_peers_is_still_counted(kind: str) -> None:
     life = Life(limits_of(steps=40, initial_workers=3, micro_batch=MicroBatchSize(rows=4)))
     life.run_until(lambda: life.step == 9)
     life.stop("w1")

@@ -1,4 +1,4 @@
-"""When a collapse or swinging loads are told of, when they are over, and which steps say nothing."""
+"""Events of collapses and swinging loads, their ends, and the steps that don't count."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def _steps(*loads: tuple[ExpertLoad, int], first: int = 0, **changes: object) ->
     return [record(first + number, experts=load, **changes) for number, load in enumerate(each)]
 
 
-def test_a_collapse_is_told_once_it_has_lasted_with_its_first_step_and_its_layer() -> None:
+def test_a_lasting_collapse_is_reported_with_its_first_step_and_layer() -> None:
     begun = [(EVEN, 100), (COLLAPSED, ENOUGH_STEPS - 1)]
     assert routing_news(MODEL, _steps(*begun), NONE) == []
     wanted = ExpertsCollapsed(100, layer=2, max_violation=2.9)
@@ -56,7 +56,7 @@ def test_a_collapse_is_over_once_loads_are_even_again() -> None:
     assert routing_news(MODEL, _steps(*steps, (EVEN, 1)), known) == [ExpertsEven(100)]
 
 
-def test_swinging_loads_are_told_and_over() -> None:
+def test_swinging_loads_are_reported_until_they_are_over() -> None:
     swinging = _steps((EVEN, 50), (SWINGING, ENOUGH_STEPS))
     assert routing_news(MODEL, swinging[:-1], NONE) == []
     assert routing_news(MODEL, swinging, NONE) == [LoadsSwing(50, 0.8)]
@@ -78,14 +78,14 @@ def test_both_may_begin_at_once() -> None:
         pytest.param({"experts": EVEN, "tokens": ENOUGH - 1}, id="very few tokens"),
     ],
 )
-def test_steps_that_say_nothing_are_left_out(silent: dict[str, object]) -> None:
+def test_steps_without_usable_loads_are_left_out(silent: dict[str, object]) -> None:
     steps = _steps((EVEN, 50), (COLLAPSED, 10), (EVEN, 10), (COLLAPSED, 5))
     steps[60:70] = [changed(record, **silent) for record in steps[60:70]]
     assert [note.step for note in routing_news(MODEL, steps, NONE)] == [50]
     assert routing_news(MODEL, steps[:-1], NONE) == []
 
 
-def test_steps_that_follow_no_step_of_their_generation_say_nothing_of_swings() -> None:
+def test_first_steps_of_a_generation_do_not_count_for_swings() -> None:
     steps = _steps((EVEN, 50), (SWINGING, 10), (replace(EVEN, swing=None), 10), (SWINGING, 5))
     assert [note.step for note in routing_news(MODEL, steps, NONE)] == [50]
 
@@ -135,7 +135,7 @@ def test_a_warning_names_what_would_help(event: Event, model: dict[str, object],
     assert "embedding_scale" not in told or "embedding_scale" in model
 
 
-def test_a_warning_of_a_collapse_says_how_far_it_is() -> None:
+def test_a_warning_of_a_collapse_shows_its_extent() -> None:
     (told,) = routing_warnings(MODEL, Troubles(collapse=COLLAPSE))
     assert told.startswith("MoE layer 1 has collapsed since step 40")
     assert "MaxVio was 2.50 of 3.00 possible, where at most 1.50 is expected" in told

@@ -1,4 +1,4 @@
-"""What is told of the loads of experts, on counts made by hand."""
+"""Figures of the experts' loads, for counts made by hand."""
 
 import math
 

@@ -32,7 +32,7 @@ def test_few_steps_judge_nothing_and_old_ones_neither() -> None:
     assert explosion([*high, *low], record(92, loss=7.0), 2.0)
 
 
-def test_what_changed_nothing_is_no_explosion_until_it_goes_on_and_on() -> None:
+def test_skipped_updates_count_as_an_explosion_only_if_repeated() -> None:
     bad = [record(40 + n, loss=float("nan"), applied=False) for n in range(MAX_NOT_FINITE)]
     for count, step in enumerate(bad):
         why = explosion([*BEFORE, *bad[:count]], step, None)

@@ -15,7 +15,7 @@ from orchestrator.policy.health.snapshot_interval import (
     ("cost_s", "step_s", "interval"),
     [(0.0, 1.0, 1), (0.02, 1.0, 1), (0.021, 1.0, 2), (0.1, 1.0, 5), (0.1, 0.0, 1), (10.0, 1.0, MAX_INTERVAL)],
 )
-def test_as_often_as_is_cheap(cost_s: float, step_s: float, interval: int) -> None:
+def test_snapshots_are_as_frequent_as_their_cost_allows(cost_s: float, step_s: float, interval: int) -> None:
     assert interval_for(cost_s, step_s) == interval
     if 1 < interval < MAX_INTERVAL:
         assert cost_s / interval <= ALLOWED_COST * step_s < cost_s / (interval - 1)

@@ -30,7 +30,7 @@ def _life(replace: bool, **changes: object) -> Life:
     )
 
 
-def test_a_slow_member_is_told_of_once() -> None:
+def test_a_slow_member_is_reported_once() -> None:
     life = _life(replace=False)
     life.run_until(lambda: bool(life.of_kind("straggler")))
     (note,) = life.of_kind("straggler")
@@ -44,7 +44,7 @@ def test_a_slow_member_is_told_of_once() -> None:
 
 
 @pytest.mark.parametrize("standby", [0, 1])
-def test_where_the_job_wants_it_a_slow_member_is_replaced_and_let_go(standby: int) -> None:
+def test_with_replace_stragglers_a_slow_member_is_replaced_and_released(standby: int) -> None:
     life = _life(replace=True, standby=standby)
     life.run_until(lambda: bool(life.of_kind("straggler")))
     life.run_until(lambda: life.state.members == ("w0", "w3", "w2"))

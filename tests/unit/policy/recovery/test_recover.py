@@ -24,7 +24,7 @@ def _trained(life: Life) -> None:
     assert life.progress.watermark == life.limits.steps - 1
 
 
-def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
+def test_survivors_continue_at_once_and_the_lost_one_is_replaced() -> None:
     life = Life(limits_of(steps=40, initial_workers=4))
     life.run_until(lambda: life.step == 5)
     committed = life.progress.watermark
@@ -42,7 +42,7 @@ def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
     assert [r.why for r in life.state.rescales] == ["asked for"] or len(life.state.rescales) == 1
 
 
-def test_a_warm_standby_takes_the_place_at_once() -> None:
+def test_a_warm_standby_replaces_a_lost_member_at_once() -> None:
     life = Life(limits_of(steps=40, initial_workers=3, standby=1))
     life.run_until(lambda: life.step == 5)
     life.kill("w0")
@@ -103,7 +103,7 @@ def test_a_rank_lost_with_its_buddy_sends_the_run_back_to_a_checkpoint(with_chec
     _trained(life)
 
 
-def test_the_loss_of_everybody_sends_the_run_back_to_a_checkpoint() -> None:
+def test_the_loss_of_all_workers_sends_the_run_back_to_a_checkpoint() -> None:
     life = Life(limits_of(steps=40), checkpoint_every=4)
     life.run_until(lambda: life.step == 9)
     life.kill("w0")
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_waited_for() -> None:
     assert life.state.recoveries[0].step == 7
 
 
-def test_whoever_waits_for_a_checkpoint_may_be_stopped() -> None:
+def test_a_run_that_waits_for_a_checkpoint_may_be_stopped() -> None:
     life = _without_anybody_or_checkpoints()
     life.run_until(lambda: life.state.wants_restore)
     life.stop_run()
@@ -162,7 +162,7 @@ def test_whoever_waits_for_a_checkpoint_may_be_stopped() -> None:
     assert life.of_kind("rolled_back") == [] and life.committed == 7
 
 
-def test_below_the_least_number_of_workers_the_run_waits_and_says_so() -> None:
+def test_below_the_least_number_of_workers_the_run_waits_and_its_status_shows_it() -> None:
     life = Life(limits_of(steps=40, initial_workers=2, min_workers=2))
     life.run_until(lambda: life.step == 5)
     life.frozen = {"w2"}
@@ -222,7 +222,7 @@ def test_a_member_that_does_not_stop_is_killed() -> None:
     assert [note.cause for note in life.of_kind("worker_lost")] == ["hang"]
 
 
-def test_without_anybody_lost_the_same_members_go_on() -> None:
+def test_without_a_loss_the_same_members_continue() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     life.stop("w1")
@@ -265,7 +265,7 @@ def test_a_member_lost_while_the_first_world_is_made_is_replaced() -> None:
     assert set(life.done_by) == {("w0", "w2")}
 
 
-def test_whoever_left_is_kept_until_the_new_world_has_committed_a_step() -> None:
+def test_leavers_are_kept_until_the_new_world_has_committed_a_step() -> None:
     life = Life(limits_of(steps=40, initial_workers=2))
     life.run_until(lambda: life.step == 4)
     life.scale(1)
@@ -275,7 +275,7 @@ def test_whoever_left_is_kept_until_the_new_world_has_committed_a_step() -> None
     assert life.state.settled == 1
 
 
-def test_an_error_of_its_own_is_a_loss_too() -> None:
+def test_an_error_of_a_frozen_worker_counts_as_its_failure() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     life.frozen = {"w1"}
@@ -326,7 +326,7 @@ def test_the_same_user_error_twice_in_a_step_ends_the_run_with_its_traceback() -
     assert life.state.traceback == "Traceback: line 7"
 
 
-def test_a_user_error_that_does_not_come_again_is_lived_through() -> None:
+def test_a_user_error_that_is_not_repeated_is_survived() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     _fails_by_itself(life, "w1", "user_error")
@@ -335,7 +335,7 @@ def test_a_user_error_that_does_not_come_again_is_lived_through() -> None:
     assert {len(members) for members in life.done_by} == {3}
 
 
-def test_recoveries_that_lead_to_no_step_come_to_an_end() -> None:
+def test_recoveries_without_a_step_end_the_run() -> None:
     life = Life(limits_of(steps=40, initial_workers=3))
     life.run_until(lambda: life.step == 5)
     life.holds_still = True
@@ -356,7 +356,7 @@ def test_recoveries_that_lead_to_no_step_come_to_an_end() -> None:
     standby=st.integers(0, 1),
     every=st.sampled_from([None, 5]),
 )
-def test_every_step_is_published_once_whoever_dies_when(
+def test_every_step_is_published_once_for_any_death_at_any_time(
     requests: list[tuple[int, int]], deaths: list[tuple[int, int]], standby: int, every: int | None
 ) -> None:
     """The end comes, whatever happens, and a step that was committed is done again only if a whole state was lost."""
@@ -382,7 +382,7 @@ def test_every_step_is_published_once_whoever_dies_when(
     assert sorted(r.generation for r in life.state.recoveries) == [r.generation for r in life.state.recoveries]
 
 
-def test_who_is_on_the_way_to_the_world_that_recovers_has_not_hung() -> None:
+def test_a_worker_in_transition_to_the_recovering_world_has_not_hung() -> None:
     """However long its state takes to come."""
     life = Life(limits_of(steps=60, initial_workers=4))
     life.run_until(lambda: life.step == 17)

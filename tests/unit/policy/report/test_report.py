@@ -27,13 +27,13 @@ def report(story: Story, rates: Rates | None = None, size: ModelSize | None = No
     return report_of("run", story.events, gpus_per_worker=2.0, size=size, rates=rates)
 
 
-def known_seconds(told: RunReport) -> float:
-    return sum(spent.seconds for spent in told.time if spent.seconds is not None)
+def known_seconds(account: RunReport) -> float:
+    return sum(spent.seconds for spent in account.time if spent.seconds is not None)
 
 
 def test_worker_hours_reconcile_across_a_kill_a_rescale_and_a_pause() -> None:
-    told = report(eventful())
-    hours = told.workers
+    account = report(eventful())
+    hours = account.workers
     # By hand: members from each activation to the loss of one, the next activation, or the end.
     expected_s = 3 * 60.1 + 2 * (0.25 + 40 + 0.3) + 3 * (40 + 0.2) + 2 * (60 + 0.2)
     assert hours.members == pytest.approx(expected_s / 3600)
@@ -42,9 +42,9 @@ def test_worker_hours_reconcile_across_a_kill_a_rescale_and_a_pause() -> None:
     # Held from when they were asked for: the third worker of the last world since before its fence.
     held_s = expected_s + 3 * 8 + 2 * 8 + 1 * 0.3
     assert hours.held == pytest.approx(held_s / 3600) and hours.gpu == pytest.approx(2 * held_s / 3600)
-    assert told.paused_s == pytest.approx(600.0) and told.down_s == 0.0
-    assert told.elapsed_s == pytest.approx(8 + 60 + 0.35 + 40 + 0.3 + 40 + 0.2 + 8 + 60 + 0.2)
-    assert [span.outcome for span in told.attempts] == ["paused", "succeeded"]
+    assert account.paused_s == pytest.approx(600.0) and account.down_s == 0.0
+    assert account.elapsed_s == pytest.approx(8 + 60 + 0.35 + 40 + 0.3 + 40 + 0.2 + 8 + 60 + 0.2)
+    assert [span.outcome for span in account.attempts] == ["paused", "succeeded"]
 
 
 def test_time_in_the_queue_is_nobodys() -> None:
@@ -57,16 +57,16 @@ def test_time_in_the_queue_is_nobodys() -> None:
     story.give_way(300.0, 2)
     story.train(60)
     story.end("succeeded")
-    told = report(story)
-    assert told.queued_s == pytest.approx(350.0) and (told.paused_s, told.down_s) == (0.0, 0.0)
-    assert told.elapsed_s == known_seconds(told) == pytest.approx(8 + 60 + 0.5 + 8 + 60 + 0.2)
-    assert [span.outcome for span in told.attempts] == ["suspended", "succeeded"]
-    assert told.workers.members == pytest.approx(2 * (60.5 + 60.2) / 3600) and told.workers.reconciles
-    assert told.steps == 120 and told.wasted_steps == 0
+    account = report(story)
+    assert account.queued_s == pytest.approx(350.0) and (account.paused_s, account.down_s) == (0.0, 0.0)
+    assert account.elapsed_s == known_seconds(account) == pytest.approx(8 + 60 + 0.5 + 8 + 60 + 0.2)
+    assert [span.outcome for span in account.attempts] == ["suspended", "succeeded"]
+    assert account.workers.members == pytest.approx(2 * (60.5 + 60.2) / 3600) and account.workers.reconciles
+    assert account.steps == 120 and account.wasted_steps == 0
 
 
 def test_a_run_that_ends_in_the_queue_waited_to_its_end() -> None:
-    """The reason for which it waits may be told before it has stopped."""
+    """The reason for which it waits may be known before it has stopped."""
     story = Story()
     story.start(2)
     story.train(10)
@@ -79,34 +79,34 @@ def test_a_run_that_ends_in_the_queue_waited_to_its_end() -> None:
     assert report(story).queued_s == pytest.approx(30.0)
 
 
-def test_a_run_that_was_never_let_in_took_no_time() -> None:
+def test_a_run_that_was_never_admitted_has_no_duration() -> None:
     story = Story()
     story.tell(Submitted("run", 2))
     story.tell(Queued("there is no room for 2 workers"))
     story.now_s += 30.0
     story.end("stopped", 0.0)
-    told = report(story)
-    assert (told.queued_s, told.elapsed_s, told.workers.held) == (30.0, 0.0, 0.0)
+    account = report(story)
+    assert (account.queued_s, account.elapsed_s, account.workers.held) == (30.0, 0.0, 0.0)
 
 
-def test_time_is_split_as_records_and_events_tell() -> None:
-    told = report(eventful())
-    assert known_seconds(told) == pytest.approx(told.elapsed_s)
-    seconds = {spent.use: spent.seconds for spent in told.time}
+def test_time_is_split_by_records_and_events() -> None:
+    account = report(eventful())
+    assert known_seconds(account) == pytest.approx(account.elapsed_s)
+    seconds = {spent.use: spent.seconds for spent in account.time}
     assert seconds[Use.COMPUTE] == pytest.approx(0.7 * 200) and seconds[Use.COMMUNICATION] == pytest.approx(0.2 * 200)
     assert seconds[Use.DATA_WAIT] == pytest.approx(10.0) and seconds[Use.PROTECTION] == pytest.approx(10.0)
     assert seconds[Use.START] == pytest.approx(16.0) and seconds[Use.END] == pytest.approx(0.4)
     assert seconds[Use.DETECT] == pytest.approx(0.1)
     assert seconds[Use.TRANSFER] == pytest.approx(0.1) and seconds[Use.REBUILD] == pytest.approx(0.1)
     assert seconds[Use.RENDEZVOUS] == pytest.approx(0.25 + 0.3 - 0.2)
-    assert seconds[Use.WASTED] == 0.0 and all(spent.note == "" for spent in told.time)
-    assert told.goodput == pytest.approx(0.9 * 200 / told.elapsed_s)
-    transitions = [(m.kind, m.from_size, m.to_size, m.step) for m in told.transitions]
+    assert seconds[Use.WASTED] == 0.0 and all(spent.note == "" for spent in account.time)
+    assert account.goodput == pytest.approx(0.9 * 200 / account.elapsed_s)
+    transitions = [(m.kind, m.from_size, m.to_size, m.step) for m in account.transitions]
     assert transitions == [("recovery", 3, 2, 60), ("rescale", 2, 3, 100)]
-    assert [m.total_s for m in told.transitions] == [pytest.approx(0.35), pytest.approx(0.3)]
+    assert [m.total_s for m in account.transitions] == [pytest.approx(0.35), pytest.approx(0.3)]
 
 
-def test_an_older_journal_says_what_it_does_not_know() -> None:
+def test_parts_that_an_older_journal_lacks_are_not_measured() -> None:
     story = Story()
     story.start(2)
     story.train(5, communication_wait_s=None)
@@ -115,12 +115,12 @@ def test_an_older_journal_says_what_it_does_not_know() -> None:
     story.activate(3)  # without what the move took
     story.train(5, communication_wait_s=None)
     story.end("succeeded")
-    told = report(story)
-    spent = {part.use: part for part in told.time}
+    account = report(story)
+    spent = {part.use: part for part in account.time}
     assert spent[Use.COMMUNICATION].seconds is None and spent[Use.COMMUNICATION].note == "in compute"
     assert spent[Use.TRANSFER].seconds is spent[Use.REBUILD].seconds is None
     assert spent[Use.RENDEZVOUS].seconds == pytest.approx(0.5) and spent[Use.REBUILD].note == "in rendezvous"
-    assert known_seconds(told) == pytest.approx(told.elapsed_s)
+    assert known_seconds(account) == pytest.approx(account.elapsed_s)
     story.events.pop()
     story.rescale(2)
     story.train(10)
@@ -138,12 +138,12 @@ def test_steps_that_were_done_again_are_wasted_and_counted_once() -> None:
     story.resume(2, after_s=30.0, step=5)
     story.train(6)
     story.end("succeeded")
-    told = report(story)
-    assert (told.steps, told.wasted_steps, told.tokens, told.wasted_tokens) == (12, 4, 1200, 400)
-    assert told.seconds(Use.WASTED) == pytest.approx(4.0)
-    assert (told.paused_s, told.down_s) == (0.0, pytest.approx(30.0))
-    assert known_seconds(told) == pytest.approx(told.elapsed_s)
-    assert told.loss == pytest.approx(4.0 - 0.11)
+    account = report(story)
+    assert (account.steps, account.wasted_steps, account.tokens, account.wasted_tokens) == (12, 4, 1200, 400)
+    assert account.seconds(Use.WASTED) == pytest.approx(4.0)
+    assert (account.paused_s, account.down_s) == (0.0, pytest.approx(30.0))
+    assert known_seconds(account) == pytest.approx(account.elapsed_s)
+    assert account.loss == pytest.approx(4.0 - 0.11)
 
 
 def test_a_checkpoint_behind_the_newest_record_wastes_the_steps_up_to_it() -> None:
@@ -158,10 +158,10 @@ def test_a_checkpoint_behind_the_newest_record_wastes_the_steps_up_to_it() -> No
     story.now_s += 5.0  # steps 5 to 9 once more: their records are known
     story.train(3)
     story.end("succeeded")
-    told = report(story)
-    assert told.seconds(Use.WASTED) == pytest.approx(5.0) and told.seconds(Use.DETECT) == pytest.approx(0.2)
-    assert told.seconds(Use.RENDEZVOUS) == pytest.approx(12.0 - 0.1) and known_seconds(told) == pytest.approx(
-        told.elapsed_s
+    account = report(story)
+    assert account.seconds(Use.WASTED) == pytest.approx(5.0) and account.seconds(Use.DETECT) == pytest.approx(0.2)
+    assert account.seconds(Use.RENDEZVOUS) == pytest.approx(12.0 - 0.1) and known_seconds(account) == pytest.approx(
+        account.elapsed_s
     )
 
 
@@ -171,17 +171,17 @@ def test_an_update_that_was_left_out_is_wasted() -> None:
     story.train(3)
     story.train(1, applied=False)
     story.end("succeeded")
-    told = report(story)
-    assert (told.steps, told.wasted_steps, told.tokens) == (3, 1, 300) and told.seconds(Use.WASTED) == 1.0
+    account = report(story)
+    assert (account.steps, account.wasted_steps, account.tokens) == (3, 1, 300) and account.seconds(Use.WASTED) == 1.0
 
 
-def test_a_run_that_goes_on_is_told_up_to_its_newest_entry() -> None:
+def test_the_report_of_an_active_run_ends_at_its_newest_entry() -> None:
     story = Story()
     story.start(2)
     story.train(10)
-    told = report(story)
-    assert told.outcome == "" and told.elapsed_s == pytest.approx(18.0) and told.steps == 10
-    assert told.workers.members == pytest.approx(20 / 3600) and told.workers.reconciles
+    account = report(story)
+    assert account.outcome == "" and account.elapsed_s == pytest.approx(18.0) and account.steps == 10
+    assert account.workers.members == pytest.approx(20 / 3600) and account.workers.reconciles
 
 
 def test_a_cluster_that_was_lost_is_counted_to_its_last_sign_of_life() -> None:
@@ -191,9 +191,9 @@ def test_a_cluster_that_was_lost_is_counted_to_its_last_sign_of_life() -> None:
     story.resume(2, after_s=3600.0)
     story.train(10)
     story.end("succeeded")
-    told = report(story)
-    assert told.down_s == pytest.approx(3600.0) and [span.outcome for span in told.attempts] == ["", "succeeded"]
-    assert told.workers.members == pytest.approx((20 + 20 + 0.4) / 3600)
+    account = report(story)
+    assert account.down_s == pytest.approx(3600.0) and [span.outcome for span in account.attempts] == ["", "succeeded"]
+    assert account.workers.members == pytest.approx((20 + 20 + 0.4) / 3600)
 
 
 def test_a_run_that_never_trained_has_no_goodput_but_hours() -> None:
@@ -202,14 +202,18 @@ def test_a_run_that_never_trained_has_no_goodput_but_hours() -> None:
     story.spawn(2)
     story.now_s += 36.0
     story.end("failed", after_s=0.0)
-    told = report(story, Rates(cost_per_worker_hour=10.0))
-    assert (told.goodput, told.steps, told.loss, told.workers.members) == (0.0, 0, None, 0.0)
-    assert told.workers.held == pytest.approx(0.02) and told.workers.difference is None and told.workers.reconciles
-    assert told.cost.total == pytest.approx(0.2) and told.cost.per_million_tokens is None
-    assert told.seconds(Use.START) == pytest.approx(36.0)
+    account = report(story, Rates(cost_per_worker_hour=10.0))
+    assert (account.goodput, account.steps, account.loss, account.workers.members) == (0.0, 0, None, 0.0)
+    assert (
+        account.workers.held == pytest.approx(0.02)
+        and account.workers.difference is None
+        and account.workers.reconciles
+    )
+    assert account.cost.total == pytest.approx(0.2) and account.cost.per_million_tokens is None
+    assert account.seconds(Use.START) == pytest.approx(36.0)
 
 
-def test_a_world_that_found_no_next_one_is_told_to_have_waited() -> None:
+def test_time_without_a_next_world_counts_as_waiting() -> None:
     story = Story()
     story.start(2)
     story.train(4)
@@ -217,9 +221,9 @@ def test_a_world_that_found_no_next_one_is_told_to_have_waited() -> None:
     story.tell(GenerationAborted(0, 3, "w1 died"))
     story.now_s += 60.0
     story.end("failed", after_s=0.0)
-    told = report(story)
-    assert told.seconds(Use.DETECT) == pytest.approx(0.5) and told.seconds(Use.RENDEZVOUS) == pytest.approx(60.0)
-    assert told.seconds(Use.END) == 0.0
+    account = report(story)
+    assert account.seconds(Use.DETECT) == pytest.approx(0.5) and account.seconds(Use.RENDEZVOUS) == pytest.approx(60.0)
+    assert account.seconds(Use.END) == 0.0
 
 
 def test_an_empty_journal_is_no_report() -> None:
@@ -238,12 +242,12 @@ def test_money_and_energy_only_where_a_rate_is_given() -> None:
     plain = report(eventful())
     assert plain.cost.total is plain.cost.per_million_tokens is None
     assert plain.energy == () and plain.energy_note.startswith("not measured")
-    told = report(eventful(), Rates(cost_per_worker_hour=3.0, watts_per_worker=250.0))
-    assert told.cost.total == pytest.approx(3.0 * told.workers.held)
-    assert told.cost.per_million_tokens == pytest.approx(told.cost.total / 20_000 * 1e6)  # type: ignore[operator]
-    (model,) = told.energy
-    assert (model.method, told.energy_note) == (EnergyMethod.MODEL, "")
-    assert model.kwh == pytest.approx(0.25 * told.workers.held)
+    account = report(eventful(), Rates(cost_per_worker_hour=3.0, watts_per_worker=250.0))
+    assert account.cost.total == pytest.approx(3.0 * account.workers.held)
+    assert account.cost.per_million_tokens == pytest.approx(account.cost.total / 20_000 * 1e6)  # type: ignore[operator]
+    (model,) = account.energy
+    assert (model.method, account.energy_note) == (EnergyMethod.MODEL, "")
+    assert model.kwh == pytest.approx(0.25 * account.workers.held)
     assert model.note == "not measured: 250 W per worker x worker-hours held"
 
 
@@ -308,10 +312,10 @@ def test_parts_add_up_to_the_whole_whatever_happens(
                 for r in entry.event.records
             )
             story.events[number] = replace(entry, event=StepsCommitted(tuple(odd)))
-    told = report(story)
-    assert known_seconds(told) == pytest.approx(told.elapsed_s)
-    assert all(spent.seconds is None or spent.seconds >= 0.0 for spent in told.time)
-    assert told.goodput is None or 0.0 <= told.goodput <= 1.0
-    assert sum(each.total_s for each in told.transitions) <= told.elapsed_s + 1e-6
-    assert told.workers.held >= told.workers.members - 1e-9
-    assert told.tokens + told.wasted_tokens == 100 * (told.steps + told.wasted_steps)
+    account = report(story)
+    assert known_seconds(account) == pytest.approx(account.elapsed_s)
+    assert all(spent.seconds is None or spent.seconds >= 0.0 for spent in account.time)
+    assert account.goodput is None or 0.0 <= account.goodput <= 1.0
+    assert sum(each.total_s for each in account.transitions) <= account.elapsed_s + 1e-6
+    assert account.workers.held >= account.workers.members - 1e-9
+    assert account.tokens + account.wasted_tokens == 100 * (account.steps + account.wasted_steps)

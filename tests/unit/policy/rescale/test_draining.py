@@ -1,4 +1,4 @@
-"""Nodes that are drained and workers that are told to end: left at a fence, before their end comes."""
+"""Nodes that are drained and workers that get SIGTERM: left at a fence, before they end."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def _life(drain: str = "b", **changes: object) -> Life:
     return life
 
 
-def test_a_standby_elsewhere_takes_the_place_of_who_leaves() -> None:
+def test_a_standby_on_another_node_replaces_a_leaving_member() -> None:
     life = _life(standby=1)
     life.run_until(lambda: "w1" not in life.state.worker_group)
     assert life.state.members == ("w0", "w3", "w2")
@@ -38,7 +38,7 @@ def test_a_standby_elsewhere_takes_the_place_of_who_leaves() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED and life.replayed == 0 and not life.state.recoveries
 
 
-def test_without_a_standby_the_others_go_on_and_the_replacement_joins_later() -> None:
+def test_without_a_standby_the_others_continue_and_the_replacement_joins_later() -> None:
     life = _life()
     life.run_until(lambda: life.state.members == ("w0", "w2"))
     life.run_until(lambda: life.state.members == ("w0", "w2", "w3"))
@@ -47,7 +47,7 @@ def test_without_a_standby_the_others_go_on_and_the_replacement_joins_later() ->
     assert life.state.outcome is RunPhase.SUCCEEDED
 
 
-def test_a_replacement_that_comes_onto_a_drained_node_is_let_go_too() -> None:
+def test_a_replacement_on_a_drained_node_is_released_too() -> None:
     life = _life(drain="a")  # w0 leaves, and w3 lives on that node too
     life.run_until(lambda: life.state.members == ("w1", "w2"))
     life.run_until(lambda: len(life.state.members) == 3)
@@ -74,7 +74,7 @@ def test_all_may_have_to_leave() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED
 
 
-def test_a_standby_on_a_drained_node_is_let_go_and_never_chosen() -> None:
+def test_a_standby_on_a_drained_node_is_released_and_never_chosen() -> None:
     life = _life(drain="a", initial_workers=2, standby=1)
     life.nodes |= {"w0": "c", "w2": "a"}
     assert life.state.members == ("w0", "w1")
@@ -85,7 +85,7 @@ def test_a_standby_on_a_drained_node_is_let_go_and_never_chosen() -> None:
     assert "w2" not in life.state.members and "w2" not in life.state.worker_group
 
 
-def test_who_is_told_to_end_leaves_in_the_same_way() -> None:
+def test_a_worker_with_sigterm_leaves_in_the_same_way() -> None:
     life = _life(standby=1)
     life.draining = {}
     life.say("w2", leaving=True)
@@ -94,21 +94,21 @@ def test_who_is_told_to_end_leaves_in_the_same_way() -> None:
     assert life.state.rescales[0].why == "w2 must leave: it was asked to end"
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_who_does_not_get_away_in_time_was_preempted(told: bool) -> None:
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_leaver_that_is_too_late_counts_as_preempted(is_announced: bool) -> None:
     life = _life(min_workers=3)
-    life.draining = life.draining if told else {}
+    life.draining = life.draining if is_announced else {}
     life.tick()
     seen: Observation = replace(life.seen(), lost={"w1": "its node is gone"}, nodes={}, draining={})
-    assert cause_of_loss(life.state, seen, "w1") == ("preemption" if told else "worker")
+    assert cause_of_loss(life.state, seen, "w1") == ("preemption" if is_announced else "worker")
     assert cause_of_loss(life.state, replace(seen, causes={"w1": "out_of_memory"}), "w1") == "out_of_memory"
     life.kill("w1")
     life.run_until(lambda: bool(life.state.recoveries) and len(life.state.members) == 3)
-    assert life.state.recoveries[0].cause == ("preemption" if told else "worker")
+    assert life.state.recoveries[0].cause == ("preemption" if is_announced else "worker")
     assert life.state.recoveries[0].steps_lost == 0
 
 
-def test_a_run_whose_only_node_is_drained_goes_on_as_long_as_it_can() -> None:
+def test_a_run_whose_only_node_is_drained_continues_as_long_as_it_can() -> None:
     life = _life(steps=20)
     life.draining = dict.fromkeys("abc", 0.0)
     for number in range(3, 12):  # they get no place
@@ -151,7 +151,7 @@ def test_a_node_that_ends_while_its_workers_get_warm_is_one_failure() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED, life.state.why
 
 
-def test_whoever_is_to_leave_goes_first_when_a_run_gets_smaller() -> None:
+def test_leavers_go_first_when_a_run_shrinks() -> None:
     life = Life(limits_of(steps=200, min_workers=2, initial_workers=3), nodes={"w0": "b", "w1": "b", "w2": "c"})
     life.run_until(lambda: life.step == 3)
     life.draining = {"b": life.now_s + 30.0}
@@ -162,7 +162,7 @@ def test_whoever_is_to_leave_goes_first_when_a_run_gets_smaller() -> None:
     assert "w2" in life.state.members
 
 
-def test_as_many_leave_as_there_are_standbys_where_fewer_may_not_be() -> None:
+def test_at_the_minimum_size_only_as_many_leave_as_there_are_standbys() -> None:
     nodes = {"w0": "a", "w1": "b", "w2": "b", "w3": "d"}
     life = Life(limits_of(steps=200, min_workers=3, initial_workers=3), nodes=nodes)
     life.run_until(lambda: life.step == 3)
@@ -177,7 +177,7 @@ def test_as_many_leave_as_there_are_standbys_where_fewer_may_not_be() -> None:
     assert life.replayed == 0 and life.state.outcome is RunPhase.SUCCEEDED
 
 
-def test_a_controller_that_comes_back_knows_who_is_to_leave_and_lets_nobody_go_before_it_has_heard_of_all() -> None:
+def test_a_restarted_controller_knows_the_leavers_and_releases_none_before_all_have_reported() -> None:
     nodes = {"w0": "a", "w1": "b", "w2": "c", "w3": "d"}
     life = Life(limits_of(steps=200, min_workers=3, initial_workers=3), nodes=nodes)
     life.run_until(lambda: life.step == 3)
@@ -213,7 +213,7 @@ def test_a_departure_goes_without_a_newcomer_that_can_not_be_reached() -> None:
     assert life.now_s < life.draining["b"] - 200.0
 
 
-def test_a_recovery_takes_those_who_stay() -> None:
+def test_a_recovery_takes_the_members_that_stay() -> None:
     nodes = {"w0": "b", "w1": "c", "w2": "d", "w3": "e"}
     life = Life(limits_of(steps=100, min_workers=2, standby=2), nodes=nodes)
     life.run_until(lambda: life.step == 8)
@@ -223,7 +223,7 @@ def test_a_recovery_takes_those_who_stay() -> None:
     assert life.state.members == ("w2", "w3") and life.state.recoveries[0].steps_lost == 0
 
 
-def test_a_stranded_leaver_is_let_go_after_a_rollback() -> None:
+def test_a_stranded_leaver_is_released_after_a_rollback() -> None:
     life = Life(limits_of(steps=60, min_workers=2, max_workers=2, protected=False), nodes={"w0": "a"})
     life.run_until(lambda: life.step == 5)
     life.draining = {"a": 0.0}

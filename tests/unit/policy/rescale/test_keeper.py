@@ -184,7 +184,7 @@ def test_a_recovery_from_memory_seeks_no_checkpoint_any_more() -> None:
     _trained(life)
 
 
-def test_numbers_of_keepers_are_not_used_again_after_the_run_begins_anew() -> None:
+def test_numbers_of_keepers_are_not_reused_after_the_run_restarts() -> None:
     life = _alone()
     assert begun_again(life.state, None).keeping == KeeperState(count=1)
 
@@ -205,7 +205,7 @@ def test_a_keeper_on_another_node_is_preferred(nodes: dict[str, str]) -> None:
     assert [worker for _, worker, _ in _chosen(life)] == ["w2"]
 
 
-def test_the_directive_names_keepers_and_where_to_meet_them() -> None:
+def test_the_directive_names_keepers_and_their_stores() -> None:
     life = _alone()
     assert life.store is not None
     (keeper,) = life.directive.keepers

@@ -100,7 +100,7 @@ def _tokens(life: Life) -> int:
 
 @pytest.mark.parametrize("reserve", [0, GB])
 @pytest.mark.parametrize("per_token", [100_000, 130_000, 150_000])
-def test_slots_grow_until_they_fill_what_each_worker_may_take(reserve: int, per_token: int) -> None:
+def test_micro_batches_grow_until_they_fill_each_workers_share(reserve: int, per_token: int) -> None:
     machine = Machine(reserve=reserve, per_token=per_token)
     life = _fitted(machine)
     share = (machine.limit - machine.others) // 2
@@ -110,7 +110,7 @@ def test_slots_grow_until_they_fill_what_each_worker_may_take(reserve: int, per_
     assert life.state.current is not None and life.state.current.micro_batch.multiple == 2
 
 
-def test_slots_grow_no_more_once_every_worker_has_one() -> None:
+def test_micro_batches_stop_growing_once_every_worker_has_one() -> None:
     machine = Machine(limit=1000 * GB, rows=16)
     life = _fitted(machine, global_batch_size=16)
     assert _tokens(life) >= 8 * LENGTH
@@ -131,7 +131,7 @@ def test_what_was_measured_in_another_generation_counts_for_nothing() -> None:
     assert not life.of_kind("micro_batch_fitted")
 
 
-def test_a_smaller_world_begins_with_smaller_slots_and_a_larger_one_with_as_large_ones() -> None:
+def test_a_smaller_world_begins_with_smaller_micro_batches_and_a_larger_one_with_equal_ones() -> None:
     machine = Machine()
     life = _fitted(machine, initial_workers=4)
     full = _tokens(life)
@@ -146,7 +146,7 @@ def test_a_smaller_world_begins_with_smaller_slots_and_a_larger_one_with_as_larg
     assert _tokens(life) == halved
 
 
-def test_out_of_memory_halves_the_slots_which_never_come_back_to_that_size() -> None:
+def test_out_of_memory_halves_micro_batches_for_good() -> None:
     machine = Machine()
     life = _fitted(machine)
     full = _tokens(life)
@@ -159,7 +159,7 @@ def test_out_of_memory_halves_the_slots_which_never_come_back_to_that_size() -> 
     assert _tokens(life) < full
 
 
-def test_rows_of_another_length_are_measured_anew() -> None:
+def test_rows_of_another_length_are_measured_again() -> None:
     """Longer rows take more for each token; micro-batches keep their tokens until that is known."""
     machine = Machine()
     life = _fitted(machine)
@@ -203,7 +203,7 @@ def test_what_was_seen_to_be_taken_counts_where_it_is_more_than_what_is_kept() -
     assert found == pytest.approx(LENGTH + (TARGET * 1.2 - 1) * GB / (400_000 * SEEN_FACTOR), abs=1)
 
 
-def test_slots_of_less_than_a_row_grow_all_the_same() -> None:
+def test_micro_batches_of_less_than_a_row_still_grow() -> None:
     """Rows got longer, or the world smaller, before anything was measured."""
     machine = Machine(limit=1000 * GB, length=4 * LENGTH)
     life = _fitted(machine)
@@ -216,11 +216,11 @@ def test_slots_of_less_than_a_row_grow_all_the_same() -> None:
     assert len(life.state.members) == 1 and _tokens(life) >= 16 * LENGTH
 
 
-def test_a_move_that_is_given_up_leaves_slots_as_they_are() -> None:
+def test_an_abandoned_transition_keeps_the_size_of_micro_batches() -> None:
     machine = Machine()
     life = _fitted(machine)
     full = _tokens(life)
-    life.store = None  # nobody can meet for what is planned from now on
+    life.store = None  # no later generation can connect
     life.scale(1)
     life.run_until(lambda: life.step == 80)
     life.kill("w1")
@@ -229,7 +229,7 @@ def test_a_move_that_is_given_up_leaves_slots_as_they_are() -> None:
     assert _tokens(life) == full // 2  # once, not once for each plan
 
 
-def test_a_lack_of_memory_while_larger_slots_are_planned_makes_them_smaller() -> None:
+def test_running_out_of_memory_while_larger_micro_batches_are_planned_makes_them_smaller() -> None:
     machine = Machine()
     life = Life(_limits(), measured=machine.measured)
     life.run_until(lambda: life.state.next is not None and bool(life.of_kind("micro_batch_fitted")))
@@ -241,7 +241,7 @@ def test_a_lack_of_memory_while_larger_slots_are_planned_makes_them_smaller() ->
 
 
 @pytest.mark.parametrize(("after", "is_suspect"), [(2, True), (40, False)])
-def test_who_dies_suddenly_soon_after_its_slots_grew_has_died_of_that(after: int, is_suspect: bool) -> None:
+def test_a_sudden_death_soon_after_micro_batches_grew_is_attributed_to_memory(after: int, is_suspect: bool) -> None:
     machine = Machine()
     life = Life(_limits(), measured=machine.measured)
     life.run_until(lambda: len(life.of_kind("micro_batch_fitted")) == 3 and life.state.next is None)
@@ -252,7 +252,7 @@ def test_who_dies_suddenly_soon_after_its_slots_grew_has_died_of_that(after: int
     assert bool(life.of_kind("micro_batch_reduced")) is is_suspect
 
 
-def test_memory_that_others_took_for_a_while_makes_slots_smaller_once() -> None:
+def test_memory_taken_by_others_for_a_while_makes_micro_batches_smaller_once() -> None:
     machine = Machine()
     life = _fitted(machine)
     full = _tokens(life)
@@ -268,7 +268,7 @@ def test_memory_that_others_took_for_a_while_makes_slots_smaller_once() -> None:
     assert _tokens(life) > full / 2
 
 
-def test_after_a_fallback_to_a_checkpoint_a_smaller_world_has_smaller_slots() -> None:
+def test_after_a_return_to_a_checkpoint_a_smaller_world_has_smaller_micro_batches() -> None:
     machine = Machine()
     life = Life(_limits(initial_workers=2), checkpoint_every=5, measured=machine.measured)
     life.run_until(lambda: life.step == 60)
@@ -284,7 +284,7 @@ def test_after_a_fallback_to_a_checkpoint_a_smaller_world_has_smaller_slots() ->
 
 
 @pytest.mark.parametrize("grown", [True, False])
-def test_slots_shrink_where_memory_gets_short_and_only_as_long_as_it_does(grown: bool) -> None:
+def test_micro_batches_shrink_only_while_memory_is_short(grown: bool) -> None:
     before = Probe("a", LENGTH, 2 * LENGTH, GB // 2 if grown else GB)
     short = {"a": MemoryShare(int(GB / (HIGH + 0.01)), GB)}
     assert (next_tokens(4 * LENGTH, {"a": PLAIN}, short, (before,), 0) < 4 * LENGTH) is grown

@@ -35,7 +35,7 @@ def _trained(workers: int, **limits: object) -> Life:
 
 
 @pytest.mark.parametrize("newcomers", [1, 2])
-def test_members_go_on_and_newcomers_come_ever_more_rarely(newcomers: int) -> None:
+def test_members_continue_and_failing_newcomers_start_ever_less_often(newcomers: int) -> None:
     life = _trained(2)
     members = frozenset(life.state.members)
     life.scale(2 + newcomers)
@@ -83,7 +83,7 @@ def test_a_request_by_hand_is_tried_at_once() -> None:
     assert life.now_s - began_s < FIRST_SPAWN_DELAY_S
 
 
-def test_who_replaces_a_leaver_doesnt_wait_long() -> None:
+def test_the_replacement_of_a_leaver_starts_soon() -> None:
     life = _trained(2, min_workers=2)
     members = frozenset(life.state.members)
     life.nodes = {member: f"node-{member}" for member in members}
@@ -132,7 +132,7 @@ def test_a_member_lost_together_with_many_newcomers_is_replaced() -> None:
     assert life.state.outcome is None
 
 
-def test_who_dies_in_a_transition_counts_in_the_budget() -> None:
+def test_a_death_in_a_transition_counts_in_the_budget() -> None:
     life = _trained(2, recovery=RecoverySpec(budgets=BudgetsSpec(worker=1)))
     life.scale(3)
     life.run_until(lambda: life.state.next is not None)

@@ -37,7 +37,7 @@ def _queued(**changes: object) -> Life:
     return life
 
 
-def test_a_run_in_the_queue_holds_nobody_until_it_is_let_in() -> None:
+def test_a_queued_run_holds_no_worker_until_it_is_admitted() -> None:
     life = _queued()
     life.grant = Grant(0, "there is no room for 1 worker")
     for _ in range(10):
@@ -88,7 +88,7 @@ def test_standbys_go_before_members() -> None:
     assert life.sizes[-1] == 2 and life.state.rescales == ()
 
 
-def test_the_schedule_goes_on_beneath_the_grant() -> None:
+def test_the_schedule_continues_below_the_grant() -> None:
     life = _life(
         initial_workers=1, schedule=(ScheduledScale(at_step=10, workers=4), ScheduledScale(at_step=20, workers=2))
     )
@@ -97,7 +97,7 @@ def test_the_schedule_goes_on_beneath_the_grant() -> None:
     assert life.sizes[9:11] == [1, 3] and life.sizes[19:21] == [3, 2] and life.sizes[-1] == 2
 
 
-def test_a_preempted_run_loses_no_step_and_goes_on_from_its_checkpoint() -> None:
+def test_a_preempted_run_loses_no_step_and_resumes_from_its_checkpoint() -> None:
     life = _life()
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
@@ -162,7 +162,7 @@ def test_a_preempted_run_may_be_ended(finish: FinishMode, outcome: RunPhase, is_
 
 @pytest.mark.parametrize("least", [1, 4])
 def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> None:
-    """The others write the checkpoint, even if they are fewer than it may have: nobody else has a place."""
+    """The others write the checkpoint, even if they are fewer than it may have: no other worker has a place."""
     life = _life(min_workers=least)
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
@@ -177,7 +177,7 @@ def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> Non
 
 @pytest.mark.parametrize("comes_back", [False, True])
 @pytest.mark.parametrize("changes", [{"initial_workers": 1}, {"initial_workers": 3, "protected": False}])
-def test_a_run_that_loses_its_state_while_it_stops_goes_on_from_its_checkpoint(
+def test_a_run_that_loses_its_state_while_it_stops_returns_to_its_checkpoint(
     changes: dict[str, object], comes_back: bool
 ) -> None:
     life = _life(**changes)
@@ -225,7 +225,7 @@ def test_the_words_for_a_run_that_stops() -> None:
     assert explain(life.limits, life.state, life.seen()) == "ends at the next fence with a checkpoint"
 
 
-def test_whoever_is_put_out_before_it_has_begun_has_waited_all_the_time() -> None:
+def test_a_run_preempted_before_its_first_world_has_waited_all_the_time() -> None:
     life = _queued()
     for _ in range(10):
         life.tick()
@@ -239,8 +239,8 @@ def test_whoever_is_put_out_before_it_has_begun_has_waited_all_the_time() -> Non
     assert life.state.queue.since_s is None and life.state.queue.begun_s is not None
 
 
-def test_what_failures_have_taught_is_kept() -> None:
-    """A smaller micro-batch, and the nodes where nobody is put."""
+def test_limits_learned_from_failures_are_kept() -> None:
+    """A smaller micro-batch, and the quarantined nodes."""
     life = _life(initial_workers=3, micro_batch=MicroBatchSize(rows=4))
     life.nodes = {f"w{number}": "good" for number in range(9)}
     life.run_until(lambda: life.step == 12)
@@ -264,7 +264,7 @@ def test_what_failures_have_taught_is_kept() -> None:
     assert life.state.current is not None and life.state.current.micro_batch.rows == 2
 
 
-def test_who_is_lost_is_replaced_only_within_the_grant() -> None:
+def test_lost_workers_are_replaced_only_within_the_grant() -> None:
     life = _life(initial_workers=3)
     life.run_until(lambda: life.step == 5)
     life.grant = Grant(2, HELD.why)
@@ -277,7 +277,7 @@ def test_who_is_lost_is_replaced_only_within_the_grant() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_whoever_is_out_holds_nobody_whatever_was_lost(data: st.DataObject) -> None:
+def test_a_preempted_run_holds_no_workers_after_any_loss(data: st.DataObject) -> None:
     """Grants come and go and workers die, with and without snapshots: without a grant a run gives all back in the
     end, and with one it goes on."""
     least = data.draw(st.integers(1, 3))
@@ -320,7 +320,7 @@ def test_no_step_is_lost_or_done_twice_whatever_is_granted(data: st.DataObject) 
     assert len(life.sizes) == 40 and life.replayed == 0 and life.state.recoveries == ()
 
 
-def test_what_was_granted_is_remembered_by_a_successor() -> None:
+def test_a_restarted_controller_remembers_its_grant() -> None:
     life = _life()
     life.run_until(lambda: life.step == 5)
     life.grant = HELD

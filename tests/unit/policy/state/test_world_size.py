@@ -32,7 +32,7 @@ PLANNED = limits_of(steps=100, schedule=(ScheduledScale(at_step=20, workers=3), 
         (SizeRequest(4, 30), 60, 1),
     ],
 )
-def test_the_newest_of_schedule_and_wish_counts(size_request: SizeRequest | None, step: int, size: int) -> None:
+def test_the_newest_of_schedule_and_request_counts(size_request: SizeRequest | None, step: int, size: int) -> None:
     assert wanted_size(PLANNED, size_request, step) == size
 
 
@@ -41,7 +41,7 @@ def test_the_newest_of_schedule_and_wish_counts(size_request: SizeRequest | None
     [(SizeRequest(3, 25), True), (SizeRequest(3, 20), True), (SizeRequest(3, 10), False), (None, False)],
     ids=["as scheduled, and asked for", "at the same step", "overtaken", "none"],
 )
-def test_what_a_size_is_due_to(size_request: SizeRequest | None, holds: bool) -> None:
+def test_the_reason_for_a_size(size_request: SizeRequest | None, holds: bool) -> None:
     assert request_holds(PLANNED, size_request, 30) is holds
 
 

@@ -55,7 +55,7 @@ def test_the_journals_events_make_and_unmake_checkpoints() -> None:
     assert after().newest == (-1, -1)
 
 
-def test_one_that_is_journalled_twice_is_there_once() -> None:
+def test_a_checkpoint_journalled_twice_is_listed_once() -> None:
     assert current(done(9), done(9), done(19), done(9)) == ["9-0", "19-0"]
 
 
@@ -79,7 +79,7 @@ def test_without_a_checkpoint_the_run_goes_back_behind_all() -> None:
     assert current(done(9), *back_to(-1, 1)) == [] and aside(done(9), *back_to(-1, 1)) == ["9-0"]
 
 
-def test_a_step_done_again_takes_the_place_of_the_first_one_and_later_steps_are_given_up() -> None:
+def test_a_repeated_step_replaces_the_first_one_and_later_steps_are_dropped() -> None:
     """Survivors went on from step 15, in their memory, though checkpoints of 20 and 30 were there."""
     events = (done(10), done(20), done(30))
     assert current(*events, done(20, 1)) == ["10-0", "20-1"]

@@ -224,7 +224,7 @@ def test_one_that_was_removed_by_hand_does_not_count(tmp_path: Path) -> None:
     assert [record.step for record in run.checkpoints.current] == [10, 30, 40]
 
 
-def test_what_an_interrupted_deletion_has_left_goes_once_the_journal_does_not_name_it(tmp_path: Path) -> None:
+def test_remains_of_an_interrupted_deletion_are_deleted(tmp_path: Path) -> None:
     """While it does, its manifest may only be out of sight."""
     run = JournaledRun(tmp_path, LIMITS)
     for step in (10, 20):
@@ -273,7 +273,7 @@ def test_garbage_is_what_no_journal_names_and_no_rank_completes(tmp_path: Path) 
     assert _steps(tmp_path) == [20] and run.checkpoints.newest == (3, 20)
 
 
-def test_what_can_not_be_completed_is_deleted_once_the_journal_says_so(tmp_path: Path) -> None:
+def test_parts_that_can_not_be_completed_are_deleted_after_their_journal_entry(tmp_path: Path) -> None:
     """With or without a manifest."""
     run = JournaledRun(tmp_path, LIMITS)
     _shard(tmp_path, 1)  # older than the newest checkpoint: garbage anyway

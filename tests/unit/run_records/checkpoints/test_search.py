@@ -48,7 +48,7 @@ def test_a_checkpoint_out_of_reach_is_waited_for_and_not_passed_over(
     assert restore is not None and restore.step == 19 and not back.trouble
 
 
-def test_a_checkpoint_whose_file_is_gone_or_is_none_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_missing_or_invalid_file_is_skipped(tmp_path: Path) -> None:
     back = CheckpointFinder(tmp_path)
     paths = [write_checkpoint(tmp_path, step) for step in (9, 19, 29)]
     next(paths[2].glob("shard-*")).unlink()

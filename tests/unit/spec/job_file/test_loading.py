@@ -285,7 +285,7 @@ workers: {max: 3, schedule: [{at_step: 6, workers: 4}]}
     ]
 
 
-def test_a_rule_that_reads_a_wrong_value_says_nothing() -> None:
+def test_a_rule_between_keys_is_skipped_if_a_value_is_wrong() -> None:
     problem = the_problem_of(f"{HEAD}train: {{max_steps: none, lr_scheduler: {{warmup_steps: 5000}}}}\n")
     assert problem.path == "train.max_steps"
 
@@ -330,7 +330,7 @@ def test_an_alias_in_a_list_is_one_problem() -> None:
     assert problem.path == "workers.schedule.0"
 
 
-def test_a_section_that_stands_twice_in_two_shapes() -> None:
+def test_a_duplicate_section_in_two_notations_is_refused() -> None:
     found = problems_of(f"{HEAD}train: {{max_steps: yes}}\ntrain: 5\n")
     assert [(problem.line, problem.path) for problem in found] == [(3, "train.max_steps"), (4, "train")]
 
@@ -366,7 +366,7 @@ def test_any_text_gives_a_job_or_a_spec_error(text: str) -> None:
             parse_job(candidate)
 
 
-def test_what_is_set_from_outside_takes_the_place_of_what_the_file_says() -> None:
+def test_overrides_replace_values_of_the_file() -> None:
     text = f"{HEAD}train: {{max_steps: 7, lr: 1e-3}}\nworkers: {{min: 1, max: 2}}\n"
     job = parse_job(
         text, "job.yaml", ["train.max_steps=9", "workers=2..4", "eval.every=3", "name=other", "envs={A: b}"]
@@ -375,14 +375,14 @@ def test_what_is_set_from_outside_takes_the_place_of_what_the_file_says() -> Non
     assert (job.workers.min, job.workers.max) == (2, 4)
 
 
-def test_a_mistake_that_was_set_is_said_to_be_there() -> None:
+def test_a_mistake_in_an_override_is_located_in_the_override() -> None:
     with pytest.raises(SpecError) as caught:
         parse_job(f"{HEAD}train: {{max_steps: 7}}\n", "job.yaml", ["train.max_steps=-1", "trian.lr=2"])
     told = {(problem.file, problem.path) for problem in caught.value.problems}
     assert told == {("--set train.max_steps=-1", "train.max_steps"), ("--set trian.lr=2", "trian")}
 
 
-def test_a_value_that_is_no_yaml_is_told() -> None:
+def test_a_value_that_is_no_yaml_is_an_error() -> None:
     with pytest.raises(SpecError, match="--set envs={A"):
         parse_job(HEAD, "job.yaml", ["envs={A"])
 
@@ -433,7 +433,7 @@ def test_a_setting_counts_in_place_of_a_file_and_is_named_in_errors() -> None:
         ("workers: 2", 9),
     ],
 )
-def test_a_setting_may_yield_to_what_a_job_says_elsewhere(text: str, steps: int) -> None:
+def test_a_setting_may_yield_to_other_keys_of_the_job(text: str, steps: int) -> None:
     unless = (("eval", "every"), ("workers", "schedule"))
     assert (
         parse_job(f"{HEAD}{text}", "job.yaml", [Setting(("train", "max_steps"), 9, "it", unless)]).train.max_steps

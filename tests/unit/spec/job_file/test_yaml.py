@@ -113,7 +113,7 @@ def test_problems_found_before_reading_ended_are_kept() -> None:
     assert [problem.line for problem in caught.value.problems] == [1, 2]
 
 
-def test_of_a_key_that_stands_twice_the_last_is_read() -> None:
+def test_of_a_duplicate_key_the_last_is_read() -> None:
     document = read_document("a: 1\na: 2\n", "f")
     assert document.value == {"a": 2}
     assert document.places[("a",)] == (2, 1)

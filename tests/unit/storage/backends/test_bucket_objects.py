@@ -207,7 +207,7 @@ def test_a_deletion_is_repeated(objects: BucketObjects, proxy: RequestProxy, fau
 # -- other places ------------------------------------------------------------------------------------------------------
 
 
-def test_a_bucket_that_is_not_there_is_no_missing_object(bucket: tuple[str, RequestProxy], tmp_path: Path) -> None:
+def test_a_missing_bucket_is_no_missing_object(bucket: tuple[str, RequestProxy], tmp_path: Path) -> None:
     """Else its journal would be an empty one."""
     objects = BucketObjects("s3://none/run", SHORT)
     file = file_of(tmp_path / "file", 10)
@@ -224,9 +224,7 @@ def test_a_bucket_that_is_not_there_is_no_missing_object(bucket: tuple[str, Requ
         assert raised.value.errno == errno.ENODEV
 
 
-def test_a_server_that_is_not_there_has_no_answer(
-    bucket: tuple[str, RequestProxy], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_server_gives_no_answer(bucket: tuple[str, RequestProxy], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="no connection"):
         BucketObjects("s3://away/run", SHORT).create("x", b"1")

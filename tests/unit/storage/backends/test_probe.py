@@ -110,14 +110,14 @@ def test_a_wrong_key_of_azure() -> None:
         check_storage(BucketUrl(f"{url}/wrong"))
 
 
-def test_a_server_that_is_not_there_is_given_up_soon() -> None:
+def test_a_missing_server_is_given_up_soon() -> None:
     started_s = time.monotonic()
     with environment(**s3_variables("http://127.0.0.1:9")), pytest.raises(OSError, match="no connection"):
         check_storage(BucketUrl("s3://runs/away"))
     assert time.monotonic() - started_s < 60.0
 
 
-def test_a_bucket_that_is_not_there(bucket: tuple[str, RequestProxy]) -> None:
+def test_a_missing_bucket(bucket: tuple[str, RequestProxy]) -> None:
     place(bucket, "")
     absent = BucketUrl("s3://absent/runs")
     with pytest.raises(OSError, match="there is no such bucket") as raised:

@@ -79,7 +79,7 @@ def test_an_unsigned_object_is_refused_if_the_run_has_a_key(stored: DirectoryObj
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
-def test_who_knows_no_key_believes_no_unsigned_object_beside_signed_ones(stored: DirectoryObjects, order: str) -> None:
+def test_without_a_key_an_unsigned_object_beside_signed_ones_is_refused(stored: DirectoryObjects, order: str) -> None:
     signed_by(stored, OURS).create("a", b"data")
     stored.create("b", b"data")
     objects = reading(stored, OURS)

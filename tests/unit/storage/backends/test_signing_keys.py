@@ -32,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def test_a_key_is_read_from_where_the_job_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_read_from_the_place_that_the_job_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUR_KEY", f" {SECRET}\n")
     found = read_key(f"file:{key_file(tmp_path / 'key', SECRET)}")
     assert found == read_key("env:OUR_KEY") == SigningKey(SECRET.encode())

@@ -7,7 +7,7 @@ NEWEST = {"train/loss": MetricPoint("train/loss", 2.5, 1499, 0.0)}
 MOVES = {"rescales": 2, "recoveries": 1}
 
 
-def test_an_end_takes_the_place_of_the_one_before_it_and_what_users_wrote_stays() -> None:
+def test_an_end_replaces_the_one_before_it_and_text_of_users_stays() -> None:
     failed = with_outcome("mine", Finish(Outcome.FAILED, "lost:\n\nworker 3"), NEWEST, MOVES, "a.png")
     ended = "**Outcome:** failed after 1,500 steps, train loss 2.5000, rescales 2, recoveries 1: lost: worker 3"
     assert failed == f"mine\n\n{ended}\n![Loss and world size over steps](a.png)"

@@ -23,7 +23,7 @@ def test_a_point_of_an_undeclared_metric_can_not_be_made() -> None:
         ("https://mlflow.example.org/base", None),
     ],
 )
-def test_artifacts_lie_beside_the_file_or_where_the_server_says(uri: str, root: str | None) -> None:
+def test_artifacts_are_beside_the_file_or_where_the_server_keeps_them(uri: str, root: str | None) -> None:
     assert artifact_root(uri, "/runs/kept") == root
 
 

@@ -64,7 +64,7 @@ def test_no_value_is_lost_or_repeated_by_a_kill(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_that_ended_goes_on(name: str, tmp_path: Path) -> None:
+def test_a_run_that_ended_is_resumed(name: str, tmp_path: Path) -> None:
     sink = opened(name, tmp_path)
     sink.log_metrics(points("train/loss", range(2)))
     sink.finish(Finish(Outcome.PAUSED, ""))

@@ -1,4 +1,4 @@
-"""The desk from both sides: directives in, reports out."""
+"""The mailbox from both sides: directives in, reports out."""
 
 import threading
 import time
@@ -99,7 +99,7 @@ def test_waiting_for_a_directive_ends_when_it_comes() -> None:
     assert got[0].activated == 3
 
 
-def test_a_newer_controller_counts_its_directives_anew() -> None:
+def test_a_newer_controller_numbers_its_directives_from_the_start() -> None:
     mailbox = WorkerMailbox("w0", 1)
     mailbox.put(Directive(1, 9, activated=4))
     mailbox.put(Directive(2, 0, activated=5))
@@ -115,7 +115,7 @@ def test_a_repeat_is_no_news() -> None:
     assert mailbox.state.version == version
 
 
-def test_waiting_in_vain_ends_after_the_timeout_with_what_there_is() -> None:
+def test_a_wait_ends_after_the_timeout_with_the_present_report() -> None:
     mailbox = WorkerMailbox("w0", 1)
     assert mailbox.wait(lambda d: d.activated >= 0, 0.01) == Directive(-1, -1)
 

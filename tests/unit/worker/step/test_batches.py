@@ -125,7 +125,7 @@ def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenS
             assert micro_batch.batch["inputs"].shape[1] == 16
 
 
-def test_smaller_slots_hold_the_same_rows(store: TokenStore) -> None:
+def test_smaller_micro_batches_hold_the_same_rows(store: TokenStore) -> None:
     feed = _feed(store)
     wide, narrow = feed.step(3, 0, 1, SIZE), feed.step(3, 0, 1, MicroBatchSize(rows=1))
     assert (wide.num_micro_batches, narrow.num_micro_batches) == (5, 10) and wide.global_units == narrow.global_units
@@ -204,7 +204,7 @@ def _spans(feed: TokenBatches, step: int) -> list[tuple[int, int]]:
     return list(zip(spans.start.tolist(), spans.length.tolist(), strict=True))
 
 
-def test_a_step_by_document_holds_the_same_rows_in_any_slots_and_worlds(scored: TokenStore) -> None:
+def test_a_step_by_document_has_the_same_rows_at_any_micro_batch_and_world_size(scored: TokenStore) -> None:
     feed = TokenBatches(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     for step in range(6):
         wanted = _batch(feed, step, 1, MicroBatchSize(rows=10))
@@ -234,7 +234,7 @@ def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore
     assert unknown == sum(lasts)  # only behind a document's last token is there no target
 
 
-def test_slots_of_like_length_waste_less_than_slots_in_order(scored: TokenStore) -> None:
+def test_micro_batches_of_similar_length_waste_less_than_those_in_order(scored: TokenStore) -> None:
     job = {**SMALL, "train": {**SMALL["train"], "sequence_length": 400, "global_batch_size": 40}}  # type: ignore[dict-item]
     feed = TokenBatches(JobSpec.model_validate(job), scored, torch.device("cpu"))
     in_order, bucketed = (feed.step(0, 0, 1, s) for s in (MicroBatchSize(rows=4), MicroBatchSize(tokens=1600)))

@@ -88,7 +88,7 @@ def test_a_request_is_met_once_by_a_checkpoint_of_its_step_or_a_later_one(every:
     assert saved == [5, 12]
 
 
-def test_a_run_that_went_back_meets_a_request_again() -> None:
+def test_a_run_that_went_back_applies_a_request_again() -> None:
     timer = CheckpointTimer("none", max_steps=100, clock=Clock())
     timer.begin(-1)
     assert timer.due(20, timer.wants(20, AUTO_S, 20))

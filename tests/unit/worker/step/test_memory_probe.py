@@ -1,4 +1,4 @@
-"""What memory there is, as the system's files tell it."""
+"""Memory figures from the system's files."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def _group(path: Path, limit_file: str, limit: str, stat: str) -> None:
     (path / "memory.stat").write_text(stat)
 
 
-def _told() -> tuple[int, int]:
+def _usage_and_limit() -> tuple[int, int]:
     there = room(CPU)
     return there.limit_bytes, there.used_bytes
 
@@ -54,19 +54,19 @@ def _second(machine: Path, name: str, limit: str, used: int) -> None:
 
 
 def test_without_groups_it_is_the_machines(machine: Path) -> None:
-    assert _told() == (8000 * MB, 4000 * MB)
+    assert _usage_and_limit() == (8000 * MB, 4000 * MB)
 
 
 def test_a_group_of_the_first_kind_leaves_out_what_can_be_taken_back(machine: Path) -> None:
     (machine / "cgroup").write_text("9:name=systemd:/\n4:cpu,memory:/job/step\n0::/\n")
     _first(machine, "job/step", str(2000 * MB), 500 * MB)
-    assert _told() == (2000 * MB, 500 * MB)
+    assert _usage_and_limit() == (2000 * MB, 500 * MB)
 
 
 def test_a_group_of_the_second_kind_too(machine: Path) -> None:
     (machine / "cgroup").write_text("0::/job\n")
     _second(machine, "job", str(3000 * MB), 500 * MB)
-    assert _told() == (3000 * MB, 500 * MB)
+    assert _usage_and_limit() == (3000 * MB, 500 * MB)
 
 
 def test_the_group_that_leaves_least_counts(machine: Path) -> None:
@@ -74,20 +74,20 @@ def test_the_group_that_leaves_least_counts(machine: Path) -> None:
     _second(machine, "job/step", str(3000 * MB), 500 * MB)
     (machine / "fs" / "job" / "memory.max").write_text(str(3200 * MB))
     (machine / "fs" / "job" / "memory.stat").write_text(f"anon {1000 * MB}\n")
-    assert _told() == (3200 * MB, 1000 * MB)
+    assert _usage_and_limit() == (3200 * MB, 1000 * MB)
 
 
 @pytest.mark.parametrize("limit", ["max", str(1 << 63)])
-def test_a_group_without_a_limit_says_nothing(machine: Path, limit: str) -> None:
+def test_a_control_group_without_a_limit_is_ignored(machine: Path, limit: str) -> None:
     (machine / "cgroup").write_text("0::/job\n")
     _second(machine, "job", limit, 500 * MB)
-    assert _told() == (8000 * MB, 4000 * MB)
+    assert _usage_and_limit() == (8000 * MB, 4000 * MB)
 
 
 def test_in_a_container_the_own_group_is_the_mount(machine: Path) -> None:
     (machine / "cgroup").write_text("4:memory:/docker/0815\n")
     _first(machine, "", str(2000 * MB), 500 * MB)
-    assert _told() == (2000 * MB, 500 * MB)
+    assert _usage_and_limit() == (2000 * MB, 500 * MB)
 
 
 def test_what_this_process_has_grows_with_what_it_takes() -> None:

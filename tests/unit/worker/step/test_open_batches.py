@@ -38,7 +38,7 @@ def test_data_are_opened_once_storage_gives_them(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("error", [DataError("no token store"), FileNotFoundError(errno.ENOENT, "gone")])
-def test_data_that_are_not_there_though_the_run_is_are_an_error(tmp_path: Path, error: Exception) -> None:
+def test_missing_data_of_an_existing_run_are_an_error(tmp_path: Path, error: Exception) -> None:
     def open_data() -> Any:
         raise error
 

@@ -115,7 +115,7 @@ def test_each_step_is_read_once_and_in_the_thread(recorder: Recorder, prefetch: 
     assert {a.thread.rpartition("_")[0] for a in recorder.asked} == {"rows"}
 
 
-def test_another_world_gets_rows_of_its_own(recorder: Recorder, prefetch: Prefetch) -> None:
+def test_each_world_gets_its_own_rows(recorder: Recorder, prefetch: Prefetch) -> None:
     prefetch.step(3, 1, 2, TWO, _ignore)
     recorder.await_asked(4)
     assert prefetch.step(4, 1, 3, TWO, _ignore).num_positions == 3
@@ -123,7 +123,7 @@ def test_another_world_gets_rows_of_its_own(recorder: Recorder, prefetch: Prefet
     assert [a.world_size for a in recorder.asked if a.step == 4] == [2, 3]
 
 
-def test_smaller_slots_are_read_anew(recorder: Recorder, prefetch: Prefetch) -> None:
+def test_rows_of_smaller_micro_batches_are_read_again(recorder: Recorder, prefetch: Prefetch) -> None:
     prefetch.step(3, 0, 2, TWO, _ignore)
     recorder.await_asked(4)
     prefetch.step(4, 0, 2, ONE, _ignore)

@@ -43,6 +43,6 @@ def test_an_aborted_all_reduce_is_found_out() -> None:
     assert kind_of(raised.value) == "peer_lost"
 
 
-def test_each_step_of_each_generation_has_a_nonce_of_its_own() -> None:
+def test_each_step_of_each_generation_has_a_distinct_nonce() -> None:
     nonces = {nonce_of(generation, step) for generation in range(20) for step in range(500)}
     assert len(nonces) == 20 * 500 and all(nonce % 2 and -(2**63) <= nonce < 2**63 for nonce in nonces)

@@ -40,7 +40,7 @@ def _together(ballots: list[Ballot]) -> list[VoteResult]:
     return on_ranks(len(ballots), lambda rank, group: vote(ballots[rank], rank, len(ballots), group, NONCE))
 
 
-def test_a_world_of_one_hears_itself() -> None:
+def test_a_world_of_one_gets_its_own_vote() -> None:
     outcome = vote(_ballot([1.5, 2.5], validation_SM=_sums(0.25, 0.5), fence=7, finish=True), 0, 1, None, NONCE)
     assert (outcome.sums, outcome.validation_sums) == ((4.0,), (0.75,))
     assert outcome.routed.counts_LE.tolist() == [[1, 2], [3, 4]]
@@ -55,7 +55,7 @@ def test_all_ranks_conclude_the_same() -> None:
     assert one.routed.counts_LE.tolist() == other.routed.counts_LE.tolist() == [[2, 4], [6, 8]]
 
 
-def test_the_sum_is_in_slot_order_whoever_had_the_slots() -> None:
+def test_the_sum_is_in_micro_batch_order_for_any_distribution_over_ranks() -> None:
     losses = [1e16, 1.0, -1e16, 1.0]
     alone = vote(_ballot(losses), 0, 1, None, NONCE).sums
     split = _together([_ballot([losses[0], 0, 0, losses[3]]), _ballot([0, losses[1], losses[2], 0])])

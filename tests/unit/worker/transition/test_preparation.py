@@ -89,7 +89,7 @@ def test_a_worker_is_ready_for_a_fence_once_it_is_prepared_and_the_step_is_reach
     assert preparer.fence_after(9) == NO_FENCE
 
 
-def test_what_is_given_up_is_closed(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+def test_abandoned_transitions_are_closed(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
     preparer = TransitionPreparer(factory, mailbox)
     for generation in (1, 2):
         _prepare(preparer, mailbox, generation)
@@ -127,7 +127,7 @@ def test_a_standby_waits_for_a_plan_that_names_it(factory: ShardFactory, mailbox
     assert mailbox.state.transition.prepared == 2
 
 
-def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+def test_a_peer_that_never_connects_does_not_delay_the_next_plan(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
     preparer = TransitionPreparer(factory, mailbox)
     alone = World(0, ("w0",))
     mailbox.put(Directive(1, 0, next=_plan(1, "w0", "w1", source=alone)))
@@ -137,7 +137,7 @@ def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(factory: ShardFa
 
 
 @pytest.mark.parametrize("without_store", [False, True], ids=["layout", "store"])
-def test_a_plan_that_can_not_be_prepared_is_told_at_once(
+def test_a_plan_that_can_not_be_prepared_is_reported_at_once(
     factory: ShardFactory, mailbox: WorkerMailbox, without_store: bool
 ) -> None:
     preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
@@ -155,7 +155,7 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(
     preparer.close()
 
 
-def test_a_plan_stands_while_the_newest_directive_names_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+def test_a_plan_is_valid_while_the_newest_directive_names_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
     preparer, plan = TransitionPreparer(factory, mailbox), _plan(5, "w0")
     mailbox.put(Directive(1, 0, next=plan))
     assert preparer.stands(plan)
@@ -182,7 +182,7 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
     assert found == [int(activated)]
 
 
-def test_a_newcomer_hears_that_the_run_went_on_without_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+def test_a_newcomer_notices_that_the_run_continued_without_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
     preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
     mailbox.put(Directive(1, 0, next=plan))
     assert preparer.await_next(lambda _: False).plan == plan

@@ -55,11 +55,11 @@ def added() -> dict[str, float]:
     return result
 
 
-def test_it_is_there_when_it_is_reserved(added: dict[str, float]) -> None:
+def test_reserved_memory_is_resident(added: dict[str, float]) -> None:
     assert added["reserve"] == pytest.approx(128, abs=16)
 
 
-def test_whoever_uses_it_then_needs_no_more(added: dict[str, float]) -> None:
+def test_use_of_reserved_memory_adds_none(added: dict[str, float]) -> None:
     assert added["use"] < 16
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a world save: each element of the state once, whoever holds it."""
+"""Shards that the ranks of a world save: each element of the state once."""
 
 import errno
 import gc
@@ -246,7 +246,7 @@ def _in_thread(work: Callable[[], None]) -> "Future[None]":
     return done
 
 
-def test_training_goes_on_while_its_shard_is_copied_and_waits_before_it_changes(
+def test_training_continues_while_its_shard_is_copied_and_waits_before_an_update(
     tmp_path: Path, may_copy: threading.Event
 ) -> None:
     scene = Scene(tmp_path)
@@ -442,7 +442,7 @@ def test_the_last_checkpoint_waits_for_an_earlier_one_that_is_not_late(
     finished.result(60.0)
 
 
-def test_the_last_checkpoint_takes_the_place_of_one_that_storage_refuses(refusing: Path) -> None:
+def test_the_last_checkpoint_replaces_one_that_storage_refuses(refusing: Path) -> None:
     scene = Scene(refusing)
     scene.save(2)
     assert scene.reasons.get(timeout=60.0) == REFUSED
@@ -494,7 +494,7 @@ def test_a_guarded_state_that_is_written_after_the_check_is_reported_then(refusi
     assert scene.saver.wait(60.0) and [shard.step for shard in scene.written] == [3]
 
 
-def test_without_a_thread_training_goes_on_and_the_next_step_is_saved(
+def test_without_a_thread_training_continues_and_the_next_step_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_thread(thread: threading.Thread) -> None:
@@ -540,7 +540,7 @@ def test_the_training_thread_does_not_wait_for_an_earlier_write(
     assert scene.saver.wait(60.0) and [shard.step for shard in scene.written] == [5, 7]
 
 
-def test_what_is_given_up_while_storage_refuses_it_is_not_reported_after_that(refusing: Path) -> None:
+def test_a_write_abandoned_while_storage_refuses_it_is_not_reported_later(refusing: Path) -> None:
     """One thread gives it up, while the other one is about to report the refusal."""
     scene = Scene(refusing)
     scene.saver.begin(4)
@@ -565,7 +565,7 @@ def test_what_is_given_up_while_storage_refuses_it_is_not_reported_after_that(re
     assert scene.saver.wait(60.0) and scene.reasons.empty()
 
 
-def test_a_newer_shard_takes_the_place_of_a_late_one(refusing: Path) -> None:
+def test_a_newer_shard_replaces_a_late_one(refusing: Path) -> None:
     scene = Scene(refusing)
     scene.save(3)
     assert scene.reasons.get(timeout=60.0) == REFUSED

@@ -82,7 +82,7 @@ def test_a_forward_pass_that_changes_a_buffer_does_not_change_the_snapshot(
     assert kept.view("buffer/bias", 0, 3).tolist() == [5.0, 5.0, 5.0]
 
 
-def test_training_goes_on_without_a_keeper_that_is_lost(pair: KeeperPair) -> None:
+def test_training_continues_without_a_keeper_that_is_lost(pair: KeeperPair) -> None:
     manager = _manager()
     manager.change_keeper(KEEPER, pair.member)
     _take(manager, pair, 5)
@@ -95,7 +95,7 @@ def test_training_goes_on_without_a_keeper_that_is_lost(pair: KeeperPair) -> Non
     assert not manager.due(7) and manager.holdings() == ()
 
 
-def test_training_goes_on_without_a_keeper_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_without_a_keeper_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot_replicator, "ANSWER_S", 0.3)
     monkeypatch.setattr(SnapshotReceiver, "start", lambda receiver: None)
     pair, manager = KeeperPair(), _manager()
