@@ -151,7 +151,7 @@ def test_a_checkpoint_in_which_a_rank_finds_damage_is_passed_over() -> None:
     assert recovery.steps_lost == 12 - 7 and recovery.steps_replayed == 13 - 7
     life.run_to_the_end()
     _trained(life)
-    assert life.committed == 39 and life.committed_by > life.state.recoveries[0].generation - 1
+    assert life.committed == 39
 
 
 def test_workers_that_found_damage_wait_while_other_checkpoints_can_not_be_read() -> None:
@@ -183,7 +183,6 @@ def test_a_run_whose_only_checkpoint_is_found_damaged_may_be_stopped() -> None:
 def test_damage_that_only_ranks_find_ends_the_run_after_some_attempts() -> None:
     """The controller reads the checkpoint whole and finds it good."""
     life = _goes_back_behind_a_rotten_checkpoint()
-    life.marked = [11]
     life.run_until(lambda: life.state.wants_restore and life.state.current is None)
     life.restorable = Restore(11, "step-11")
     life.run_to_the_end()
