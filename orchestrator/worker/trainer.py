@@ -202,7 +202,8 @@ class Trainer:
         try:
             shard = self._rescaler.enter(prepared)
         except Exception as error:
-            if plan.source is None and kind_of(error) not in ("peer_lost", CHECKPOINT_CORRUPT):
+            is_damaged = plan.restore is not None and kind_of(error) == CHECKPOINT_CORRUPT
+            if plan.source is None and kind_of(error) != "peer_lost" and not is_damaged:
                 raise
             prepared.close()  # first: frees peers that wait for this worker, not for the failed one
             return self._abandon_transition(plan, error)

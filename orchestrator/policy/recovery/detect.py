@@ -150,7 +150,7 @@ def _notice_broken_plan(state: RunState, seen: Observation) -> Decision:
     plan = transition.plan
     lost = [w for w in plan.involved if w not in state.worker_group or why_gone(seen, w)]
     failed = _failed_in(plan, seen)
-    damage = [w for w, error in _own_errors(seen, failed) if plan.restore and error.kind == CHECKPOINT_CORRUPT]
+    damage = [w for w, error in _own_errors(seen, failed) if error.kind == CHECKPOINT_CORRUPT]
     why = _could_not_reach(plan, damage, seen) if damage else without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)

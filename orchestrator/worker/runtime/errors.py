@@ -34,6 +34,10 @@ class StateCorrupted(RuntimeError):
     """This process's memory has changed without a write."""
 
 
+class OtherModel(CheckpointCorrupt):
+    """A checkpoint that belongs to another model: other workers would fail in the same way."""
+
+
 class DigestMismatch(RuntimeError):
     """The state after a transition differs from the one recorded for its step."""
 
@@ -53,7 +57,7 @@ def kind_of(error: Exception, passed_user: bool = False) -> str:
         return CORRUPTED
     if isinstance(error, DigestMismatch):
         return "doubtful"
-    if isinstance(error, CheckpointCorrupt):
+    if isinstance(error, CheckpointCorrupt) and not isinstance(error, OtherModel):
         return CHECKPOINT_CORRUPT
     passed_user = passed_user or raised_by_forward(error)
     if isinstance(error, AbortedGeneration | SumNotProven):
