@@ -15,9 +15,10 @@ a turn without a checkpoint, `minute_ratio` what follows for a minute with one c
 all bytes are on the device: where a way doesn't flush its files, a thread does so as soon as they are written. Figures
 are the slowest rank's.
 
-`read_ratio` is the time in which our checkpoint is read and verified, as each rank of a world of three reads it, one after
-the other, over that of reading and digesting the same bytes; both in one thread, with files that aren't in the page
-cache. To restore a run, ranks verify as they read; a user's `resume` verifies all of it before (`read_s` of `verify`).
+`read_ratio` is the time in which our checkpoint is read and verified, as each rank of a world of three reads it, one
+after the other, over that of reading and digesting the same bytes; both in one thread, with files that aren't in the
+page cache. To restore a run, ranks verify as they read; a user's `resume` verifies all of it before (`read_s` of
+`verify`).
 
 With `--directory s3` or `ceph` the checkpoint is written to a server with S3 on this machine, moto or Ceph's gateway,
 which takes its processor time from the ranks. Only `ours` is measured then, as the other ways write files.

@@ -8,9 +8,10 @@ no other file ever has, and `manifest.json`, which is created last. Nothing is r
     step-00000120-000003-000007/manifest.json                   a `CheckpointManifest`, with its own digest
 
 The run's journal names the complete ones, with the manifest's digest. The manifest has the digest of each file's
-header, and a header those of the blocks behind it, so any part of a file can be verified alone. The term is in the name because a generation is
-unique only together with it: what a controller has journalled may be kept in its cluster, and be lost with that, while
-its workers have written already. Another cluster that resumes the run counts on from the generations that it knows.
+header, and a header those of the blocks behind it, so any part of a file can be verified alone. The term is in the name
+because a generation is unique only together with it: what a controller has journalled may be kept in its cluster, and
+be lost with that, while its workers have written already. Another cluster that resumes the run counts on from the
+generations that it knows.
 
 The manifest is made from the headers of the files, so ranks report nothing of them but digests.
 A manifest lists tensors and pieces, never ranks or a world size, so any world can read the checkpoint of any other.

@@ -98,8 +98,8 @@ class RunCheckpoints:
         return self._finder.trouble if self._memory.state.wants_restore else ""
 
     def search(self) -> None:
-        """Search for the newest good checkpoint if a restore is wanted. Workers verify what they read of it; once one has
-        found damage, checkpoints are read here first, which may take long."""
+        """Search for the newest good checkpoint if a restore is wanted. Workers verify what they read of it;
+        once one has found damage, checkpoints are read here first, which may take long."""
         if not self._memory.state.wants_restore:
             self._forget()
             if self._keeps_all and not self._is_restoring:

@@ -128,8 +128,8 @@ def remove_lost_members(limits: RunLimits, state: RunState, seen: Observation) -
 
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed; it is planned anew. If the
-    worker found the checkpoint damaged, another one is searched first."""
+    """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed; it is planned anew. If
+    the worker found the checkpoint damaged, another one is searched first."""
     return _notice_broken_plan(state, seen) if state.current is None else Decision(state)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run in run storage: the complete ones, the newest good one, and the one that a user asks for.
 
 The journal names the complete ones (`orchestrator.run_records.checkpoints.checkpoint_records`). Ranks verify what they
-read of a checkpoint, so a controller first offers them the newest one whose files are there. Only if a rank finds damage
-are checkpoints read whole, to find one without.
+read of a checkpoint, so a controller first offers them the newest one whose files are there. Only if a rank finds
+damage are checkpoints read whole, to find one without.
 """
 
 import errno
@@ -109,7 +109,7 @@ def newest_good(run_dir: Location, records: CheckpointRecords, reads_files: bool
     all were removed by hand.
 
     Args:
-        reads_files: False: only its manifest is, and sizes of its files are compared, as those who read it will verify it.
+        reads_files: False: only sizes are compared, as those who read the files will verify them.
 
     Raises:
         OSError: one can't be read now, and may be good; or none is good, and some are still there.

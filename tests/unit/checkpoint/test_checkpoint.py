@@ -345,7 +345,9 @@ def of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of one file."""
     monkeypatch.setattr(block_digests, "BLOCK_BYTES", BLOCK)
     shard = write_shard(tmp_path, [ShardPiece("w", 0, 100, NUMBERS)], step=3, term=1, generation=0, rank=0)
-    return commit(tmp_path, manifest_of(read_shards(tmp_path, [shard], term=1), run_id="r", term=1, shapes={"w": (100,)}))
+    return commit(
+        tmp_path, manifest_of(read_shards(tmp_path, [shard], term=1), run_id="r", term=1, shapes={"w": (100,)})
+    )
 
 
 def _reads(path: Path, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
