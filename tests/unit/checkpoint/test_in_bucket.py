@@ -24,6 +24,7 @@ from tests.support.request_proxy import RequestFault, RequestProxy
 VALUES = np.arange(5_000, dtype=np.float32)
 COUNTS = np.array([1, -2, 3], np.int64)
 SHAPES, DTYPES = {"master/a": (50, 100), "buffer/b": (3,)}, {"buffer/b": "int64"}
+BLOCK_BYTES = block_digests.BLOCK_BYTES
 number = count()
 
 
@@ -173,7 +174,11 @@ def test_checkpoints_are_deleted(checkpoints: BucketUrl, proxy: RequestProxy) ->
     assert objects_at(checkpoints).names("") == (checkpoint_name(8, 1, 0), kept.name)
 
 
-def test_another_process_writes_a_shard_from_this_ones_memory(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+def test_another_process_writes_a_shard_from_this_ones_memory(
+    checkpoints: BucketUrl, proxy: RequestProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_digests, "BLOCK_BYTES", BLOCK_BYTES)  # as in the other process
+    monkeypatch.setattr(ObjectBytes, "read_bytes", BLOCK_BYTES)
     process = StorageProcess("checkpoints")
     with ShardMemory([ShardPiece("master/a", 0, 5_000, VALUES)], "{}", 0) as memory:
         where = {"step": 3, "term": 1, "generation": 0, "rank": 0}
