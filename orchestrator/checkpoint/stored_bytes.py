@@ -1,7 +1,7 @@
 """Bytes of a shard's file, in a directory or a bucket.
 
-Both kinds have `read_bytes`, some blocks, which one read should have at most; `held_bytes`, which may be held of each file to answer
-the next reads; and whether so many are worth reading where fewer are needed (`reads_ahead`).
+Both kinds have `read_bytes`, some blocks, which one read should have at most; `held_bytes`, which may be held of each
+file to answer the next reads; and whether so many are worth reading where fewer are needed (`reads_ahead`).
 """
 
 import os
