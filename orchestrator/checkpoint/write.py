@@ -88,7 +88,8 @@ def _read_back(checkpoint: Location, name: str, written: FileEntry) -> None:
             shard.verify()
     except CheckpointCorrupt as error:
         where = str(checkpoint / name)
-        raise OSError(errno.EIO, f"{name} reads back changed: {error.message}", where) from error
+        difference = error.message.removeprefix(f"{where}: ")
+        raise OSError(errno.EIO, f"{name} reads back changed: {difference}", where) from error
 
 
 def _check_room(run_dir: Path, num_bytes: int) -> None:
