@@ -7,9 +7,11 @@ no other file ever has, and `manifest.json`, which is created last. Nothing is r
     step-00000120-000003-000007/shard-00000-5f1c09d2.safetensors
     step-00000120-000003-000007/manifest.json                   a `CheckpointManifest`, with its own digest
 
-The run's journal names the complete ones, with the manifest's digest. The term is in the name because a generation is
-unique only together with it: what a controller has journalled may be kept in its cluster, and be lost with that, while
-its workers have written already. Another cluster that resumes the run counts on from the generations that it knows.
+The run's journal names the complete ones, with the manifest's digest. The manifest has the digest of each file's
+header, and a header those of the blocks behind it, so any part of a file can be verified alone. The term is in the name
+because a generation is unique only together with it: what a controller has journalled may be kept in its cluster, and
+be lost with that, while its workers have written already. Another cluster that resumes the run counts on from the
+generations that it knows.
 
 The manifest is made from the headers of the files, so ranks report nothing of them but digests.
 A manifest lists tensors and pieces, never ranks or a world size, so any world can read the checkpoint of any other.
@@ -26,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
 from orchestrator.protocol.worker_report import ShardWritten
 
-FORMAT = "orchestrator-checkpoint-v3"
+FORMAT = "orchestrator-checkpoint-v4"
 MANIFEST_FILE = "manifest.json"
 # Numpy's names of what is stored, and those of safetensors. bf16 never is.
 DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64", "uint8": "U8", "bool": "BOOL"}
@@ -67,9 +69,9 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file; `sha256` are the digests of its blocks (`orchestrator.checkpoint.block_digests`)."""
+    """A file. `header_sha256` is the digest of its header, which has those of its blocks."""
 
-    sha256: tuple[str, ...]
+    header_sha256: str
     num_bytes: int
 
 
@@ -128,7 +130,7 @@ class CheckpointManifest:
             if (found := _digest(body)) != claimed:
                 raise CheckpointCorrupt(f"{MANIFEST_FILE} has digest {found}, its content was written as {claimed}")
             tensors = {name: _tensor_from(fields) for name, fields in body.pop("tensors").items()}
-            files = {name: _file_from(**fields) for name, fields in body.pop("files").items()}
+            files = {name: FileEntry(**fields) for name, fields in body.pop("files").items()}
             manifest = cls(tensors=tensors, files=files, **body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{MANIFEST_FILE} is not a checkpoint manifest: {error!r}") from error
@@ -181,7 +183,7 @@ def manifest_of(
         term=term,
         generation=generation,
         tensors={name: _tensor_of(shapes[name], (dtypes or {}).get(name), found) for name, found in pieces.items()},
-        files={shard.file: FileEntry(shard.sha256, shard.num_bytes) for shard, _ in shards},
+        files={shard.file: FileEntry(shard.header_sha256, shard.num_bytes) for shard, _ in shards},
         meta=meta,
     )
     if len(manifest.files) != len(shards):
@@ -211,10 +213,6 @@ def _tensor_from(fields: dict[str, object]) -> TensorEntry:
     if not isinstance(shape, list) or not isinstance(pieces, list):
         raise TypeError("shape and pieces are lists")
     return TensorEntry(shape=tuple(shape), pieces=tuple(ShardPart(**piece) for piece in pieces), **fields)  # type: ignore[arg-type]
-
-
-def _file_from(sha256: Sequence[str], num_bytes: int) -> FileEntry:
-    return FileEntry(tuple(sha256), num_bytes)
 
 
 def _coverage_fault(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str:

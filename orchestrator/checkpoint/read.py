@@ -1,4 +1,4 @@
-"""Reading of a checkpoint: its manifest, element ranges of its tensors, verification of digests."""
+"""Reading of a checkpoint: its manifest, element ranges of its tensors, verification of all that it holds."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -8,9 +8,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoint.block_digests import first_difference
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, ShardPart
-from orchestrator.checkpoint.stored_shard import ArrayPart, StoredShard, open_shard, stored_digests
+from orchestrator.checkpoint.stored_shard import ArrayPart, StoredShard, open_shard
 from orchestrator.errors import CheckpointCorrupt, NotFound
 from orchestrator.storage.backends.location import Location, objects_at
 
@@ -46,7 +45,9 @@ def read_manifest(checkpoint: Location, digest: str | None = None) -> Checkpoint
 class CheckpointReader:
     """Reads any element range of any tensor, independent of the world that wrote it. A context manager.
 
-    Files are opened on first use; only the requested ranges are read.
+    Files are opened on first use. Only the blocks that hold the requested ranges are read, and each one is compared
+    with its digest: the run's journal has that of the manifest, which has those of the files' headers, which have those
+    of the blocks.
 
     Args:
         digest: as in `read_manifest`.
@@ -69,7 +70,7 @@ class CheckpointReader:
         Raises:
             NotFound: there is no such tensor.
             ValueError: the range lies outside of the tensor.
-            CheckpointCorrupt: a file is missing or doesn't match the manifest.
+            CheckpointCorrupt: a file is missing, or isn't what was written.
             OSError: a file can't be read.
         """
         pieces = list(self._pieces(tensor, start, stop))
@@ -97,15 +98,22 @@ class CheckpointReader:
                 index, tensor, piece, _ = parts[number]
                 yield index, piece.start + element, self._checked(values, tensor, piece)
 
-    def verify(self) -> None:
-        """Digest every file. Raises CheckpointCorrupt with the file and both digests."""
+    def check_sizes(self) -> None:
+        """Raise CheckpointCorrupt for a file that is missing or has another size than was written. None is read."""
+        sizes = {found.key: found.num_bytes for found in objects_at(self.path).objects("")}
         for name, entry in self.manifest.files.items():
-            try:
-                found = stored_digests(self.path, name)
-            except (FileNotFoundError, IsADirectoryError):
-                raise CheckpointCorrupt(f"{self.path}: {name} is missing; it had {entry.num_bytes} bytes") from None
-            if difference := first_difference(found, entry.sha256):
-                raise CheckpointCorrupt(f"{self.path}: {name}: {difference}")
+            if name not in sizes:
+                raise CheckpointCorrupt(f"{self.path}: {name} is missing; it had {entry.num_bytes} bytes")
+            if sizes[name] != entry.num_bytes:
+                raise CheckpointCorrupt(
+                    f"{self.path}: {name} has {sizes[name]} bytes, it was written with {entry.num_bytes}"
+                )
+
+    def verify(self) -> None:
+        """Compare every file with its digests. Raises CheckpointCorrupt with the file and both digests."""
+        self.check_sizes()
+        for name in self.manifest.files:
+            self._shard(name).verify()
 
     def close(self) -> None:
         """Close the files."""
@@ -140,7 +148,7 @@ class CheckpointReader:
 
     def _shard(self, file: str) -> StoredShard:
         if file not in self._files:
-            self._files[file] = open_shard(self.path, file, len(self.manifest.files))
+            self._files[file] = open_shard(self.path, file, self.manifest.files[file], len(self.manifest.files))
         return self._files[file]
 
 

@@ -1,8 +1,8 @@
 """File of a rank's shard: what it holds, its content in the safetensors format, and its header.
 
 The format is eight bytes of header length, a JSON header and the raw little-endian arrays
-(https://github.com/huggingface/safetensors#format). It is written here, not by the library, because this writes and
-digests in one pass, without a second copy of the shard in memory.
+(https://github.com/huggingface/safetensors#format). It is written here, not by the library, without a second copy of
+the shard in memory. Among the header's texts are the digests of the blocks behind it.
 """
 
 import hashlib
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.checkpoint.block_digests import num_blocks
 from orchestrator.checkpoint.manifest import DTYPES, ShardHeader, ShardPart, checkpoint_name
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.backends.location import Location, objects_at
 
-_METADATA, _META = "__metadata__", "meta"  # the format's key for texts, and ours among them
+_METADATA, _META, _BLOCKS = "__metadata__", "meta", "blocks"  # the format's key for texts, and ours among them
+_DIGITS = 64  # of a digest
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class ShardPiece:
 
 
 def shard_chunks(pieces: Sequence[ShardPiece], meta: str | None) -> Iterator[bytes | memoryview]:
-    """The content of the file: its header, then each array. Raises ValueError for an array that doesn't fit.
+    """The content of the file: its header, then each array. In the header are zeros in place of the blocks' digests.
+    Raises ValueError for an array that doesn't fit.
 
     Args:
         meta: JSON of the state that is not a tensor; None for none.
     """
-    header: dict[str, object] = {} if meta is None else {_METADATA: {_META: meta}}
+    texts = {} if meta is None else {_META: meta}
+    header: dict[str, object] = {_METADATA: texts}
     arrays: list[npt.NDArray[Any]] = []
     offset = 0
     for piece in pieces:
@@ -61,11 +65,34 @@ def shard_chunks(pieces: Sequence[ShardPiece], meta: str | None) -> Iterator[byt
         }
         offset += array.nbytes
         arrays.append(array)
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # arrays start at a multiple of 8, aligned for readers that map the file
-    yield len(encoded).to_bytes(8, "little") + encoded
+    texts[_BLOCKS] = "0" * (_DIGITS * num_blocks(offset))
+    yield _encoded(header)
     for array in arrays:
         yield array.view(np.uint8).data
+
+
+def with_block_digests(header: bytes, digests: Sequence[str]) -> bytes:
+    """A header of the same length with the digests of the blocks behind it."""
+    fields = json.loads(header[8:])
+    fields[_METADATA][_BLOCKS] = "".join(digests)
+    return _encoded(fields)
+
+
+def block_digests_in(header: Mapping[str, Any]) -> tuple[str, ...]:
+    """The digests of the blocks behind a header. Raises LookupError for one without."""
+    digits = header[_METADATA][_BLOCKS]
+    return tuple(digits[at : at + _DIGITS] for at in range(0, len(digits), _DIGITS))
+
+
+def arrays_in(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays that a header describes, by their keys."""
+    return {key: array for key, array in header.items() if key != _METADATA}
+
+
+def _encoded(header: Mapping[str, object]) -> bytes:
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # arrays start at a multiple of 8, aligned for readers that map the file
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def read_shards(
@@ -94,7 +121,7 @@ def _read_header(checkpoint: Location, shard: ShardWritten) -> ShardHeader:
         raise _corrupt(f"{path} has a header with sha256 {found}, it was written with {shard.header_sha256}")
     header: Mapping[str, Any] = json.loads(content)
     meta = header.get(_METADATA, {}).get(_META)
-    parts = tuple(_part_of(shard.file, key) for key in header if key != _METADATA)
+    parts = tuple(_part_of(shard.file, key) for key in arrays_in(header))
     return ShardHeader(parts, None if meta is None else json.loads(meta))
 
 

@@ -1,12 +1,14 @@
 """A shard's file in memory, from where another process can write it to storage."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 
-from orchestrator.checkpoint.shard_file import ShardPiece, shard_chunks
+from orchestrator.checkpoint.block_digests import digests_of
+from orchestrator.checkpoint.shard_file import ShardPiece, shard_chunks, with_block_digests
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,20 @@ class ShardImage:
 
     path: str
     num_bytes: int
-    header_sha256: str
+    header_bytes: int
     meta_sha256: str
+
+    def digest(self) -> str:
+        """Put the digests of its blocks into its header; may be repeated. Returns the digest of the header.
+
+        Called by the process that writes it, as it takes processor time. Raises OSError if the memory is gone.
+        """
+        digests = digests_of(Path(self.path), self.header_bytes)
+        with Path(self.path).open("r+b") as memory:
+            header = with_block_digests(memory.read(self.header_bytes), digests)
+            memory.seek(0)
+            memory.write(header)
+        return sha256(header).hexdigest()
 
 
 class ShardMemory:
@@ -52,8 +66,8 @@ class ShardMemory:
         self.image = ShardImage(
             path=f"/proc/{os.getpid()}/fd/{self._file.fileno()}",
             num_bytes=self._file.tell(),
-            header_sha256=hashlib.sha256(header).hexdigest(),
-            meta_sha256=hashlib.sha256(meta.encode()).hexdigest(),
+            header_bytes=len(header),
+            meta_sha256=sha256(meta.encode()).hexdigest(),
         )
 
     def close(self) -> None:

@@ -1,125 +1,40 @@
-"""Files of shards in storage: ranges of their arrays, and digests of all of their bytes."""
+"""Files of shards in storage, whose arrays are read in parts. Only bytes of verified blocks are returned."""
 
 import json
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoint.block_digests import BlockDigests, digests_of
-from orchestrator.checkpoint.manifest import DTYPES
+from orchestrator.checkpoint import block_digests
+from orchestrator.checkpoint.block_digests import first_difference
+from orchestrator.checkpoint.manifest import DTYPES, FileEntry
+from orchestrator.checkpoint.shard_file import arrays_in, block_digests_in
+from orchestrator.checkpoint.stored_bytes import FileBytes, ObjectBytes, Span
 from orchestrator.errors import CheckpointCorrupt
-from orchestrator.storage.backends.location import Location, objects_at
-from orchestrator.storage.objects import LargeObjects
+from orchestrator.storage.backends.location import Location
 
-READ_BYTES = 16 * 2**20  # of an object at once
-LEAST_HELD_BYTES, MOST_HELD_BYTES = 2**20, 2**26  # of one object, of all
-LARGEST_GAP_BYTES = 2**16  # between arrays that one request reads
-REQUESTS_AT_ONCE = 4  # to a bucket
 _DTYPES = {stored: name for name, stored in DTYPES.items()}
 
 
-def open_shard(checkpoint: Location, file: str, num_files: int) -> "StoredShard":
+def open_shard(checkpoint: Location, file: str, entry: FileEntry, num_files: int = 1) -> "StoredShard":
     """A file of a checkpoint. Raises as `StoredShard`.
 
     Args:
-        num_files: number of files open at once. Bytes of each one in a bucket are held for later reads.
+        entry: the manifest's of this file.
+        num_files: number of files open at once. Bytes of each one are held for later reads.
     """
     where = str(checkpoint / file)
-    if not isinstance(checkpoint, Path):
-        held_bytes = min(READ_BYTES, max(LEAST_HELD_BYTES, MOST_HELD_BYTES // num_files))
-        return StoredShard(_Object(objects_at(checkpoint), file, held_bytes), where)
     try:
-        opened = _File(checkpoint / file)
+        if isinstance(checkpoint, Path):
+            return StoredShard(FileBytes(checkpoint / file, num_files), entry, where)
+        return StoredShard(ObjectBytes(checkpoint, file, num_files), entry, where)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
-    shard = StoredShard(opened, where)
-    if opened.num_bytes != shard.num_bytes:
-        raise CheckpointCorrupt(f"{where} has {opened.num_bytes} bytes, by its header {shard.num_bytes}")
-    return shard
-
-
-def stored_digests(checkpoint: Location, file: str) -> tuple[str, ...]:
-    """The digests of a file's blocks. Raises OSError."""
-    if isinstance(checkpoint, Path):
-        return digests_of(checkpoint / file)
-    digests = BlockDigests()
-    for data in _contents(objects_at(checkpoint), file):
-        digests.update(data)
-    return digests.all()
-
-
-def _contents(objects: LargeObjects, file: str) -> Iterator[bytes]:
-    """An object's bytes in parts. The next one is requested while one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="object") as pool:
-        start, request = 0, pool.submit(objects.get, file, 0, READ_BYTES)
-        while data := request.result():
-            start += len(data)
-            request = pool.submit(objects.get, file, start, start + READ_BYTES)
-            yield data
-
-
-class _File:
-    """A file in a directory, open as long as this is held. It is not mapped into memory: a page that can't be read
-    would end the process, where a call raises OSError."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        self.num_bytes = os.fstat(self._file.fileno()).st_size
-
-    def read(self, start: int, stop: int) -> bytes:
-        return os.pread(self._file.fileno(), max(0, min(stop, self.num_bytes) - start), start)
-
-    def fill(self, start: int, buffer: memoryview) -> int:
-        return os.preadv(self._file.fileno(), [buffer], start)
-
-    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of each span (start, stop), in order."""
-        return (self.read(start, stop) for start, stop in spans)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Object:
-    """An object in a bucket. A request reads beyond the requested range, as most arrays are small and read in order."""
-
-    def __init__(self, objects: LargeObjects, file: str, held_bytes: int) -> None:
-        self._objects, self._file, self._held_bytes = objects, file, held_bytes
-        self._begin, self._held = 0, memoryview(b"")  # the bytes from `_begin`
-
-    def read(self, start: int, stop: int) -> bytes:
-        return self._objects.get(self._file, start, stop)
-
-    def fill(self, start: int, buffer: memoryview) -> int:
-        if not self._begin <= start < self._begin + len(self._held):
-            self._begin, self._held = start, memoryview(self.read(start, start + self._held_bytes))
-        found = self._held[start - self._begin :][: len(buffer)]
-        buffer[: len(found)] = found
-        return len(found)
-
-    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of each span (start, stop), in order. The next ones are requested meanwhile."""
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="object") as pool:
-            requests: deque[Future[bytes]] = deque()
-            try:
-                for start, stop in spans:
-                    requests.append(pool.submit(self.read, start, stop))
-                    if len(requests) == REQUESTS_AT_ONCE:
-                        yield requests.popleft().result()
-                while requests:
-                    yield requests.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def close(self) -> None:
-        self._held = memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -146,53 +61,65 @@ class ArrayPart:
 
 
 class StoredShard:
-    """A shard, whose arrays are read in parts. Its header is read first.
+    """A shard, whose header is read first. Each block that is read is compared with its digest from there.
 
     Args:
-        stored: `read` gives its bytes from a position to before another one, or to its end; `fill` puts those from a
-            position into a buffer, as many as are at hand, and returns their number: 0 at the end.
-
-    Attributes:
-        num_bytes: by the header.
+        entry: the manifest's of this file.
 
     Raises:
-        CheckpointCorrupt: it is no shard.
+        CheckpointCorrupt: it isn't what was written.
         OSError: it can't be read.
     """
 
-    def __init__(self, stored: _File | _Object, where: str) -> None:
-        self._stored, self._where = stored, where
+    def __init__(self, stored: FileBytes | ObjectBytes, entry: FileEntry, where: str) -> None:
+        self._stored, self._where, self._num_bytes = stored, where, entry.num_bytes
+        for read in (stored.read, stored.read_again):  # a bit may flip on its way here
+            length = read(0, 8)
+            self._data = 8 + min(int.from_bytes(length, "little"), entry.num_bytes)  # the first byte behind the header
+            content = read(8, self._data)
+            if (found := sha256(length + content).hexdigest()) == entry.header_sha256:
+                break
+        else:
+            raise CheckpointCorrupt(f"{where}: header has sha256 {found}, it was written with {entry.header_sha256}")
         try:
-            length = int.from_bytes(stored.read(0, 8), "little")
-            header = json.loads(stored.read(8, 8 + length))
-            header.pop("__metadata__", None)
+            header = json.loads(content)
+            self._digests = block_digests_in(header)
             self._arrays = {
-                key: _Array(_DTYPES[array["dtype"]], array["shape"], 8 + length + array["data_offsets"][0])
-                for key, array in header.items()
+                key: _Array(_DTYPES[array["dtype"]], array["shape"], self._data + array["data_offsets"][0])
+                for key, array in arrays_in(header).items()
             }
-            self.num_bytes = 8 + length + max((array["data_offsets"][1] for array in header.values()), default=0)
-        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
+        self._begin, self._held = 0, b""  # verified bytes from `_begin` on
 
     def close(self) -> None:
         """Close the file, or drop the held bytes of the object. No reads afterwards."""
+        self._held = b""
         self._stored.close()
+
+    def verify(self) -> None:
+        """Read all of it. Raises CheckpointCorrupt or OSError."""
+        read_bytes = self._stored.read_bytes
+        starts = range(self._data, self._num_bytes, read_bytes)
+        for _ in self._read_spans([(start, min(start + read_bytes, self._num_bytes)) for start in starts]):
+            pass
 
     def read(self, key: str, length: int, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements [start, stop) of an array of `length` elements. Raises CheckpointCorrupt or OSError."""
         array = self._array(key, length)
         found = np.empty(stop - start, dtype=array.dtype)
         view = found.view(np.uint8).data
-        at, first = 0, array.begin + start * array.item_bytes
-        while at < len(view):
-            num_bytes = self._stored.fill(first + at, view[at:])
-            if num_bytes == 0:
-                raise CheckpointCorrupt(f"{self._where} ends within {key}")
-            at += num_bytes
+        position = array.begin + start * array.item_bytes
+        while len(view):
+            if not self._begin <= position < self._begin + len(self._held):
+                self._hold(position, position + len(view))
+            part = memoryview(self._held)[position - self._begin :][: len(view)]
+            view[: len(part)] = part
+            view, position = view[len(part) :], position + len(part)
         return found
 
     def read_all(self, parts: Sequence[ArrayPart]) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-        """Yield the elements of all parts in the order in which the file has them, with as few reads as possible.
+        """Yield the elements of all parts in the order in which the file has them, with few reads, of each block once.
 
         Returns:
             (index of the part, its element that the values begin with, values); a large part comes in several.
@@ -200,34 +127,66 @@ class StoredShard:
         Raises:
             CheckpointCorrupt, OSError: as `read`.
         """
-        pieces = sorted((piece for index, part in enumerate(parts) for piece in self._pieces(index, part)), key=_first)
-        runs: list[list[_Piece]] = []
-        for piece in pieces:
-            if (
-                runs
-                and piece.first <= runs[-1][-1].end + LARGEST_GAP_BYTES
-                and piece.end - runs[-1][0].first <= READ_BYTES
-            ):
-                runs[-1].append(piece)
+        runs: list[_Run] = []
+        for piece in sorted((p for index, part in enumerate(parts) for p in self._pieces(index, part)), key=_first):
+            start, stop = self._blocks_of(piece.first, piece.end)
+            if runs and start <= runs[-1].stop and self._window(piece.first) == self._window(runs[-1].start):
+                runs[-1].stop = max(stop, runs[-1].stop)
             else:
-                runs.append([piece])
-        spans = [(run[0].first, max(piece.end for piece in run)) for run in runs]
-        for run, (start, stop), content in zip(runs, spans, self._stored.read_spans(spans), strict=True):
-            if len(content) != stop - start:
-                raise CheckpointCorrupt(f"{self._where} ends within {parts[run[-1].index].key}")
-            for piece in run:
+                runs.append(_Run(start, stop))
+            runs[-1].pieces.append(piece)
+        for run, content in zip(runs, self._read_spans([(run.start, run.stop) for run in runs]), strict=True):
+            for piece in run.pieces:
                 count = (piece.end - piece.first) // np.dtype(piece.dtype).itemsize
-                values = np.frombuffer(content, piece.dtype, count, piece.first - start)
+                values = np.frombuffer(content, piece.dtype, count, piece.first - run.start)
                 yield piece.index, piece.element, values.copy()  # aligned, and writable
 
+    def _hold(self, first: int, end: int) -> None:
+        """Hold blocks from that of byte `first` on, up to that of `end` if they aren't too many."""
+        begin, _ = self._blocks_of(first, first + 1)
+        most = begin + self._stored.held_bytes
+        span = self._blocks_of(first, most if self._stored.reads_ahead else min(end, most))
+        self._begin, self._held = begin, self._verified(span, self._stored.read(*span))
+
     def _pieces(self, index: int, part: ArrayPart) -> Iterator["_Piece"]:
-        """A part in pieces that one read may have."""
-        array = self._array(part.key, part.length)
-        most = READ_BYTES // array.item_bytes
-        for start in range(part.start, part.stop, most):
-            stop = min(start + most, part.stop)
-            first, end = (array.begin + element * array.item_bytes for element in (start, stop))
-            yield _Piece(index, start, array.dtype, first, end)
+        """A part in pieces that each begin in another window."""
+        array, start = self._array(part.key, part.length), part.start
+        while start < part.stop:
+            first = array.begin + start * array.item_bytes
+            rest = self._stored.read_bytes - (first - self._data) % self._stored.read_bytes  # of the window
+            stop = min(start - (-rest // array.item_bytes), part.stop)
+            yield _Piece(index, start, array.dtype, first, array.begin + stop * array.item_bytes)
+            start = stop
+
+    def _window(self, position: int) -> int:
+        """The number of what one read may have, in which this byte is."""
+        return (position - self._data) // self._stored.read_bytes
+
+    def _blocks_of(self, first: int, end: int) -> Span:
+        """The whole blocks that hold these bytes."""
+        block_bytes = block_digests.BLOCK_BYTES
+        start = first - (first - self._data) % block_bytes
+        return start, min(end + (self._data - end) % block_bytes, self._num_bytes)
+
+    def _read_spans(self, spans: Sequence[Span]) -> Iterator[bytes]:
+        """The verified bytes of each span of whole blocks, in order."""
+        for span, content in zip(spans, self._stored.read_spans(spans), strict=True):
+            yield self._verified(span, content)
+
+    def _verified(self, span: Span, content: bytes) -> bytes:
+        """The content of whole blocks. What seems to be wrong is read again."""
+        if self._fault(span, content):
+            content = self._stored.read_again(*span)
+            if fault := self._fault(span, content):
+                raise CheckpointCorrupt(f"{self._where}: {fault}")
+        return content
+
+    def _fault(self, span: Span, content: bytes) -> str:
+        start, stop = span
+        first, whole = (size // block_digests.BLOCK_BYTES for size in (start - self._data, len(content)))
+        if len(content) != stop - start:
+            return f"it ends within block {first + whole}"
+        return first_difference(content, self._digests, first)
 
     def _array(self, key: str, length: int) -> _Array:
         array = self._arrays.get(key)
@@ -245,6 +204,15 @@ class _Piece:
     dtype: str
     first: int
     end: int
+
+
+@dataclass
+class _Run:
+    """Blocks that are read at once, and the pieces in them."""
+
+    start: int
+    stop: int
+    pieces: list[_Piece] = field(default_factory=list)
 
 
 def _first(piece: _Piece) -> int:

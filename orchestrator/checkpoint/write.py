@@ -9,15 +9,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
+from contextlib import closing, suppress
 from pathlib import Path
 
-from orchestrator.checkpoint.block_digests import BlockDigests, digests_of, digests_on_device, first_difference
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name
+from orchestrator.checkpoint.block_digests import drop_cached
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, FileEntry, checkpoint_name
 from orchestrator.checkpoint.shard_image import ShardImage
-from orchestrator.checkpoint.stored_shard import stored_digests
+from orchestrator.checkpoint.stored_shard import open_shard
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.storage.atomic import flush, make_folders
@@ -48,40 +46,50 @@ def write_image(
     name = f"shard-{rank:05d}-{secrets.token_hex(4)}.safetensors"
     if isinstance(checkpoint, Path):
         _check_room(checkpoint.parents[1], image.num_bytes)
-        digests, num_bytes = _write_to_directory(checkpoint, name, image)
-    else:
-        digests, num_bytes = _write_to_bucket(checkpoint, name, image)
+        make_folders(checkpoint.parents[1], checkpoint)  # in the run's directory
+    written = FileEntry(image.digest(), image.num_bytes)
+    try:
+        if isinstance(checkpoint, Path):
+            _write_file(checkpoint / name, Path(image.path))
+        else:
+            objects_at(checkpoint).put(name, Path(image.path))
+        _read_back(checkpoint, name, written)
+    except BaseException:
+        with suppress(OSError):
+            objects_at(checkpoint).delete([name])
+        raise
     return ShardWritten(
         step=step,
         generation=generation,
         rank=rank,
         file=name,
-        sha256=digests,
-        num_bytes=num_bytes,
-        header_sha256=image.header_sha256,
+        num_bytes=written.num_bytes,
+        header_sha256=written.header_sha256,
         meta_sha256=image.meta_sha256,
         cost_s=time.thread_time() - began_s,
     )
 
 
-def _write_to_directory(directory: Path, name: str, image: ShardImage) -> tuple[tuple[str, ...], int]:
-    make_folders(directory.parents[1], directory)  # in the run's directory
-    with Path(image.path).open("rb") as memory:
-        return _write_file(directory / name, iter(partial(memory.read, CHUNK_BYTES), b""))
+def _write_file(path: Path, image: Path) -> None:
+    """Write and flush a new file."""
+    with image.open("rb") as memory, path.open("xb") as file:
+        shutil.copyfileobj(memory, file, CHUNK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+    flush(path.parent)
 
 
-def _write_to_bucket(checkpoint: Location, name: str, image: ShardImage) -> tuple[tuple[str, ...], int]:
-    """Store an object and read it back; it is deleted if that fails."""
-    objects, digests = objects_at(checkpoint), digests_of(Path(image.path))
+def _read_back(checkpoint: Location, name: str, written: FileEntry) -> None:
+    """Raise OSError if storage holds something else than was written."""
+    if isinstance(checkpoint, Path):
+        drop_cached(checkpoint / name)
     try:
-        written = objects.put(name, Path(image.path))
-        if difference := first_difference(stored_digests(checkpoint, name), digests):
-            raise OSError(errno.EIO, f"{name} reads back changed: {difference}", str(checkpoint / name))
-    except BaseException:
-        with suppress(OSError):
-            objects.delete([name])
-        raise
-    return digests, written.num_bytes
+        with closing(open_shard(checkpoint, name, written)) as shard:
+            shard.verify()
+    except CheckpointCorrupt as error:
+        where = str(checkpoint / name)
+        difference = error.message.removeprefix(f"{where}: ")
+        raise OSError(errno.EIO, f"{name} reads back changed: {difference}", where) from error
 
 
 def _check_room(run_dir: Path, num_bytes: int) -> None:
@@ -112,14 +120,13 @@ def commit(checkpoints: Location, manifest: CheckpointManifest) -> Location:
     for name, entry in manifest.files.items():
         _check_size(checkpoint / name, sizes.get(name), entry.num_bytes)
     content = manifest.to_json().encode()
-    written = BlockDigests()
-    written.update(content)
     found = objects.create(MANIFEST_FILE, content)
-    if difference := first_difference(_read_back(checkpoint, MANIFEST_FILE), written.all()):
+    if isinstance(checkpoint, Path):
+        drop_cached(checkpoint / MANIFEST_FILE)
+    if objects.get(MANIFEST_FILE) != content:
         if MANIFEST_FILE not in sizes and found == content:
             objects.delete([MANIFEST_FILE])
-        where = str(checkpoint / MANIFEST_FILE)
-        raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed: {difference}", where)
+        raise OSError(errno.EIO, f"{MANIFEST_FILE} reads back changed", str(checkpoint / MANIFEST_FILE))
     hidden = [file.name for file in checkpoint.glob(".*")] if isinstance(checkpoint, Path) else []
     for name in {*sizes, *hidden} - {*manifest.files, MANIFEST_FILE}:
         with suppress(OSError):  # it does no harm there
@@ -130,35 +137,9 @@ def commit(checkpoints: Location, manifest: CheckpointManifest) -> Location:
     return checkpoint
 
 
-def _read_back(checkpoint: Location, name: str) -> tuple[str, ...]:
-    """The digests of a file's blocks, as storage holds them."""
-    return digests_on_device(checkpoint / name) if isinstance(checkpoint, Path) else stored_digests(checkpoint, name)
-
-
 def _check_size(file: Location, found: int | None, num_bytes: int) -> None:
     if found != num_bytes:
         raise CheckpointCorrupt(
             f"{file} has {'no file' if found is None else f'{found} bytes'}, its rank wrote {num_bytes} bytes",
             unchanged="No checkpoint was marked complete; the earlier ones stay.",
         )
-
-
-def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[tuple[str, ...], int]:
-    """Write, flush and read back a new file, which is removed if that fails. Returns (SHA-256 of each block, size in
-    bytes)."""
-    digests = BlockDigests()
-    try:
-        with path.open("xb") as file:
-            for chunk in chunks:
-                digests.update(chunk)
-                file.write(chunk)
-            num_bytes = file.tell()
-            file.flush()
-            os.fsync(file.fileno())
-        if difference := first_difference(digests_on_device(path), digests.all()):
-            raise OSError(errno.EIO, f"{path.name} reads back changed: {difference}", str(path))
-        flush(path.parent)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return digests.all(), num_bytes

@@ -87,15 +87,22 @@ class RunCheckpoints:
         return self._memory.state.wants_restore and not (self._is_known and not is_changing)
 
     @property
+    def _is_restoring(self) -> bool:
+        """Whether a checkpoint is searched, or is to be read by workers, who may find it damaged."""
+        state = self._memory.state
+        return state.wants_restore or (state.current is None and state.restore is not None)
+
+    @property
     def unreadable(self) -> str:
         """Why it is unknown now which checkpoint can be restored, while a restore is wanted."""
         return self._finder.trouble if self._memory.state.wants_restore else ""
 
     def search(self) -> None:
-        """Search for the newest good checkpoint if a restore is wanted. Verifies digests, which may take long."""
+        """Search for the newest good checkpoint if a restore is wanted. Workers verify what they read of it;
+        once one has found damage, checkpoints are read here first, which may take long."""
         if not self._memory.state.wants_restore:
             self._forget()
-            if self._keeps_all:
+            if self._keeps_all and not self._is_restoring:
                 self._keeps_all = False
                 self._apply_retention()
         elif not self._is_known and not self._storage.is_pending("search"):
@@ -109,7 +116,8 @@ class RunCheckpoints:
 
     def _search(self, number: int) -> StorageTask[None]:
         records = self._memory.checkpoints
-        found: Restore | None = yield Lengthy(partial(self._finder.newest_good, time.monotonic(), records))
+        reads_files = self._memory.state.current is None  # by the generation that was to begin from a checkpoint
+        found: Restore | None = yield Lengthy(partial(self._finder.newest_good, time.monotonic(), records, reads_files))
         if number == self._num_searches and not self._finder.trouble:
             self.restorable, self._is_known = found, True
             wake(self._inbox)
@@ -145,11 +153,11 @@ class RunCheckpoints:
         self._storage.add("garbage", self._discard_garbage)
 
     def _drop_old(self) -> StorageTask[None]:
-        """Journal which checkpoints the job doesn't keep. While one is to be restored, all are kept."""
+        """Journal which checkpoints the job doesn't keep. Until one is restored, all are kept."""
         memory, keep = self._memory, self._run.job.checkpoint
         call = partial(superfluous, self._run.run_dir, memory.checkpoints, keep, memory.progress.validations)
         dropped: tuple[int, ...] = yield partial(self._caller, call)
-        if memory.state.wants_restore:
+        if self._is_restoring:
             self._keeps_all = True
         elif dropped:
             yield from self._note(CheckpointsDeleted(dropped), stored=True)

@@ -129,7 +129,7 @@ def _newest(run: OpenedRun, order: ResumeRequest) -> Restore | None:
     chosen = location_of(order.restore.path).name if order.restore is not None else ""
     if order.is_named or not current or current[-1].name == chosen:
         return order.restore
-    newest = run.caller(newest_good, run.run_dir, run.memory.checkpoints)
+    newest = run.caller(newest_good, run.run_dir, run.memory.checkpoints, reads_files=False)  # workers verify it
     if newest is None:
         return order.restore
     return replace(newest, reset_residuals=order.restore is not None and order.restore.reset_residuals)

@@ -4,6 +4,7 @@
     rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
     mend     a newcomer fails in transition -> the old world continues, or is rebuilt from its own shards
     recover  a member fails -> all stop -> plan g+1 from the survivors' state -> all READY -> activate
+    go back  no state is left -> plan g+1 from a checkpoint -> a rank finds damage -> plan g+2 from another one
     preempt  all FINISHED, checkpoint marked -> empty worker group, queued -> start from the checkpoint
     end      all FINISHED, last checkpoint marked -> succeeded or stopped
 
@@ -21,7 +22,7 @@ from orchestrator.policy.health.checkpoint_interval import choose_checkpoint_int
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.health.stragglers import watch_stragglers
 from orchestrator.policy.recovery.detect import hear_errors, notice_failures, remove_lost_members, restart_first
-from orchestrator.policy.recovery.recover import recover
+from orchestrator.policy.recovery.recover import recover, restore_another
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.rescale.generation_plan import warm_standbys
@@ -68,6 +69,7 @@ RULES: tuple[Rule, ...] = (
     hear_errors,
     remove_lost_members,
     remove_lost_workers,
+    restore_another,
     restart_first,
     abandon_transition,
     activate,
@@ -156,6 +158,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return f"preempted: checkpoints at the next fence, releases its workers, resumes later: {state.queue.grant.why}"
     if state.is_ending:
         return "ends at the next fence with a checkpoint"
+    if seen.unreadable:
+        return f"{state.why}; {seen.unreadable}"
     if state.is_recovering and state.next is None:
         return _explain_recovery(limits, state, seen)
     if state.transition is not None:
@@ -192,8 +196,6 @@ def _failed_spawns(state: RunState, seen: Observation) -> str:
 
 
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:
-    if seen.unreadable:
-        return f"{state.why}; {seen.unreadable}"
     survivors = [w for w in state.members if w in state.worker_group]
     there = len(survivors) + len(warm_standbys(state, seen))
     missing = limits.min_workers - there

@@ -33,8 +33,7 @@ class ShardWritten:
 
     Args:
         file: name within the checkpoint directory.
-        sha256: digests of the file's blocks (`orchestrator.checkpoint.block_digests`).
-        header_sha256: digest of its header.
+        header_sha256: digest of its header, which has those of its blocks.
         meta_sha256: digest of the state that is not a tensor; equal on all ranks. It is in the header of rank 0.
     """
 
@@ -42,7 +41,6 @@ class ShardWritten:
     generation: int
     rank: int
     file: str
-    sha256: tuple[str, ...]
     num_bytes: int
     header_sha256: str
     meta_sha256: str
@@ -96,10 +94,13 @@ class MicroBatchMemory:
     is_gpu: bool
 
 
+CHECKPOINT_CORRUPT = "checkpoint_corrupt"
+
+
 @dataclass(frozen=True)
 class WorkerError:
     """Cause of a worker's failure. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, corrupted,
-    doubtful (a state received from others), internal."""
+    doubtful (a state received from others), checkpoint_corrupt, internal."""
 
     kind: str
     message: str

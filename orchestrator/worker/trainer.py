@@ -17,6 +17,7 @@ from orchestrator.comm.transport.nccl import abort_communicators
 from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.plan_wait import PlanWaiter
@@ -201,7 +202,8 @@ class Trainer:
         try:
             shard = self._rescaler.enter(prepared)
         except Exception as error:
-            if plan.source is None and kind_of(error) != "peer_lost":
+            is_damaged = plan.restore is not None and kind_of(error) == CHECKPOINT_CORRUPT
+            if plan.source is None and kind_of(error) != "peer_lost" and not is_damaged:
                 raise
             prepared.close()  # first: frees peers that wait for this worker, not for the failed one
             return self._abandon_transition(plan, error)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from tests.chaos.journal import Event
 
-BLOCK_BYTES = 64 * 2**20  # each has a digest
+BLOCK_BYTES = 2**18  # each has a digest, in the header of its file
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def faults_of(checkpoint: Path, sha256: str) -> list[str]:
     manifest = json.loads(content)["manifest"]
     faults = [] if hashlib.sha256(content).hexdigest() == sha256 else ["the manifest's digest differs"]
     for name, entry in manifest["files"].items():
-        if _digests(checkpoint / name) != entry["sha256"]:
-            faults.append(f"{name}: a digest differs")
+        faults += [f"{name}: {fault}" for fault in _faults_of_file((checkpoint / name).read_bytes(), entry)]
     for name, tensor in manifest["tensors"].items():
         ends = [0, *(piece["stop"] for piece in tensor["pieces"])]
         starts = [*(piece["start"] for piece in tensor["pieces"]), math.prod(tensor["shape"])]
@@ -119,6 +118,9 @@ def _named(event: Event) -> Named:
     return Named(event["step"], PurePath(event["path"]).name, event["sha256"])
 
 
-def _digests(path: Path) -> list[str]:
-    data = path.read_bytes()
-    return [hashlib.sha256(data[at : at + BLOCK_BYTES]).hexdigest() for at in range(0, len(data), BLOCK_BYTES)]
+def _faults_of_file(data: bytes, entry: dict[str, Any]) -> list[str]:
+    behind = 8 + int.from_bytes(data[:8], "little")
+    if hashlib.sha256(data[:behind]).hexdigest() != entry["header_sha256"]:
+        return ["the header's digest differs"]
+    digests = [hashlib.sha256(data[at : at + BLOCK_BYTES]).hexdigest() for at in range(behind, len(data), BLOCK_BYTES)]
+    return [] if json.loads(data[8:behind])["__metadata__"]["blocks"] == "".join(digests) else ["a digest differs"]

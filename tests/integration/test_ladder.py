@@ -15,9 +15,9 @@ import pytest
 from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.events.base import plain_of
-from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.messages import GenerationPlan, Restore
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import Report, ShardWritten
+from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT, Report, ShardWritten
 from orchestrator.run_records.checkpoints.checkpoint_records import CheckpointRecords
 from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.run_records.checkpoints.search import newest_good
@@ -265,6 +265,37 @@ def test_when_all_are_lost_new_workers_read_a_checkpoint(
     assert step == (4 if damaged else 9)
     worker_group.await_finished()
     _same_training(worker_group, undisturbed, first=step + 1)
+
+
+def test_ranks_that_find_damage_in_a_checkpoint_stay_and_read_another_one(
+    worker_group: Crew, undisturbed: Crew
+) -> None:
+    """All four read the damaged one at once; only those whose state is in the damaged block can know."""
+    _train_past_checkpoints(worker_group, 4, 9)
+    run_dir = Path(worker_group.job.storage_dir)
+    bad, good = (Restore(step, str(run_dir / "checkpoints" / checkpoint_name(step, 1, 0))) for step in (9, 4))
+    for file in Path(bad.path).glob("*.safetensors"):
+        _damage(file)
+    worker_group.send(aborted=worker_group.newest_generation, current=None, next=None)
+    worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.STRANDED)
+    plan = worker_group.plan(worker_group.ids, generation=1, restore=bad)
+    worker_group.send(next=plan)
+    finders = [w for w in worker_group.ids if _error_of(worker_group, w) == CHECKPOINT_CORRUPT]
+    assert finders
+    worker_group.send(aborted=1, next=None)
+    worker_group.start(worker_group.plan(worker_group.ids, generation=2, restore=good))
+    worker_group.records.clear()
+    worker_group.collect(worker_group.ids[0])
+    worker_group.await_finished()
+    _same_training(worker_group, undisturbed, first=5)
+
+
+def _error_of(worker_group: Crew, worker: str) -> str:
+    """The kind of the error with which this worker missed generation 1; empty for a lost peer."""
+    worker_group.await_all([worker], lambda r: r.transition.failed_generation == 1 or r.phase is Phase.READY)
+    report = worker_group.members[worker].report()
+    assert report.phase in (Phase.STANDBY, Phase.READY)
+    return report.health.error.kind if report.health.error is not None else ""
 
 
 def _damage(file: Path) -> None:

@@ -25,15 +25,17 @@ from typing import Any
 import numpy as np
 import psutil
 
+from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.elastic.recovery_point import Holding
+from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan
+from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan, Restore
 from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import Handover, Report, WorkerError
+from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT, Handover, Report, WorkerError
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.caller import Caller, call_here
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
@@ -256,6 +258,10 @@ class SimulatedWorker:
         if plan.source is not None and plan.source.step is not None:
             self._die_at("moving-on")
         if plan.source is None:
+            if plan.restore is not None and (damage := _damage_in(plan.restore)):
+                error = WorkerError(CHECKPOINT_CORRUPT, damage)
+                self._mailbox.publish(phase=Phase.STANDBY, failed_generation=plan.generation, error=error)
+                return False
             self._step = plan.restore.step if plan.restore else -1
             self._counters = dict.fromkeys(plan.placement.experts_of(plan.world.rank_of(self._me)), self._step + 1)
             self._kept = {}
@@ -384,6 +390,16 @@ class SimulatedWorker:
     def _die_at(self, moment: str) -> None:
         if os.environ.get("SIM_DIE") in (f"{self._me}:{moment}", f"all:{moment}"):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _damage_in(restore: Restore) -> str:
+    """What is wrong with a checkpoint; empty if nothing is."""
+    try:
+        with CheckpointReader(Path(restore.path), restore.digest or None) as reader:
+            reader.verify()
+    except CheckpointCorrupt as error:
+        return str(error)
+    return ""
 
 
 def _is_running(pid: int) -> bool:

@@ -100,7 +100,6 @@ def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str
     family = family_of_spec(job.model)
     config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     with CheckpointReader(checkpoint) as reader:
-        reader.verify()
         _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
         tensors = _tensors(reader, family, job.model.embedding_scale, of_ema)
         num_bytes = _write_weights(tensors, DTYPES[dtype], directory)

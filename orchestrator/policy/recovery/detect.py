@@ -21,7 +21,7 @@ from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.status import Recovery
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import WorkerError
+from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT, WorkerError
 
 OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of the worker that reports them
 STOP_S = 3.0  # a member of an aborted generation that does not stop within this counts as hung
@@ -129,7 +129,7 @@ def remove_lost_members(limits: RunLimits, state: RunState, seen: Observation) -
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed. `plan_next` makes
-    another."""
+    another; if the worker found the checkpoint damaged, another one is searched first."""
     return _notice_broken_plan(state, seen) if state.current is None else Decision(state)
 
 
@@ -150,14 +150,16 @@ def _notice_broken_plan(state: RunState, seen: Observation) -> Decision:
     plan = transition.plan
     lost = [w for w in plan.involved if w not in state.worker_group or why_gone(seen, w)]
     failed = _failed_in(plan, seen)
-    why = without_store(state, seen)
+    damage = [w for w, error in _own_errors(seen, failed) if error.kind == CHECKPOINT_CORRUPT]
+    why = _could_not_reach(plan, damage, seen) if damage else without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)
     if not lost and not why and not is_blame_due(state, seen):
         return Decision(replace(state, transition=transition.failing(seen.now_s)))
     why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach(plan, failed, seen))
     abort = replace(state.abort, generation=plan.generation, since_s=seen.now_s)
-    return abandoned(replace(state, abort=abort, transition=None), seen, plan.generation, why)
+    over = replace(state, abort=abort, transition=None, wants_restore=bool(damage))
+    return abandoned(over, seen, plan.generation, why)
 
 
 def _broken_behind_fence(state: RunState, seen: Observation) -> str:

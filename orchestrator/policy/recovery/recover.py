@@ -2,7 +2,8 @@
 
     recover  all survivors have stopped -> newest complete state -> plan g+1 from it -> (transition) READY -> activate
 
-Sources in order: a rank's own memory, its buddy's or keeper's snapshot, the newest checkpoint, the one before.
+Sources in order: a rank's own memory, its buddy's or keeper's snapshot, the newest checkpoint, the one before. Ranks
+verify what they read of a checkpoint; if one finds damage the run begins from another one.
 Survivors continue at once if they are enough; replacements of the failed workers join at a later fence.
 """
 
@@ -30,7 +31,7 @@ from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observatio
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import FinishMode, StateSource
+from orchestrator.protocol.messages import FinishMode, Restore, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.fault_tolerance import COMMITTED
@@ -154,10 +155,37 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     done = restore.step if restore else -1
     account = _account(limits, state, seen, done, "checkpoint")
     note = RolledBack(done, restore.path if restore else None, state.why)
-    begun = replace(
+    begun = _begun_from(restore, replace(state, previous=state.current, current=None), account)
+    if not state.gives_way:
+        return Decision(begun, (note,))
+    gone = WorkersReleased(state.worker_group)
+    return Decision(replace(begun, finish=FinishMode.NO, worker_group=()), (note, gone))
+
+
+def restore_another(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Begin from another checkpoint than the one in which a rank has found damage, once one without is known."""
+    if state.current is not None or not state.wants_restore or seen.unreadable or seen.is_searching:
+        return Decision(state)
+    restore, account = seen.restorable, state.abort.account
+    if restore is not None and state.restore is not None:
+        restore = replace(restore, reset_residuals=state.restore.reset_residuals)
+    done = restore.step if restore else -1
+    if account is not None:
+        further = account.step - done
+        account = replace(
+            account,
+            step=done,
+            steps_replayed=account.steps_replayed + further,
+            steps_lost=account.steps_lost + further,
+        )
+    note = RolledBack(done, restore.path if restore else None, state.why)
+    return Decision(_begun_from(restore, state, account), (note,))
+
+
+def _begun_from(restore: Restore | None, state: RunState, account: Recovery | None) -> RunState:
+    done = restore.step if restore else -1
+    return replace(
         state,
-        previous=state.current,
-        current=None,
         restore=restore,
         checkpoint_done=done,
         checkpoint_generation=state.num_generations - 1,
@@ -165,10 +193,6 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         wants_restore=False,
         replay=state.replay.up_to(done),
     )
-    if not state.gives_way:
-        return Decision(begun, (note,))
-    gone = WorkersReleased(state.worker_group)
-    return Decision(replace(begun, finish=FinishMode.NO, worker_group=()), (note, gone))
 
 
 def _worlds(state: RunState) -> Iterable[World]:

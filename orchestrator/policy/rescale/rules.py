@@ -173,7 +173,7 @@ def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
+    if state.next is not None or state.is_ending or state.wants_restore or seen.store_address is None:
         return Decision(state)
     size = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
     members = node_by_node(seen, warm_standbys(state, seen)[:size])

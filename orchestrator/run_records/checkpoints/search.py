@@ -1,10 +1,13 @@
 """Checkpoints of a run in run storage: the complete ones, the newest good one, and the one that a user asks for.
 
-The journal names the complete ones (`orchestrator.run_records.checkpoints.checkpoint_records`).
+The journal names the complete ones (`orchestrator.run_records.checkpoints.checkpoint_records`). Ranks verify what they
+read of a checkpoint, so a controller first offers them the newest one whose files are there. Only if a rank finds
+damage are checkpoints read whole, to find one without.
 """
 
 import errno
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -87,6 +90,12 @@ def _verify(run_dir: Location, record: CheckpointRecord) -> None:
         reader.verify()
 
 
+def _check_sizes(run_dir: Location, record: CheckpointRecord) -> None:
+    """The same by its manifest and the sizes of its files alone."""
+    with CheckpointReader(path_of(run_dir, record), record.sha256) as reader:
+        reader.check_sizes()
+
+
 def _is_good(run_dir: Location, record: CheckpointRecord) -> bool:
     try:
         _verify(run_dir, record)
@@ -95,9 +104,12 @@ def _is_good(run_dir: Location, record: CheckpointRecord) -> bool:
     return True
 
 
-def newest_good(run_dir: Location, records: CheckpointRecords) -> Restore | None:
+def newest_good(run_dir: Location, records: CheckpointRecords, reads_files: bool = True) -> Restore | None:
     """The newest complete checkpoint with correct digests; bad ones are logged and skipped. None if there was none, or
     all were removed by hand.
+
+    Args:
+        reads_files: False: only sizes are compared, as those who read the files will verify them.
 
     Raises:
         OSError: one can't be read now, and may be good; or none is good, and some are still there.
@@ -105,7 +117,7 @@ def newest_good(run_dir: Location, records: CheckpointRecords) -> Restore | None
     bad: OrchestratorError | OSError | None = None
     for record in reversed(records.current):
         path = path_of(run_dir, record)
-        fault = _fault_of(run_dir, record)
+        fault = _fault_of(run_dir, record, _verify if reads_files else _check_sizes)
         if fault is None:
             return Restore(record.step, str(path), digest=record.sha256)
         log.error("%s can't be restored: %s", path, fault)
@@ -117,7 +129,9 @@ def newest_good(run_dir: Location, records: CheckpointRecords) -> Restore | None
     return None
 
 
-def _fault_of(run_dir: Location, record: CheckpointRecord) -> OrchestratorError | OSError | None:
+def _fault_of(
+    run_dir: Location, record: CheckpointRecord, check: Callable[[Location, CheckpointRecord], None]
+) -> OrchestratorError | OSError | None:
     """Why a checkpoint can't be restored; None if it can. What seems to be wrong is read twice: a bit may flip on its
     way here. Raises OSError if it can't be read now, and may be good."""
     fault: OrchestratorError | OSError | None = None
@@ -125,7 +139,7 @@ def _fault_of(run_dir: Location, record: CheckpointRecord) -> OrchestratorError 
         if attempt > 0:
             _drop_cached(path_of(run_dir, record))
         try:
-            _verify(run_dir, record)
+            check(run_dir, record)
         except (OrchestratorError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in BROKEN:
                 raise
@@ -155,14 +169,14 @@ class CheckpointFinder:
         self._looked_s = 0.0
         self.trouble = ""  # why it is unknown now
 
-    def newest_good(self, now_s: float, records: CheckpointRecords) -> Restore | None:
-        """The newest good one of these checkpoints; None if there is none, or while there is `trouble`, which is
-        rechecked at intervals."""
+    def newest_good(self, now_s: float, records: CheckpointRecords, reads_files: bool = True) -> Restore | None:
+        """The newest good one of these checkpoints, as the function finds it; None if there is none, or while there is
+        `trouble`, which is rechecked at intervals."""
         if self.trouble and now_s - self._looked_s < LOOK_AGAIN_S:
             return None
         self._looked_s, before = now_s, self.trouble
         try:
-            found = self._caller(newest_good, self._run_dir, records)
+            found = self._caller(newest_good, self._run_dir, records, reads_files)
         except OSError as error:
             where = error.filename or self._run_dir
             self.trouble = (

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
-from orchestrator.errors import EntrypointError
+from orchestrator.errors import CheckpointCorrupt, EntrypointError
 from orchestrator.model.user_model import raised_by_forward
-from orchestrator.protocol.worker_report import WorkerError
+from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT, WorkerError
 from orchestrator.user_code import PACKAGE
 
 CORRUPTED = "corrupted"
@@ -34,6 +34,10 @@ class StateCorrupted(RuntimeError):
     """This process's memory has changed without a write."""
 
 
+class OtherModel(CheckpointCorrupt):
+    """A checkpoint that belongs to another model: other workers would fail in the same way."""
+
+
 class DigestMismatch(RuntimeError):
     """The state after a transition differs from the one recorded for its step."""
 
@@ -53,6 +57,8 @@ def kind_of(error: Exception, passed_user: bool = False) -> str:
         return CORRUPTED
     if isinstance(error, DigestMismatch):
         return "doubtful"
+    if isinstance(error, CheckpointCorrupt) and not isinstance(error, OtherModel):
+        return CHECKPOINT_CORRUPT
     passed_user = passed_user or raised_by_forward(error)
     if isinstance(error, AbortedGeneration | SumNotProven):
         return "peer_lost"

@@ -24,6 +24,7 @@ from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.backends.location import Location, location_of
+from orchestrator.worker.runtime.errors import OtherModel
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import part_of
 from orchestrator.worker.transition.transformers_files import TransformersFiles
@@ -53,7 +54,8 @@ def read_state(
         the training progress.
 
     Raises:
-        CheckpointCorrupt: files are missing or changed, or belong to another model.
+        CheckpointCorrupt: files are missing or changed; the ranges may be filled in part.
+        OtherModel: it belongs to another model.
         DataError: it was trained on another corpus, or in another order.
     """
     checkpoint = location_of(restore.path)
@@ -63,7 +65,7 @@ def read_state(
             progress = TrainingProgress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
             saved = _without_stages(progress.sampler)
         except (KeyError, ValueError) as error:
-            raise CheckpointCorrupt(f"{checkpoint} does not record the training progress: {error!r}") from error
+            raise OtherModel(f"{checkpoint} does not record the training progress: {error!r}") from error
         if saved != _without_stages(sampler):
             raise DataError(
                 f"{checkpoint} was trained with the sample order {progress.sampler}; job and data give {sampler}",
@@ -93,11 +95,11 @@ def _is_read(tensor: StateTensor, manifest: CheckpointManifest, restore: Restore
 
 @contextmanager
 def _of_this_model(checkpoint: Location) -> Iterator[None]:
-    """Report tensors that a checkpoint lacks, or has in another size, as CheckpointCorrupt."""
+    """Report tensors that a checkpoint lacks, or has in another size, as OtherModel."""
     try:
         yield
     except (NotFound, ValueError) as error:
-        raise CheckpointCorrupt(
+        raise OtherModel(
             f"{checkpoint} is of another model: {error}",
             remedy="Resume the run that wrote it, with its own job file.",
         ) from error

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.checkpoint import stored_shard
+from orchestrator.checkpoint import block_digests
 from orchestrator.checkpoint.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -21,6 +22,7 @@ from orchestrator.checkpoint.manifest import (
 )
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.stored_bytes import FileBytes
 from orchestrator.checkpoint.write import commit
 from orchestrator.errors import CheckpointCorrupt, NotFound
 from tests.support.checkpoints import write_shard
@@ -89,7 +91,8 @@ def test_any_range_reads_back_whatever_world_wrote_it(tmp_path: Path, writers: i
 def test_many_ranges_read_back_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writers: int, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(stored_shard, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(FileBytes, "read_bytes", read_bytes)
+    monkeypatch.setattr(block_digests, "BLOCK_BYTES", 10)
     state = state_of(0)
     path = save(tmp_path, state, 9, writers)
     wanted = [
@@ -139,7 +142,12 @@ def test_the_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> Non
     np.testing.assert_array_equal(loaded["buffer/count[3:5]"], np.array([1, -2], np.int64), strict=True)
     np.testing.assert_array_equal(loaded["buffer/mask[0:4]"], np.array([True, False, True, True]), strict=True)
     np.testing.assert_array_equal(loaded["buffer/strided[0:3]"], np.array([0, 2, 4], np.float32), strict=True)
-    assert (shard.sha256, shard.num_bytes) == ((hashlib.sha256(path.read_bytes()).hexdigest(),), path.stat().st_size)
+    content = path.read_bytes()
+    behind = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[:behind]).hexdigest()
+    assert (shard.header_sha256, shard.num_bytes) == (digest, path.stat().st_size)
+    header = json.loads(content[8:behind])
+    assert header["__metadata__"]["blocks"] == hashlib.sha256(content[behind:]).hexdigest()
 
 
 def test_headers_name_the_pieces_and_rank_0_has_the_rest(tmp_path: Path) -> None:
@@ -278,24 +286,27 @@ def test_writers_of_the_same_step_do_not_collide(tmp_path: Path) -> None:
         assert_same(read_all(path), state_of(term + generation))
 
 
-def flip_byte(path: Path) -> None:
+def flip_byte(path: Path, at: int = -3) -> None:
     content = bytearray(path.read_bytes())
-    content[-3] ^= 1
+    content[at] ^= 1
     path.write_bytes(content)
+
+
+def _block(path: Path) -> str:
+    """The digest of the only block of a file."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def test_verify_names_the_file_and_both_digests(tmp_path: Path) -> None:
     path = save(tmp_path, state_of(0), 10)
     shard = files_of(path)[1]
+    was = _block(shard)
     flip_byte(shard)
     reader = CheckpointReader(path)
     with pytest.raises(CheckpointCorrupt) as raised:
         reader.verify()
-    for part in (
-        shard.name,
-        reader.manifest.files[shard.name].sha256[0],
-        hashlib.sha256(shard.read_bytes()).hexdigest(),
-    ):
+    for part in (shard.name, was, _block(shard)):
         assert part in str(raised.value)
     shard.unlink()
     with pytest.raises(CheckpointCorrupt, match=f"{shard.name} is missing"):
@@ -323,6 +334,90 @@ def test_reading_a_damaged_file_raises_and_never_invents_values(tmp_path: Path, 
             list(reader.read_all([("exp_avg/w", 0, 0), ("master/w", 0, 77)]))
 
 
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+BLOCK = 40  # bytes
+NUMBERS = np.arange(100, dtype=np.float32)  # ten blocks of ten elements
+
+
+@pytest.fixture
+def of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of one file."""
+    monkeypatch.setattr(block_digests, "BLOCK_BYTES", BLOCK)
+    shard = write_shard(tmp_path, [ShardPiece("w", 0, 100, NUMBERS)], step=3, term=1, generation=0, rank=0)
+    return commit(
+        tmp_path, manifest_of(read_shards(tmp_path, [shard], term=1), run_id="r", term=1, shapes={"w": (100,)})
+    )
+
+
+def _reads(path: Path, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
+    """These elements, read in both ways."""
+    with CheckpointReader(path) as reader:
+        together = [values for _, _, values in reader.read_all([("w", start, stop)])]
+        return [reader.read("w", start, stop), np.concatenate(together)]
+
+
+@pytest.mark.parametrize("read_bytes", [BLOCK, 2 * BLOCK, 2**20])
+@pytest.mark.parametrize("block", [0, 4, 9])
+def test_damage_is_found_by_who_reads_its_block_and_only_there(
+    of_blocks: Path, monkeypatch: pytest.MonkeyPatch, block: int, read_bytes: int
+) -> None:
+    monkeypatch.setattr(FileBytes, "read_bytes", read_bytes)
+    flip_byte(files_of(of_blocks)[0], at=BLOCK * (block - 10))
+    for start in range(0, 100, 7):
+        for stop in range(start + 1, 101, 9):
+            if start // 10 <= block <= (stop - 1) // 10:
+                with CheckpointReader(of_blocks) as reader:
+                    with pytest.raises(CheckpointCorrupt, match=f"shard-00000.*: block {block} has sha256"):
+                        reader.read("w", start, stop)
+                    with pytest.raises(CheckpointCorrupt, match=f"shard-00000.*: block {block} has sha256"):
+                        list(reader.read_all([("w", start, stop)]))
+            else:
+                for found in _reads(of_blocks, start, stop):
+                    np.testing.assert_array_equal(found, NUMBERS[start:stop], strict=True)
+    with CheckpointReader(of_blocks) as reader, pytest.raises(CheckpointCorrupt, match=f": block {block} has sha256"):
+        reader.verify()
+
+
+def test_swapped_blocks_are_damage(of_blocks: Path) -> None:
+    (file,) = files_of(of_blocks)
+    content = file.read_bytes()
+    behind = len(content) - 10 * BLOCK
+    blocks = [content[behind + at :][:BLOCK] for at in range(0, 10 * BLOCK, BLOCK)]
+    blocks[3], blocks[7] = blocks[7], blocks[3]
+    file.write_bytes(content[:behind] + b"".join(blocks))
+    for block in (3, 7):
+        with pytest.raises(CheckpointCorrupt, match=f"block {block} has sha256"):
+            _reads(of_blocks, 10 * block, 10 * block + 1)
+    for found in _reads(of_blocks, 40, 70):
+        np.testing.assert_array_equal(found, NUMBERS[40:70])
+
+
+@pytest.mark.parametrize("lacking", [1, BLOCK, BLOCK + 1])
+def test_a_truncated_file_is_damage_for_who_reads_its_end(of_blocks: Path, lacking: int) -> None:
+    (file,) = files_of(of_blocks)
+    num_bytes = file.stat().st_size
+    os.truncate(file, num_bytes - lacking)
+    first = 9 - lacking // (BLOCK + 1)
+    with pytest.raises(CheckpointCorrupt, match=f"shard-00000.*: it ends within block {first}"):
+        _reads(of_blocks, 10 * first, 100)
+    for found in _reads(of_blocks, 0, 80):
+        np.testing.assert_array_equal(found, NUMBERS[:80])
+    with CheckpointReader(of_blocks) as reader:
+        for check in (reader.check_sizes, reader.verify):
+            with pytest.raises(CheckpointCorrupt, match=f"has {num_bytes - lacking} bytes, it was written with"):
+                check()
+
+
+def test_a_changed_digest_in_a_header_is_damage(of_blocks: Path) -> None:
+    (file,) = files_of(of_blocks)
+    content = file.read_bytes()
+    digest = hashlib.sha256(content[-BLOCK:]).hexdigest().encode()
+    file.write_bytes(content.replace(digest, digest[::-1]))
+    with pytest.raises(CheckpointCorrupt, match="shard-00000.*: header has sha256"):
+        _reads(of_blocks, 0, 1)
+
+
 def test_a_checkpoint_whose_manifest_can_not_be_trusted_does_not_open(tmp_path: Path) -> None:
     path = save(tmp_path, state_of(0), 10)
     manifest = path / MANIFEST_FILE
@@ -343,9 +438,9 @@ def test_a_checkpoint_whose_manifest_can_not_be_trusted_does_not_open(tmp_path: 
 def test_an_older_format_is_refused_with_a_remedy(tmp_path: Path) -> None:
     path = save(tmp_path, state_of(0), 10)
     manifest = path / MANIFEST_FILE
-    manifest.write_text(manifest.read_text().replace(FORMAT, "orchestrator-checkpoint-v2"))
+    manifest.write_text(manifest.read_text().replace(FORMAT, "orchestrator-checkpoint-v3"))
     with pytest.raises(
-        CheckpointCorrupt, match="has format 'orchestrator-checkpoint-v2', this version reads"
+        CheckpointCorrupt, match="has format 'orchestrator-checkpoint-v3', this version reads"
     ) as raised:
         CheckpointReader(path)
     assert "Use the version that wrote it" in raised.value.remedy

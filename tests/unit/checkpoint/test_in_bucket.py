@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.checkpoint import stored_shard
+from orchestrator.checkpoint import block_digests
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.checkpoint.retention import discard, discard_unnamed
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.checkpoint.stored_bytes import ObjectBytes
 from orchestrator.checkpoint.write import commit, write_image
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.bucket_url import BucketUrl
@@ -23,12 +24,14 @@ from tests.support.request_proxy import RequestFault, RequestProxy
 VALUES = np.arange(5_000, dtype=np.float32)
 COUNTS = np.array([1, -2, 3], np.int64)
 SHAPES, DTYPES = {"master/a": (50, 100), "buffer/b": (3,)}, {"buffer/b": "int64"}
+BLOCK_BYTES = block_digests.BLOCK_BYTES
 number = count()
 
 
 @pytest.fixture
 def checkpoints(bucket: tuple[str, RequestProxy], monkeypatch: pytest.MonkeyPatch) -> BucketUrl:
-    monkeypatch.setattr(stored_shard, "READ_BYTES", 1_000)
+    monkeypatch.setattr(block_digests, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(ObjectBytes, "read_bytes", 1_000)
     return BucketUrl(bucket[0]) / f"checkpoints-{next(number)}"
 
 
@@ -59,7 +62,8 @@ def test_it_is_the_checkpoint_that_a_directory_would_hold(
     checkpoints: BucketUrl, proxy: RequestProxy, tmp_path: Path
 ) -> None:
     there, here = write(checkpoints, 9), write(tmp_path, 9)
-    assert sorted(entry.sha256 for entry in there.files.values()) == sorted(e.sha256 for e in here.files.values())
+    digests = [sorted(e.header_sha256 for e in manifest.files.values()) for manifest in (there, here)]
+    assert digests[0] == digests[1]
 
 
 def test_a_request_answers_the_next_reads_too(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
@@ -79,10 +83,10 @@ def test_a_request_answers_the_next_reads_too(checkpoints: BucketUrl, proxy: Req
 def test_ranges_that_lie_together_take_one_request(
     checkpoints: BucketUrl, proxy: RequestProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_shard, "READ_BYTES", 4_000)
-    monkeypatch.setattr(stored_shard, "LARGEST_GAP_BYTES", 100)
+    monkeypatch.setattr(ObjectBytes, "read_bytes", 4_000)
     path = commit(checkpoints, write(checkpoints, 9))
-    # In the first file 700 elements and, after a gap, 34; in the second one 2,000, which are too many for one request.
+    # In the first file 700 elements and, after a gap of many blocks, 34 in the last two; in the second one 2,000, from
+    # element 766 on, in the first three windows of 1,000.
     wanted = [("master/a", 1_200, 1_234), ("master/a", 400, 700), ("master/a", 0, 395), ("master/a", 2_000, 4_000)]
     with CheckpointReader(path) as reader:
         reader.read("master/a", 0, 1), reader.read("buffer/b", 0, 1)  # headers
@@ -90,7 +94,7 @@ def test_ranges_that_lie_together_take_one_request(
         found = {index: [] for index in range(len(wanted))}
         for index, start, values in reader.read_all(wanted):
             found[index].append((start, values.copy()))
-        assert proxy.requests == {"GET": 4}
+        assert proxy.requests == {"GET": 5}
     for index, (_, start, stop) in enumerate(wanted):
         values = np.concatenate([values for _, values in sorted(found[index], key=lambda part: part[0])])
         np.testing.assert_array_equal(values, VALUES[start:stop])
@@ -111,11 +115,8 @@ def test_a_shard_that_storage_refuses_leaves_nothing(checkpoints: BucketUrl, pro
     assert objects_at(checkpoints).objects("") == ()
 
 
-def test_a_shard_that_reads_back_changed_is_an_error(
-    checkpoints: BucketUrl, proxy: RequestProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("orchestrator.checkpoint.write.stored_digests", lambda checkpoint, name: ("0" * 64,))
-    with pytest.raises(OSError, match="reads back changed: block 0 has sha256 000"):
+def test_a_shard_that_reads_back_changed_is_an_error(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+    with proxy.failing("GET", RequestFault.FLIPPED), pytest.raises(OSError, match="reads back changed: .* has sha256"):
         write(checkpoints, 9)
     assert objects_at(checkpoints).objects("") == ()
 
@@ -131,13 +132,17 @@ def test_damage_is_named(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
     name = next(iter(manifest.files))
     data = objects_at(path).get(name)
     change(path, name, data[:-1] + bytes([data[-1] ^ 1]))
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name}: block 0 has sha256"):
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name}: block 24 has sha256"):
         reader.verify()
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name}: block 24 has sha256"):
+        list(reader.read_all([("master/a", 1_200, 1_234)]))
     change(path, name, data[:-8])
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} ends within master/a"):
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name}: it ends within block 24"):
         reader.read("master/a", 0, 5_000)
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} has {len(data) - 8} bytes"):
+        reader.verify()
     change(path, name, b"none")
-    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} can't be read"):
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name}: header has sha256"):
         reader.read("master/a", 0, 5_000)
     objects_at(path).delete([name])
     with CheckpointReader(path) as reader, pytest.raises(CheckpointCorrupt, match=f"{name} is missing"):
@@ -169,13 +174,17 @@ def test_checkpoints_are_deleted(checkpoints: BucketUrl, proxy: RequestProxy) ->
     assert objects_at(checkpoints).names("") == (checkpoint_name(8, 1, 0), kept.name)
 
 
-def test_another_process_writes_a_shard_from_this_ones_memory(checkpoints: BucketUrl, proxy: RequestProxy) -> None:
+def test_another_process_writes_a_shard_from_this_ones_memory(
+    checkpoints: BucketUrl, proxy: RequestProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_digests, "BLOCK_BYTES", BLOCK_BYTES)  # as in the other process
+    monkeypatch.setattr(ObjectBytes, "read_bytes", BLOCK_BYTES)
     process = StorageProcess("checkpoints")
     with ShardMemory([ShardPiece("master/a", 0, 5_000, VALUES)], "{}", 0) as memory:
         where = {"step": 3, "term": 1, "generation": 0, "rank": 0}
         proxy.fail("PUT", RequestFault.LOST_REPLY)
         written = process.call(write_image, checkpoints, memory.image, **where)
-        assert written.num_bytes == memory.image.num_bytes and written.header_sha256 == memory.image.header_sha256
+        assert written.num_bytes == memory.image.num_bytes and written.header_sha256 == memory.image.digest()
     manifest = manifest_of(
         read_shards(checkpoints, [written], term=1), run_id="r", term=1, shapes={"master/a": (50, 100)}
     )

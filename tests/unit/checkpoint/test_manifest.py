@@ -29,7 +29,6 @@ def shard(rank: int, *pieces: tuple[str, int, int]) -> Shard:
         generation=2,
         rank=rank,
         file=file,
-        sha256=("ab" * 32,),
         num_bytes=8,
         header_sha256="cd" * 32,
         meta_sha256="ef" * 32,
@@ -122,7 +121,7 @@ def test_json_that_was_changed_is_refused(text: str) -> None:
     ("change", "rule"),
     [
         pytest.param({"format": "orchestrator-checkpoint-v9"}, "this version reads", id="format"),
-        pytest.param({"files": {"../../etc/passwd": FileEntry((), 0)}}, "no folder", id="file-outside"),
+        pytest.param({"files": {"../../etc/passwd": FileEntry("", 0)}}, "no folder", id="file-outside"),
         pytest.param({"files": {}}, "which is not listed", id="file-not-listed"),
         pytest.param({"tensors": {"t": TensorEntry("bfloat16", (1,), ())}}, "stored are float32", id="dtype"),
         pytest.param(

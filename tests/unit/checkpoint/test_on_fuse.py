@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.checkpoint.block_digests import digests_of
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, checkpoint_name, manifest_of
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, FileEntry, checkpoint_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
+from orchestrator.checkpoint.stored_shard import open_shard
 from orchestrator.checkpoint.write import commit
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.protocol.worker_report import ShardWritten
@@ -59,9 +59,9 @@ def test_a_shard_of_which_any_call_fails_leaves_nothing(fuse: FuseDisk, checkpoi
     assert failed.value.errno == errno.EIO
     assert [path for path in checkpoints.rglob("*") if path.is_file()] == []
     shard = write(checkpoints)
-    file = checkpoints / checkpoint_name(9, 1, 0) / shard.file
-    drop_cache(file.parent)
-    assert digests_of(file) == shard.sha256
+    checkpoint = checkpoints / checkpoint_name(9, 1, 0)
+    drop_cache(checkpoint)
+    open_shard(checkpoint, shard.file, FileEntry(shard.header_sha256, shard.num_bytes)).verify()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -95,14 +95,25 @@ def test_a_manifest_whose_reply_is_lost_is_committed(fuse: FuseDisk, checkpoints
         reader.verify()
 
 
-def test_a_bit_of_a_shard_that_flips_as_it_is_read_is_found(fuse: FuseDisk, checkpoints: Path) -> None:
+def test_bits_of_a_shard_that_flip_as_it_is_read_are_found_and_one_that_flips_once_is_read_again(
+    fuse: FuseDisk, checkpoints: Path
+) -> None:
     path = commit(checkpoints, written(checkpoints))
     with CheckpointReader(path) as reader:
+        reader.read("w", 0, 1)  # its header
         drop_cache(path)
-        with fuse.having(CallFault("read", Effect.FLIPPED)), pytest.raises(CheckpointCorrupt, match="shard-00000"):
-            reader.verify()
+        with fuse.having(CallFault("read", Effect.FLIPPED)):
+            with pytest.raises(CheckpointCorrupt, match="shard-00000.*: block [01] has sha256"):
+                reader.verify()
+            with pytest.raises(CheckpointCorrupt, match="shard-00000.*: block 1 has sha256"):
+                reader.read("w", VALUES.size - 1, VALUES.size)
+            with pytest.raises(CheckpointCorrupt, match="shard-00000.*: block 1 has sha256"):
+                list(reader.read_all([("w", VALUES.size - 1, VALUES.size)]))
+    for nth in (1, 2):
         drop_cache(path)
-        reader.verify()
+        with fuse.having(CallFault("read", Effect.FLIPPED, "*/shard-*", nth=nth)), CheckpointReader(path) as reader:
+            np.testing.assert_array_equal(reader.read("w", 0, VALUES.size), VALUES)
+            assert fuse.hits() == 1
 
 
 def test_a_shard_that_can_not_be_read_is_an_error_and_no_end_of_the_process(fuse: FuseDisk, checkpoints: Path) -> None:

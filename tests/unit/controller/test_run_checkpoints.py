@@ -20,6 +20,8 @@ from orchestrator.cluster.storage_thread import Lane, StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.controller.run_checkpoints import MOST_COMMITS, RunCheckpoints
 from orchestrator.controller.startup import OpenedRun
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.world import World
 from orchestrator.errors import TermSuperseded
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Commit, Observation, RunState
@@ -27,6 +29,7 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.run import Queued
 from orchestrator.protocol.events.training import CheckpointsDeleted
+from orchestrator.protocol.messages import GenerationPlan, Restore, StoreAddress
 from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.run_records.checkpoints.search import DIRECTORY
 from orchestrator.run_records.journaled_run import JournaledRun
@@ -204,9 +207,14 @@ def test_while_a_checkpoint_is_to_be_restored_none_is_deleted(tmp_path: Path) ->
     scene.until(lambda: scene.run.state.wants_restore)
     scene.complete(30)
     assert scene.steps() == [10, 20, 30]
-    scene.decide(replace(scene.run.state, wants_restore=False))
+    scene.decide(replace(scene.run.state, wants_restore=False, restore=Restore(30, "step-30")))
     scene.until(lambda: not scene.run.state.wants_restore)
     scene.checkpoints.search()  # as before each decision
+    scene.until(scene.is_idle)
+    assert scene.steps() == [10, 20, 30]  # a worker may find it damaged
+    scene.decide(replace(scene.run.state, restore=None))
+    scene.until(lambda: scene.run.state.restore is None)
+    scene.checkpoints.search()
     scene.until(scene.is_idle)
     assert scene.steps() == [20, 30] and not scene.has_manifest(10)
 
@@ -387,3 +395,22 @@ def test_what_was_set_aside_stays_until_storage_has_that_on_record(tmp_path: Pat
         scene.checkpoints._made_room_s = float("-inf")
         scene.make_room()
         assert not scene.has_manifest(20) and scene.has_manifest(10)
+
+
+def test_checkpoints_are_read_whole_once_a_worker_has_found_damage(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.complete(10, 20)
+    shard = next((scene.run_dir / DIRECTORY / checkpoint_name(20, 1, 0)).glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    plan = GenerationPlan(1, World(0, ("w0",)), ExpertPlacement.balanced(1, 1), None, "1/0", StoreAddress("", 1))
+    found = []
+    for current in (plan, None):  # no generation is left after the first one that was to begin from it
+        scene.decide(replace(scene.run.state, wants_restore=True, current=current))
+        scene.until(lambda: scene.run.state.wants_restore)
+        scene.checkpoints.search()
+        scene.until(lambda: not scene.checkpoints.is_searching)
+        found.append(scene.checkpoints.restorable)
+        scene.decide(replace(scene.run.state, wants_restore=False))
+        scene.until(lambda: not scene.run.state.wants_restore)
+        scene.checkpoints.search()
+    assert [restore and restore.step for restore in found] == [20, 10]

@@ -21,7 +21,7 @@ from orchestrator.worker.actor import Worker
 
 
 def _shard(step: int, rank: int) -> ShardWritten:
-    return ShardWritten(step, 0, rank, f"rank-{rank}", "", (), 0, "{}")
+    return ShardWritten(step, 0, rank, f"rank-{rank}", 0, "", "")
 
 
 def test_the_last_reports_of_workers_that_are_gone_stay_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

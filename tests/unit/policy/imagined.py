@@ -30,7 +30,14 @@ from orchestrator.protocol.messages import (
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Report, ShardWritten, WorkerError
+from orchestrator.protocol.worker_report import (
+    CHECKPOINT_CORRUPT,
+    Handover,
+    MicroBatchMemory,
+    Report,
+    ShardWritten,
+    WorkerError,
+)
 
 FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
@@ -84,6 +91,8 @@ class Life:
     abandoned: set[tuple[int, int]] = field(default_factory=set)  # (generation, step) of those that weren't
     spoilt: set[int] = field(default_factory=set)  # steps whose checkpoint has other digests now
     unreadable: str = ""  # why checkpoints can't be read
+    restorable: Restore | None = None  # whatever is marked
+    rotten: set[int] = field(default_factory=set)  # steps whose checkpoint is found damaged by the last rank only
     now_s: float = 0.0
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
     done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
@@ -134,7 +143,10 @@ class Life:
         return replace(plain, **changes)  # type: ignore[arg-type]
 
     def _restorable(self) -> Restore | None:
-        good = [step for step in self.marked if step not in self.spoilt and not self.unreadable]
+        if self.restorable is not None:
+            return self.restorable
+        bad = self.spoilt | (self.rotten if self.state.current is None else set())  # then they are read whole
+        good = [step for step in self.marked if step not in bad and not self.unreadable]
         return Restore(good[-1], f"step-{good[-1]}") if good else None
 
     def tick(self) -> None:
@@ -290,6 +302,9 @@ class Life:
                 is_stranded = order.next.source is not None and worker in order.next.source.world
                 phase = Phase.STRANDED if is_stranded else Phase.STANDBY
                 self.say(worker, phase=phase, failed_generation=generation, holdings=holdings)
+        elif order.next.restore and order.next.restore.step in self.rotten and worker == order.next.world.members[-1]:
+            error = WorkerError(CHECKPOINT_CORRUPT, "shard-00001: block 3 has another sha256")
+            self.say(worker, phase=Phase.STANDBY, failed_generation=generation, error=error)
         elif worker in order.next.involved:
             if order.next.source is None or order.next.source.step is not None:
                 self._go_back(order.next)
@@ -363,7 +378,7 @@ class Life:
             return
         if self.step + 1 == self.limits.steps:  # a loss after the last step: only its checkpoint is missing
             for rank, worker in enumerate(members):
-                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", (), 0, "", "")
+                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", 0, "", "")
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
         self._meet_keeper()
@@ -388,6 +403,6 @@ class Life:
             shards = self.reports[worker].shards
             if write:
                 name = f"rank-{rank}"
-                shards += (ShardWritten(self.step, current.generation, rank, name, (), 0, "", ""),)
+                shards += (ShardWritten(self.step, current.generation, rank, name, 0, "", ""),)
             phase = Phase.FINISHED if last else Phase.MOVING if self._fenced() else Phase.TRAINING
             self.say(worker, step=self.step, phase=phase, shards=shards)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.policy.lifecycle import decide, explain, phase_of
 from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.policy.state.run_state import KillWorker
-from orchestrator.protocol.messages import FinishMode
+from orchestrator.protocol.messages import FinishMode, Restore
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import WorkerError
@@ -129,6 +129,65 @@ def test_a_checkpoint_of_the_abandoned_past_does_not_end_a_run(how: FinishMode, 
     life.run_to_the_end()
     assert [recovery.step for recovery in life.state.recoveries] == [7]
     assert life.marked[-1] == life.step == 7 + steps_on and life.marked[-1] not in life.spoilt
+
+
+def _goes_back_behind_a_rotten_checkpoint() -> Life:
+    """All members are lost, and one of those that read the newest checkpoint, of step 11, finds damage."""
+    life = Life(limits_of(steps=40), checkpoint_every=4, rotten={11})
+    life.run_until(lambda: life.committed == 11 and life.step == 13)
+    for worker in life.state.members:
+        life.kill(worker)
+    return life
+
+
+def test_a_checkpoint_in_which_a_rank_finds_damage_is_passed_over() -> None:
+    life = _goes_back_behind_a_rotten_checkpoint()
+    life.run_until(lambda: life.state.activated > 0)
+    assert [note.step for note in life.of_kind("rolled_back")] == [11, 7]
+    assert "block 3 has another sha256" in life.of_kind("rolled_back")[1].why
+    assert len(life.of_kind("transition_abandoned")) == 1 and life.state.failures.transitions == 0
+    (recovery,) = life.state.recoveries
+    assert (recovery.source, recovery.step) == ("checkpoint", 7)
+    assert recovery.steps_lost == 12 - 7 and recovery.steps_replayed == 13 - 7
+    life.run_to_the_end()
+    _trained(life)
+    assert life.committed == 39
+
+
+def test_workers_that_found_damage_wait_while_other_checkpoints_can_not_be_read() -> None:
+    life = _goes_back_behind_a_rotten_checkpoint()
+    life.run_until(lambda: bool(life.of_kind("rolled_back")))
+    life.unreadable = "checkpoints can't be read: Stale file handle"
+    life.run_until(lambda: life.state.wants_restore)
+    for _ in range(10):
+        life.tick()
+    assert life.state.next is None and len(life.of_kind("rolled_back")) == 1
+    assert "block 3" in explain(life.limits, life.state, life.seen())
+    assert "Stale file handle" in explain(life.limits, life.state, life.seen())
+    life.unreadable = ""
+    life.run_to_the_end()
+    _trained(life)
+    assert [recovery.step for recovery in life.state.recoveries] == [7]
+
+
+def test_a_run_whose_only_checkpoint_is_found_damaged_may_be_stopped() -> None:
+    life = _goes_back_behind_a_rotten_checkpoint()
+    life.run_until(lambda: bool(life.of_kind("rolled_back")))
+    life.unreadable = "checkpoints can't be read: none is good"
+    life.run_until(lambda: life.state.wants_restore)
+    life.stop_run()
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.STOPPED and "none is good" in life.state.why
+
+
+def test_damage_that_only_ranks_find_ends_the_run_after_some_attempts() -> None:
+    """The controller reads the checkpoint whole and finds it good."""
+    life = _goes_back_behind_a_rotten_checkpoint()
+    life.run_until(lambda: life.state.wants_restore and life.state.current is None)
+    life.restorable = Restore(11, "step-11")
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.FAILED and "6 transitions in a row failed" in life.state.why
+    assert "block 3 has another sha256" in life.state.why
 
 
 def _without_anybody_or_checkpoints() -> Life:

@@ -20,7 +20,7 @@ def _can_complete(life: Life, step: int, term: int = 1, generation: int = 0) -> 
 
 def _wrote(life: Life, rank: int, step: int) -> None:
     worker = life.state.members[rank]
-    shard = ShardWritten(step, 0, rank, f"rank-{rank}", (), 0, "", "")
+    shard = ShardWritten(step, 0, rank, f"rank-{rank}", 0, "", "")
     life.say(worker, shards=(*life.reports[worker].shards, shard))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.checkpoint.manifest import MANIFEST_FILE
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.retention import discard
 from orchestrator.policy.state.config import RunLimits
@@ -56,6 +57,25 @@ def test_a_checkpoint_with_a_missing_or_invalid_file_is_skipped(tmp_path: Path) 
     shard.unlink()
     shard.mkdir()
     restore = back.newest_good(0.0, _records(tmp_path))
+    assert restore is not None and restore.step == 9 and not back.trouble
+
+
+def test_without_reading_files_those_that_are_missing_or_truncated_are_found(tmp_path: Path) -> None:
+    """Workers verify the rest."""
+    back = CheckpointFinder(tmp_path)
+    paths = [write_checkpoint(tmp_path, step) for step in (9, 19, 29, 39)]
+    records = _records(tmp_path)
+    next(paths[3].glob("shard-*")).unlink()
+    shard = next(paths[2].glob("shard-*"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    shard = next(paths[1].glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    restore = back.newest_good(0.0, records, reads_files=False)
+    assert restore is not None and (restore.step, restore.digest) == (19, records.current[1].sha256)
+    restore = back.newest_good(0.0, records)
+    assert restore is not None and restore.step == 9
+    (paths[1] / MANIFEST_FILE).write_text("{}")
+    restore = back.newest_good(0.0, records, reads_files=False)
     assert restore is not None and restore.step == 9 and not back.trouble
 
 
