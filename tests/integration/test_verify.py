@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.manifest import checkpoint_name
+from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.policy.replay_check import Difference, first_difference
@@ -31,7 +32,7 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from tests.support.faults import Fault, Moment
 from tests.support.own_models import linear, own_spec
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import until
 from tests.support.recorded_run import rewrite_journal
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew, MoveFailed
@@ -212,7 +213,9 @@ def flip(gradient):  # an element's would hardly show in the norm
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(texts: Path, tmp_path: Path) -> None:
+def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     source = linear(forward=FLIPS.strip(), methods=FLIP.format(marks=marks))
@@ -224,30 +227,29 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
         "verify": VerifySpec(every=10, steps=10),
         "checkpoint": CheckpointSpec(every=20, keep_last=3),
     }
-    with own_cluster(tmp_path / "home", cpus=4) as client:
-        run = client.submit(job.model_copy(update=changes))
+    run = client.submit(job.model_copy(update=changes))
 
-        def told(kind: str, after: int = -1) -> list[dict[str, Any]]:
-            return [event for event in client.events(run, after=after) if event["kind"] == kind]
+    def told(kind: str, after: int = -1) -> list[dict[str, Any]]:
+        return [event for event in client.events(run, after=after) if event["kind"] == kind]
 
-        def flip(what: str) -> None:
-            worker = next(w.worker for w in client.get(run).worker_group if w.rank == 0)
-            pid = ask(find(f"{run}/worker/{worker}"), "pid")
-            (marks / f"{what}-{pid}").touch()
+    def flip(what: str) -> None:
+        worker = next(w.worker for w in client.get(run).worker_group if w.rank == 0)
+        pid = ask(find(f"{run}/worker/{worker}"), "pid")
+        (marks / f"{what}-{pid}").touch()
 
-        until(client, run, lambda s: bool(told("checked")))
-        flip("rest")
-        until(client, run, lambda s: bool(told("worker_lost")) and not s.phase.ended and s.workers_now == 2)
-        (lost,) = told("worker_lost")
-        assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
-        until(client, run, lambda s: bool(told("checked", after=lost["seq"])))
-        assert all(event["equal"] for event in told("checked")) and told("state_differs") == []
+    until(client, run, lambda s: bool(told("checked")))
+    flip("rest")
+    until(client, run, lambda s: bool(told("worker_lost")) and not s.phase.ended and s.workers_now == 2)
+    (lost,) = told("worker_lost")
+    assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
+    until(client, run, lambda s: bool(told("checked", after=lost["seq"])))
+    assert all(event["equal"] for event in told("checked")) and told("state_differs") == []
 
-        flip("gradient")
-        until(client, run, lambda s: bool(told("state_differs")))
-        client.stop(run)
-        status = client.wait(run, timeout_s=250.0)
-        wrong = told("state_differs")[0]
+    flip("gradient")
+    until(client, run, lambda s: bool(told("state_differs")))
+    client.stop(run)
+    status = client.wait(run, timeout_s=250.0)
+    wrong = told("state_differs")[0]
     # All ranks take a gradient over, so it can't be told whose it was.
     assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.STOPPED
     assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
@@ -288,7 +290,9 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(400)
-def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp_path: Path) -> None:
+def test_verify_does_steps_again_with_another_number_of_workers(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     storage, job, last = tmp_path / "runs", _job(texts), STEPS_OF_PROOF - 1
     changes = {
         "storage": str(storage),
@@ -297,11 +301,10 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
         "workers": WorkersSpec(min=1, max=2, standby=1),
         "train": job.train.model_copy(update={"max_steps": STEPS_OF_PROOF}),
     }
-    with own_cluster(tmp_path / "home", cpus=3) as client:
-        run = client.submit(job.model_copy(update=changes))
-        until(client, run, lambda s: s.step > 2 and s.standbys == 1)
-        client.scale(run, 2)
-        run_dir = Path(client.wait(run, timeout_s=250.0).run_dir)
+    run = client.submit(job.model_copy(update=changes))
+    until(client, run, lambda s: s.step > 2 and s.standbys == 1)
+    client.scale(run, 2)
+    run_dir = Path(client.wait(run, timeout_s=250.0).run_dir)
 
     def verify(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "check", "replay", "proof"]
