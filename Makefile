@@ -29,7 +29,7 @@ test-emulated: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --device emulated tests/integration -m "not slow and not journey and not long_emulated"
 
 journeys: $(VENV)/dev.stamp
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder tests/integration -m "journey and not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration -m "journey and not slow"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest

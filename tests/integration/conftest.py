@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.client import OrchestratorClient
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
 from tests.support.worker_group import LocalWorkerGroup
@@ -13,20 +14,31 @@ from tests.support.worker_group import LocalWorkerGroup
 # What takes longest, journeys first: it begins first, so that all processes of pytest end at about the same time.
 LONGEST = (
     "test_storage_faults",
-    "test_real_run",
     "test_by_url",
-    "test_control",
-    "test_priorities",
-    "test_control_losses",
+    "test_real_run",
     "test_cli",
-    "test_exact",
-    "test_control_plane",
+    "test_real_run_in_bucket",
+    "test_top",
     "test_ray_train",
-    "test_local_cluster",
+    "test_chaos",
+    "test_moves",
+    "test_control",
+    "test_tasks",
+    "test_coming_from",
+    "test_verify",
+    "test_priorities",
     "test_tracking_mlflow",
-    "test_inference",
+    "test_real_run_tasks",
+    "test_exact",
+    "test_control_losses",
+    "test_local_cluster",
+    "test_engine",
+    "test_keeper",
+    "test_pools",
+    "test_autoscaling",
+    "test_report",
+    "test_control_plane",
     "test_replay",
-    "test_restoring",
 )
 
 
@@ -67,6 +79,39 @@ def ray_cluster(ray_of_session: str) -> Iterator[None]:
     with joined(ray_of_session):
         yield
         assert_only_the_scheduler_is_left()
+
+
+@pytest.fixture(scope="session")
+def home_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Home with a local cluster, of four processors, of the journeys of this process that need none of their own."""
+    from orchestrator.cluster import local
+    from tests.support.real_runs import at_home
+
+    home = tmp_path_factory.mktemp("home")
+    with at_home(home):
+        local.up(4)
+    yield home
+    with at_home(home):
+        local.down()
+
+
+@pytest.fixture(scope="module")
+def client_of_module(home_of_session: Path) -> Iterator[OrchestratorClient]:
+    """A client of that cluster, in a process that looks for clusters there."""
+    from orchestrator.cluster import local
+    from tests.support.real_runs import at_home
+
+    with at_home(home_of_session):
+        yield OrchestratorClient(local.up(4).record.address)
+
+
+@pytest.fixture
+def client(client_of_module: OrchestratorClient) -> Iterator[OrchestratorClient]:
+    """That client. A test finds nothing in the cluster but the scheduler, and leaves nothing else."""
+    from tests.support.control import assert_only_the_scheduler_is_left
+
+    yield client_of_module
+    assert_only_the_scheduler_is_left()
 
 
 @pytest.fixture(scope="session")

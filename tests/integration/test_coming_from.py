@@ -9,10 +9,7 @@ import pytest
 
 from tests.support.own_models import ROOT
 
-pytestmark = [
-    *(pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)),
-    pytest.mark.xdist_group("coming from"),  # which share an environment that takes a minute to install
-]
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 
 PATIENCE_S = 240.0
 PAGE = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")

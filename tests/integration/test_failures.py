@@ -12,7 +12,7 @@ from orchestrator.protocol.worker_report import Report
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import LocalWorkerGroup
 
-ORPHAN_S = 6.0
+ORPHAN_S = 4.0
 
 SOON_S = 10.0  # a death is known this soon; a gloo operation without a closed connection would wait for a minute
 

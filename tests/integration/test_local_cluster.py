@@ -86,7 +86,7 @@ def test_up_and_down_leave_nothing(home: Path) -> None:
     assert local.status() is None and local.down() is None
 
 
-def test_two_ups_at_once_start_one_cluster(home: Path) -> None:
+def test_two_ups_at_once_start_one_cluster_and_only_who_has_its_token_gets_in(home: Path, tmp_path: Path) -> None:
     started: list[local.Up] = []
     threads = [threading.Thread(target=lambda: started.append(local.up(2))) for _ in range(2)]
     for thread in threads:
@@ -96,9 +96,7 @@ def test_two_ups_at_once_start_one_cluster(home: Path) -> None:
     assert sorted(up.fresh for up in started) == [False, True]
     assert started[0].record == started[1].record
 
-
-def test_only_processes_with_the_token_connect(home: Path, tmp_path: Path) -> None:
-    record = local.up(2).record
+    record = started[0].record
     whoever = {"ORCHESTRATOR_HOME": str(tmp_path / "elsewhere"), **environment(record)}
     script = CONNECT.format(address=record.address) + "print('in')"
     token = tmp_path / "wrong"

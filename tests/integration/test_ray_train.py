@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_files import RunFiles, holds_run
 from tests.support.hosts import until as await_event
 from tests.support.own_models import ROOT, linear, own_spec
-from tests.support.real_runs import PATIENCE_S, at_home, own_cluster, until
+from tests.support.real_runs import PATIENCE_S, at_home, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
@@ -51,12 +50,6 @@ class Recorder(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         self.exceptions.append(worker_exceptions)
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
-        yield client
 
 
 def job_of(texts: Path, **changes: Any) -> dict[str, Any]:

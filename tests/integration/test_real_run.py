@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,16 +33,10 @@ from orchestrator.submission.model_process import ask_model
 from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import ROOT, linear, own_spec
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import until
 from tests.support.texts import HOLDOUT, VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
-        yield client
 
 
 def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,35 +13,16 @@ from orchestrator.cluster.calls import ask
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.workers import WorkersSpec
-from tests.support.real_runs import assert_same_tensors, own_cluster, until
+from tests.support.calm_runs import assert_same_tensors, calm_run
+from tests.support.real_runs import until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
-        yield client
-
-
 def _report(run: str, worker: str) -> Report:
     report: Report = ask(find(f"{run}/worker/{worker}"), "call", "report", None, -1, 0.0)
     return report
-
-
-def _submitted(
-    client: OrchestratorClient, texts: Path, tmp_path: Path, name: str, standby: int, steps: int = 1_000_000
-) -> str:
-    workers = WorkersSpec(min=1, max=1, initial=1, standby=standby)
-    job = small_job(texts, max_steps=steps, determinism="exact", lr_scheduler={"kind": "constant"})
-    return client.submit(job.model_copy(update={"name": name, "workers": workers, "storage": str(tmp_path / "runs")}))
-
-
-def _ended(client: OrchestratorClient, run: str, phase: RunPhase) -> RunStatus:
-    ended = client.wait(run, timeout_s=240.0)
-    assert ended.phase is phase and client.audit(run).ok, ended
-    return ended
 
 
 def _member(status: RunStatus) -> str:
@@ -69,9 +49,11 @@ def _kill_when_kept(client: OrchestratorClient, run: str) -> str:
 def test_a_killed_lone_worker_costs_a_step_at_most_and_no_bit(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
-    run = _submitted(client, texts, tmp_path, "alone", standby=1)
+    job = small_job(texts, max_steps=1_000_000, determinism="exact", lr_scheduler={"kind": "constant"})
+    workers = WorkersSpec(min=1, max=1, initial=1, standby=1)
+    run = client.submit(job.model_copy(update={"name": "alone", "workers": workers, "storage": str(tmp_path / "runs")}))
     assert _kill_when_kept(client, run) != _kill_when_kept(client, run)  # the replacement keeps in turn
     client.stop(run)
-    killed = _ended(client, run, RunPhase.STOPPED)
-    plain = _submitted(client, texts, tmp_path, "plain", standby=0, steps=killed.step)
-    assert_same_tensors(killed, _ended(client, plain, RunPhase.SUCCEEDED))
+    killed = client.wait(run, timeout_s=240.0)
+    assert killed.phase is RunPhase.STOPPED and client.audit(run).ok, killed
+    assert_same_tensors(killed, calm_run(job, killed, tmp_path / "calm"))

@@ -1,6 +1,5 @@
 """A run with two copies of each snapshot: a worker and its buddy are killed at once, and nothing published is lost."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,13 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.elastic.snapshot_layout import buddies_of
-from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.spec.workers import WorkersSpec
+from tests.support.calm_runs import assert_same_tensors, calm_run
 from tests.support.control import kill_at_once
-from tests.support.real_runs import assert_same_tensors, own_cluster, until
+from tests.support.real_runs import until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
@@ -22,33 +22,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
 STEPS, SIZE = 150, 3
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
-        yield client
-
-
-def _submitted(client: OrchestratorClient, texts: Path, tmp_path: Path, name: str) -> str:
+def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     job = small_job(texts, max_steps=STEPS, determinism="exact")
     changes = {
-        "name": name,
+        "name": "copies",
         "workers": WorkersSpec(min=SIZE, max=SIZE, initial=SIZE),
         "protection": ProtectionSpec(copies=2),
         "storage": str(tmp_path / "runs"),
     }
-    return client.submit(job.model_copy(update=changes))
-
-
-def _ended(client: OrchestratorClient, run: str) -> RunStatus:
-    ended = client.wait(run, timeout_s=300.0)
-    assert ended.phase is RunPhase.SUCCEEDED and client.audit(run).ok, ended
-    return ended
-
-
-def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
-    client: OrchestratorClient, texts: Path, tmp_path: Path
-) -> None:
-    run = _submitted(client, texts, tmp_path, "copies")
+    run = client.submit(job.model_copy(update=changes))
     status = until(client, run, lambda s: s.step > 10 and s.held_by == SIZE)
     members = {member.rank: member.worker for member in status.worker_group if member.rank is not None}
     victims = [members[rank] for rank in (0, buddies_of(["node"] * SIZE)[0])]
@@ -60,5 +44,6 @@ def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
     assert set(recovery.lost) == set(victims) and recovery.source == "memory" and recovery.state_identical
     assert recovery.steps_replayed <= 1 and recovery.steps_lost == 0
     assert recovery.step >= max(report.protection.committed for report in reports)
-    killed, plain = _ended(client, run), _ended(client, _submitted(client, texts, tmp_path, "plain"))
-    assert_same_tensors(killed, plain)
+    killed = client.wait(run, timeout_s=300.0)
+    assert killed.phase is RunPhase.SUCCEEDED and client.audit(run).ok, killed
+    assert_same_tensors(killed, calm_run(job, killed, tmp_path / "calm"))

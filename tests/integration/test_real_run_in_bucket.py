@@ -10,22 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.data.bucket_store import node_stores
-from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
-from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.backends.location import location_of, objects_at
 from orchestrator.storage.condition import StorageCondition
 from tests.support.buckets import s3_bucket
+from tests.support.calm_runs import assert_same_tensors, calm_run
 from tests.support.real_runs import own_cluster, until
 from tests.support.request_proxy import RequestFault, RequestProxy
-from tests.support.texts import small_job
+from tests.support.texts import HOLDOUT, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(1200)]
 
@@ -51,22 +50,6 @@ def client(bucket: tuple[str, RequestProxy], tmp_path_factory: pytest.TempPathFa
         yield client
 
 
-def _job(texts: Path, name: str, storage: str) -> JobSpec:
-    changes = {
-        "name": name,
-        "storage": storage,
-        "workers": WorkersSpec(min=1, max=2, initial=2),
-        "checkpoint": CheckpointSpec(every=20, keep_last=2),
-    }
-    return small_job(texts, max_steps=STEPS, determinism="exact").model_copy(update=changes)
-
-
-def _tensors(status: RunStatus) -> dict[str, bytes]:
-    with CheckpointReader(location_of(str(status.checkpoint))) as reader:
-        reader.verify()
-        return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
-
-
 def _command(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
@@ -75,11 +58,20 @@ def _command(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
-    client: OrchestratorClient, bucket: tuple[str, RequestProxy], texts: Path, tmp_path: Path
+    client: OrchestratorClient, bucket: tuple[str, RequestProxy], texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
     url, proxy = bucket
     storage = f"{url}/some/runs"
-    run = client.submit(_job(texts, "afar", storage))
+    plain = small_job(texts, max_steps=STEPS, determinism="exact")
+    changes = {
+        "name": "afar",
+        "storage": storage,
+        "workers": WorkersSpec(min=1, max=2, initial=2),
+        "checkpoint": CheckpointSpec(every=20, keep_last=2),
+        "data": plain.data.model_copy(update={"holdout": HOLDOUT}),  # so that it is the store of the tests
+    }
+    job = plain.model_copy(update=changes)
+    run = client.submit(job)
     until(client, run, lambda s: s.step > 5)
     with proxy.failing("GET", RequestFault.FORBIDDEN):
         for blocks in node_stores().glob("*/train.blocks"):
@@ -110,8 +102,7 @@ def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
     names = objects_at(location_of(done.run_dir)).names("checkpoints")
     assert len(names) == 2 and all(name.startswith("step-") for name in names)
 
-    calm = client.wait(client.submit(_job(texts, "calm", str(tmp_path / "runs"))), timeout_s=200.0)
-    assert _tensors(done) == _tensors(calm)
+    assert_same_tensors(done, calm_run(job, done, tmp_path / "calm", store_dir))
 
     assert "is whole" in _command("checkpoint", "verify", run, "--storage", storage).stderr
     replayed = _command("check", "replay", run, "--storage", storage, "--workers", "1")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,33 +10,16 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult
-from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Report
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.submission.model_process import ask_model, data_of
-from tests.support.real_runs import assert_same_tensors, own_cluster, until
+from tests.support.calm_runs import assert_same_tensors, calm_run
+from tests.support.real_runs import until
 from tests.support.tasks import task_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
-        yield client
-
-
-def _submitted(client: OrchestratorClient, job: JobSpec, name: str, storage: Path, most: int) -> str:
-    workers = WorkersSpec(min=1, max=most, initial=min(2, most))
-    return client.submit(job.model_copy(update={"name": name, "workers": workers, "storage": str(storage)}))
-
-
-def _ended(client: OrchestratorClient, run: str) -> RunStatus:
-    ended = client.wait(run, timeout_s=240.0)
-    assert ended.phase is RunPhase.SUCCEEDED and client.audit(run).ok, ended
-    return ended
 
 
 @pytest.mark.parametrize(("task", "steps"), [("dpo", 300), ("own", 800)])
@@ -48,8 +30,8 @@ def test_a_task_survives_what_happens_to_its_run(
     job = task_job(task, tmp_path, max_steps=steps, determinism="exact", lr_scheduler={"kind": "constant"}, lr=1e-3)
     # The default limit of a step's loss is made for language models; the regression's varies more than that.
     job = job.model_copy(update={"recovery": job.recovery.model_copy(update={"loss_explosion": None})})
-    storage = tmp_path / "runs"
-    run = _submitted(client, job, f"{task}-moved", storage, most=3)
+    changes = {"name": task, "workers": WorkersSpec(min=1, max=3, initial=2), "storage": str(tmp_path / "runs")}
+    run = client.submit(job.model_copy(update=changes))
     own_code, elsewhere = tmp_path / "own_task.py", tmp_path / "elsewhere.py"
     if own_code.exists():  # the run goes on with what was submitted
         own_code.rename(elsewhere)
@@ -66,15 +48,17 @@ def test_a_task_survives_what_happens_to_its_run(
     paused = until(client, run, lambda s: s.phase is RunPhase.PAUSED)
     assert paused.step < steps
     client.resume(run, workers=1)
-    moved = _ended(client, run)
+    moved = client.wait(run, timeout_s=240.0)
+    assert moved.phase is RunPhase.SUCCEEDED and client.audit(run).ok, moved
     if elsewhere.exists():
         elsewhere.rename(own_code)
-    calm = _ended(client, _submitted(client, job, f"{task}-calm", storage, most=1))
+    calm = calm_run(job, moved, tmp_path / "calm")
     assert_same_tensors(moved, calm)
-    for one, other in zip(read_steps(Path(moved.run_dir)), read_steps(Path(calm.run_dir)), strict=True):
+    for one, other in zip(read_steps(Path(moved.run_dir)), calm.records, strict=True):
         assert (one.loss, one.metrics, one.validation_metrics) == (other.loss, other.metrics, other.validation_metrics)
     assert moved.unit == ("tokens" if job.has_tokens else job.task.unit)
-    assert moved.validation_metrics == calm.validation_metrics != {}
+    validated = [record.validation_metrics for record in calm.records if record.validation_loss is not None]
+    assert moved.validation_metrics == validated[-1] != {}
 
     rows = data_of(run, Path(moved.run_dir)).store_dir
     request = Evaluation(moved.run_dir, str(moved.checkpoint), rows, max_rows=job.eval.rows)

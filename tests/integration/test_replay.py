@@ -13,7 +13,8 @@ from orchestrator.state.snapshot_store import RankSnapshots
 from tests.support import devices, small
 from tests.support.ranks import Ranks
 
-WHOLE_EVERY, STEPS = 4, 10
+WHOLE_EVERY = 4
+LAST_STEPS = (0, 3, 4, 6, 9)  # the first, those around the second whole snapshot, one between, one after the third
 UNEVEN = ExpertPlacement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
 OVERLAPPING = ExpertPlacement(3, 3, ((0, 1), (1, 2), (0,)))  # weights that some other ranks have, not all
 
@@ -47,8 +48,9 @@ def _replayed(
     replayer = Replayer(train, params, devices.device())
     truth: dict[int, NamedRanges] = {}
     num_replayed, differing = 0, []
-    for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # anew each time: a state may be
-        own = RankSnapshots(0, rank, layout, False, WHOLE_EVERY, replayer)  # made again in the place of another
+    done = 0
+    for last in LAST_STEPS:  # anew each time: a state may be made again in the place of another
+        own = RankSnapshots(0, rank, layout, False, WHOLE_EVERY, replayer)
         kept = RankSnapshots(0, rank, layout, True, WHOLE_EVERY, replayer)
         first = last * 100
         for step in range(first, first + last + 1):
@@ -56,7 +58,7 @@ def _replayed(
             _, outcome = small.train_step(engine, groups, step, lr, keep_gradients=True)
             model.moe_layers[0].router.correction_bias_E.add_(0.001 * step)
             assert outcome.applied and outcome.gradients is not None
-            done = sum(range(last + 1)) + step - first + 1
+            done += 1
             is_whole = (step - first) % WHOLE_EVERY == 0
             update = None if is_whole else Update(done, lr)
             mine = own.begin(step, "", update)
@@ -82,10 +84,8 @@ def _replayed(
     ("placement", "precision", "stage", "compression"),
     [
         pytest.param(ExpertPlacement.balanced(4, 1), "fp32", 1, "none", id="one"),
-        pytest.param(ExpertPlacement.balanced(4, 3), "fp32", 1, "none", id="three"),
         pytest.param(ExpertPlacement.balanced(4, 3), "bf16", 2, "none", id="three, bf16, stage 2"),
         pytest.param(UNEVEN, "fp32", 2, "none", id="a rank without experts, stage 2"),
-        pytest.param(OVERLAPPING, "fp32", 1, "none", id="replicas on some ranks"),
         pytest.param(OVERLAPPING, "bf16", 1, "none", id="replicas on some ranks, bf16"),
         pytest.param(ExpertPlacement.balanced(4, 6), "bf16", 1, "none", id="more ranks than experts"),
         pytest.param(ExpertPlacement.balanced(4, 3), "bf16", 2, "topk", id="three, topk"),

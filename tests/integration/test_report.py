@@ -1,7 +1,6 @@
 """The report of a real run: its accounts agree with one another."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -16,18 +15,12 @@ from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.submission.report import read_report
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 
 STRETCH_S = 12.0  # of training between two events: moves and ends take tenths of a second, which are not to count
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
-        yield client
 
 
 def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_pause(

@@ -94,7 +94,7 @@ def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
 @pytest.mark.long_emulated
 def test_training_continues_with_the_bits_of_an_uninterrupted_run(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     at, train = 57, {"max_steps": 158, "determinism": "exact"}  # 100 steps after the break
-    restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)
+    restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 1, at, **train)
     with LocalWorkerGroup(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as worker_group:
         _train(worker_group, restore)
         records = dict(worker_group.records)

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import names_of
 from orchestrator.cluster.published.status_reader import published_status
@@ -27,16 +26,18 @@ from orchestrator.storage.backends.location import objects_at
 from orchestrator.storage.chain_reader import newest_term
 from orchestrator.storage.condition import StorageCondition
 from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
+from tests.support.calm_runs import assert_same_tensors, calm_run, tensors_of
 from tests.support.disk import ext4_disk, fill, frozen, small_disk, unmounted
 from tests.support.hanging_disk import hanging_disk
 from tests.support.hosts import until as await_event
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import until
 from tests.support.texts import small_job
 from tests.support.worker_processes import is_alive, until_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
 DISK_MB = 34
+ENDLESS = 1_000_000  # steps of runs that are stopped
 GAP_S = 10.0  # between two steps, at most
 PROCESS = "orchestrator.storage.storage_process"
 HANGS_S = 75.0  # longer than a worker waits for its controller
@@ -46,42 +47,23 @@ DELAY_S = 0.05  # of a micro-batch, of which a run of one worker has five per st
 MOST_TROUBLES = 3  # events of it while storage fails once: on a busy machine it is slow by itself
 
 
-def _submit(
-    client: OrchestratorClient,
-    texts: Path,
-    name: str,
-    storage: Path,
-    steps: int,
-    schedule: str = "cosine",
-    workers: int = 2,
-    every: int = 10,
-    delay_s: float = 0.0,
-) -> str:
+def _job(texts: Path, name: str, storage: Path, delay_s: float = DELAY_S, steps: int = ENDLESS) -> JobSpec:
     changes = {
         "task": TaskSpec(entrypoint="slow_task:slow", code_dir=str(USER_CODE), options={"delay_s": delay_s}),
         "name": name,
         "storage": str(storage),
-        "workers": WorkersSpec(min=1, max=2, initial=workers),
-        "checkpoint": CheckpointSpec(every=every, keep_last=1),
+        "workers": WorkersSpec(min=1, max=2, initial=2),
+        "checkpoint": CheckpointSpec(every=10, keep_last=1),
     }
-    job: JobSpec = small_job(texts, max_steps=steps, determinism="exact", lr_scheduler={"kind": schedule})
-    job = job.model_copy(update=changes)
-    return client.submit(job)
+    job: JobSpec = small_job(texts, max_steps=steps, determinism="exact", lr_scheduler={"kind": "constant"})
+    return job.model_copy(update=changes)
 
 
-def _tensors(status: RunStatus) -> dict[str, bytes]:
-    with CheckpointReader(Path(str(status.checkpoint))) as reader:
-        reader.verify()
-        return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
-
-
-def _undisturbed(
-    client: OrchestratorClient, texts: Path, tmp_path: Path, steps: int, schedule: str = "cosine"
-) -> dict[str, bytes]:
-    """The tensors of the same run without anything that happens to it. It has one worker, which is faster here and must
-    not make a difference."""
-    run = _submit(client, texts, "calm", tmp_path / "runs", steps, schedule, workers=1, every=1000)
-    return _tensors(client.wait(run, timeout_s=400.0))
+def _assert_undisturbed(status: RunStatus, texts: Path, tmp_path: Path) -> None:
+    """Compare the run's tensors with those of one to which nothing happens. That has one worker and no delay, which
+    must not make a difference."""
+    job = _job(texts, "calm", tmp_path, delay_s=0.0)
+    assert_same_tensors(status, calm_run(job, status, tmp_path / "calm"))
 
 
 def _fill(client: OrchestratorClient, run: str, disk: Path) -> RunStatus:
@@ -101,37 +83,38 @@ def _is_behind(status: RunStatus) -> bool:
     return status.storage is StorageCondition.FULL and newest is not None and newest < status.step - 15
 
 
-def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
-    steps = 600  # a minute on idle cores, some on busy ones
-    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
-        run = _submit(client, texts, "crowded", disk / "runs", steps)
+def test_a_full_disk_costs_no_worker_and_no_step(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk:
+        run = client.submit(_job(texts, "crowded", disk / "runs"))
         before = until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         full = _fill(client, run, disk)
         later = until(client, run, lambda s: s.step > full.step + 25 and _is_behind(s))
         assert later.phase is RunPhase.TRAINING and later.recoveries == ()
         (disk / "filler").unlink()
         until(client, run, lambda s: s.warning is None and (s.checkpoint_step or 0) > later.step)
-        status = client.wait(run, timeout_s=300.0)
-        assert (status.phase, status.recoveries, status.warning) == (RunPhase.SUCCEEDED, (), None), status
+        client.stop(run)
+        status = client.wait(run, timeout_s=250.0)
+        assert (status.phase, status.recoveries, status.warning) == (RunPhase.STOPPED, (), None), status
         kinds = [event["kind"] for event in client.events(run)]
         storage = [kind for kind in kinds if kind.startswith("storage")]  # one checkpoint may fit once an old one goes
         assert storage in (n * ["storage_fails", "storage_works"] for n in range(1, MOST_TROUBLES + 1)), storage
         assert "worker_lost" not in kinds
         records = read_steps(Path(status.run_dir))
-        assert [record.step for record in records] == list(range(steps))
-        crowded = _tensors(status)
+        assert [record.step for record in records] == list(range(status.step))
         assert before.checkpoint is not None
         run_dir = Path(status.run_dir)
         kept = {record.name for record in RunFiles(run_dir).checkpoints()}
         assert {path.name for path in (run_dir / "checkpoints").iterdir()} == kept and not (
             run_dir / ".reserve"
         ).exists()
-        assert crowded == _undisturbed(client, texts, tmp_path, steps)
+        _assert_undisturbed(status, texts, tmp_path)
 
 
-def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(texts: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
-        run = _submit(client, texts, "stuck", disk / "runs", steps=5000)
+def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk:
+        run = client.submit(_job(texts, "stuck", disk / "runs"))
         until(client, run, lambda s: s.step > 15)
         full = _fill(client, run, disk)
         asked_s = time.monotonic()
@@ -142,12 +125,12 @@ def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(text
         status = client.wait(run, timeout_s=250.0)
         assert status.phase is RunPhase.STOPPED and status.recoveries == (), status
         assert status.checkpoint_step == status.step - 1 and status.step > full.step
-        assert _tensors(status)
+        assert tensors_of(status.checkpoint)
 
 
-def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
-        run = _submit(client, texts, "given-up", disk / "runs", steps=5000)
+def test_a_run_on_a_full_disk_can_be_stopped_at_once(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk:
+        run = client.submit(_job(texts, "given-up", disk / "runs"))
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         _fill(client, run, disk)
         client.stop(run)
@@ -155,7 +138,8 @@ def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path
         status = client.wait(run, timeout_s=250.0)
         assert status.phase is RunPhase.STOPPED, status
         assert "without a checkpoint: the newest one is of step" in status.why
-        assert status.checkpoint_step is not None and status.checkpoint_step < status.step - 1 and _tensors(status)
+        assert status.checkpoint_step is not None and status.checkpoint_step < status.step - 1
+        assert tensors_of(status.checkpoint)
 
 
 def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) -> float:
@@ -164,18 +148,20 @@ def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) ->
     return max(after - before for before, after in pairwise([since, *votes, until]))
 
 
-def test_a_run_waits_on_a_full_disk_for_its_data_and_can_be_stopped_meanwhile(texts: Path, tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
+def test_a_run_waits_on_a_full_disk_for_its_data_and_can_be_stopped_meanwhile(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk:
         (disk / "runs").mkdir()
         with small_disk(disk / "runs" / ".data", 8) as data:  # so it is full before anything can be prepared
             fill(data)
-            for run in ("given-up", "patient"):
-                _submit(client, texts, run, disk / "runs", steps=30)
+            for run in ("impatient", "patient"):
+                client.submit(_job(texts, run, disk / "runs", steps=30))
                 await_event(reserve_in(disk / "runs" / run).exists, 60.0, "the space that the run reserves")
                 fill(disk)
                 full = until(client, run, lambda s: "prepared data can't be written" in str(s.warning))
                 assert full.phase is RunPhase.STARTING and full.storage is StorageCondition.FULL, full
-                if run == "given-up":
+                if run == "impatient":
                     asked_s = time.monotonic()
                     client.stop(run)
                     assert time.monotonic() - asked_s < SOON_S
@@ -190,9 +176,11 @@ def test_a_run_waits_on_a_full_disk_for_its_data_and_can_be_stopped_meanwhile(te
 
 
 @pytest.mark.parametrize(("kind", "hangs_s"), [("ext4", HANGS_S), ("fuse", 20.0)], ids=["writes", "all calls"])
-def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path, kind: str, hangs_s: float) -> None:
-    with hanging_disk(kind, tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "hung", disk.path / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
+def test_storage_that_hangs_costs_no_worker_and_no_step(
+    client: OrchestratorClient, texts: Path, tmp_path: Path, kind: str, hangs_s: float
+) -> None:
+    with hanging_disk(kind, tmp_path / "disk", 256) as disk:
+        run = client.submit(_job(texts, "hung", disk.path / "runs"))
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None and s.warning is None)
         began, began_s = time.time(), time.monotonic()
         with disk.hanging():
@@ -219,13 +207,15 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
         assert _longest_gap_s(records, began, ended) < GAP_S  # training did not wait, also on a busy machine
-        assert _tensors(status) == _undisturbed(client, texts, tmp_path, status.step, "constant")
+        _assert_undisturbed(status, texts, tmp_path)
 
 
-def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint(texts: Path, tmp_path: Path) -> None:
+def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     """All workers are lost meanwhile, so only the checkpoint has the state. Nothing is written in its place."""
-    with small_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "adrift", disk / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
+    with small_disk(tmp_path / "disk", 256) as disk:
+        run = client.submit(_job(texts, "adrift", disk / "runs"))
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         processes = until_workers(run, ("w0", "w1"))
         with unmounted(disk):
@@ -248,7 +238,7 @@ def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint
         assert recovery.step >= 9
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
-        assert _tensors(status) == _undisturbed(client, texts, tmp_path, status.step, "constant")
+        _assert_undisturbed(status, texts, tmp_path)
 
 
 def _controllers(run: str) -> list[psutil.Process]:
@@ -274,12 +264,14 @@ def _command(process: psutil.Process) -> list[str]:
         return [""]
 
 
-def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(texts: Path, tmp_path: Path) -> None:
+def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     """Its process ends at once, as another one is in the call that hangs; so the next one keeps the workers alive, and
     takes up what the first one had decided: a recovery, and a request. It accepts another one, which takes effect
     later."""
-    with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
-        run = _submit(client, texts, "steered", disk / "runs", steps=1_000_000, schedule="constant", delay_s=DELAY_S)
+    with ext4_disk(tmp_path / "disk", 256) as disk:
+        run = client.submit(_job(texts, "steered", disk / "runs"))
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
         processes = until_workers(run, ("w0", "w1"))
         began_s = time.monotonic()
@@ -319,4 +311,4 @@ def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
         assert _longest_gap_s(records, since, ended) < GAP_S
-        assert _tensors(status) == _undisturbed(client, texts, tmp_path, status.step, "constant")
+        _assert_undisturbed(status, texts, tmp_path)

@@ -38,12 +38,12 @@ def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
     with LocalWorkerGroup(job, store_dir, run_dir, size=3) as worker_group:
         ids = worker_group.ids
         worker_group.start(worker_group.plan(ids[:2]))
-        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.await_step(worker_group.newest_step + 2)
         worker_group.rescale(ids)
-        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.await_step(worker_group.newest_step + 2)
         worker_group.members[ids[2]].kill()
         worker_group.recover(ids[:2])
-        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.await_step(worker_group.newest_step + 2)
         worker_group.finish()
         step, paused = worker_group.newest_step, worker_group.records
         restore = Restore(step, str(commit_of(worker_group, step)))
@@ -57,7 +57,7 @@ def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
 
 # Pairs that learn in the steps of `task_job`; others have only those that their moves take.
 LEARN = {("sft", "lion"), ("dpo", "muon"), ("dpo", "adamw"), ("classification", "sgd"), ("own", "adafactor")}
-STEPS = 16
+STEPS = 12
 RATES = {("classification", "sgd"): 0.05, ("own", "sgd"): 0.02}  # where that of language modeling is too high
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -87,25 +88,35 @@ def test_a_run_is_opened_scaled_and_stopped_by_keys(texts: Path, tmp_path: Path)
         assert client.get("watched").rescales[-1].to_size == 3
 
 
-@pytest.fixture
-def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OrchestratorClient]:
-    """A client of a cluster with a run `watched`, of two simulated workers."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the cluster's processes
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    """A client of a cluster with a run `watched`, of simulated workers."""
     job = JobSpec.model_validate(
         {
             "schema": "v1",
             "name": "watched",
-            "storage": str(tmp_path / "runs"),
+            "storage": str(tmp_path_factory.mktemp("runs")),
             "workers": {"min": 1, "max": 4, "initial": 2},
             "resources": {"cpus": 0.5},
             "train": {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
             "envs": UNHURRIED,
         }
     )
-    with own_cluster(tmp_path / "home", cpus=4) as client:
+    with (
+        patch.dict(os.environ, PYTHONPATH=str(ROOT)),  # for the cluster's processes
+        own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client,
+    ):
         client.submit(job, parts=simulated_parts())
-        await_status(client, "watched", lambda status: status.step > 0)
         yield client
+
+
+@pytest.fixture
+def training(cluster: OrchestratorClient) -> OrchestratorClient:
+    """That client, once the run trains with two workers."""
+    await_status(cluster, "watched", lambda status: status.step > 0)
+    cluster.scale("watched", 2)
+    await_status(cluster, "watched", lambda status: status.workers_now == 2)
+    return cluster
 
 
 @pytest.mark.journey

@@ -26,6 +26,7 @@ from orchestrator.tracking.mlflow_server import MlflowServer
 from orchestrator.tracking.outbox_file import FILE
 from orchestrator.tracking.sinks.sink import Dataset, MetricPoint, RunInfo, TrackerPosition, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
+from tests.support.hosts import until
 from tests.support.ports import free_port
 from tests.support.sink_files import of_tensorboard, of_wandb
 
@@ -162,7 +163,10 @@ def check_whole_life(client: Any, run: Any, artifacts: Path, listed: int = 1500)
     assert (folder / "story.png").stat().st_size > 10_000 and "<svg" in (folder / "story.html").read_text()
 
 
-def test_sinks_side_by_side_have_the_same_values(tmp_path: Path) -> None:
+def test_sinks_side_by_side_have_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     client, run = whole_life(tmp_path, f"sqlite:///{tmp_path}/store/mlflow.db", ("tensorboard", "wandb"))
     check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts")
     loss = [(step, (5.0 if step < 1200 else 9.0) + step) for step in range(1500)]
@@ -171,6 +175,7 @@ def test_sinks_side_by_side_have_the_same_values(tmp_path: Path) -> None:
         assert found["train/loss"] == loss and found["system/cpu_percent/10.0.0.7"] == [(3, 50.0)]
         assert found["train/grad_norm"] == [(0, float("inf"))]
     assert (summary["outcome"], exit_code) == ("succeeded", 0)
+    assert list(elsewhere.iterdir()) == []  # nothing depends on the current directory
 
 
 def test_a_sink_that_is_away_holds_up_no_other_and_gets_everything_later(tmp_path: Path) -> None:
@@ -180,23 +185,15 @@ def test_a_sink_that_is_away_holds_up_no_other_and_gets_everything_later(tmp_pat
     broken.mkdir()  # a folder can't be read as a file
     tracker = Tracker(setup)
     tracker.publish(1, points("train/loss", range(3), 5.0), after=-1)
-    assert not tracker.finish(1, "succeeded", timeout_s=20.0)
+    assert not tracker.finish(1, "succeeded", timeout_s=1.0)
+    until(lambda: tracker.describe()["waiting"] == 4, PATIENCE_S, "MLflow to have everything")
     client = client_of(setup.uri)
-    assert only_run(client).info.status == "FINISHED" and tracker.describe()["waiting"] == 4
+    assert only_run(client).info.status == "FINISHED"
     assert error_of(tracker).startswith("tensorboard: ")
     broken.rmdir()
     assert tracker.finish(1, "succeeded", timeout_s=PATIENCE_S), tracker.describe()
     loss = of_tensorboard(tmp_path / "demo-1" / "tensorboard")["train/loss"]
     assert loss == [(step, 5.0 + step) for step in range(3)]
-
-
-def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = tmp_path / "cwd"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    client, run = whole_life(tmp_path, f"sqlite:///{tmp_path}/store/mlflow.db")
-    check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts")
-    assert list(elsewhere.iterdir()) == []  # nothing depends on the current directory
 
 
 def test_a_directory_of_mlflow_s_files_holds_the_whole_life_of_a_run(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.checkpoint.manifest import checkpoint_name
+from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
 from orchestrator.policy.replay_check import Difference, first_difference
@@ -31,7 +32,7 @@ from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from tests.support.faults import Fault, Moment
 from tests.support.own_models import linear, own_spec
-from tests.support.real_runs import own_cluster, until
+from tests.support.real_runs import until
 from tests.support.recorded_run import rewrite_journal
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import LocalWorkerGroup, TransitionFailed
@@ -216,7 +217,9 @@ def flip(gradient):  # an element's would hardly show in the norm
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(300)
-def test_bits_that_flip_in_a_run_are_found_reported_and_repaired_where_possible(texts: Path, tmp_path: Path) -> None:
+def test_bits_that_flip_in_a_run_are_found_reported_and_repaired_where_possible(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     source = linear(forward=FLIPS.strip(), methods=FLIP.format(marks=marks))
@@ -228,30 +231,29 @@ def test_bits_that_flip_in_a_run_are_found_reported_and_repaired_where_possible(
         "verify": VerifySpec(every=10, steps=10),
         "checkpoint": CheckpointSpec(every=20, keep_last=3),
     }
-    with own_cluster(tmp_path / "home", cpus=4) as client:
-        run = client.submit(job.model_copy(update=changes))
+    run = client.submit(job.model_copy(update=changes))
 
-        def events_of(kind: str, after: int = -1) -> list[dict[str, Any]]:
-            return [event for event in client.events(run, after=after) if event["kind"] == kind]
+    def events_of(kind: str, after: int = -1) -> list[dict[str, Any]]:
+        return [event for event in client.events(run, after=after) if event["kind"] == kind]
 
-        def flip(what: str) -> None:
-            worker = next(w.worker for w in client.get(run).worker_group if w.rank == 0)
-            pid = ask(find(f"{run}/worker/{worker}"), "pid")
-            (marks / f"{what}-{pid}").touch()
+    def flip(what: str) -> None:
+        worker = next(w.worker for w in client.get(run).worker_group if w.rank == 0)
+        pid = ask(find(f"{run}/worker/{worker}"), "pid")
+        (marks / f"{what}-{pid}").touch()
 
-        until(client, run, lambda s: bool(events_of("checked")))
-        flip("rest")
-        until(client, run, lambda s: bool(events_of("worker_lost")) and not s.phase.ended and s.workers_now == 2)
-        (lost,) = events_of("worker_lost")
-        assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
-        until(client, run, lambda s: bool(events_of("checked", after=lost["seq"])))
-        assert all(event["equal"] for event in events_of("checked")) and events_of("state_differs") == []
+    until(client, run, lambda s: bool(events_of("checked")))
+    flip("rest")
+    until(client, run, lambda s: bool(events_of("worker_lost")) and not s.phase.ended and s.workers_now == 2)
+    (lost,) = events_of("worker_lost")
+    assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
+    until(client, run, lambda s: bool(events_of("checked", after=lost["seq"])))
+    assert all(event["equal"] for event in events_of("checked")) and events_of("state_differs") == []
 
-        flip("gradient")
-        until(client, run, lambda s: bool(events_of("state_differs")))
-        client.stop(run)
-        status = client.wait(run, timeout_s=250.0)
-        wrong = events_of("state_differs")[0]
+    flip("gradient")
+    until(client, run, lambda s: bool(events_of("state_differs")))
+    client.stop(run)
+    status = client.wait(run, timeout_s=250.0)
+    wrong = events_of("state_differs")[0]
     # All ranks take a gradient over, so whose it was is unknown.
     assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.STOPPED
     assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
@@ -292,7 +294,9 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(400)
-def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp_path: Path) -> None:
+def test_verify_does_steps_again_with_another_number_of_workers(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
     storage, job, last = tmp_path / "runs", _job(texts), STEPS_OF_PROOF - 1
     changes = {
         "storage": str(storage),
@@ -301,11 +305,10 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
         "workers": WorkersSpec(min=1, max=2, standby=1),
         "train": job.train.model_copy(update={"max_steps": STEPS_OF_PROOF}),
     }
-    with own_cluster(tmp_path / "home", cpus=3) as client:
-        run = client.submit(job.model_copy(update=changes))
-        until(client, run, lambda s: s.step > 2 and s.standbys == 1)
-        client.scale(run, 2)
-        run_dir = Path(client.wait(run, timeout_s=250.0).run_dir)
+    run = client.submit(job.model_copy(update=changes))
+    until(client, run, lambda s: s.step > 2 and s.standbys == 1)
+    client.scale(run, 2)
+    run_dir = Path(client.wait(run, timeout_s=250.0).run_dir)
 
     def verify(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "check", "replay", "proof"]

@@ -10,7 +10,8 @@ os.environ["GOMP_SPINCOUNT"] = (
 
 import deepspeed  # noqa: F401
 import torch  # noqa: F401
-import transformers.models.dots1.modeling_dots1  # noqa: F401  # 3 s in each worker with a model of transformers
+import transformers.models.dots1.modeling_dots1  # 3 s in each worker with a model of transformers
+import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 
 import orchestrator.engine.deepspeed.engine
 import orchestrator.worker.actor  # noqa: F401

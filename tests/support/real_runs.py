@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-
-from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster import local
 from orchestrator.cluster.auth import reread_environment
@@ -51,13 +48,3 @@ def until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus],
         assert time.monotonic() < deadline_s and not status.phase.ended, status
         time.sleep(0.1)
     return status
-
-
-def assert_same_tensors(run: RunStatus, other: RunStatus) -> None:
-    """Compare all tensors of the newest checkpoints of two runs, bit by bit."""
-    with CheckpointReader(Path(str(run.checkpoint))) as ours, CheckpointReader(Path(str(other.checkpoint))) as theirs:
-        names = sorted(ours.manifest.tensors)
-        assert names == sorted(theirs.manifest.tensors)
-        for name in names:
-            numel = ours.manifest.tensors[name].numel
-            assert np.array_equal(ours.read(name, 0, numel), theirs.read(name, 0, numel)), name

@@ -372,7 +372,7 @@ def _placed(
     return new, left
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_no_run_starves(data: st.DataObject) -> None:
     """However many runs of a higher priority keep coming: a low one gets its turn, and keeps it long enough to work,
