@@ -268,7 +268,7 @@ def test_when_all_are_lost_new_workers_read_a_checkpoint(
 
 
 def test_ranks_that_find_damage_in_a_checkpoint_stay_and_read_another_one(
-    worker_group: Crew, undisturbed: Crew
+    worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
 ) -> None:
     """All four read the damaged one at once; only those whose state is in the damaged block can know."""
     _train_past_checkpoints(worker_group, 4, 9)
@@ -290,7 +290,7 @@ def test_ranks_that_find_damage_in_a_checkpoint_stay_and_read_another_one(
     _same_training(worker_group, undisturbed, first=5)
 
 
-def _error_of(worker_group: Crew, worker: str) -> str:
+def _error_of(worker_group: LocalWorkerGroup, worker: str) -> str:
     """The kind of the error with which this worker missed generation 1; empty for a lost peer."""
     worker_group.await_all([worker], lambda r: r.transition.failed_generation == 1 or r.phase is Phase.READY)
     report = worker_group.members[worker].report()

@@ -10,7 +10,7 @@ from orchestrator.spec.fault_tolerance import CheckpointSpec, ProtectionSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.model_process import data_of
-from tests.support.worker_group import Crew, commit_of
+from tests.support.worker_group import LocalWorkerGroup, commit_of
 
 PATIENCE_S = 250.0
 
@@ -32,7 +32,7 @@ def calm_run(job: JobSpec, status: RunStatus, run_dir: Path, store_dir: Path | N
     store_dir = store_dir or Path(data_of(status.run_id, Path(status.run_dir)).store_dir)
     train = job.train.model_copy(update={"max_steps": status.step})
     sections = {"train": train, "checkpoint": CheckpointSpec(every=status.step), "protection": ProtectionSpec()}
-    with Crew(job.model_copy(update=sections), store_dir, run_dir, size=1) as worker_group:
+    with LocalWorkerGroup(job.model_copy(update=sections), store_dir, run_dir, size=1) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_finished(PATIENCE_S)
     assert sorted(worker_group.records) == list(range(status.step))
