@@ -130,7 +130,8 @@ def test_a_pause_behind_a_checkpoint_of_the_abandoned_past_writes_one(on: Cluste
     assert checkpoint < newest and path_of(run_dir, RunFiles(run_dir).checkpoints()[-1]) == checkpoint
     with CheckpointReader(checkpoint) as reader:
         reader.verify()
-        assert reader.manifest.generation == 1 and f"after {reader.manifest.step + 1} of 300 steps" in status.why
+        # Generation 1 was to begin from the newest checkpoint, in which its workers found the damage.
+        assert reader.manifest.generation == 2 and f"after {reader.manifest.step + 1} of 300 steps" in status.why
     assert (newest / MANIFEST_FILE).exists()  # set aside, not deleted
 
 
