@@ -1,4 +1,4 @@
-"""Messages between a torch-free process and its child processes with torch: inference, replay, reference models."""
+"""Messages, a line of JSON each, between a torch-free process and its child processes with torch."""
 
 import json
 import os
@@ -15,8 +15,6 @@ from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_job import WorkerJob
-
-# -- Messages to and from a child process: a line of JSON each, on its stdin and on a pipe for answers -----------------
 
 
 class Lines:
@@ -41,8 +39,7 @@ class Lines:
 
 @contextmanager
 def answering(lines: Lines) -> Iterator[tuple[Any, Callable[[Any], None]]]:
-    """In a child process: the message that it was sent, and a function that sends an answer. The number of the pipe is
-    its argument."""
+    """In a child process: its request, and a function that sends an answer to the pipe that its argument numbers."""
     with os.fdopen(int(sys.argv[1]), "w") as pipe:
 
         def send(answer: Any) -> None:
