@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -44,9 +45,8 @@ class Buffers:
     def __init__(self) -> None:
         self._changing = threading.Lock()
         self._free: list[_Span] = []
-        # Filled by finalizers, which may run in any thread at any moment, one that is taking a buffer included: they
-        # must not wait for the lock.
-        self._returned: deque[_Span] = deque()
+        self._returned = _Returned()
+        weakref.finalize(self, self._returned.close, self._free).atexit = False
         self._kept_bytes = 0  # are not given back, even if they are unused
         self._least_free = 0  # bytes, since the last `drop_idle`
         self.made_bytes = self.held_bytes = 0
@@ -58,7 +58,7 @@ class Buffers:
             span = self._taken(_rounded(num_bytes))
             self._least_free = min(self._least_free, self._free_bytes())
         lent = _array(span)  # the only array of this memory, and it lives as long as anything made of it
-        weakref.finalize(lent, self._returned.append, span).atexit = False
+        weakref.finalize(lent, self._returned.add, span).atexit = False
         return torch.from_numpy(lent)[:num_bytes]
 
     def populate(self, num_bytes: int) -> None:
@@ -100,8 +100,7 @@ class Buffers:
     # -- with the lock -----------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        while self._returned:
-            self._free.append(self._returned.popleft())
+        self._free.extend(self._returned.all())
 
     def _free_bytes(self) -> int:
         return sum(size for _, size in self._free)
@@ -134,6 +133,32 @@ class Buffers:
 
 _Span = tuple[int, int]
 """Address and size in bytes of mapped memory, both multiples of `PIECE`."""
+
+
+class _Returned:
+    """Memory of buffers that nothing refers to any more. Finalizers add it, which may run in any thread at any moment,
+    one that is taking a buffer included: they must not wait for a lock."""
+
+    def __init__(self) -> None:
+        self._spans: deque[_Span] = deque()
+        self._is_closed = False
+
+    def add(self, span: _Span) -> None:
+        if self._is_closed:
+            _unmap(*span)
+        else:
+            self._spans.append(span)
+
+    def all(self) -> Iterator[_Span]:
+        """Yield what was added, each span once."""
+        while self._spans:
+            yield self._spans.popleft()
+
+    def close(self, free: list[_Span]) -> None:
+        """Return this memory, the free one and all that is still lent to the system: nothing will be lent any more."""
+        self._is_closed = True
+        for span in (*free, *self.all()):
+            _unmap(*span)
 
 
 def populate(pieces: range) -> None:

@@ -4,6 +4,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,23 @@ def test_more_memory_than_there_is_changes_nothing() -> None:
         buffers.take(1 << 60)
     assert buffers.held_bytes == PIECE
     assert bool((buffers.take(PIECE) == 7).all())
+
+
+@moves_pages
+def test_no_memory_is_kept_of_buffers_that_no_longer_exist() -> None:
+    buffers = Buffers()
+    free, lent = buffers.take(64 * PIECE), buffers.take(32 * PIECE).fill_(7)
+    places = {free.data_ptr(), lent.data_ptr()}
+    assert _mapped_of(places) == places
+    del free, buffers
+    assert _mapped_of(places) == {lent.data_ptr()} and bool((lent == 7).all())
+    del lent
+    assert _mapped_of(places) == set()
+
+
+def _mapped_of(addresses: set[int]) -> set[int]:
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {a for a in addresses if any(int(begin, 16) <= a < int(end, 16) for begin, end in spans)}
 
 
 def test_threads_never_share_a_buffer() -> None:
