@@ -59,7 +59,6 @@ def test_journal_starts_from_states() -> None:
     assert line["metrics"]["compacted_3000"]["objects"] < line["baselines"]["entries_3000"]["objects"] / 4
 
 
-@pytest.mark.slow
 def test_checkpoint_writes_the_same_state_in_every_way() -> None:
     line = quick("checkpoint")
     names = ["stall deepspeed over ours", "stall dcp_async over ours", "minute_ratio", "durable_s", "read_ratio"]

@@ -135,13 +135,7 @@ def test_a_run_is_paused_and_resumes_at_another_world_size(here: Here) -> None:
     assert shard.name in told and "The newest good checkpoint before it is" in told
 
 
-@pytest.mark.parametrize(
-    ("number", "at_start"),
-    [
-        (signal.SIGINT, signal.SIG_IGN),
-        pytest.param(signal.SIGTERM, signal.SIG_DFL, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("number", "at_start"), [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)])
 def test_mlflow_is_served_until_a_signal_and_leaves_nothing(
     alone: Here, number: signal.Signals, at_start: signal.Handlers
 ) -> None:
@@ -244,7 +238,7 @@ def test_an_interrupt_detaches_and_the_run_continues(alone: Here) -> None:
     assert local.status() is None
 
 
-@pytest.mark.parametrize("verb", ["run", pytest.param("demo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verb", ["run", "demo"])
 def test_sigterm_detaches_from_a_run_in_a_cluster_that_was_up_before(here: Here, verb: str) -> None:
     job = here.job("left", train=JOB["train"] | {"max_steps": 900}, envs=UNHURRIED)
     process = here.start(*(["run", job] if verb == "run" else ["demo", "--name", "shown"]))
@@ -259,7 +253,7 @@ def test_sigterm_detaches_from_a_run_in_a_cluster_that_was_up_before(here: Here,
 
 
 @pytest.mark.journey
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_demo_and_the_cluster_that_it_started(alone: Here, number: signal.Signals) -> None:
     alone.env |= UNHURRIED
     process = alone.start("demo")

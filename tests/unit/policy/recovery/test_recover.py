@@ -408,7 +408,7 @@ def test_recoveries_without_a_step_end_the_run() -> None:
     assert "recoveries in a row without a step" in life.state.why
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     requests=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=4),
     deaths=st.lists(st.tuples(st.integers(3, 90), st.integers(0, 5)), max_size=5),

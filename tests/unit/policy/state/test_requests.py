@@ -275,7 +275,7 @@ def test_lost_workers_are_replaced_only_within_the_grant() -> None:
     assert max(life.sizes[7:]) <= 3 and life.sizes[-1] == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_preempted_run_holds_no_workers_after_any_loss(data: st.DataObject) -> None:
     """Grants come and go and workers die, with and without snapshots: without a grant a run gives all back in the
@@ -301,7 +301,7 @@ def test_a_preempted_run_holds_no_workers_after_any_loss(data: st.DataObject) ->
     life.run_until(lambda: life.state.outcome is not None, max_ticks=400)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_step_is_lost_or_done_twice_whatever_is_granted(data: st.DataObject) -> None:
     life = _queued(steps=40)
