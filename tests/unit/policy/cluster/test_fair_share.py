@@ -292,7 +292,7 @@ def _shares_of(
     return divide(runs, {run.run_id: claim_of(run) for run in runs}, homes, free, NOW_S)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(_clusters())
 def test_what_holds_in_any_cluster(
     cluster: tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]],
@@ -323,7 +323,7 @@ def test_what_holds_in_any_cluster(
             assert higher or (needed and (is_loose(run) or any(rank_of(n, NOW_S) > run.priority for n in let_in)))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(_clusters(are_alike=True))
 def test_shares_of_runs_that_hold_their_grants_are_stable(
     cluster: tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]],
