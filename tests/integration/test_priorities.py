@@ -192,7 +192,7 @@ def test_a_scheduler_that_dies_takes_nothing_with_it(on: Cluster) -> None:
     on.until("low", lambda s: s.workers_now == 4)
     on.submit("high", wait=True, **_job("2..2", priority=5))
     on.until("high", lambda s: s.phase is RunPhase.TRAINING)
-    killed = psutil.Process(pid_of_actor("ray::scheduler"))
+    killed = psutil.Process(pid_of_actor("ray::scheduler", ray.get_runtime_context().gcs_address))
     killed.kill()
     killed.wait(PATIENCE_S)  # one that dies may pass a request on, and the repeated one finds that the run has ended
     on.ask("stop", "high")

@@ -37,14 +37,18 @@ def until_workers(run: str, names: Iterable[str]) -> dict[str, psutil.Process]:
     return _until_found(lambda: workers_of(run), lambda found: set(found) == wanted, f"workers {wanted} of {run}")
 
 
-def pid_of_actor(title: str) -> int:
+def pid_of_actor(title: str, gcs_address: str = "") -> int:
     """Of the actor with this title among the processes that this one has started, once there is exactly one.
-    AssertionError if there isn't within a minute."""
+    AssertionError if there isn't within a minute.
+
+    Args:
+        gcs_address: of its Ray; empty where no other one has such an actor.
+    """
     shown = re.compile(rf"{re.escape(title)}(\..*)?")  # with the method, during a call
 
     def look() -> list[psutil.Process]:
         titled = [p for p in psutil.Process().children(recursive=True) if shown.fullmatch(title_of(p))]
-        return [p for p in titled if not is_child_of_actor(p)]
+        return [p for p in titled if not is_child_of_actor(p) and gcs_address in _title_of_parent(p)]
 
     return _until_found(look, lambda found: len(found) == 1, f"one process of {title}")[0].pid
 
@@ -79,6 +83,11 @@ def is_alive(process: psutil.Process) -> bool:
 
 def is_child_of_actor(process: psutil.Process) -> bool:
     """Whether it is one that an actor has started, and not an actor itself."""
+    return _title_of_parent(process).startswith("ray::")
+
+
+def _title_of_parent(process: psutil.Process) -> str:
+    """Of an actor it is the raylet's command line, with the address of its Ray."""
     with suppress(psutil.Error):
-        return title_of(psutil.Process(process.ppid())).startswith("ray::")
-    return False
+        return title_of(psutil.Process(process.ppid()))
+    return ""
