@@ -22,7 +22,7 @@ class FileBytes:
     """A file in a directory, open as long as this is held. It is not mapped into memory: a page that can't be read
     would end the process, where a call raises OSError."""
 
-    read_bytes, reads_ahead = 4 * 2**20, False
+    read_bytes, reads_ahead = 2**20, False  # larger ones take new pages at each read
 
     def __init__(self, path: Path, num_files: int) -> None:
         self._file = path.open("rb", buffering=0)
