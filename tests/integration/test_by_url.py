@@ -191,8 +191,8 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     run_dir = storage / "distant"
     until_stored(run_dir, lambda s: s.step > 5)
     assert json.loads(far("status", "distant", "-o", "json").stdout)["workers_now"] == 2
-    told = far("submit", job, expect=2).stderr.splitlines()
-    assert told[0].endswith("a run's name must be new in its storage") and told[2:] == ["Nothing was started."]
+    lines = far("submit", job, expect=2).stderr.splitlines()
+    assert lines[0].endswith("a run's name must be new in its storage") and lines[2:] == ["Nothing was started."]
     far("scale", "distant", "-w", "3")
     until_stored(run_dir, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     assert "generation_planned" in far("events", "distant").stdout
@@ -221,8 +221,8 @@ def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_pa
     job = large.job(texts, tmp_path / "shared", "heavy")
     with (tmp_path / "weights.bin").open("wb") as file:
         file.truncate(600 << 20)
-    told = large("submit", job, expect=2).stderr
-    assert "can't be sent to the cluster" in told and "Nothing was started." in told
+    error = large("submit", job, expect=2).stderr
+    assert "can't be sent to the cluster" in error and "Nothing was started." in error
     assert not (tmp_path / "shared").exists() and "heavy-" not in far.ray("list")
 
 

@@ -394,7 +394,7 @@ class LocalWorkerGroup:
             more: other fields of the plan.
 
         Raises:
-            NoRecoveryPoint: nobody has a whole state.
+            NoRecoveryPoint: no worker or buddy holds every shard.
             MemberDied: somebody has died meanwhile.
             TransitionFailed: a member could not take the state over.
         """
