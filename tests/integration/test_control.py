@@ -104,8 +104,8 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
     published = [json.loads(line) for line in (on.storage / "whole/tracking/published.jsonl").read_text().splitlines()]
     losses = [line["step"] for line in published if line.get("name") == "train/loss"]
     assert losses == list(range(60))
-    told = [line for line in published if "artifact" not in line]  # files are published again at the end
-    assert (told[-2]["event"], told[-1]) == ("ended", {"term": 1, "outcome": "succeeded"})
+    values = [line for line in published if "artifact" not in line]  # files are published again at the end
+    assert (values[-2]["event"], values[-1]) == ("ended", {"term": 1, "outcome": "succeeded"})
     assert {line["artifact"] for line in published if "artifact" in line} == {"job.yaml", "tokenizer.json"}
     assert "whole" in [s.run_id for s in on.ask("list")]
 
