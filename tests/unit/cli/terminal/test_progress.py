@@ -46,10 +46,10 @@ def test_a_rescale_is_printed_once_when_it_has_been_measured() -> None:
 def test_a_warning_is_printed_once() -> None:
     file = io.StringIO()
     live = LiveProgress(file)
-    for error in (None, "nobody answers", "nobody answers", "step 7 differs", "step 7 differs"):
+    for error in (None, "no one answers", "no one answers", "step 7 differs", "step 7 differs"):
         live.show(status(warning=error))
     assert file.getvalue().count("try continues, but step 7 differs") == 1
-    assert file.getvalue().count("try continues, but nobody answers") == 1
+    assert file.getvalue().count("try continues, but no one answers") == 1
 
 
 def test_at_the_end_a_rescale_is_printed_even_unmeasured() -> None:
