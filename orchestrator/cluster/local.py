@@ -28,9 +28,9 @@ import psutil
 from orchestrator.cluster.local_head import (
     await_address,
     check_free,
-    free_ports,
     head_command,
     head_environment,
+    metrics_address,
     write_secret,
 )
 from orchestrator.cluster.processes import Process, describe, end_session, is_running, living_of
@@ -142,13 +142,11 @@ def _present(directory: Path) -> ClusterRecord | None:
 
 def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterRecord:
     token_path, log_path = directory / "token", directory / "head.log"
-    metrics_port, client_port = free_ports(2)
-    metrics_address = f"127.0.0.1:{metrics_port}"
     write_secret(token_path)
     temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # private; Ray makes its own accessible to all
     with log_path.open("wb") as log:
         head = subprocess.Popen(
-            head_command(temp_dir, num_cpus, metrics_port, client_port, jobs_port),
+            head_command(temp_dir, num_cpus, jobs_port),
             env=head_environment(token_path),
             cwd=directory,
             stdin=subprocess.DEVNULL,
@@ -162,15 +160,16 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
     try:
         _save(directory, record)  # before it is ready: `down` finds it even if we are killed
         address = await_address(head, temp_dir, log_path)
+        metrics = metrics_address(temp_dir)
     except BaseException:
         end_session(record.head, record.processes)
         _forget(directory, record)
         raise
     processes = tuple(describe(process) for process in living_of(leader, (leader,)))
-    record = replace(record, address=address, processes=processes, metrics_address=metrics_address)
+    record = replace(record, address=address, processes=processes, metrics_address=metrics)
     _save(directory, record)
     # Ray writes such a list too, but only with its dashboard. The port changes each time, the file's path does not.
-    _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])
+    _replace(directory / "scrape.json", [{"targets": [metrics], "labels": {"job": "ray"}}])
     return record
 
 

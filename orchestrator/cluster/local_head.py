@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.cluster.jobs_api import PYTHON
@@ -34,15 +34,14 @@ def check_free(jobs_port: int) -> None:
     )
 
 
-def head_command(
-    temp_dir: Path, num_cpus: int, metrics_port: int, client_port: int, jobs_port: int | None
-) -> list[str]:
+def head_command(temp_dir: Path, num_cpus: int, jobs_port: int | None) -> list[str]:
+    # Ray itself chooses each port as it binds it: one that is looked for before may be taken when Ray starts, which
+    # then waits for 30 s and ends.
     options = {
         "node-ip-address": "127.0.0.1",
         "port": 0,
-        "ray-client-server-port": client_port,
         "dashboard-agent-listen-port": 0,
-        "metrics-export-port": metrics_port,
+        "metrics-export-port": 0,
         "include-log-monitor": "false",  # it reads all logs ten times a second for drivers; ours don't use it
         "include-dashboard": "false" if jobs_port is None else "true",
         "dashboard-host": "127.0.0.1",
@@ -91,17 +90,14 @@ def await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Pat
     )
 
 
+def metrics_address(temp_dir: Path) -> str:
+    """Where Ray's metrics are, of a head that has started."""
+    (written,) = (temp_dir / RAY_DIR / "session_latest").glob("metrics_export_port_*")
+    return f"127.0.0.1:{int(written.read_text())}"
+
+
 def write_secret(path: Path) -> None:
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(os.urandom(32).hex())
-
-
-def free_ports(count: int) -> list[int]:
-    """`count` different free ports: each is held until all are found."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]

@@ -13,10 +13,11 @@ SETUP = str(Path(__file__).with_name("worker_setup.py"))
 
 
 class LocalRayParams(parameter.RayParams):
-    """Ray's parameters of a node, which its command has no option for."""
+    """Ray's parameters of a node, which its command has no option for: the script of workers, and no server of Ray
+    clients, for which there is no use on this machine."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**{"setup_worker_path": SETUP, **given})
+        super().__init__(**{"setup_worker_path": SETUP, **given, "ray_client_server_port": None})
 
 
 def main() -> None:
