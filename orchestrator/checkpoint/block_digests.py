@@ -22,7 +22,7 @@ def digests_of(path: Path, start: int) -> tuple[str, ...]:
     return tuple(digests)
 
 
-def first_difference(content: bytes, digests: tuple[str, ...], first: int) -> str:
+def first_difference(content: bytes | memoryview, digests: tuple[str, ...], first: int) -> str:
     """The first block of `content` with another digest than was written; empty if there is none.
 
     Args:

@@ -87,7 +87,7 @@ class CheckpointReader:
 
         Returns:
             (index of the range, the element of the tensor that the values begin with, values). A range may come in
-            several parts, with others between them. Raises as `read`.
+            several parts, with others between them. Values stay until the next ones are asked for. Raises as `read`.
         """
         files: dict[str, list[tuple[int, str, ShardPart, ArrayPart]]] = {}
         for index, (tensor, start, stop) in enumerate(ranges):

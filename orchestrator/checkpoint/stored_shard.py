@@ -14,7 +14,7 @@ from orchestrator.checkpoint import block_digests
 from orchestrator.checkpoint.block_digests import first_difference
 from orchestrator.checkpoint.manifest import DTYPES, FileEntry
 from orchestrator.checkpoint.shard_file import arrays_in, block_digests_in
-from orchestrator.checkpoint.stored_bytes import FileBytes, ObjectBytes, Span
+from orchestrator.checkpoint.stored_bytes import Content, FileBytes, ObjectBytes, Span
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.location import Location
 
@@ -90,11 +90,11 @@ class StoredShard:
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{where} can't be read: {error}") from error
-        self._begin, self._held = 0, b""  # verified bytes from `_begin` on
+        self._begin, self._held = 0, memoryview(b"")  # verified bytes from `_begin` on
 
     def close(self) -> None:
         """Close the file, or drop the held bytes of the object. No reads afterwards."""
-        self._held = b""
+        self._held = memoryview(b"")
         self._stored.close()
 
     def verify(self) -> None:
@@ -113,7 +113,7 @@ class StoredShard:
         while len(view):
             if not self._begin <= position < self._begin + len(self._held):
                 self._hold(position, position + len(view))
-            part = memoryview(self._held)[position - self._begin :][: len(view)]
+            part = self._held[position - self._begin :][: len(view)]
             view[: len(part)] = part
             view, position = view[len(part) :], position + len(part)
         return found
@@ -122,7 +122,8 @@ class StoredShard:
         """Yield the elements of all parts in the order in which the file has them, with few reads, of each block once.
 
         Returns:
-            (index of the part, its element that the values begin with, values); a large part comes in several.
+            (index of the part, its element that the values begin with, values); a large part comes in several. Values
+            stay until the next ones are asked for.
 
         Raises:
             CheckpointCorrupt, OSError: as `read`.
@@ -139,14 +140,15 @@ class StoredShard:
             for piece in run.pieces:
                 count = (piece.end - piece.first) // np.dtype(piece.dtype).itemsize
                 values = np.frombuffer(content, piece.dtype, count, piece.first - run.start)
-                yield piece.index, piece.element, values.copy()  # aligned, and writable
+                usable = values.flags.aligned and values.flags.writeable
+                yield piece.index, piece.element, values if usable else values.copy()
 
     def _hold(self, first: int, end: int) -> None:
         """Hold blocks from that of byte `first` on, up to that of `end` if they aren't too many."""
         begin, _ = self._blocks_of(first, first + 1)
         most = begin + self._stored.held_bytes
         span = self._blocks_of(first, most if self._stored.reads_ahead else min(end, most))
-        self._begin, self._held = begin, self._verified(span, self._stored.read(*span))
+        self._begin, self._held = begin, memoryview(self._verified(span, self._stored.read(*span)))
 
     def _pieces(self, index: int, part: ArrayPart) -> Iterator["_Piece"]:
         """A part in pieces that each begin in another window."""
@@ -168,12 +170,12 @@ class StoredShard:
         start = first - (first - self._data) % block_bytes
         return start, min(end + (self._data - end) % block_bytes, self._num_bytes)
 
-    def _read_spans(self, spans: Sequence[Span]) -> Iterator[bytes]:
+    def _read_spans(self, spans: Sequence[Span]) -> Iterator[Content]:
         """The verified bytes of each span of whole blocks, in order."""
         for span, content in zip(spans, self._stored.read_spans(spans), strict=True):
             yield self._verified(span, content)
 
-    def _verified(self, span: Span, content: bytes) -> bytes:
+    def _verified(self, span: Span, content: Content) -> Content:
         """The content of whole blocks. What seems to be wrong is read again."""
         if self._fault(span, content):
             content = self._stored.read_again(*span)
@@ -181,7 +183,7 @@ class StoredShard:
                 raise CheckpointCorrupt(f"{self._where}: {fault}")
         return content
 
-    def _fault(self, span: Span, content: bytes) -> str:
+    def _fault(self, span: Span, content: Content) -> str:
         start, stop = span
         first, whole = (size // block_digests.BLOCK_BYTES for size in (start - self._data, len(content)))
         if len(content) != stop - start:

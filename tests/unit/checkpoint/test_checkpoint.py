@@ -353,7 +353,7 @@ def of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _reads(path: Path, start: int, stop: int) -> list[npt.NDArray[np.float32]]:
     """These elements, read in both ways."""
     with CheckpointReader(path) as reader:
-        together = [values for _, _, values in reader.read_all([("w", start, stop)])]
+        together = [values.copy() for _, _, values in reader.read_all([("w", start, stop)])]
         return [reader.read("w", start, stop), np.concatenate(together)]
 
 

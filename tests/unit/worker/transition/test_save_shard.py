@@ -622,8 +622,10 @@ def test_a_shard_that_changes_before_it_is_read_back_is_written_again(
     drop = os.posix_fadvise
 
     def damage_first(descriptor: int, *args: int) -> None:
-        attempts.append([path.name for path in tmp_path.rglob("*") if path.is_file()])
-        if len(attempts) == 1:
+        is_dropped = args[-1] == os.POSIX_FADV_DONTNEED
+        if is_dropped:
+            attempts.append([path.name for path in tmp_path.rglob("*") if path.is_file()])
+        if is_dropped and len(attempts) == 1:
             with Path(f"/proc/self/fd/{descriptor}").open("r+b") as file:
                 file.seek(-3, os.SEEK_END)
                 byte = file.read(1)[0]
