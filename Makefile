@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py gpu.py),$(wildcard benchmarks/*.py)))
 
+# Compiled modules are kept, whatever the environment says: else each process of the tests compiles all of them.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-emulated journeys test-all check types architecture dist check-dist bench install clean
 
 demo: $(VENV)/run.stamp
