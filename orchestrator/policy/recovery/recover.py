@@ -3,7 +3,7 @@
     recover  all survivors have stopped -> newest complete state -> plan g+1 from it -> (transition) READY -> activate
 
 Sources in order: a rank's own memory, its buddy's or keeper's snapshot, the newest checkpoint, the one before. Ranks
-verify what they read of a checkpoint; if one finds damage the run begins from another one.
+verify what they read of a checkpoint; if one finds damage the run begins from another one, or without that worker.
 Survivors continue at once if they are enough; replacements of the failed workers join at a later fence.
 """
 
@@ -27,13 +27,14 @@ from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, 
 from orchestrator.policy.state.checkpoint_parts import complete_checkpoints
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
-from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observation, RunState, ended
+from orchestrator.policy.state.run_state import USER_ERROR, Decision, KillWorker, Observation, RunState, ended
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
 from orchestrator.protocol.events.generations import RolledBack
-from orchestrator.protocol.events.workers import WorkersReleased
+from orchestrator.protocol.events.workers import WorkerLost, WorkersReleased
 from orchestrator.protocol.messages import FinishMode, Restore, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
 from orchestrator.protocol.worker_phase import Phase
+from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT
 from orchestrator.spec.fault_tolerance import COMMITTED
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
@@ -163,12 +164,15 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 
 def restore_another(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Begin from another checkpoint than the one in which a rank has found damage, once one without is known."""
+    """Begin from another checkpoint than the one in which a rank has found damage, once one without is known; from the
+    same one if it is good, without the workers that said otherwise."""
     if state.current is not None or not state.wants_restore or seen.unreadable or seen.is_searching:
         return Decision(state)
     restore, account = seen.restorable, state.abort.account
     if restore is not None and state.restore is not None:
         restore = replace(restore, reset_residuals=state.restore.reset_residuals)
+        if restore == state.restore:
+            return _without_misreaders(state, seen)
     done = restore.step if restore else -1
     if account is not None:
         further = account.step - done
@@ -180,6 +184,25 @@ def restore_another(limits: RunLimits, state: RunState, seen: Observation) -> De
         )
     note = RolledBack(done, restore.path if restore else None, state.why)
     return Decision(_begun_from(restore, state, account), (note,))
+
+
+def _without_misreaders(state: RunState, seen: Observation) -> Decision:
+    """Begin from the same checkpoint, of which the controller has read all bytes and found them good, without the
+    workers that have found damage in it: their nodes' memory may be at fault."""
+    failed = (w for w in state.worker_group if seen.report(w).transition.failed_generation == state.abort.generation)
+    errors = ((worker, seen.report(worker).health.error) for worker in failed)
+    misread = [worker for worker, error in errors if error is not None and error.kind == CHECKPOINT_CORRUPT]
+    failures = (
+        WorkerFailure(w, seen.nodes.get(w, ""), "corrupted", seen.step, seen.now_s, is_member=False) for w in misread
+    )
+    remaining = replace(
+        state,
+        worker_group=tuple(worker for worker in state.worker_group if worker not in misread),
+        failures=state.failures.with_new(failures),
+    )
+    why = "{} found damage in a checkpoint that is good: the memory of its node may be at fault"
+    lost = (WorkerLost(worker, why.format(worker), member=False) for worker in misread)
+    return Decision(_begun_from(state.restore, remaining, state.abort.account), (*lost, *map(KillWorker, misread)))
 
 
 def _begun_from(restore: Restore | None, state: RunState, account: Recovery | None) -> RunState:

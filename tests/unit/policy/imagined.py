@@ -93,6 +93,7 @@ class Life:
     unreadable: str = ""  # why checkpoints can't be read
     restorable: Restore | None = None  # whatever is marked
     rotten: set[int] = field(default_factory=set)  # steps whose checkpoint is found damaged by the last rank only
+    misreads: set[str] = field(default_factory=set)  # workers that find damage in any checkpoint
     now_s: float = 0.0
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
     done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
@@ -302,7 +303,7 @@ class Life:
                 is_stranded = order.next.source is not None and worker in order.next.source.world
                 phase = Phase.STRANDED if is_stranded else Phase.STANDBY
                 self.say(worker, phase=phase, failed_generation=generation, holdings=holdings)
-        elif order.next.restore and order.next.restore.step in self.rotten and worker == order.next.world.members[-1]:
+        elif order.next.restore and self._finds_damage(worker, order.next):
             error = WorkerError(CHECKPOINT_CORRUPT, "shard-00001: block 3 has another sha256")
             self.say(worker, phase=Phase.STANDBY, failed_generation=generation, error=error)
         elif worker in order.next.involved:
@@ -319,6 +320,12 @@ class Life:
                 error=None,
                 step=self.step,
             )
+
+    def _finds_damage(self, worker: str, plan: GenerationPlan) -> bool:
+        """Whether this worker finds the checkpoint damaged from which the generation is to begin."""
+        assert plan.restore is not None
+        is_rotten = plan.restore.step in self.rotten and worker == plan.world.members[-1]
+        return worker in plan.world and (is_rotten or worker in self.misreads)
 
     def _go_back(self, plan: GenerationPlan) -> None:
         """The state is that of an earlier step: what came after it is done again."""

@@ -180,6 +180,24 @@ def test_a_run_whose_only_checkpoint_is_found_damaged_may_be_stopped() -> None:
     assert life.state.outcome is RunPhase.STOPPED and "none is good" in life.state.why
 
 
+def test_a_worker_that_finds_damage_in_a_good_checkpoint_is_replaced() -> None:
+    """The controller reads the checkpoint whole and finds it good: it is the worker's memory."""
+    life = Life(limits_of(steps=40), checkpoint_every=4, nodes={"w2": "n2", "w3": "n3"})
+    life.run_until(lambda: life.committed == 11 and life.step == 13)
+    life.misreads = {"w3"}
+    for worker in life.state.members:
+        life.kill(worker)
+    life.run_to_the_end()
+    _trained(life)
+    assert [note.step for note in life.of_kind("rolled_back")] == [11]
+    lost = life.of_kind("worker_lost")[-1]
+    assert (lost.worker, lost.member) == ("w3", False) and "found damage in a checkpoint that is good" in lost.why
+    assert life.lost["w3"] == "killed by its controller" and "w2" not in life.lost
+    (failure,) = [failure for failure in life.state.failures.recent if failure.cause == "corrupted"]
+    assert (failure.worker, failure.node) == ("w3", "n3")
+    assert [recovery.step for recovery in life.state.recoveries] == [11]
+
+
 def test_damage_that_only_ranks_find_ends_the_run_after_some_attempts() -> None:
     """The controller reads the checkpoint whole and finds it good."""
     life = _goes_back_behind_a_rotten_checkpoint()
