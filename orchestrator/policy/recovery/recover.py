@@ -192,9 +192,9 @@ def _without_misreaders(state: RunState, seen: Observation) -> Decision:
     failed = (w for w in state.worker_group if seen.report(w).transition.failed_generation == state.abort.generation)
     errors = ((worker, seen.report(worker).health.error) for worker in failed)
     misread = [worker for worker, error in errors if error is not None and error.kind == CHECKPOINT_CORRUPT]
-    failures = (
+    failures = [
         WorkerFailure(w, seen.nodes.get(w, ""), "corrupted", seen.step, seen.now_s, is_member=False) for w in misread
-    )
+    ]
     remaining = replace(
         state,
         worker_group=tuple(worker for worker in state.worker_group if worker not in misread),
