@@ -18,6 +18,7 @@ from orchestrator.checkpoint.stored_bytes import Content, FileBytes, ObjectBytes
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.storage.backends.location import Location
 
+LIKELY_HEADER_BYTES = 2**18  # so that one read is enough for most headers
 _DTYPES = {stored: name for name, stored in DTYPES.items()}
 
 
@@ -74,19 +75,22 @@ class StoredShard:
     def __init__(self, stored: FileBytes | ObjectBytes, entry: FileEntry, where: str) -> None:
         self._stored, self._where, self._num_bytes = stored, where, entry.num_bytes
         for read in (stored.read, stored.read_again):  # a bit may flip on its way here
-            length = read(0, 8)
-            self._data = 8 + min(int.from_bytes(length, "little"), entry.num_bytes)  # the first byte behind the header
-            content = read(8, self._data)
-            if (found := sha256(length + content).hexdigest()) == entry.header_sha256:
+            first = read(0, min(LIKELY_HEADER_BYTES, max(8, entry.num_bytes)))
+            self._data = 8 + min(
+                int.from_bytes(first[:8], "little"), entry.num_bytes
+            )  # the first byte behind the header
+            rest = read(len(first), self._data) if self._data > len(first) else b""
+            header = (first + rest)[: self._data]
+            if (found := sha256(header).hexdigest()) == entry.header_sha256:
                 break
         else:
             raise CheckpointCorrupt(f"{where}: header has sha256 {found}, it was written with {entry.header_sha256}")
         try:
-            header = json.loads(content)
-            self._digests = block_digests_in(header)
+            content = json.loads(header[8:])
+            self._digests = block_digests_in(content)
             self._arrays = {
                 key: _Array(_DTYPES[array["dtype"]], array["shape"], self._data + array["data_offsets"][0])
-                for key, array in arrays_in(header).items()
+                for key, array in arrays_in(content).items()
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointCorrupt(f"{where} can't be read: {error}") from error

@@ -93,7 +93,7 @@ def started() -> Iterator[str]:
         owner = ("--uid", "runs", "--display-name", "runs", "--access-key", KEY, "--secret-key", SECRET)
         run("radosgw-admin", "user", "create", *owner)  # waits for the disk
         gateway = free_port()
-        serve("radosgw", "-n", "client.admin", "--rgw-frontends", f"beast endpoint=127.0.0.1:{gateway}")
+        serve("radosgw", "-n", "client.admin", "--rgw-frontends", f"beast endpoint=127.0.0.1:{gateway} tcp_nodelay=1")
         yield f"http://127.0.0.1:{gateway}"
 
 
