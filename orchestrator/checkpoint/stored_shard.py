@@ -76,9 +76,8 @@ class StoredShard:
         self._stored, self._where, self._num_bytes = stored, where, entry.num_bytes
         for read in (stored.read, stored.read_again):  # a bit may flip on its way here
             first = read(0, min(LIKELY_HEADER_BYTES, max(8, entry.num_bytes)))
-            self._data = 8 + min(
-                int.from_bytes(first[:8], "little"), entry.num_bytes
-            )  # the first byte behind the header
+            header_bytes = min(int.from_bytes(first[:8], "little"), entry.num_bytes)
+            self._data = 8 + header_bytes  # the first byte behind the header
             rest = read(len(first), self._data) if self._data > len(first) else b""
             header = (first + rest)[: self._data]
             if (found := sha256(header).hexdigest()) == entry.header_sha256:

@@ -86,6 +86,14 @@ def test_any_range_reads_back_whatever_world_wrote_it(tmp_path: Path, writers: i
                     np.testing.assert_array_equal(reader.read(name, start, stop), values[start:stop], strict=True)
 
 
+@pytest.mark.parametrize("first_bytes", [8, 100])
+def test_headers_that_are_longer_than_the_first_read_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_bytes: int
+) -> None:
+    monkeypatch.setattr("orchestrator.checkpoint.stored_shard.LIKELY_HEADER_BYTES", first_bytes)
+    assert_same(read_all(save(tmp_path, state_of(0), 120, 2)), state_of(0))
+
+
 @pytest.mark.parametrize("read_bytes", [2**24, 20])
 @pytest.mark.parametrize("writers", [1, 3])
 def test_many_ranges_read_back_in_any_order(

@@ -92,9 +92,8 @@ def test_names_are_those_of_objects_and_folders(objects: LargeObjects) -> None:
     assert objects.objects("z/a") == ()
 
 
-def test_more_names_than_a_page_of_a_listing(objects: LargeObjects, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "20")  # of the server of S3 and Google Cloud Storage
-    keys = [f"many/{number:010d}" for number in range(120)]
+def test_more_names_than_a_page_of_a_listing(objects: LargeObjects) -> None:
+    keys = [f"many/{number:010d}" for number in range(1_050)]
     threads = [
         threading.Thread(target=lambda some: [objects.create(k, b"") for k in some], args=(keys[i::8],))
         for i in range(8)
@@ -105,8 +104,8 @@ def test_more_names_than_a_page_of_a_listing(objects: LargeObjects, monkeypatch:
         thread.join()
     assert objects.names("many") == tuple(key.removeprefix("many/") for key in keys)
     assert [found.key for found in objects.objects("many")] == keys
-    objects.delete(keys[:110])
-    assert [found.key for found in objects.objects("")] == keys[110:]
+    objects.delete(keys[:1_040])
+    assert [found.key for found in objects.objects("")] == keys[1_040:]
 
 
 def test_all_objects_below_a_folder_have_their_sizes(objects: LargeObjects) -> None:
