@@ -1,5 +1,6 @@
 """Connecting nccl groups. An emulated communicator starts when a test lets it, and holds its lock until then."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -26,6 +27,9 @@ def played(device: str) -> Iterator[Any]:
     yield played
     played.may_start.set()
     nccl.abort_communicators()
+    for thread in threading.enumerate():
+        if thread.name.startswith("nccl"):  # else its abort is counted in the next test
+            thread.join(PATIENCE_S)
 
 
 @pytest.fixture
