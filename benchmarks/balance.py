@@ -39,7 +39,7 @@ from orchestrator.data.store import TokenStore
 from orchestrator.engine.optim.lr_schedule import decay, learning_rate
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.moe.balance import next_bias
+from orchestrator.model.moe.routing.balance import next_bias
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.sampling.sampler import SamplerState, sample
@@ -60,7 +60,7 @@ OURS = "ours"
 CONTROLS: dict[str, dict[str, Any]] = {
     "old": {"bias_update": "sign", "embedding_scale": 1.0},
     "none": {"bias_update_speed": 0.0},
-    "softmax": {"router": "softmax"},
+    "softmax": {"scoring_func": "softmax"},
 }
 
 

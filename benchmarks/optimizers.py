@@ -36,7 +36,7 @@ from orchestrator.engine.optim.rule import UpdateInfo
 from orchestrator.engine.optim.stepper import ParamPart, Updates
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.moe.balance import next_bias
+from orchestrator.model.moe.routing.balance import next_bias
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec

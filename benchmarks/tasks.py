@@ -45,7 +45,7 @@ from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.task import Batch, Loss, Row, Task
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.policy.state.config import micro_batch_of

@@ -29,7 +29,7 @@ from torch import nn
 from orchestrator.data.store import TokenStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import expert_of
-from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import micro_batches_of

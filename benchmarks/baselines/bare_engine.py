@@ -24,7 +24,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.factory import build_model
-from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.task import Batch, Loss
 from orchestrator.state.ranges import NamedRanges
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.elastic.state_spec import ParamSpec
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.spec.model import ModelSpec
 

@@ -17,7 +17,7 @@ OF_EXPERTS = frozenset(
         "num_experts_per_tok",
         "moe_intermediate_size",
         "n_shared_experts",
-        "router",
+        "scoring_func",
         "norm_topk_prob",
         "n_group",
         "topk_group",

@@ -41,7 +41,7 @@ class ModelSpec(ModelSource):
     num_experts_per_tok: int = Field(default=2, ge=1, description="Experts that each token visits.")
     moe_intermediate_size: int = Field(default=192, ge=1, description="Inner width of an expert.")
     n_shared_experts: int = Field(default=1, ge=0, description="Experts that every token visits, without routing.")
-    router: Literal["sigmoid", "softmax"] = Field(
+    scoring_func: Literal["sigmoid", "softmax"] = Field(
         default="sigmoid",
         description="Scores of the router: sigmoid, balanced by a bias (bias_update_speed), or softmax, balanced by an "
         "auxiliary loss (router_aux_loss_coef).",
@@ -111,7 +111,7 @@ class ModelSpec(ModelSource):
         "the mean load, estimated from the scores of the step's tokens. sign: by a fixed step against the load.",
     )
     bias_update_speed: float = Field(
-        default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["router"] == "sigmoid" else 0.0,
+        default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["scoring_func"] == "sigmoid" else 0.0,
         ge=0,
         description="Size of a change: with quantile the share of the way, with sign the step in units of a score. "
         "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with a softmax router.",

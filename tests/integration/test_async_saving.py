@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.step.routing import move_biases

@@ -114,7 +114,7 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
         pytest.param({}, {"optimizer": {"name": "lion"}, "lr": 1e-3, "precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({}, {"optimizer": {"name": "sgd"}, "lr": 0.5, "zero_stage": 2}, marks=pytest.mark.slow),
         pytest.param(
-            {"moe_intermediate_size": 33, "router": "softmax", "num_experts_per_tok": 4},
+            {"moe_intermediate_size": 33, "scoring_func": "softmax", "num_experts_per_tok": 4},
             {"gradient_clipping": 0.1},
             marks=pytest.mark.slow,
         ),

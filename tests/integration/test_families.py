@@ -246,11 +246,11 @@ def test_models_that_ours_cannot_express_are_refused(
 
 def test_a_model_that_no_family_can_express_is_not_exported() -> None:
     with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no router \"softmax\".*n_shared_experts 1"):
-        family_of_spec(ModelSpec(router="softmax"))
+        family_of_spec(ModelSpec(scoring_func="softmax"))
     assert len(FAMILIES) == len(BY_ARCHITECTURE) == 8
     with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no qk_norm \"all_heads\""):
         family_of_spec(ModelSpec(qk_norm="all_heads"))
-    wide = ModelSpec(router="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64)
+    wide = ModelSpec(scoring_func="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64)
     with pytest.raises(UsageError, match="OlmoeForCausalLM has no head_dim 64"):
         family_of_spec(wide)
 
@@ -259,7 +259,7 @@ def test_a_model_that_no_family_can_express_is_not_exported() -> None:
 @pytest.mark.parametrize("architecture", [name for name in VARIANTS if BY_ARCHITECTURE[name].router is None])
 def test_an_upcycled_model_begins_as_the_dense_one(tmp_path: Path, architecture: str, router: str) -> None:
     theirs, directory = _saved(architecture, tmp_path), tmp_path
-    asked = {"init_from": str(directory), "upcycle": True, "n_routed_experts": 6, "router": router}
+    asked = {"init_from": str(directory), "upcycle": True, "n_routed_experts": 6, "scoring_func": router}
     spec = resolved(ModelSpec.model_validate(asked), directory)
     assert (spec.first_k_dense_replace, spec.moe_intermediate_size, spec.n_shared_experts) == (0, 40, 0)
     open_pretrained(directory).check(spec)

@@ -13,7 +13,7 @@ from orchestrator.elastic.state_spec import expert_of
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.task import Batch, Loss, Task
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.train import TrainSpec

@@ -20,14 +20,14 @@ _EXPERTS = _same("num_experts_per_tok", "moe_intermediate_size")
 _SHARED = _same("n_routed_experts", "n_shared_experts", "routed_scaling_factor")
 _GROUPED = {**_DENSE, **_EXPERTS, **_SHARED, **_same("n_group", "topk_group", "first_k_dense_replace")}
 _LATENT = _same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
-_SOFTMAX = {"router": "softmax", "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+_SOFTMAX = {"scoring_func": "softmax", "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 _NO_WINDOW = {"use_sliding_window": False}  # attention sees all earlier tokens, whatever sliding_window is
 
 GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     model_type="glm4_moe",
     keys={**_GROUPED, **_same("attention_bias"), "use_qk_norm": "qk_norm"},
-    is_ours={"router": "sigmoid", "norm_topk_prob": True},
+    is_ours={"scoring_func": "sigmoid", "norm_topk_prob": True},
     defaults={
         "rms_norm_eps": 1e-5,
         "attention_bias": False,
@@ -49,7 +49,7 @@ DEEPSEEK_V3 = Family(
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
     keys={**_GROUPED, **_LATENT},
-    is_ours={"router": "sigmoid", "norm_topk_prob": True, "attention_bias": False, "qk_norm": False},
+    is_ours={"scoring_func": "sigmoid", "norm_topk_prob": True, "attention_bias": False, "qk_norm": False},
     defaults={"q_lora_rank": None, "rope_interleave": True},
     fixed={"norm_topk_prob": True, "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     also={"num_nextn_predict_layers": 0},

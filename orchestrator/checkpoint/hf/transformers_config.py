@@ -41,7 +41,7 @@ def transformers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings |= {key: config[key] for key in OF_TRAINING if config.get(key) is not None}
     # A router of transformers keeps its scores to itself, which the other rule for biases needs. Where it has no bias,
     # nothing is moved.
-    return settings | {"router": "sigmoid", "bias_update": "sign", "config": dict(config)}
+    return settings | {"scoring_func": "sigmoid", "bias_update": "sign", "config": dict(config)}
 
 
 def _single(size: object) -> object:

@@ -9,7 +9,7 @@ from torch import Tensor
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.routed_experts import RoutedExperts
-from orchestrator.model.moe.router import Router, Routing
+from orchestrator.model.moe.routing.router import Router, Routing
 from orchestrator.spec.model import ModelSpec
 
 

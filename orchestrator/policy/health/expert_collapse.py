@@ -132,7 +132,7 @@ def _more_even(model: ModelSpec) -> str:
     if model.impl == "transformers":
         by_bias = f"raise model.bias_update_speed, which is {model.bias_update_speed:g}, if its routers have a bias"
         return f"{by_bias}, else model.router_aux_loss_coef, which is {model.router_aux_loss_coef:g}, or lower train.lr"
-    if model.router == "softmax" and not model.bias_update_speed:
+    if model.scoring_func == "softmax" and not model.bias_update_speed:
         return f"raise model.router_aux_loss_coef, which is {model.router_aux_loss_coef:g}"
     if not model.bias_update_speed:
         advice = "set model.bias_update_speed, which is 0"

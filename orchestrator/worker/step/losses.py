@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import EntrypointError
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.task import Loss
 from orchestrator.worker.step.batches import StepMicroBatch
 

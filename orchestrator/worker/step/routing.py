@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.engine.optim.lr_schedule import decay
-from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.policy.health.expert_load import expert_load, is_shown
 from orchestrator.protocol.step_record import RoutingRecord

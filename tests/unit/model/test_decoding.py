@@ -16,7 +16,7 @@ from tests.support import devices
 VOCAB = 61
 SPECS = {
     "plain": {},
-    "all of it": {"qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5, "router": "softmax"},
+    "all of it": {"qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5, "scoring_func": "softmax"},
     "no grouped heads": {"num_key_value_heads": 4},
     "latent": {"kv_lora_rank": 12, "q_lora_rank": 10, "rope_interleave": True, "v_head_dim": 10},
     "latent keys": {"kv_lora_rank": 12},

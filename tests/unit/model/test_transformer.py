@@ -208,7 +208,7 @@ def _gradients(spec: ModelSpec) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("recompute", ["selective", "sqrt", "full"])
 def test_recomputed_activations_give_the_same_gradients(recompute: str, router: str) -> None:
-    spec = _spec().model_copy(update={"num_hidden_layers": 5, "router": router, "router_aux_loss_coef": 0.1})
+    spec = _spec().model_copy(update={"num_hidden_layers": 5, "scoring_func": router, "router_aux_loss_coef": 0.1})
     kept = _gradients(spec)
     again = _gradients(spec.model_copy(update={"gradient_checkpointing": recompute}))
     assert kept.keys() == again.keys()

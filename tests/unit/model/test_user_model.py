@@ -52,7 +52,7 @@ def test_the_loss_is_the_sum_over_targets_that_count(spec: ModelSpec) -> None:
 def test_the_routers_auxiliary_loss_is_in_the_gradients_alone(tmp_path: Path) -> None:
     grads, losses = [], []
     for weight in (0.0, 10.0):
-        model = _model(own_spec(tmp_path, EXPERTS, router="softmax", router_aux_loss_coef=weight))
+        model = _model(own_spec(tmp_path, EXPERTS, scoring_func="softmax", router_aux_loss_coef=weight))
         loss = model.with_balance_losses(model(TOKENS, TOKENS))
         loss.backward()
         losses.append(loss.item())

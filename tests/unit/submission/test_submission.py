@@ -42,7 +42,7 @@ def test_another_tokenizer_may_be_named(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("{init_from: nowhere}", "^model.init_from: [^:]*/nowhere/config.json can't be read: "),
         ("{init_from: hf, num_hidden_layers: 7}", "model.num_hidden_layers is 7 and 2"),
-        ("{init_from: hf, router: softmax}", "softmax"),
+        ("{init_from: hf, scoring_func: softmax}", "softmax"),
     ],
 )
 def test_a_job_that_does_not_fit_is_refused_before_anything_starts(

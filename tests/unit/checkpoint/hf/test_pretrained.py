@@ -45,12 +45,12 @@ def test_a_size_beyond_the_defaults_is_no_mistake_before_the_directory_is_read(t
 
 def test_every_difference_is_named(tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "hf")
-    given = _spec(directory, num_experts_per_tok=3, rope_theta=7.0, hidden_size=16, router="softmax")
+    given = _spec(directory, num_experts_per_tok=3, rope_theta=7.0, hidden_size=16, scoring_func="softmax")
     with pytest.raises(UsageError) as caught:
         resolved(given, directory)
     assert "model.num_experts_per_tok is 3 and 2" in caught.value.message
     assert "model.rope_theta is 7.0 and 10000.0" in caught.value.message
-    assert 'model.router is "softmax" and "sigmoid"' in caught.value.message
+    assert 'model.scoring_func is "softmax" and "sigmoid"' in caught.value.message
     assert "hidden_size" not in caught.value.message
 
 

@@ -13,7 +13,7 @@ from orchestrator.spec.model import ModelSpec
     "keys",
     [
         {},
-        {"router": "softmax", "first_k_dense_replace": 0, "n_shared_experts": 0},
+        {"scoring_func": "softmax", "first_k_dense_replace": 0, "n_shared_experts": 0},
         {"first_k_dense_replace": 3, "vocab_size": 512},
         {"qk_norm": True, "attention_bias": True},
         {"qk_norm": "all_heads", "n_shared_experts": 2, "moe_intermediate_size": 33},

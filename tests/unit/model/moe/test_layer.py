@@ -15,7 +15,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
-from orchestrator.model.moe.router import Router
+from orchestrator.model.moe.routing.router import Router
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices
 from tests.unit.comm.threads import on_ranks

@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import StepOutcome
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.task import Loss
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.job import JobSpec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.worker.step.proven_sum import nonce_of
 from orchestrator.worker.step.vote import NO_FENCE, Ballot, VoteResult, vote
 from tests.unit.comm.threads import on_ranks

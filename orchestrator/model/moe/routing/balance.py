@@ -1,6 +1,6 @@
 """Load balancing of routers without an auxiliary loss: computes the next step's correction bias from a step's choices.
 
-A router chooses the top K of score + bias (`orchestrator.model.moe.router`). Two rules change the bias after updates:
+A router chooses the top K of score + bias (`orchestrator.model.moe.routing.router`). Two rules change the bias after updates:
 
 - `quantile`: an expert's bias moves by a share of the change that by itself would give the expert the mean load. A
   token's *margin* at an expert is the amount by which its score + bias exceeds the K-th best of the other experts; the

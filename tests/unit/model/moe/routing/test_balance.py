@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.balance import RoutingCounts, margin_histogram, margins, next_bias, quantile_bias, sign_bias
+from orchestrator.model.moe.routing.balance import RoutingCounts, margin_histogram, margins, next_bias, quantile_bias, sign_bias
 from orchestrator.model.moe.counting import count
-from orchestrator.model.moe.router import Limit, Router
+from orchestrator.model.moe.routing.router import Limit, Router
 from orchestrator.policy.health.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS, expert_load
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices

@@ -1,7 +1,7 @@
 """The router: scores for every expert, top-k by score plus a correction bias, gates normalised over the chosen.
 
 Two kinds. Sigmoid scores are balanced without an auxiliary loss, as in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2):
-the bias affects the selection only, and changes after each update (`orchestrator.model.moe.balance`) by the counts of
+the bias affects the selection only, and changes after each update (`orchestrator.model.moe.routing.balance`) by the counts of
 the whole global batch. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961, section
 2.2), computed over each micro-batch, so that it doesn't depend on the world size. Either may be limited to the experts
 of the best groups (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in V3, section
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.model.moe.balance import margin_histogram, margins
+from orchestrator.model.moe.routing.balance import margin_histogram, margins
 from orchestrator.model.moe.counting import count
 from orchestrator.spec.model import ModelSpec
 
@@ -108,7 +108,7 @@ class Router(nn.Module):
             expert_ids_NK: given, the choice of an earlier pass, and nothing is counted.
         """
         logits_NE = F.linear(x_ND.float(), self.weight.float())
-        scores_NE = logits_NE.sigmoid() if self.spec.router == "sigmoid" else logits_NE.softmax(-1)
+        scores_NE = logits_NE.sigmoid() if self.spec.scoring_func == "sigmoid" else logits_NE.softmax(-1)
         margins_EM = None
         if expert_ids_NK is None:
             expert_ids_NK, margins_EM = self._choose(scores_NE.detach())
@@ -117,7 +117,7 @@ class Router(nn.Module):
             gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
         gates_NK = gates_NK * self.spec.routed_scaling_factor
         weight = self.spec.router_aux_loss_coef
-        loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.router == "softmax" and weight else None
+        loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.scoring_func == "softmax" and weight else None
         return Routing(expert_ids_NK, gates_NK, loss, margins_EM)
 
     def _choose(self, scores_NE: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orchestrator.model.moe.router import Router, balance_loss
+from orchestrator.model.moe.routing.router import Router, balance_loss
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices
 
@@ -86,7 +86,7 @@ def test_only_experts_of_the_best_groups_are_chosen() -> None:
 
 
 def test_softmax_scores_sum_to_one_before_they_are_chosen() -> None:
-    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=5, num_experts_per_tok=5, router="softmax")
+    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=5, num_experts_per_tok=5, scoring_func="softmax")
     router, x_ND = Router(spec).to(devices.device()), _tokens()
     with torch.no_grad():
         router.weight.copy_(_normal(5, 8, seed=1))
