@@ -199,7 +199,7 @@ def _timed(module: torch.nn.Module, forward: Callable[[Tensor], Tensor], x: Tens
 def _our_layer(case: Case, routed: Routed, experts: list[GatedMLP], sizes: Sizes) -> MoELayer:
     layer = MoELayer(_spec(case.experts, case.top_k, sizes), _home(case.experts)).to(DTYPES[case.dtype])
     with torch.no_grad():
-        layer.router.weight.copy_(routed.router_ED)
+        layer.router.scorer.weight.copy_(routed.router_ED)
         for ours, expert in zip(layer.experts.values(), experts, strict=True):
             ours.load_state_dict(expert.state_dict())
     return layer
@@ -276,7 +276,7 @@ def trained(experts: int, top_k: int, sizes: Sizes) -> Routed:
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
     with torch.no_grad():
         model(*_text(sizes.steps, rows=-(-sizes.tokens // ROW)))
-    return Routed(seen[0][: sizes.tokens].clone(), layer.router.weight.detach().clone())
+    return Routed(seen[0][: sizes.tokens].clone(), layer.router.scorer.weight.detach().clone())
 
 
 ROW = 128

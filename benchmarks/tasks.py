@@ -53,7 +53,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
 from orchestrator.spec.task import TaskSpec
 from orchestrator.worker.step.batches import BatchReader, StepBatches
-from orchestrator.worker.step.routing import move_biases
+from orchestrator.worker.step.routing import move_router_state
 from orchestrator.worker.step.row_batches import RowBatches
 from orchestrator.worker.step.token_batches import TokenBatches
 
@@ -104,7 +104,7 @@ class Loop:
             total += float(loss.total)
             routed.add(counted)
         assert self.engine.step(learning_rate(self.job.train, self.step)).applied
-        move_biases(self.job, self.model.moe_layers, routed, self.step)
+        move_router_state(self.job, self.model.moe_layers, routed, self.step)
         self.losses.append(total / batches.global_units)
         self.step += 1
         return time.perf_counter() - began_s

@@ -29,8 +29,8 @@ from torch import nn
 from orchestrator.data.store import TokenStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import expert_of
-from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample
@@ -112,11 +112,9 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
             loss_sum += float(loss.detach())
             routed.add(model.routing_counts())
         engine.step()
-        counted = [routed.counts_LE, routed.margins_LEM]
-        summed = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), *(c.reshape(-1).double() for c in counted)])
+        summed = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), routed.flat().double()])
         dist.all_reduce(summed)
-        parts = torch.split(summed[1:].long(), [c.numel() for c in counted])
-        routed = RoutingCounts(*(part.view(c.shape) for part, c in zip(parts, counted, strict=True)))
+        routed = routed.from_flat(summed[1:].long())
         bias_LE = torch.stack([layer.router.correction_bias_E for layer in model.moe_layers])
         bias_LE = next_bias(bias_LE, routed, job.model, decay=1.0)
         for layer, bias_E in zip(model.moe_layers, bias_LE, strict=True):

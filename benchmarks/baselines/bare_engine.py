@@ -24,8 +24,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.factory import build_model
-from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample

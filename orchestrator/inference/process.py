@@ -59,6 +59,12 @@ def answers(request: Request) -> Iterator[Answer]:
         )
     if isinstance(request, Generation) and tokenizer is None:
         raise UsageError(f"run {job.name} has task {job.task.entrypoint or job.task.name}, which has no text")
+    if isinstance(request, Generation) and job.model.router.selection == "expert_choice":
+        raise UsageError(
+            f"experts of run {job.name} choose their tokens (model.router.selection: expert_choice), among later ones "
+            "too, which don't exist yet while text is generated",
+            remedy="Train with selection top_k or top_p to generate; `model eval` works with this run.",
+        )
     if isinstance(request, Export):
         cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
         model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)

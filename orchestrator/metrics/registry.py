@@ -140,6 +140,8 @@ DECLARED = (
         MetricKind.GAUGE,
         "share of experts that went from well above the mean load to well below it, or back, since the step before",
     ),
+    Metric("moe/dropped", "1", MetricKind.GAUGE, "share of tokens' choices of experts that a capacity dropped"),
+    Metric("moe/experts_per_token", "experts", MetricKind.GAUGE, "experts that a token chose, mean, with top_p"),
     *(
         Metric(name, unit, kind, meaning, live=True)
         for name, unit, kind, meaning in (

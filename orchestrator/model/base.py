@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.elastic.state_spec import ParamSpec
-from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.moe.routed_experts import RoutedExperts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.spec.model import ModelSpec
 
 
@@ -82,11 +82,14 @@ class TrainableModel(nn.Module, ABC):
         """Counts of this rank's routers in its last forward pass, a training pass. The histogram of a layer whose
         router counts no margins is empty."""
         routed = RoutingCounts.zeros(len(self.moe_layers), self.spec, next(self.parameters()).device)
-        for layer, counts_E, margins_EM in zip(self.moe_layers, routed.counts_LE, routed.margins_LEM, strict=True):
+        for layer, counts_E, margins_EM, masses_M, dropped in zip(self.moe_layers, *routed.parts, strict=True):
             counts_E.copy_(layer.last_counts_E)
             layer.counts_were_read = True
             if layer.last_margins_EM is not None:
                 margins_EM.copy_(layer.last_margins_EM)
+            if layer.last_masses_M is not None:
+                masses_M.copy_(layer.last_masses_M)
+            dropped.copy_(layer.last_dropped)
         return routed
 
     def with_balance_losses(self, loss: Tensor, units: int | None = None) -> Tensor:
@@ -101,7 +104,7 @@ class TrainableModel(nn.Module, ABC):
             if other is None:
                 continue
             if units is not None:
-                other = other * (units * self.spec.num_experts_per_tok / moe.last_counts_E.sum().clamp_min(1))
+                other = other * (units / max(moe.last_num_tokens, 1))
             loss = _Besides.apply(loss, other)  # type: ignore[no-untyped-call]
         return loss
 

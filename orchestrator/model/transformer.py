@@ -39,6 +39,7 @@ class Block(nn.Module):
         self.attention = Attention(spec) if spec.kv_lora_rank is None else LatentAttention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self._recomputes_mlp = spec.gradient_checkpointing == "selective"
+        self._routes_by_context = spec.router.scorer == "context" and index >= spec.first_k_dense_replace
         self.mlp: GatedMLP | MoELayer
         if index < spec.first_k_dense_replace:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
@@ -53,16 +54,18 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache, padding)
+        context_BTD = self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache, padding)
+        x_BTD = x_BTD + context_BTD
         mixed_BTD: Tensor
         if self._recomputes_mlp and torch.is_grad_enabled():
-            mixed_BTD = checkpoint(self._mix, x_BTD, use_reentrant=False, preserve_rng_state=False)
+            mixed_BTD = checkpoint(self._mix, x_BTD, context_BTD, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed_BTD = self._mix(x_BTD)
+            mixed_BTD = self._mix(x_BTD, context_BTD)
         return x_BTD + mixed_BTD
 
-    def _mix(self, x_BTD: Tensor) -> Tensor:
-        mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD))
+    def _mix(self, x_BTD: Tensor, context_BTD: Tensor) -> Tensor:
+        x_BTD = self.mlp_norm(x_BTD)
+        mixed_BTD: Tensor = self.mlp(x_BTD, context_BTD) if self._routes_by_context else self.mlp(x_BTD)
         return mixed_BTD
 
 

@@ -17,6 +17,8 @@ class ExpertLoad:
         entropy: entropy of the distribution of choices, relative to its maximum, log E; mean over layers.
         swing: share of experts whose load changed from well above the mean to well below it, or back, since the step
             before; None in the first step of a generation.
+        dropped: share of the choices that a capacity dropped; None without one.
+        per_token: mean number of experts that a token chose; None where it is the same for all tokens.
     """
 
     max_violation: float = 0.0
@@ -26,3 +28,5 @@ class ExpertLoad:
     dead: float = 0.0
     entropy: float = 0.0
     swing: float | None = None
+    dropped: float | None = None
+    per_token: float | None = None

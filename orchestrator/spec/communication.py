@@ -147,6 +147,10 @@ def broken_communication(communication: CommunicationSpec, train: TrainSpec, mod
             rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
             got = f"{getattr(communication, key)} and {model.n_group}"
             yield Broken((("communication", key), ("model", "n_group")), rule + got)
+        if getattr(communication, key) is not None and model.router.selection != "top_k":
+            rule = f"{key} limits the choice of top_k only: leave it out, or model.router.selection; got "
+            got = f"{getattr(communication, key)} and {model.router.selection}"
+            yield Broken((("communication", key), ("model", "router", "selection")), rule + got)
         if getattr(communication, key) is not None and model.impl == "transformers":
             rule = f"{key} limits routers of ours, and with impl: transformers they are its own: leave it out; got "
             yield Broken((("communication", key), ("model", "impl")), f"{rule}{getattr(communication, key)}")

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
+from orchestrator.spec.router import Router, RouterSpec
 from orchestrator.spec.section import HERE, Broken, CodeDir, broken_own_code
 from orchestrator.spec.task import Entrypoint
 
@@ -45,6 +46,11 @@ class ModelSpec(ModelSource):
         default="sigmoid",
         description="Scores of the router: sigmoid, balanced by a bias (bias_update_speed), or softmax, balanced by an "
         "auxiliary loss (router_aux_loss_coef).",
+    )
+    router: Router = Field(
+        default=RouterSpec(),
+        description="Scorer of the routers, and selection of the experts that a token visits. A name stands for "
+        "{scorer: NAME}.",
     )
     norm_topk_prob: bool = Field(
         default=True, description="true: the weights of a token's experts add up to routed_scaling_factor."
@@ -111,10 +117,14 @@ class ModelSpec(ModelSource):
         "the mean load, estimated from the scores of the step's tokens. sign: by a fixed step against the load.",
     )
     bias_update_speed: float = Field(
-        default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["scoring_func"] == "sigmoid" else 0.0,
+        default_factory=lambda known: (
+            BIAS_UPDATE_SPEED[known["bias_update"]]
+            if known["scoring_func"] == "sigmoid" and known["router"].selection != "expert_choice"
+            else 0.0
+        ),
         ge=0,
         description="Size of a change: with quantile the share of the way, with sign the step in units of a score. "
-        "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with a softmax router.",
+        "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with softmax scores or expert_choice.",
     )
 
     entrypoint: Entrypoint | None = Field(
@@ -158,6 +168,28 @@ class ModelSpec(ModelSource):
         return self.head_dim if self.kv_lora_rank is None else self.v_head_dim
 
     @property
+    def max_experts_per_tok(self) -> int:
+        """Experts that a token visits at most."""
+        match self.router.selection:
+            case "top_k":
+                return self.num_experts_per_tok
+            case "top_p":
+                most = self.router.max_experts_per_tok or 2 * self.num_experts_per_tok
+                return min(most, self.n_routed_experts)
+        return self.n_routed_experts
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether tokens may visit fewer experts than others."""
+        return self.router.selection != "top_k" or self.router.capacity_factor is not None
+
+    @property
+    def router_key_scale(self) -> float:
+        """Factor on experts' keys: 1 over the root of their width and over their initial standard deviation, so that
+        new routers with keys score as linear ones do."""
+        return float(1.0 / (self.router.rank**0.5 * self.initializer_range))
+
+    @property
     def counts_margins(self) -> bool:
         """Whether routers count margins for the bias's quantile rule: not if every token visits all experts."""
         return (
@@ -175,6 +207,9 @@ class ModelSpec(ModelSource):
         if self.init_from is not None and self.embedding_scale != 1.0:
             rule = f"embedding_scale must be 1 with init_from, as its weights have it; got {self.embedding_scale:g}"
             yield Broken((("embedding_scale",), ("init_from",)), rule)
+        if self.router.scorer != "linear" and self.init_from is not None and not self.upcycle:
+            rule = f"router.scorer must be linear with init_from, whose routers are; got {self.router.scorer}"
+            yield Broken((("router", "scorer"), ("init_from",)), rule)
         yield from self.broken_upcycling()
         if self.impl == "transformers":
             yield from self._broken_transformers_rules()
@@ -200,6 +235,28 @@ class ModelSpec(ModelSource):
             yield Broken(sizes, f"{rule}; got {self.num_experts_per_tok}")
         if self.first_k_dense_replace > self.num_hidden_layers:
             yield self._broken("first_k_dense_replace", "must be at most", "num_hidden_layers")
+        yield from self._broken_router_rules()
+
+    def _broken_router_rules(self) -> Iterator[Broken]:
+        router, top_k = self.router, self.num_experts_per_tok
+        selection = ("router", "selection")
+        if router.selection != "top_k" and self.n_group > 1:
+            yield Broken(
+                (selection, ("n_group",)), f"router.selection must be top_k with groups; got {router.selection}"
+            )
+        if router.selection == "top_p" and not 2 <= top_k < self.max_experts_per_tok:
+            rule = (
+                "with router.selection top_p, num_experts_per_tok must be at least 2 and below the experts that a "
+                f"token visits at most; got {top_k} and {self.max_experts_per_tok}"
+            )
+            keys = (("num_experts_per_tok",), ("router", "max_experts_per_tok"), selection, ("n_routed_experts",))
+            yield Broken(keys, rule)
+        if router.selection == "top_p" and (router.max_experts_per_tok or 0) > self.n_routed_experts:
+            rule = f"router.max_experts_per_tok must be at most n_routed_experts; got {router.max_experts_per_tok}"
+            yield Broken((("router", "max_experts_per_tok"), ("n_routed_experts",)), rule)
+        if router.selection == "expert_choice" and self.bias_update_speed:
+            rule = "bias_update_speed must be 0 with router.selection expert_choice, whose loads are equal; got "
+            yield Broken((("bias_update_speed",), selection), rule + f"{self.bias_update_speed:g}")
 
     def _broken(self, key: str, rule: str, other: str) -> Broken:
         """A rule between two keys, with their values."""
@@ -236,7 +293,7 @@ class ModelSpec(ModelSource):
         if self.gradient_checkpointing not in ("none", "full"):
             rule = "gradient_checkpointing must be none or full with impl: transformers; got "
             yield Broken((("gradient_checkpointing",), ("impl",)), rule + self.gradient_checkpointing)
-        for key in sorted((IN_CONFIG - OF_TRANSFORMERS | {"embedding_scale"}) & self.model_fields_set):
+        for key in sorted((IN_CONFIG - OF_TRANSFORMERS | {"embedding_scale", "router"}) & self.model_fields_set):
             field = type(self).model_fields[key]
             if getattr(self, key) != field.get_default(call_default_factory=True, validated_data=vars(self)):
                 yield Broken(((key,), ("impl",)), f"{key} is of our model; with impl: transformers, set it in config")

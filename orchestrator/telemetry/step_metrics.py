@@ -62,7 +62,8 @@ def values_of_experts(load: ExpertLoad) -> dict[str, float]:
         "moe/dead_experts": load.dead,
         "moe/choice_entropy": load.entropy,
     }
-    return values if load.swing is None else values | {"moe/load_swing": load.swing}
+    others = {"moe/load_swing": load.swing, "moe/dropped": load.dropped, "moe/experts_per_token": load.per_token}
+    return values | {name: value for name, value in others.items() if value is not None}
 
 
 def points_of_event(entry: JournalEntry) -> list[MetricPoint]:

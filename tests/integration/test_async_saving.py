@@ -18,7 +18,7 @@ from orchestrator.elastic.world import World
 from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.step.routing import move_biases
+from orchestrator.worker.step.routing import move_router_state
 from orchestrator.worker.transition.save_shard import ShardSaver
 from tests.support import devices, small
 from tests.support.ranks import Ranks
@@ -65,9 +65,9 @@ def _saves(
             _, counts = engine.accumulate(small.micro_batch(number, slot), tokens, slot == mine[-1])
             routed.add(counts)
         torch.distributed.all_reduce(routed.counts_LE)
-        routed = RoutingCounts(routed.counts_LE.cpu(), routed.margins_LEM.cpu())
+        routed = RoutingCounts.of(routed.counts_LE.cpu(), routed.margins_LEM.cpu())
         assert engine.step(3e-3, before_update).applied
-        move_biases(spec, model.moe_layers, routed, number)
+        move_router_state(spec, model.moe_layers, routed, number)
 
     for number in range(BEFORE):
         step(number)

@@ -10,8 +10,8 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.moe.grouped_experts import stacked
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.state.digest import digests
 from orchestrator.worker.step.proven_sum import nonce_of
 from orchestrator.worker.step.vote import Ballot, vote

@@ -1,6 +1,7 @@
 """Each family of models against transformers: the same weights, logits and gradients, read and written."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.router import RouterSpec
 from orchestrator.worker.reference_model import starting_model
 from tests.integration.test_glm4_moe import _checkpoint_of
 
@@ -245,14 +247,31 @@ def test_models_that_ours_cannot_express_are_refused(
 
 
 def test_a_model_that_no_family_can_express_is_not_exported() -> None:
-    with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no router \"softmax\".*n_shared_experts 1"):
+    with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no scoring_func \"softmax\".*n_shared_experts 1"):
         family_of_spec(ModelSpec(scoring_func="softmax"))
     assert len(FAMILIES) == len(BY_ARCHITECTURE) == 8
     with pytest.raises(UsageError, match=r"Glm4MoeForCausalLM has no qk_norm \"all_heads\""):
         family_of_spec(ModelSpec(qk_norm="all_heads"))
-    wide = ModelSpec(scoring_func="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64)
+    wide = ModelSpec(
+        scoring_func="softmax", n_shared_experts=0, qk_norm="all_heads", first_k_dense_replace=0, head_dim=64
+    )
     with pytest.raises(UsageError, match="OlmoeForCausalLM has no head_dim 64"):
         family_of_spec(wide)
+
+
+@pytest.mark.parametrize(
+    ("router", "shown"),
+    [
+        ({"scorer": "context"}, '{"scorer": "context"}'),
+        ({"selection": "top_p"}, '{"selection": "top_p"}'),
+        ({"selection": "expert_choice"}, '{"selection": "expert_choice"}'),
+    ],
+)
+def test_a_router_that_no_linear_one_equals_is_not_exported(router: dict[str, Any], shown: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"Glm4MoeForCausalLM has no router {shown}")):
+        family_of_spec(ModelSpec(router=RouterSpec(**router)))
+    for kept in (RouterSpec(capacity_factor=2.0), RouterSpec(scorer="attention", rank=3, capacity_factor=2.0)):
+        assert family_of_spec(ModelSpec(router=kept)).model_type == "glm4_moe"
 
 
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
@@ -269,7 +288,7 @@ def test_an_upcycled_model_begins_as_the_dense_one(tmp_path: Path, architecture:
         torch.testing.assert_close(ours(inputs_BT), theirs(input_ids=inputs_BT).logits, rtol=2e-5, atol=2e-5)
     weights = dict(ours.named_parameters())
     assert torch.equal(weights["layers.1.mlp.experts.0.down"], weights["layers.1.mlp.experts.5.down"])
-    assert float(weights["layers.1.mlp.router.weight"].detach().std()) > 0
+    assert float(weights["layers.1.mlp.router.scorer.weight"].detach().std()) > 0
 
 
 def test_a_mixture_is_not_upcycled(tmp_path: Path) -> None:

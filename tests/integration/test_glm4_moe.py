@@ -1,6 +1,7 @@
 """Our model against Hugging Face's `Glm4MoeForCausalLM`: the same weights, logits and gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,14 +137,23 @@ def _checkpoint_of(model: MoELanguageModel, directory: Path) -> Path:
     return commit(directory, manifest_of(written, run_id="run", term=1, shapes=shapes))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-5), ("bf16", 0.2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "router"),
+    [("fp32", 2e-5, {}), ("bf16", 0.2, {}), ("fp32", 2e-5, {"scorer": "attention", "rank": 4})],
+    ids=["fp32", "bf16", "attention"],
+)
 def test_transformers_loads_what_is_exported(
-    store_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float
+    store_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    tolerance: float,
+    router: dict[str, Any],
 ) -> None:
     monkeypatch.setattr(export, "FILE_BYTES", 100_000)  # several files
     tokenizer = store_dir / "tokenizer.json"
     vocab_size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    spec = ModelSpec(**(PLAIN | VARIANTS["all of it"]))  # type: ignore[arg-type]
+    spec = ModelSpec.model_validate(PLAIN | VARIANTS["all of it"] | {"router": router})
     ours = MoELanguageModel(
         spec, vocab_size, ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
     )

@@ -15,11 +15,12 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 
 from orchestrator.checkpoint.hf.families import family_of_spec
-from orchestrator.checkpoint.hf.family import Family
+from orchestrator.checkpoint.hf.family import KEYS, QUERY, ROUTER, Family, folded, folds
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.elastic.state_spec import MASTER, average_of, of_model
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.atomic import new_directory
 from orchestrator.storage.backends.location import Location, objects_at
 
@@ -101,7 +102,7 @@ def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str
     config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     with CheckpointReader(checkpoint) as reader:
         _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
-        tensors = _tensors(reader, family, job.model.embedding_scale, of_ema)
+        tensors = _tensors(reader, family, job.model, of_ema)
         num_bytes = _write_weights(tensors, DTYPES[dtype], directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return num_bytes
@@ -115,16 +116,25 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
             raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer imply {shape}")
 
 
-def _tensors(
-    reader: CheckpointReader, family: Family, embedding_scale: float, of_ema: bool
-) -> Iterator[tuple[str, Array]]:
+def _tensors(reader: CheckpointReader, family: Family, spec: ModelSpec, of_ema: bool) -> Iterator[tuple[str, Array]]:
     """Weights and buffers in fp32, under the names of transformers."""
-    for key, entry in reader.manifest.tensors.items():
-        name = of_model(key)
-        if name is not None:
-            average = average_of(key)
-            key = average if of_ema and average in reader.manifest.tensors else key
-            yield from family.renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
+    keys_of_tensors = {name: key for key in reader.manifest.tensors if (name := of_model(key)) is not None}
+
+    def read(name: str) -> Array:
+        key = keys_of_tensors[name]
+        average = average_of(key)
+        key = average if of_ema and average in reader.manifest.tensors else key
+        entry = reader.manifest.tensors[key]
+        return reader.read(key, 0, entry.numel).reshape(entry.shape)
+
+    for name in keys_of_tensors:
+        if folds(spec) and name.endswith(KEYS):
+            continue  # read with the queries
+        tensor = read(name)
+        if folds(spec) and name.endswith(QUERY):
+            layer = name.removesuffix(QUERY)
+            name, tensor = layer + ROUTER, folded(tensor, read(layer + KEYS), spec)
+        yield from family.renamed(name, tensor, spec.embedding_scale)
 
 
 def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: Path) -> int:

@@ -20,7 +20,13 @@ _EXPERTS = _same("num_experts_per_tok", "moe_intermediate_size")
 _SHARED = _same("n_routed_experts", "n_shared_experts", "routed_scaling_factor")
 _GROUPED = {**_DENSE, **_EXPERTS, **_SHARED, **_same("n_group", "topk_group", "first_k_dense_replace")}
 _LATENT = _same("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
-_SOFTMAX = {"scoring_func": "softmax", "n_shared_experts": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+_SOFTMAX = {
+    "scoring_func": "softmax",
+    "n_shared_experts": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+}
 _NO_WINDOW = {"use_sliding_window": False}  # attention sees all earlier tokens, whatever sliding_window is
 
 GLM4_MOE = Family(

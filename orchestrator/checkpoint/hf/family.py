@@ -18,6 +18,7 @@ import numpy.typing as npt
 from orchestrator.errors import UsageError
 from orchestrator.spec.config_json import IN_CONFIG, LINEAR, LLAMA3, USED_BY, YARN, RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.router import RouterSpec
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -45,7 +46,10 @@ _WITHIN = {  # our name within a layer: theirs
 }
 _MLP = re.compile(r"(mlp(?:\.experts\.\d+|\.shared)?)\.(gate_up|down)")
 _EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_up|down)")
-CORRECTION = "mlp.router.correction_bias_E"
+ROUTER = "mlp.router.scorer.weight"
+QUERY, CONTEXT_QUERY, KEYS = (f"mlp.router.scorer.{name}" for name in ("query", "context_query", "keys"))
+CORRECTION, MASS = "mlp.router.correction_bias_E", "mlp.router.selection.mass_offset_1"
+BUFFERS = (CORRECTION, MASS)
 _COMMON = (  # keys of every family's config.json and of our `model` section, under one name
     "vocab_size",
     "hidden_size",
@@ -116,9 +120,9 @@ class Family:
         if layer is None:
             return (_OUTSIDE[name],)
         prefix, inner = f"model.layers.{layer[1]}.", layer[2]
-        if inner == CORRECTION:
-            return () if self.correction is None else (prefix + self.correction,)
-        if inner == "mlp.router.weight" and self.router is not None:
+        if inner in BUFFERS:
+            return (prefix + self.correction,) if inner == CORRECTION and self.correction is not None else ()
+        if inner == ROUTER and self.router is not None:
             return (prefix + self.router,)
         mlp = _MLP.fullmatch(inner)
         if mlp is None:
@@ -187,13 +191,16 @@ class Family:
             wanted["kv_lora_rank"] = None
         elif spec.kv_lora_rank is None:
             return ["kv_lora_rank null"]
+        if self.router is not None:
+            kept = {"scorer", "rank"} if folds(spec) else set[str]()
+            wanted["router"] = RouterSpec(**spec.router.model_dump(include=kept | {"capacity_factor"}))
         if self.divides_hidden:
             wanted["head_dim"] = spec.hidden_size // spec.num_attention_heads
         if "qk_norm" in self.keys.values():
             wanted["qk_norm"] = bool(spec.qk_norm) and spec.qk_norm != "all_heads"
-        return [
-            f"{key} {json.dumps(getattr(spec, key))}" for key, value in wanted.items() if getattr(spec, key) != value
-        ]
+        has = {key: getattr(spec, key) for key in wanted}
+        has["router"] = spec.router.model_dump(exclude_defaults=True)
+        return [f"{key} {json.dumps(has[key])}" for key, value in wanted.items() if getattr(spec, key) != value]
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A `config.json` as our `model` section.
@@ -235,6 +242,18 @@ class Family:
             "partial_rotary_factor": float(rope["partial_rotary_factor"]),
             "rope_scaling": scaling,
         }
+
+
+def folds(spec: ModelSpec) -> bool:
+    """Whether routers have two matrices, whose product is the matrix of an equal linear one (`folded`)."""
+    return spec.router.scorer == "attention"
+
+
+def folded(query: npt.NDArray[np.float32], keys: npt.NDArray[np.float32], spec: ModelSpec) -> npt.NDArray[np.float32]:
+    """The matrix (experts, hidden size) of the linear router that is equal to one with queries (rank, hidden size) and
+    keys (experts, rank)."""
+    product: npt.NDArray[np.float64] = keys.astype(np.float64) @ query.astype(np.float64) * spec.router_key_scale
+    return product.astype(np.float32)
 
 
 def _scaling_of(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from orchestrator.checkpoint.hf.family import CORRECTION
+from orchestrator.checkpoint.hf.family import BUFFERS, CONTEXT_QUERY, CORRECTION, KEYS, MASS, QUERY, ROUTER
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.spec.model import ModelSpec
 
@@ -13,7 +13,7 @@ def listed(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tupl
     params: list[ParamSpec] = []
     buffers: list[tuple[str, tuple[int, ...]]] = []
     for name, shape in shapes(spec, vocab_size):
-        if name.endswith(CORRECTION):
+        if name.endswith(BUFFERS):
             buffers.append((name, shape))
         else:
             params.append(ParamSpec.of(name, shape))
@@ -26,10 +26,7 @@ def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, .
     yield from (("head", (vocab_size, wide)), ("embedding.weight", (vocab_size, wide)))
     attention = _attention_shapes(spec) if spec.kv_lora_rank is None else _latent_shapes(spec, spec.kv_lora_rank)
     within: dict[str, tuple[int, ...]] = {"attention_norm.weight": (wide,), **attention, "mlp_norm.weight": (wide,)}
-    routed: dict[str, tuple[int, ...]] = {
-        "mlp.router.weight": (spec.n_routed_experts, wide),
-        CORRECTION: (spec.n_routed_experts,),
-    }
+    routed = _router_shapes(spec)
     widths = {f"experts.{expert}.": spec.moe_intermediate_size for expert in range(spec.n_routed_experts)}
     if spec.n_shared_experts:
         widths["shared."] = spec.n_shared_experts * spec.moe_intermediate_size
@@ -41,6 +38,23 @@ def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, .
             yield f"layers.{layer}.mlp.{mlp}gate_up", (2 * width, wide)
             yield f"layers.{layer}.mlp.{mlp}down", (wide, width)
     yield "norm.weight", (wide,)
+
+
+def _router_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Those of a router, within a layer."""
+    experts, wide, rank = spec.n_routed_experts, spec.hidden_size, spec.router.rank
+    found: dict[str, tuple[int, ...]] = {CORRECTION: (experts,)}
+    match spec.router.scorer:
+        case "linear":
+            found[ROUTER] = (experts, wide)
+        case "attention":
+            found |= {QUERY: (rank, wide), KEYS: (experts, rank)}
+        case "context":
+            queries = (spec.router.num_heads * rank, wide)
+            found |= {QUERY: queries, CONTEXT_QUERY: queries, KEYS: (spec.router.num_heads * experts, rank)}
+    if spec.router.selection == "top_p":
+        found[MASS] = (1,)
+    return found
 
 
 def _attention_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -33,8 +33,8 @@ from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.linear.float8 import use_float8
-from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.moe.routed_experts import RoutedExperts
+from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.task import Batch, Loss, Task
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.communication import CommunicationSpec

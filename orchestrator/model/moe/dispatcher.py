@@ -64,7 +64,10 @@ class TokenExchange(Protocol):
 
 
 class TokenDispatcher(Protocol):
-    """Routes from one rank's tokens to all experts. Fixed for the life of a generation."""
+    """Routes from one rank's tokens to all experts. Fixed for the life of a generation.
+
+    Dispatchers that are made with `has_gaps` take the number of experts for a choice of none, whose gate is 0.
+    """
 
     def dispatch(
         self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, sizes: ExchangeSizes | None = None

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from orchestrator.comm.tokens.activation_codec import Wire
 from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
-from orchestrator.model.moe.routing.router import Limit
+from orchestrator.model.moe.routing.limit import Limit
 
 
 @dataclass(frozen=True)

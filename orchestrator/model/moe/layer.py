@@ -9,7 +9,8 @@ from torch import Tensor
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.routed_experts import RoutedExperts
-from orchestrator.model.moe.routing.router import Router, Routing
+from orchestrator.model.moe.routing.router import Choice, Router, Routing
+from orchestrator.model.moe.routing.selection import TopP
 from orchestrator.spec.model import ModelSpec
 
 
@@ -32,20 +33,42 @@ class MoELayer(RoutedExperts):
     def correction_bias_E(self) -> Tensor:
         return self.router.correction_bias_E
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    @property
+    def mass_offset_1(self) -> Tensor | None:
+        selection = getattr(self.router, "selection", None)
+        return selection.mass_offset_1 if isinstance(selection, TopP) else None
+
+    def forward(self, x_BTD: Tensor, context_BTD: Tensor | None = None) -> Tensor:
+        """Outputs of the tokens' experts.
+
+        Args:
+            context_BTD: what the layer's attention has added to the tokens, for routers that read it
+                (`model.router.scorer: context`).
+        """
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        if self.real_N is None:
-            return self._mix(x_ND).view_as(x_BTD)
-        return torch.zeros_like(x_ND).index_copy(0, self.real_N, self._mix(x_ND[self.real_N])).view_as(x_BTD)
+        context_ND = None if context_BTD is None else context_BTD.reshape(x_ND.shape)
+        real_N = self.real_N
+        if real_N is None:
+            return self._mix(x_ND, context_ND).view_as(x_BTD)
+        mixed_ND = self._mix(x_ND[real_N], None if context_ND is None else context_ND[real_N])
+        return torch.zeros_like(x_ND).index_copy(0, real_N, mixed_ND).view_as(x_BTD)
 
-    def _mix(self, x_ND: Tensor) -> Tensor:
+    def _mix(self, x_ND: Tensor, context_ND: Tensor | None) -> Tensor:
         x_ND = self._needs_grad(x_ND)
-        before = self._recomputed() if isinstance(self.router, Router) else None
-        routing = self._route(x_ND) if before is None else self.router(x_ND, before.expert_ids_NK)
-        return self._run(x_ND, routing.expert_ids_NK, routing.gates_NK.to(x_ND.dtype), self.shared, before)
+        if not isinstance(self.router, Router):  # of a user's
+            routing = self._counted(self.router(x_ND))
+            return self._run(x_ND, routing.expert_ids_NK, routing.gates_NK.to(x_ND.dtype), self.shared)
+        before = self._recomputed()
+        if before is None:
+            routing = self._counted(self.router(x_ND, context_ND))
+        else:
+            routing = self.router(x_ND, context_ND, Choice(before.expert_ids_NK, before.chosen_NK))
+        gates_NK = routing.gates_NK.to(x_ND.dtype)
+        return self._run(x_ND, routing.expert_ids_NK, gates_NK, self.shared, before, routing.chosen_NK)
 
-    def _route(self, x_ND: Tensor) -> Routing:
-        routing: Routing = self.router(x_ND)
-        self._count(routing.expert_ids_NK)
-        self.last_margins_EM, self.last_balance_loss = routing.margins_EM, routing.balance_loss
+    def _counted(self, routing: Routing) -> Routing:
+        """The same routing, whose counts are kept for the step's."""
+        self._count(routing.expert_ids_NK, routing.chosen_NK)
+        self.last_margins_EM, self.last_masses_M = routing.margins_EM, routing.masses_M
+        self.last_balance_loss = routing.balance_loss
         return routing

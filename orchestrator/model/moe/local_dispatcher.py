@@ -15,16 +15,18 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 class LocalDispatcher:
     """A `TokenDispatcher` for a rank that holds all experts."""
 
-    def __init__(self, home: ExpertParallelContext) -> None:
-        self._num_experts = home.placement.num_experts
+    def __init__(self, home: ExpertParallelContext, has_gaps: bool = False) -> None:
+        self._num_experts, self._has_gaps = home.placement.num_experts, has_gaps
 
     def dispatch(
         self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, sizes: ExchangeSizes | None = None
     ) -> "LocalExchange":
         ids_R = expert_ids_NK.reshape(-1)
         order_R = ids_R.argsort(stable=True)
+        counts = count(ids_R, self._num_experts + self._has_gaps)[: self._num_experts]
+        if self._has_gaps:  # which come last; a GPU is waited for
+            order_R = order_R[: int(counts.sum())]
         token_R = order_R.div(expert_ids_NK.shape[1], rounding_mode="floor")
-        counts = count(ids_R, self._num_experts)
         return LocalExchange(ExpertInput(x_ND, token_R, counts, gates_NK.reshape(-1)[order_R]))
 
 

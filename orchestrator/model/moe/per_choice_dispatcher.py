@@ -3,8 +3,8 @@
 The token's own rank adds up the results in the order of the choices. So outputs and gradients are the same whichever
 experts share a rank, and the operations are those of a world of one.
 
-Shape legend: N = local tokens, K = experts per token, S = N * K rows sent, D = hidden size, W = world size, L = experts
-of the rank that holds most of them.
+Shape legend: N = local tokens, K = experts per token at most, R = N * K choices, S = rows sent, one per choice,
+D = hidden size, W = world size, L = experts of the rank that holds most of them.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,21 @@ class PerChoiceDispatcher(RowDispatcher):
 
     def choice(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerChoice":
         column_S, order_S = self.column_E[expert_ids_NK.reshape(-1)].sort(stable=True)
+        num_choices = len(order_S)
+        if self.has_gaps:  # which come last; a GPU is waited for
+            num_rows = int((expert_ids_NK < self.home.placement.num_experts).sum())
+            column_S, order_S = column_S[:num_rows], order_S[:num_rows]
         to_S = column_S.div(self.num_columns, rounding_mode="floor")
         gates_S1 = gates_NK.reshape(-1).index_select(0, order_S)[:, None]
         gates_SL = gates_NK.new_zeros(len(order_S), self.num_columns)
         gates_SL = gates_SL.scatter(1, (column_S % self.num_columns)[:, None], gates_S1)
         token_S = order_S.div(expert_ids_NK.shape[1], rounding_mode="floor")
-        row_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        # The row of each choice; of none that behind all, in whose place `_sums` puts zeros.
+        row_R = order_S.new_full((num_choices,), len(order_S))
+        row_R.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         sent_W = count(to_S, self.home.placement.world_size)
         copies_W = torch.zeros_like(sent_W).scatter_add_(0, to_S, (gates_S1 != 0).long().squeeze(1))
-        rows = PerChoiceRows(token_S, gates_SL, row_S.view_as(expert_ids_NK).t().contiguous())
+        rows = PerChoiceRows(token_S, gates_SL, row_R.view_as(expert_ids_NK).t().contiguous())
         return PerChoice(rows, torch.stack([sent_W, copies_W], dim=1))
 
     def batches(self, received_W: list[int]) -> list[int]:
@@ -88,7 +94,9 @@ class _AddUp(torch.autograd.Function):
 
 
 def _sums(x_SD: Tensor, row_KN: Tensor) -> Tensor:
-    """Per token, the sum of its rows in the order of its choices."""
+    """Per token, the sum of its rows in the order of its choices. The row behind all is one of zeros."""
+    if len(x_SD) < row_KN.numel():
+        x_SD = torch.cat([x_SD, x_SD.new_zeros(1, x_SD.shape[1])])
     first_N, *others = row_KN
     total_ND = x_SD.index_select(0, first_N)
     for other_N in others:

@@ -17,12 +17,15 @@ class PerRankDispatcher(RowDispatcher):
 
     def choice(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerRank":
         num_tokens, size, columns = len(expert_ids_NK), self.home.placement.world_size, self.num_columns
-        column_NK = self.column_E[expert_ids_NK]
-        goes_NW = torch.zeros(num_tokens, size, dtype=torch.bool, device=expert_ids_NK.device)
-        goes_NW.scatter_(1, column_NK.div(columns, rounding_mode="floor"), True)
-        gates_NWL = gates_NK.new_zeros(num_tokens, size * columns).scatter(1, column_NK, gates_NK)
+        column_NK, gaps = self.column_E[expert_ids_NK], int(self.has_gaps)
+        goes_NW = torch.zeros(num_tokens, size + gaps, dtype=torch.bool, device=expert_ids_NK.device)
+        goes_NW = goes_NW.scatter_(1, column_NK.div(columns, rounding_mode="floor"), True)[:, :size]
+        gates_NWL = gates_NK.new_zeros(num_tokens, size * columns + gaps).scatter(1, column_NK, gates_NK)
+        gates_NWL = gates_NWL[:, : size * columns]
         copies_W = (gates_NWL.detach() != 0).sum(0).view(size, columns).sum(1)
-        return PerRank(goes_NW, gates_NWL.view(num_tokens * size, columns), torch.stack([goes_NW.sum(0), copies_W], 1))
+        return PerRank(
+            goes_NW, gates_NWL.reshape(num_tokens * size, columns), torch.stack([goes_NW.sum(0), copies_W], 1)
+        )
 
     def batches(self, received_W: list[int]) -> list[int]:
         return [sum(received_W)]

@@ -33,7 +33,8 @@ class RoutedExperts(nn.Module, ABC):
     Attributes:
         real_N: if given, indices of the tokens that aren't padding; only these are routed.
         trains_experts: whether experts are trained, of this rank or another.
-        last_counts_E, last_margins_EM, last_balance_loss: of the last pass.
+        last_num_tokens, last_counts_E, last_dropped, last_margins_EM, last_masses_M, last_balance_loss: of the last
+            pass.
     """
 
     def __init__(self, spec: ModelSpec, home: ExpertParallelContext, router: nn.Module | None = None) -> None:
@@ -43,11 +44,14 @@ class RoutedExperts(nn.Module, ABC):
         self.num_experts = spec.n_routed_experts
         size, inner = spec.hidden_size, spec.moe_intermediate_size
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
-        self.dispatcher, self._is_exact = _dispatcher_of(home), home.is_exact
+        self.dispatcher, self._is_exact = _dispatcher_of(home, spec.has_gaps), home.is_exact
+        self._has_gaps = spec.has_gaps
         self.real_N: Tensor | None = None
         self.trains_experts = True
         self.last_counts_E: Tensor = torch.zeros(self.num_experts, dtype=torch.int64)
+        self.last_num_tokens, self.last_dropped = 0, torch.zeros((), dtype=torch.int64)
         self.last_margins_EM: Tensor | None = None
+        self.last_masses_M: Tensor | None = None
         self.last_balance_loss: Tensor | None = None
         self.counts_were_read = True  # since the last pass
         # By passes with gradients since counts were read, two at most: of several it is unknown which is recomputed.
@@ -58,6 +62,11 @@ class RoutedExperts(nn.Module, ABC):
     def correction_bias_E(self) -> Tensor | None:
         """The bias on scores by which experts are chosen, which training moves (`model.bias_update_speed`); None: the
         router has none."""
+
+    @property
+    def mass_offset_1(self) -> Tensor | None:
+        """The offset of the threshold of `top_p` (`orchestrator.model.moe.routing.selection`); None: there is none."""
+        return None
 
     def _needs_grad(self, x_ND: Tensor) -> Tensor:
         """The tokens, so that a backward pass reaches them: ranks exchange gradients of tokens for experts that are
@@ -73,15 +82,17 @@ class RoutedExperts(nn.Module, ABC):
         gates_NK: Tensor,
         shared: GatedMLP | None = None,
         before: "Dispatched | None" = None,
+        chosen_NK: Tensor | None = None,
     ) -> Tensor:
         """Outputs of the routed experts, times their gates, and of the shared ones. The latter are computed during the
         transfers, half during each, in the backward pass too: the order of these lines is that of autograd.
 
         Args:
             before: what the pass that is computed again has dispatched.
+            chosen_NK: the choices of which a capacity left `ids_NK`.
         """
         exchange = self.dispatcher.dispatch(x_ND, ids_NK, gates_NK, None if before is None else before.sizes)
-        self._keep(Dispatched(ids_NK, exchange.sizes))
+        self._keep(Dispatched(ids_NK, exchange.sizes, chosen_NK))
         inner_NH = None if shared is None else shared.inner(x_ND)
         received = exchange.dispatched()
 
@@ -103,8 +114,13 @@ class RoutedExperts(nn.Module, ABC):
             earlier = () if self.counts_were_read else self._dispatched
             self._dispatched, self.counts_were_read = (*earlier, dispatched)[:2], False
 
-    def _count(self, ids_NK: Tensor) -> None:
-        self.last_counts_E = count(ids_NK.reshape(-1), self.num_experts)
+    def _count(self, ids_NK: Tensor, chosen_NK: Tensor | None = None) -> None:
+        """Count the choices of tokens, and those of which only `ids_NK` are left."""
+        chosen_NK = ids_NK if chosen_NK is None else chosen_NK
+        self.last_counts_E = count(chosen_NK.reshape(-1), self.num_experts + self._has_gaps)[: self.num_experts]
+        self.last_num_tokens = len(ids_NK)
+        if chosen_NK is not ids_NK:
+            self.last_dropped = (chosen_NK != ids_NK).sum()
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,7 @@ class Dispatched:
 
     expert_ids_NK: Tensor
     sizes: ExchangeSizes | None
+    chosen_NK: Tensor | None = None
 
 
 def is_recomputed() -> bool:
@@ -121,7 +138,7 @@ def is_recomputed() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint finds it out
 
 
-def _dispatcher_of(home: ExpertParallelContext) -> TokenDispatcher:
+def _dispatcher_of(home: ExpertParallelContext, has_gaps: bool) -> TokenDispatcher:
     if home.is_exact:
-        return PerChoiceDispatcher(home)
-    return LocalDispatcher(home) if home.group is None else PerRankDispatcher(home)
+        return PerChoiceDispatcher(home, has_gaps)
+    return LocalDispatcher(home, has_gaps) if home.group is None else PerRankDispatcher(home, has_gaps)

@@ -62,15 +62,20 @@ class RowDispatcher(nn.Module, ABC):
 
     Args:
         home: placement of the experts, seen from this rank.
+        has_gaps: whether a choice may be none.
+
+    Attributes:
+        column_E: by expert, its place among all ranks' experts; with gaps also of none, behind all.
     """
 
     column_E: Tensor
 
-    def __init__(self, home: ExpertParallelContext) -> None:
+    def __init__(self, home: ExpertParallelContext, has_gaps: bool = False) -> None:
         super().__init__()
         held = [home.placement.experts_of(rank) for rank in range(home.placement.world_size)]
-        self.home, self.num_columns = home, max(map(len, held))
+        self.home, self.num_columns, self.has_gaps = home, max(map(len, held)), has_gaps
         columns = [to * self.num_columns + held[to].index(expert) for expert, to in enumerate(home.destinations)]
+        columns += [len(held) * self.num_columns] * has_gaps
         self.register_buffer("column_E", torch.tensor(columns), persistent=False)
 
     @abstractmethod

@@ -81,13 +81,14 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
     passes = max_micro_batches(size, micro_batches) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * 8
     margins = NUM_MARGIN_BINS if model.counts_margins else 0
+    masses = NUM_MARGIN_BINS if model.router.selection == "top_p" else 0
     vote = (
         2
         * (size - 1)
         * 8
         * (
             micro_batches
-            + moe_layers * model.n_routed_experts * (1 + margins)
+            + moe_layers * (model.n_routed_experts * (1 + margins) + masses + 1)
             + VOICES * size
             + len(fields(Traffic)) * len(TrafficKind)
         )

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.step_record import StepRecord
 
-# Edges of the bins by which routers count margins (orchestrator.model.moe.routing.balance): 0, and magnitudes of half-octaves
-# from 2^-11 to 1, which is as far as sigmoid scores lie apart.
+# Edges of the bins by which routers count margins (orchestrator.model.moe.routing.balance): 0, and magnitudes of
+# half-octaves from 2^-11 to 1, which is as far as sigmoid scores lie apart.
 _MAGNITUDES = tuple(2.0 ** (power / 2) for power in range(-22, 1))
 MARGIN_EDGES = (*(-magnitude for magnitude in reversed(_MAGNITUDES)), 0.0, *_MAGNITUDES)
 NUM_MARGIN_BINS = len(MARGIN_EDGES) + 1

@@ -1,6 +1,8 @@
-"""Experts' loads, step after step: their records, and the routers' biases that follow from them."""
+"""Experts' loads, step after step: their records, and the state of routers that follows from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,11 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.engine.optim.lr_schedule import decay
-from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.routed_experts import RoutedExperts
+from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias, next_mass
 from orchestrator.policy.health.expert_load import expert_load, is_shown
 from orchestrator.protocol.step_record import RoutingRecord
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import ModelSpec
 
 
 class RoutingRecorder:
@@ -22,28 +25,42 @@ class RoutingRecorder:
         num_steps: of the run.
     """
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, model: ModelSpec) -> None:
+        self._num_steps, self._model = num_steps, model
         self._newest: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step, and its counts
 
-    def record(self, generation: int, step: int, counts_LE: Tensor) -> RoutingRecord:
-        """The record of a step. Steps are compared within a generation."""
+    def record(self, generation: int, step: int, routed: RoutingCounts) -> RoutingRecord:
+        """The record of a step, of whose global batch these are the counts. Steps are compared within a generation."""
         newest = self._newest
         before = newest[2] if newest is not None and newest[:2] == (generation, step - 1) else None
-        counts = counts_LE.numpy()
+        counts = routed.counts_LE.numpy()
         self._newest = (generation, step, counts)
         loads = tuple(map(tuple, counts.tolist())) if is_shown(step, self._num_steps) else ()
-        return RoutingRecord(expert_load(counts, before), loads)
+        load = expert_load(counts, before)
+        num_choices = max(int(counts.sum()), 1)
+        if self._model.router.capacity_factor is not None:
+            load = replace(load, dropped=int(routed.dropped_L.sum()) / num_choices)
+        if num_masses := int(routed.masses_LM.sum()):
+            load = replace(load, per_token=num_choices / num_masses * (self._model.max_experts_per_tok - 1))
+        return RoutingRecord(load, loads)
 
 
-def move_biases(spec: JobSpec, layers: Sequence[RoutedExperts], routed: RoutingCounts, step: int) -> None:
-    """Move the routers' biases, if they have some, by the expert counts of a step's global batch."""
+def move_router_state(spec: JobSpec, layers: Sequence[RoutedExperts], routed: RoutingCounts, step: int) -> None:
+    """Move the routers' biases and thresholds, if they have some, by the counts of a step's global batch."""
     biases = [bias_E for layer in layers if (bias_E := layer.correction_bias_E) is not None]
-    if not spec.model.bias_update_speed or len(biases) < max(1, len(layers)):
-        return
-    bias_LE = torch.stack(biases)
-    # On the host, so that unlike GPUs compute the same. It waits for a GPU as often for many layers as for one.
-    moved_LE = next_bias(bias_LE.cpu(), routed, spec.model, decay(spec.train, step))
-    bias_LE = moved_LE.to(bias_LE.device)
-    for held_E, bias_E in zip(biases, bias_LE, strict=True):
-        held_E.copy_(bias_E)
+    if spec.model.bias_update_speed and biases and len(biases) == len(layers):
+        _move(biases, partial(next_bias, routed=routed, spec=spec.model, decay=decay(spec.train, step)))
+    offsets = [offset_1 for layer in layers if (offset_1 := layer.mass_offset_1) is not None]
+    if offsets and len(offsets) == len(layers):
+        _move(offsets, partial(next_mass, routed=routed, spec=spec.model, decay=decay(spec.train, step)))
+
+
+def _move(held: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> None:
+    """Replace a tensor of each layer's by what follows from those of all layers.
+
+    On the host, so that unlike GPUs compute the same. It waits for a GPU as often for many layers as for one.
+    """
+    held_LX = torch.stack([*held])
+    moved_LX = moved(held_LX.cpu()).to(held_LX.device)
+    for mine_X, next_X in zip(held, moved_LX, strict=True):
+        mine_X.copy_(next_X)

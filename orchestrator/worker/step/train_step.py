@@ -26,7 +26,7 @@ from orchestrator.worker.step.losses import StepLosses
 from orchestrator.worker.step.memory_probe import MemoryProbe
 from orchestrator.worker.step.prefetch import Prefetch
 from orchestrator.worker.step.proven_sum import nonce_of
-from orchestrator.worker.step.routing import RoutingRecorder, move_biases
+from orchestrator.worker.step.routing import RoutingRecorder, move_router_state
 from orchestrator.worker.step.seal import open_seal
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
@@ -77,7 +77,7 @@ class TrainStep:
         self._task = factory.task
         self._prefetch = Prefetch(feed, factory.spec.train.max_steps)
         self._traffic = traffic_meter.Since()
-        self._routing = RoutingRecorder(factory.spec.train.max_steps)
+        self._routing = RoutingRecorder(factory.spec.train.max_steps, factory.spec.model)
         self._memory = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ class TrainStep:
         clock.voted()
         shard.choosing.agree(outcome.compression)
         if outcome.applied:
-            move_biases(self._spec, shard.model.moe_layers, outcome.routed, step.number)
+            move_router_state(self._spec, shard.model.moe_layers, outcome.routed, step.number)
         if shard.seal is not None:
             shard.seal.close()
         return outcome
@@ -224,7 +224,7 @@ class TrainStep:
             metrics=self._metrics(outcome.sums),
             validation_metrics=self._metrics(validation_sums),
             communication=CommunicationRecord(outcome.traffic, compression),
-            routing=self._routing.record(world.generation, step.number, outcome.routed.counts_LE),
+            routing=self._routing.record(world.generation, step.number, outcome.routed),
             state=StateRecord(outcome.digests),
         )
 

@@ -113,7 +113,6 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     Raises:
         RuntimeError: a peer failed, or the sum isn't that of all ranks.
     """
-    counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
     voices = np.zeros((world_size, NUM_VOICES))
     values = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
     voices[rank] = (*values, ballot.compression, ballot.checkpoint, ballot.is_writing)
@@ -122,19 +121,18 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     mine = (
         ballot.sums_SM.view(torch.int64).reshape(-1),
         ballot.validation_SM.view(torch.int64).reshape(-1),
-        counts_LE.reshape(-1),
-        margins_LEM.reshape(-1),
-        _sent_beside(from_host, counts_LE.device),
+        ballot.routed.flat(),
+        _sent_beside(from_host, ballot.routed.counts_LE.device),
     )
     summed = proven_sum(torch.cat(mine), group, nonce)
-    losses, validation, counts, margins, on_host = torch.split(summed, [len(part) for part in mine])
+    losses, validation, routed, on_host = torch.split(summed, [len(part) for part in mine])
     on_host_parts = np.split(on_host.numpy(), [voices.size, voices.size + traffic.size])
     by_rank = on_host_parts[0].view(np.float64).reshape(world_size, NUM_VOICES).T.tolist()
     applied, fences, finish, intervals, busy_s, stages, schemes, checkpoints, is_writing = by_rank
     return VoteResult(
         sums=_in_order(losses, ballot.sums_SM.shape[1]),
         validation_sums=_in_order(validation, ballot.validation_SM.shape[1]),
-        routed=RoutingCounts(counts.view(counts_LE.shape), margins.view(margins_LEM.shape)),
+        routed=ballot.routed.from_flat(routed),
         applied=all(applied),
         fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
         finish=all(finish),

@@ -225,12 +225,12 @@ def test_segments_cover_every_layer_once(num_layers: int) -> None:
 
 
 def test_the_balance_loss_has_a_gradient_and_is_not_reported() -> None:
-    spec = _spec().model_copy(update={"router": "softmax", "router_aux_loss_coef": 0.0})
+    spec = _spec().model_copy(update={"scoring_func": "softmax", "router_aux_loss_coef": 0.0})
     heavy = spec.model_copy(update={"router_aux_loss_coef": 1.0})
     tokens_BU = _tokens(2, 13)
     losses = [_model(s)(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).item() for s in (spec, heavy)]
     assert losses[0] == losses[1]
-    name = "layers.1.mlp.router.weight"
+    name = "layers.1.mlp.router.scorer.weight"
     assert not torch.equal(_gradients(spec)[name], _gradients(heavy)[name])
 
 

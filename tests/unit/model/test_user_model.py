@@ -56,7 +56,7 @@ def test_the_routers_auxiliary_loss_is_in_the_gradients_alone(tmp_path: Path) ->
         loss = model.with_balance_losses(model(TOKENS, TOKENS))
         loss.backward()
         losses.append(loss.item())
-        grads.append(model.moe_layers[0].router.weight.grad)
+        grads.append(model.moe_layers[0].router.scorer.weight.grad)
     assert losses[0] == losses[1]
     assert grads[0] is not None and grads[1] is not None and not torch.allclose(grads[0], grads[1])
 

@@ -1,6 +1,9 @@
-"""Load balancing of routers without an auxiliary loss: computes the next step's correction bias from a step's choices.
+"""Routers' state that follows their choices, step by step: correction biases, and thresholds of `top_p`.
 
-A router chooses the top K of score + bias (`orchestrator.model.moe.routing.router`). Two rules change the bias after updates:
+Load balancing without an auxiliary loss: the next step's correction bias follows from a step's choices.
+
+A router chooses the top K of score + bias (`orchestrator.model.moe.routing.router`). Two rules change the bias after
+updates:
 
 - `quantile`: an expert's bias moves by a share of the change that by itself would give the expert the mean load. A
   token's *margin* at an expert is the amount by which its score + bias exceeds the K-th best of the other experts; the
@@ -14,7 +17,10 @@ A router chooses the top K of score + bias (`orchestrator.model.moe.routing.rout
 The quantile rule is scale-free: it follows scores whatever their spread or rate of change. The sign rule moves by its
 speed only, and lags behind scores that change faster (measured by `python -m benchmarks.balance`).
 
-Shape legend: N = tokens, E = experts, K = experts per token, L = MoE layers, M = bins of a histogram of margins.
+The threshold of `top_p` follows a quantile too. A choice is made if the shares of the better ones lie below the
+threshold; a histogram of their excess over it gives the threshold by which the mean number of choices is K.
+
+Shape legend: N = tokens, E = experts, K = experts per token, L = MoE layers, M = bins of a histogram.
 """
 
 from dataclasses import dataclass
@@ -35,22 +41,51 @@ class RoutingCounts:
     Args:
         counts_LE: tokens that chose each expert.
         margins_LEM: histograms of all tokens by their margin at each expert; M is 0 where no rule needs them.
+        masses_LM: histograms of shares of scores by their excess over the threshold; M is 0 but with `top_p`.
+        dropped_L: choices that a capacity dropped.
     """
 
     counts_LE: Tensor
     margins_LEM: Tensor
+    masses_LM: Tensor
+    dropped_L: Tensor
 
     @classmethod
     def zeros(cls, num_layers: int, spec: ModelSpec, device: torch.device | None = None) -> "RoutingCounts":
         """Zero counts."""
         counts_LE = torch.zeros(num_layers, spec.n_routed_experts, dtype=torch.int64, device=device)
         num_bins = NUM_MARGIN_BINS if spec.counts_margins else 0
-        return cls(counts_LE, counts_LE.new_zeros(*counts_LE.shape, num_bins))
+        masses_LM = counts_LE.new_zeros(num_layers, NUM_MARGIN_BINS if spec.router.selection == "top_p" else 0)
+        return cls(
+            counts_LE, counts_LE.new_zeros(*counts_LE.shape, num_bins), masses_LM, counts_LE.new_zeros(num_layers)
+        )
+
+    @classmethod
+    def of(cls, counts_LE: Tensor, margins_LEM: Tensor | None = None) -> "RoutingCounts":
+        """Counts of choices without thresholds and capacities. Without margins, if none are given."""
+        num_layers, num_experts = counts_LE.shape
+        if margins_LEM is None:
+            margins_LEM = counts_LE.new_zeros(num_layers, num_experts, 0)
+        return cls(counts_LE, margins_LEM, counts_LE.new_zeros(num_layers, 0), counts_LE.new_zeros(num_layers))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All counts."""
+        return self.counts_LE, self.margins_LEM, self.masses_LM, self.dropped_L
 
     def add(self, other: "RoutingCounts") -> None:
         """Add the counts of other tokens, from any device."""
-        self.counts_LE.add_(other.counts_LE.to(self.counts_LE.device))
-        self.margins_LEM.add_(other.margins_LEM.to(self.margins_LEM.device))
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.add_(theirs.to(mine.device))
+
+    def flat(self) -> Tensor:
+        """All counts in one dimension."""
+        return torch.cat([part.reshape(-1) for part in self.parts])
+
+    def from_flat(self, flat: Tensor) -> "RoutingCounts":
+        """Counts of these shapes, from what their `flat` returned."""
+        pieces = torch.split(flat, [part.numel() for part in self.parts])
+        return RoutingCounts(*(piece.view(part.shape) for piece, part in zip(pieces, self.parts, strict=True)))
 
 
 def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: float) -> Tensor:
@@ -73,15 +108,30 @@ def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: fl
     return torch.where(routed.margins_LEM.any(-1).any(-1)[:, None], by_quantile_LE, by_sign_LE)
 
 
-def margins(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
+def next_mass(offset_L1: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: float) -> Tensor:
+    """Offsets of the thresholds of `top_p` for the next step.
+
+    Args:
+        offset_L1: of each MoE layer, which the step's routing used.
+        routed: counts of the whole global batch, on the offsets' device.
+        decay: as of `next_bias`; the share of the way falls alike.
+    """
+    counted_L = routed.masses_LM.sum(-1).double()
+    tokens_L = counted_L / (spec.max_experts_per_tok - 1)
+    # A token's first choice needs no room below the threshold.
+    above_L = counted_L - tokens_L * (spec.num_experts_per_tok - 1)
+    moves_L = BIAS_UPDATE_SPEED["quantile"] * max(decay, 0.1) * _exceeded_by(routed.masses_LM, above_L)
+    return offset_L1 + torch.where(counted_L > 0, moves_L, 0.0).to(offset_L1.dtype)[:, None]
+
+
+def margins(choice_NE: Tensor, last_in_N1: Tensor, first_out_N1: Tensor) -> Tensor:
     """Margin of each token at each expert (N, E): above 0 only where the token chooses the expert.
 
     Args:
         choice_NE: score + bias.
-        best_NK: the K + 1 largest among those that a token may choose, in descending order (so the last dimension is
-            K + 1); the last is -inf where it may choose only K.
+        last_in_N1: the least of those that a token chooses.
+        first_out_N1: the largest of the others that it may choose; -inf where there is none.
     """
-    last_in_N1, first_out_N1 = best_NK[:, -2:-1], best_NK[:, -1:]
     return choice_NE - torch.where(choice_NE >= last_in_N1, first_out_N1, last_in_N1)
 
 
@@ -91,6 +141,12 @@ def margin_histogram(margin_NE: Tensor) -> Tensor:
     bin_NE = torch.bucketize(margin_NE, _edges(margin_NE.dtype, margin_NE.device))
     bin_NE += torch.arange(num_experts, device=bin_NE.device) * NUM_MARGIN_BINS
     return count(bin_NE.reshape(-1), num_experts * NUM_MARGIN_BINS).view(num_experts, NUM_MARGIN_BINS)
+
+
+def excess_histogram(excess_Nk: Tensor) -> Tensor:
+    """Histogram (M) of values by their excess, int64."""
+    bin_R = torch.bucketize(excess_Nk.reshape(-1), _edges(excess_Nk.dtype, excess_Nk.device))
+    return count(bin_R, NUM_MARGIN_BINS)
 
 
 @cache
@@ -113,21 +169,25 @@ def quantile_bias(bias_LE: Tensor, margins_LEM: Tensor, top_k: int, speed: float
     """
     num_experts = bias_LE.shape[1]
     tokens_L1 = margins_LEM[:, :1].sum(-1)
-    wanted_L1 = tokens_L1.double() * top_k / num_experts
-    # By bin, in descending order: tokens above the bin's lower edge.
-    above_LEM = margins_LEM.flip(-1).cumsum(-1).double()
-    place_LE1 = (above_LEM < wanted_L1[..., None]).sum(-1, keepdim=True).clamp(max=NUM_MARGIN_BINS - 1)
-    within_LE = margins_LEM.flip(-1).gather(-1, place_LE1).squeeze(-1).double()
-    before_LE = above_LEM.gather(-1, place_LE1).squeeze(-1) - within_LE
-    # Bin 0 lies above the highest edge, the last bin below the lowest; both are represented by that edge.
-    edges = torch.tensor(MARGIN_EDGES, dtype=torch.float64, device=bias_LE.device).flip(0)
-    upper = torch.cat([edges[:1], edges])
-    lower = torch.cat([edges, edges[-1:]])
-    part_LE = (wanted_L1 - before_LE) / within_LE.clamp(min=1.0)
-    place_LE = place_LE1.squeeze(-1)
-    quantile_LE = upper[place_LE] + part_LE * (lower - upper)[place_LE]
+    quantile_LE = _exceeded_by(margins_LEM, tokens_L1.double() * top_k / num_experts)
     moves_LE = -speed * (quantile_LE - quantile_LE.mean(-1, keepdim=True))
     return bias_LE + torch.where(tokens_L1 > 0, moves_LE, 0.0).to(bias_LE.dtype)
+
+
+def _exceeded_by(histogram_XM: Tensor, wanted_X: Tensor) -> Tensor:
+    """The value that `wanted_X` of a histogram's values exceed, interpolated within its bin; X = any dimensions."""
+    # By bin, in descending order: values above the bin's lower edge.
+    above_XM = histogram_XM.flip(-1).cumsum(-1).double()
+    place_X1 = (above_XM < wanted_X[..., None]).sum(-1, keepdim=True).clamp(max=NUM_MARGIN_BINS - 1)
+    within_X = histogram_XM.flip(-1).gather(-1, place_X1).squeeze(-1).double()
+    before_X = above_XM.gather(-1, place_X1).squeeze(-1) - within_X
+    # Bin 0 lies above the highest edge, the last bin below the lowest; both are represented by that edge.
+    edges = torch.tensor(MARGIN_EDGES, dtype=torch.float64, device=histogram_XM.device).flip(0)
+    upper = torch.cat([edges[:1], edges])
+    lower = torch.cat([edges, edges[-1:]])
+    part_X = (wanted_X - before_X) / within_X.clamp(min=1.0)
+    place_X = place_X1.squeeze(-1)
+    return upper[place_X] + part_X * (lower - upper)[place_X]
 
 
 def sign_bias(bias_LE: Tensor, counts_LE: Tensor, speed: float) -> Tensor:

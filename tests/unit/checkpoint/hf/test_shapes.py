@@ -19,6 +19,8 @@ from orchestrator.spec.model import ModelSpec
         {"qk_norm": "all_heads", "n_shared_experts": 2, "moe_intermediate_size": 33},
         {"kv_lora_rank": 16, "n_routed_experts": 12},
         {"kv_lora_rank": 16, "q_lora_rank": 8, "bias_update_speed": 0.0},
+        {"router": {"scorer": "attention", "rank": 3, "selection": "top_p"}},
+        {"router": {"scorer": "context", "num_heads": 2, "rank": 3, "capacity_factor": 1.5}},
     ],
 )
 def test_what_is_listed_is_what_is_built(keys: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
@@ -17,6 +18,7 @@ from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.moe.routing.router import Router
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.router import RouterSpec
 from tests.support import devices
 from tests.unit.comm.threads import on_ranks
 
@@ -24,9 +26,18 @@ on_devices = pytest.mark.usefixtures("device")
 # Others have ranks that are threads, whose backward passes would share the one thread of a GPU.
 
 HIDDEN, INNER = 6, 10
+ROUTERS: dict[str, dict[str, Any]] = {
+    "top_k": {},
+    "top_p": {"selection": "top_p", "max_experts_per_tok": 4},
+    "capacity": {"capacity_factor": 0.6},
+    "top_p within a capacity": {"selection": "top_p", "capacity_factor": 0.7},
+    "expert choice": {"selection": "expert_choice"},
+}
 
 
-def _layer(num_experts: int = 5, top_k: int = 2, n_shared_experts: int = 1) -> MoELayer:
+def _layer(
+    num_experts: int = 5, top_k: int = 2, n_shared_experts: int = 1, router: dict[str, Any] | None = None
+) -> MoELayer:
     home = ExpertParallelContext(ExpertPlacement.balanced(num_experts, 1), 0, None)
     spec = ModelSpec(
         hidden_size=HIDDEN,
@@ -37,6 +48,7 @@ def _layer(num_experts: int = 5, top_k: int = 2, n_shared_experts: int = 1) -> M
         num_experts_per_tok=top_k,
         n_shared_experts=n_shared_experts,
         routed_scaling_factor=1.5,
+        router=RouterSpec(**(router or {})),
     )
     layer = MoELayer(spec, home)
     generator = torch.Generator().manual_seed(3)
@@ -59,11 +71,13 @@ def _mlp(mlp: GatedMLP, x_D: Tensor) -> Tensor:
 
 def _token_by_token(layer: MoELayer, x_BTD: Tensor) -> Tensor:
     """What the layer is defined to compute, one token and one expert at a time."""
-    rows = []
-    for x_D in x_BTD.reshape(-1, HIDDEN):
-        routing = layer.router(x_D[None])
+    rows, x_ND = [], x_BTD.reshape(-1, HIDDEN)
+    routing = layer.router(x_ND)
+    for x_D, ids_K, gates_K in zip(x_ND, routing.expert_ids_NK.tolist(), routing.gates_NK, strict=True):
         y_D = torch.zeros_like(x_D) if layer.shared is None else _mlp(layer.shared, x_D)
-        for expert, gate in zip(routing.expert_ids_NK[0].tolist(), routing.gates_NK[0], strict=True):
+        for expert, gate in zip(ids_K, gates_K, strict=True):
+            if expert == layer.num_experts:
+                continue
             mlp = layer.experts[str(expert)]
             assert isinstance(mlp, GatedMLP)
             y_D = y_D + gate * _mlp(mlp, x_D)
@@ -99,6 +113,41 @@ def test_outputs_and_gradients_equal_those_of_a_loop_over_tokens(
     ours, theirs = _gradients(layer, y_BTD, x_BTD), _gradients(layer, wanted_BTD, x_BTD)
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@on_devices
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "top_k"])
+def test_experts_that_a_token_does_not_visit_add_nothing(router: str) -> None:
+    layer = _layer(router=ROUTERS[router])
+    x_BTD = _tokens(2, 20).requires_grad_()
+    y_BTD, wanted_BTD = layer(x_BTD), _token_by_token(layer, x_BTD)
+    visits_N = (layer.router(x_BTD.reshape(-1, HIDDEN)).expert_ids_NK < 5).sum(-1)
+    assert len(set(visits_N.tolist())) > 1  # else the case shows nothing
+    torch.testing.assert_close(y_BTD, wanted_BTD, rtol=1e-6, atol=1e-7)
+    ours, theirs = _gradients(layer, y_BTD, x_BTD), _gradients(layer, wanted_BTD, x_BTD)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@on_devices
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_recomputed_pass_makes_the_same_choices(router: str) -> None:
+    layer, x_BTD = _layer(router=ROUTERS[router]), _tokens(2, 20).requires_grad_()
+    kept = _gradients(layer, layer(x_BTD), x_BTD)
+    layer.counts_were_read = True  # as after each micro-batch
+    y_BTD = checkpoint(layer, x_BTD, use_reentrant=False)
+    for name, gradient in _gradients(layer, y_BTD, x_BTD).items():
+        assert torch.equal(gradient, kept[name]), name
+
+
+@on_devices
+def test_choices_that_a_capacity_drops_are_counted_as_load_and_as_dropped() -> None:
+    layer, x_BTD = _layer(router=ROUTERS["capacity"]), _tokens(2, 20)
+    layer(x_BTD)
+    counts = layer.last_counts_E.tolist()
+    most = 10  # 40 tokens * 2 / 5 experts * 0.6, rounded up
+    assert sum(counts) == 80 and max(counts) > most
+    assert int(layer.last_dropped) == sum(max(count - most, 0) for count in counts)
 
 
 @on_devices
@@ -150,7 +199,21 @@ EMPTY = ExpertPlacement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
 def test_layers_over_ranks_compute_what_one_layer_does(
     placement: ExpertPlacement, n_shared_experts: int, nodes: tuple[str, ...], is_exact: bool
 ) -> None:
-    whole = _layer(placement.num_experts, 2, n_shared_experts)
+    _compare_with_one_layer(_layer(placement.num_experts, 2, n_shared_experts), placement, nodes, is_exact)
+
+
+@pytest.mark.parametrize("placement", [SPREAD, EMPTY])
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "top_k"])
+@pytest.mark.parametrize("is_exact", [False, True], ids=["fast", "exact"])
+def test_layers_over_ranks_compute_what_one_layer_does_whatever_the_router(
+    placement: ExpertPlacement, router: str, is_exact: bool
+) -> None:
+    _compare_with_one_layer(_layer(router=ROUTERS[router]), placement, (), is_exact)
+
+
+def _compare_with_one_layer(
+    whole: MoELayer, placement: ExpertPlacement, nodes: tuple[str, ...], is_exact: bool
+) -> None:
     wanted = []
     for rank in range(3):
         x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
@@ -181,7 +244,7 @@ def test_layers_over_ranks_compute_what_one_layer_does(
 def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
     layer = _layer(6, 2, 0)
     with torch.no_grad():
-        layer.router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, HIDDEN))
+        layer.router.scorer.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, HIDDEN))
     x_BTD = torch.ones(1, 4, HIDDEN, dtype=torch.float64, device=devices.device()) / HIDDEN
 
     def chosen(**limits: Any) -> list[int]:

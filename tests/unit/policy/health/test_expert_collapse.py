@@ -122,7 +122,9 @@ def test_no_false_alarm(num_experts: int, top_k: int, counts: list[list[int]]) -
         pytest.param(COLLAPSE, {}, "raise model.bias_update_speed, which is 0.5, up to 1", id="quantile"),
         pytest.param(COLLAPSE, {"bias_update": "sign"}, "set model.bias_update to quantile", id="sign"),
         pytest.param(COLLAPSE, {"bias_update_speed": 0}, "set model.bias_update_speed, which is 0 ", id="no bias"),
-        pytest.param(COLLAPSE, {"scoring_func": "softmax"}, "raise model.router_aux_loss_coef, which is 0.01", id="softmax"),
+        pytest.param(
+            COLLAPSE, {"scoring_func": "softmax"}, "raise model.router_aux_loss_coef, which is 0.01", id="softmax"
+        ),
         pytest.param(COLLAPSE, {"embedding_scale": 1}, "raise model.embedding_scale, which is 1, to 8", id="scale"),
         pytest.param(SWING, {}, "lower model.bias_update_speed, which is 0.5", id="swing"),
         pytest.param(SWING, {"scoring_func": "softmax"}, "lower train.lr", id="swing without a bias"),

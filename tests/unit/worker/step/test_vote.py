@@ -19,10 +19,7 @@ def _sums(*losses: float) -> torch.Tensor:
 
 
 def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = None) -> RoutingCounts:
-    counts_LE = torch.tensor(counts)
-    return RoutingCounts(
-        counts_LE, counts_LE.new_zeros(*counts_LE.shape, 0) if margins is None else torch.tensor(margins)
-    )
+    return RoutingCounts.of(torch.tensor(counts), None if margins is None else torch.tensor(margins))
 
 
 def _ballot(losses: list[float], **changes: Any) -> Ballot:
@@ -123,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
 
 
 def test_a_model_without_experts_votes_too() -> None:
-    nothing = RoutingCounts(torch.zeros(0, 8, dtype=torch.int64), torch.zeros(0, 8, 0, dtype=torch.int64))
+    nothing = RoutingCounts.of(torch.zeros(0, 8, dtype=torch.int64))
     outcomes = _together([_ballot([1.0], routed=nothing)] * 2)
     assert [tuple(outcome.routed.counts_LE.shape) for outcome in outcomes] == [(0, 8), (0, 8)]
 

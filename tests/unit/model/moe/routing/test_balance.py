@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.routing.balance import RoutingCounts, margin_histogram, margins, next_bias, quantile_bias, sign_bias
 from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.routing.balance import (
+    RoutingCounts,
+    margin_histogram,
+    margins,
+    next_bias,
+    quantile_bias,
+    sign_bias,
+)
 from orchestrator.model.moe.routing.router import Limit, Router
 from orchestrator.policy.health.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS, expert_load
 from orchestrator.spec.model import ModelSpec
@@ -30,7 +37,8 @@ def _counts(choice_NE: Tensor, top_k: int) -> Tensor:
 
 
 def _histogram(choice_NE: Tensor, top_k: int) -> Tensor:
-    return margin_histogram(margins(choice_NE, choice_NE.topk(top_k + 1, -1).values))
+    best = choice_NE.topk(top_k + 1, -1).values
+    return margin_histogram(margins(choice_NE, best[:, -2:-1], best[:, -1:]))
 
 
 def _violation(counts_E: Tensor) -> float:
@@ -116,7 +124,7 @@ def test_a_router_that_may_choose_among_some_experts_only_is_evened_as_well(case
     x_ND = (torch.randn(4096, 8, generator=torch.Generator().manual_seed(3)) + 1.0).to(devices.device())
     router = Router(spec, limits)
     with torch.no_grad():
-        router.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
+        router.scorer.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
     router = router.to(devices.device())
     violations = []
     for _ in range(25):
@@ -124,7 +132,7 @@ def test_a_router_that_may_choose_among_some_experts_only_is_evened_as_well(case
         counts_E = count(routing.expert_ids_NK.reshape(-1), 16)
         positive_E = routing.margins_EM[:, NUM_MARGIN_BINS // 2 :].sum(-1)
         assert (counts_E - positive_E).abs().max() <= 1  # where two scores are equal, neither margin is positive
-        routed = RoutingCounts(counts_E[None], routing.margins_EM[None])
+        routed = RoutingCounts.of(counts_E[None], routing.margins_EM[None])
         router.correction_bias_E = next_bias(router.correction_bias_E[None], routed, spec, 1.0)[0]
         violations.append(_violation(counts_E))
     assert violations[0] > 1.0 and violations[-1] < 0.25
@@ -175,7 +183,7 @@ def test_fewer_tokens_than_experts_and_none_at_all() -> None:
 def test_the_share_falls_with_the_learning_rate_to_a_tenth() -> None:
     spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2)
     margins_EM = _histogram(_choices(400, 8, 0.5), 2).cpu()
-    routed = RoutingCounts(torch.zeros(1, 8, dtype=torch.int64), margins_EM[None])
+    routed = RoutingCounts.of(torch.zeros(1, 8, dtype=torch.int64), margins_EM[None])
     at_peak, at_half, at_end = (next_bias(torch.zeros(1, 8), routed, spec, decay) for decay in (1.0, 0.5, 0.0))
     torch.testing.assert_close(at_half, at_peak / 2)
     torch.testing.assert_close(at_end, at_peak / 10)
@@ -204,5 +212,5 @@ def test_counts_add_up() -> None:
 def _router(spec: ModelSpec) -> Router:
     router = Router(spec)
     with torch.no_grad():
-        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+        router.scorer.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
     return router.to(devices.device())

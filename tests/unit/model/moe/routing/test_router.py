@@ -21,7 +21,7 @@ def _router(num_experts: int = 5, top_k: int = 2, scaling_factor: float = 1.0) -
         )
     ).to(devices.device())
     with torch.no_grad():
-        router.weight.copy_(_normal(num_experts, 8, seed=1))
+        router.scorer.weight.copy_(_normal(num_experts, 8, seed=1))
     return router
 
 
@@ -37,7 +37,7 @@ def _normal(*shape: int, seed: int) -> torch.Tensor:
 def test_gates_are_the_chosen_scores_normalised(scaling_factor: float) -> None:
     router, x_ND = _router(scaling_factor=scaling_factor), _tokens()
     routing = router(x_ND)
-    scores_NE = (x_ND @ router.weight.T).sigmoid()
+    scores_NE = (x_ND @ router.scorer.weight.T).sigmoid()
     chosen_NK = scores_NE.gather(1, routing.expert_ids_NK)
     assert torch.equal(chosen_NK.sort(descending=True).values, scores_NE.sort(descending=True).values[:, :2])
     torch.testing.assert_close(routing.gates_NK, scaling_factor * chosen_NK / chosen_NK.sum(-1, keepdim=True))
@@ -50,7 +50,7 @@ def test_the_bias_changes_the_choice_of_experts_and_not_their_weights() -> None:
     router.correction_bias_E[3] = 10.0
     after = router(x_ND)
     assert bool((after.expert_ids_NK == 3).any(-1).all())
-    scores_NK = (x_ND @ router.weight.T).sigmoid().gather(1, after.expert_ids_NK)
+    scores_NK = (x_ND @ router.scorer.weight.T).sigmoid().gather(1, after.expert_ids_NK)
     torch.testing.assert_close(after.gates_NK, scores_NK / scores_NK.sum(-1, keepdim=True))
 
 
@@ -58,13 +58,13 @@ def test_the_bias_takes_no_gradient_and_the_weight_does() -> None:
     router = _router()
     gates_NK = router(_tokens()).gates_NK
     gates_NK[:, 0].sum().backward()
-    assert router.weight.grad is not None and bool(router.weight.grad.abs().sum() > 0)
+    assert router.scorer.weight.grad is not None and bool(router.scorer.weight.grad.abs().sum() > 0)
     assert not router.correction_bias_E.requires_grad
 
 
 def test_scores_are_fp32_in_a_bf16_model() -> None:
     router = _router()
-    router.weight.data = router.weight.data.bfloat16()
+    router.scorer.weight.data = router.scorer.weight.data.bfloat16()
     assert router(_tokens().bfloat16()).gates_NK.dtype == torch.float32
 
 
@@ -79,20 +79,22 @@ def test_only_experts_of_the_best_groups_are_chosen() -> None:
     )
     router = Router(spec).to(devices.device())
     with torch.no_grad():
-        router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, 8))
+        router.scorer.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, 8))
     x_ND = torch.ones(4, 8, device=devices.device()) / 8
     # The best expert, 0, is alone in its group: 2 and 3 together are better.
     assert router(x_ND).expert_ids_NK.sort().values.tolist() == [[2, 3]] * 4
 
 
 def test_softmax_scores_sum_to_one_before_they_are_chosen() -> None:
-    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=5, num_experts_per_tok=5, scoring_func="softmax")
+    spec = ModelSpec(
+        hidden_size=8, num_attention_heads=2, n_routed_experts=5, num_experts_per_tok=5, scoring_func="softmax"
+    )
     router, x_ND = Router(spec).to(devices.device()), _tokens()
     with torch.no_grad():
-        router.weight.copy_(_normal(5, 8, seed=1))
+        router.scorer.weight.copy_(_normal(5, 8, seed=1))
     routing = router(x_ND)
     probabilities_NE = x_ND.new_zeros(64, 5).scatter(1, routing.expert_ids_NK, routing.gates_NK)
-    torch.testing.assert_close(probabilities_NE, (x_ND @ router.weight.T).softmax(-1))
+    torch.testing.assert_close(probabilities_NE, (x_ND @ router.scorer.weight.T).softmax(-1))
     assert router.spec.bias_update_speed == 0.0
     assert routing.balance_loss is not None
 

@@ -1,0 +1,58 @@
+"""The `model.router` section: how routers score experts, and how many of them a token visits."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from orchestrator.spec.section import Broken, Section, broken_unread
+
+LEAST_CAPACITY = 0.5
+
+
+class RouterSpec(Section):
+    """Routers of our MoE layers. What their scores are made of is `scoring_func`, above."""
+
+    scorer: Literal["linear", "attention", "context"] = Field(
+        default="linear",
+        description="linear: a vector per expert. attention: a query made from the token, and a key per expert, of "
+        "width rank; an export has the equal linear router. context: several heads of such, whose queries also come "
+        "from what attention has brought the token from earlier ones; no export has it.",
+    )
+    rank: int = Field(default=16, ge=1, description="Of attention and context: width of queries and keys.")
+    num_heads: int = Field(default=4, ge=1, description="Of context: its heads.")
+    selection: Literal["top_k", "top_p", "expert_choice"] = Field(
+        default="top_k",
+        description="top_k: a token visits its num_experts_per_tok best experts. top_p: as many of the best as it "
+        "takes to reach a share of its scores, by which tokens visit num_experts_per_tok on average. expert_choice: "
+        "each expert takes its best tokens of a micro-batch; not for generate and export, as it sees later tokens.",
+    )
+    max_experts_per_tok: int | None = Field(
+        default=None,
+        ge=2,
+        description="Of top_p: experts that a token visits at most. null: twice num_experts_per_tok, or all.",
+    )
+    capacity_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="In training, tokens that an expert takes of a micro-batch at most, over an equal share; at least "
+        "0.5. Those that score lowest for it are dropped: they do without it. null: none is dropped. With a small "
+        "factor experts are equally busy, and more is dropped.",
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        used_by = {"rank": ("attention", "context"), "num_heads": ("context",)}
+        yield from broken_unread(self, "scorer", {self.scorer}, used_by)
+        used_by = {"max_experts_per_tok": ("top_p",), "capacity_factor": ("top_k", "top_p")}
+        yield from broken_unread(self, "selection", {self.selection}, used_by)
+        if self.capacity_factor is not None and self.capacity_factor < LEAST_CAPACITY:
+            rule = f"capacity_factor must be at least {LEAST_CAPACITY}, or more is dropped than kept; got "
+            yield Broken((("capacity_factor",),), f"{rule}{self.capacity_factor:g}")
+
+
+def _router(value: Any) -> Any:
+    """Expand the short form: the name of a scorer."""
+    return {"scorer": value} if isinstance(value, str) else value
+
+
+Router = Annotated[RouterSpec, BeforeValidator(_router, json_schema_input_type=str | RouterSpec)]
