@@ -36,15 +36,15 @@ from benchmarks.harness import ROOT, Bar, Result, at_least, at_most, equals, mea
 from benchmarks.support.data import data_spec, prepared, prepared_storage, stores_dir
 from benchmarks.support.product import Product
 from orchestrator.data.store import TokenStore
-from orchestrator.engine.optim.lr_schedule import decay, learning_rate
+from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.moe.routing.balance import next_bias
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.step.routing import move_router_state
 
 STEPS, QUICK_STEPS = 300, 12
 SEEDS, QUICK_SEEDS = 3, 1
@@ -61,6 +61,15 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "old": {"bias_update": "sign", "embedding_scale": 1.0},
     "none": {"bias_update_speed": 0.0},
     "softmax": {"scoring_func": "softmax"},
+}
+ROUTERS: dict[str, dict[str, Any]] = {  # of `benchmarks.routers`
+    "attention": {},
+    "attention softmax": {"scoring_func": "softmax", "bias_update_speed": 0.5, "router_aux_loss_coef": 0.0},
+    "context": {"router": {"scorer": "context", "num_heads": 4, "rank": 4}},
+    "softmax bias": {"scoring_func": "softmax", "bias_update_speed": 0.5, "router_aux_loss_coef": 0.0},
+    "top_p": {"router": {"selection": "top_p"}},
+    "capacity 1.25": {"router": {"capacity_factor": 1.25}},
+    "expert_choice": {"router": {"selection": "expert_choice"}},
 }
 
 
@@ -127,6 +136,8 @@ class Measured:
     utilisation: float  # median from step 30 on
     dead: int  # experts that got no token in some 20 steps after the 50th
     loss: float  # of validation, nats
+    per_token: float  # experts that a token chose, mean of the last fifth
+    dropped: float  # share of these choices
 
 
 def measure(quick: bool) -> Result:
@@ -140,7 +151,7 @@ def measure(quick: bool) -> Result:
         data = data_spec(quick, workspace)
         stores = stores_dir(quick, workspace)
         store = prepared(data, stores)
-        results = _results_file(stores, data, steps)
+        results = results_file(stores, data, steps)
         found = train_all(arms, steps, data, store.directory, results)
         on_ray = {case.name: train_on_ray(case, quick, steps) for case in ([] if quick else ON_RAY)}
     return result_of(quick, steps, found, on_ray)
@@ -167,11 +178,11 @@ def train_all(arms: Sequence[Arm], steps: int, data: DataSpec, store: Path, resu
     return found
 
 
-def _results_file(directory: Path, data: DataSpec, steps: int) -> Path:
+def results_file(directory: Path, data: DataSpec, steps: int) -> Path:
     """Named by all that the results depend on."""
-    of = hashlib.sha256(f"{data.model_dump_json()} {steps} {CASES} {CONTROLS}".encode())
+    of = hashlib.sha256(f"{data.model_dump_json()} {steps} {CASES} {CONTROLS} {ROUTERS}".encode())
     for source in (Path(__file__), *(ROOT / "orchestrator" / room for room in SOURCES)):
-        for file in sorted(source.glob("*.py")) if source.is_dir() else [source]:
+        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
             of.update(file.read_bytes())
     return directory / f"balance-{of.hexdigest()[:12]}.jsonl"
 
@@ -186,8 +197,11 @@ def job_of(arm: Arm, steps: int, data: DataSpec) -> JobSpec:
         "n_routed_experts": arm.case.num_experts,
         "num_experts_per_tok": arm.case.top_k,
         "moe_intermediate_size": arm.case.expert_size,
-        **CONTROLS.get(arm.kind, {}),
+        **{**CONTROLS, **ROUTERS}.get(arm.kind, {}),
     }
+    if arm.kind.startswith("attention"):  # as many parameters as a linear router has
+        num_experts, size = arm.case.num_experts, model["hidden_size"]
+        model["router"] = {"scorer": "attention", "rank": round(num_experts * size / (num_experts + size))}
     batch = {"global_batch_size": ROWS, "micro_batch_size": ROWS, "sequence_length": LENGTH}
     train = {**batch, "max_steps": steps, "lr": arm.lr, "seed": arm.seed}
     return JobSpec.model_validate({"name": "balance", "model": model, "train": train, "data": data})
@@ -205,7 +219,7 @@ def train(arm: Arm, steps: int, data: DataSpec, store_dir: Path) -> Measured:
     )
     num_rows = store.num_rows("train", LENGTH)
     sampler = SamplerState(seed=spec.seed, global_batch_size=ROWS, sequence_length=LENGTH, num_rows=num_rows)
-    counts = []
+    counts, dropped = [], []
     for step in range(steps):
         lr = learning_rate(spec, step)
         rows = store.rows("train", sample(sampler, step), LENGTH)
@@ -217,14 +231,12 @@ def train(arm: Arm, steps: int, data: DataSpec, store_dir: Path) -> Measured:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        if job.model.bias_update_speed:
-            routers = [layer.router for layer in model.moe_layers]
-            bias_LE = torch.stack([router.correction_bias_E for router in routers])
-            for router, bias_E in zip(routers, next_bias(bias_LE, routed, job.model, decay(spec, step)), strict=True):
-                router.correction_bias_E.copy_(bias_E)
+        with torch.no_grad():
+            move_router_state(job, model.moe_layers, routed, step)
         counts.append(routed.counts_LE.numpy())
+        dropped.append(int(routed.dropped_L.sum()))
     loss_value, validation = validated(model, store)
-    return measured_of(np.stack(counts), validation, loss_value)
+    return measured_of(np.stack(counts), validation, loss_value, dropped)
 
 
 @torch.no_grad()
@@ -243,11 +255,14 @@ def validated(model: TrainableModel, store: TokenStore) -> tuple[float, NDArray[
     return loss_sum / num_targets, np.stack(counts)
 
 
-def measured_of(counts_SLE: NDArray[np.int64], validation_BLE: NDArray[np.int64], loss: float) -> Measured:
+def measured_of(
+    counts_SLE: NDArray[np.int64], validation_BLE: NDArray[np.int64], loss: float, dropped_S: Sequence[int]
+) -> Measured:
     """
     Args:
         counts_SLE: load of each expert, by step.
         validation_BLE: the same by batch of validation rows.
+        dropped_S: choices that were dropped, by step.
     """
     steps = len(counts_SLE)
     early = slice(*EARLY) if steps > EARLY[1] else slice(0, steps)
@@ -269,6 +284,8 @@ def measured_of(counts_SLE: NDArray[np.int64], validation_BLE: NDArray[np.int64]
         utilisation=median(expert_load(counts_LE).utilisation for counts_LE in counts_SLE[min(30, steps - 1) :]),
         dead=sum(int((window == 0).sum()) for window in windows),
         loss=loss,
+        per_token=float(counts_SLE[late:].sum() / (ROWS * LENGTH * counts_SLE.shape[1] * (steps - late))),
+        dropped=sum(dropped_S[late:]) / float(counts_SLE[late:].sum()),
     )
 
 
