@@ -52,7 +52,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRe
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.journaled_run import retry_until_written
-from orchestrator.spec.live_changes import check_priority
+from orchestrator.spec.job_file.live_changes import check_priority
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import hold_key
 from orchestrator.storage.log_file import flush_logs

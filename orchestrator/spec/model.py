@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
-from orchestrator.spec.router import Router, RouterSpec
+from orchestrator.spec.router import Router, RouterSpec, broken_router, most_experts
 from orchestrator.spec.section import HERE, Broken, CodeDir, broken_own_code
 from orchestrator.spec.task import Entrypoint
 
@@ -170,13 +170,7 @@ class ModelSpec(ModelSource):
     @property
     def max_experts_per_tok(self) -> int:
         """Experts that a token visits at most."""
-        match self.router.selection:
-            case "top_k":
-                return self.num_experts_per_tok
-            case "top_p":
-                most = self.router.max_experts_per_tok or 2 * self.num_experts_per_tok
-                return min(most, self.n_routed_experts)
-        return self.n_routed_experts
+        return most_experts(self.router, self.num_experts_per_tok, self.n_routed_experts)
 
     @property
     def has_gaps(self) -> bool:
@@ -207,6 +201,9 @@ class ModelSpec(ModelSource):
         if self.init_from is not None and self.embedding_scale != 1.0:
             rule = f"embedding_scale must be 1 with init_from, as its weights have it; got {self.embedding_scale:g}"
             yield Broken((("embedding_scale",), ("init_from",)), rule)
+        if self.router.selection == "expert_choice" and self.bias_update_speed:
+            rule = "bias_update_speed must be 0 with router.selection expert_choice, whose loads are equal; got "
+            yield Broken((("bias_update_speed",), ("router", "selection")), rule + f"{self.bias_update_speed:g}")
         if self.router.scorer != "linear" and self.init_from is not None and not self.upcycle:
             rule = f"router.scorer must be linear with init_from, whose routers are; got {self.router.scorer}"
             yield Broken((("router", "scorer"), ("init_from",)), rule)
@@ -235,28 +232,7 @@ class ModelSpec(ModelSource):
             yield Broken(sizes, f"{rule}; got {self.num_experts_per_tok}")
         if self.first_k_dense_replace > self.num_hidden_layers:
             yield self._broken("first_k_dense_replace", "must be at most", "num_hidden_layers")
-        yield from self._broken_router_rules()
-
-    def _broken_router_rules(self) -> Iterator[Broken]:
-        router, top_k = self.router, self.num_experts_per_tok
-        selection = ("router", "selection")
-        if router.selection != "top_k" and self.n_group > 1:
-            yield Broken(
-                (selection, ("n_group",)), f"router.selection must be top_k with groups; got {router.selection}"
-            )
-        if router.selection == "top_p" and not 2 <= top_k < self.max_experts_per_tok:
-            rule = (
-                "with router.selection top_p, num_experts_per_tok must be at least 2 and below the experts that a "
-                f"token visits at most; got {top_k} and {self.max_experts_per_tok}"
-            )
-            keys = (("num_experts_per_tok",), ("router", "max_experts_per_tok"), selection, ("n_routed_experts",))
-            yield Broken(keys, rule)
-        if router.selection == "top_p" and (router.max_experts_per_tok or 0) > self.n_routed_experts:
-            rule = f"router.max_experts_per_tok must be at most n_routed_experts; got {router.max_experts_per_tok}"
-            yield Broken((("router", "max_experts_per_tok"), ("n_routed_experts",)), rule)
-        if router.selection == "expert_choice" and self.bias_update_speed:
-            rule = "bias_update_speed must be 0 with router.selection expert_choice, whose loads are equal; got "
-            yield Broken((("bias_update_speed",), selection), rule + f"{self.bias_update_speed:g}")
+        yield from broken_router(self.router, self.num_experts_per_tok, self.n_routed_experts, self.n_group)
 
     def _broken(self, key: str, rule: str, other: str) -> Broken:
         """A rule between two keys, with their values."""

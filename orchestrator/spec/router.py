@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Broken, Section, broken_unread
+from orchestrator.spec.section import Broken, Path, Section, broken_unread
 
 LEAST_CAPACITY = 0.5
 
@@ -48,6 +48,41 @@ class RouterSpec(Section):
         if self.capacity_factor is not None and self.capacity_factor < LEAST_CAPACITY:
             rule = f"capacity_factor must be at least {LEAST_CAPACITY}, or more is dropped than kept; got "
             yield Broken((("capacity_factor",),), f"{rule}{self.capacity_factor:g}")
+
+
+def most_experts(router: RouterSpec, top_k: int, num_experts: int) -> int:
+    """Experts that a token visits at most.
+
+    Args:
+        top_k: experts that tokens visit, on average where that varies.
+    """
+    match router.selection:
+        case "top_k":
+            return top_k
+        case "top_p":
+            return min(router.max_experts_per_tok or 2 * top_k, num_experts)
+    return num_experts
+
+
+def broken_router(router: RouterSpec, top_k: int, num_experts: int, num_groups: int) -> Iterator[Broken]:
+    """The rules between a router and the sizes of a mixture."""
+    selection = ("router", "selection")
+    if router.selection != "top_k" and num_groups > 1:
+        yield Broken((selection, ("n_group",)), f"router.selection must be top_k with groups; got {router.selection}")
+    if router.selection != "top_p":
+        return
+    most = most_experts(router, top_k, num_experts)
+    if not 2 <= top_k < most:
+        rule = (
+            "with router.selection top_p, num_experts_per_tok must be at least 2 and below the experts that a token "
+            f"visits at most; got {top_k} and {most}"
+        )
+        most_key = ("router", "max_experts_per_tok")
+        keys: tuple[Path, ...] = (("num_experts_per_tok",), most_key, selection, ("n_routed_experts",))
+        yield Broken(keys, rule)
+    if (router.max_experts_per_tok or 0) > num_experts:
+        rule = f"router.max_experts_per_tok must be at most n_routed_experts; got {router.max_experts_per_tok}"
+        yield Broken((("router", "max_experts_per_tok"), ("n_routed_experts",)), rule)
 
 
 def _router(value: Any) -> Any:

@@ -67,7 +67,7 @@ RETIRED = {
 # Module names that occur in several rooms, each time for the same thing: its keys in a job file, its type, its rules.
 # Commands are named by their verb, and events by their subject. `base` holds what the others of its folder implement.
 SHARED_NAMES = {
-    *("base", "curriculum", "data", "energy", "errors", "expert_load", "html", "manifest", "param_listing"),
+    *("base", "curriculum", "data", "energy", "errors", "expert_load", "html", "manifest", "param_listing", "router"),
     *("progress", "report", "requests", "sample_order", "status", "tracking", "trainer", "user_code", "workers"),
     *("actors", "job", "model", "remote", "run", "task"),
 }

@@ -162,7 +162,7 @@ def set_value(
 ) -> None:
     """Change the priority of an active run."""
     from orchestrator.client import OrchestratorClient
-    from orchestrator.spec.live_changes import priority_of
+    from orchestrator.spec.job_file.live_changes import priority_of
 
     wanted = priority_of(change)  # before connecting to a cluster
     priority = OrchestratorClient(address).set_priority(run, wanted)

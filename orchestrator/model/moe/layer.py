@@ -10,7 +10,7 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.router import Choice, Router, Routing
-from orchestrator.model.moe.routing.selection import TopP
+from orchestrator.model.moe.routing.selection import TopPSelection
 from orchestrator.spec.model import ModelSpec
 
 
@@ -36,7 +36,7 @@ class MoELayer(RoutedExperts):
     @property
     def mass_offset_1(self) -> Tensor | None:
         selection = getattr(self.router, "selection", None)
-        return selection.mass_offset_1 if isinstance(selection, TopP) else None
+        return selection.mass_offset_1 if isinstance(selection, TopPSelection) else None
 
     def forward(self, x_BTD: Tensor, context_BTD: Tensor | None = None) -> Tensor:
         """Outputs of the tokens' experts.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from orchestrator.model.moe.counting import count
 from orchestrator.model.moe.dispatcher import ExchangeSizes, ExpertInput
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.routing.counting import count
 
 
 class LocalDispatcher:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.routing.counting import count
 from orchestrator.model.moe.row_dispatcher import RowDispatcher, TokenChoice, TokenRows
 
 

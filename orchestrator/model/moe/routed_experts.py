@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model.moe.counting import count
 from orchestrator.model.moe.dispatcher import ExchangeSizes, TokenDispatcher
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.model.moe.local_dispatcher import LocalDispatcher
 from orchestrator.model.moe.per_choice_dispatcher import PerChoiceDispatcher
 from orchestrator.model.moe.per_rank_dispatcher import PerRankDispatcher
+from orchestrator.model.moe.routing.counting import count
 from orchestrator.spec.model import ModelSpec
 
 

@@ -29,7 +29,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.routing.counting import count
 from orchestrator.policy.health.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS
 from orchestrator.spec.model import BIAS_UPDATE_SPEED, ModelSpec
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model.moe.counting import count
+from orchestrator.model.moe.routing.counting import count
 from orchestrator.model.moe.routing.limit import Limit
 from orchestrator.model.moe.routing.scorers import scorer_of
 from orchestrator.model.moe.routing.selection import capacity, selection_of, within_capacity

@@ -1,7 +1,7 @@
 """Selections: the experts that each token visits, given the scores of all.
 
-- `TopK`: the `num_experts_per_tok` best by score plus a correction bias.
-- `TopP`: as many of the best as it takes until their shares of the token's scores add up to a threshold
+- `TopKSelection`: the `num_experts_per_tok` best by score plus a correction bias.
+- `TopPSelection`: as many of the best as it takes until their shares of the token's scores add up to a threshold
   (arXiv:2403.07652, section 3.1), one at least. The threshold follows the scores
   (`orchestrator.model.moe.routing.balance.next_mass`), so that tokens visit `num_experts_per_tok` experts on average.
 - `ExpertChoice`: each expert takes the tokens that score highest for it (arXiv:2202.09368), as many as its share of a
@@ -24,8 +24,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model.moe.counting import count
 from orchestrator.model.moe.routing.balance import excess_histogram, margin_histogram, margins
+from orchestrator.model.moe.routing.counting import count
 from orchestrator.model.moe.routing.limit import Limit
 from orchestrator.spec.model import ModelSpec
 
@@ -59,7 +59,7 @@ class Selection(nn.Module, ABC):
         """
 
 
-class TopK(Selection):
+class TopKSelection(Selection):
     """The best `num_experts_per_tok` experts.
 
     Args:
@@ -90,7 +90,7 @@ class TopK(Selection):
         return Selected(best.indices[:, : self.top_k].contiguous(), margin_histogram(margin_NE))
 
 
-class TopP(Selection):
+class TopPSelection(Selection):
     """As many of a token's best experts as reach the threshold, 1 to `max_experts_per_tok`.
 
     Attributes:
@@ -172,7 +172,7 @@ def selection_of(spec: ModelSpec, limits: Sequence[Limit] = ()) -> Selection:
     """The selection of a model's routers."""
     match spec.router.selection:
         case "top_p":
-            return TopP(spec)
+            return TopPSelection(spec)
         case "expert_choice":
             return ExpertChoice(spec)
-    return TopK(spec, limits)
+    return TopKSelection(spec, limits)

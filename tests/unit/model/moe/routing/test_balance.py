@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.counting import count
 from orchestrator.model.moe.routing.balance import (
     RoutingCounts,
     margin_histogram,
@@ -13,6 +12,7 @@ from orchestrator.model.moe.routing.balance import (
     quantile_bias,
     sign_bias,
 )
+from orchestrator.model.moe.routing.counting import count
 from orchestrator.model.moe.routing.router import Limit, Router
 from orchestrator.policy.health.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS, expert_load
 from orchestrator.spec.model import ModelSpec

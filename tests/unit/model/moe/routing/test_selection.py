@@ -10,7 +10,13 @@ from torch import Tensor
 
 from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias, next_mass
 from orchestrator.model.moe.routing.router import Router
-from orchestrator.model.moe.routing.selection import ExpertChoice, Selected, TopP, selection_of, within_capacity
+from orchestrator.model.moe.routing.selection import (
+    ExpertChoice,
+    Selected,
+    TopPSelection,
+    selection_of,
+    within_capacity,
+)
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.router import RouterSpec
 from tests.support import devices
@@ -37,7 +43,7 @@ def _scores(num_tokens: int, num_experts: int, seed: int = 1, spread: float = 1.
 
 def _select(spec: ModelSpec, scores_NE: Tensor, bias_E: Tensor | None = None, offset: float = 0.0) -> Selected:
     selection = selection_of(spec).to(devices.device())
-    if isinstance(selection, TopP):
+    if isinstance(selection, TopPSelection):
         selection.mass_offset_1.fill_(offset)
     bias_E = torch.zeros(spec.n_routed_experts, device=scores_NE.device) if bias_E is None else bias_E
     selected: Selected = selection(scores_NE, bias_E, True)
@@ -85,7 +91,7 @@ def test_the_threshold_finds_the_wanted_mean_and_the_bias_the_balance(
     with torch.no_grad():
         router.scorer.weight.copy_(torch.randn(num_experts, 8, generator=generator) * spread / 8**0.5)
     selection = router.selection
-    assert isinstance(selection, TopP)
+    assert isinstance(selection, TopPSelection)
     for step in range(60):
         x_ND = torch.randn(2048, 8, generator=torch.Generator().manual_seed(step)).to(devices.device())
         routing = router(x_ND)

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.live_changes import priority_of
+from orchestrator.spec.job_file.live_changes import priority_of
 
 
 @pytest.mark.parametrize(("text", "priority"), [("priority=5", 5), ("priority = -3", -3)])
