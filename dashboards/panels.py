@@ -244,6 +244,8 @@ EXPERTS = Board(
         simple("Dead experts", "moe/dead_experts", "percentunit"),
         simple("Entropy of choices", "moe/choice_entropy", "percentunit"),
         simple("Swing of loads", "moe/load_swing", "percentunit"),
+        simple("Dropped choices", "moe/dropped", "percentunit"),
+        simple("Experts per token", "moe/experts_per_token", "short"),
         Chart(
             "Tokens on their way",
             "To their experts and back, results and gradients: bytes per second between workers.",

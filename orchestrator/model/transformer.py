@@ -54,18 +54,18 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
-        context_BTD = self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache, padding)
-        x_BTD = x_BTD + context_BTD
+        added_BTD = self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache, padding)
+        x_BTD = x_BTD + added_BTD
+        inputs = (x_BTD, added_BTD) if self._routes_by_context else (x_BTD,)  # all of them are kept
         mixed_BTD: Tensor
         if self._recomputes_mlp and torch.is_grad_enabled():
-            mixed_BTD = checkpoint(self._mix, x_BTD, context_BTD, use_reentrant=False, preserve_rng_state=False)
+            mixed_BTD = checkpoint(self._mix, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed_BTD = self._mix(x_BTD, context_BTD)
+            mixed_BTD = self._mix(*inputs)
         return x_BTD + mixed_BTD
 
-    def _mix(self, x_BTD: Tensor, context_BTD: Tensor) -> Tensor:
-        x_BTD = self.mlp_norm(x_BTD)
-        mixed_BTD: Tensor = self.mlp(x_BTD, context_BTD) if self._routes_by_context else self.mlp(x_BTD)
+    def _mix(self, x_BTD: Tensor, *context_BTD: Tensor) -> Tensor:
+        mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD), *context_BTD)
         return mixed_BTD
 
 
@@ -159,7 +159,7 @@ class MoELanguageModel(TrainableModel):
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None, padding: Padding | None
     ) -> Tensor:
         """Run all blocks, keeping activations for the backward pass according to `gradient_checkpointing`."""
-        if self.spec.gradient_checkpointing == "none" or not torch.is_grad_enabled():
+        if self.spec.gradient_checkpointing in ("none", "selective") or not torch.is_grad_enabled():
             for layer in self.layers:
                 x_BTD = layer(x_BTD, rotary, mask_B1TT, None, padding)
             return x_BTD
@@ -187,8 +187,9 @@ class MoELanguageModel(TrainableModel):
             std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
             draw_normal(param, name, seed, std)
         for layer in self.moe_layers:
-            if layer.correction_bias_E is not None:
-                layer.correction_bias_E.zero_()
+            for buffer in (layer.correction_bias_E, layer.mass_offset_1):
+                if buffer is not None:
+                    buffer.zero_()
 
 
 def segments(num_layers: int, recompute: str) -> list[range]:

@@ -18,7 +18,7 @@ class ExpertLoad:
         swing: share of experts whose load changed from well above the mean to well below it, or back, since the step
             before; None in the first step of a generation.
         dropped: share of the choices that a capacity dropped; None without one.
-        per_token: mean number of experts that a token chose; None where it is the same for all tokens.
+        per_token: mean number of experts that a token chose; with `top_p`, else None.
     """
 
     max_violation: float = 0.0

@@ -8,7 +8,17 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import HERE, Broken, CodeDir, Path, Section, broken_own_code, directory, refuse
-from orchestrator.spec.task import ARRAYS, CLASSIFICATION, FORMATS, OF_CHATS, TEXT, DataFormat, Entrypoint, TaskSpec
+from orchestrator.spec.task import (
+    ARRAYS,
+    CLASSIFICATION,
+    FORMATS,
+    OF_CHATS,
+    PREFERENCE,
+    TEXT,
+    DataFormat,
+    Entrypoint,
+    TaskSpec,
+)
 from orchestrator.spec.train import TrainSpec
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
@@ -120,6 +130,18 @@ def broken_rows(task: TaskSpec, data: DataSpec, model: ModelSpec) -> Iterator[Br
     if data.chat_template is not None and data_format not in OF_CHATS:
         rule = f"data.chat_template is of tasks sft and dpo, and of data.format {' and '.join(OF_CHATS)}; got {name}"
         yield Broken((("data", "chat_template"), of_task), rule)
+    for key, value in model.router.compares_tokens.items():
+        of_router: Path = ("model", "router", key)
+        if data.isolate_documents and key == "selection":
+            rule = (
+                f"isolate_documents must be false with model.router.selection {value}, which compares the tokens of all"
+            )
+            yield Broken((("data", "isolate_documents"), of_router), f"{rule} documents")
+        if data_format == PREFERENCE:
+            rule = (
+                f"router.{key} must not be {value} for pairs: a row's experts depend on other rows then, and so does "
+            )
+            yield Broken((of_router, of_task), f"{rule}its comparison with the starting model")
     of_text = {"row_format": data.row_format == BY_DOCUMENT, "isolate_documents": data.isolate_documents}
     for key in [key for key, is_given in of_text.items() if is_given and has_rows]:
         rule = f"data.{key} is of text, and task {name} has rows: leave it out"

@@ -39,7 +39,11 @@ class ModelSpec(ModelSource):
         default=1, ge=0, description="Leading layers with a dense MLP instead of experts."
     )
     n_routed_experts: int = Field(default=8, ge=1, description="Routed experts of each MoE layer.")
-    num_experts_per_tok: int = Field(default=2, ge=1, description="Experts that each token visits.")
+    num_experts_per_tok: int = Field(
+        default=2,
+        ge=1,
+        description="Experts that each token visits; with router.selection top_p and expert_choice, on average.",
+    )
     moe_intermediate_size: int = Field(default=192, ge=1, description="Inner width of an expert.")
     n_shared_experts: int = Field(default=1, ge=0, description="Experts that every token visits, without routing.")
     scoring_func: Literal["sigmoid", "softmax"] = Field(
@@ -208,6 +212,9 @@ class ModelSpec(ModelSource):
             rule = f"router.scorer must be linear with init_from, whose routers are; got {self.router.scorer}"
             yield Broken((("router", "scorer"), ("init_from",)), rule)
         yield from self.broken_upcycling()
+        for key, value in self.router.compares_tokens.items() if self.upcycle else ():
+            rule = f"router.{key} must not be {value} with upcycle: each token needs its experts, so that the mixture "
+            yield Broken((("router", key), ("upcycle",)), rule + "begins as the dense model")
         if self.impl == "transformers":
             yield from self._broken_transformers_rules()
             return

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Broken, Path, Section, broken_unread
+from orchestrator.spec.section import Broken, Path, Section, broken_unread, refuse
 
 LEAST_CAPACITY = 0.5
 
@@ -39,6 +39,12 @@ class RouterSpec(Section):
         "0.5. Those that score lowest for it are dropped: they do without it. null: none is dropped. With a small "
         "factor experts are equally busy, and more is dropped.",
     )
+
+    @property
+    def compares_tokens(self) -> dict[str, object]:
+        """Keys by which what a token visits depends on the other tokens of its micro-batch, with their values."""
+        by_choice = {"selection": self.selection} if self.selection == "expert_choice" else {}
+        return by_choice | ({} if self.capacity_factor is None else {"capacity_factor": self.capacity_factor})
 
     def broken_rules(self) -> Iterator[Broken]:
         used_by = {"rank": ("attention", "context"), "num_heads": ("context",)}
@@ -87,6 +93,8 @@ def broken_router(router: RouterSpec, top_k: int, num_experts: int, num_groups: 
 
 def _router(value: Any) -> Any:
     """Expand the short form: the name of a scorer."""
+    if value in ("sigmoid", "softmax"):  # as this key had them once
+        raise refuse(f"must be a scorer or a mapping; {value} is a value of model.scoring_func now")
     return {"scorer": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: experts spread unevenly over ranks, tokens sent to them and back, none dropped.
+"""The mixture-of-experts layer: experts spread unevenly over ranks, tokens sent to them and back.
 
 Shape legend: B = rows, T = tokens in a row, N = local tokens, K = experts per token, D = hidden size, E = experts.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orchestrator.model.moe.dispatcher import ExchangeSizes, ExpertInput
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
-from orchestrator.model.moe.routing.counting import count
+from orchestrator.model.moe.routing.counting import count_experts
 
 
 class LocalDispatcher:
@@ -23,7 +23,7 @@ class LocalDispatcher:
     ) -> "LocalExchange":
         ids_R = expert_ids_NK.reshape(-1)
         order_R = ids_R.argsort(stable=True)
-        counts = count(ids_R, self._num_experts + self._has_gaps)[: self._num_experts]
+        counts = count_experts(ids_R, self._num_experts, self._has_gaps)
         if self._has_gaps:  # which come last; a GPU is waited for
             order_R = order_R[: int(counts.sum())]
         token_R = order_R.div(expert_ids_NK.shape[1], rounding_mode="floor")

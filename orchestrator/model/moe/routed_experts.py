@@ -18,7 +18,7 @@ from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.model.moe.local_dispatcher import LocalDispatcher
 from orchestrator.model.moe.per_choice_dispatcher import PerChoiceDispatcher
 from orchestrator.model.moe.per_rank_dispatcher import PerRankDispatcher
-from orchestrator.model.moe.routing.counting import count
+from orchestrator.model.moe.routing.counting import count_experts
 from orchestrator.spec.model import ModelSpec
 
 
@@ -117,7 +117,7 @@ class RoutedExperts(nn.Module, ABC):
     def _count(self, ids_NK: Tensor, chosen_NK: Tensor | None = None) -> None:
         """Count the choices of tokens, and those of which only `ids_NK` are left."""
         chosen_NK = ids_NK if chosen_NK is None else chosen_NK
-        self.last_counts_E = count(chosen_NK.reshape(-1), self.num_experts + self._has_gaps)[: self.num_experts]
+        self.last_counts_E = count_experts(chosen_NK, self.num_experts, self._has_gaps)
         self.last_num_tokens = len(ids_NK)
         if chosen_NK is not ids_NK:
             self.last_dropped = (chosen_NK != ids_NK).sum()

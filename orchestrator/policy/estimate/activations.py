@@ -74,6 +74,9 @@ def _mlp(spec: ModelSpec, index: int, item: int, crowding: float) -> int:
     scores = (
         4 * spec.n_routed_experts + 32 * spec.num_experts_per_tok + (4 * spec.hidden_size if item == 2 else 0)
     )  # in fp32
+    if spec.router.scorer == "context":  # in fp32: the context, also normalized; queries; logits of heads, and of all
+        heads, experts = spec.router.num_heads, spec.n_routed_experts
+        scores += 4 * (2 * spec.hidden_size + 1 + heads * (spec.router.rank + experts) + experts)
     inner = 2 * spec.num_experts_per_tok * (crowding or 1.0) * spec.moe_intermediate_size  # gate and up
     travelled = (
         spec.num_experts_per_tok * crowding * spec.hidden_size

@@ -11,6 +11,7 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.router import RouterSpec
 from orchestrator.spec.train import TrainSpec
 
 VOCAB = 512
@@ -48,6 +49,11 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
         pytest.param({"n_shared_experts": 0, "intermediate_size": 100}, id="nothing shared"),
         pytest.param({"num_attention_heads": 8, "num_key_value_heads": 8}, id="many heads"),
         pytest.param({"kv_lora_rank": 24, "q_lora_rank": 40}, id="latent attention"),
+        pytest.param({"router": RouterSpec(scorer="attention", selection="top_p")}, id="a varying number of experts"),
+        pytest.param({"router": RouterSpec(scorer="context")}, id="context"),
+        pytest.param({"router": RouterSpec(scorer="context"), "n_routed_experts": 64}, id="context of many experts"),
+        pytest.param({"router": RouterSpec(capacity_factor=1.0)}, id="a capacity"),
+        pytest.param({"router": RouterSpec(selection="expert_choice")}, id="experts choose"),
         pytest.param({"kv_lora_rank": 24, "rope_interleave": True, "v_head_dim": 16}, id="latent keys"),
     ],
 )

@@ -1,5 +1,6 @@
 """The language model against formulas written in another way, and what its parts promise to those around it."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -214,6 +215,19 @@ def test_recomputed_activations_give_the_same_gradients(recompute: str, router: 
     assert kept.keys() == again.keys()
     for name, grad in kept.items():
         assert torch.equal(grad, again[name]), name
+
+
+@pytest.mark.parametrize(
+    ("recompute", "passes"), [("none", (1, 1)), ("selective", (1, 2)), ("sqrt", (2, 2)), ("full", (2, 2))]
+)
+def test_what_is_recomputed_is_what_its_name_says(recompute: str, passes: tuple[int, int]) -> None:
+    model, counted = _model(_spec().model_copy(update={"gradient_checkpointing": recompute})), Counter[str]()
+    for layer in model.layers:
+        layer.attention.register_forward_pre_hook(lambda *_: counted.update(["attention"]))
+        layer.mlp.register_forward_pre_hook(lambda *_: counted.update(["mlp"]))
+    tokens_BU = _tokens(2, 13)
+    model(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).backward()
+    assert (counted["attention"], counted["mlp"]) == tuple(len(model.layers) * each for each in passes)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4, 5, 9, 10, 17])

@@ -40,6 +40,15 @@ def test_experts_that_choose_need_no_bias() -> None:
 @pytest.mark.parametrize(
     ("model", "rule"),
     [
+        ({"router": "softmax"}, "softmax is a value of model.scoring_func now"),
+        (
+            {"router": {"capacity_factor": 1.5}, "init_from": "there", "upcycle": True},
+            "router.capacity_factor must not be 1.5 with upcycle: each token needs its experts",
+        ),
+        (
+            {"router": {"selection": "expert_choice"}, "init_from": "there", "upcycle": True},
+            "router.selection must not be expert_choice with upcycle",
+        ),
         ({"router": {"rank": 8}}, "only attention and context read rank; got 8 for linear"),
         ({"router": {"scorer": "attention", "num_heads": 2}}, "only context reads num_heads; got 2 for attention"),
         ({"router": {"max_experts_per_tok": 3}}, "only top_p reads max_experts_per_tok; got 3 for top_k"),
@@ -86,6 +95,20 @@ def test_settings_refused(model: dict[str, Any], rule: str) -> None:
 
 def test_a_dense_model_may_begin_with_any_scorer() -> None:
     assert ModelSpec.model_validate({"router": "attention", "init_from": "there", "upcycle": True})
+
+
+@pytest.mark.parametrize("router", [{"selection": "expert_choice"}, {"capacity_factor": 1.5}])
+def test_a_choice_that_depends_on_other_rows_is_not_for_pairs(router: dict[str, Any]) -> None:
+    asked = {"name": "try", "model": {"router": router}, "task": {"name": "dpo"}, "data": {"source": "pairs.jsonl"}}
+    with pytest.raises(ValidationError, match="for pairs: a row's experts depend on other rows then"):
+        JobSpec.model_validate(asked)
+    assert JobSpec.model_validate(asked | {"model": {"router": {"selection": "top_p"}}})
+
+
+def test_documents_that_are_isolated_choose_for_themselves() -> None:
+    asked = {"name": "try", "data": {"isolate_documents": True}, "model": {"router": {"selection": "expert_choice"}}}
+    with pytest.raises(ValidationError, match="expert_choice, which compares the tokens of all documents"):
+        JobSpec.model_validate(asked)
 
 
 def test_a_limit_on_ranks_is_for_a_fixed_number_of_experts() -> None:

@@ -14,3 +14,9 @@ def count(values_N: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int64, device=values_N.device).scatter_add_(
         0, values_N, torch.ones_like(values_N)
     )
+
+
+def count_experts(expert_ids: Tensor, num_experts: int, has_gaps: bool) -> Tensor:
+    """How often each expert was chosen, (num_experts) int64. With gaps, `num_experts` stands for none."""
+    counts = count(expert_ids.reshape(-1), num_experts + has_gaps)
+    return counts[:num_experts] if has_gaps else counts

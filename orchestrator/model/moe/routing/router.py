@@ -93,29 +93,31 @@ class Router(nn.Module):
         else:
             visited_NK = before.expert_ids_NK
             chosen_NK = visited_NK if before.chosen_NK is None else before.chosen_NK
-        gates_NK = self._gates(scores_NE, chosen_NK)
+        scores_NK = self._scores_of(scores_NE, chosen_NK)
+        gates_NK = self._gates(scores_NK)
         factor = spec.router.capacity_factor
         if factor is None or not self.training:
             visited_NK = chosen_NK
         else:
             if visited_NK is None:
                 most = capacity(len(x_ND), spec.num_experts_per_tok, num_experts, factor)
-                visited_NK = within_capacity(chosen_NK, gates_NK.detach(), num_experts, most)
+                visited_NK = within_capacity(chosen_NK, scores_NK.detach(), num_experts, most)
             gates_NK = gates_NK.masked_fill(visited_NK == num_experts, 0.0)
         weight = spec.router_aux_loss_coef
         loss = weight * balance_loss(scores_NE, chosen_NK) if spec.scoring_func == "softmax" and weight else None
         return Routing(visited_NK, gates_NK, loss, margins_EM, masses_M, chosen_NK)
 
-    def _gates(self, scores_NE: Tensor, chosen_NK: Tensor) -> Tensor:
-        spec = self.spec
-        if spec.has_gaps:
-            is_none_NK = chosen_NK == spec.n_routed_experts
-            gates_NK = scores_NE.gather(1, chosen_NK.masked_fill(is_none_NK, 0)).masked_fill(is_none_NK, 0.0)
-        else:
-            gates_NK = scores_NE.gather(1, chosen_NK)
-        if spec.norm_topk_prob:
-            gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
-        return gates_NK * spec.routed_scaling_factor
+    def _scores_of(self, scores_NE: Tensor, chosen_NK: Tensor) -> Tensor:
+        """Scores of the choices, 0 of none."""
+        if not self.spec.has_gaps:
+            return scores_NE.gather(1, chosen_NK)
+        is_none_NK = chosen_NK == self.spec.n_routed_experts
+        return scores_NE.gather(1, chosen_NK.masked_fill(is_none_NK, 0)).masked_fill(is_none_NK, 0.0)
+
+    def _gates(self, scores_NK: Tensor) -> Tensor:
+        if self.spec.norm_topk_prob:
+            scores_NK = scores_NK / (scores_NK.sum(-1, keepdim=True) + 1e-20)
+        return scores_NK * self.spec.routed_scaling_factor
 
 
 def balance_loss(scores_NE: Tensor, expert_ids_NK: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
-from orchestrator.model.moe.routing.router import Router
+from orchestrator.model.moe.routing.router import Router, Routing
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.router import RouterSpec
 from tests.support import devices
@@ -148,6 +148,16 @@ def test_choices_that_a_capacity_drops_are_counted_as_load_and_as_dropped() -> N
     most = 10  # 40 tokens * 2 / 5 experts * 0.6, rounded up
     assert sum(counts) == 80 and max(counts) > most
     assert int(layer.last_dropped) == sum(max(count - most, 0) for count in counts)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_router_of_a_users_that_names_an_expert_that_is_not_there_is_an_error() -> None:
+    layer = _layer()
+    ids_NK = torch.tensor([[0, 5]] * 4)
+    layer.router = nn.Identity()  # type: ignore[assignment]
+    layer.router.forward = lambda x_ND: Routing(ids_NK, torch.ones(4, 2))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        layer(_tokens(1, 4)).sum().backward()
 
 
 @on_devices

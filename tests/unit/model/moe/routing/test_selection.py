@@ -161,6 +161,21 @@ def test_a_capacity_keeps_the_best_choices_of_each_expert(ids: list[list[int]], 
     assert torch.equal(kept, wanted)
 
 
+@pytest.mark.parametrize(("top_k", "selection"), [(1, "top_k"), (2, "top_p")])
+def test_choices_are_dropped_by_their_scores_before_these_are_normalised(top_k: int, selection: str) -> None:
+    router = Router(_spec(top_k=top_k, selection=selection, capacity_factor=0.5)).to(devices.device())
+    with torch.no_grad():
+        router.scorer.weight.copy_(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))
+    x_ND = torch.randn(64, 8, generator=torch.Generator().manual_seed(2)).to(devices.device())
+    routing, scores_NE = router(x_ND), (x_ND @ router.scorer.weight.T).sigmoid()
+    assert routing.chosen_NK is not None
+    for expert in range(8):
+        kept_N, chose_N = ((ids_NK == expert).any(-1) for ids_NK in (routing.expert_ids_NK, routing.chosen_NK))
+        dropped_N = chose_N & ~kept_N
+        if bool(dropped_N.any()):
+            assert scores_NE[kept_N, expert].min() >= scores_NE[dropped_N, expert].max()
+
+
 def test_gates_of_dropped_choices_are_zero_and_those_of_others_stay() -> None:
     plain, limited = (Router(_spec(**router)).to(devices.device()) for router in ({}, {"capacity_factor": 0.5}))
     with torch.no_grad():
