@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.terminal.format import NONE, counted, size
-from orchestrator.cli.terminal.options import GROUPS, JobFile, Output
+from orchestrator.cli.terminal.options import GROUPS, JobFile, Output, Set
 from orchestrator.cli.terminal.output import Format, narrate, show, show_json, show_table
 from orchestrator.errors import UsageError
 from orchestrator.policy.cluster.node_pools import shown
@@ -29,14 +29,14 @@ app = typer.Typer(no_args_is_help=True, help="Job files, without a cluster.")
 
 
 @app.command()
-def validate(job: JobFile, output: Output = Format.TEXT) -> None:
+def validate(job: JobFile, settings: Set = None, output: Output = Format.TEXT) -> None:
     """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing. With -o json
     prints the job with every default."""
     from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.submission import with_pretrained
     from orchestrator.submission.user_code import check_own_code, with_packages
 
-    spec = with_pretrained(load_job(job))
+    spec = with_pretrained(load_job(job, settings or []))
     check_own_code(*with_packages(spec))
     if output is Format.JSON:
         show_json(spec.model_dump(mode="json", by_alias=True))
@@ -62,6 +62,7 @@ def plan(
         int | None,
         typer.Option("-w", "--workers", min=1, help="Only this world size. Default: all from min to max."),
     ] = None,
+    settings: Set = None,
     output: Output = Format.TEXT,
 ) -> None:
     """Show a job's needs at each world size: memory by part, bytes per step by kind, the stall of a rescale.
@@ -75,7 +76,7 @@ def plan(
     from orchestrator.submission.submission import with_pretrained
     from orchestrator.submission.user_code import check_own_code, with_packages
 
-    spec = with_pretrained(load_job(job))
+    spec = with_pretrained(load_job(job, settings or []))
     check_own_code(*with_packages(spec))
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:

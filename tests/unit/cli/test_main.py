@@ -81,6 +81,18 @@ def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callabl
     assert told["schema"] == "v1" and told["model"]["num_experts_per_tok"] == 2 and told["train"]["lr"] > 0
 
 
+def test_validate_and_plan_take_overrides(here: Path, orchestrator: Callable[..., Done]) -> None:
+    told = json.loads(orchestrator("job", "validate", "job.yaml", "--set", "train.lr=0.5", "-o", "json").stdout)
+    assert told["train"]["lr"] == 0.5
+    plans = [
+        json.loads(orchestrator("job", "plan", "job.yaml", "-o", "json", *sets).stdout)
+        for sets in ((), ("--set", "model.n_routed_experts=4", "--set", "model.vocab_size=512"))
+    ]
+    assert plans[1]["num_parameters"] < plans[0]["num_parameters"]
+    refused = orchestrator("job", "plan", "job.yaml", "--set", "train.lr=fast")
+    assert refused.returncode == 2 and "--set train.lr=fast" in refused.stderr
+
+
 def test_validate_and_plan_show_the_node_pool(here: Path, orchestrator: Callable[..., Done]) -> None:
     job = yaml.safe_load((here / "job.yaml").read_text())
     workers = {"min": 1, "max": 2, "label_selector": {"pool": "in(a, b)", "spot": "!yes"}}
