@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import balance
 from benchmarks.rescale import job_of
 from benchmarks.support.confinement import why_not
 from benchmarks.support.data import data_spec, prepared, stores_dir
@@ -197,6 +198,15 @@ def test_a_low_run_is_shrunk_and_grows_back() -> None:
     met = {bar["name"]: bar["met"] for bar in line["bars"]}
     assert met.keys() == {"shrink_s", "steps_lost", "grow_back_s"} and met["steps_lost"]
     assert line["metrics"]["recoveries"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_router_trains() -> None:
+    arms = quick("routers")["metrics"]["arms"]
+    assert {name.removeprefix("2 of 16 ") for name in arms} == {balance.OURS, *balance.ROUTERS}
+    assert all(arm["per_token"] == pytest.approx(2.0, rel=0.05) for arm in arms.values())
+    assert [name for name, arm in arms.items() if arm["dropped"] > 0] == ["2 of 16 capacity 1.25"]
 
 
 @pytest.mark.ray
