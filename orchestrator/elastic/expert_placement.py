@@ -12,36 +12,49 @@ token is sent to another node only for experts that its own lacks.
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
 from orchestrator.elastic.world import World
 
 ReplicaSet = tuple[int, ...]
+Holders = tuple[ReplicaSet, ...]
+"""By expert of a layer, the ranks that hold it: at least one, in ascending order."""
 
 
 @dataclass(frozen=True)
 class ExpertPlacement:
     """The holders of every expert in a world of `world_size` ranks. A rank may hold none.
 
+    Layers are named as their parameters are, up to `.experts.` (`elastic.state_spec.layer_of`).
+
     Args:
-        num_experts: routed experts per layer; every layer is placed alike.
-        holders: per expert, the ranks that hold it: at least one, in ascending order.
+        num_experts: routed experts per layer.
+        holders: of the experts of all layers that `layers` doesn't name.
+        layers: (layer, holders) of layers with a placement of their own, by name.
 
     Raises:
-        ValueError: holders that don't match the two numbers, or an expert without a holder.
+        ValueError: holders that don't match the two numbers, an expert without a holder, or a layer named twice.
     """
 
     num_experts: int
     world_size: int
-    holders: tuple[ReplicaSet, ...]
+    holders: Holders
+    layers: tuple[tuple[str, Holders], ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_experts < 1 or self.world_size < 1:
             raise ValueError(f"{self.num_experts} experts on {self.world_size} ranks; a placement needs one of each")
-        if len(self.holders) != self.num_experts:
-            raise ValueError(f"holders of {len(self.holders)} experts given; there are {self.num_experts}")
-        for expert, ranks in enumerate(self.holders):
+        if len(self._by_layer) < len(self.layers):
+            raise ValueError(f"of {[layer for layer, _ in self.layers]} a layer is named twice")
+        for holders in (self.holders, *self._by_layer.values()):
+            self._check(holders)
+
+    def _check(self, holders: Holders) -> None:
+        if len(holders) != self.num_experts:
+            raise ValueError(f"holders of {len(holders)} experts given; there are {self.num_experts}")
+        for expert, ranks in enumerate(holders):
             if not ranks:
                 raise ValueError(f"expert {expert} has no holder; every expert needs at least one rank")
             if list(ranks) != sorted(set(ranks)) or ranks[0] < 0 or ranks[-1] >= self.world_size:
@@ -83,11 +96,16 @@ class ExpertPlacement:
         """
         if previous.world_size != old.size:
             raise ValueError(f"the previous placement is for {previous.world_size} ranks; its world has {old.size}")
-        num_experts = previous.num_experts
+        holders = cls._dealt(previous.holders, old, new, nodes)
+        layers = tuple((layer, cls._dealt(held, old, new, nodes)) for layer, held in previous.layers)
+        return cls(previous.num_experts, new.size, holders, layers)
+
+    @classmethod
+    def _dealt(cls, previous: Holders, old: World, new: World, nodes: Sequence[str]) -> Holders:
+        """The balanced holders of a layer's experts on `new`."""
+        num_experts = len(previous)
         new_rank = {worker: rank for rank, worker in enumerate(new.members)}
-        survivors = [
-            tuple(new_rank[w] for w in (old.members[r] for r in ranks) if w in new_rank) for ranks in previous.holders
-        ]
+        survivors = [tuple(new_rank[w] for w in (old.members[r] for r in ranks) if w in new_rank) for ranks in previous]
         if num_experts >= new.size:
             bins = _deal(survivors, new.size)
         else:
@@ -96,7 +114,7 @@ class ExpertPlacement:
                 for rank in ranks:
                     held[rank].append(expert)
             bins = _deal(held, num_experts, nodes)
-        return cls._from_bins(num_experts, new.size, bins)
+        return cls._from_bins(num_experts, new.size, bins).holders
 
     @classmethod
     def _from_bins(cls, num_experts: int, world_size: int, bins: Sequence[int]) -> Self:
@@ -108,15 +126,19 @@ class ExpertPlacement:
             holders[expert].append(rank)
         return cls(num_experts, world_size, tuple(tuple(ranks) for ranks in holders))
 
-    def experts_of(self, rank: int) -> tuple[int, ...]:
-        """The experts that `rank` holds, ascending; may be empty."""
-        return tuple(e for e, ranks in enumerate(self.holders) if rank in ranks)
+    @cached_property
+    def _by_layer(self) -> dict[str, Holders]:
+        return dict(self.layers)
 
-    def replica_set(self, expert: int) -> ReplicaSet:
-        """The ranks that hold `expert`, ascending."""
-        return self.holders[expert]
+    def holders_of(self, layer: str) -> Holders:
+        """Holders of a layer's experts."""
+        return self._by_layer.get(layer, self.holders)
 
-    def destinations(self, nodes: Sequence[str] = ()) -> list[tuple[int, ...]]:
+    def experts_of(self, rank: int, layer: str = "") -> tuple[int, ...]:
+        """The experts of a layer that `rank` holds, ascending; may be empty."""
+        return tuple(e for e, ranks in enumerate(self.holders_of(layer)) if rank in ranks)
+
+    def destinations(self, nodes: Sequence[str] = (), layer: str = "") -> list[tuple[int, ...]]:
         """[sender][expert]: the rank that a sender's tokens for an expert go to. The sender itself if it holds the
         expert, else a holder on its node, else any holder. Senders are spread evenly over the holders that they may
         choose among.
@@ -125,7 +147,7 @@ class ExpertPlacement:
             nodes: by rank, the node that it runs on; empty if unknown, in which case all count as near each other.
         """
         homes = tuple(nodes) or ("",) * self.world_size
-        return list(zip(*(_receivers(ranks, homes) for ranks in self.holders), strict=True))
+        return list(zip(*(_receivers(ranks, homes) for ranks in self.holders_of(layer)), strict=True))
 
     def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
         """The distinct replica sets by colour: sets of one colour are disjoint, and sorted.
@@ -135,7 +157,7 @@ class ExpertPlacement:
         """
         colours: list[list[ReplicaSet]] = []
         taken: list[set[int]] = []
-        for replicas in sorted(set(self.holders)):
+        for replicas in sorted({ranks for holders in (self.holders, *self._by_layer.values()) for ranks in holders}):
             free = (c for c, ranks in enumerate(taken) if ranks.isdisjoint(replicas))
             colour = next(free, len(colours))
             if colour == len(colours):
@@ -145,10 +167,10 @@ class ExpertPlacement:
             taken[colour].update(replicas)
         return tuple(tuple(sets) for sets in colours)
 
-    def colour_of(self, expert: int) -> int:
-        """The index in `groups()` of the colour that holds the replica set of `expert`."""
-        replicas = self.holders[expert]
-        return next(c for c, sets in enumerate(self.groups()) if replicas in sets)
+    @cached_property
+    def colours(self) -> dict[ReplicaSet, int]:
+        """By replica set, the index in `groups()` of its colour."""
+        return {replicas: colour for colour, sets in enumerate(self.groups()) for replicas in sets}
 
 
 def groups_open(sizes: Iterable[int], asked: int, top_k: int) -> int:

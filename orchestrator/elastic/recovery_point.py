@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.expert_placement import ExpertPlacement, Holders
 from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.elastic.state_spec import Sharing
 from orchestrator.elastic.world import World
@@ -110,8 +110,9 @@ def placement_at_recovery_point(placement: ExpertPlacement, holders: Sequence[st
     """The holders (as ranks of `world_of`) of each expert, in their own shard or in another rank's snapshot."""
     world = world_of(0, holders)
     rank_of = [world.rank_of(holder) for holder in holders]
-    return ExpertPlacement(
-        placement.num_experts,
-        world.size,
-        tuple(tuple(sorted({rank_of[rank] for rank in ranks})) for ranks in placement.holders),
-    )
+
+    def there(holders: Holders) -> Holders:
+        return tuple(tuple(sorted({rank_of[rank] for rank in ranks})) for ranks in holders)
+
+    layers = tuple((layer, there(held)) for layer, held in placement.layers)
+    return ExpertPlacement(placement.num_experts, world.size, there(placement.holders), layers)

@@ -72,6 +72,11 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
+    def layer(self) -> str:
+        """The layer of its expert, as `layer_of`."""
+        return layer_of(self.name)
+
+    @property
     def is_whole(self) -> bool:
         """Whether one rank updates all of it."""
         return self.update[0] in OF_MATRICES
@@ -227,6 +232,13 @@ def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:
     ranks, which sends them twice."""
     columns = param.numel // param.rows
     return max(1, int(compression.share * param.numel / (2 * (param.rows + columns))))
+
+
+def layer_of(name: str) -> str:
+    """The layer whose expert a parameter belongs to, named as its parameters up to `.experts.`; empty for dense
+    parameters."""
+    found = _EXPERT.search(name)
+    return name[: found.start()] if found else ""
 
 
 def expert_of(name: str) -> int | None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.elastic.bucket_partition import BucketCut, cut_buckets, piece_multiple
-from orchestrator.elastic.state_spec import expert_of, is_compressed
+from orchestrator.elastic.state_spec import expert_of, is_compressed, layer_of
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -73,10 +73,14 @@ def groups_of(
     if compressed:
         found += cut.groups(COMPRESSED, [(n, p) for n, p in named if n in compressed], groups.reduction)
     if model.moe_layers:
-        colours = {e: groups.placement.colour_of(e) for e in groups.placement.experts_of(groups.rank)}
+        placement = groups.placement
         for colour, replicas in enumerate(groups.replicas):
             name = group_name(colour)
-            experts = [(n, p) for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
+            experts = [
+                (n, p)
+                for n, p in named
+                if (e := expert_of(n)) is not None and placement.colours[placement.holders_of(layer_of(n))[e]] == colour
+            ]
             of_colour = cut.groups(name, experts, replicas)
             for param in (p for group in of_colour for p in group.everything):
                 param.allreduce = False  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ class Block(nn.Module):
         if index < spec.first_k_dense_replace:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
         else:
-            self.mlp = MoELayer(spec, home)
+            self.mlp = MoELayer(spec, home.of_layer(f"layers.{index}.mlp"))
 
     def forward(
         self,

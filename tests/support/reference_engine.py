@@ -129,4 +129,4 @@ class ReferenceEngine:
         expert = expert_of(name)
         if expert is None:
             return self._groups.world
-        return self._groups.replicas[self._groups.placement.colour_of(expert)]
+        return self._groups.replicas[self._groups.placement.colours[self._groups.placement.holders[expert]]]

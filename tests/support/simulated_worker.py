@@ -328,7 +328,7 @@ class SimulatedWorker:
         pieces = [
             ShardPiece(f"master/expert.{expert}", 0, 1, np.array([count], dtype=np.float32))
             for expert, count in self._counters.items()
-            if plan.placement.replica_set(expert)[0] == rank
+            if plan.placement.holders[expert][0] == rank
         ]
         written = write_shard(
             Path(self._job.storage_dir) / "checkpoints",

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch.distributed as dist
@@ -25,6 +25,7 @@ class ExpertParallelContext:
         nodes: by rank, the node that it runs on; empty if unknown.
         nodes_per_token: the same for nodes.
         is_exact: outputs and gradients have the same bits for the same rows wherever the experts are.
+        layer: the layer whose experts these are, as `elastic.state_spec.layer_of` names it.
     """
 
     placement: ExpertPlacement
@@ -35,15 +36,20 @@ class ExpertParallelContext:
     nodes: tuple[str, ...] = ()
     nodes_per_token: int | None = None
     is_exact: bool = False
+    layer: str = ""
+
+    def of_layer(self, layer: str) -> "ExpertParallelContext":
+        """The placement of a layer that may have one of its own."""
+        return replace(self, layer=layer)
 
     @property
     def local_experts(self) -> tuple[int, ...]:
-        return self.placement.experts_of(self.rank)
+        return self.placement.experts_of(self.rank, self.layer)
 
     @cached_property
     def destinations(self) -> tuple[int, ...]:
         """By expert, the rank that computes this rank's tokens for it: itself, else one on its node, if one has it."""
-        return self.placement.destinations(self.nodes)[self.rank]
+        return self.placement.destinations(self.nodes, self.layer)[self.rank]
 
     @cached_property
     def is_far_W(self) -> tuple[bool, ...]:

@@ -72,7 +72,7 @@ class RowDispatcher(nn.Module, ABC):
 
     def __init__(self, home: ExpertParallelContext, has_gaps: bool = False) -> None:
         super().__init__()
-        held = [home.placement.experts_of(rank) for rank in range(home.placement.world_size)]
+        held = [home.placement.experts_of(rank, home.layer) for rank in range(home.placement.world_size)]
         self.home, self.num_columns, self.has_gaps = home, max(map(len, held)), has_gaps
         columns = [to * self.num_columns + held[to].index(expert) for expert, to in enumerate(home.destinations)]
         columns += [len(held) * self.num_columns] * has_gaps

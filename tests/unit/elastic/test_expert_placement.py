@@ -213,15 +213,15 @@ def test_colours_hold_every_set_once_and_are_disjoint(num_experts: int, world_si
         assert len(ranks) == len(set(ranks))
         assert list(sets) == sorted(sets)
     for expert in range(num_experts):
-        assert placement.replica_set(expert) in colours[placement.colour_of(expert)]
+        assert placement.holders[expert] in colours[placement.colours[placement.holders[expert]]]
     for rank in range(world_size):
-        assert placement.experts_of(rank) == tuple(e for e in range(num_experts) if rank in placement.replica_set(e))
+        assert placement.experts_of(rank) == tuple(e for e in range(num_experts) if rank in placement.holders[e])
 
 
 def test_overlapping_sets_get_colours_of_their_own() -> None:
     placement = ExpertPlacement(3, 4, ((0, 1), (1, 2), (2,)))
     assert placement.groups() == (((0, 1), (2,)), ((1, 2),))
-    assert placement.colour_of(1) == 1
+    assert placement.colours[placement.holders[1]] == 1
     assert placement.experts_of(3) == ()
 
 

@@ -74,7 +74,7 @@ def test_groups_hold_parameters_of_the_same_ranks(alone: ProcessGroups, placemen
         assert len([group for group in found if group.is_dense]) > 3
         for colour in range(len(placement.groups())):
             of_colour = [group for group in found if group.name == group_name(colour)]
-            mine = {e for e in placement.experts_of(rank) if placement.colour_of(e) == colour}
+            mine = {e for e in placement.experts_of(rank) if placement.colours[placement.holders[e]] == colour}
             assert {expert_of(name_of[id(p)]) for group in of_colour for p in group.params} == mine
             assert all(group.for_deepspeed()["moe"] for group in of_colour)
             assert {p.group_name for group in of_colour for p in group.everything} == {group_name(colour)}
