@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
+from orchestrator.elastic.state_spec import layer_of
 from orchestrator.elastic.world import World
 
 ReplicaSet = tuple[int, ...]
@@ -133,6 +134,10 @@ class ExpertPlacement:
     def holders_of(self, layer: str) -> Holders:
         """Holders of a layer's experts."""
         return self._by_layer.get(layer, self.holders)
+
+    def replica_set(self, expert: int, param: str) -> ReplicaSet:
+        """The ranks that hold an expert, one of whose parameters is named."""
+        return (self.holders_of(layer_of(param)) if self.layers else self.holders)[expert]
 
     def experts_of(self, rank: int, layer: str = "") -> tuple[int, ...]:
         """The experts of a layer that `rank` holds, ascending; may be empty."""

@@ -208,7 +208,7 @@ def _grouped(params: Sequence[ParamSpec], placement: ExpertPlacement, communicat
     for index, spec in enumerate(params):
         if spec.expert is not None and not 0 <= spec.expert < placement.num_experts:
             raise ValueError(f"{spec.name} belongs to expert {spec.expert}; {placement.num_experts} are placed")
-        replicas = None if spec.expert is None else placement.holders_of(spec.layer)[spec.expert]
+        replicas = None if spec.expert is None else placement.replica_set(spec.expert, spec.name)
         key = (replicas, is_compressed(spec, communication.compression), spec.update if spec.is_trained else None)
         groups.setdefault(key, []).append(index)
     found = []

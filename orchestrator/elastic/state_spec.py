@@ -72,11 +72,6 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
-    def layer(self) -> str:
-        """The layer of its expert, as `layer_of`."""
-        return layer_of(self.name)
-
-    @property
     def is_whole(self) -> bool:
         """Whether one rank updates all of it."""
         return self.update[0] in OF_MATRICES
@@ -238,7 +233,7 @@ def layer_of(name: str) -> str:
     """The layer whose expert a parameter belongs to, named as its parameters up to `.experts.`; empty for dense
     parameters."""
     found = _EXPERT.search(name)
-    return name[: found.start()] if found else ""
+    return name[: found.start() + 1] if found else ""
 
 
 def expert_of(name: str) -> int | None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.elastic.bucket_partition import BucketCut, cut_buckets, piece_multiple
-from orchestrator.elastic.state_spec import expert_of, is_compressed, layer_of
+from orchestrator.elastic.state_spec import expert_of, is_compressed
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -79,7 +79,7 @@ def groups_of(
             experts = [
                 (n, p)
                 for n, p in named
-                if (e := expert_of(n)) is not None and placement.colours[placement.holders_of(layer_of(n))[e]] == colour
+                if (e := expert_of(n)) is not None and placement.colours[placement.replica_set(e, n)] == colour
             ]
             of_colour = cut.groups(name, experts, replicas)
             for param in (p for group in of_colour for p in group.everything):

@@ -193,6 +193,39 @@ def test_the_placement_of_experts_changes_no_bit(
         assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
 
 
+# By layer other holders, uneven ones, and replicas; the last one is for two workers.
+BY_LAYER = (
+    {"layers.1.mlp": ((0,), (0,), (0,), (1,), (2,), (2,)), "layers.2.mlp": ((0, 1, 2), (1,), (2,), (0,), (1, 2), (2,))},
+    {"layers.2.mlp": ((2,), (2,), (2,), (2,), (0,), (1,))},
+    {},
+)
+
+
+@pytest.mark.usefixtures("device")
+def test_experts_of_each_layer_move_by_themselves_and_change_no_bit(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    job = small_job(texts, {"num_hidden_layers": 3}, determinism="exact")
+    undisturbed = _run(job, store_dir, tmp_path / "alone", [1])
+    with LocalWorkerGroup(job, store_dir, tmp_path / "moved", size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        for layers in BY_LAYER:
+            worker_group.await_step(worker_group.newest_step + 3)
+            placement = ExpertPlacement(6, 3, ExpertPlacement.balanced(6, 3).holders, tuple(layers.items()))
+            plan = worker_group.rescale(worker_group.ids, placement=placement)
+            assert plan.placement.layers == tuple(layers.items())
+        placement = ExpertPlacement(6, 3, ExpertPlacement.balanced(6, 3).holders, tuple(BY_LAYER[0].items()))
+        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.rescale(worker_group.ids, placement=placement)
+        worker_group.await_step(worker_group.newest_step + 3)
+        worker_group.members["w1"].kill()
+        plan = worker_group.recover(["w0", "w2"])
+        assert {layer for layer, _ in plan.placement.layers} == {"layers.1.mlp", "layers.2.mlp"}
+        worker_group.await_finished()
+        moved = _step_results(worker_group), _state(worker_group, job)
+    assert _differences(undisturbed, moved) == ([], [])
+
+
 def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str], tuple[str, ...]]:
     """One rank's micro-batch has a gradient too large for an exact sum: all ranks leave the step out, and that one
     reports it."""

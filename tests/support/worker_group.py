@@ -269,7 +269,10 @@ class LocalWorkerGroup:
     ) -> GenerationPlan:
         """`more`: other fields of the plan."""
         world, nodes = World(generation, tuple(members)), more.get("nodes", ())
-        if source is None:
+        placement = more.pop("placement", None)
+        if placement is not None:
+            pass
+        elif source is None:
             placement = ExpertPlacement.balanced(self.num_experts, world.size, nodes)
         else:
             placement = ExpertPlacement.rebalanced(source.placement, source.world, world, nodes)

@@ -39,8 +39,8 @@ class ExpertParallelContext:
     layer: str = ""
 
     def of_layer(self, layer: str) -> "ExpertParallelContext":
-        """The placement of a layer that may have one of its own."""
-        return replace(self, layer=layer)
+        """The placement of a layer; this one, unless the layer has one of its own."""
+        return replace(self, layer=layer) if self.placement.holders_of(layer) is not self.placement.holders else self
 
     @property
     def local_experts(self) -> tuple[int, ...]:

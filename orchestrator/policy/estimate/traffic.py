@@ -159,7 +159,7 @@ def sent_share(param: ParamSpec, compression: CompressionSpec, num_ranks: int) -
 
 
 def _holders(param: ParamSpec, placement: ExpertPlacement) -> int:
-    return placement.world_size if param.expert is None else len(placement.holders_of(param.layer)[param.expert])
+    return placement.world_size if param.expert is None else len(placement.replica_set(param.expert, param.name))
 
 
 def _token_bytes(job: JobSpec) -> int:

@@ -220,7 +220,7 @@ def _is_shared(param: ParamSpec, rank: int, placement: ExpertPlacement) -> bool:
     """Whether this rank and others hold the parameter, so that its gradients are sent."""
     if param.expert is None:
         return placement.world_size > 1
-    replicas = placement.holders_of(param.layer)[param.expert]
+    replicas = placement.replica_set(param.expert, param.name)
     return rank in replicas and len(replicas) > 1
 
 

@@ -183,8 +183,8 @@ def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int, placement: Exp
         if tensor.sharing is Sharing.PARTIAL:
             name = part_of(name, rank)
         elif tensor.origin is Origin.CONSTANT and tensor.like is not None:
-            param, expert = tensor.like, tensor.like.expert
-            first = 0 if expert is None else placement.holders_of(param.layer)[expert][0]
+            expert = tensor.like.expert
+            first = 0 if expert is None else placement.replica_set(expert, tensor.like.name)[0]
             spans = spans if rank == first else []
         elif tensor.sharing is Sharing.REPLICATED and tensor.like is not None:
             spans = updated.get(

@@ -218,6 +218,33 @@ def test_colours_hold_every_set_once_and_are_disjoint(num_experts: int, world_si
         assert placement.experts_of(rank) == tuple(e for e in range(num_experts) if rank in placement.holders[e])
 
 
+def test_layers_may_have_holders_of_their_own() -> None:
+    own = ((0, 1), (1,), (1,), (0,))
+    placement = ExpertPlacement(4, 2, ((0,), (0,), (1,), (1,)), (("layers.2.mlp", own),))
+    assert placement.experts_of(0) == placement.experts_of(0, "layers.1.mlp") == (0, 1)
+    assert placement.experts_of(0, "layers.2.mlp") == (0, 3)
+    assert placement.replica_set(0, "layers.2.mlp.experts.0.down") == (0, 1)
+    assert placement.replica_set(0, "layers.20.mlp.experts.0.down") == (0,)
+    assert placement.destinations(layer="layers.2.mlp") == [(0, 1, 1, 0), (1, 1, 1, 0)]
+    assert placement.groups() == (((0,), (1,)), ((0, 1),)) and placement.colours[0, 1] == 1
+    with pytest.raises(ValueError, match="holders of 1 experts given; there are 4"):
+        ExpertPlacement(4, 2, own, (("layers.1.mlp", ((0,),)),))
+    with pytest.raises(ValueError, match="a layer is named twice"):
+        ExpertPlacement(4, 2, own, (("layers.1.mlp", own), ("layers.1.mlp", own)))
+
+
+def test_a_survivor_keeps_what_it_holds_of_each_layer() -> None:
+    own = ((0,), (0,), (1,), (1,), (2,), (2,))
+    other = ((2,), (1,), (0,), (2,), (1,), (0,))
+    placement = ExpertPlacement(6, 3, own, (("layers.2.mlp", other),))
+    old, new = World(0, ("a", "b", "c")), World(1, ("c", "a"))
+    moved = ExpertPlacement.rebalanced(placement, old, new)
+    for layer in ("layers.1.mlp", "layers.2.mlp"):
+        for rank, was in ((0, 2), (1, 0)):  # c was rank 2, a rank 0
+            assert {*placement.experts_of(was, layer)} <= {*moved.experts_of(rank, layer)}
+            assert len(moved.experts_of(rank, layer)) == 3
+
+
 def test_overlapping_sets_get_colours_of_their_own() -> None:
     placement = ExpertPlacement(3, 4, ((0, 1), (1, 2), (2,)))
     assert placement.groups() == (((0, 1), (2,)), ((1, 2),))
