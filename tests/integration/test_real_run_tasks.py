@@ -28,8 +28,11 @@ def test_a_task_survives_what_happens_to_its_run(
 ) -> None:
     """2 to 3 workers, one killed, a pause, and a resume on 1."""
     job = task_job(task, tmp_path, max_steps=steps, determinism="exact", lr_scheduler={"kind": "constant"}, lr=1e-3)
-    # The default limit of a step's loss is made for language models; the regression's varies more than that.
-    job = job.model_copy(update={"recovery": job.recovery.model_copy(update={"loss_explosion": None})})
+    # The default limit of a step's loss is made for language models; the regression's varies more than that. Biases of
+    # routers move after a step's validation, so with them the checkpoint's loss would be another one.
+    recovery = job.recovery.model_copy(update={"loss_explosion": None})
+    model = job.model.model_copy(update={"bias_update_speed": 0.0})
+    job = job.model_copy(update={"recovery": recovery, "model": model})
     changes = {"name": task, "workers": WorkersSpec(min=1, max=3, initial=2), "storage": str(tmp_path / "runs")}
     run = client.submit(job.model_copy(update=changes))
     own_code, elsewhere = tmp_path / "own_task.py", tmp_path / "elsewhere.py"
@@ -64,5 +67,4 @@ def test_a_task_survives_what_happens_to_its_run(
     request = Evaluation(moved.run_dir, str(moved.checkpoint), rows, max_rows=job.eval.rows)
     (result,) = [answer for answer in ask_model(request) if isinstance(answer, EvaluationResult)]
     assert result.unit == job.task.unit and set(result.metrics) == set(moved.validation_metrics)
-    # The routers' biases move after a step's validation, so a few tokens of the checkpoint visit other experts.
-    assert moved.validation_loss is not None and result.loss == pytest.approx(moved.validation_loss, rel=5e-2)
+    assert moved.validation_loss is not None and result.loss == pytest.approx(moved.validation_loss, rel=1e-4)
