@@ -270,11 +270,9 @@ class LocalWorkerGroup:
         """`more`: other fields of the plan."""
         world, nodes = World(generation, tuple(members)), more.get("nodes", ())
         placement = more.pop("placement", None)
-        if placement is not None:
-            pass
-        elif source is None:
+        if placement is None and source is None:
             placement = ExpertPlacement.balanced(self.num_experts, world.size, nodes)
-        else:
+        elif placement is None:
             placement = ExpertPlacement.rebalanced(source.placement, source.world, world, nodes)
         return GenerationPlan(
             term=1,

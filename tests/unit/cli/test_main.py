@@ -82,8 +82,8 @@ def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callabl
 
 
 def test_validate_and_plan_take_overrides(here: Path, orchestrator: Callable[..., Done]) -> None:
-    told = json.loads(orchestrator("job", "validate", "job.yaml", "--set", "train.lr=0.5", "-o", "json").stdout)
-    assert told["train"]["lr"] == 0.5
+    job = json.loads(orchestrator("job", "validate", "job.yaml", "--set", "train.lr=0.5", "-o", "json").stdout)
+    assert job["train"]["lr"] == 0.5
     plans = [
         json.loads(orchestrator("job", "plan", "job.yaml", "-o", "json", *sets).stdout)
         for sets in ((), ("--set", "model.n_routed_experts=4", "--set", "model.vocab_size=512"))
