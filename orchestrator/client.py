@@ -154,6 +154,16 @@ class OrchestratorClient:
         """
         return self._cluster.ask(Scheduler.checkpoint, run_id)
 
+    def rebalance(self, run_id: str) -> DesiredRunState:
+        """Request that the run's experts are placed on its workers by the tokens that they got lately. Returns at once;
+        an event of kind `experts_rebalanced` or `experts_kept` follows.
+
+        Raises:
+            UsageError: the run isn't training, has one worker or no experts, or has ended.
+            NotFound: there is no such run.
+        """
+        return self._cluster.ask(Scheduler.rebalance, run_id)
+
     def stop(self, run_id: str, *, now: bool = False) -> DesiredRunState:
         """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound.
 

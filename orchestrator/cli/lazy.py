@@ -31,6 +31,7 @@ MODULES = {
     "set": "steer",
     "job": "job",
     "checkpoint": "checkpoint",
+    "experts": "experts",
     "model": "model",
     "data": "data",
     "check": "check",

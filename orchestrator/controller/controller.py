@@ -46,6 +46,7 @@ from orchestrator.controller.startup import OpenedRun, open_run, worker_threads
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded, UsageError
 from orchestrator.policy.cluster.autoscaling import scale_of
+from orchestrator.policy.lifecycle import phase_of
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
@@ -248,6 +249,19 @@ class RunController:
                 unchanged="Nothing was changed.",
             )
         return self._requests.aim(FinishMode.NO, reason, checkpoint=step)
+
+    def rebalance(self, reason: str) -> DesiredRunState:
+        """Request that experts are placed by load. Returns when the request is journalled, not when they are.
+
+        Raises:
+            UsageError: the run isn't training, has one worker or no experts, or is ending.
+            ClusterUnreachable: the run has not been opened.
+        """
+        controlled = self._controlled()
+        state, seen = controlled.run.memory.state, controlled.observer.observe()
+        has_loads = seen.progress.loads.num_steps > 0
+        self._limits.check_rebalance(phase_of(state, seen), len(state.members), has_loads)
+        return self._requests.aim(FinishMode.NO, reason, rebalance=True)
 
     def finish(self, how: FinishMode, reason: str) -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it is already ending another way."""

@@ -75,6 +75,7 @@ class PendingRequests:
         stage: str | None = None,
         by_hand: bool | None = None,
         checkpoint: int | None = None,
+        rebalance: bool = False,
     ) -> DesiredRunState:
         """Request this state; None keeps the previous value. Returns when it is journalled. A size that was not
         requested by hand is replaced at once by one that was. Other arguments as in `DesiredRunState`.
@@ -85,7 +86,7 @@ class PendingRequests:
         """
         began_s = time.monotonic()
         with self._turned:
-            target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand, checkpoint))
+            target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand, checkpoint, rebalance))
             is_yielding = by_hand is False and workers is not None and target.by_hand
             if not is_yielding:
                 self._await(lambda: self._memory.state.target.seq >= target.seq, began_s)
@@ -99,6 +100,7 @@ class PendingRequests:
         stage: str | None,
         by_hand: bool | None,
         checkpoint: int | None,
+        rebalance: bool,
     ) -> DesiredRunState:
         self._refuse_ending(finish)
         if by_hand is False and workers is not None and self.newest.by_hand:
@@ -115,6 +117,7 @@ class PendingRequests:
             stage_requests=newest.stage_requests + (stage is not None),
             by_hand=newest.by_hand if by_hand is None else by_hand,
             checkpoint=newest.checkpoint if checkpoint is None else checkpoint,
+            rebalances=newest.rebalances + rebalance,
         )
         return self.newest
 

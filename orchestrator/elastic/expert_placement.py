@@ -9,13 +9,14 @@ Replicas of an expert are spread over different nodes where possible, so that a 
 token is sent to another node only for experts that its own lacks.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
+from orchestrator.elastic.expert_dealing import deal
 from orchestrator.elastic.state_spec import layer_of
 from orchestrator.elastic.world import World
 
@@ -108,13 +109,13 @@ class ExpertPlacement:
         new_rank = {worker: rank for rank, worker in enumerate(new.members)}
         survivors = [tuple(new_rank[w] for w in (old.members[r] for r in ranks) if w in new_rank) for ranks in previous]
         if num_experts >= new.size:
-            bins = _deal(survivors, new.size)
+            bins = deal(survivors, new.size)
         else:
             held: list[list[int]] = [[] for _ in range(new.size)]
             for expert, ranks in enumerate(survivors):
                 for rank in ranks:
                     held[rank].append(expert)
-            bins = _deal(held, num_experts, nodes)
+            bins = deal(held, num_experts, nodes)
         return cls._from_bins(num_experts, new.size, bins).holders
 
     @classmethod
@@ -153,6 +154,16 @@ class ExpertPlacement:
         """
         homes = tuple(nodes) or ("",) * self.world_size
         return list(zip(*(_receivers(ranks, homes) for ranks in self.holders_of(layer)), strict=True))
+
+    def shares(self, nodes: Sequence[str] = (), layer: str = "") -> list[tuple[float, ...]]:
+        """[expert][rank]: the share of an expert's tokens that a rank computes, where ranks send equally many.
+
+        Args:
+            nodes: by rank, the node that it runs on; empty if unknown.
+        """
+        ranks = range(self.world_size)
+        receivers = zip(*self.destinations(nodes, layer), strict=True)
+        return [tuple(to.count(rank) / self.world_size for rank in ranks) for to in receivers]
 
     def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
         """The distinct replica sets by colour: sets of one colour are disjoint, and sorted.
@@ -202,79 +213,3 @@ def _receivers(holders: ReplicaSet, nodes: Sequence[str]) -> list[int]:
         receivers[rank] = min(near.get(nodes[rank], holders), key=senders.__getitem__)
         senders[receivers[rank]] += 1
     return receivers
-
-
-def _deal(wanted: Sequence[Sequence[int]], num_bins: int, nodes: Sequence[str] = ()) -> list[int]:
-    """Deal items into bins whose sizes differ by at most one, with as many items as possible in a bin that they want,
-    and the others where their node has the fewest items.
-
-    Args:
-        wanted: per item, the bins it wants; at least `num_bins` items.
-        nodes: per item, its node; empty if nodes don't matter.
-
-    Returns:
-        The bin of every item.
-    """
-    size, larger = divmod(len(wanted), num_bins)
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    unplaced = [item for item in range(len(wanted)) if not _place(item, wanted, bins, size, larger)]
-    homes = tuple(nodes) or ("",) * len(wanted)
-    there = Counter((homes[item], b) for b, items in enumerate(bins) for item in items)
-    for item in sorted(unplaced, key=lambda item: -homes.count(homes[item])):  # full nodes have the least choice
-        spare = larger - sum(len(items) > size for items in bins)
-        open_bins = [b for b, items in enumerate(bins) if len(items) < size + (spare > 0)]
-        b = min(open_bins, key=lambda b: (there[homes[item], b], len(bins[b])))
-        bins[b].append(item)
-        there[homes[item], b] += 1
-    bin_of = [0] * len(wanted)
-    for b, items in enumerate(bins):
-        for item in items:
-            bin_of[item] = b
-    return bin_of
-
-
-def _place(item: int, wanted: Sequence[Sequence[int]], bins: list[list[int]], size: int, larger: int) -> bool:
-    """Put `item` into a bin that it wants, moving placed items between bins they want if that makes room.
-
-    One augmenting path of a maximum flow, by breadth-first search. `larger` bins may take `size + 1` items: a bin at
-    `size` may also take this right from a bin that uses it, which then has to pass on an item.
-
-    Returns:
-        Whether a path was found; if not, `bins` is unchanged.
-    """
-    spare = larger - sum(len(items) > size for items in bins)
-    came_from: dict[int, tuple[int, int]] = {}  # bin -> (bin before it or -1, item that moves here or -1)
-    queue: deque[int] = deque()
-
-    def reach(b: int, before: int, moved: int) -> None:
-        if b not in came_from:
-            came_from[b] = (before, moved)
-            queue.append(b)
-
-    for b in wanted[item]:
-        reach(b, -1, item)
-    while queue:
-        b = queue.popleft()
-        if len(bins[b]) < size or (len(bins[b]) == size and spare > 0):
-            _shift(b, came_from, bins)
-            return True
-        for placed in bins[b]:
-            for other in wanted[placed]:
-                reach(other, b, placed)
-        if len(bins[b]) == size:
-            for other, items in enumerate(bins):
-                if len(items) > size:
-                    reach(other, b, -1)
-    return False
-
-
-def _shift(end: int, came_from: dict[int, tuple[int, int]], bins: list[list[int]]) -> None:
-    """Move every item on the path to `end` one bin on."""
-    b = end
-    while b >= 0:
-        before, moved = came_from[b]
-        if moved >= 0:
-            bins[b].append(moved)
-            if before >= 0:
-                bins[before].remove(moved)
-        b = before

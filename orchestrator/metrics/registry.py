@@ -140,6 +140,12 @@ DECLARED = (
         MetricKind.GAUGE,
         "share of experts that went from well above the mean load to well below it, or back, since the step before",
     ),
+    Metric(
+        "moe/rank_violation",
+        "1",
+        MetricKind.GAUGE,
+        "largest load of a worker / mean load - 1, over all layers: how far the experts' placement is from even",
+    ),
     Metric("moe/dropped", "1", MetricKind.GAUGE, "share of tokens' choices of experts that a capacity dropped"),
     Metric("moe/experts_per_token", "experts", MetricKind.GAUGE, "experts that a token chose, mean, with top_p"),
     *(
@@ -173,7 +179,12 @@ DECLARED = (
                 MetricKind.GAUGE,
                 "nodes, or workers of a run on one node, that hold the newest committed step",
             ),
-            ("elastic/rescales", "rescales", MetricKind.COUNTER, "changes of the members without a failure"),
+            (
+                "elastic/rescales",
+                "rescales",
+                MetricKind.COUNTER,
+                "changes of the members or of the experts' placement, without a failure",
+            ),
             (
                 "elastic/recoveries",
                 "recoveries",

@@ -25,6 +25,7 @@ from orchestrator.policy.recovery.detect import hear_errors, notice_failures, re
 from orchestrator.policy.recovery.recover import recover, restore_another
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
+from orchestrator.policy.rescale.expert_balance import balance_experts, measure_balance
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.rescale.keeper import choose_keeper
 from orchestrator.policy.rescale.micro_batch import fit_micro_batches
@@ -77,6 +78,8 @@ RULES: tuple[Rule, ...] = (
     ask_finish,
     plan_departure,
     plan_next,
+    measure_balance,
+    balance_experts,
     fit_micro_batches,
     raise_fence,
     decide_stages,

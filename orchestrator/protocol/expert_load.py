@@ -18,6 +18,8 @@ class ExpertLoad:
         swing: share of experts whose load changed from well above the mean to well below it, or back, since the step
             before; None in the first step of a generation.
         dropped: share of the choices that a capacity dropped; None without one.
+        rank_violation: largest load of a rank / mean load - 1, over all layers: their largest loads are summed, as a
+            layer begins when the one before has ended; None in a world of one.
         per_token: mean number of experts that a token chose; with `top_p`, else None.
     """
 
@@ -30,3 +32,4 @@ class ExpertLoad:
     swing: float | None = None
     dropped: float | None = None
     per_token: float | None = None
+    rank_violation: float | None = None

@@ -30,7 +30,7 @@ class FinishMode(StrEnum):
 class DesiredRunState:
     """Desired state of a run, from the Scheduler. `by_hand`: a user requested this size. `stage` is the stage requested
     last, or `next` for the following one, and `stage_requests` counts such requests. `checkpoint`: a checkpoint of this
-    step or a later one was requested; -1: none."""
+    step or a later one was requested; -1: none. `rebalances` counts requests to place experts by load."""
 
     seq: int
     workers: int
@@ -40,6 +40,7 @@ class DesiredRunState:
     stage_requests: int = 0
     by_hand: bool = False
     checkpoint: int = -1
+    rebalances: int = 0
 
 
 FIRST_INTERVAL_S = 600.0  # of training between two checkpoints with `checkpoint.every: auto`, until their cost is known

@@ -91,7 +91,7 @@ class RoutingRecord(Compact):
 
     Args:
         experts: its summary.
-        loads: by MoE layer, tokens of each expert; for steps that a heat map shows.
+        loads: by MoE layer, tokens of each expert; in a journal only for steps that a heat map shows.
     """
 
     experts: ExpertLoad = field(default_factory=ExpertLoad)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from orchestrator.errors import JournalCorrupt, StorageError
+from orchestrator.policy.health.expert_load import is_shown
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import Progress, absorb, stages_begun
+from orchestrator.policy.state.progress import Progress, absorb, stages_begun, without_loads
 from orchestrator.policy.state.run_state import RunState, StateDecided
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
 from orchestrator.protocol.events.run import Resumed
@@ -77,6 +78,7 @@ class JournaledRun(RunHistory):
         self.recording = -1  # the newest step that was given to the journal, which may not have it yet
         self._journal = journal or open_journal(run_dir, caller=caller)
         self.term = self._journal.term
+        self._num_steps = limits.steps
         self._reserve = _reserve_at(run_dir, caller)
         self._reserve.tend()
         super().__init__(run_dir, limits, objects=objects or run_objects(run_dir, caller))
@@ -110,7 +112,12 @@ class JournaledRun(RunHistory):
         """
         records = [record for record in records if record.step <= up_to]
         progress = absorb(self.progress, records)
-        fresh = [record for record in records if record.step > self.progress.watermark]
+        steps = self._num_steps
+        fresh = [
+            record if is_shown(record.step, steps) else without_loads(record)
+            for record in records
+            if record.step > self.progress.watermark
+        ]
         if not fresh:
             return [], []
         begun = [StageBegan(r.batch.stage, r.step, r.batch.sequence_length) for r in stages_begun(self.progress, fresh)]

@@ -5,7 +5,8 @@ A long journal isn't read whole for them.
 
 from collections.abc import Iterator
 
-from orchestrator.policy.state.progress import RECENT_STEPS, Progress
+from orchestrator.policy.state.load_average import LoadAverage
+from orchestrator.policy.state.progress import RECENT_STEPS, Progress, without_loads
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StepsCommitted
@@ -36,7 +37,7 @@ def progress_up_to(objects: Objects, progress: Progress, step: int, before: int 
     validations = tuple((at, loss) for at, loss in progress.validations if at <= step)
     return Progress(
         watermark=step,
-        recent=tuple(recent),
+        recent=tuple(map(without_loads, recent)),
         first_loss=progress.first_loss,
         loss=recent[-1].loss,
         first_validation_loss=validations[0][1] if validations else None,
@@ -45,6 +46,7 @@ def progress_up_to(objects: Objects, progress: Progress, step: int, before: int 
         skipped=progress.skipped - sum(not record.update.applied for record in undone),
         validations=validations,
         validation_metrics=next((r.validation_metrics for r in reversed(recent) if r.validation_loss is not None), {}),
+        loads=LoadAverage().after(record.routing.loads for record in recent),
         stages=tuple((name, first_step) for name, first_step in progress.stages if first_step <= step),
     )
 

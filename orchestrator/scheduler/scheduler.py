@@ -197,6 +197,11 @@ class Scheduler:
         run has ended or finished no step yet; NotFound."""
         return self._forward(run_id, RunController.checkpoint, reason)
 
+    def rebalance(self, run_id: str, reason: str = "asked for") -> DesiredRunState:
+        """Request that the run's experts are placed by load. Raises UsageError if it isn't training, or has nothing to
+        place; NotFound."""
+        return self._forward(run_id, RunController.rebalance, reason)
+
     def stop(self, run_id: str, reason: str = "stopped", now: bool = False) -> DesiredRunState:
         """Request the run's end, with a checkpoint unless `now`. Raises UsageError if it has ended; NotFound."""
         how = FinishMode.STOP_NOW if now else FinishMode.STOP

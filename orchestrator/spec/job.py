@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
 from orchestrator.spec.curriculum import CurriculumSpec, broken_sizes
 from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training, format_of
+from orchestrator.spec.experts import ExpertsSpec, broken_placement
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -86,6 +87,7 @@ class JobSpec(Section):
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="Resources that each worker reserves.")
     task: TaskSetting = Field(default=TaskSpec(), description="What is learned: a name, or a mapping.")
     model: ModelSpec = Field(default=ModelSpec(), description="The model.")
+    experts: ExpertsSpec = Field(default=ExpertsSpec(), description="The routed experts, while they train.")
     train: TrainSpec = Field(default=TrainSpec(), description="The training.")
     communication: CommunicationSpec = Field(
         default=CommunicationSpec(), description="Transfer of data between workers in a step."
@@ -191,6 +193,8 @@ class JobSpec(Section):
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
         yield from broken_communication(self.communication, self.train, self.model)
+        num_experts, communication = self.model.n_routed_experts, self.communication
+        yield from broken_placement(self.experts.placement, num_experts, self.workers, communication)
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()

@@ -182,6 +182,12 @@ class ModelSpec(ModelSource):
         return self.router.selection != "top_k" or self.router.capacity_factor is not None
 
     @property
+    def moe_layers(self) -> tuple[str, ...]:
+        """Names of our model's MoE layers, as their parameters begin; none of a model that isn't ours."""
+        layers = range(self.first_k_dense_replace, self.num_hidden_layers) if self.is_native else ()
+        return tuple(f"layers.{layer}.mlp" for layer in layers)
+
+    @property
     def router_key_scale(self) -> float:
         """Factor on experts' keys: 1 over the root of their width and over their initial standard deviation, so that
         new routers with keys score as linear ones do."""

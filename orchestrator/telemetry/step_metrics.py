@@ -62,7 +62,12 @@ def values_of_experts(load: ExpertLoad) -> dict[str, float]:
         "moe/dead_experts": load.dead,
         "moe/choice_entropy": load.entropy,
     }
-    others = {"moe/load_swing": load.swing, "moe/dropped": load.dropped, "moe/experts_per_token": load.per_token}
+    others = {
+        "moe/load_swing": load.swing,
+        "moe/dropped": load.dropped,
+        "moe/experts_per_token": load.per_token,
+        "moe/rank_violation": load.rank_violation,
+    }
     return values | {name: value for name, value in others.items() if value is not None}
 
 

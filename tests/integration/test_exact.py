@@ -45,7 +45,7 @@ def _step_results(worker_group: LocalWorkerGroup) -> list[tuple[Any, ...]]:
             r.loss,
             r.update.grad_norm,
             r.validation_loss,
-            replace(r.routing.experts, swing=None),
+            replace(r.routing.experts, swing=None, rank_violation=None),
             r.update.applied,
             whole(r.state.digests),
         )

@@ -26,6 +26,7 @@ FORWARDED = (
     *("ls", "status", "wait", "logs", "events", "report"),
     *("scale", "pause", "resume", "stop", "rm", "set", "curriculum set", "fault kill-worker"),
     *("checkpoint now", "checkpoint ls", "checkpoint verify", "checkpoint rm", "check data"),
+    "experts rebalance",
 )
 STAYS = frozenset({"-f", "--follow", "--watch"})
 STOPPED = 103

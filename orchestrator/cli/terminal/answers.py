@@ -68,6 +68,18 @@ class NamedCheckpoint:
 
 
 @dataclass(frozen=True)
+class PlacedExperts:
+    """Experts of a run that workers got after `step`, and the largest load of a worker over the mean, minus 1, before
+    and after. `moved` is 0 where they stay."""
+
+    run_id: str
+    step: int
+    moved: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class AdoptedRun:
     """A run whose records count as signed with the key `key_id`. `checkpoint` is empty without any."""
 

@@ -64,6 +64,19 @@ def expert_load(counts_LE: NDArray[np.int64], before_LE: NDArray[np.int64] | Non
     )
 
 
+def rank_violation(load_LE: NDArray[np.float64], shares_LEW: NDArray[np.float64]) -> float:
+    """Largest load of a rank over the mean, minus 1, over all layers: their largest loads are summed, as a layer begins
+    when the one before has ended. 0 without tokens.
+
+    Args:
+        load_LE: tokens of each expert.
+        shares_LEW: of an expert's tokens that each rank computes.
+    """
+    load_LW = np.einsum("le,lew->lw", load_LE, shares_LEW)
+    mean = load_LW.mean(-1).sum()
+    return float(load_LW.max(-1).sum() / mean) - 1.0 if mean else 0.0
+
+
 def _swing(load_LE: NDArray[np.float64], before_LE: NDArray[np.int64]) -> float:
     """The share of experts whose load lies well above the mean in one of two steps and well below it in the other."""
     if not before_LE.any(-1).all():

@@ -7,14 +7,16 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
+from orchestrator.policy.rescale.load_placement import placed_by_load
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_parts import Transition
+from orchestrator.policy.state.run_parts import Rebalance, Transition
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.events.generations import GenerationPlanned, TransitionAbandoned
 from orchestrator.protocol.messages import GenerationPlan, StateSource
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.micro_batches import MicroBatchSize
+from orchestrator.spec.experts import BY_LOAD
 
 BLAME_S = 1.0  # a dead process or rendezvous store is identified within this after its peers notice
 MAX_FAILED_TRANSITIONS = 3  # in a row; then the run keeps its size and continues; after twice as many it fails
@@ -94,16 +96,32 @@ def is_blame_due(state: RunState, seen: Observation) -> bool:
 
 
 def planned_transition(
-    limits: RunLimits, state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str
+    limits: RunLimits,
+    state: RunState,
+    seen: Observation,
+    members: tuple[str, ...],
+    change: SizeChange,
+    why: str,
+    placement: ExpertPlacement | None = None,
+    rebalance: Rebalance | None = None,
 ) -> Decision:
-    """The state with a transition from the current world to one of these members."""
+    """The state with a transition from the current world to one of these members.
+
+    Args:
+        placement: of experts; None for the present one, dealt to new members if there are any.
+        rebalance: what it changes of the placement, if that is its purpose.
+    """
     assert state.current is not None
     old, new = state.current.world, World(state.num_generations, members)
     unchanged = members == old.members
     was = state.current.placement
-    placement = was if unchanged else ExpertPlacement.rebalanced(was, old, new, nodes_of(seen, members))
+    if placement is None:
+        nodes = nodes_of(seen, members)
+        placement = was if unchanged else ExpertPlacement.rebalanced(was, old, new, nodes)
+        if not unchanged and limits.placement.policy == BY_LOAD:
+            placement = placed_by_load(limits, seen, placement, nodes)
     source = StateSource(old, was, holders=old.members)
-    return with_plan(limits, state, seen, new, placement, source, change, why)
+    return with_plan(limits, state, seen, new, placement, source, change, why, rebalance)
 
 
 def micro_batch_for(limits: RunLimits, state: RunState, world: World) -> MicroBatchSize:
@@ -127,6 +145,7 @@ def with_plan(
     source: StateSource | None,
     change: SizeChange,
     why: str,
+    rebalance: Rebalance | None = None,
 ) -> Decision:
     """The state with this generation as the next one. Requires a rendezvous store."""
     assert seen.store_address is not None
@@ -148,7 +167,7 @@ def with_plan(
     )
     planned = replace(
         state,
-        transition=Transition(plan, change.first_step, why),
+        transition=Transition(plan, change.first_step, why, rebalance=rebalance),
         num_generations=world.generation + 1,
     )
     return Decision(planned, (GenerationPlanned(world.generation, world.members, change.first_step, why),))

@@ -27,10 +27,12 @@ from orchestrator.policy.rescale.generation_plan import (
 from orchestrator.policy.rescale.keeper import is_connecting
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import stall_s, typical_step_s
+from orchestrator.policy.state.run_parts import Rebalance
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled
+from orchestrator.protocol.events.training import ExpertsRebalanced
 from orchestrator.protocol.messages import Fence, GenerationPlan
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.protocol.worker_phase import Phase
@@ -121,7 +123,9 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         moved_bytes=moved_bytes,
         state_identical=state_identical,
     )
-    moved = old is not None and old.members != plan.world.members and state.abort.account is None
+    rebalance = state.transition.rebalance
+    is_other = old is not None and (old.members != plan.world.members or rebalance is not None)
+    moved = is_other and state.abort.account is None
     recoveries = state.recoveries
     if state.abort.account is not None:
         account = replace(
@@ -147,9 +151,11 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         queue=replace(state.queue, since_s=None, begun_s=seen.now_s if state.current is None else state.queue.begun_s),
         micro_batch=replace(state.micro_batch, size=UNSAID),
         rescales=(*state.rescales, rescale) if moved else state.rescales,
+        balance=replace(state.balance, unmeasured=rebalance),
     )
     event = Activated(**vars(rescale), members=plan.world.members)
-    return Decision(activated, (_with_times(event, plan, seen),))
+    notes = () if rebalance is None else (_rebalanced(rebalance, seen.step),)
+    return Decision(activated, (_with_times(event, plan, seen), *notes))
 
 
 def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -226,6 +232,10 @@ def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Cha
 def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
     report = seen.report(worker)
     return report.phase is Phase.READY and report.generation == generation
+
+
+def _rebalanced(change: Rebalance, step: int) -> Event:
+    return ExpertsRebalanced(change.generation, step, change.before, change.after, change.num_moved)
 
 
 def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:

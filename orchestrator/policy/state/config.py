@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from orchestrator.errors import UsageError
+from orchestrator.protocol.status import RunPhase
 from orchestrator.sampling.micro_batches import ONE_ROW, MicroBatchSize
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.experts import PlacementSpec
 from orchestrator.spec.fault_tolerance import AUTO, FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec, ScheduledScale
@@ -26,6 +28,8 @@ class RunLimits:
         unit: of speeds, in the plural.
         by_document: rows are of unequal length.
         checkpoints_by_time: checkpoints follow at intervals that are chosen.
+        placement: how experts are placed.
+        moe_layers: names of the layers that may have placements of their own, in the model's order.
     """
 
     run_id: str
@@ -52,6 +56,8 @@ class RunLimits:
     label_selector: Mapping[str, str] = field(default_factory=dict)
     verify: VerifySpec = field(default_factory=VerifySpec)
     checkpoints_by_time: bool = False
+    placement: PlacementSpec = field(default_factory=PlacementSpec)
+    moe_layers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -80,6 +86,8 @@ class RunLimits:
             verify=job.verify,
             checkpoints_by_time=job.checkpoint.every == AUTO,
             schedule=job.workers.schedule,
+            placement=job.experts.placement,
+            moe_layers=job.model.moe_layers,
         )
 
     def check_stage(self, name: str) -> None:
@@ -92,6 +100,24 @@ class RunLimits:
                 remedy="Name one of its stages, or next." if names else "Submit a job with a curriculum.",
                 unchanged=f"{self.run_id} continues unchanged.",
             )
+
+    def check_rebalance(self, phase: RunPhase, workers: int, has_loads: bool) -> None:
+        """Raises UsageError if experts can't be placed by load now: the run isn't training, has one worker, or no
+        tokens have come to experts yet."""
+        if phase is not RunPhase.TRAINING:
+            why, remedy = f"it is {phase}, not training", "Ask again once it trains."
+        elif workers == 1:
+            why, remedy = "its one worker has all experts", f"`orchestrator scale {self.run_id} -w 2` gives it more."
+        elif not has_loads:
+            why = "no expert has got a token yet: its model has none, or no step of it is recorded"
+            remedy = "If its model has experts, ask again in some seconds."
+        else:
+            return
+        raise UsageError(
+            f"the experts of run {self.run_id} can't be placed by load: {why}",
+            remedy=remedy,
+            unchanged=f"{self.run_id} continues unchanged.",
+        )
 
     def check_autoscale(self) -> None:
         """Raises UsageError if the job leaves the number of workers to its user."""

@@ -1,11 +1,12 @@
 """Progress of a run by the step records received: the watermark, and figures over the newest steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from statistics import median
 
 from orchestrator.errors import ProtocolError
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.load_average import LoadAverage
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.spec.workers import THROUGHPUT
@@ -33,6 +34,7 @@ class Progress:
     validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
     stages: tuple[tuple[str, int], ...] = ()  # of the curriculum, each that began with its first step
     validation_metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
+    loads: LoadAverage = field(default_factory=LoadAverage)  # of experts; records in `recent` have none
 
     @property
     def stage(self) -> str:
@@ -65,7 +67,7 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
     validation = [loss for _, loss in validations]
     return Progress(
         watermark=fresh[-1].step,
-        recent=(progress.recent + tuple(fresh))[-RECENT_STEPS:],
+        recent=(progress.recent + tuple(map(without_loads, fresh)))[-RECENT_STEPS:],
         first_loss=fresh[0].loss if progress.first_loss is None else progress.first_loss,
         loss=fresh[-1].loss,
         first_validation_loss=(
@@ -82,7 +84,13 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
             (r.validation_metrics for r in reversed(fresh) if r.validation_loss is not None),
             progress.validation_metrics,
         ),
+        loads=progress.loads.after(record.routing.loads for record in fresh),
     )
+
+
+def without_loads(record: StepRecord) -> StepRecord:
+    """The record without the loads of experts, which take more memory than all else."""
+    return replace(record, routing=replace(record.routing, loads=())) if record.routing.loads else record
 
 
 def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:

@@ -40,6 +40,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         reason="resumed",
         stage_requests=state.curriculum.requests,
         checkpoint=-1,
+        rebalances=state.balance.requests,
     )
     begun = replace(begun_again(state, order.restore), target=target, size_request=size_request)
     return Decision(begun, (event,))
@@ -65,6 +66,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         replay=ReplayState(differences=state.replay.up_to(done).differences),
         curriculum=replace(state.curriculum, version=state.curriculum.version + bool(state.curriculum.stages)),
         keeping=KeeperState(count=state.keeping.count),
+        balance=replace(state.balance, unmeasured=None),
     )
 
 

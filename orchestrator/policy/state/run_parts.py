@@ -40,6 +40,24 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Rebalance:
+    """A change of the experts' placement by their loads.
+
+    Args:
+        generation: that has the new placement.
+        before, after: largest load of a rank over the mean, minus 1, over all layers, with the loads that were known.
+        num_moved: experts that ranks get, over all layers.
+        step_s: duration of a step before.
+    """
+
+    generation: int
+    before: float
+    after: float
+    num_moved: int
+    step_s: float
+
+
+@dataclass(frozen=True)
 class Transition:
     """A planned generation, from its plan to its activation.
 
@@ -47,6 +65,7 @@ class Transition:
         first_step: its first step; None where it begins as soon as all are prepared.
         fence: where the current generation ends; None until all are prepared.
         failing_since_s: when it was first seen to fail with no culprit known.
+        rebalance: what it changes of the experts' placement, if that is its purpose.
     """
 
     plan: GenerationPlan
@@ -54,6 +73,7 @@ class Transition:
     why: str
     fence: Fence | None = None
     failing_since_s: float | None = None
+    rebalance: Rebalance | None = None
 
     def failing(self, now_s: float) -> "Transition":
         """This transition, marked as failing since `now_s` unless it already is."""
@@ -184,6 +204,21 @@ class MicroBatchState:
     ceiling_tokens: int = 0
     ceiling_workers: int = 0
     probes: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertBalance:
+    """Placement of experts by load.
+
+    Args:
+        requests: number of requests for one that were applied.
+        unmeasured: newest change, until its effect on steps is measured.
+        share: of a step's time that was measured to follow the load of the busiest rank; None before.
+    """
+
+    requests: int = 0
+    unmeasured: Rebalance | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from orchestrator.policy.state.run_parts import (
     AbortState,
     CheckpointInterval,
     CurriculumDecisions,
+    ExpertBalance,
     FailureState,
     KeeperState,
     MicroBatchState,
@@ -88,6 +89,7 @@ class RunState:
     curriculum: CurriculumDecisions = field(default_factory=CurriculumDecisions)
     replay: ReplayState = field(default_factory=ReplayState)
     keeping: KeeperState = field(default_factory=KeeperState)
+    balance: ExpertBalance = field(default_factory=ExpertBalance)
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
     recoveries: tuple[Recovery, ...] = ()

@@ -94,6 +94,45 @@ class MicroBatchReduced(Event):
 
 
 @dataclass(frozen=True)
+class ExpertsRebalanced(Event):
+    """From the step after `step` on, experts are placed by their loads.
+
+    Args:
+        before, after: largest load of a worker over the mean, minus 1, over all layers, by the loads known then.
+        num_moved: experts that workers got, over all layers.
+    """
+
+    generation: int
+    step: int
+    before: float
+    after: float
+    num_moved: int
+
+
+@dataclass(frozen=True)
+class ExpertsKept(Event):
+    """It was asked for experts to be placed by load, but they stay where they are.
+
+    Args:
+        rank_violation: largest load of a worker over the mean, minus 1, over all layers.
+    """
+
+    step: int
+    rank_violation: float
+    why: str
+
+
+@dataclass(frozen=True)
+class RebalanceMeasured(Event):
+    """Seconds of a step before and after the experts moved to the placement of `generation`."""
+
+    generation: int
+    step: int
+    before_s: float
+    after_s: float
+
+
+@dataclass(frozen=True)
 class BatchSkipped(Event):
     """The batch of a step is skipped because its loss exploded."""
 

@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import local_address
@@ -68,6 +70,7 @@ class Shard:
         micro_batch: size of a micro-batch.
         choosing: tuner of gradient compression, where the job leaves that open.
         skips: steps whose batches are left out.
+        shares_LEW: by MoE layer, expert and rank, the share of an expert's tokens that the rank computes.
         fingerprints: where training is exact, (first step, fingerprint that gives the digests from it on).
         seal: guard of the state between two updates, where that is checked.
     """
@@ -80,6 +83,7 @@ class Shard:
     micro_batch: MicroBatchSize
     choosing: CompressionTuner
     skips: frozenset[int]
+    shares_LEW: NDArray[np.float64]
     fingerprints: tuple[tuple[int, StateFingerprint], ...] = ()
     seal: MemoryGuard | None = None
 
@@ -197,9 +201,14 @@ class ShardFactory:
             micro_batch=micro_batch,
             choosing=choosing,
             skips=frozenset(plan.skips),
+            shares_LEW=self._shares(plan, len(model.moe_layers)),
             fingerprints=self._fingerprints(plan, engine) if self.spec.train.is_exact else (),
             seal=MemoryGuard(engine.idle_state()) if self.spec.verify.every is not None else None,
         )
+
+    def _shares(self, plan: GenerationPlan, num_layers: int) -> NDArray[np.float64]:
+        layers = self.spec.model.moe_layers or ("",) * num_layers
+        return np.array([plan.placement.shares(plan.nodes, layer) for layer in layers])
 
     def _fingerprints(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, StateFingerprint], ...]:
         asked_for = plan.replayed or (PastWorld(0, plan.world, plan.placement),)

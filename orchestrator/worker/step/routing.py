@@ -12,31 +12,35 @@ from torch import Tensor
 from orchestrator.engine.optim.lr_schedule import decay
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias, next_mass
-from orchestrator.policy.health.expert_load import expert_load, is_shown
+from orchestrator.policy.health.expert_load import expert_load, rank_violation
 from orchestrator.protocol.step_record import RoutingRecord
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 
 
 class RoutingRecorder:
-    """Compares each step's loads with those of the step before.
+    """Compares each step's loads with those of the step before."""
 
-    Args:
-        num_steps: of the run.
-    """
-
-    def __init__(self, num_steps: int, model: ModelSpec) -> None:
-        self._num_steps, self._model = num_steps, model
+    def __init__(self, model: ModelSpec) -> None:
+        self._model = model
         self._newest: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step, and its counts
 
-    def record(self, generation: int, step: int, routed: RoutingCounts) -> RoutingRecord:
-        """The record of a step, of whose global batch these are the counts. Steps are compared within a generation."""
+    def record(
+        self, generation: int, step: int, routed: RoutingCounts, shares_LEW: NDArray[np.float64]
+    ) -> RoutingRecord:
+        """The record of a step, of whose global batch these are the counts. Steps are compared within a generation.
+
+        Args:
+            shares_LEW: of an expert's tokens that each rank computes.
+        """
         newest = self._newest
         before = newest[2] if newest is not None and newest[:2] == (generation, step - 1) else None
         counts = routed.counts_LE.numpy()
         self._newest = (generation, step, counts)
-        loads = tuple(map(tuple, counts.tolist())) if is_shown(step, self._num_steps) else ()
+        loads = tuple(map(tuple, counts.tolist())) if counts.any() else ()
         load = expert_load(counts, before)
+        if shares_LEW.shape[-1] > 1 and loads:
+            load = replace(load, rank_violation=rank_violation(counts, shares_LEW))
         num_choices = max(int(counts.sum()), 1)
         if self._model.router.capacity_factor is not None:
             load = replace(load, dropped=int(routed.dropped_L.sum()) / num_choices)

@@ -77,7 +77,7 @@ class TrainStep:
         self._task = factory.task
         self._prefetch = Prefetch(feed, factory.spec.train.max_steps)
         self._traffic = traffic_meter.Since()
-        self._routing = RoutingRecorder(factory.spec.train.max_steps, factory.spec.model)
+        self._routing = RoutingRecorder(factory.spec.model)
         self._memory = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ class TrainStep:
             metrics=self._metrics(outcome.sums),
             validation_metrics=self._metrics(validation_sums),
             communication=CommunicationRecord(outcome.traffic, compression),
-            routing=self._routing.record(world.generation, step.number, outcome.routed),
+            routing=self._routing.record(world.generation, step.number, outcome.routed, step.shard.shares_LEW),
             state=StateRecord(outcome.digests),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.elastic.recovery_point import Holding
+from orchestrator.policy.health.expert_load import Loads
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.publication import publishable
@@ -111,6 +112,8 @@ class Life:
     measured: Callable[[str, GenerationPlan], MicroBatchMemory] | None = (
         None  # what a worker says its micro-batches take
     )
+    loads: Loads = ()  # of each step
+    step_s: Callable[[GenerationPlan], float] | None = None  # duration of steps of a generation
     grant: Grant = UNLIMITED
     priority: int | None = None
     directive: Directive = field(init=False)
@@ -192,6 +195,10 @@ class Life:
 
     def scale(self, workers: int) -> None:
         self.target = DesiredRunState(seq=self.target.seq + 1, workers=workers)
+
+    def rebalance(self) -> None:
+        target = self.target
+        self.target = replace(target, seq=target.seq + 1, rebalances=target.rebalances + 1)
 
     def stop_run(self, how: FinishMode = FinishMode.STOP) -> None:
         self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=how)
@@ -394,8 +401,15 @@ class Life:
         committed = self.step - 1 if is_held_twice else self.step  # each had its buddy's answer before it voted
         kept_by = self.keeper.number if self.keeper is not None else -1
         rank, slowness = slowest([self.slow.get(worker, 1.0) for worker in members])
+        step_s = 1.0 if self.step_s is None else self.step_s(current)
         self.pending[self.step] = record(
-            self.step, current.generation, vote_time=self.now_s, slowest=rank, slowness=slowness
+            self.step,
+            current.generation,
+            self.now_s,
+            step_s,
+            slowest=rank,
+            slowness=slowness,
+            loads=self.loads,
         )
         for worker in members:
             micro_batches = self.measured(worker, current) if self.measured else None

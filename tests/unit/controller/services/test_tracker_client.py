@@ -16,6 +16,7 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services import tracker_client
 from orchestrator.controller.services.tracker_client import START_AGAIN_S, TrackerClient
+from orchestrator.policy.health.expert_load import is_shown
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Submitted
@@ -34,8 +35,8 @@ from orchestrator.tracking.tracker import Tracker
 from tests.unit.policy.imagined import limits_of, record
 
 STEPS = 500
-LOADS = ((3, 1), (0, 4))  # of the experts, in steps that the heat map shows
-SHOWN = (0, 123, STEPS - 1)
+LOADS = ((3, 1), (0, 4))  # of the experts
+SHOWN = tuple(step for step in range(STEPS) if is_shown(step, STEPS))  # with loads in the journal
 DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "train", "abc", "/t", 1, 2),))
 
 
@@ -43,9 +44,7 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 def run_dir(tmp_path: Path) -> Path:
     memory = JournaledRun(tmp_path, limits_of(steps=STEPS))
     run_inline(memory.note(Submitted("run", 2)))
-    run_inline(
-        memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
-    )
+    run_inline(memory.absorb([record(step, loads=LOADS) for step in range(STEPS)], up_to=10_000))
     run_inline(memory.note(Rescaled(1, 2, 3, step=40, why="", stall_s=0.3, moved_bytes=7)))
     run_inline(memory.note(CheckpointCommitted(99, "/c/99", 0, "")))
     return tmp_path

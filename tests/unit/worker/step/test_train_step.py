@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,7 @@ def _do(parts: _Parts, step: int, skips: frozenset[int] = frozenset()) -> StepRe
         model=SimpleNamespace(moe_layers=[]),
         micro_batch=None,
         skips=skips,
+        shares_LEW=np.zeros((0, 2, 1)),
         fingerprint=lambda _: None,
         engine=parts,
         seal=parts,

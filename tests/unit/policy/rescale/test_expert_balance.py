@@ -1,0 +1,161 @@
+"""Experts placed by load: on request, by themselves where it pays, and never without a reason."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import UsageError
+from orchestrator.policy.health.expert_load import Loads
+from orchestrator.policy.rescale.expert_balance import KNOWN_STEPS
+from orchestrator.policy.state.load_average import LoadAverage
+from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.status import RunPhase
+from orchestrator.spec.experts import PlacementSpec
+from tests.unit.policy.imagined import Life, limits_of
+
+LAYERS = ("layers.0.mlp", "layers.1.mlp")
+SKEWED: Loads = ((900, 800, 700, 600, 100, 100, 100, 100), (100,) * 4 + (500,) * 4)
+EVEN: Loads = ((500,) * 8, (500, 505) * 4)
+BY_LOAD = PlacementSpec(policy="load")
+
+
+def _life(loads: Loads, steps: int = 150, size: int = 2, **changes: Any) -> Life:
+    limits = limits_of(steps=steps, initial_workers=size, moe_layers=LAYERS, **changes)
+    return Life(limits, loads=loads)
+
+
+def _holders(life: Life) -> list[Any]:
+    assert life.state.current is not None
+    return [life.state.current.placement.holders_of(layer) for layer in LAYERS]
+
+
+def test_a_request_places_each_layer_by_its_own_loads() -> None:
+    life = _life(SKEWED)
+    life.run_until(lambda: life.step == 30)
+    before = _holders(life)
+    life.rebalance()
+    life.run_until(lambda: bool(life.of_kind("experts_rebalanced")))
+    (event,) = life.of_kind("experts_rebalanced")
+    first, second = _holders(life)
+    assert first != second and first != before[0] and second != before[1]
+    assert event.before > 0.5 and event.after < 0.05 and event.num_moved >= 4
+    life.run_to_the_end()
+    assert len(life.of_kind("experts_rebalanced")) == 1 and not life.state.recoveries
+    (rescale,) = life.state.rescales
+    assert (rescale.from_size, rescale.to_size, rescale.step) == (2, 2, event.step)
+    assert rescale.stall_s is not None and "as asked" in rescale.why
+    assert life.done_by == [life.done_by[0]] * life.limits.steps
+
+
+def test_even_experts_stay_where_they_are_whoever_asks() -> None:
+    life = _life(EVEN, placement=BY_LOAD)
+    life.run_until(lambda: life.step == 60)
+    life.rebalance()
+    life.run_to_the_end()
+    (kept,) = life.of_kind("experts_kept")
+    assert kept.rank_violation < 0.01 and "no placement is better" in kept.why
+    assert life.state.num_generations == 1 and not life.state.rescales
+
+
+def test_a_run_places_its_experts_itself_once_if_that_pays() -> None:
+    life = _life(SKEWED, placement=BY_LOAD)
+    life.run_to_the_end()
+    (event,) = life.of_kind("experts_rebalanced")
+    assert KNOWN_STEPS <= event.step < KNOWN_STEPS + 10
+    assert life.state.num_generations == 2
+
+
+def test_experts_stay_if_the_steps_that_are_left_do_not_pay_for_the_stall() -> None:
+    life = _life(SKEWED, steps=KNOWN_STEPS + 8, placement=BY_LOAD)
+    life.run_to_the_end()
+    assert not life.of_kind("experts_rebalanced") and life.state.num_generations == 1
+
+
+def test_experts_stay_without_a_policy_or_a_request() -> None:
+    life = _life(SKEWED)
+    life.run_to_the_end()
+    assert life.state.num_generations == 1
+
+
+@pytest.mark.parametrize(("after_s", "share"), [(1.0, 0.0), (0.7, 0.8)])
+def test_what_a_placement_gained_decides_on_the_next(after_s: float, share: float) -> None:
+    """Loads that change later: moved for again only if the first change made steps shorter."""
+
+    def step_s(plan: GenerationPlan) -> float:
+        return after_s if plan.generation else 1.0
+
+    life = _life(SKEWED, placement=BY_LOAD)
+    life.step_s = step_s
+    life.run_until(lambda: bool(life.of_kind("rebalance_measured")))
+    (measured,) = life.of_kind("rebalance_measured")
+    assert (measured.before_s, measured.after_s) == (1.0, after_s)
+    assert life.state.balance.share == pytest.approx(share, abs=0.12)
+    life.loads = tuple(tuple(900 if ranks == (0,) else 100 for ranks in holders) for holders in _holders(life))
+    life.run_to_the_end()
+    assert len(life.of_kind("experts_rebalanced")) == (2 if share else 1)
+
+
+def test_a_rescale_places_experts_by_load_at_once_if_the_policy_says_so() -> None:
+    life = _life(SKEWED, placement=BY_LOAD)
+    life.run_until(lambda: life.state.balance.share is not None)
+    life.scale(4)
+    life.run_until(lambda: life.state.current is not None and life.state.current.world.size == 4)
+    assert life.state.current is not None and life.state.current.placement.layers
+    steps = life.step
+    life.run_until(lambda: life.step == steps + 60)
+    assert len(life.of_kind("experts_rebalanced")) == 1  # it was even from the beginning
+
+
+def test_a_worker_that_is_lost_while_experts_move_costs_no_step_and_the_run_goes_on() -> None:
+    life = _life(SKEWED, size=3)
+    life.run_until(lambda: life.step == 30)
+    life.rebalance()
+    life.run_until(lambda: life.state.next is not None)
+    life.kill("w1")
+    life.run_to_the_end()
+    assert life.step == life.limits.steps - 1 and life.state.balance.requests == 1
+
+
+def test_requests_that_come_during_a_rescale_wait_for_its_end() -> None:
+    life = _life(SKEWED)
+    life.run_until(lambda: life.step == 30)
+    life.scale(3)
+    life.run_until(lambda: life.state.next is not None)
+    life.rebalance()
+    life.run_until(lambda: bool(life.of_kind("experts_rebalanced") or life.of_kind("experts_kept")))
+    assert life.state.current is not None and life.state.current.world.size == 3
+
+
+def test_a_model_whose_layers_have_no_names_here_gets_one_placement() -> None:
+    life = Life(limits_of(steps=100), loads=SKEWED)
+    life.run_until(lambda: life.step == 30)
+    life.rebalance()
+    life.run_until(lambda: bool(life.of_kind("experts_rebalanced")))
+    assert life.state.current is not None
+    placement = life.state.current.placement
+    assert placement.layers == () and placement.holders != ((0,),) * 4 + ((1,),) * 4
+
+
+@pytest.mark.parametrize(
+    ("phase", "workers", "has_loads", "why"),
+    [
+        (RunPhase.QUEUED, 2, True, "it is queued, not training"),
+        (RunPhase.RECOVERING, 2, True, "it is recovering, not training"),
+        (RunPhase.TRAINING, 1, True, "its one worker has all experts"),
+        (RunPhase.TRAINING, 2, False, "no expert has got a token yet"),
+    ],
+)
+def test_what_cannot_be_placed_by_load_is_refused(phase: RunPhase, workers: int, has_loads: bool, why: str) -> None:
+    limits = limits_of()
+    with pytest.raises(UsageError, match=why) as refused:
+        limits.check_rebalance(phase, workers, has_loads)
+    assert "continues unchanged" in str(refused.value)
+    limits.check_rebalance(RunPhase.TRAINING, 2, has_loads=True)
+
+
+def test_the_average_forgets_and_leaves_out_steps_without_tokens() -> None:
+    average = LoadAverage().after([((10, 0),)] * 3 + [((0, 0),), ()])
+    assert average.num_steps == 3 and average.mean_LE.tolist() == [[10.0, 0.0]]
+    later = average.after([((0, 10),)] * 200)
+    assert later.mean_LE[0, 0] < 0.01 and later.mean_LE[0, 1] == pytest.approx(10.0, rel=1e-3)
+    assert later.after([((1, 2, 3),)]).mean_LE.tolist() == [[1.0, 2.0, 3.0]]  # other experts: from the beginning
