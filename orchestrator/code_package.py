@@ -16,7 +16,7 @@ from pathlib import Path
 from orchestrator.code_archive import unpack
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.section import with_code_dirs
+from orchestrator.spec.keys.section import with_code_dirs
 from orchestrator.storage.atomic import new_directory
 from orchestrator.storage.backends.home import home
 from orchestrator.storage.backends.location import Location, objects_at

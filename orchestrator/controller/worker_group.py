@@ -25,7 +25,7 @@ from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.labels import NODE_ID
+from orchestrator.spec.keys.labels import NODE_ID
 from orchestrator.storage.backends.location import Location
 from orchestrator.storage.backends.log_target import LogTarget
 

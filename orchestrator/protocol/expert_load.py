@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+Loads = tuple[tuple[int, ...], ...]  # of a step: by MoE layer, tokens of each expert
+
 
 @dataclass(frozen=True)
 class ExpertLoad:

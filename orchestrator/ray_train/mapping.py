@@ -22,7 +22,7 @@ from orchestrator.errors import UsageError, nearest
 from orchestrator.metrics.registry import METRICS
 from orchestrator.spec.fault_tolerance import MAX_BUDGET
 from orchestrator.spec.job_file.overrides import Setting
-from orchestrator.spec.section import Path
+from orchestrator.spec.keys.section import Path
 from orchestrator.spec.workers import AVAILABLE, MANUAL
 
 VALIDATION = "eval/loss"  # the metric by which checkpoints can be kept

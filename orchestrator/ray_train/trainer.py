@@ -46,7 +46,7 @@ from orchestrator.run_records.run_files import RunFiles, holds_run
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import job_from, load_job
 from orchestrator.spec.job_file.yaml import dotted
-from orchestrator.spec.section import Path as Key
+from orchestrator.spec.keys.section import Path as Key
 from orchestrator.spec.workers import AUTO
 from orchestrator.storage.backends.location import location_of
 from orchestrator.storage.backends.signing_keys import read_key

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.spec.keys.section import Broken, Path, Section
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.section import Broken, Path, Section
 from orchestrator.spec.train import TrainSpec
 
 BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)

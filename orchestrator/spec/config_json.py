@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section, broken_unread, directory
+from orchestrator.spec.keys.section import Broken, Section, broken_unread, directory
 
 # Keys of mixtures alone.
 OF_EXPERTS = frozenset(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from orchestrator.spec.section import HERE, Broken, CodeDir, Path, Section, refuse
+from orchestrator.spec.keys.section import HERE, Broken, CodeDir, Path, Section, refuse
 from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, Range, WorkersSpec
 
 SIGNALS = ("length", "compression", "rarity", "diversity", "reference_loss")

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
+from orchestrator.spec.keys.section import HERE, Broken, CodeDir, Path, Section, broken_own_code, directory, refuse
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.section import HERE, Broken, CodeDir, Path, Section, broken_own_code, directory, refuse
 from orchestrator.spec.task import (
     ARRAYS,
     CLASSIFICATION,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Broken, Path, Section, refuse
+from orchestrator.spec.keys.section import Broken, Path, Section, refuse
 
 AUTO, NONE = "auto", "none"
 FINISHED, COMMITTED = "finished", "committed"

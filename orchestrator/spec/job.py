@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
 from orchestrator.spec.curriculum import CurriculumSpec, broken_sizes
 from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training, format_of
-from orchestrator.spec.experts import ExpertsSpec, broken_placement
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -24,9 +23,7 @@ from orchestrator.spec.fault_tolerance import (
     broken_protection,
     broken_verification,
 )
-from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
-from orchestrator.spec.section import (
+from orchestrator.spec.keys.section import (
     Broken,
     Path,
     Section,
@@ -35,6 +32,9 @@ from orchestrator.spec.section import (
     requirement,
     storage_place,
 )
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.moe.experts import ExpertsSpec, broken_placement
+from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
@@ -193,8 +193,8 @@ class JobSpec(Section):
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
         yield from broken_communication(self.communication, self.train, self.model)
-        num_experts, communication = self.model.n_routed_experts, self.communication
-        yield from broken_placement(self.experts.placement, num_experts, self.workers, communication)
+        limits = {name: getattr(self.communication, name) for name in ("ranks_per_token", "nodes_per_token")}
+        yield from broken_placement(self.experts.placement, self.model.n_routed_experts, self.workers.max, limits)
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.spec.section import HERE, Broken, CodeDir, Section, broken_own_code, broken_unread
+from orchestrator.spec.keys.section import HERE, Broken, CodeDir, Section, broken_own_code, broken_unread
 from orchestrator.spec.task import Entrypoint
 
 RuleName = Literal["adamw", "sgd", "lion", "muon", "adafactor"]

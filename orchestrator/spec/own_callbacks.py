@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, CodeDir, Section
+from orchestrator.spec.keys.section import HERE, Broken, CodeDir, Section
 from orchestrator.spec.task import Entrypoint
 
 

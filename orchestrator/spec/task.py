@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from orchestrator.spec.section import HERE, Broken, CodeDir, Section, broken_own_code, broken_unread, refuse
+from orchestrator.spec.keys.section import HERE, Broken, CodeDir, Section, broken_own_code, broken_unread, refuse
 
 TaskName = Literal["lm", "sft", "dpo", "classification"]
 LM: TaskName = "lm"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from orchestrator.spec.section import Broken, Section, refuse
+from orchestrator.spec.keys.section import Broken, Section, refuse
 
 SinkName = Literal["tensorboard", "wandb"]
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.spec.keys.section import Broken, Section, refuse
 from orchestrator.spec.optimizer import EmaSpec, LrSchedulerSpec, OptimizerSpec
-from orchestrator.spec.section import Broken, Section, refuse
 
 # -- The `micro_batch_size` key: the size of one forward and backward pass of a worker ---------------------------------
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from orchestrator.spec.labels import LabelSelector
-from orchestrator.spec.section import REFERENCE, Broken, Path, Section, refuse
+from orchestrator.spec.keys.labels import LabelSelector
+from orchestrator.spec.keys.section import REFERENCE, Broken, Path, Section, refuse
 
 # Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")

@@ -19,7 +19,7 @@ from orchestrator.policy.estimate.memory_check import check_memory, is_checked
 from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
-from orchestrator.spec.section import with_code_dirs
+from orchestrator.spec.keys.section import with_code_dirs
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
 from orchestrator.submission.provenance import with_provenance

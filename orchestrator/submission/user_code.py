@@ -15,7 +15,7 @@ from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.requirements import installed
 from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.section import with_code_dirs
+from orchestrator.spec.keys.section import with_code_dirs
 from orchestrator.storage.backends.location import location_of
 from orchestrator.torch_process import run_module
 from orchestrator.user_code import place_of

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.policy.health.expert_load import Loads
+from orchestrator.protocol.expert_load import Loads
 
 CURVES = ("train/loss", "eval/loss", "elastic/world_size")
 TABLE_FILE = "events.json"

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from orchestrator.policy.health.expert_load import LoadMap, Loads, load_map
+from orchestrator.policy.health.expert_load import LoadMap, load_map
+from orchestrator.protocol.expert_load import Loads
 from orchestrator.tracking.charts import FAINT, GRID, INK
 
 FILE = "experts.png"

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ProtocolError
-from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry, plain_of_entry
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.protocol.expert_load import Loads
 from orchestrator.tracking.history import CURVES, History, read_history
 from orchestrator.tracking.outbox_file import open_outbox_file
 from orchestrator.tracking.sinks.sink import (

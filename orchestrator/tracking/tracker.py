@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from orchestrator.errors import NotFound, TermSuperseded
-from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.expert_load import Loads
 from orchestrator.storage.atomic import make_folders
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import location_of, objects_at

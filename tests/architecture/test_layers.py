@@ -69,7 +69,7 @@ RETIRED = {
 SHARED_NAMES = {
     *("base", "curriculum", "data", "energy", "errors", "expert_load", "html", "manifest", "param_listing", "router"),
     *("progress", "report", "requests", "sample_order", "status", "tracking", "trainer", "user_code", "workers"),
-    *("actors", "job", "model", "remote", "run", "task"),
+    *("actors", "experts", "job", "model", "remote", "run", "task"),
 }
 
 MODULES = read_package(PACKAGE)

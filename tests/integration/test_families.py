@@ -18,7 +18,7 @@ from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.router import RouterSpec
+from orchestrator.spec.moe.router import RouterSpec
 from orchestrator.worker.reference_model import starting_model
 from tests.integration.test_glm4_moe import _checkpoint_of
 

@@ -17,7 +17,7 @@ from orchestrator.cluster.nodes import labels_of_nodes
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.policy.cluster.node_pools import matches
 from orchestrator.protocol.status import RunPhase
-from orchestrator.spec.labels import NODE_ID
+from orchestrator.spec.keys.labels import NODE_ID
 from tests.support.control import Cluster, another_node, drain, local_ray
 from tests.support.worker_processes import pid_of_actor
 

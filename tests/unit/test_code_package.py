@@ -17,7 +17,7 @@ from orchestrator.code_archive import packed, unpack
 from orchestrator.code_package import UNUSED_S, of_user, package_name, placed
 from orchestrator.errors import OrchestratorError, StorageError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.section import with_code_dirs
+from orchestrator.spec.keys.section import with_code_dirs
 from orchestrator.storage.backends.bucket_url import BucketUrl
 from orchestrator.storage.backends.location import Location, objects_at
 from tests.support.request_proxy import RequestProxy

@@ -16,8 +16,8 @@ from orchestrator.cluster.inbox import Inbox, post
 from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import JournalCorrupt, KeyUnknown, OrchestratorError, ProtocolError
-from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.expert_load import Loads
 from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.run_records.prepared_data import PreparedData
 from orchestrator.run_records.tracker_setup import outbox_of, tracker_setup

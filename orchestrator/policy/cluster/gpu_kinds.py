@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from orchestrator.errors import UsageError
 from orchestrator.policy.cluster.node_pools import Labels
-from orchestrator.spec.labels import Condition
+from orchestrator.spec.keys.labels import Condition
 
 LABEL = "ray.io/accelerator-type"
 RESOURCE = "accelerator_type:"  # before a kind, among a node's resources

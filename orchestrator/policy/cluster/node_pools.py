@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.protocol.scaling import ScalingView
-from orchestrator.spec.labels import NODE_ID, Condition
+from orchestrator.spec.keys.labels import NODE_ID, Condition
 
 Labels = Mapping[str, str]
 MAX_SHOWN = 8  # values of a label, in an error

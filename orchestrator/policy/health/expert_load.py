@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.expert_load import ExpertLoad, Loads
 from orchestrator.protocol.step_record import StepRecord
 
 # Edges of the bins by which routers count margins (orchestrator.model.moe.routing.balance): 0, and magnitudes of
@@ -21,8 +21,6 @@ NUM_MARGIN_BINS = len(MARGIN_EDGES) + 1
 
 SHOWN_STEPS = 200  # columns of the heat map of a whole run
 LARGE_SWING = 0.25  # of the mean load, below which loads that change sides are noise
-
-Loads = tuple[tuple[int, ...], ...]  # of a step: by MoE layer, tokens of each expert
 
 
 @dataclass(frozen=True)

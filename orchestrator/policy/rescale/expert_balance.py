@@ -17,7 +17,7 @@ from orchestrator.policy.state.run_parts import Rebalance
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
 from orchestrator.protocol.events.training import ExpertsKept, RebalanceMeasured
-from orchestrator.spec.experts import BY_LOAD
+from orchestrator.spec.moe.experts import BY_LOAD
 
 LEAST_GAIN = 0.1  # of the busiest rank's load, by which a placement must lower it to replace another without a request
 NOISE = 0.02  # likewise on request: differences below are those between batches

@@ -31,13 +31,13 @@ class Ranks:
 
     Args:
         levels: blocks by level: single ranks, pairs, and so on to all of them.
-        slots: experts of a layer that a rank may have.
+        room: experts of a layer that a rank may have.
         share_of: by block, the share of an expert's tokens that each rank computes.
         nodes: by rank, the node that it runs on; empty if unknown.
     """
 
     levels: tuple[Level, ...]
-    slots: int
+    room: int
     share_of: Mapping[ReplicaSet, NDArray[np.float64]]
     nodes: tuple[str, ...] = ()
 
@@ -123,7 +123,7 @@ class _Packing:
         self._load_E, self._ranks = load_E, ranks
         self._block_of: list[ReplicaSet] = [()] * len(load_E)
         self._load_W = np.zeros(ranks.size)
-        self._free_W = np.full(ranks.size, ranks.slots)
+        self._free_W = np.full(ranks.size, ranks.room)
         self._mean = float(load_E.sum()) / ranks.size
 
     @property

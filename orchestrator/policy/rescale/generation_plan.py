@@ -16,7 +16,7 @@ from orchestrator.protocol.events.generations import GenerationPlanned, Transiti
 from orchestrator.protocol.messages import GenerationPlan, StateSource
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.sampling.micro_batches import MicroBatchSize
-from orchestrator.spec.experts import BY_LOAD
+from orchestrator.spec.moe.experts import BY_LOAD
 
 BLAME_S = 1.0  # a dead process or rendezvous store is identified within this after its peers notice
 MAX_FAILED_TRANSITIONS = 3  # in a row; then the run keeps its size and continues; after twice as many it fails

@@ -9,9 +9,9 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.sampling.micro_batches import ONE_ROW, MicroBatchSize
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
-from orchestrator.spec.experts import PlacementSpec
 from orchestrator.spec.fault_tolerance import AUTO, FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.moe.experts import PlacementSpec
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec, ScheduledScale
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.policy.health.expert_load import Loads
+from orchestrator.protocol.expert_load import Loads
 
 KEPT = 0.95  # of the average's weight, per step: its mean age is 20 steps
 

@@ -17,7 +17,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.old_keys import OLD_KEYS, OLD_VALUES
 from orchestrator.spec.job_file.overrides import Setting, apply
 from orchestrator.spec.job_file.yaml import YamlDocument, dotted, read_document, shown
-from orchestrator.spec.section import Broken, Path, all_keys, keys_at
+from orchestrator.spec.keys.section import Broken, Path, all_keys, keys_at
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more isn't a job file, which the first ones show

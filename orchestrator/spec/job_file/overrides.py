@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.yaml import NULLS, YamlDocument, dotted, read_document, shown
-from orchestrator.spec.section import Path, Section
+from orchestrator.spec.keys.section import Path, Section
 
 
 @dataclass(frozen=True)

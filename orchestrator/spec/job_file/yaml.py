@@ -22,7 +22,7 @@ from yaml.events import (
 )
 
 from orchestrator.errors import Problem, SpecError
-from orchestrator.spec.section import Path
+from orchestrator.spec.keys.section import Path
 
 MAX_DEPTH = 32
 

@@ -11,7 +11,7 @@ from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.router import RouterSpec
+from orchestrator.spec.moe.router import RouterSpec
 from orchestrator.spec.train import TrainSpec
 
 VOCAB = 512

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.elastic.recovery_point import Holding
-from orchestrator.policy.health.expert_load import Loads
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.publication import publishable
@@ -19,6 +18,7 @@ from orchestrator.policy.state.run_state import Commit, KillWorker, Observation,
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.expert_load import Loads
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Directive,

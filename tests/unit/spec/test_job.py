@@ -6,8 +6,8 @@ from pydantic import ValidationError
 from orchestrator.errors import SpecError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import parse_job
+from orchestrator.spec.keys.section import Section
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.section import Section
 from orchestrator.spec.workers import WorkersSpec
 
 

@@ -18,7 +18,7 @@ from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.moe.routing.router import Router, Routing
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.router import RouterSpec
+from orchestrator.spec.moe.router import RouterSpec
 from tests.support import devices
 from tests.unit.comm.threads import on_ranks
 

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.policy.health.expert_load import Loads
 from orchestrator.policy.rescale.expert_balance import KNOWN_STEPS
 from orchestrator.policy.state.load_average import LoadAverage
+from orchestrator.protocol.expert_load import Loads
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.status import RunPhase
-from orchestrator.spec.experts import PlacementSpec
+from orchestrator.spec.moe.experts import PlacementSpec
 from tests.unit.policy.imagined import Life, limits_of
 
 LAYERS = ("layers.0.mlp", "layers.1.mlp")

@@ -84,7 +84,7 @@ def test_any_loads_give_a_valid_placement_that_is_no_worse(size: int, redundant:
     placed = ExpertPlacement(len(load), size, holders)
     assert peak(load_E, holders, ranks) <= peak(load_E, present, ranks)
     assert holders == present or _copies(holders) <= redundant
-    assert all(len(placed.experts_of(rank)) <= ranks.slots for rank in range(size))
+    assert all(len(placed.experts_of(rank)) <= ranks.room for rank in range(size))
     if holders != present:
         assert len(placed.groups()) <= len(ranks.levels)
     again = pack(load_E, holders, ranks, redundant)

@@ -12,7 +12,7 @@ from orchestrator.model.base import draw_normal
 from orchestrator.model.moe.routing.router import Router
 from orchestrator.model.moe.routing.scorers import SCORERS, AttentionScorer, ContextScorer, Scorer, scorer_of
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.router import RouterSpec
+from orchestrator.spec.moe.router import RouterSpec
 from tests.support import devices
 
 pytestmark = pytest.mark.usefixtures("device")

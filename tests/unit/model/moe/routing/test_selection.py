@@ -18,7 +18,7 @@ from orchestrator.model.moe.routing.selection import (
     within_capacity,
 )
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.router import RouterSpec
+from orchestrator.spec.moe.router import RouterSpec
 from tests.support import devices
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Broken, Path, Section, broken_unread, refuse
+from orchestrator.spec.keys.section import Broken, Path, Section, broken_unread, refuse
 
 LEAST_CAPACITY = 0.5
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.router import RouterSpec
+from orchestrator.spec.moe.router import RouterSpec
 
 
 def test_a_name_stands_for_a_scorer() -> None:

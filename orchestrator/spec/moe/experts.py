@@ -1,13 +1,11 @@
 """The `experts` section: where a run's experts are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import Field
 
-from orchestrator.spec.communication import CommunicationSpec
-from orchestrator.spec.section import Broken, Path, Section
-from orchestrator.spec.workers import WorkersSpec
+from orchestrator.spec.keys.section import Broken, Path, Section
 
 BY_LOAD = "load"
 
@@ -36,14 +34,18 @@ class ExpertsSpec(Section):
 
 
 def broken_placement(
-    placement: PlacementSpec, num_experts: int, workers: WorkersSpec, communication: CommunicationSpec
+    placement: PlacementSpec, num_experts: int, most_workers: int, limits: Mapping[str, int | None]
 ) -> Iterator[Broken]:
-    """The rules between the placement of experts and other sections that are broken."""
+    """The rules between the placement of experts and other sections that are broken.
+
+    Args:
+        limits: keys of `communication` by which a token's choice depends on the placement, with their values.
+    """
     section: Path = ("experts", "placement")
-    most = num_experts * (workers.max - 1)
+    most = num_experts * (most_workers - 1)
     if placement.num_redundant_experts > most:
         rule = (
-            f"num_redundant_experts must be at most {most}, with which each of {workers.max} workers has all "
+            f"num_redundant_experts must be at most {most}, with which each of {most_workers} workers has all "
             f"{num_experts} experts; got {placement.num_redundant_experts}"
         )
         keys: tuple[Path, ...] = (
@@ -52,7 +54,7 @@ def broken_placement(
             ("model", "n_routed_experts"),
         )
         yield Broken(keys, rule)
-    for name in ("ranks_per_token", "nodes_per_token"):
-        if placement.policy == BY_LOAD and (limit := getattr(communication, name)) is not None:
+    for name, limit in limits.items():
+        if placement.policy == BY_LOAD and limit is not None:
             rule = f"placement.policy must not be load with communication.{name}, by which loads follow the placement"
             yield Broken(((*section, "policy"), ("communication", name)), f"{rule}; got {limit}")

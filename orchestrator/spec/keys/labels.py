@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from orchestrator.spec.section import refuse
+from orchestrator.spec.keys.section import refuse
 
 NODE_ID = "ray.io/node-id"  # set by Ray on every node; used to keep workers off nodes that fail
 VALUE = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
