@@ -35,6 +35,9 @@ class RemoteClient:
         status: RunStatus = self._call(OrchestratorClient.get, run_id)
         return status
 
+    def rebalance(self, run_id: str) -> None:
+        self._call(OrchestratorClient.rebalance, run_id)
+
     def stop(self, run_id: str) -> None:
         self._call(OrchestratorClient.stop, run_id)
 
@@ -44,7 +47,13 @@ class RemoteClient:
 
 
 class HostedRun(LiveRun):
-    """A run on hosts, seen from their head."""
+    """A run on hosts, seen from their head.
+
+    Attributes:
+        ended: its status, once it was stopped.
+    """
+
+    ended: RunStatus
 
     def __init__(self, hosts: Hosts, driver: Driver, job: JobSpec) -> None:
         super().__init__(RemoteClient(driver), job)  # type: ignore[arg-type]
@@ -64,14 +73,21 @@ class HostedRun(LiveRun):
 
 
 @contextmanager
-def hosted_run(job: JobSpec) -> Iterator[tuple[Hosts, HostedRun]]:
-    """The job on as many hosts as it has workers, one on each; stopped at the end."""
+def hosted_run(job: JobSpec, mbit: float | None = None) -> Iterator[tuple[Hosts, HostedRun]]:
+    """The job on as many hosts as it has workers, one on each; stopped at the end.
+
+    Args:
+        mbit: that each host's link lets through; None for all.
+    """
     with Hosts(job.workers.initial) as hosts:
         hosts.start_ray(cpus=1)
+        for index in range(job.workers.initial):
+            if mbit is not None:
+                hosts.limit(index, mbit)
         with Driver(hosts, 0) as driver:
             live = HostedRun(hosts, driver, job)
             yield hosts, live
-            live.stop()
+            live.ended = live.stop()
 
 
 def node_killed(hosts: Hosts, live: HostedRun, chance: random.Random) -> Fault:

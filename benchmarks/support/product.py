@@ -96,6 +96,14 @@ class LiveRun:
         """Ask for another size, and wait for nothing."""
         self._client.scale(self._id, workers)
 
+    def rebalance(self) -> None:
+        """Ask for experts to be placed by load, and wait for nothing."""
+        self._client.rebalance(self._id)
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """Events of these kinds so far."""
+        return [event for event in read_events(objects_at(self.run_dir)) if event["kind"] in kinds]
+
     def scale(self, workers: int, measured: bool = True) -> Request:
         """Ask for another size and wait until the run has it; `measured`: and until its stall is known."""
         known = len(self._client.get(self._id).rescales)

@@ -212,9 +212,13 @@ class Hosts:
     def mend(self, index: int) -> None:
         self._switch.run(["ip", "link", "set", f"port{index}", "up"])
 
-    def limit(self, index: int, mbit: float) -> None:
-        """Let no more than `mbit` megabits a second through, to the host and from it."""
-        shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms"]
+    def limit(self, index: int, mbit: float, queue_ms: int = 50) -> None:
+        """Let no more than `mbit` megabits a second through, to the host and from it.
+
+        Args:
+            queue_ms: for which packets may wait; those that would longer are lost.
+        """
+        shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", f"{queue_ms}ms"]
         self._switch.run(["tc", "qdisc", "replace", "dev", f"port{index}", *shape])
         self._hosts[index].run(["tc", "qdisc", "replace", "dev", "eth0", *shape])
 
