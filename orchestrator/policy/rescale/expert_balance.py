@@ -20,7 +20,7 @@ from orchestrator.protocol.events.training import ExpertsKept, RebalanceMeasured
 from orchestrator.spec.moe.experts import BY_LOAD
 
 LEAST_GAIN = 0.1  # of the busiest rank's load, by which a placement must lower it to replace another without a request
-NOISE = 0.02  # likewise on request: differences below are those between batches
+LEAST_ON_REQUEST = 0.05  # likewise on request: what balanced routers leave uneven differs as much from batch to batch
 KNOWN_STEPS = 20  # with loads, before placements follow from them
 GUESSED_SHARE = 0.5  # of a step's time that follows the busiest rank's load, until it was measured
 GUESSED_STALL_S = 1.0
@@ -81,9 +81,9 @@ def _why_not(limits: RunLimits, seen: Observation, before: float, after: float) 
     """Why no other placement is better; empty if one is."""
     if not seen.progress.loads.num_steps:
         return "no loads are known yet"
-    if 1 + after > (1 + before) * (1 - NOISE):
+    if 1 + after > (1 + before) * (1 - LEAST_ON_REQUEST):
         return (
-            f"the busiest worker has {1 + before:.2f} times the mean load, and no placement is better by more than 2 %"
+            f"the busiest worker has {1 + before:.2f} times the mean load, and no placement lowers that by 5 %"
         )
     return ""
 
