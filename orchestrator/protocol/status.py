@@ -131,6 +131,9 @@ class RunStatus:
     unit: str = "tokens"
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest step
     validation_metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
+    rank_violation: float | None = (
+        None  # largest expert load of a worker / mean - 1, over all layers, of the newest step
+    )
     as_of_time: float | None = field(default=None, compare=False)  # when its controller answered; None from run storage
 
 

@@ -96,6 +96,7 @@ def status_of(
         priority=limits.priority_of(state.priority),
         held_by=num_holders(state, seen),
         uncommitted=num_uncommitted(limits, state, seen),
+        rank_violation=progress.recent[-1].routing.experts.rank_violation if progress.recent and not over else None,
         as_of_time=seen.now_s or None,
     )
 

@@ -9,6 +9,7 @@ from orchestrator.policy.health.expert_load import LoadMap, load_map, shown_load
 from orchestrator.policy.report.report import Rates, RunReport, report_of
 from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.training import ExpertsRebalanced
 from orchestrator.run_records.prepared_data import DataPrepared
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import JobSpec
@@ -35,7 +36,11 @@ def read_report(run_dir: Location, rates: Rates) -> RunReport:
 
 def read_load_map(run_dir: Location) -> LoadMap | None:
     """The loads of the run's experts over its steps; None if it has none."""
-    return load_map(shown_loads(RunFiles(run_dir).steps()))
+    files = RunFiles(run_dir)
+    moves = (
+        e.event.step + 1 for e in files.entries(only=(ExpertsRebalanced,)) if isinstance(e.event, ExpertsRebalanced)
+    )
+    return load_map(shown_loads(files.steps()), moves)
 
 
 def _size(job: JobSpec, run_dir: Location, entries: Iterable[JournalEntry]) -> tuple[ModelSize | None, str]:

@@ -6,7 +6,7 @@ Importing this module imports matplotlib (0.5 s).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,13 @@ COLOURS = "RdBu_r"  # blue below the mean, white at it, red above
 EXPERT_INCHES, PANEL_INCHES, EDGE_INCHES = 0.14, (1.3, 2.4), 1.2
 
 
-def draw_loads(loads: Mapping[int, Loads], title: str, directory: Path) -> tuple[Path, ...]:
-    """Write the picture. Returns its path; empty if no tokens were routed to experts."""
-    found = load_map(loads)
+def draw_loads(loads: Mapping[int, Loads], title: str, directory: Path, moves: Iterable[int] = ()) -> tuple[Path, ...]:
+    """Write the picture. Returns its path; empty if no tokens were routed to experts.
+
+    Args:
+        moves: steps from which on experts were placed by their loads.
+    """
+    found = load_map(loads, moves)
     if found is None:
         return ()
     path = directory / FILE
@@ -55,6 +59,8 @@ def load_figure(loads: LoadMap, title: str) -> Figure:
             axes.set_visible(False)
             continue
         _draw_layer(axes, edges, loads.load_LES[layers[place]], norm)
+        for step in loads.moves:
+            axes.axvline(step - 0.5, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
         axes.set_title(f"MoE layer {layers[place]}", loc="left", color=INK, fontsize=9)
     for axes in panels[:, 0]:
         axes.set_ylabel("expert", color=INK, fontsize=9)
@@ -66,7 +72,8 @@ def load_figure(loads: LoadMap, title: str) -> Figure:
     bar.set_label("load of an expert / mean load", color=INK)
     bar.ax.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
     left_out = f", the {len(layers)} least even of {num_layers} MoE layers" if len(layers) < num_layers else ""
-    figure.suptitle(f"{title}: loads of experts{left_out}", x=0.01, ha="left", color=INK, fontsize=12)
+    moved = "; dashed: experts were placed by load" if loads.moves else ""
+    figure.suptitle(f"{title}: loads of experts{left_out}{moved}", x=0.01, ha="left", color=INK, fontsize=12)
     return figure
 
 

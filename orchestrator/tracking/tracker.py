@@ -21,6 +21,7 @@ from typing import TypedDict
 
 from orchestrator.errors import NotFound, TermSuperseded
 from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.training import ExpertsRebalanced
 from orchestrator.protocol.expert_load import Loads
 from orchestrator.storage.atomic import make_folders
 from orchestrator.storage.backends.bucket_url import BucketUrl
@@ -199,7 +200,8 @@ def _outlet(name: str, setup: TrackerSetup) -> Outlet:
         from orchestrator.tracking.charts import draw  # and with it matplotlib
         from orchestrator.tracking.load_chart import draw_loads
 
-        return [*draw(history, setup.run.name, directory), *draw_loads(history.loads, setup.run.name, directory)]
+        name, moves = setup.run.name, [e.step + 1 for e in history.events if e.kind == ExpertsRebalanced.kind]
+        return [*draw(history, name, directory), *draw_loads(history.loads, name, directory, moves)]
 
     reporting = Reporting(table=lambda history: write_table(history, directory), charts=charts)
     files = reporting if name == MLFLOW else None

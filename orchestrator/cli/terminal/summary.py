@@ -54,6 +54,7 @@ def details(status: RunStatus, now_s: float) -> list[tuple[str, str]]:
         ("priority", str(status.priority)),
         ("workers", workers(status) if status.workers_now else NONE),
         ("each worker", resources(status.resources)),
+        *_expert_load(status),
         ("traffic", traffic(status.traffic)),
         ("held", _held(status)),
         ("run storage", status.storage.replace("_", " ")),
@@ -89,6 +90,13 @@ def _held(status: RunStatus) -> str:
     held = {0: NONE, 1: "once: a lost worker sends the run back to a checkpoint", 3: "in three workers' memory"}
     waiting = f"; finished, not committed: {status.uncommitted}" * (status.uncommitted > 0)
     return held.get(status.held_by, "twice: in two workers' memory") + waiting
+
+
+def _expert_load(status: RunStatus) -> list[tuple[str, str]]:
+    """How unevenly the experts' tokens are spread over workers; nothing where there is one, or are no experts."""
+    if status.rank_violation is None:
+        return []
+    return [("expert load", f"the busiest worker has {1 + status.rank_violation:.2f} times the mean")]
 
 
 def _took(status: RunStatus) -> str:

@@ -24,6 +24,7 @@ from orchestrator.policy.estimate.worker_memory import (
     neighbours,
     next_layout,
     plan_memory,
+    planned_placement,
     with_longest_rows,
 )
 from orchestrator.sampling.micro_batches import micro_batches_of
@@ -79,7 +80,7 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
 
 
 def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldPlan:
-    placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
+    placement = planned_placement(job, size)
     layout = layout_at(job, state, placement, imagined_world(0, size))
     return WorldPlan(
         world_size=size,

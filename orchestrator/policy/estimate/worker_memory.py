@@ -111,12 +111,30 @@ class MemoryPlan:
 def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
     """The memory of a worker in a world of `size`. Arguments as in `plan_job`."""
     job = with_longest_rows(job)
-    placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
+    placement = planned_placement(job, size)
     layout = layout_at(job, state, placement, imagined_world(0, size))
     seconds = [_second_shard(layout, next_layout(job, state, layout, placement, to)) for to in neighbours(job, size)]
     if size > 1:  # a failed worker may be replaced before the others continue
         seconds.append(int(layout.bytes_per_rank().max()))
     return _memory(job, state, layout, placement, max(seconds, default=0), ours)
+
+
+def planned_placement(job: JobSpec, size: int) -> ExpertPlacement:
+    """A placement in a world of `size` with all the copies of experts that the job allows, of any experts: with other
+    loads other experts have them, and as many are on a worker."""
+    balanced = ExpertPlacement.balanced(job.model.n_routed_experts, size)
+    copies = min(job.experts.placement.num_redundant_experts, balanced.num_experts * (size - 1))
+    if not copies:
+        return balanced
+    holders = [list(ranks) for ranks in balanced.holders]
+    held = Counter(rank for ranks in holders for rank in ranks)
+    by_turns = sorted(range(len(holders)), key=lambda expert: balanced.experts_of(holders[expert][0]).index(expert))
+    for expert in (by_turns * (size - 1))[:copies]:
+        others = [rank for rank in range(size) if rank not in holders[expert]]
+        if others:  # the nearest of those with the fewest
+            holders[expert].append(min(others, key=lambda rank: (held[rank], rank ^ holders[expert][0])))
+            held[holders[expert][-1]] += 1
+    return ExpertPlacement(len(holders), size, tuple(tuple(sorted(ranks)) for ranks in holders))
 
 
 def with_longest_rows(job: JobSpec) -> JobSpec:

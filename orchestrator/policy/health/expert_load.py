@@ -30,10 +30,12 @@ class LoadMap:
     Args:
         steps: of the columns, ascending.
         load_LES: by MoE layer, expert and column, load / mean load; NaN where a layer had no tokens.
+        moves: steps from which on experts were placed by their loads.
     """
 
     steps: tuple[int, ...]
     load_LES: NDArray[np.float64]
+    moves: tuple[int, ...] = ()
 
 
 def expert_load(counts_LE: NDArray[np.int64], before_LE: NDArray[np.int64] | None = None) -> ExpertLoad:
@@ -99,11 +101,17 @@ def shown_loads(records: Iterable[StepRecord]) -> dict[int, Loads]:
     return {record.step: record.routing.loads for record in records if record.routing.loads}
 
 
-def load_map(loads: Mapping[int, Loads]) -> LoadMap | None:
-    """Heat map of the loads of these steps; None where no token was routed in any of them."""
+def load_map(loads: Mapping[int, Loads], moves: Iterable[int] = ()) -> LoadMap | None:
+    """Heat map of the loads of these steps; None where no token was routed in any of them.
+
+    Args:
+        moves: steps from which on experts were placed by their loads.
+    """
     if not any(any(tokens_E) for tokens_LE in loads.values() for tokens_E in tokens_LE):
         return None
     steps = tuple(sorted(loads))
     counts_LES = np.array([loads[step] for step in steps], dtype=np.float64).transpose(1, 2, 0)
     mean_L1S = counts_LES.mean(1, keepdims=True)
-    return LoadMap(steps, np.divide(counts_LES, mean_L1S, out=np.full_like(counts_LES, np.nan), where=mean_L1S > 0))
+    return LoadMap(
+        steps, np.divide(counts_LES, mean_L1S, out=np.full_like(counts_LES, np.nan), where=mean_L1S > 0), tuple(moves)
+    )

@@ -82,9 +82,7 @@ def _why_not(limits: RunLimits, seen: Observation, before: float, after: float) 
     if not seen.progress.loads.num_steps:
         return "no loads are known yet"
     if 1 + after > (1 + before) * (1 - LEAST_ON_REQUEST):
-        return (
-            f"the busiest worker has {1 + before:.2f} times the mean load, and no placement lowers that by 5 %"
-        )
+        return f"the busiest worker has {1 + before:.2f} times the mean load, and no placement lowers that by 5 %"
     return ""
 
 

@@ -61,3 +61,12 @@ def test_the_picture_of_one_step_is_written_and_without_experts_there_is_none(tm
     assert list(tmp_path.iterdir()) == []
     (png,) = draw_loads({3: ((5, 1), (0, 0))}, "demo", tmp_path)
     assert png == tmp_path / FILE and png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_from_which_on_experts_were_placed_by_load_are_marked_in_each_panel() -> None:
+    loads = _map(2)
+    marked = load_figure(LoadMap(loads.steps, loads.load_LES, moves=(6, 11)), "demo")
+    for axes in marked.axes[:2]:
+        assert [line.get_xdata()[0] for line in axes.lines] == [5.5, 10.5]  # type: ignore[index]
+    assert "dashed: experts were placed by load" in marked.get_suptitle()
+    assert "dashed" not in load_figure(loads, "demo").get_suptitle()

@@ -42,6 +42,13 @@ def test_a_failure_shows_its_cause() -> None:
     assert ("error", "rank 1 died") in summary.summary(status(phase=RunPhase.FAILED, error="rank 1 died"))
 
 
+def test_uneven_workers_are_shown_where_experts_have_tokens() -> None:
+    assert ("expert load", "the busiest worker has 1.62 times the mean") in summary.details(
+        status(rank_violation=0.62), 0.0
+    )
+    assert "expert load" not in dict(summary.details(status(), 0.0))
+
+
 def test_a_warning_is_shown() -> None:
     assert ("warning", "metrics can't be published") in summary.summary(status(warning="metrics can't be published"))
 

@@ -80,3 +80,24 @@ def test_both_answers_of_a_pair_are_in_memory_and_counted_once() -> None:
     )
     assert of_pairs.activations is not None and of_chats.activations is not None
     assert of_pairs.activations == 2 * of_chats.activations
+
+
+def test_copies_of_experts_take_memory_and_their_gradients_travel() -> None:
+    def plan(copies: int) -> JobPlan:
+        placement = {"placement": {"num_redundant_experts": copies}}
+        spec = {
+            "schema": "v1",
+            "name": "try",
+            "workers": "1..4",
+            "model": {"n_routed_experts": 8},
+            "experts": placement,
+        }
+        return plan_job(JobSpec.model_validate(spec), STATE)
+
+    without, two, all_copies = (plan(copies) for copies in (0, 2, 24))
+    assert [sum(world.experts) for world in two.worlds] == [8, 10, 10, 10]
+    assert two.worlds[3].experts == (3, 3, 2, 2)  # a pair of ranks has both
+    assert [world.experts for world in all_copies.worlds] == [(8,) * size for size in range(1, 5)]
+    for world, plain in zip(two.worlds[1:], without.worlds[1:], strict=True):
+        assert world.memory.peak >= plain.memory.peak
+        assert world.traffic.gradients_reduced > plain.traffic.gradients_reduced
