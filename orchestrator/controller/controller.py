@@ -259,7 +259,7 @@ class RunController:
         """
         controlled = self._controlled()
         state, seen = controlled.run.memory.state, controlled.observer.observe()
-        has_loads = seen.progress.loads.num_steps > 0
+        has_loads = seen.progress.loads.weight > 0
         self._limits.check_rebalance(phase_of(state, seen), len(state.members), has_loads)
         return self._requests.aim(FinishMode.NO, reason, rebalance=True)
 

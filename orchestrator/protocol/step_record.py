@@ -3,7 +3,7 @@
 Members write it after the vote; the journal has one per committed step. Times are `time.time()` seconds.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.protocol.codec import Compact
 from orchestrator.protocol.expert_load import ExpertLoad
@@ -134,3 +134,8 @@ class StepRecord(Compact):
     state: StateRecord = field(default_factory=StateRecord)
     metrics: dict[str, float] = field(default_factory=dict)
     validation_metrics: dict[str, float] = field(default_factory=dict)
+
+
+def without_loads(record: StepRecord) -> StepRecord:
+    """The record without the loads of experts, which take more memory than all else."""
+    return replace(record, routing=replace(record.routing, loads=())) if record.routing.loads else record

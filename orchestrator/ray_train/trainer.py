@@ -211,7 +211,7 @@ class _Told:
 
     def __init__(self) -> None:
         self._phase: RunPhase | None = None
-        self._changes = 0
+        self._told = -1  # generation
 
     def tell(self, status: RunStatus) -> None:
         if status.phase is not self._phase:
@@ -220,7 +220,7 @@ class _Told:
             )
         both: tuple[Rescale | Recovery, ...] = (*status.rescales, *status.recoveries)
         changes = sorted(both, key=lambda change: change.generation)
-        for change in changes[self._changes :]:
+        for change in (change for change in changes if change.generation > self._told):
             log.info(
                 "run %s: %d -> %d workers after step %d: %s",
                 status.run_id,
@@ -229,7 +229,7 @@ class _Told:
                 change.step,
                 change.why,
             )
-        self._phase, self._changes = status.phase, len(changes)
+        self._phase, self._told = status.phase, max((change.generation for change in changes), default=-1)
 
 
 def _check_type(name: str, config: Any, wanted: type) -> None:

@@ -10,12 +10,12 @@ from typing import Protocol, TypeVar
 from orchestrator.errors import JournalCorrupt, StorageError
 from orchestrator.policy.health.expert_load import is_shown
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import Progress, absorb, stages_begun, without_loads
+from orchestrator.policy.state.progress import Progress, absorb, stages_begun
 from orchestrator.policy.state.run_state import RunState, StateDecided
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StageBegan, StepsCommitted
-from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.step_record import StepRecord, without_loads
 from orchestrator.run_records.final_status import status_key
 from orchestrator.run_records.journal_compactor import JournalCompactor
 from orchestrator.run_records.prepared_data import DataPrepared, PreparedData

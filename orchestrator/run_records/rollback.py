@@ -6,11 +6,11 @@ A long journal isn't read whole for them.
 from collections.abc import Iterator
 
 from orchestrator.policy.state.load_average import LoadAverage
-from orchestrator.policy.state.progress import RECENT_STEPS, Progress, without_loads
+from orchestrator.policy.state.progress import RECENT_STEPS, Progress
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StepsCommitted
-from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.step_record import StepRecord, without_loads
 from orchestrator.storage.chain_reader import ChainReader
 from orchestrator.storage.objects import Objects
 
@@ -46,7 +46,7 @@ def progress_up_to(objects: Objects, progress: Progress, step: int, before: int 
         skipped=progress.skipped - sum(not record.update.applied for record in undone),
         validations=validations,
         validation_metrics=next((r.validation_metrics for r in reversed(recent) if r.validation_loss is not None), {}),
-        loads=LoadAverage().after(record.routing.loads for record in recent),
+        loads=LoadAverage().after((record.step, record.routing.loads) for record in recent),
         stages=tuple((name, first_step) for name, first_step in progress.stages if first_step <= step),
     )
 

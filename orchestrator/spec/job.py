@@ -33,7 +33,7 @@ from orchestrator.spec.keys.section import (
     storage_place,
 )
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.moe.experts import ExpertsSpec, broken_placement
+from orchestrator.spec.moe.experts import OF_PLACEMENT, ExpertsSpec, broken_placement
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
@@ -193,7 +193,7 @@ class JobSpec(Section):
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
         yield from broken_communication(self.communication, self.train, self.model)
-        limits = {name: getattr(self.communication, name) for name in ("ranks_per_token", "nodes_per_token")}
+        limits = {name: getattr(self.communication, name) for name in OF_PLACEMENT}
         yield from broken_placement(self.experts.placement, self.model.n_routed_experts, self.workers.max, limits)
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:

@@ -137,9 +137,8 @@ def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -
             for axes in (loss_axes, world_axes):
                 axes.axvline(step, color=mark.colour, linewidth=0.8, alpha=0.45, zorder=0)
         if changes and step - labelled >= LABEL_GAP * (high - low):
-            sizes = event.fields["from_size"], event.fields["to_size"]
-            is_move = event.kind == "rescaled" and sizes[0] == sizes[1]
-            text = "experts" if is_move else "→".join(map(str, sizes))
+            text = f"{event.fields['from_size']}→{event.fields['to_size']}"
+            text = "experts" if event.fields.get("experts_moved") else text
             loss_axes.annotate(
                 text,
                 (step, 1.0),

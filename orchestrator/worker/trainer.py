@@ -9,12 +9,14 @@
 import gc
 import logging
 from contextlib import suppress
+from functools import partial
 
 import torch
 
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.comm.transport.nccl import abort_communicators
 from orchestrator.engine.process_groups import disconnect
+from orchestrator.policy.health.expert_load import is_shown
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import CHECKPOINT_CORRUPT
@@ -85,6 +87,7 @@ class Trainer:
         self._rescaler = Rescaler(factory, mailbox, self._snapshots, position)
         train_step = TrainStep(factory, feed)
         link = KeeperLink(factory, mailbox, self._snapshots)
+        mailbox.keeps_loads = partial(is_shown, num_steps=spec.train.max_steps)
         self._loop = TrainingLoop(spec, mailbox, train_step, preparer, self._snapshots, position, saver, link)
 
     def run(self) -> None:

@@ -96,8 +96,9 @@ def resources(amounts: Mapping[str, float]) -> str:
 
 def rescale(change: Rescale) -> str:
     """A rescale and its cost as one line. The step shown is the first of the new world."""
-    moved = change.from_size == change.to_size and "experts" in change.why
-    what = "experts moved" if moved else f"{change.from_size} -> {change.to_size} workers"
+    what = f"{change.from_size} -> {change.to_size} workers"
+    if change.experts_moved:
+        what = f"{counted(change.experts_moved, 'expert')} moved"
     return (
         f"{what} at step {change.step + 1}: {_stall(change)}, "
         f"{change.steps_lost} steps lost, {size(change.moved_bytes)} moved{_identical(change)} ({change.why})"

@@ -91,22 +91,22 @@ class LiveProgress(StatusLine):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__(stream)
-        self._told_rescales = self._told_recoveries = 0
+        self._told_rescales = self._told_recoveries = -1  # generations
         self._warning: str | None = None  # the one shown last
         self._phase: RunPhase | None = None
         self._line = ""
         self._written_s = 0.0
 
     def show(self, status: RunStatus) -> None:
-        for change in status.rescales[self._told_rescales :]:
+        for change in (r for r in status.rescales if r.generation > self._told_rescales):
             if change.stall_s is None and not status.phase.ended:
                 break  # shown once it has been measured
-            self._told_rescales += 1
-            self.keep(f"{status.run_id} rescaled {rescale(change)}")
-        for failure in status.recoveries[self._told_recoveries :]:
+            self._told_rescales = change.generation
+            self.keep(f"{status.run_id}{':' if change.experts_moved else ' rescaled'} {rescale(change)}")
+        for failure in (r for r in status.recoveries if r.generation > self._told_recoveries):
             if failure.stall_s is None and not status.phase.ended:
                 break
-            self._told_recoveries += 1
+            self._told_recoveries = failure.generation
             self.keep(f"{status.run_id} recovered: {recovery(failure)}")
         if status.warning and status.warning != self._warning:
             self.keep(f"{status.run_id} continues, but {status.warning}")

@@ -246,6 +246,8 @@ def next_layout(
     job: JobSpec, state: StatePlan, old: StateLayout, placement: ExpertPlacement, to_size: int
 ) -> StateLayout:
     world = imagined_world(1, to_size)
+    if job.experts.placement.num_redundant_experts:  # which the next placement may have, too
+        return layout_at(job, state, planned_placement(job, to_size), world)
     return layout_at(job, state, ExpertPlacement.rebalanced(placement, old.world, world), world)
 
 

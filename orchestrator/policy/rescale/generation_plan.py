@@ -7,7 +7,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
-from orchestrator.policy.rescale.load_placement import placed_by_load
+from orchestrator.policy.rescale.load_placement import better_placed
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import Rebalance, Transition
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
@@ -119,7 +119,7 @@ def planned_transition(
         nodes = nodes_of(seen, members)
         placement = was if unchanged else ExpertPlacement.rebalanced(was, old, new, nodes)
         if not unchanged and limits.placement.policy == BY_LOAD:
-            placement = placed_by_load(limits, seen, placement, nodes)
+            placement = better_placed(limits, seen, placement, nodes)
     source = StateSource(old, was, holders=old.members)
     return with_plan(limits, state, seen, new, placement, source, change, why, rebalance)
 

@@ -17,6 +17,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.load_average import LoadAverage
 from orchestrator.policy.state.run_state import Observation
 
+LEAST_GAIN = 0.1  # of the busiest rank's load, by which a placement must lower it to replace another without a request
 ALL = ""  # names the layers of a model that have one placement
 
 
@@ -55,18 +56,38 @@ def _placed(
     return replace(was, layers=tuple(found.items()))
 
 
+def better_placed(limits: RunLimits, seen: Observation, was: ExpertPlacement, nodes: Sequence[str]) -> ExpertPlacement:
+    """The placement by load, if loads are known and it lowers the busiest rank's by `LEAST_GAIN`; else this one."""
+    if not seen.progress.loads.is_known:
+        return was
+    placement = placed_by_load(limits, seen, was, nodes)
+    before, after = (violation_of(limits, seen, each, nodes) for each in (was, placement))
+    return placement if lighter(before, after) >= LEAST_GAIN else was
+
+
+def lighter(before: float, after: float) -> float:
+    """The share of the busiest rank's load that it no longer has, by the `rank_violation` before and after."""
+    return 1 - (1 + after) / (1 + before)
+
+
 def violation_of(limits: RunLimits, seen: Observation, placement: ExpertPlacement, nodes: Sequence[str]) -> float:
     """The `rank_violation` that a placement has with these loads."""
-    loads = loads_of(seen.progress.loads, limits.moe_layers, placement.num_experts)
-    if not loads:
+    return _violation(seen.progress.loads, limits.moe_layers, placement, tuple(nodes))
+
+
+@lru_cache(maxsize=4)
+def _violation(
+    average: LoadAverage, layers: tuple[str, ...], placement: ExpertPlacement, nodes: tuple[str, ...]
+) -> float:
+    mean_LE = average.mean_LE
+    if not mean_LE.size or mean_LE.shape[1] != placement.num_experts:
         return 0.0
-    shares_LEW = np.array([placement.shares(nodes, layer) for layer in loads])
-    return rank_violation(np.stack([*loads.values()]), shares_LEW)
+    names = layers if len(layers) == len(mean_LE) else (ALL,) * len(mean_LE)
+    return rank_violation(mean_LE, np.array([placement.shares(nodes, layer) for layer in names]))
 
 
-def num_moved(limits: RunLimits, was: ExpertPlacement, placement: ExpertPlacement) -> int:
-    """Experts that a rank gets which it didn't have, over all layers."""
-    pairs = (
-        zip(was.holders_of(layer), placement.holders_of(layer), strict=True) for layer in limits.moe_layers or (ALL,)
-    )
+def num_moved(limits: RunLimits, seen: Observation, was: ExpertPlacement, placement: ExpertPlacement) -> int:
+    """Experts that ranks get which they didn't have, over all layers."""
+    layers = limits.moe_layers or (ALL,) * len(seen.progress.loads.mean_LE)
+    pairs = (zip(was.holders_of(layer), placement.holders_of(layer), strict=True) for layer in layers)
     return sum(len({*new} - {*old}) for layer in pairs for old, new in layer)

@@ -27,7 +27,7 @@ from orchestrator.policy.rescale.generation_plan import (
 from orchestrator.policy.rescale.keeper import is_connecting
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import stall_s, typical_step_s
-from orchestrator.policy.state.run_parts import Rebalance
+from orchestrator.policy.state.run_parts import ExpertBalance, Rebalance
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.events.base import Event
@@ -43,6 +43,7 @@ Change = TypeVar("Change", Rescale, Recovery)
 
 HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and at least HORIZON_STEPS
 HORIZON_STEPS = 8
+MOST_REBALANCES = 32  # in a run's state, which is journalled at each change
 
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -122,6 +123,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         why=state.transition.why,
         moved_bytes=moved_bytes,
         state_identical=state_identical,
+        experts_moved=state.transition.rebalance.num_moved if state.transition.rebalance is not None else 0,
     )
     rebalance = state.transition.rebalance
     is_other = old is not None and (old.members != plan.world.members or rebalance is not None)
@@ -150,8 +152,8 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         recoveries=recoveries,
         queue=replace(state.queue, since_s=None, begun_s=seen.now_s if state.current is None else state.queue.begun_s),
         micro_batch=replace(state.micro_batch, size=UNSAID),
-        rescales=(*state.rescales, rescale) if moved else state.rescales,
-        balance=replace(state.balance, unmeasured=rebalance),
+        rescales=_with(state.rescales, rescale) if moved else state.rescales,
+        balance=_balance(state, rebalance, is_same_size=old is not None and old.size == plan.world.size),
     )
     event = Activated(**vars(rescale), members=plan.world.members)
     notes = () if rebalance is None else (_rebalanced(rebalance, seen.step),)
@@ -234,8 +236,21 @@ def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
     return report.phase is Phase.READY and report.generation == generation
 
 
+def _with(rescales: tuple[Rescale, ...], newest: Rescale) -> tuple[Rescale, ...]:
+    """With the newest one; of those that moved experts by load only the newest `MOST_REBALANCES` are kept."""
+    moves = [rescale.generation for rescale in rescales if rescale.experts_moved]
+    left_out = moves[: len(moves) - MOST_REBALANCES + 1] if len(moves) >= MOST_REBALANCES else []
+    return (*(rescale for rescale in rescales if rescale.generation not in left_out), newest)
+
+
+def _balance(state: RunState, rebalance: Rebalance | None, is_same_size: bool) -> ExpertBalance:
+    """What is known of placements once a generation is active."""
+    requests = state.balance.requests if rebalance is None else max(state.balance.requests, rebalance.request)
+    return ExpertBalance(requests, rebalance, state.balance.share if is_same_size else None)
+
+
 def _rebalanced(change: Rebalance, step: int) -> Event:
-    return ExpertsRebalanced(change.generation, step, change.before, change.after, change.num_moved)
+    return ExpertsRebalanced(**vars(change) | {"step": step})
 
 
 def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:

@@ -11,7 +11,7 @@ from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.fault_tolerance import AUTO, FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.moe.experts import PlacementSpec
+from orchestrator.spec.moe.experts import OF_PLACEMENT, PlacementSpec
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec, ScheduledScale
 
 
@@ -29,6 +29,7 @@ class RunLimits:
         by_document: rows are of unequal length.
         checkpoints_by_time: checkpoints follow at intervals that are chosen.
         placement: how experts are placed.
+        follows_placement: keys of `communication` that make a token's choice depend on the placement.
         moe_layers: names of the layers that may have placements of their own, in the model's order.
     """
 
@@ -58,6 +59,7 @@ class RunLimits:
     checkpoints_by_time: bool = False
     placement: PlacementSpec = field(default_factory=PlacementSpec)
     moe_layers: tuple[str, ...] = ()
+    follows_placement: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -88,6 +90,7 @@ class RunLimits:
             schedule=job.workers.schedule,
             placement=job.experts.placement,
             moe_layers=job.model.moe_layers,
+            follows_placement=tuple(name for name in OF_PLACEMENT if getattr(job.communication, name) is not None),
         )
 
     def check_stage(self, name: str) -> None:
@@ -108,6 +111,9 @@ class RunLimits:
             why, remedy = f"it is {phase}, not training", "Ask again once it trains."
         elif workers == 1:
             why, remedy = "its one worker has all experts", f"`orchestrator scale {self.run_id} -w 2` gives it more."
+        elif self.follows_placement:
+            names = ", ".join(f"communication.{name}" for name in self.follows_placement)
+            why, remedy = f"with {names} loads follow the placement", "Submit a job without."
         elif not has_loads:
             why = "no expert has got a token yet: its model has none, or no step of it is recorded"
             remedy = "If its model has experts, ask again in some seconds."

@@ -1,13 +1,13 @@
 """Progress of a run by the step records received: the watermark, and figures over the newest steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from statistics import median
 
 from orchestrator.errors import ProtocolError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.load_average import LoadAverage
-from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.step_record import StepRecord, without_loads
 from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.spec.workers import THROUGHPUT
 
@@ -84,13 +84,8 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
             (r.validation_metrics for r in reversed(fresh) if r.validation_loss is not None),
             progress.validation_metrics,
         ),
-        loads=progress.loads.after(record.routing.loads for record in fresh),
+        loads=progress.loads.after((record.step, record.routing.loads) for record in fresh),
     )
-
-
-def without_loads(record: StepRecord) -> StepRecord:
-    """The record without the loads of experts, which take more memory than all else."""
-    return replace(record, routing=replace(record.routing, loads=())) if record.routing.loads else record
 
 
 def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:

@@ -47,14 +47,14 @@ class Rebalance:
         generation: that has the new placement.
         before, after: largest load of a rank over the mean, minus 1, over all layers, with the loads that were known.
         num_moved: experts that ranks get, over all layers.
-        step_s: duration of a step before.
+        request: number of the newest request for one, which it answers.
     """
 
     generation: int
     before: float
     after: float
     num_moved: int
-    step_s: float
+    request: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,8 @@ class ExpertBalance:
     Args:
         requests: number of requests for one that were applied.
         unmeasured: newest change, until its effect on steps is measured.
-        share: of a step's time that was measured to follow the load of the busiest rank; None before.
+        share: of a step's time that was measured to follow the load of the busiest rank, in worlds of this size; None
+            before.
     """
 
     requests: int = 0

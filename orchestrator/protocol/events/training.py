@@ -100,6 +100,7 @@ class ExpertsRebalanced(Event):
     Args:
         before, after: largest load of a worker over the mean, minus 1, over all layers, by the loads known then.
         num_moved: experts that workers got, over all layers.
+        request: number of the newest request that it answers; 0 without any.
     """
 
     generation: int
@@ -107,6 +108,7 @@ class ExpertsRebalanced(Event):
     before: float
     after: float
     num_moved: int
+    request: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,13 @@ class ExpertsKept(Event):
 
     Args:
         rank_violation: largest load of a worker over the mean, minus 1, over all layers.
+        request: its number.
     """
 
     step: int
     rank_violation: float
     why: str
+    request: int = 0
 
 
 @dataclass(frozen=True)

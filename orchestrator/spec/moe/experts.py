@@ -8,6 +8,7 @@ from pydantic import Field
 from orchestrator.spec.keys.section import Broken, Path, Section
 
 BY_LOAD = "load"
+OF_PLACEMENT = ("ranks_per_token", "nodes_per_token")  # keys of `communication` by which a choice depends on it
 
 
 class PlacementSpec(Section):
@@ -55,6 +56,6 @@ def broken_placement(
         )
         yield Broken(keys, rule)
     for name, limit in limits.items():
-        if placement.policy == BY_LOAD and limit is not None:
-            rule = f"placement.policy must not be load with communication.{name}, by which loads follow the placement"
-            yield Broken(((*section, "policy"), ("communication", name)), f"{rule}; got {limit}")
+        for key, value in placement.model_dump(exclude_defaults=True).items() if limit is not None else ():
+            rule = f"placement.{key} must not be {value} with communication.{name}, by which loads follow the placement"
+            yield Broken(((*section, key), ("communication", name)), f"{rule}; got {limit}")

@@ -11,20 +11,26 @@ from typing import Any
 from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.messages import Directive
-from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.step_record import StepRecord, without_loads
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import ProcessReport, Report, ShardWritten
 from orchestrator.storage.condition import StorageTrouble
 
 MAX_RECORDS = 10_000  # finished steps kept
+NEWEST = 64  # of them that keep the loads of experts, which may be large, so that the controller gets them
 MOST_UNPUBLISHED = 8_000  # of them, after which a member waits; those of a transition or the run's end come on top
 
 
 class WorkerMailbox:
-    """Thread-safe state of one worker, used by both threads."""
+    """Thread-safe state of one worker, used by both threads.
+
+    Attributes:
+        keeps_loads: whether a step's record keeps the loads of experts when it is no longer one of the newest.
+    """
 
     def __init__(self, worker: str, pid: int, most_unpublished: int = MOST_UNPUBLISHED) -> None:
         self._changed = threading.Condition()
+        self.keeps_loads: Callable[[int], bool] = lambda step: True
         self._directive = Directive(term=-1, seq=-1)
         self._records: list[StepRecord] = []
         self._most_unpublished, self._published = most_unpublished, -1
@@ -112,6 +118,8 @@ class WorkerMailbox:
         with self._changed:
             self._records.append(record)
             del self._records[:-MAX_RECORDS]
+            if len(self._records) > NEWEST and not self.keeps_loads(self._records[-NEWEST - 1].step):
+                self._records[-NEWEST - 1] = without_loads(self._records[-NEWEST - 1])
             self._publish(step=record.step, first_record=self._records[0].step, **changes)
 
     def add_shard(self, written: ShardWritten) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.step_record import StepRecord, without_loads
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
@@ -35,7 +35,7 @@ def announce(
         RuntimeError: the store failed.
     """
     first = min(journalled + 1, progress.step)
-    sent = [to_plain(record) for record in records if record.step >= first]
+    sent = [to_plain(without_loads(record)) for record in records if record.step >= first]
     message = {"progress": progress.to_json(), "records": sent}
     prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(message))
 

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from orchestrator.elastic.recovery_point import Holding
+from orchestrator.policy.health.expert_load import rank_violation
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.publication import publishable
@@ -18,7 +21,7 @@ from orchestrator.policy.state.run_state import Commit, KillWorker, Observation,
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.expert_load import Loads
+from orchestrator.protocol.expert_load import ExpertLoad, Loads
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Directive,
@@ -363,6 +366,13 @@ class Life:
         while (step := self.progress.watermark + 1) <= safe and step in self.pending:
             self.progress = absorb(self.progress, [self.pending.pop(step)])
 
+    def _rank_violation(self, plan: GenerationPlan) -> float | None:
+        if not self.loads:
+            return None
+        layers = self.limits.moe_layers or ("",) * len(self.loads)
+        shares_LEW = np.array([plan.placement.shares((), layer) for layer in layers])
+        return rank_violation(np.array(self.loads), shares_LEW)
+
     def _snapshot(self, worker: str) -> None:
         """Its state, with itself and with its buddy; of the newest two steps."""
         plan = self.state.current
@@ -410,6 +420,7 @@ class Life:
             slowest=rank,
             slowness=slowness,
             loads=self.loads,
+            experts=ExpertLoad(rank_violation=self._rank_violation(current)),
         )
         for worker in members:
             micro_batches = self.measured(worker, current) if self.measured else None

@@ -66,8 +66,8 @@ def test_rescale_names_its_first_step_and_its_cost() -> None:
     assert format.rescale(MEASURED) == text
     assert "stall not measured yet" in format.rescale(UNMEASURED)
     assert "identical" not in format.rescale(UNMEASURED)
-    moved = replace(MEASURED, from_size=3, to_size=3, why="experts are placed by load as asked")
-    assert format.rescale(moved).startswith("experts moved at step 60: stall 0.62 s, 0 steps lost")
+    moved = replace(MEASURED, from_size=3, to_size=3, experts_moved=7)
+    assert format.rescale(moved).startswith("7 experts moved at step 60: stall 0.62 s, 0 steps lost")
 
 
 def test_an_event_is_shown_without_its_bookkeeping() -> None:

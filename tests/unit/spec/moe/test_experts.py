@@ -21,6 +21,14 @@ from orchestrator.spec.job import JobSpec
             "placement.policy must not be load with communication.ranks_per_token, by which loads follow the "
             "placement; got 1",
         ),
+        (
+            {
+                "experts": {"placement": {"num_redundant_experts": 2}},
+                "communication": {"nodes_per_token": 1},
+                "workers": 2,
+            },
+            "placement.num_redundant_experts must not be 2 with communication.nodes_per_token",
+        ),
         ({"experts": {"placement": {"policy": "greedy"}}}, "Input should be 'manual' or 'load'"),
         ({"experts": {"placement": {"num_redundant_experts": -1}}}, "greater than or equal to 0"),
     ],

@@ -2,15 +2,16 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Directive
-from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.protocol.step_record import BatchRecord, RoutingRecord, StepRecord, StepTiming, UpdateRecord
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.worker.runtime.mailbox import MAX_RECORDS, WorkerMailbox
+from orchestrator.worker.runtime.mailbox import MAX_RECORDS, NEWEST, WorkerMailbox
 
 
 def _record(step: int) -> StepRecord:
@@ -149,3 +150,12 @@ def test_a_failure_is_final() -> None:
     mailbox.publish(phase=Phase.FAILED)
     mailbox.publish(phase=Phase.FINISHED, generation=3)
     assert (mailbox.state.phase, mailbox.state.generation) == (Phase.FAILED, 3)
+
+
+def test_only_the_newest_steps_and_those_of_a_heat_map_keep_the_loads_of_experts() -> None:
+    mailbox = WorkerMailbox("w0", 1)
+    mailbox.keeps_loads = lambda step: step % 50 == 0
+    for step in range(200):
+        mailbox.record(replace(_record(step), routing=RoutingRecord(loads=((1, 2),))))
+    with_loads = [r.step for r in mailbox.report(-1, -1, 0.0).history.records if r.routing.loads]
+    assert with_loads == [0, 50, 100, *range(200 - NEWEST, 200)]
