@@ -123,7 +123,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         why=state.transition.why,
         moved_bytes=moved_bytes,
         state_identical=state_identical,
-        experts_moved=state.transition.rebalance.num_moved if state.transition.rebalance is not None else 0,
+        experts_moved=None if state.transition.rebalance is None else state.transition.rebalance.num_moved,
     )
     rebalance = state.transition.rebalance
     is_other = old is not None and (old.members != plan.world.members or rebalance is not None)

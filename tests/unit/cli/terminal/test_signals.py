@@ -15,14 +15,15 @@ from orchestrator.cli.terminal.exit_codes import EXIT_CODES
 ROOT = Path(__file__).parents[4]
 # A command that has started a process and waits, as `tracking ui` does.
 COMMAND = """
-import subprocess, sys, typer
+import subprocess, sys, time, typer
 from orchestrator.cli import main
 
 def waits():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
         print(child.pid, flush=True)
-        child.wait()
+        while child.poll() is None:  # a signal that comes just before a long wait begins would not end it
+            time.sleep(0.05)
     finally:
         child.kill()
         child.wait()
@@ -41,7 +42,8 @@ from orchestrator.cli.terminal import signals
 def waits():
     try:
         print("begun", flush=True)
-        time.sleep(600)
+        while True:  # a signal that comes just before a long sleep begins would not end it
+            time.sleep(0.05)
     finally:
         with signals.ignored():
             print("ending", flush=True)
