@@ -35,7 +35,7 @@ class Rescale:
 
     `step` is the last step of the old world; the new world begins with `step + 1`. `stall_s` is the time between the
     votes of these two steps, minus the usual time of a step; None until the new world has finished a few steps.
-    `experts_moved` counts experts that members got, where members stayed and only experts were placed by load; else None.
+    `experts_moved` counts experts that members got where members stayed and experts were placed by load; else None.
     """
 
     generation: int
