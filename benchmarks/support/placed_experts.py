@@ -23,7 +23,7 @@ from orchestrator.worker.transition.load_state import read_pretrained
 
 @dataclass(frozen=True)
 class Settings:
-    """What every rank is told.
+    """Settings of the measured steps, the same for every rank.
 
     Args:
         job: what is trained, and how. Its model begins with the weights of a directory.
