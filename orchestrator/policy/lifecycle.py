@@ -26,6 +26,7 @@ from orchestrator.policy.recovery.recover import recover, restore_another
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.rescale.expert_balance import balance_experts, measure_balance
+from orchestrator.policy.rescale.expert_number import change_experts
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.rescale.keeper import choose_keeper
 from orchestrator.policy.rescale.micro_batch import fit_micro_batches
@@ -76,6 +77,7 @@ RULES: tuple[Rule, ...] = (
     activate,
     recover,
     ask_finish,
+    change_experts,
     plan_departure,
     plan_next,
     measure_balance,

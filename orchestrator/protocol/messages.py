@@ -6,10 +6,11 @@ state, so the newest wins and a repeat is harmless. A worker answers with a `Rep
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
+from orchestrator.elastic.expert_change import ExpertChange, ExpertSet, OfLayers
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.codec import to_plain
@@ -27,6 +28,23 @@ class FinishMode(StrEnum):
 
 
 @dataclass(frozen=True)
+class ExpertRequest:
+    """A request for another number of experts.
+
+    Args:
+        number: counts requests.
+        keep, noise, reinit_ratio, dissolve: as in the job (`spec.moe.experts.ScheduledExperts`).
+    """
+
+    number: int = 0
+    num_experts: int = 0
+    keep: str = "load"
+    noise: float = 0.0
+    reinit_ratio: float = 0.0
+    dissolve: bool = False
+
+
+@dataclass(frozen=True)
 class DesiredRunState:
     """Desired state of a run, from the Scheduler. `by_hand`: a user requested this size. `stage` is the stage requested
     last, or `next` for the following one, and `stage_requests` counts such requests. `checkpoint`: a checkpoint of this
@@ -41,6 +59,7 @@ class DesiredRunState:
     by_hand: bool = False
     checkpoint: int = -1
     rebalances: int = 0
+    experts: ExpertRequest = field(default_factory=ExpertRequest)
 
 
 FIRST_INTERVAL_S = 600.0  # of training between two checkpoints with `checkpoint.every: auto`, until their cost is known
@@ -109,7 +128,9 @@ class GenerationPlan:
     processes of earlier generations can't join this world. All members meet in the store at `store_address`; a
     connected world no longer needs it. `micro_batch` is the size of micro-batches, by default the job's; `skips`
     are steps whose batches are left out. `nodes` lists the node of each rank; empty if unknown. `replayed`: worlds
-    whose steps this one replays for comparison; digests of its steps are then by their ranks.
+    whose steps this one replays for comparison; digests of its steps are then by their ranks. `change`: the experts
+    differ from those of the state that it begins from; `families` are its experts'. At `until_step`, if there is one, a
+    generation with other experts begins.
     """
 
     term: int
@@ -125,6 +146,21 @@ class GenerationPlan:
     skips: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
     replayed: tuple[PastWorld, ...] = ()
+    change: ExpertChange | None = None
+    families: OfLayers = ()
+    until_step: int | None = None
+
+    @property
+    def experts(self) -> ExpertSet:
+        """The experts of each MoE layer."""
+        return ExpertSet(self.placement.num_experts, self.families)
+
+    @property
+    def experts_before(self) -> int:
+        """Experts of a layer in the state that it begins from."""
+        if self.change is None:
+            return self.placement.num_experts
+        return self.change.num_before
 
     @property
     def generation(self) -> int:

@@ -7,7 +7,7 @@ directly, as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value r
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
@@ -33,7 +33,7 @@ from orchestrator.spec.keys.section import (
     storage_place,
 )
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.moe.experts import OF_PLACEMENT, ExpertsSpec, broken_placement
+from orchestrator.spec.moe.experts import OF_PLACEMENT, ExpertsSpec, broken_placement, broken_schedule
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
@@ -165,6 +165,17 @@ class JobSpec(Section):
         """Whether the model or the task is not of this package."""
         return not self.model.is_native or self.task.entrypoint is not None
 
+    @property
+    def most_experts(self) -> int:
+        """The largest number of routed experts of a layer that the job has at any step."""
+        return max(self.model.n_routed_experts, *(entry.num_experts for entry in self.experts.schedule), 1)
+
+    def with_experts(self, num_experts: int) -> Self:
+        """The job with as many routed experts in each MoE layer."""
+        if num_experts == self.model.n_routed_experts:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"n_routed_experts": num_experts})})
+
     def num_outputs(self, prepared: int = 0) -> int:
         """Rows of the model's last matrix: tokens of the vocabulary, or classes.
 
@@ -195,6 +206,13 @@ class JobSpec(Section):
         yield from broken_communication(self.communication, self.train, self.model)
         limits = {name: getattr(self.communication, name) for name in OF_PLACEMENT}
         yield from broken_placement(self.experts.placement, self.model.n_routed_experts, self.workers.max, limits)
+        yield from broken_schedule(
+            self.experts.schedule,
+            self.model.n_routed_experts,
+            self.model.num_experts_per_tok,
+            self.train.max_steps,
+            self.model.fixes_experts,
+        )
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()

@@ -188,6 +188,23 @@ class ModelSpec(ModelSource):
         return tuple(f"layers.{layer}.mlp" for layer in layers)
 
     @property
+    def fixes_experts(self) -> dict[str, str]:
+        """Keys with which the number of experts can't change while they train, with the reasons."""
+        found: dict[str, str] = {}
+        if not self.is_native:
+            key = "impl" if self.entrypoint is None else "entrypoint"
+            found[key] = "routers of other models are not known"
+        if self.n_group > 1:
+            found["n_group"] = "groups would get other experts"
+        if self.scoring_func == "softmax" and not self.norm_topk_prob:
+            found["norm_topk_prob"] = "scores of clones are parts of the scores before; set it to true"
+        if self.router.selection != "top_k":
+            found["router.selection"] = f"{self.router.selection} counts clones one by one; set it to top_k"
+        if self.router.capacity_factor is not None:
+            found["router.capacity_factor"] = "all tokens of an expert go to its first clone at the beginning"
+        return found
+
+    @property
     def router_key_scale(self) -> float:
         """Factor on experts' keys: 1 over the root of their width and over their initial standard deviation, so that
         new routers with keys score as linear ones do."""

@@ -70,7 +70,7 @@ class Trainer:
         preparer = TransitionPreparer(factory, mailbox)
         saver = ShardSaver(
             location_of(factory.job.storage_dir) / "checkpoints",
-            factory.tensors,
+            lambda num_experts: factory.state(num_experts).tensors,
             spec.communication.compression.keeps,
             mailbox.state.process.numerics,
             mailbox.add_shard,

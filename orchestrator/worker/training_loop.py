@@ -85,7 +85,7 @@ class TrainingHooks:
         if directive.aborted >= generation:
             raise AbortedGeneration(f"generation {generation} was aborted")
         fence, finish = self.preparer.fence_after(step), directive.finish is not FinishMode.NO
-        if self.snapshots.due(step) or finish or fence != NO_FENCE:
+        if self.snapshots.due(step) or finish or fence != NO_FENCE or ends_after(self.live.shard, step):
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
         if self.saver.is_writing:
@@ -93,6 +93,11 @@ class TrainingHooks:
         else:
             is_due = self.timer.wants(step, directive.checkpoint_interval_s, directive.checkpoint_from)
         return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_writing)
+
+
+def ends_after(shard: Shard, step: int) -> bool:
+    """Whether a generation with other experts does the next step."""
+    return shard.until_step is not None and step + 1 >= shard.until_step
 
 
 class TrainingLoop:
@@ -132,6 +137,8 @@ class TrainingLoop:
         self._timer.begin(position.step)
         self._saver.begin(live.generation)
         while position.step + 1 < self._spec.train.max_steps:
+            if ends_after(shard, position.step):
+                return self._await_successor(live)
             self._follow_keeper(live)
             self._await_published(live)
             outcome = self._step(live, hooks)
@@ -214,6 +221,21 @@ class TrainingLoop:
             self._follow_keeper(live)
         mailbox.refuse_rows(None)
 
+    def _await_successor(self, live: LiveShard) -> PreparedTransition | None:
+        """Wait for the transition to the generation that does the next step, which this one can't. None if the run is
+        to end instead: the controller decides on one of the two."""
+        while True:
+            directive = self._mailbox.directive
+            if directive.aborted >= live.generation:
+                raise AbortedGeneration(f"generation {live.generation} was aborted")
+            if (fence := self._preparer.fence_after(self._position.step)) != NO_FENCE:
+                return self._preparer.take(fence)
+            if directive.finish is not FinishMode.NO:
+                return None
+            self._follow_keeper(live)
+            seq = directive.seq
+            self._mailbox.wait(lambda d: d.seq > seq, SAVED_EVERY_S)  # noqa: B023  (called before the next turn)
+
     def _follow_keeper(self, live: LiveShard) -> None:
         """Send the first snapshot to a keeper that has connected."""
         connected = self._link.take(live.generation)
@@ -238,7 +260,8 @@ class TrainingLoop:
         outcome = result.outcome
         position.advance(outcome, result.progress)
         live.progress = position.progress
-        takes_snapshot = snapshots.due(step) or outcome.finish or outcome.fence != NO_FENCE
+        is_last = outcome.finish or outcome.fence != NO_FENCE or ends_after(live.shard, step)
+        takes_snapshot = snapshots.due(step) or is_last
         if result.saturated:
             self._mailbox.publish(saturated=Saturation(step, result.saturated))
         self._mailbox.record(

@@ -1,15 +1,15 @@
 """Expert parallelism as one rank sees it: the placement of experts, and what is sent where."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch.distributed as dist
 
 from orchestrator.comm.tokens.activation_codec import Wire
 from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
-from orchestrator.model.moe.routing.limit import Limit
+from orchestrator.model.moe.routing.limit import Limit, OneOfFamily
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ExpertParallelContext:
         nodes_per_token: the same for nodes.
         is_exact: outputs and gradients have the same bits for the same rows wherever the experts are.
         layer: the layer whose experts these are, as `elastic.state_spec.layer_of` names it.
+        families: by layer, the family of each expert, of which a token may visit one member; empty: there are none.
     """
 
     placement: ExpertPlacement
@@ -37,10 +38,12 @@ class ExpertParallelContext:
     nodes_per_token: int | None = None
     is_exact: bool = False
     layer: str = ""
+    families: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def of_layer(self, layer: str) -> "ExpertParallelContext":
-        """The placement of a layer; this one, unless the layer has one of its own."""
-        return replace(self, layer=layer) if self.placement.holders_of(layer) is not self.placement.holders else self
+        """The placement of a layer; this one, unless the layer has one or families of its own."""
+        is_own = layer in self.families or self.placement.holders_of(layer) is not self.placement.holders
+        return replace(self, layer=layer) if is_own else self
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -56,14 +59,16 @@ class ExpertParallelContext:
         """By rank, whether it is known to run on another node."""
         return tuple(node != self.nodes[self.rank] for node in self.nodes)
 
-    def limits(self, top_k: int) -> list[Limit]:
+    def limits(self, top_k: int) -> list[Limit | OneOfFamily]:
         """Limits on the choice of a token that visits `top_k` experts, nodes first."""
         ranks = self.destinations
-        limits: list[Limit] = []
+        limits: list[Limit | OneOfFamily] = []
         if self.nodes_per_token is not None and self.nodes:
             limits.append(_limit([self.nodes[rank] for rank in ranks], self.nodes_per_token, top_k))
         if self.ranks_per_token is not None:
             limits.append(_limit(ranks, self.ranks_per_token, top_k))
+        if self.layer in self.families:
+            limits.append(OneOfFamily(self.families[self.layer]))
         return limits
 
 

@@ -23,7 +23,14 @@ from orchestrator.policy.health.budget import PLACE, exceeded_budget, held_back_
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import STOP_S, has_stopped
 from orchestrator.policy.recovery.holders import newest_held
-from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
+from orchestrator.policy.rescale.expert_number import with_experts
+from orchestrator.policy.rescale.generation_plan import (
+    node_by_node,
+    nodes_of,
+    warm_standbys,
+    with_change_at,
+    with_plan,
+)
 from orchestrator.policy.state.checkpoint_parts import complete_checkpoints
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_parts import WorkerFailure
@@ -94,16 +101,19 @@ def _planned_from(
     origin = plans[point.generation]
     world = World(state.num_generations, members)
     holders = world_of(point.generation, point.holders)
-    if members == origin.world.members and point.holders == members:
+    state, experts = with_change_at(limits, state, seen, point.step + 1)
+    held = placement_at_recovery_point(origin.placement, point.holders)
+    if experts is not None:
+        placement = with_experts(held, experts, limits.moe_layers, holders, world, nodes_of(seen, members))
+    elif members == origin.world.members and point.holders == members:
         placement = origin.placement
     else:
-        held = placement_at_recovery_point(origin.placement, point.holders)
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = StateSource(origin.world, origin.placement, point.holders, point.step)
     abort = replace(state.abort, account=_account(limits, state, seen, point.step, "memory"))
     state = replace(_blamed(state, seen), abort=abort, wants_restore=False)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
-    return with_plan(limits, state, seen, world, placement, source, change, why)
+    return with_plan(limits, state, seen, world, placement, source, change, why, experts=experts)
 
 
 def _blamed(state: RunState, seen: Observation) -> RunState:

@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from orchestrator.elastic.expert_change import ExpertChange
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.rescale.load_placement import better_placed
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.expert_changes import experts_at, next_step_of_change, scheduled_change
 from orchestrator.policy.state.run_parts import Rebalance, Transition
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
@@ -104,12 +106,14 @@ def planned_transition(
     why: str,
     placement: ExpertPlacement | None = None,
     rebalance: Rebalance | None = None,
+    experts: ExpertChange | None = None,
 ) -> Decision:
     """The state with a transition from the current world to one of these members.
 
     Args:
         placement: of experts; None for the present one, dealt to new members if there are any.
         rebalance: what it changes of the placement, if that is its purpose.
+        experts: what it changes of the number of experts, in the placement too.
     """
     assert state.current is not None
     old, new = state.current.world, World(state.num_generations, members)
@@ -121,7 +125,7 @@ def planned_transition(
         if not unchanged and limits.placement.policy == BY_LOAD:
             placement = better_placed(limits, seen, placement, nodes)
     source = StateSource(old, was, holders=old.members)
-    return with_plan(limits, state, seen, new, placement, source, change, why, rebalance)
+    return with_plan(limits, state, seen, new, placement, source, change, why, rebalance, experts)
 
 
 def micro_batch_for(limits: RunLimits, state: RunState, world: World) -> MicroBatchSize:
@@ -146,9 +150,14 @@ def with_plan(
     change: SizeChange,
     why: str,
     rebalance: Rebalance | None = None,
+    experts: ExpertChange | None = None,
 ) -> Decision:
     """The state with this generation as the next one. Requires a rendezvous store."""
     assert seen.store_address is not None
+    last_step = _last_step_before(state, seen, source, change)
+    before = state.current.experts if source is not None and source.step is None and state.current else None
+    before = before or experts_at(limits, state.experts, last_step)
+    now = before if experts is None else before.after(experts)
     nodes = nodes_of(seen, world.members)
     buddies = buddies_of(nodes) if limits.protected else ()
     plan = GenerationPlan(
@@ -164,6 +173,9 @@ def with_plan(
         micro_batch=micro_batch_for(limits, state, world),
         skips=state.failures.skips,
         nodes=nodes,
+        change=experts,
+        families=now.families,
+        until_step=next_step_of_change(limits, state.experts, now, last_step + (experts is not None)),
     )
     planned = replace(
         state,
@@ -171,3 +183,27 @@ def with_plan(
         num_generations=world.generation + 1,
     )
     return Decision(planned, (GenerationPlanned(world.generation, world.members, change.first_step, why),))
+
+
+def _last_step_before(state: RunState, seen: Observation, source: StateSource | None, change: SizeChange) -> int:
+    """The step after which a generation begins; the newest one that is known to be done where that isn't decided."""
+    if source is None:
+        return state.restore.step if state.restore is not None else -1
+    if source.step is not None:
+        return source.step
+    return seen.step if change.first_step is None else change.first_step - 1
+
+
+def with_change_at(
+    limits: RunLimits, state: RunState, seen: Observation, step: int
+) -> tuple[RunState, ExpertChange | None]:
+    """The change of the number of experts with which a step begins, and the state in which it is decided; None: there
+    is none."""
+    change = state.experts.at(step)
+    if change is not None:
+        return state, change
+    experts = experts_at(limits, state.experts, step - 1)
+    change = scheduled_change(limits, experts, step, seen.progress.loads.mean_LE)
+    if change is None:
+        return state, None
+    return replace(state, experts=replace(state.experts, decided=state.experts.with_new(change))), change

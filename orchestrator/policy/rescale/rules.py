@@ -5,7 +5,6 @@ nothing to do returns the state unchanged. During a transition every member of t
 until the activation is journalled the old world can always be rebuilt (`recovery`).
 """
 
-import math
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,18 +20,21 @@ from orchestrator.policy.rescale.generation_plan import (
     nodes_of,
     planned_transition,
     warm_standbys,
+    with_change_at,
     with_plan,
     without_store,
 )
+from orchestrator.policy.rescale.horizon import horizon_steps
 from orchestrator.policy.rescale.keeper import is_connecting
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import stall_s, typical_step_s
+from orchestrator.policy.state.expert_changes import ExpertChanges, experts_at
+from orchestrator.policy.state.progress import stall_s
 from orchestrator.policy.state.run_parts import ExpertBalance, Rebalance
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled
-from orchestrator.protocol.events.training import ExpertsRebalanced
+from orchestrator.protocol.events.training import ExpertsChanged, ExpertsRebalanced
 from orchestrator.protocol.messages import Fence, GenerationPlan
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.protocol.worker_phase import Phase
@@ -41,8 +43,6 @@ from orchestrator.sampling.micro_batches import UNSAID
 
 Change = TypeVar("Change", Rescale, Recovery)
 
-HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and at least HORIZON_STEPS
-HORIZON_STEPS = 8
 MOST_REBALANCES = 32  # in a run's state, which is journalled at each change
 
 
@@ -53,7 +53,7 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if not can_plan(state, seen):
         return Decision(state)
     change = next_change(
-        limits, state.size_request, len(state.members), seen.step, _horizon_steps(seen), state.queue.grant
+        limits, state.size_request, len(state.members), seen.step, horizon_steps(seen), state.queue.grant
     )
     if change is None and is_to_be_replaced(limits, state):
         return _plan_replacement(limits, state, seen)
@@ -124,9 +124,10 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         moved_bytes=moved_bytes,
         state_identical=state_identical,
         experts_moved=None if state.transition.rebalance is None else state.transition.rebalance.num_moved,
+        num_experts=None if plan.change is None else plan.change.num_experts,
     )
-    rebalance = state.transition.rebalance
-    is_other = old is not None and (old.members != plan.world.members or rebalance is not None)
+    rebalance, change = state.transition.rebalance, plan.change
+    is_other = old is not None and (old.members != plan.world.members or rebalance is not None or change is not None)
     moved = is_other and state.abort.account is None
     recoveries = state.recoveries
     if state.abort.account is not None:
@@ -153,10 +154,11 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         queue=replace(state.queue, since_s=None, begun_s=seen.now_s if state.current is None else state.queue.begun_s),
         micro_batch=replace(state.micro_batch, size=UNSAID),
         rescales=_with(state.rescales, rescale) if moved else state.rescales,
+        experts=_experts(state, plan, seen.step),
         balance=_balance(state, rebalance, is_same_size=old is not None and old.size == plan.world.size),
     )
     event = Activated(**vars(rescale), members=plan.world.members)
-    notes = () if rebalance is None else (_rebalanced(rebalance, seen.step),)
+    notes = _notes(state, plan, rebalance, seen.step)
     return Decision(activated, (_with_times(event, plan, seen), *notes))
 
 
@@ -187,10 +189,13 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     members = node_by_node(seen, warm_standbys(state, seen)[:size])
     if not size or len(members) < size:
         return Decision(state)
-    world = World(state.num_generations, members)
-    placement = ExpertPlacement.balanced(limits.num_experts, size, nodes_of(seen, members))
+    world, nodes = World(state.num_generations, members), nodes_of(seen, members)
+    first_step = state.restore.step + 1 if state.restore else 0
+    state, change = with_change_at(limits, state, seen, first_step)
+    num_experts = experts_at(limits, state.experts, first_step).num_experts
+    placement = ExpertPlacement.balanced(num_experts, size, nodes)
     why = f"continues after step {state.restore.step}" if state.restore else "the run starts"
-    return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why)
+    return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why, experts=change)
 
 
 def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -219,11 +224,6 @@ def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
     return (state.target.reason or "asked for") if by_request else "scheduled"
 
 
-def _horizon_steps(seen: Observation) -> int:
-    step_s = typical_step_s(seen.progress)
-    return max(HORIZON_STEPS, math.ceil(HORIZON_S / step_s)) if step_s else HORIZON_STEPS
-
-
 def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Change) -> Change:
     if change.stall_s is not None:
         return change
@@ -249,8 +249,25 @@ def _balance(state: RunState, rebalance: Rebalance | None, is_same_size: bool) -
     return ExpertBalance(requests, rebalance, state.balance.share if is_same_size else None)
 
 
-def _rebalanced(change: Rebalance, step: int) -> Event:
-    return ExpertsRebalanced(**vars(change) | {"step": step})
+def _experts(state: RunState, plan: GenerationPlan, step: int) -> ExpertChanges:
+    """What is decided on the number of experts once a generation is active, which begins after `step`."""
+    if plan.change is None:
+        return state.experts
+    is_asked = plan.change.first_step < 0
+    requests = state.target.experts.number if is_asked else state.experts.requests
+    change = replace(plan.change, first_step=step + 1) if is_asked else plan.change
+    return replace(state.experts, requests=requests, decided=state.experts.with_new(change))
+
+
+def _notes(state: RunState, plan: GenerationPlan, rebalance: Rebalance | None, step: int) -> tuple[Event, ...]:
+    """Events of what a generation changes of the experts."""
+    notes: list[Event] = []
+    if rebalance is not None:
+        notes.append(ExpertsRebalanced(**vars(rebalance) | {"step": step}))
+    if (change := plan.change) is not None:
+        request = state.target.experts.number if change.first_step < 0 else 0
+        notes.append(ExpertsChanged(plan.generation, step, change.num_before, change.num_experts, request))
+    return tuple(notes)
 
 
 def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:

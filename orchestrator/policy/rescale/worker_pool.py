@@ -57,10 +57,10 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
 
 
 def _keeps_the_size(state: RunState, target: DesiredRunState) -> bool:
-    """Whether it asks for a stage, a checkpoint or another placement only: the size in it then repeats the last
-    request, which may be long ago."""
+    """Whether it asks for a stage, a checkpoint, other experts or another placement only: the size in it then repeats
+    the last request, which may be long ago."""
     same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
-    asked, before = ((t.stage_requests, t.checkpoint, t.rebalances) for t in (target, state.target))
+    asked, before = ((t.stage_requests, t.checkpoint, t.rebalances, t.experts.number) for t in (target, state.target))
     return asked != before and same
 
 

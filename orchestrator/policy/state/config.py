@@ -11,7 +11,7 @@ from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.fault_tolerance import AUTO, FINISHED, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.moe.experts import OF_PLACEMENT, PlacementSpec
+from orchestrator.spec.moe.experts import OF_PLACEMENT, PlacementSpec, ScheduledExperts
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec, ScheduledScale
 
 
@@ -28,6 +28,9 @@ class RunLimits:
         unit: of speeds, in the plural.
         by_document: rows are of unequal length.
         checkpoints_by_time: checkpoints follow at intervals that are chosen.
+        expert_schedule: changes of the number of experts.
+        fixes_experts: keys of the model with which that can't change, with the reasons.
+        top_k: experts that a token visits.
         placement: how experts are placed.
         follows_placement: keys of `communication` that make a token's choice depend on the placement.
         moe_layers: names of the layers that may have placements of their own, in the model's order.
@@ -40,6 +43,10 @@ class RunLimits:
     initial_workers: int
     standby: int
     num_experts: int
+    expert_schedule: tuple[ScheduledExperts, ...] = ()
+    fixes_experts: Mapping[str, str] = field(default_factory=dict)
+    top_k: int = 1
+    seed: int = 0
     schedule: tuple[ScheduledScale, ...] = ()
     protected: bool = True
     copies: int = 1
@@ -71,6 +78,10 @@ class RunLimits:
             initial_workers=job.workers.initial,
             standby=job.workers.standby,
             num_experts=job.model.n_routed_experts,
+            expert_schedule=job.experts.schedule,
+            fixes_experts=job.model.fixes_experts,
+            top_k=job.model.num_experts_per_tok,
+            seed=job.train.seed,
             protected=job.protection.interval is not None,
             copies=job.protection.copies,
             publish=job.protection.publish,

@@ -41,6 +41,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         stage_requests=state.curriculum.requests,
         checkpoint=-1,
         rebalances=state.balance.requests,
+        experts=replace(state.target.experts, number=state.experts.requests),
     )
     begun = replace(begun_again(state, order.restore), target=target, size_request=size_request)
     return Decision(begun, (event,))
@@ -67,6 +68,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         curriculum=replace(state.curriculum, version=state.curriculum.version + bool(state.curriculum.stages)),
         keeping=KeeperState(count=state.keeping.count),
         balance=replace(state.balance, unmeasured=None),
+        experts=state.experts,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from orchestrator.policy.state.expert_changes import ExpertChanges
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_parts import (
     AbortState,
@@ -90,6 +91,7 @@ class RunState:
     replay: ReplayState = field(default_factory=ReplayState)
     keeping: KeeperState = field(default_factory=KeeperState)
     balance: ExpertBalance = field(default_factory=ExpertBalance)
+    experts: ExpertChanges = field(default_factory=ExpertChanges)
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
     recoveries: tuple[Recovery, ...] = ()

@@ -127,6 +127,36 @@ class ExpertsKept(Event):
 
 
 @dataclass(frozen=True)
+class ExpertsChanged(Event):
+    """From the step after `step` on, each MoE layer has another number of experts.
+
+    Args:
+        before, after: experts of each layer.
+        request: number of the request that it answers; 0: it was scheduled.
+    """
+
+    generation: int
+    step: int
+    before: int
+    after: int
+    request: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertsUnchanged(Event):
+    """Another number of experts was asked for, but it stays as it is.
+
+    Args:
+        request: its number.
+    """
+
+    step: int
+    num_experts: int
+    why: str
+    request: int = 0
+
+
+@dataclass(frozen=True)
 class RebalanceMeasured(Event):
     """Seconds of a step before and after the experts moved to the placement of `generation`."""
 

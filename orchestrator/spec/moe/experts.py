@@ -1,6 +1,7 @@
-"""The `experts` section: where a run's experts are."""
+"""The `experts` section: where a run's experts are, and how many there are at each step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -28,10 +29,53 @@ class PlacementSpec(Section):
     )
 
 
+class ScheduledExperts(Section):
+    """A change of the number of experts at a known step."""
+
+    at_step: int = Field(ge=1, description="The first step (counted from 0) with the new number of experts.")
+    num_experts: int = Field(
+        ge=1,
+        description="Routed experts of each MoE layer from then on: a multiple of the number before, or fewer, "
+        "num_experts_per_tok at least.",
+    )
+    keep: Literal["load", "random"] = Field(
+        default="load",
+        description="Of fewer experts, those that stay in each layer. load: those that got most tokens lately. random: "
+        "drawn by train.seed.",
+    )
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Of more experts: standard deviation of what is added to the router's weights of clones, over that "
+        "of its weights. 0: the model computes what it did before.",
+    )
+    reinit_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Of more experts: share of each clone's inner width that is drawn anew, with the mean and standard "
+        "deviation of what it replaces (Drop-Upcycling, arXiv:2502.19261). 0: the model computes what it did before.",
+    )
+    dissolve: bool = Field(
+        default=False,
+        description="true: from then on a token may visit several clones of one expert. An export needs that.",
+    )
+
+
 class ExpertsSpec(Section):
     """The routed experts of a run."""
 
     placement: PlacementSpec = Field(default=PlacementSpec(), description="Which worker has which experts.")
+    schedule: tuple[ScheduledExperts, ...] = Field(
+        default=(), description="Changes of the number of experts at known steps, in ascending order."
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        for i, (earlier, later) in enumerate(pairwise(self.schedule), start=1):
+            if later.at_step <= earlier.at_step:
+                rule = f"at_step must be greater than in the entry before; got {later.at_step} after {earlier.at_step}"
+                yield Broken((("schedule", i, "at_step"), ("schedule", i - 1, "at_step")), rule)
 
 
 def broken_placement(
@@ -59,3 +103,41 @@ def broken_placement(
         for key, value in placement.model_dump(exclude_defaults=True).items() if limit is not None else ():
             rule = f"placement.{key} must not be {value} with communication.{name}, by which loads follow the placement"
             yield Broken(((*section, key), ("communication", name)), f"{rule}; got {limit}")
+
+
+def unfit_number(before: int, after: int, top_k: int) -> str:
+    """Why a layer can't go from `before` to `after` experts; empty if it can.
+
+    Args:
+        top_k: experts that a token visits.
+    """
+    if after > before and after % before:
+        return f"a growth makes equally many clones of each expert, and {after} is no multiple of {before}"
+    if after < top_k:
+        return f"each token visits {top_k} experts"
+    return ""
+
+
+def broken_schedule(
+    schedule: Sequence[ScheduledExperts], num_experts: int, top_k: int, max_steps: int, unfit: Mapping[str, str]
+) -> Iterator[Broken]:
+    """The rules between changes of the number of experts and other sections that are broken.
+
+    Args:
+        num_experts: at the start of the run.
+        top_k: experts that a token visits.
+        unfit: keys of `model` with which the number can't change, with the reason.
+    """
+    for i, entry in enumerate(schedule):
+        here: Path = ("experts", "schedule", i)
+        if entry.at_step >= max_steps:
+            rule = f"at_step must be less than train.max_steps; got {entry.at_step} and {max_steps}"
+            yield Broken(((*here, "at_step"), ("train", "max_steps")), rule)
+        if why := unfit_number(num_experts, entry.num_experts, top_k):
+            before: Path = ("experts", "schedule", i - 1, "num_experts") if i else ("model", "n_routed_experts")
+            rule = f"num_experts can't be {entry.num_experts} after {num_experts}: {why}"
+            yield Broken(((*here, "num_experts"), before, ("model", "num_experts_per_tok")), rule)
+        num_experts = entry.num_experts
+    for key, why in unfit.items() if schedule else ():
+        keys: tuple[Path, ...] = (("experts", "schedule"), ("model", *key.split(".")))
+        yield Broken(keys, f"schedule must be empty with model.{key}: {why}")

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import local_address
+from orchestrator.elastic.expert_change import ExpertSet, of_layer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
-from orchestrator.elastic.state_spec import ParamSpec
+from orchestrator.elastic.state_map import StateMap
+from orchestrator.elastic.state_spec import Inventory, ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
@@ -71,6 +73,8 @@ class Shard:
         choosing: tuner of gradient compression, where the job leaves that open.
         skips: steps whose batches are left out.
         shares_LEW: by MoE layer, expert and rank, the share of an expert's tokens that the rank computes.
+        experts: of each MoE layer.
+        until_step: the step that a generation with other experts does; None: there is none.
         fingerprints: where training is exact, (first step, fingerprint that gives the digests from it on).
         seal: guard of the state between two updates, where that is checked.
     """
@@ -84,6 +88,8 @@ class Shard:
     choosing: CompressionTuner
     skips: frozenset[int]
     shares_LEW: NDArray[np.float64]
+    experts: ExpertSet
+    until_step: int | None = None
     fingerprints: tuple[tuple[int, StateFingerprint], ...] = ()
     seal: MemoryGuard | None = None
 
@@ -94,6 +100,20 @@ class Shard:
     def fingerprint(self, step: int) -> StateFingerprint | None:
         """The fingerprint that gives this step's digests."""
         return next((each for first_step, each in reversed(self.fingerprints) if first_step <= step), None)
+
+
+@dataclass(frozen=True)
+class StateCatalogue:
+    """The training state of a job with some number of experts.
+
+    Args:
+        buffers: (name, shape) of the model's persistent ones.
+        tensors: of the state.
+    """
+
+    params: Sequence[ParamSpec]
+    buffers: Sequence[tuple[str, tuple[int, ...]]]
+    tensors: Inventory
 
 
 class ShardFactory:
@@ -115,20 +135,36 @@ class ShardFactory:
         self.me, self.job, self.spec, self.device = me, job, spec, device
         self.vocab_size, self.task = spec.num_outputs(job.vocab_size), task_of(spec.task, spec.data_format)
         self.address = local_address(job.head_host)
-        self.params: Sequence[ParamSpec]
-        self.params, self.buffers = catalogue(spec.model, self.vocab_size)
-        self.tensors = inventory(self.params, spec, self.buffers)
+        self._states: dict[int, StateCatalogue] = {}
+        self.params = self.state(spec.model.n_routed_experts).params
         self.snapshot_memory = Buffers()
+
+    def state(self, num_experts: int) -> StateCatalogue:
+        """The training state with this number of experts."""
+        if num_experts not in self._states:
+            job = self.spec.with_experts(num_experts)
+            params, buffers = catalogue(job.model, self.vocab_size)
+            self._states[num_experts] = StateCatalogue(params, buffers, inventory(params, job, buffers))
+        return self._states[num_experts]
 
     def layout(self, world: World, placement: ExpertPlacement) -> StateLayout:
         """Which rank holds which state in a world; every worker computes the same."""
-        return training_layout(self.tensors, placement, world, self.spec.communication)
+        return training_layout(self.state(placement.num_experts).tensors, placement, world, self.spec.communication)
+
+    def state_map(self, plan: GenerationPlan) -> StateMap | None:
+        """The map from the state that a generation begins from to its own; None if it has the same experts."""
+        change = plan.change
+        if change is None:
+            return None
+        before, after = (self.state(number).tensors for number in (plan.experts_before, change.num_experts))
+        return StateMap(before, after, self.spec.model.moe_layers, change)
 
     def planned_memory(self, size: int | None = None) -> MemoryPlan:
         """Memory of a worker in a world of this size, or in the run's first one; in a smaller one it may need more."""
-        state = StatePlan(tuple(self.params), tuple(self.buffers), self.vocab_size)
-        is_ours = self.spec.model.is_native
-        return plan_memory(self.spec, state, size or self.spec.workers.initial, is_ours)
+        job = self.spec.with_experts(self.spec.most_experts)
+        most = self.state(self.spec.most_experts)
+        state = StatePlan(tuple(most.params), tuple(most.buffers), self.vocab_size)
+        return plan_memory(job, state, size or job.workers.initial, job.model.is_native)
 
     def meet(self, store: Store, plan: GenerationPlan) -> PendingGroups:
         """Connect to the other members of a generation. Collective over them."""
@@ -173,7 +209,7 @@ class ShardFactory:
             self.layout(plan.world, plan.placement),
             shared_only,
             self._whole_every,
-            Replayer(self.spec.train, self.params, self.device),
+            Replayer(self.spec.train, self.state(plan.placement.num_experts).params, self.device),
             pinned=self.device.type == "cuda" and not shared_only,
             buffers=self.snapshot_memory,
         )
@@ -186,7 +222,7 @@ class ShardFactory:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
         with self.device:
             home = self._home(plan, groups)
-            model = build_model(self.spec.model, self.vocab_size, home)
+            model = build_model(self.spec.with_experts(plan.experts.num_experts).model, self.vocab_size, home)
         train, communication = self.spec.train, self.spec.communication
         engine = DeepSpeedEngineAdapter(model, train, groups, self.device, communication, self.task)
         check_order(engine.order, self.spec.model.origin, groups.exchange, self.device)
@@ -202,6 +238,8 @@ class ShardFactory:
             choosing=choosing,
             skips=frozenset(plan.skips),
             shares_LEW=self._shares(plan, len(model.moe_layers)),
+            experts=plan.experts,
+            until_step=plan.until_step,
             fingerprints=self._fingerprints(plan, engine) if self.spec.train.is_exact else (),
             seal=MemoryGuard(engine.idle_state()) if self.spec.verify.every is not None else None,
         )
@@ -228,4 +266,9 @@ class ShardFactory:
             plan.nodes,
             wanted.nodes_per_token,
             self.spec.train.is_exact,
+            families=self._families(plan.experts),
         )
+
+    def _families(self, experts: ExpertSet) -> dict[str, tuple[int, ...]]:
+        layers = enumerate(self.spec.model.moe_layers) if experts.families else ()
+        return {layer: of_layer(experts.families, number) for number, layer in layers}

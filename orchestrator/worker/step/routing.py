@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.engine.optim.lr_schedule import decay
-from orchestrator.model.moe.routed_experts import RoutedExperts
+from orchestrator.model.base import TrainableModel
 from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias, next_mass
 from orchestrator.policy.health.expert_load import expert_load, rank_violation
 from orchestrator.protocol.step_record import RoutingRecord
@@ -49,14 +49,15 @@ class RoutingRecorder:
         return RoutingRecord(load, loads)
 
 
-def move_router_state(spec: JobSpec, layers: Sequence[RoutedExperts], routed: RoutingCounts, step: int) -> None:
+def move_router_state(spec: JobSpec, model: TrainableModel, routed: RoutingCounts, step: int) -> None:
     """Move the routers' biases and thresholds, if they have some, by the counts of a step's global batch."""
+    layers = model.moe_layers
     biases = [bias_E for layer in layers if (bias_E := layer.correction_bias_E) is not None]
     if spec.model.bias_update_speed and biases and len(biases) == len(layers):
-        _move(biases, partial(next_bias, routed=routed, spec=spec.model, decay=decay(spec.train, step)))
+        _move(biases, partial(next_bias, routed=routed, spec=model.spec, decay=decay(spec.train, step)))
     offsets = [offset_1 for layer in layers if (offset_1 := layer.mass_offset_1) is not None]
     if offsets and len(offsets) == len(layers):
-        _move(offsets, partial(next_mass, routed=routed, spec=spec.model, decay=decay(spec.train, step)))
+        _move(offsets, partial(next_mass, routed=routed, spec=model.spec, decay=decay(spec.train, step)))
 
 
 def _move(held: Sequence[Tensor], moved: Callable[[Tensor], Tensor]) -> None:

@@ -182,7 +182,7 @@ class TrainStep:
         clock.voted()
         shard.choosing.agree(outcome.compression)
         if outcome.applied:
-            move_router_state(self._spec, shard.model.moe_layers, outcome.routed, step.number)
+            move_router_state(self._spec, shard.model, outcome.routed, step.number)
         if shard.seal is not None:
             shard.seal.close()
         return outcome
@@ -247,7 +247,7 @@ class TrainStep:
         return self._task.report({name: each / weight if weight else 0.0 for name, each, weight in pairs})
 
     def _no_losses(self, step: _Step, batches: StepBatches) -> StepLosses:
-        routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model, self._device)
+        routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), step.shard.model.spec, self._device)
         num_metrics = len(self._task.metrics)
         return StepLosses.zeros(batches.num_micro_batches, num_metrics, batches.global_units, routed, self._device)
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from orchestrator.checkpoint.hf.pretrained import Part, open_pretrained
 from orchestrator.checkpoint.manifest import CheckpointManifest
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.elastic.state_map import StateMap
 from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, begins_as
 from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
-from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.ranges import NamedRanges, Range
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.worker.runtime.errors import OtherModel
 from orchestrator.worker.shard.shard import TrainingProgress
@@ -41,6 +42,7 @@ def read_state(
     rank: int,
     world_size: int,
     between: Callable[[], None] = noop,
+    mapped: StateMap | None = None,
 ) -> TrainingProgress:
     """Fill this rank's ranges. State that the checkpoint may lack keeps its first values if it does, or is to be reset.
 
@@ -49,6 +51,7 @@ def read_state(
         sampler: the sample order that follows from the job and its data; the checkpoint must have the same, except for
             stages of a curriculum, which may have been decided while it trained.
         between: called before each piece is read.
+        mapped: map of the checkpoint's state where the ranges are of a model with other experts.
 
     Returns:
         the training progress.
@@ -78,13 +81,25 @@ def read_state(
             if tensor.sharing is Sharing.PARTIAL:
                 between()
                 _read_parts(reader, tensor.stored, held.data, others)
-        whole = [(tensor.stored, held) for tensor, held in wanted if tensor.sharing is not Sharing.PARTIAL]
+        whole = [piece for tensor, held in wanted for piece in _pieces(tensor, held, mapped)]
         with _of_this_model(checkpoint):
-            for index, start, values in reader.read_all((name, held.start, held.stop) for name, held in whole):
+            for index, start, values in reader.read_all((name, first, stop) for name, first, stop, _ in whole):
                 between()
-                held = whole[index][1]
-                held.data[start - held.start :][: len(values)].copy_(torch.from_numpy(values))
+                _, first, _, data = whole[index]
+                data[start - first :][: len(values)].copy_(torch.from_numpy(values))
     return progress
+
+
+def _pieces(tensor: StateTensor, held: Range, mapped: StateMap | None) -> Iterator[tuple[str, int, int, Tensor]]:
+    """The (name, start, stop) in a checkpoint of a range's elements, and where they go; none of a partial tensor."""
+    if tensor.sharing is Sharing.PARTIAL:
+        return
+    if mapped is None:
+        yield tensor.stored, held.start, held.stop, held.data
+        return
+    for start, stop, old, first in mapped.within(tensor.name, held.start, held.stop):
+        data = held.data[start - held.start : stop - held.start]
+        yield mapped.old[old].stored, first, first + stop - start, data
 
 
 def _is_read(tensor: StateTensor, manifest: CheckpointManifest, restore: Restore) -> bool:

@@ -11,6 +11,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.comm.transport.rendezvous import connect_store
 from orchestrator.elastic.recovery_point import layout_at_recovery_point
+from orchestrator.elastic.state_map import StateMap
 from orchestrator.elastic.state_spec import Sharing
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.engine.process_groups import PendingGroups
@@ -30,6 +31,7 @@ class PreparedTransition:
         meeting: the new world's connections; None for a worker that leaves.
         protection: connections to buddies in the new world; None where there are none.
         peers, transfer: None where state comes from the seed or a checkpoint.
+        mapped: map of the old state where the new one has other experts; None where it has the same.
         replicated: names of the tensors that each holder has in full.
         shard_bytes: size of this worker's new shard; 0 for one that leaves.
     """
@@ -40,6 +42,7 @@ class PreparedTransition:
     protection: SnapshotReplicator | None = None
     peers: PeerGroup | None = None
     transfer: TransferPlan | None = None
+    mapped: StateMap | None = None
     replicated: frozenset[str] = frozenset()
     shard_bytes: int = 0
 
@@ -74,11 +77,14 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
         peers = PeerGroup(store, plan.store_prefix + "/peers", plan.involved, factory.me, address=factory.address)
     meeting = factory.meet(store, plan) if factory.me in plan.world else None
     protection = factory.protect(store, plan) if factory.me in plan.world else None
+    mapped = factory.state_map(plan)
     if source is None:
-        return PreparedTransition(plan, store, meeting, protection)
+        return PreparedTransition(plan, store, meeting, protection, mapped=mapped)
     old = factory.layout(source.world, source.placement)
     if source.holders != source.world.members:
         old = layout_at_recovery_point(old, source.holders)
+    if mapped is not None:
+        old = mapped.relabelled(old)
     new = factory.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
     sizes = []
@@ -91,4 +97,4 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
         if protection is not None:
             reserve_buffers(protection.first_bytes, factory.snapshot_memory)
     replicated = frozenset(name for name, tensor in old.tensors.items() if tensor.sharing is Sharing.REPLICATED)
-    return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated, sum(sizes))
+    return PreparedTransition(plan, store, meeting, protection, peers, transfer, mapped, replicated, sum(sizes))

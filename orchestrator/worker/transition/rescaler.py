@@ -45,7 +45,8 @@ class Rescaler:
         else:
             self._snapshots.make_room(prepared.shard_bytes)
             mine = self._factory.me in source.holders
-            held = self._snapshots.gathered(source, position.progress, self._factory.tensors) if mine else None
+            tensors = self._factory.state(source.placement.num_experts).tensors
+            held = self._snapshots.gathered(source, position.progress, tensors) if mine else None
             if held is not None:
                 position.follow(held.progress)
                 self._mailbox.go_back_to(held.progress.step)

@@ -22,6 +22,7 @@ from torch import Tensor
 from orchestrator.checkpoint.shard_file import ShardPiece
 from orchestrator.checkpoint.shard_image import ShardImage, ShardMemory
 from orchestrator.checkpoint.write import write_image
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import Inventory, Origin, Sharing, saved_shapes
 from orchestrator.protocol.worker_report import ShardWritten
@@ -44,7 +45,7 @@ class ShardSaver:
 
     Args:
         checkpoints: location of the run's checkpoints.
-        tensors: of the state.
+        tensors: of the state, by the number of experts.
         keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
         numerics: as in a worker's report.
         done: called from the saving thread with the written shard.
@@ -57,7 +58,7 @@ class ShardSaver:
     def __init__(
         self,
         checkpoints: Location,
-        tensors: Inventory,
+        tensors: Callable[[int], Inventory],
         keeps: str,
         numerics: str,
         done: Callable[[ShardWritten], None],
@@ -114,7 +115,9 @@ class ShardSaver:
             return self._caller(write_image, self._checkpoints, image, **where)
 
         ranges = shard.engine.ranges().until_update()
-        copy = partial(self._copy, ranges, self._copies.mark(), shard.rank, shard.groups.placement, progress)
+        copy = partial(
+            self._copy, ranges, self._copies.mark(), shard.rank, shard.groups.placement, shard.experts, progress
+        )
         write = ShardWrite(copy, attempt, self._done, self._refused, self._failed, is_verified=shard.seal is None)
         try:
             write.start()
@@ -132,17 +135,20 @@ class ShardSaver:
         mark: torch.cuda.Event | None,
         rank: int,
         placement: ExpertPlacement,
+        experts: ExpertSet,
         progress: TrainingProgress,
     ) -> ShardMemory:
+        tensors = self._tensors(experts.num_experts)
         meta = {
             **asdict(progress),
-            "shapes": saved_shapes(self._tensors),
+            "shapes": saved_shapes(tensors),
             "compression": self._keeps,
             **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
             "world_size": placement.world_size,
+            "experts": asdict(experts),
         }
         with self._copies.after(mark):
-            pieces = pieces_of(ranges, self._tensors, rank, placement)
+            pieces = pieces_of(ranges, tensors, rank, placement)
             return ShardMemory(pieces, json.dumps(meta, sort_keys=True), rank)
 
     def copied(self) -> None:

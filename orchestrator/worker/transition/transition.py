@@ -10,25 +10,28 @@ same.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from orchestrator.comm.transport.peer_group import PeerGroup
+from orchestrator.elastic.expert_change import at
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.engine.base import noop
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Handover
 from orchestrator.state.digest import PartSums, StateDigests, change, differing
-from orchestrator.state.fingerprint import whole
+from orchestrator.state.fingerprint import StateFingerprint, whole
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.relabelling import relabelled
 from orchestrator.state.transfer import execute_transfer
 from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.shard.model_agreement import check_agreement
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
+from orchestrator.worker.transition.clone_changes import change_clones
 from orchestrator.worker.transition.load_state import read_pretrained, read_state
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
@@ -70,14 +73,15 @@ def first_shard(
     clock.lap("connect")
     shard = factory.build(prepared.plan, groups)
     with closed_on_error(shard):
-        progress = _fill_first(factory, prepared.plan, shard, sampler, between)
+        progress = _fill_first(factory, prepared, shard, sampler, between)
     clock.lap("build")
     return shard, progress, _handover(prepared, progress, clock, identical=None)
 
 
 def _fill_first(
-    factory: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
+    factory: ShardFactory, prepared: PreparedTransition, shard: Shard, sampler: str, between: Callable[[], None]
 ) -> TrainingProgress:
+    plan = prepared.plan
     progress, model, engine = TrainingProgress(-1, 0, sampler), factory.spec.model, shard.engine
     if plan.restore is None and (model.init_from is None or model.upcycle):  # whose routers are in no file
         shard.model.init_weights(factory.spec.train.seed)
@@ -86,7 +90,9 @@ def _fill_first(
     engine.on_weights_initialized()  # also for state that the files lack
     if plan.restore is not None:
         ranges, rank, size = engine.ranges(), shard.rank, plan.world.size
-        progress = read_state(plan.restore, ranges, factory.tensors, sampler, rank, size, between)
+        tensors = factory.state(plan.experts.num_experts).tensors
+        progress = read_state(plan.restore, ranges, tensors, sampler, rank, size, between, prepared.mapped)
+        _change_clones(factory, prepared, shard, progress.step)
     elif model.init_from is not None:
         read_pretrained(model, engine.ranges())
     engine.on_state_loaded(progress.num_updates)
@@ -127,7 +133,8 @@ def make_transition(
     """
     plan, peers, transfer = prepared.plan, prepared.peers, prepared.transfer
     assert peers is not None and transfer is not None
-    old = held.ranges if held is not None else None
+    held_ranges = held.ranges if held is not None else None
+    old = held_ranges if prepared.mapped is None or held_ranges is None else relabelled(held_ranges, prepared.mapped)
     clock = _Clock()
     # Sums of ranks' parts are rounded, so a digest of bits can't verify them.
     whole_names = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
@@ -152,15 +159,37 @@ def make_transition(
             moved = change(sums, PartSums(partial, new), peers)
         identical = not differing(whole_names, before, after, peers) and moved <= ROUNDING
         if factory.spec.train.is_exact:
-            _check_record(shard, recorded, peers)
-    clock.lap("digest")
+            _check_record(_fingerprint(factory, plan, shard, held_ranges), recorded, peers)
+        clock.lap("digest")
+        if shard is not None and _change_clones(factory, prepared, shard, progress.step):
+            shard.engine.on_state_loaded(progress.num_updates)
+    clock.lap("transfer")
     return shard, _handover(prepared, progress, clock, identical, moved)
 
 
-def _check_record(shard: Shard | None, recorded: StepRecord | None, peers: PeerGroup) -> None:
+def _change_clones(factory: ShardFactory, prepared: PreparedTransition, shard: Shard, step: int) -> bool:
+    """Change clones if that is wanted. Returns whether it was."""
+    mapped = prepared.mapped
+    if mapped is None or mapped.change.is_exact:
+        return False
+    known = replace(mapped, change=at(mapped.change, step + 1))
+    change_clones(shard.engine.ranges(), known, factory.spec.train.seed)
+    return True
+
+
+def _fingerprint(
+    factory: ShardFactory, plan: GenerationPlan, shard: Shard | None, held: NamedRanges | None
+) -> StateFingerprint | None:
+    """The fingerprint of the state, as its record has it: of the new shard, or of the old one where it has other
+    experts."""
+    if plan.change is None or plan.source is None:
+        return shard.fingerprint(0) if shard is not None else None
+    return None if held is None else StateFingerprint(held, factory.layout(plan.source.world, plan.source.placement))
+
+
+def _check_record(fingerprint: StateFingerprint | None, recorded: StepRecord | None, peers: PeerGroup) -> None:
     """Compare the state with the digest from when its step was done, which may be long ago for a snapshot. Collective;
     passes where no record has a digest. Raises DigestMismatch."""
-    fingerprint = shard.fingerprint(0) if shard is not None else None
     now = int(fingerprint.look().sum()) if fingerprint is not None else 0
     expected = int(whole(recorded.state.digests), 16) if recorded is not None and recorded.state.digests else None
     found = torch.from_numpy(np.array([now], dtype=np.uint64).view(np.int64).copy())

@@ -1,6 +1,6 @@
 """Limits on the experts among which a token may choose.
 
-Shape legend: N = tokens, E = experts, G = groups of experts, e = experts of the largest group.
+Shape legend: N = tokens, E = experts, G = groups or families of experts, e = experts of the largest one.
 """
 
 from collections.abc import Sequence
@@ -47,3 +47,37 @@ class Limit(nn.Module):
         margin_NG = goodness_NG - torch.where(is_best_NG > 0, first_out_N1, last_in_N1)
         margin_NG = margin_NG.masked_fill(goodness_NG == float("-inf"), float("inf"))  # excluded by another limit
         return limited_NE, margin_NG[:, self.group_E]
+
+
+class OneOfFamily(nn.Module):
+    """Limits each token to the best expert of each family; of equal ones to the first.
+
+    Args:
+        families: by expert, its family.
+    """
+
+    member_Ge: Tensor
+    place_E: Tensor
+
+    def __init__(self, families: Sequence[int]) -> None:
+        super().__init__()
+        members = [[e for e, mine in enumerate(families) if mine == family] for family in dict.fromkeys(families)]
+        size, padding = max(map(len, members)), len(families)
+        padded = [mine + [padding] * (size - len(mine)) for mine in members]
+        place = {expert: number for number, expert in enumerate(e for mine in padded for e in mine) if expert < padding}
+        self.register_buffer("member_Ge", torch.tensor(padded), persistent=False)
+        self.register_buffer("place_E", torch.tensor([place[e] for e in range(padding)]), persistent=False)
+
+    def forward(self, choice_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores with all but those of each family's best at -inf; and by expert its excess over the best of the
+        others in its family: at most 0 but for the best, inf for one without others."""
+        padded_NE = F.pad(choice_NE, (0, 1), value=float("-inf"))
+        choice_NGe = padded_NE[:, self.member_Ge]
+        best_NG1 = choice_NGe.amax(-1, keepdim=True)
+        equal_NGe = choice_NGe == best_NG1
+        is_best_NGe = equal_NGe & (equal_NGe.cumsum(-1) == 1)
+        second_NG1 = choice_NGe.masked_fill(is_best_NGe, float("-inf")).amax(-1, keepdim=True)
+        margin_NGe = choice_NGe - torch.where(is_best_NGe, second_NG1, best_NG1)
+        is_best_NE = is_best_NGe.flatten(1)[:, self.place_E]
+        margin_NE = margin_NGe.flatten(1)[:, self.place_E]
+        return choice_NE.masked_fill(~is_best_NE, float("-inf")), margin_NE.nan_to_num(nan=float("inf"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model.moe.routing.counting import count
-from orchestrator.model.moe.routing.limit import Limit
+from orchestrator.model.moe.routing.limit import Limit, OneOfFamily
 from orchestrator.model.moe.routing.scorers import scorer_of
 from orchestrator.model.moe.routing.selection import capacity, selection_of, within_capacity
 from orchestrator.spec.model import ModelSpec
@@ -67,9 +67,10 @@ class Router(nn.Module):
 
     correction_bias_E: Tensor
 
-    def __init__(self, spec: ModelSpec, limits: Sequence[Limit] = ()) -> None:
+    def __init__(self, spec: ModelSpec, limits: Sequence[Limit | OneOfFamily] = ()) -> None:
         super().__init__()
-        self.spec, own = spec, []
+        self.spec = spec
+        own: list[Limit] = []
         if spec.n_group > 1:
             size = spec.n_routed_experts // spec.n_group
             own = [Limit([e // size for e in range(spec.n_routed_experts)], spec.topk_group, best=2)]

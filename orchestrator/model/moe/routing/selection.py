@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from orchestrator.model.moe.routing.balance import excess_histogram, margin_histogram, margins
 from orchestrator.model.moe.routing.counting import count
-from orchestrator.model.moe.routing.limit import Limit
+from orchestrator.model.moe.routing.limit import Limit, OneOfFamily
 from orchestrator.spec.model import ModelSpec
 
 
@@ -66,7 +66,7 @@ class TopKSelection(Selection):
         limits: on the choice, the widest first.
     """
 
-    def __init__(self, spec: ModelSpec, limits: Sequence[Limit] = ()) -> None:
+    def __init__(self, spec: ModelSpec, limits: Sequence[Limit | OneOfFamily] = ()) -> None:
         super().__init__()
         self.top_k, self._counts_margins, self.limits = (
             spec.num_experts_per_tok,
@@ -168,7 +168,7 @@ def within_capacity(expert_ids_NK: Tensor, scores_NK: Tensor, num_experts: int, 
     return torch.where(kept_R.view_as(expert_ids_NK), expert_ids_NK, num_experts)
 
 
-def selection_of(spec: ModelSpec, limits: Sequence[Limit] = ()) -> Selection:
+def selection_of(spec: ModelSpec, limits: Sequence[Limit | OneOfFamily] = ()) -> Selection:
     """The selection of a model's routers."""
     match spec.router.selection:
         case "top_p":

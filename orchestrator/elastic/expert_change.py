@@ -1,0 +1,122 @@
+"""Changes of the number of experts while they train, and the experts that are there between two changes. Pure.
+
+Growth makes clones: each expert becomes several with the same weights, moments and router rows, which are a *family*. A
+token may visit one member of a family at most, the best, so right after the growth the model computes what it did
+before. Then each member learns from the tokens that prefer it. Shrinking leaves experts out.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+OfLayers = tuple[tuple[int, ...], ...]
+"""A number for each expert, by MoE layer in the model's order; a single entry holds for all layers."""
+
+
+def of_layer(values: OfLayers, layer: int) -> tuple[int, ...]:
+    """The numbers of one layer's experts."""
+    return values[layer if len(values) > 1 else 0]
+
+
+@dataclass(frozen=True)
+class ExpertChange:
+    """A change of the number of experts.
+
+    Args:
+        first_step: with the new number; -1 until it is known.
+        num_before: experts of each layer before it.
+        sources: of each new expert, the old one that it comes from.
+        dissolves: families end.
+        noise, reinit_ratio: what is changed of clones, as in the job (`spec.moe.experts.ScheduledExperts`).
+    """
+
+    first_step: int
+    num_before: int
+    sources: OfLayers
+    dissolves: bool = False
+    noise: float = 0.0
+    reinit_ratio: float = 0.0
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each layer after it."""
+        return len(self.sources[0])
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether weights are moved as they are."""
+        return not (self.noise or self.reinit_ratio)
+
+    def then(self, later: "ExpertChange") -> "ExpertChange":
+        """Both changes as one."""
+        layers = range(max(len(self.sources), len(later.sources)))
+        pairs = ((of_layer(self.sources, layer), of_layer(later.sources, layer)) for layer in layers)
+        sources = tuple(tuple(first[expert] for expert in second) for first, second in pairs)
+        return replace(self, sources=sources, dissolves=self.dissolves or later.dissolves)
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """The routed experts of each MoE layer in some steps.
+
+    Args:
+        families: the family of each expert; empty where each is one of its own.
+    """
+
+    num_experts: int
+    families: OfLayers = ()
+
+    def after(self, change: ExpertChange) -> "ExpertSet":
+        """The experts after a change."""
+        if change.dissolves:
+            return ExpertSet(change.num_experts)
+        num_layers = max(len(self.families), len(change.sources))
+        own = tuple(range(self.num_experts))
+        families = []
+        for layer in range(num_layers):
+            before = of_layer(self.families, layer) if self.families else own
+            families.append(tuple(before[source] for source in of_layer(change.sources, layer)))
+        if all(len({*family}) == len(family) for family in families):
+            return ExpertSet(change.num_experts)
+        return ExpertSet(change.num_experts, tuple(families[:1]) if len({*families}) == 1 else tuple(families))
+
+
+def set_at(num_experts: int, changes: Iterable[ExpertChange], step: int) -> ExpertSet:
+    """The experts that do a step.
+
+    Args:
+        num_experts: of each layer at the start of the run.
+        changes: all that are decided, in the order of their steps.
+    """
+    found = ExpertSet(num_experts)
+    for change in changes:
+        if 0 <= change.first_step <= step:
+            found = found.after(change)
+    return found
+
+
+def cloned(before: int, after: int) -> OfLayers:
+    """Sources of a growth: expert `e` becomes `e`, `e + before`, `e + 2 * before`, and so on."""
+    return (tuple(expert % before for expert in range(after)),)
+
+
+def kept(scores: Sequence[Sequence[float]], experts: ExpertSet, after: int, top_k: int) -> OfLayers:
+    """Sources of a shrink: the experts with the highest scores stay, in their order; of equal ones the first. The best
+    one of each of the `top_k` best families is among them, as a token visits one of a family at most.
+
+    Args:
+        scores: of each expert, by MoE layer.
+    """
+    found = []
+    for layer, of_experts in enumerate(scores):
+        ranked = sorted(range(experts.num_experts), key=lambda expert: (-of_experts[expert], expert))
+        family = of_layer(experts.families, layer) if experts.families else range(experts.num_experts)
+        best = list({family[expert]: expert for expert in reversed(ranked)}.values())
+        first = [expert for expert in ranked if expert in best][:top_k]
+        rest = [expert for expert in ranked if expert not in first]
+        found.append(tuple(sorted([*first, *rest][:after])))
+    return tuple(found[:1]) if len({*found}) == 1 else tuple(found)
+
+
+def at(change: ExpertChange, first_step: int) -> ExpertChange:
+    """The change, which begins with this step."""
+    return replace(change, first_step=first_step)

@@ -1,0 +1,106 @@
+"""Changes of the number of experts: a generation of the same members with more or fewer of them. A rule of `lifecycle`.
+
+    change_experts  on request, or before a scheduled step -> plan g+1 -> (transition) READY -> activate
+
+A generation knows the step at which the next one has other experts (`GenerationPlan.until_step`). Its members wait
+there if the transition isn't prepared yet, so the change happens at exactly this step, whatever happens to workers.
+"""
+
+from dataclasses import replace
+
+from orchestrator.elastic.expert_change import ExpertChange, of_layer
+from orchestrator.elastic.expert_placement import ExpertPlacement, Holders
+from orchestrator.elastic.world import World
+from orchestrator.policy.rescale.generation_plan import (
+    MAX_FAILED_TRANSITIONS,
+    can_plan,
+    nodes_of,
+    planned_transition,
+)
+from orchestrator.policy.rescale.horizon import horizon_steps
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.expert_changes import requested_change, scheduled_change, unchanged
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.policy.state.world_size import SizeChange
+from orchestrator.protocol.events.training import ExpertsUnchanged
+from orchestrator.spec.moe.experts import unfit_number
+
+
+def change_experts(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Plan a generation with another number of experts, if one is due or was asked for. A request counts as applied
+    once that generation is active."""
+    if not can_plan(state, seen) or state.current is None:
+        return Decision(state)
+    due = state.current.until_step
+    if due is not None and due <= seen.step + 1 + horizon_steps(seen):
+        made = _made(state, due)
+        change = state.experts.at(due) if made is None else None
+        change = change or scheduled_change(limits, state.current.experts, due, seen.progress.loads.mean_LE)
+        change = change or unchanged(state.current.experts, due)  # a request has left nothing to do
+        whole = change if made is None else made.then(change)
+        decided = replace(state.experts, decided=state.experts.with_new(whole))
+        return _planned(limits, replace(state, experts=decided), seen, change, f"scheduled for step {due}")
+    request = state.target.experts
+    if request.number <= state.experts.requests:
+        return Decision(state)
+    experts = state.current.experts
+    if why := _why_not(limits, state, seen):
+        heard = replace(state, experts=replace(state.experts, requests=request.number))
+        return Decision(heard, (ExpertsUnchanged(seen.step, experts.num_experts, why, request.number),))
+    change = requested_change(limits, experts, request, seen.progress.loads.mean_LE)
+    return _planned(limits, state, seen, change, state.target.reason or "asked for")
+
+
+def _made(state: RunState, step: int) -> ExpertChange | None:
+    """The change with which the current generation has begun at this step, if it has: a request may be carried out at
+    the step of a scheduled change, which follows then."""
+    newest = next((rescale for rescale in state.rescales if rescale.generation == state.activated), None)
+    if newest is None or newest.num_experts is None or newest.step + 1 != step:
+        return None
+    return state.experts.at(step)
+
+
+def _planned(limits: RunLimits, state: RunState, seen: Observation, change: ExpertChange, why: str) -> Decision:
+    assert state.current is not None
+    world, nodes = World(state.num_generations, state.members), nodes_of(seen, state.members)
+    placement = with_experts(state.current.placement, change, limits.moe_layers, state.current.world, world, nodes)
+    step = change.first_step if change.first_step >= 0 else None
+    resized = SizeChange(len(state.members), step)
+    numbers = f"{change.num_before} -> {change.num_experts} experts" if not change.dissolves else "families dissolve"
+    return planned_transition(
+        limits, state, seen, state.members, resized, f"{numbers}: {why}", placement, experts=change
+    )
+
+
+def with_experts(
+    was: ExpertPlacement, change: ExpertChange, layers: tuple[str, ...], old: World, new: World, nodes: tuple[str, ...]
+) -> ExpertPlacement:
+    """A balanced placement of the experts after a change, with each as near as may be to the one that it comes from.
+
+    Args:
+        layers: names of the layers that may have placements of their own.
+        nodes: by rank of `new`, the node that it runs on; empty if unknown.
+    """
+
+    def held(layer: str, sources: tuple[int, ...]) -> Holders:
+        before = was.holders_of(layer)
+        return tuple(before[source] for source in sources)
+
+    by_layer: tuple[tuple[str, Holders], ...] = ()
+    if was.layers or len(change.sources) > 1:
+        by_layer = tuple((layer, held(layer, of_layer(change.sources, n))) for n, layer in enumerate(layers))
+    near = ExpertPlacement(change.num_experts, was.world_size, held("", change.sources[0]), by_layer)
+    return ExpertPlacement.rebalanced(near, old, new, nodes)
+
+
+def _why_not(limits: RunLimits, state: RunState, seen: Observation) -> str:
+    """Why a request changes nothing; empty if it does."""
+    assert state.current is not None
+    request, experts = state.target.experts, state.current.experts
+    if state.failures.transitions >= MAX_FAILED_TRANSITIONS:
+        return "the newest changes of the workers or of the experts have failed"
+    if seen.step + 1 >= limits.steps:
+        return "the run is at its end"
+    if request.num_experts == experts.num_experts and not (request.dissolve and experts.families):
+        return f"it has {experts.num_experts} experts already"
+    return unfit_number(experts.num_experts, request.num_experts, limits.top_k)
