@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.errors import JobDoesNotFit
-from orchestrator.protocol.messages import DesiredRunState
+from orchestrator.protocol.messages import DesiredRunState, ExpertRequest
 from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_logs import LogLine
@@ -163,6 +163,20 @@ class OrchestratorClient:
             NotFound: there is no such run.
         """
         return self._cluster.ask(Scheduler.rebalance, run_id)
+
+    def set_experts(self, run_id: str, request: ExpertRequest) -> DesiredRunState:
+        """Request another number of experts in each MoE layer of a run that trains. Returns at once; an event of kind
+        `experts_changed` or `experts_unchanged` follows.
+
+        Args:
+            request: `number` is set by the run.
+
+        Raises:
+            UsageError: the run isn't training, its model can't have this number, or a later entry of its schedule
+                couldn't follow.
+            NotFound: there is no such run.
+        """
+        return self._cluster.ask(Scheduler.set_experts, run_id, request)
 
     def stop(self, run_id: str, *, now: bool = False) -> DesiredRunState:
         """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound.

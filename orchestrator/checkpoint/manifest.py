@@ -25,6 +25,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
 from orchestrator.protocol.worker_report import ShardWritten
 
@@ -96,6 +97,14 @@ class CheckpointManifest:
     def name(self) -> str:
         """Of the checkpoint's directory."""
         return checkpoint_name(self.step, self.term, self.generation)
+
+    @property
+    def experts(self) -> ExpertSet | None:
+        """The experts of each MoE layer of its model; None: those of its run's job."""
+        found = self.meta.get("experts")
+        if not isinstance(found, dict):
+            return None
+        return ExpertSet(int(found["num_experts"]), tuple(tuple(families) for families in found["families"]))
 
     @property
     def digest(self) -> str:

@@ -47,9 +47,10 @@ from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import ClusterUnreachable, KeyUnknown, OrchestratorError, TermSuperseded, UsageError
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.lifecycle import phase_of
+from orchestrator.policy.rescale.expert_number import check_request
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.events.run import Submitted
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
+from orchestrator.protocol.messages import DesiredRunState, ExpertRequest, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.journaled_run import retry_until_written
@@ -262,6 +263,18 @@ class RunController:
         has_loads = seen.progress.loads.weight > 0
         self._limits.check_rebalance(phase_of(state, seen), len(state.members), has_loads)
         return self._requests.aim(FinishMode.NO, reason, rebalance=True)
+
+    def set_experts(self, request: ExpertRequest, reason: str) -> DesiredRunState:
+        """Request another number of experts. Returns when the request is journalled, not when they are there.
+
+        Raises:
+            UsageError: the run isn't training or is ending, or it can't have this number.
+            ClusterUnreachable: the run has not been opened.
+        """
+        controlled = self._controlled()
+        state, seen = controlled.run.memory.state, controlled.observer.observe()
+        check_request(self._limits, state, seen, phase_of(state, seen), request)
+        return self._requests.aim(FinishMode.NO, reason, experts=request)
 
     def finish(self, how: FinishMode, reason: str) -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it is already ending another way."""

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from orchestrator.cluster.inbox import Inbox, wake
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.journal_writer import JournalWriter
 from orchestrator.errors import NotFinished, UsageError
-from orchestrator.protocol.messages import DesiredRunState, FinishMode
+from orchestrator.protocol.messages import DesiredRunState, ExpertRequest, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.journaled_run import JournaledRun
 
@@ -76,6 +77,7 @@ class PendingRequests:
         by_hand: bool | None = None,
         checkpoint: int | None = None,
         rebalance: bool = False,
+        experts: ExpertRequest | None = None,
     ) -> DesiredRunState:
         """Request this state; None keeps the previous value. Returns when it is journalled. A size that was not
         requested by hand is replaced at once by one that was. Other arguments as in `DesiredRunState`.
@@ -86,7 +88,9 @@ class PendingRequests:
         """
         began_s = time.monotonic()
         with self._turned:
-            target = self._change(partial(self._aim, finish, reason, workers, stage, by_hand, checkpoint, rebalance))
+            target = self._change(
+                partial(self._aim, finish, reason, workers, stage, by_hand, checkpoint, rebalance, experts)
+            )
             is_yielding = by_hand is False and workers is not None and target.by_hand
             if not is_yielding:
                 self._await(lambda: self._memory.state.target.seq >= target.seq, began_s)
@@ -101,6 +105,7 @@ class PendingRequests:
         by_hand: bool | None,
         checkpoint: int | None,
         rebalance: bool,
+        experts: ExpertRequest | None,
     ) -> DesiredRunState:
         self._refuse_ending(finish)
         if by_hand is False and workers is not None and self.newest.by_hand:
@@ -118,6 +123,7 @@ class PendingRequests:
             by_hand=newest.by_hand if by_hand is None else by_hand,
             checkpoint=newest.checkpoint if checkpoint is None else checkpoint,
             rebalances=newest.rebalances + rebalance,
+            experts=newest.experts if experts is None else replace(experts, number=newest.experts.number + 1),
         )
         return self.newest
 

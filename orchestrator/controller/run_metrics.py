@@ -10,6 +10,7 @@ from orchestrator.protocol.events.generations import Activated, GenerationAborte
 from orchestrator.protocol.events.notices import ReplayChecked, StateDiffers
 from orchestrator.protocol.events.run import Resumed, Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted
+from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec
 
@@ -43,11 +44,11 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "elastic/draining_nodes": len(state.draining),
         "verify/checks": memory.counts[ReplayChecked],
         "verify/differences": memory.counts[StateDiffers],
-        "moe/collapse": collapse(model, newest.routing.experts.worst_violation if newest else 0.0),
+        "moe/collapse": collapse(newest.routing.experts, model.num_experts_per_tok) if newest else 0.0,
     }
 
 
-def collapse(model: ModelSpec, worst_violation: float) -> float:
+def collapse(load: ExpertLoad, top_k: int) -> float:
     """MaxVio of the worst layer over its largest value: 0 where loads are equal, 1 where all tokens chose the same."""
-    largest = largest_violation(model.n_routed_experts, model.num_experts_per_tok)
-    return worst_violation / largest if largest > 0 else 0.0
+    largest = largest_violation(load.num_experts, top_k)
+    return load.worst_violation / largest if largest > 0 else 0.0

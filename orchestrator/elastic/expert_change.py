@@ -79,6 +79,15 @@ class ExpertSet:
             return ExpertSet(change.num_experts)
         return ExpertSet(change.num_experts, tuple(families[:1]) if len({*families}) == 1 else tuple(families))
 
+    def families_by_name(self, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The families of each layer, where there are some.
+
+        Args:
+            layers: names of the MoE layers.
+        """
+        named = enumerate(layers) if self.families else ()
+        return {layer: of_layer(self.families, number) for number, layer in named}
+
 
 def set_at(num_experts: int, changes: Iterable[ExpertChange], step: int) -> ExpertSet:
     """The experts that do a step.

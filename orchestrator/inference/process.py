@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.code_package import placed
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.rows.bucket_rows import open_rows
@@ -95,8 +95,10 @@ def load_model(
         EntrypointError: the user's own model can't be built any more.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    experts = read_manifest(checkpoint).experts
+    job = job if experts is None else job.with_experts(experts.num_experts)
     with device:
-        model = build_model(job.model, job.num_outputs(prepared), single_rank(job.model))
+        model = build_model(job.model, job.num_outputs(prepared), single_rank(job.model, experts))
     tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:

@@ -146,6 +146,7 @@ DECLARED = (
         MetricKind.GAUGE,
         "largest load of a worker / mean load - 1, over all layers: how far the experts' placement is from even",
     ),
+    Metric("moe/num_experts", "experts", MetricKind.GAUGE, "routed experts of each MoE layer"),
     Metric("moe/dropped", "1", MetricKind.GAUGE, "share of tokens' choices of experts that a capacity dropped"),
     Metric("moe/experts_per_token", "experts", MetricKind.GAUGE, "experts that a token chose, mean, with top_p"),
     *(

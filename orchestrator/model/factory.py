@@ -1,5 +1,6 @@
 """Construction of a job's model, ours or a user's own, and the listing of its parameters."""
 
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.base import TrainableModel, meta_device, spec_of
@@ -23,9 +24,14 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -
     return kind(spec, vocab_size, home)
 
 
-def single_rank(spec: ModelSpec) -> ExpertParallelContext:
-    """All experts on one rank, without a process group: for a model in a world of one."""
-    return ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
+def single_rank(spec: ModelSpec, experts: ExpertSet | None = None) -> ExpertParallelContext:
+    """All experts on one rank, without a process group: for a model in a world of one.
+
+    Args:
+        experts: as many as `spec` has, with their families; None: there are none.
+    """
+    families = experts.families_by_name(spec.moe_layers) if experts is not None else {}
+    return ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None, families=families)
 
 
 def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tuple[str, tuple[int, ...]]]]:

@@ -15,6 +15,7 @@ from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
+from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.replay_task import PastWorld, ReplayTask, StepFingerprint
 from orchestrator.protocol.worker_report import ReplayResult
 
@@ -69,13 +70,17 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         step=first,
         path=seen.checkpoints[first],
         last_step=last,
-        worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.micro_batch),),
+        worlds=(_past(state.current),),
         findings=tuple(map(StepFingerprint.of, done)),
         skips=tuple(step for step in state.failures.skips if first < step <= last),
     )
     return Decision(
         replace(state, replay=replace(state.replay, task=check, count=check.number + 1, last_step=check.step))
     )
+
+
+def _past(plan: GenerationPlan) -> PastWorld:
+    return PastWorld(0, plan.world, plan.placement, plan.micro_batch, plan.families)
 
 
 def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
@@ -88,7 +93,8 @@ def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
     assert state.current is not None
     in_one_world = all(record.generation == state.current.generation for record in done)
     as_known = not any(first < stage.first_step <= last for stage in state.curriculum.stages)
-    return len(done) == steps and in_one_world and as_known
+    has_other_experts = state.experts.at(first + 1) is not None  # than the checkpoint
+    return len(done) == steps and in_one_world and as_known and not has_other_experts
 
 
 def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:

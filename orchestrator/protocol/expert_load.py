@@ -22,6 +22,7 @@ class ExpertLoad:
         dropped: share of the choices that a capacity dropped; None without one.
         rank_violation: largest load of a rank / mean load - 1, over all layers: their largest loads are summed, as a
             layer begins when the one before has ended; None in a world of one.
+        num_experts: of each layer.
         per_token: mean number of experts that a token chose; with `top_p`, else None.
     """
 
@@ -35,3 +36,4 @@ class ExpertLoad:
     dropped: float | None = None
     per_token: float | None = None
     rank_violation: float | None = None
+    num_experts: int = 0

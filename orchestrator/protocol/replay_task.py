@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from orchestrator.elastic.expert_change import OfLayers
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.step_record import StepRecord
@@ -10,13 +11,14 @@ from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 @dataclass(frozen=True)
 class PastWorld:
-    """A world that trained steps, from `first_step` until the next world's first step, with its expert placement and
-    micro-batch size."""
+    """A world that trained steps, from `first_step` until the next world's first step, with its expert placement,
+    their families and the micro-batch size."""
 
     first_step: int
     world: World
     placement: ExpertPlacement
     micro_batch: MicroBatchSize = UNSAID
+    families: OfLayers = ()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Rescale:
     `step` is the last step of the old world; the new world begins with `step + 1`. `stall_s` is the time between the
     votes of these two steps, minus the usual time of a step; None until the new world has finished a few steps.
     `experts_moved` counts experts that members got where members stayed and experts were placed by load; else None.
-    `num_experts` is the number of each layer's experts from then on where that changes; else None.
+    `experts` are the numbers of each layer's experts before and after, where that changes; else None.
     """
 
     generation: int
@@ -49,7 +49,7 @@ class Rescale:
     stall_s: float | None = None
     steps_lost: int = 0
     experts_moved: int | None = None
-    num_experts: int | None = None
+    experts: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import ClusterUnreachable, JournalCorrupt, KeyUnknown, NotFound, StorageError, UsageError
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
+from orchestrator.protocol.messages import DesiredRunState, ExpertRequest, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import NO_CODE, remove_job, write_code, write_job
@@ -201,6 +201,11 @@ class Scheduler:
         """Request that the run's experts are placed by load. Raises UsageError if it isn't training, or has nothing to
         place; NotFound."""
         return self._forward(run_id, RunController.rebalance, reason)
+
+    def set_experts(self, run_id: str, request: ExpertRequest, reason: str = "asked for") -> DesiredRunState:
+        """Request another number of experts. Raises UsageError if the run isn't training, or can't have it;
+        NotFound."""
+        return self._forward(run_id, RunController.set_experts, request, reason)
 
     def stop(self, run_id: str, reason: str = "stopped", now: bool = False) -> DesiredRunState:
         """Request the run's end, with a checkpoint unless `now`. Raises UsageError if it has ended; NotFound."""

@@ -56,7 +56,7 @@ def _plan(order: Verification) -> GenerationPlan:
     return GenerationPlan(
         term=0,
         world=world,
-        placement=ExpertPlacement.balanced(order.job.model.n_routed_experts, world.size),
+        placement=ExpertPlacement.balanced(order.worlds[0].placement.num_experts, world.size),
         source=None,
         store_prefix="verify",
         store_address=StoreAddress(LOOPBACK, 0),
@@ -64,6 +64,8 @@ def _plan(order: Verification) -> GenerationPlan:
         micro_batch=order.worlds[0].micro_batch,
         skips=tuple(record.step for record in order.records if record.update.skipped),
         replayed=order.worlds,
+        change=order.change,
+        families=order.worlds[0].families,
     )
 
 

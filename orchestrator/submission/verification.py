@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.elastic.expert_change import ExpertChange
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.replay_check import Differences
 from orchestrator.policy.state.run_state import StateDecided
@@ -37,6 +38,7 @@ class Verification:
         worlds: that did them.
         workers: world size of the replay.
         checkpoint: before the first of the steps; None for the beginning.
+        change: of the number of experts, with which the first step begins.
         numerics: fingerprint of the run's first worker, on which the bits depend; None where that isn't known.
         differing: workers of `worlds` whose numerics differ from that one's, and in what.
     """
@@ -51,6 +53,7 @@ class Verification:
     data: PreparedData
     numerics: Mapping[str, Any] | None
     differing: Mapping[str, Differences]
+    change: ExpertChange | None = None
 
 
 def what_to_verify(
@@ -90,9 +93,7 @@ def what_to_verify(
     last = min([after + steps, *(first_step - 1 for first_step in decided)])
     records = tuple(record for record in committed if after < record.step <= last)
     worlds = past_worlds(entries, records)
-    if other := [
-        past.first_step for past in worlds if past.micro_batch != worlds[0].micro_batch
-    ]:  # changed after an out-of-memory failure
+    if other := [past.first_step for past in worlds if not _alike(past, worlds[0])]:
         records = tuple(record for record in records if record.step < other[0])
         worlds = past_worlds(entries, records)
     if not records:
@@ -113,7 +114,15 @@ def what_to_verify(
         data=data_of(run_id, run_dir),
         numerics=next((e.event.fingerprint for e in entries if isinstance(e.event, NumericsRecorded)), None),
         differing=differing_workers(entries, worlds),
+        change=_change_at(entries, records[0].step),
     )
+
+
+def _alike(one: PastWorld, other: PastWorld) -> bool:
+    """Whether one replay can do the steps of both: micro-batches change after an out-of-memory failure, the number of
+    experts by request and by schedule."""
+    sizes = ((past.micro_batch, past.placement.num_experts, past.families) for past in (one, other))
+    return next(sizes) == next(sizes)
 
 
 def differing_workers(entries: Sequence[JournalEntry], worlds: Sequence[PastWorld]) -> dict[str, Differences]:
@@ -121,6 +130,12 @@ def differing_workers(entries: Sequence[JournalEntry], worlds: Sequence[PastWorl
     members = {worker for past in worlds for worker in past.world.members}
     differing = (entry.event for entry in entries if isinstance(entry.event, NumericsDiffer))
     return {event.worker: event.differs for event in differing if event.worker in members}
+
+
+def _change_at(entries: Sequence[JournalEntry], step: int) -> ExpertChange | None:
+    """The change of the number of experts with which a step begins, if it is one."""
+    states = [entry.event.state for entry in entries if isinstance(entry.event, StateDecided)]
+    return states[-1].experts.at(step) if states else None
 
 
 def past_worlds(entries: Sequence[JournalEntry], records: Sequence[StepRecord]) -> tuple[PastWorld, ...]:
@@ -131,7 +146,7 @@ def past_worlds(entries: Sequence[JournalEntry], records: Sequence[StepRecord]) 
     for record in records:
         if not worlds or worlds[-1].world.generation != record.generation:
             plan = plans[record.generation]
-            worlds.append(PastWorld(record.step, plan.world, plan.placement, plan.micro_batch))
+            worlds.append(PastWorld(record.step, plan.world, plan.placement, plan.micro_batch, plan.families))
     return tuple(worlds)
 
 

@@ -61,6 +61,7 @@ def values_of_experts(load: ExpertLoad) -> dict[str, float]:
         "moe/utilisation": load.utilisation,
         "moe/dead_experts": load.dead,
         "moe/choice_entropy": load.entropy,
+        "moe/num_experts": float(load.num_experts),
     }
     others = {
         "moe/load_swing": load.swing,

@@ -139,6 +139,8 @@ def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -
         if changes and step - labelled >= LABEL_GAP * (high - low):
             text = f"{event.fields['from_size']}→{event.fields['to_size']}"
             text = "experts" if event.fields.get("experts_moved") else text
+            if numbers := event.fields.get("experts"):
+                text = f"{numbers[0]}→{numbers[1]} experts"
             loss_axes.annotate(
                 text,
                 (step, 1.0),

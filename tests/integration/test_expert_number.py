@@ -8,7 +8,6 @@ import pytest
 from orchestrator.elastic.expert_change import ExpertChange, ExpertSet, cloned
 from orchestrator.elastic.world import World
 from orchestrator.policy.rescale.expert_number import with_experts
-from orchestrator.protocol.messages import Restore
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.fingerprint import whole
 from tests.support.calm_runs import tensors_of

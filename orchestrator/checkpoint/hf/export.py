@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from orchestrator.checkpoint.hf.families import family_of_spec
 from orchestrator.checkpoint.hf.family import KEYS, QUERY, ROUTER, Family, folded, folds
-from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.read import CheckpointReader, read_manifest
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.state_spec import MASTER, average_of, of_model
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
@@ -98,6 +99,10 @@ def export_hf(
 
 
 def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str, of_ema: bool, directory: Path) -> int:
+    experts = read_manifest(checkpoint).experts
+    if experts is not None:
+        job = job.with_experts(experts.num_experts)
+        _refuse_families(job, experts)
     family = family_of_spec(job.model)
     config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     with CheckpointReader(checkpoint) as reader:
@@ -106,6 +111,17 @@ def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str
         num_bytes = _write_weights(tensors, DTYPES[dtype], directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return num_bytes
+
+
+def _refuse_families(job: JobSpec, experts: ExpertSet) -> None:
+    if experts.families:
+        raise UsageError(
+            f"experts of run {job.name} are families of clones, of which a token visits the best one, and transformers "
+            "knows no such limit",
+            remedy=f"Dissolve them, `orchestrator experts set {job.name} {experts.num_experts} --dissolve`, train "
+            "further, and export a later checkpoint.",
+            unchanged="Nothing was written.",
+        )
 
 
 def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -26,7 +26,7 @@ FORWARDED = (
     *("ls", "status", "wait", "logs", "events", "report"),
     *("scale", "pause", "resume", "stop", "rm", "set", "curriculum set", "fault kill-worker"),
     *("checkpoint now", "checkpoint ls", "checkpoint verify", "checkpoint rm", "check data"),
-    "experts rebalance",
+    *("experts rebalance", "experts set"),
 )
 STAYS = frozenset({"-f", "--follow", "--watch"})
 STOPPED = 103

@@ -80,6 +80,16 @@ class PlacedExperts:
 
 
 @dataclass(frozen=True)
+class NumberedExperts:
+    """Experts of each MoE layer of a run before `step` and from the one after it on; equal where the number stays."""
+
+    run_id: str
+    step: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class AdoptedRun:
     """A run whose records count as signed with the key `key_id`. `checkpoint` is empty without any."""
 

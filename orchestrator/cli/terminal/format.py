@@ -97,7 +97,11 @@ def resources(amounts: Mapping[str, float]) -> str:
 def rescale(change: Rescale) -> str:
     """A rescale and its cost as one line. The step shown is the first of the new world."""
     what = f"{change.from_size} -> {change.to_size} workers"
-    if change.experts_moved:
+    if change.experts is not None:
+        before, after = change.experts
+        what = f"{before} -> {after} experts per layer" if before != after else "families of experts dissolved"
+        what += f" on {change.from_size} -> {change.to_size} workers" * (change.from_size != change.to_size)
+    elif change.experts_moved:
         what = f"{counted(change.experts_moved, 'expert')} moved"
     return (
         f"{what} at step {change.step + 1}: {_stall(change)}, "

@@ -102,7 +102,8 @@ class LiveProgress(StatusLine):
             if change.stall_s is None and not status.phase.ended:
                 break  # shown once it has been measured
             self._told_rescales = change.generation
-            self.keep(f"{status.run_id}{':' if change.experts_moved else ' rescaled'} {rescale(change)}")
+            is_resized = not change.experts_moved and change.experts is None
+            self.keep(f"{status.run_id}{' rescaled' if is_resized else ':'} {rescale(change)}")
         for failure in (r for r in status.recoveries if r.generation > self._told_recoveries):
             if failure.stall_s is None and not status.phase.ended:
                 break

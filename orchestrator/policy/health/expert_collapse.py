@@ -62,16 +62,15 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Trouble
         for record in records
         if record.step >= SETTLED_STEPS
         and record.routing.experts.worst_layer >= 0
-        and record.batch.tokens >= TOKENS_PER_EXPERT * model.n_routed_experts
+        and record.batch.tokens >= TOKENS_PER_EXPERT * record.routing.experts.num_experts
     ]
-    largest = largest_violation(model.n_routed_experts, model.num_experts_per_tok)
     news: list[Event] = []
     change = _change(
-        steps, known.collapse is not None, lambda r: r.routing.experts.worst_violation > COLLAPSED * largest > 0
+        steps, known.collapse is not None, lambda r: _is_collapsed(r.routing.experts, model.num_experts_per_tok)
     )
     if change is not None:
         first, newest = change
-        begun = ExpertsCollapsed(first, newest.worst_layer, newest.worst_violation)
+        begun = ExpertsCollapsed(first, newest.worst_layer, newest.worst_violation, newest.num_experts)
         news.append(begun if known.collapse is None else ExpertsEven(first))
     compared = [record for record in steps if record.routing.experts.swing is not None]  # with the step before
     change = _change(compared, known.swing is not None, lambda r: (r.routing.experts.swing or 0.0) > SWINGING)
@@ -79,6 +78,10 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Trouble
         first, newest = change
         news.append(LoadsSwing(first, newest.swing or 0.0) if known.swing is None else LoadsSteady(first))
     return news
+
+
+def _is_collapsed(load: ExpertLoad, top_k: int) -> bool:
+    return load.worst_violation > COLLAPSED * largest_violation(load.num_experts, top_k) > 0
 
 
 def _change(
@@ -103,7 +106,7 @@ def routing_warnings(model: ModelSpec, troubles: Troubles) -> list[str]:
 
 def _collapse(model: ModelSpec, event: ExpertsCollapsed, swings: bool) -> str:
     """Warning of a collapse. If loads also swing, a layer fills and empties by turns: damp them, keep the bias slow."""
-    largest = largest_violation(model.n_routed_experts, model.num_experts_per_tok)
+    largest = largest_violation(event.num_experts or model.n_routed_experts, model.num_experts_per_tok)
     return (
         f"MoE layer {event.layer} has collapsed since step {event.step}, most of its tokens go to the same "
         f"experts: its MaxVio was {event.max_violation:.2f} of {largest:.2f} possible, where at most "

@@ -29,7 +29,7 @@ class LoadMap:
 
     Args:
         steps: of the columns, ascending.
-        load_LES: by MoE layer, expert and column, load / mean load; NaN where a layer had no tokens.
+        load_LES: by MoE layer, expert and column, load / mean load; NaN where a layer had no tokens, or fewer experts.
         moves: steps from which on experts were placed by their loads.
     """
 
@@ -57,6 +57,7 @@ def expert_load(counts_LE: NDArray[np.int64], before_LE: NDArray[np.int64] | Non
         max_violation=float(violation_L.mean()),
         worst_violation=float(violation_L.max()),
         worst_layer=int(layers[violation_L.argmax()]),
+        num_experts=num_experts,
         utilisation=float((1.0 / (violation_L + 1.0)).mean()),
         dead=float((load_LE == 0).mean()),
         entropy=float(entropy_L.mean() / math.log(num_experts)) if num_experts > 1 else 1.0,
@@ -110,8 +111,11 @@ def load_map(loads: Mapping[int, Loads], moves: Iterable[int] = ()) -> LoadMap |
     if not any(any(tokens_E) for tokens_LE in loads.values() for tokens_E in tokens_LE):
         return None
     steps = tuple(sorted(loads))
-    counts_LES = np.array([loads[step] for step in steps], dtype=np.float64).transpose(1, 2, 0)
-    mean_L1S = counts_LES.mean(1, keepdims=True)
+    by_step = [np.asarray(loads[step], dtype=np.float64) for step in steps]
+    counts_LES = np.full((len(by_step[0]), max(count_LE.shape[1] for count_LE in by_step), len(steps)), np.nan)
+    for number, count_LE in enumerate(by_step):
+        counts_LES[:, : count_LE.shape[1], number] = count_LE
+    mean_L1S = np.nanmean(counts_LES, 1, keepdims=True)
     return LoadMap(
         steps, np.divide(counts_LES, mean_L1S, out=np.full_like(counts_LES, np.nan), where=mean_L1S > 0), tuple(moves)
     )

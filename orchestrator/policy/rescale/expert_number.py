@@ -11,6 +11,7 @@ from dataclasses import replace
 from orchestrator.elastic.expert_change import ExpertChange, of_layer
 from orchestrator.elastic.expert_placement import ExpertPlacement, Holders
 from orchestrator.elastic.world import World
+from orchestrator.errors import UsageError
 from orchestrator.policy.rescale.generation_plan import (
     MAX_FAILED_TRANSITIONS,
     can_plan,
@@ -23,6 +24,8 @@ from orchestrator.policy.state.expert_changes import requested_change, scheduled
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
 from orchestrator.protocol.events.training import ExpertsUnchanged
+from orchestrator.protocol.messages import ExpertRequest
+from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.moe.experts import unfit_number
 
 
@@ -55,7 +58,7 @@ def _made(state: RunState, step: int) -> ExpertChange | None:
     """The change with which the current generation has begun at this step, if it has: a request may be carried out at
     the step of a scheduled change, which follows then."""
     newest = next((rescale for rescale in state.rescales if rescale.generation == state.activated), None)
-    if newest is None or newest.num_experts is None or newest.step + 1 != step:
+    if newest is None or newest.experts is None or newest.step + 1 != step:
         return None
     return state.experts.at(step)
 
@@ -66,10 +69,7 @@ def _planned(limits: RunLimits, state: RunState, seen: Observation, change: Expe
     placement = with_experts(state.current.placement, change, limits.moe_layers, state.current.world, world, nodes)
     step = change.first_step if change.first_step >= 0 else None
     resized = SizeChange(len(state.members), step)
-    numbers = f"{change.num_before} -> {change.num_experts} experts" if not change.dissolves else "families dissolve"
-    return planned_transition(
-        limits, state, seen, state.members, resized, f"{numbers}: {why}", placement, experts=change
-    )
+    return planned_transition(limits, state, seen, state.members, resized, why, placement, experts=change)
 
 
 def with_experts(
@@ -104,3 +104,47 @@ def _why_not(limits: RunLimits, state: RunState, seen: Observation) -> str:
     if request.num_experts == experts.num_experts and not (request.dissolve and experts.families):
         return f"it has {experts.num_experts} experts already"
     return unfit_number(experts.num_experts, request.num_experts, limits.top_k)
+
+
+def check_request(
+    limits: RunLimits, state: RunState, seen: Observation, phase: RunPhase, request: ExpertRequest
+) -> None:
+    """Raises UsageError if a run can't get this number of experts now.
+
+    Args:
+        phase: of the run.
+    """
+    why, remedy = _why_refused(limits, state, seen, phase, request)
+    if why:
+        raise UsageError(
+            f"run {limits.run_id} can't get {request.num_experts} experts in each layer: {why}",
+            remedy=remedy,
+            unchanged=f"{limits.run_id} continues unchanged.",
+        )
+
+
+def _why_refused(
+    limits: RunLimits, state: RunState, seen: Observation, phase: RunPhase, request: ExpertRequest
+) -> tuple[str, str]:
+    """The reason and the remedy; empty if nothing is against it."""
+    if phase is not RunPhase.TRAINING or state.current is None:
+        return f"it is {phase}, not training", "Ask again once it trains."
+    for key, why in limits.fixes_experts.items():
+        return f"its job has model.{key}, with which the number can't change: {why}", "Submit a job without."
+    experts = state.current.experts
+    if request.num_experts == experts.num_experts and not (request.dissolve and experts.families):
+        families = "" if not experts.families else ", in families of clones"
+        return f"it has {experts.num_experts}{families}", "Name another number" + ", or --dissolve." * bool(families)
+    if why := unfit_number(experts.num_experts, request.num_experts, limits.top_k):
+        fits = f"from {limits.top_k} to {experts.num_experts - 1}, or a multiple of {experts.num_experts}"
+        return why, f"Name a number {fits}."
+    before = request.num_experts
+    for entry in limits.expert_schedule:
+        if entry.at_step > seen.step + 1:
+            if why := unfit_number(before, entry.num_experts, limits.top_k):
+                scheduled = f"its schedule has {entry.num_experts} from step {entry.at_step} on"
+                return f"{scheduled}, and {why}", "Name a number that the schedule can follow."
+            before = entry.num_experts
+    if request.keep == "load" and request.num_experts < experts.num_experts and not seen.progress.loads.weight:
+        return "no tokens of experts are known yet, by which some would stay", "Ask again in some seconds."
+    return "", ""

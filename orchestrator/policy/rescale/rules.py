@@ -115,6 +115,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     old = state.current.world if state.current else None
     moved_bytes, state_identical = _handed_over(state, seen)
+    rebalance, change = state.transition.rebalance, plan.change
     rescale = Rescale(
         generation=plan.generation,
         from_size=old.size if old else 0,
@@ -123,10 +124,9 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         why=state.transition.why,
         moved_bytes=moved_bytes,
         state_identical=state_identical,
-        experts_moved=None if state.transition.rebalance is None else state.transition.rebalance.num_moved,
-        num_experts=None if plan.change is None else plan.change.num_experts,
+        experts_moved=None if rebalance is None else rebalance.num_moved,
+        experts=None if change is None else (change.num_before, change.num_experts),
     )
-    rebalance, change = state.transition.rebalance, plan.change
     is_other = old is not None and (old.members != plan.world.members or rebalance is not None or change is not None)
     moved = is_other and state.abort.account is None
     recoveries = state.recoveries

@@ -9,11 +9,12 @@ from orchestrator.storage.condition import StorageCondition
 
 @dataclass(frozen=True)
 class ExpertsCollapsed(Event):
-    """Most tokens of an MoE layer go to the same experts."""
+    """Most tokens of an MoE layer go to the same experts, of which it has `num_experts`; 0: as many as its job has."""
 
     step: int
     layer: int
     max_violation: float
+    num_experts: int = 0
 
 
 @dataclass(frozen=True)

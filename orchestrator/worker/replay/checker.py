@@ -72,7 +72,7 @@ class ReplayChecker:
         plan = GenerationPlan(
             term=0,
             world=world,
-            placement=ExpertPlacement.balanced(factory.spec.model.n_routed_experts, 1),
+            placement=ExpertPlacement.balanced(past.placement.num_experts, 1),
             source=None,
             store_prefix=f"check/{check.number}",
             store_address=StoreAddress("", 0),
@@ -80,6 +80,7 @@ class ReplayChecker:
             micro_batch=past.micro_batch,
             skips=check.skips,
             replayed=check.worlds,
+            families=past.families,
         )
         store = HashStore()
         store.set_timeout(timedelta(seconds=30))

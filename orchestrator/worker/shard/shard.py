@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import local_address
-from orchestrator.elastic.expert_change import ExpertSet, of_layer
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
@@ -266,9 +266,5 @@ class ShardFactory:
             plan.nodes,
             wanted.nodes_per_token,
             self.spec.train.is_exact,
-            families=self._families(plan.experts),
+            families=plan.experts.families_by_name(self.spec.model.moe_layers),
         )
-
-    def _families(self, experts: ExpertSet) -> dict[str, tuple[int, ...]]:
-        layers = enumerate(self.spec.model.moe_layers) if experts.families else ()
-        return {layer: of_layer(experts.families, number) for number, layer in layers}
