@@ -17,6 +17,7 @@ from orchestrator.elastic.state_spec import (
     OF_RULE,
     PARAM,
     RESIDUAL,
+    SALIENCY,
     THIN,
     VELOCITY,
     Absent,
@@ -59,7 +60,7 @@ def inventory(
         tensors += [
             StateTensor(f"{kind}/{p.name}", p.shape_of(kind), Sharing.SHARDED, Origin.UPDATE, p) for p in having
         ]
-    tensors += [StateTensor(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Origin.COPY) for name, shape in buffers]
+    tensors += [_buffer(name, shape) for name, shape in buffers]
     tensors += _of_compression(params, job.communication.compression)
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
@@ -119,6 +120,11 @@ def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
         stored_as=f"{MASTER}/{param.name}",
         is_copy=train.has_masters and param.is_trained,
     )
+
+
+def _buffer(name: str, shape: tuple[int, ...]) -> StateTensor:
+    absent = Absent.FIRST if name.endswith(SALIENCY) else Absent.REFUSE
+    return StateTensor(f"{BUFFER}/{name}", shape, Sharing.REPLICATED, Origin.COPY, absent=absent)
 
 
 def _of_compression(params: Sequence[ParamSpec], compression: CompressionSpec) -> Iterator[StateTensor]:

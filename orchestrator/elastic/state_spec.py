@@ -19,6 +19,7 @@ EXP_AVG, EXP_AVG_SQ, MOMENTUM = "exp_avg", "exp_avg_sq", "momentum_buffer"  # of
 FACTORS = "exp_avg_sq_factors"  # of each matrix: by row, then by column
 EMA = "ema"  # average of the masters
 BUFFER = "buffer"
+SALIENCY = ".saliency_E2"  # ends the names of buffers that a checkpoint may lack: a job may come to ask for them
 RESIDUAL, VELOCITY, THIN = "residual", "velocity", "powersgd"  # of gradient compression
 
 OF_RULE = {  # kinds, by rule

@@ -81,8 +81,8 @@ class TrainableModel(nn.Module, ABC):
     def routing_counts(self) -> RoutingCounts:
         """Counts of this rank's routers in its last forward pass, a training pass. The histogram of a layer whose
         router counts no margins is empty."""
-        routed = RoutingCounts.zeros(len(self.moe_layers), self.spec, next(self.parameters()).device)
-        for layer, counts_E, margins_EM, masses_M, dropped in zip(self.moe_layers, *routed.parts, strict=True):
+        routed = self.zero_counts(next(self.parameters()).device)
+        for layer, counts_E, margins_EM, masses_M, dropped, norms_E in zip(self.moe_layers, *routed.parts, strict=True):
             counts_E.copy_(layer.last_counts_E)
             layer.counts_were_read = True
             if layer.last_margins_EM is not None:
@@ -90,7 +90,14 @@ class TrainableModel(nn.Module, ABC):
             if layer.last_masses_M is not None:
                 masses_M.copy_(layer.last_masses_M)
             dropped.copy_(layer.last_dropped)
+            norms_E.copy_(layer.last_norms_E)
         return routed
+
+    def zero_counts(self, device: torch.device) -> RoutingCounts:
+        """Counts of routers without tokens."""
+        layers = self.moe_layers
+        keeps_saliency = any(layer.keeps_saliency for layer in layers)
+        return RoutingCounts.zeros(len(layers), self.spec, device, keeps_saliency)
 
     def with_balance_losses(self, loss: Tensor, units: int | None = None) -> Tensor:
         """The loss value unchanged, with the gradients of the last forward pass's auxiliary losses added.

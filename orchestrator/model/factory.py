@@ -1,5 +1,7 @@
 """Construction of a job's model, ours or a user's own, and the listing of its parameters."""
 
+from dataclasses import replace
+
 from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import ParamSpec
@@ -34,8 +36,13 @@ def single_rank(spec: ModelSpec, experts: ExpertSet | None = None) -> ExpertPara
     return ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None, families=families)
 
 
-def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tuple[str, tuple[int, ...]]]]:
+def catalogue(
+    spec: ModelSpec, vocab_size: int, keeps_saliency: bool = False
+) -> tuple[list[ParamSpec], list[tuple[str, tuple[int, ...]]]]:
     """Every parameter of the whole model in order, and its persistent buffers, without allocating memory.
+
+    Args:
+        keeps_saliency: as in `ExpertParallelContext`.
 
     Returns:
         parameters (all experts included), and buffers as (name, shape).
@@ -44,6 +51,6 @@ def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[t
         EntrypointError: as `build_model`.
     """
     with meta_device():
-        model = build_model(spec, vocab_size, single_rank(spec))
+        model = build_model(spec, vocab_size, replace(single_rank(spec), keeps_saliency=keeps_saliency))
     params = [spec_of(name, p) for name, p in model.named_parameters()]
     return params, [(name, tuple(buffer.shape)) for name, buffer in model.state_buffers()]

@@ -9,6 +9,8 @@ from orchestrator.protocol.codec import Compact
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.usage import Traffic
 
+Saliency = tuple[tuple[tuple[float, float], ...], ...]
+
 
 @dataclass(frozen=True)
 class BatchRecord(Compact):
@@ -92,10 +94,13 @@ class RoutingRecord(Compact):
     Args:
         experts: its summary.
         loads: by MoE layer, tokens of each expert; in a journal only for steps that a heat map shows.
+        saliency: by MoE layer and expert, averages of the newest steps: sum of the norms of its weighted outputs, and
+            its tokens; only of steps by which experts may be chosen.
     """
 
     experts: ExpertLoad = field(default_factory=ExpertLoad)
     loads: tuple[tuple[int, ...], ...] = ()
+    saliency: Saliency = ()
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def progress_up_to(objects: Objects, progress: Progress, step: int, before: int 
         validations=validations,
         validation_metrics=next((r.validation_metrics for r in reversed(recent) if r.validation_loss is not None), {}),
         loads=LoadAverage().after((record.step, record.routing.loads) for record in recent),
+        saliency=tuple((at, averages) for at, averages in progress.saliency if at <= step),
         stages=tuple((name, first_step) for name, first_step in progress.stages if first_step <= step),
     )
 

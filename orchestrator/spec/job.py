@@ -170,6 +170,16 @@ class JobSpec(Section):
         """The largest number of routed experts of a layer that the job has at any step."""
         return max(self.model.n_routed_experts, *(entry.num_experts for entry in self.experts.schedule), 1)
 
+    @property
+    def measured_steps(self) -> tuple[int, ...]:
+        """The steps whose averages decide which experts stay at scheduled steps."""
+        return self.experts.measured_steps(self.model.n_routed_experts)
+
+    @property
+    def keeps_saliency(self) -> bool:
+        """Whether it is measured how much each expert adds to its tokens."""
+        return self.experts.saliency or bool(self.measured_steps)
+
     def with_experts(self, num_experts: int) -> Self:
         """The job with as many routed experts in each MoE layer."""
         if num_experts == self.model.n_routed_experts:

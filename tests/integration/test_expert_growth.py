@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.errors import UsageError
-from orchestrator.protocol.messages import ExpertRequest
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec

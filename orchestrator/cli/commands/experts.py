@@ -26,6 +26,7 @@ Timeout = Annotated[
 class Keep(StrEnum):
     """Experts that stay where there are fewer."""
 
+    REAP = "reap"
     LOAD = "load"
     RANDOM = "random"
 
@@ -46,7 +47,10 @@ def set_number(
     run: RunId,
     num_experts: Annotated[int, typer.Argument(min=1, help="Routed experts of each MoE layer.")],
     keep: Annotated[
-        Keep, typer.Option("--keep", help="Of fewer, those that stay: with most tokens lately, or drawn.")
+        Keep,
+        typer.Option(
+            "--keep", help="Of fewer, those that stay: that add most (experts.saliency), with most tokens, or drawn."
+        ),
     ] = Keep.LOAD,
     noise: Annotated[
         float, typer.Option("--noise", min=0, max=1, help="Added to router rows of clones, over their own deviation.")

@@ -26,6 +26,7 @@ class ExpertParallelContext:
         nodes_per_token: the same for nodes.
         is_exact: outputs and gradients have the same bits for the same rows wherever the experts are.
         layer: the layer whose experts these are, as `elastic.state_spec.layer_of` names it.
+        keeps_saliency: whether routers keep how much each expert adds (`model.moe.routing.saliency`).
         families: by layer, the family of each expert, of which a token may visit one member; empty: there are none.
     """
 
@@ -38,6 +39,7 @@ class ExpertParallelContext:
     nodes_per_token: int | None = None
     is_exact: bool = False
     layer: str = ""
+    keeps_saliency: bool = False
     families: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def of_layer(self, layer: str) -> "ExpertParallelContext":

@@ -27,6 +27,7 @@ from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of
 
 # Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+NORM_UNIT = 2.0**-24
 Product = Callable[..., Tensor]  # of two matrices, as `torch.mm`
 
 
@@ -58,6 +59,7 @@ def run_experts(
     experts: Sequence[GatedMLP],
     gates_R: Tensor | None = None,
     may_group: bool = True,
+    norms_L: Tensor | None = None,
 ) -> Tensor:
     """Run every copy through its expert and sum the outputs, times their gates, per token.
 
@@ -70,16 +72,18 @@ def run_experts(
         gates_R: weights of the copies, in the precision of x; None for ones.
         may_group: an expert's products may be computed together with those of others, where that is faster; their bits
             may depend on the others then.
+        norms_L: int64, to which the norms of each expert's weighted outputs are added in units of `NORM_UNIT`: integers
+            have the same sum in any order. Not where they are grouped.
 
     Returns:
         (N, D); zeros for a token without a copy. Differentiable once, by tokens, gates and experts.
     """
     gate_ups, downs = [expert.gate_up for expert in experts], [expert.down for expert in experts]
     in_float8 = any(expert.linear is float8.linear for expert in experts)
-    if may_group and not in_float8 and grouped_experts.can_run(x_ND, gate_ups):
+    if may_group and not in_float8 and norms_L is None and grouped_experts.can_run(x_ND, gate_ups):
         return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
     counts = counts_L.tolist()
-    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts, in_float8, *gate_ups, *downs)  # type: ignore[no-untyped-call]
+    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts, in_float8, norms_L, *gate_ups, *downs)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -92,6 +96,7 @@ class _Experts(torch.autograd.Function):
         token_R: Tensor,
         counts: list[int],
         in_float8: bool,
+        norms_L: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
         mm: Product = float8.mm if in_float8 else torch.mm
@@ -111,6 +116,9 @@ class _Experts(torch.autograd.Function):
             y_CD = x_CD  # reuses the memory
             for inner_cH, y_cD, down in part.each(inner_CH, y_CD, downs):
                 mm(inner_cH, down.t(), out=y_cD)
+            if norms_L is not None:
+                for number, y_cD, _ in part.each_numbered(y_CD, y_CD):
+                    norms_L[number] += _sum_of_norms(y_cD)
             y_ND.index_add_(0, token_C, y_CD)
         ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
         ctx.counts, ctx.in_float8, ctx.sinks = counts, in_float8, sinks_of(weights)
@@ -151,7 +159,13 @@ class _Experts(torch.autograd.Function):
             for dbefore_cH, dx_cD, gate_up in part.each(dbefore_CH, dx_CD, gate_ups):
                 mm(dbefore_cH, gate_up, out=dx_cD)
             dx_ND.index_add_(0, token_C, dx_CD)
-        return dx_ND, dgates_R, None, None, None, *dweights.grads
+        return dx_ND, dgates_R, None, None, None, None, *dweights.grads
+
+
+def _sum_of_norms(y_CD: Tensor) -> Tensor:
+    """Sum of the rows' norms, in units of `NORM_UNIT`."""
+    norms_C: Tensor = torch.linalg.vector_norm(y_CD, dim=1, dtype=torch.float32)
+    return (norms_C.double() / NORM_UNIT).round().long().sum()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class MoELayer(RoutedExperts):
     router: Router
 
     def __init__(self, spec: ModelSpec, home: ExpertParallelContext) -> None:
-        super().__init__(spec, home, Router(spec, home.limits(spec.num_experts_per_tok)))
+        super().__init__(spec, home, Router(spec, home.limits(spec.num_experts_per_tok), home.keeps_saliency))
         shared = spec.n_shared_experts * spec.moe_intermediate_size
         self.shared = GatedMLP(spec.hidden_size, shared) if shared else None
 

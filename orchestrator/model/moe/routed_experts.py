@@ -33,6 +33,7 @@ class RoutedExperts(nn.Module, ABC):
     Attributes:
         real_N: if given, indices of the tokens that aren't padding; only these are routed.
         trains_experts: whether experts are trained, of this rank or another.
+        keeps_saliency: whether norms of the experts' outputs are summed, in `last_norms_E`.
         last_num_tokens, last_counts_E, last_dropped, last_margins_EM, last_masses_M, last_balance_loss: of the last
             pass.
     """
@@ -45,7 +46,8 @@ class RoutedExperts(nn.Module, ABC):
         size, inner = spec.hidden_size, spec.moe_intermediate_size
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
         self.dispatcher, self._is_exact = _dispatcher_of(home, spec.has_gaps), home.is_exact
-        self._has_gaps = spec.has_gaps
+        self._has_gaps, self.keeps_saliency, self._local = spec.has_gaps, home.keeps_saliency, home.local_experts
+        self.last_norms_E = torch.zeros(self.num_experts if self.keeps_saliency else 0, dtype=torch.int64)
         self.real_N: Tensor | None = None
         self.trains_experts = True
         self.last_counts_E: Tensor = torch.zeros(self.num_experts, dtype=torch.int64)
@@ -97,9 +99,13 @@ class RoutedExperts(nn.Module, ABC):
         received = exchange.dispatched()
 
         experts: list[GatedMLP] = [e for e in self.experts.values() for _ in range(received.num_batches)]  # type: ignore[misc]
+        counts = self.keeps_saliency and self.training and torch.is_grad_enabled() and not is_recomputed()
+        norms_L = torch.zeros(len(experts), dtype=torch.int64, device=x_ND.device) if counts else None
         results_MD = run_experts(
-            received.x_MD, received.row_R, received.counts, experts, received.gates_R, may_group=not self._is_exact
+            received.x_MD, received.row_R, received.counts, experts, received.gates_R, not self._is_exact, norms_L
         )
+        if norms_L is not None:
+            self._keep_norms(norms_L.view(len(self._local), received.num_batches).sum(1))
 
         on_the_way = exchange.combine(results_MD)
         shared_ND = None if shared is None or inner_NH is None else shared.outer(inner_NH)
@@ -113,6 +119,11 @@ class RoutedExperts(nn.Module, ABC):
         if torch.is_grad_enabled() and not is_recomputed():
             earlier = () if self.counts_were_read else self._dispatched
             self._dispatched, self.counts_were_read = (*earlier, dispatched)[:2], False
+
+    def _keep_norms(self, norms_l: Tensor) -> None:
+        """Keep the sums of this rank's experts, those of others being 0."""
+        self.last_norms_E = norms_l.new_zeros(self.num_experts)
+        self.last_norms_E[list(self._local)] = norms_l
 
     def _count(self, ids_NK: Tensor, chosen_NK: Tensor | None = None) -> None:
         """Count the choices of tokens, and those of which only `ids_NK` are left."""

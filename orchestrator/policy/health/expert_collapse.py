@@ -62,12 +62,10 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Trouble
         for record in records
         if record.step >= SETTLED_STEPS
         and record.routing.experts.worst_layer >= 0
-        and record.batch.tokens >= TOKENS_PER_EXPERT * record.routing.experts.num_experts
+        and record.batch.tokens >= TOKENS_PER_EXPERT * _number(record.routing.experts, model)
     ]
     news: list[Event] = []
-    change = _change(
-        steps, known.collapse is not None, lambda r: _is_collapsed(r.routing.experts, model.num_experts_per_tok)
-    )
+    change = _change(steps, known.collapse is not None, lambda r: _is_collapsed(r.routing.experts, model))
     if change is not None:
         first, newest = change
         begun = ExpertsCollapsed(first, newest.worst_layer, newest.worst_violation, newest.num_experts)
@@ -80,8 +78,12 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Trouble
     return news
 
 
-def _is_collapsed(load: ExpertLoad, top_k: int) -> bool:
-    return load.worst_violation > COLLAPSED * largest_violation(load.num_experts, top_k) > 0
+def _number(load: ExpertLoad, model: ModelSpec) -> int:
+    return load.num_experts or model.n_routed_experts  # records of earlier versions have none
+
+
+def _is_collapsed(load: ExpertLoad, model: ModelSpec) -> bool:
+    return load.worst_violation > COLLAPSED * largest_violation(_number(load, model), model.num_experts_per_tok) > 0
 
 
 def _change(

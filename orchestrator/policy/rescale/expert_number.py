@@ -20,7 +20,7 @@ from orchestrator.policy.rescale.generation_plan import (
 )
 from orchestrator.policy.rescale.horizon import horizon_steps
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.expert_changes import requested_change, scheduled_change, unchanged
+from orchestrator.policy.state.expert_changes import is_decidable, requested_change, scheduled_change, unchanged
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
 from orchestrator.protocol.events.training import ExpertsUnchanged
@@ -36,9 +36,11 @@ def change_experts(limits: RunLimits, state: RunState, seen: Observation) -> Dec
         return Decision(state)
     due = state.current.until_step
     if due is not None and due <= seen.step + 1 + horizon_steps(seen):
+        if not is_decidable(limits, state.current.experts, due, seen.progress):
+            return Decision(state)
         made = _made(state, due)
         change = state.experts.at(due) if made is None else None
-        change = change or scheduled_change(limits, state.current.experts, due, seen.progress.loads.mean_LE)
+        change = change or scheduled_change(limits, state.current.experts, due, seen.progress)
         change = change or unchanged(state.current.experts, due)  # a request has left nothing to do
         whole = change if made is None else made.then(change)
         decided = replace(state.experts, decided=state.experts.with_new(whole))
@@ -50,7 +52,7 @@ def change_experts(limits: RunLimits, state: RunState, seen: Observation) -> Dec
     if why := _why_not(limits, state, seen):
         heard = replace(state, experts=replace(state.experts, requests=request.number))
         return Decision(heard, (ExpertsUnchanged(seen.step, experts.num_experts, why, request.number),))
-    change = requested_change(limits, experts, request, seen.progress.loads.mean_LE)
+    change = requested_change(limits, experts, request, seen.progress)
     return _planned(limits, state, seen, change, state.target.reason or "asked for")
 
 
@@ -145,6 +147,9 @@ def _why_refused(
                 scheduled = f"its schedule has {entry.num_experts} from step {entry.at_step} on"
                 return f"{scheduled}, and {why}", "Name a number that the schedule can follow."
             before = entry.num_experts
+    if request.num_experts < experts.num_experts and request.keep == "reap" and not seen.progress.saliency:
+        why = "how much each expert adds is not known: its job has experts.saliency false, or no step of it is recorded"
+        return why, "Name another --keep, or submit a job with experts.saliency: true."
     if request.keep == "load" and request.num_experts < experts.num_experts and not seen.progress.loads.weight:
         return "no tokens of experts are known yet, by which some would stay", "Ask again in some seconds."
     return "", ""

@@ -203,7 +203,7 @@ def with_change_at(
     if change is not None:
         return state, change
     experts = experts_at(limits, state.experts, step - 1)
-    change = scheduled_change(limits, experts, step, seen.progress.loads.mean_LE)
+    change = scheduled_change(limits, experts, step, seen.progress)
     if change is None:
         return state, None
     return replace(state, experts=replace(state.experts, decided=state.experts.with_new(change))), change

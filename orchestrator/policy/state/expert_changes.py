@@ -8,8 +8,12 @@ from numpy.typing import NDArray
 
 from orchestrator.elastic.expert_change import ExpertChange, ExpertSet, OfLayers, cloned, kept, set_at
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.messages import ExpertRequest
-from orchestrator.spec.moe.experts import ScheduledExperts, unfit_number
+from orchestrator.protocol.step_record import Saliency
+from orchestrator.spec.moe.experts import ScheduledExperts, is_measured, measured_step, unfit_number
+
+NOTHING = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -50,27 +54,43 @@ def next_step_of_change(limits: RunLimits, changes: ExpertChanges, experts: Expe
     return min((step for step in steps if step > after), default=None)
 
 
-def scheduled_change(
-    limits: RunLimits, experts: ExpertSet, step: int, loads_LE: NDArray[np.float64]
-) -> ExpertChange | None:
-    """The change that the schedule has at a step; None if it has none there, or none that these experts can make.
+def is_decidable(limits: RunLimits, experts: ExpertSet, step: int, progress: Progress) -> bool:
+    """Whether what the schedule's change at a step depends on is known."""
+    entry = _entry(limits, step)
+    return entry is None or not is_measured(entry, experts.num_experts) or progress.watermark >= measured_step(step)
 
-    Args:
-        loads_LE: tokens that each expert got lately; empty if unknown.
-    """
-    entry = next((entry for entry in limits.expert_schedule if entry.at_step == step), None)
+
+def scheduled_change(limits: RunLimits, experts: ExpertSet, step: int, progress: Progress) -> ExpertChange | None:
+    """The change that the schedule has at a step; None if it has none there, or none that these experts can make."""
+    entry = _entry(limits, step)
     if entry is None or not _changes(entry, experts):
         return None
     if unfit_number(experts.num_experts, entry.num_experts, limits.top_k):
         return None
-    return _change(limits, experts, entry, step, step, loads_LE)
+    at = measured_step(step)
+    known = [saliency for measured, saliency in progress.saliency if measured <= at]
+    scores_LE = _scores(entry.keep, known[-1]) if known else NOTHING
+    return _change(limits, experts, entry, step, step, scores_LE)
 
 
-def requested_change(
-    limits: RunLimits, experts: ExpertSet, request: ExpertRequest, loads_LE: NDArray[np.float64]
-) -> ExpertChange:
-    """The change that was asked for, whose step is not known yet. Arguments as in `scheduled_change`."""
-    return _change(limits, experts, request, -1, -1 - request.number, loads_LE)
+def _entry(limits: RunLimits, step: int) -> ScheduledExperts | None:
+    return next((entry for entry in limits.expert_schedule if entry.at_step == step), None)
+
+
+def _scores(keep: str, saliency: Saliency) -> NDArray[np.float64]:
+    """Scores by which experts stay: the mean norm of an expert's weighted outputs (arXiv:2510.13999), or its tokens."""
+    norms_LE, tokens_LE = np.moveaxis(np.asarray(saliency, dtype=np.float64), -1, 0)
+    if keep == "load":
+        return np.asarray(tokens_LE)
+    return np.asarray(np.divide(norms_LE, tokens_LE, out=np.zeros_like(norms_LE), where=tokens_LE > 0))
+
+
+def requested_change(limits: RunLimits, experts: ExpertSet, request: ExpertRequest, progress: Progress) -> ExpertChange:
+    """The change that was asked for, whose step is not known yet."""
+    scores_LE = progress.loads.mean_LE
+    if request.keep == "reap":
+        scores_LE = _scores("reap", progress.saliency[-1][1]) if progress.saliency else NOTHING
+    return _change(limits, experts, request, -1, -1 - request.number, scores_LE)
 
 
 def _changes(entry: ScheduledExperts, experts: ExpertSet) -> bool:
@@ -83,15 +103,20 @@ def _change(
     wanted: ScheduledExperts | ExpertRequest,
     step: int,
     draw: int,
-    loads_LE: NDArray[np.float64],
+    scores_LE: NDArray[np.float64],
 ) -> ExpertChange:
-    """Args: draw: distinguishes random choices of a run."""
+    """A change to what is wanted.
+
+    Args:
+        draw: distinguishes random choices of a run.
+        scores_LE: those of experts that stay are highest; of other experts or empty: the first ones stay.
+    """
     before, after = experts.num_experts, wanted.num_experts
     sources: OfLayers
     if after >= before:
         sources = cloned(before, after)
     else:
-        scores = loads_LE if loads_LE.ndim == 2 and loads_LE.shape[1] == before else np.zeros((1, before))
+        scores = scores_LE if scores_LE.ndim == 2 and scores_LE.shape[1] == before else np.zeros((1, before))
         if wanted.keep == "random":
             num_layers = max(len(limits.moe_layers), 1)
             scores = np.random.default_rng([limits.seed, draw % (1 << 32)]).random((num_layers, before))

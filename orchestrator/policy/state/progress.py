@@ -7,7 +7,7 @@ from statistics import median
 from orchestrator.errors import ProtocolError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.load_average import LoadAverage
-from orchestrator.protocol.step_record import StepRecord, without_loads
+from orchestrator.protocol.step_record import Saliency, StepRecord, without_loads
 from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.spec.workers import THROUGHPUT
 
@@ -35,6 +35,7 @@ class Progress:
     stages: tuple[tuple[str, int], ...] = ()  # of the curriculum, each that began with its first step
     validation_metrics: dict[str, float] = field(default_factory=dict)  # of the newest validation
     loads: LoadAverage = field(default_factory=LoadAverage)  # of experts; records in `recent` have none
+    saliency: tuple[tuple[int, Saliency], ...] = ()  # of experts, by step: the newest ones
 
     @property
     def stage(self) -> str:
@@ -85,6 +86,7 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
             progress.validation_metrics,
         ),
         loads=progress.loads.after((record.step, record.routing.loads) for record in fresh),
+        saliency=(*progress.saliency, *((r.step, r.routing.saliency) for r in fresh if r.routing.saliency))[-8:],
     )
 
 

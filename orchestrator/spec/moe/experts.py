@@ -9,6 +9,8 @@ from pydantic import Field
 from orchestrator.spec.keys.section import Broken, Path, Section
 
 BY_LOAD = "load"
+DECIDED_BEFORE = 32  # steps between those that are measured for a shrink and the shrink
+LEAST_MEASURED = 32  # steps of a number of experts whose averages decide
 OF_PLACEMENT = ("ranks_per_token", "nodes_per_token")  # keys of `communication` by which a choice depends on it
 
 
@@ -38,10 +40,11 @@ class ScheduledExperts(Section):
         description="Routed experts of each MoE layer from then on: a multiple of the number before, or fewer, "
         "num_experts_per_tok at least.",
     )
-    keep: Literal["load", "random"] = Field(
-        default="load",
-        description="Of fewer experts, those that stay in each layer. load: those that got most tokens lately. random: "
-        "drawn by train.seed.",
+    keep: Literal["reap", "load", "random"] = Field(
+        default="reap",
+        description="Of fewer experts, those that stay in each layer. reap: those that add most to their tokens, by "
+        "the mean of gate * norm of the output lately (arXiv:2510.13999). load: those that got most tokens lately. "
+        "random: drawn by train.seed.",
     )
     noise: float = Field(
         default=0.0,
@@ -70,6 +73,21 @@ class ExpertsSpec(Section):
     schedule: tuple[ScheduledExperts, ...] = Field(
         default=(), description="Changes of the number of experts at known steps, in ascending order."
     )
+    saliency: bool = Field(
+        default=False,
+        description="true: measure how much each expert adds to its tokens, for `orchestrator experts set --keep "
+        "reap`; a schedule that needs it measures it anyway. On a GPU experts are not computed in groups then.",
+    )
+
+    def measured_steps(self, num_experts: int) -> tuple[int, ...]:
+        """The steps whose averages decide which experts stay at a scheduled step.
+
+        Args:
+            num_experts: of each layer at the start of the run.
+        """
+        numbers = (num_experts, *(entry.num_experts for entry in self.schedule))
+        entries = zip(self.schedule, numbers, strict=False)
+        return tuple(measured_step(entry.at_step) for entry, before in entries if is_measured(entry, before))
 
     def broken_rules(self) -> Iterator[Broken]:
         for i, (earlier, later) in enumerate(pairwise(self.schedule), start=1):
@@ -105,6 +123,17 @@ def broken_placement(
             yield Broken(((*section, key), ("communication", name)), f"{rule}; got {limit}")
 
 
+def is_measured(entry: ScheduledExperts, num_before: int) -> bool:
+    """Whether a change leaves out experts by what was measured of them."""
+    return entry.num_experts < num_before and entry.keep != "random"
+
+
+def measured_step(at_step: int) -> int:
+    """The step whose averages decide on the experts that stay at `at_step`. Some steps earlier, so that the next
+    generation is ready in time, and always the same one, so that a run that is repeated keeps the same experts."""
+    return at_step - 1 - DECIDED_BEFORE
+
+
 def unfit_number(before: int, after: int, top_k: int) -> str:
     """Why a layer can't go from `before` to `after` experts; empty if it can.
 
@@ -133,6 +162,10 @@ def broken_schedule(
         if entry.at_step >= max_steps:
             rule = f"at_step must be less than train.max_steps; got {entry.at_step} and {max_steps}"
             yield Broken(((*here, "at_step"), ("train", "max_steps")), rule)
+        began = schedule[i - 1].at_step if i else 0
+        if is_measured(entry, num_experts) and entry.at_step - began < (least := DECIDED_BEFORE + LEAST_MEASURED):
+            rule = f"with keep {entry.keep}, at_step must be {least} steps or more after the start or the entry before"
+            yield Broken(((*here, "at_step"), (*here, "keep")), f"{rule}; got {entry.at_step} after {began}")
         if why := unfit_number(num_experts, entry.num_experts, top_k):
             before: Path = ("experts", "schedule", i - 1, "num_experts") if i else ("model", "n_routed_experts")
             rule = f"num_experts can't be {entry.num_experts} after {num_experts}: {why}"

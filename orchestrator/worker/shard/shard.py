@@ -143,7 +143,7 @@ class ShardFactory:
         """The training state with this number of experts."""
         if num_experts not in self._states:
             job = self.spec.with_experts(num_experts)
-            params, buffers = catalogue(job.model, self.vocab_size)
+            params, buffers = catalogue(job.model, self.vocab_size, job.keeps_saliency)
             self._states[num_experts] = StateCatalogue(params, buffers, inventory(params, job, buffers))
         return self._states[num_experts]
 
@@ -266,5 +266,6 @@ class ShardFactory:
             plan.nodes,
             wanted.nodes_per_token,
             self.spec.train.is_exact,
+            keeps_saliency=self.spec.keeps_saliency,
             families=plan.experts.families_by_name(self.spec.model.moe_layers),
         )

@@ -12,10 +12,14 @@ from torch import Tensor
 from orchestrator.engine.optim.lr_schedule import decay
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.moe.routing.balance import RoutingCounts, next_bias, next_mass
+from orchestrator.model.moe.routing.router import Router
+from orchestrator.model.moe.routing.saliency import next_saliency
 from orchestrator.policy.health.expert_load import expert_load, rank_violation
-from orchestrator.protocol.step_record import RoutingRecord
+from orchestrator.protocol.step_record import RoutingRecord, Saliency
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
+
+TOLD_EVERY = 64  # steps between records with averages for requests; they may be large
 
 
 class RoutingRecorder:
@@ -49,9 +53,22 @@ class RoutingRecorder:
         return RoutingRecord(load, loads)
 
 
+def saliency_at(spec: JobSpec, model: TrainableModel, step: int) -> Saliency:
+    """The averages of what experts add, at steps whose record has them."""
+    is_told = step in spec.measured_steps or (spec.experts.saliency and step % TOLD_EVERY == 0)
+    if not is_told:
+        return ()
+    kept = [layer.router.saliency_E2 for layer in model.moe_layers if isinstance(layer.router, Router)]
+    by_layer = torch.stack(kept).cpu().tolist() if kept else []
+    return tuple(tuple((norms, tokens) for norms, tokens in of_experts) for of_experts in by_layer)
+
+
 def move_router_state(spec: JobSpec, model: TrainableModel, routed: RoutingCounts, step: int) -> None:
     """Move the routers' biases and thresholds, if they have some, by the counts of a step's global batch."""
     layers = model.moe_layers
+    kept = [layer.router.saliency_E2 for layer in layers if layer.keeps_saliency and isinstance(layer.router, Router)]
+    if kept:
+        _move(kept, partial(next_saliency, routed=routed))
     biases = [bias_E for layer in layers if (bias_E := layer.correction_bias_E) is not None]
     if spec.model.bias_update_speed and biases and len(biases) == len(layers):
         _move(biases, partial(next_bias, routed=routed, spec=model.spec, decay=decay(spec.train, step)))

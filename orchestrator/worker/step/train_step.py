@@ -12,7 +12,6 @@ from orchestrator.comm.transport import nccl
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.optim.lr_schedule import learning_rate
 from orchestrator.model.base import seed_draws
-from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.protocol.step_record import BatchRecord, CommunicationRecord, StateRecord, StepRecord, UpdateRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory
@@ -26,7 +25,7 @@ from orchestrator.worker.step.losses import StepLosses
 from orchestrator.worker.step.memory_probe import MemoryProbe
 from orchestrator.worker.step.prefetch import Prefetch
 from orchestrator.worker.step.proven_sum import nonce_of
-from orchestrator.worker.step.routing import RoutingRecorder, move_router_state
+from orchestrator.worker.step.routing import RoutingRecorder, move_router_state, saliency_at
 from orchestrator.worker.step.seal import open_seal
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
@@ -224,7 +223,10 @@ class TrainStep:
             metrics=self._metrics(outcome.sums),
             validation_metrics=self._metrics(validation_sums),
             communication=CommunicationRecord(outcome.traffic, compression),
-            routing=self._routing.record(world.generation, step.number, outcome.routed, step.shard.shares_LEW),
+            routing=replace(
+                self._routing.record(world.generation, step.number, outcome.routed, step.shard.shares_LEW),
+                saliency=saliency_at(self._spec, step.shard.model, step.number),
+            ),
             state=StateRecord(outcome.digests),
         )
 
@@ -247,7 +249,7 @@ class TrainStep:
         return self._task.report({name: each / weight if weight else 0.0 for name, each, weight in pairs})
 
     def _no_losses(self, step: _Step, batches: StepBatches) -> StepLosses:
-        routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), step.shard.model.spec, self._device)
+        routed = step.shard.model.zero_counts(self._device)
         num_metrics = len(self._task.metrics)
         return StepLosses.zeros(batches.num_micro_batches, num_metrics, batches.global_units, routed, self._device)
 

@@ -43,21 +43,30 @@ class RoutingCounts:
         margins_LEM: histograms of all tokens by their margin at each expert; M is 0 where no rule needs them.
         masses_LM: histograms of shares of scores by their excess over the threshold; M is 0 but with `top_p`.
         dropped_L: choices that a capacity dropped.
+        norms_LE: sums of the norms of each expert's weighted outputs (`orchestrator.model.moe.experts.NORM_UNIT`);
+            (L, 0) where they aren't kept.
     """
 
     counts_LE: Tensor
     margins_LEM: Tensor
     masses_LM: Tensor
     dropped_L: Tensor
+    norms_LE: Tensor
 
     @classmethod
-    def zeros(cls, num_layers: int, spec: ModelSpec, device: torch.device | None = None) -> "RoutingCounts":
+    def zeros(
+        cls, num_layers: int, spec: ModelSpec, device: torch.device | None = None, with_norms: bool = False
+    ) -> "RoutingCounts":
         """Zero counts."""
         counts_LE = torch.zeros(num_layers, spec.n_routed_experts, dtype=torch.int64, device=device)
         num_bins = NUM_MARGIN_BINS if spec.counts_margins else 0
         masses_LM = counts_LE.new_zeros(num_layers, NUM_MARGIN_BINS if spec.router.selection == "top_p" else 0)
         return cls(
-            counts_LE, counts_LE.new_zeros(*counts_LE.shape, num_bins), masses_LM, counts_LE.new_zeros(num_layers)
+            counts_LE,
+            counts_LE.new_zeros(*counts_LE.shape, num_bins),
+            masses_LM,
+            counts_LE.new_zeros(num_layers),
+            counts_LE.new_zeros(num_layers, spec.n_routed_experts if with_norms else 0),
         )
 
     @classmethod
@@ -66,12 +75,13 @@ class RoutingCounts:
         num_layers, num_experts = counts_LE.shape
         if margins_LEM is None:
             margins_LEM = counts_LE.new_zeros(num_layers, num_experts, 0)
-        return cls(counts_LE, margins_LEM, counts_LE.new_zeros(num_layers, 0), counts_LE.new_zeros(num_layers))
+        none_L0 = counts_LE.new_zeros(num_layers, 0)
+        return cls(counts_LE, margins_LEM, none_L0, counts_LE.new_zeros(num_layers), none_L0)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """All counts."""
-        return self.counts_LE, self.margins_LEM, self.masses_LM, self.dropped_L
+        return self.counts_LE, self.margins_LEM, self.masses_LM, self.dropped_L, self.norms_LE
 
     def add(self, other: "RoutingCounts") -> None:
         """Add the counts of other tokens, from any device."""

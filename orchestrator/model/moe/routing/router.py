@@ -62,12 +62,20 @@ class Router(nn.Module):
 
     Args:
         spec: kinds, sizes, groups and the weight of the auxiliary loss.
-        limits: by the placement of experts, in addition to the model's own.
+        limits: by the placement and the families of experts, in addition to the model's own.
+        keeps_saliency: whether it has `saliency_E2`.
+
+    Attributes:
+        correction_bias_E: added to scores for the choice.
+        saliency_E2: how much each expert has added lately (`orchestrator.model.moe.routing.saliency`).
     """
 
     correction_bias_E: Tensor
+    saliency_E2: Tensor
 
-    def __init__(self, spec: ModelSpec, limits: Sequence[Limit | OneOfFamily] = ()) -> None:
+    def __init__(
+        self, spec: ModelSpec, limits: Sequence[Limit | OneOfFamily] = (), keeps_saliency: bool = False
+    ) -> None:
         super().__init__()
         self.spec = spec
         own: list[Limit] = []
@@ -76,6 +84,8 @@ class Router(nn.Module):
             own = [Limit([e // size for e in range(spec.n_routed_experts)], spec.topk_group, best=2)]
         self.scorer, self.selection = scorer_of(spec), selection_of(spec, [*limits, *own])
         self.register_buffer("correction_bias_E", torch.zeros(spec.n_routed_experts, dtype=torch.float32))
+        if keeps_saliency:
+            self.register_buffer("saliency_E2", torch.zeros(spec.n_routed_experts, 2, dtype=torch.float32))
 
     def forward(self, x_ND: Tensor, context_ND: Tensor | None = None, before: Choice | None = None) -> Routing:
         """Route tokens.
