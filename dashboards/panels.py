@@ -245,6 +245,7 @@ EXPERTS = Board(
         simple("Entropy of choices", "moe/choice_entropy", "percentunit"),
         simple("Swing of loads", "moe/load_swing", "percentunit"),
         simple("Dropped choices", "moe/dropped", "percentunit"),
+        simple("Experts per layer", "moe/num_experts", "short"),
         simple("Busiest worker", "moe/rank_violation", "short"),
         simple("Experts per token", "moe/experts_per_token", "short"),
         Chart(

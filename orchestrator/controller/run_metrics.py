@@ -44,11 +44,11 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "elastic/draining_nodes": len(state.draining),
         "verify/checks": memory.counts[ReplayChecked],
         "verify/differences": memory.counts[StateDiffers],
-        "moe/collapse": collapse(newest.routing.experts, model.num_experts_per_tok) if newest else 0.0,
+        "moe/collapse": collapse(newest.routing.experts, model) if newest else 0.0,
     }
 
 
-def collapse(load: ExpertLoad, top_k: int) -> float:
+def collapse(load: ExpertLoad, model: ModelSpec) -> float:
     """MaxVio of the worst layer over its largest value: 0 where loads are equal, 1 where all tokens chose the same."""
-    largest = largest_violation(load.num_experts, top_k)
+    largest = largest_violation(load.num_experts or model.n_routed_experts, model.num_experts_per_tok)
     return load.worst_violation / largest if largest > 0 else 0.0

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from torch._C._distributed_c10d import Store
 
 from orchestrator.checkpoint.shard_image import ShardMemory
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.model.moe.routing.balance import RoutingCounts
@@ -37,14 +38,16 @@ def _saves(
     train, communication = small.train_spec(precision), {"compression": compression}
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, **communication)
     world = World(0, tuple(f"w{r}" for r in range(world_size)))
-    shard: Any = SimpleNamespace(term=1, rank=rank, world=world, groups=groups, engine=engine, seal=None)
+    shard: Any = SimpleNamespace(
+        term=1, rank=rank, world=world, groups=groups, engine=engine, seal=None, experts=ExpertSet(4)
+    )
     spec: Any = SimpleNamespace(model=small.model_spec(), train=train)
     tensors, written = small.layout_of(placement, precision, **communication).tensors, list[ShardWritten]()
 
     def fail(*args: object) -> None:
         raise AssertionError(args)
 
-    saver = ShardSaver(Path(directory), tensors, "", "", written.append, fail, fail, device=devices.device())
+    saver = ShardSaver(Path(directory), lambda _: tensors, "", "", written.append, fail, fail, device=devices.device())
     may_copy = threading.Event()
 
     def late_copy(*args: Any) -> ShardMemory:
@@ -67,7 +70,7 @@ def _saves(
         torch.distributed.all_reduce(routed.counts_LE)
         routed = RoutingCounts.of(routed.counts_LE.cpu(), routed.margins_LEM.cpu())
         assert engine.step(3e-3, before_update).applied
-        move_router_state(spec, model.moe_layers, routed, number)
+        move_router_state(spec, model, routed, number)
 
     for number in range(BEFORE):
         step(number)

@@ -161,7 +161,9 @@ def test_a_request_waits_for_a_run_that_is_opened_soon(memory: JournaledRun) -> 
 
 def test_a_checkpoint_that_is_requested_already_is_no_new_request(requests: PendingRequests) -> None:
     """Else it would repeat the size that was requested last, which a schedule may have replaced since."""
-    first = requests._aim(FinishMode.NO, "now", None, None, None, 7, rebalance=False)
+    first = requests._aim(FinishMode.NO, "now", None, None, None, 7, rebalance=False, experts=None)
     assert first.checkpoint == 7
-    assert requests._aim(FinishMode.NO, "again", None, None, None, 7, rebalance=False) is first
-    assert requests._aim(FinishMode.NO, "later", None, None, None, 8, rebalance=False).seq == first.seq + 1
+    assert requests._aim(FinishMode.NO, "again", None, None, None, 7, rebalance=False, experts=None) is first
+    assert (
+        requests._aim(FinishMode.NO, "later", None, None, None, 8, rebalance=False, experts=None).seq == first.seq + 1
+    )

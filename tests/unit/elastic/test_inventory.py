@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
@@ -204,11 +205,15 @@ def _saved(layout: StateLayout, values: Mapping[str, Tensor], run_dir: Path) -> 
     """A checkpoint that all ranks of the layout wrote."""
     written: list[ShardWritten] = []
     for rank in range(layout.world.size):
-        saver = ShardSaver(run_dir / "checkpoints", layout.tensors, "", "", written.append, pytest.fail, pytest.fail)
+        saver = ShardSaver(
+            run_dir / "checkpoints", lambda _: layout.tensors, "", "", written.append, pytest.fail, pytest.fail
+        )
         ranges = _held(layout, rank, values)
         engine = SimpleNamespace(ranges=lambda ranges=ranges: ranges)
         groups = SimpleNamespace(placement=ExpertPlacement.balanced(3, layout.world.size))
-        shard: Any = SimpleNamespace(term=1, world=layout.world, rank=rank, groups=groups, engine=engine, seal=None)
+        shard: Any = SimpleNamespace(
+            term=1, world=layout.world, rank=rank, groups=groups, engine=engine, seal=None, experts=ExpertSet(3)
+        )
         saver.save(shard, TrainingProgress(11, 10, "{}"))
         assert saver.wait(60.0)
     done = commit_checkpoint("r", run_dir, Commit(11, 1, layout.world.generation, tuple(written)))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,4 +143,5 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     ("experts", "top_k", "worst_violation", "share"), [(8, 2, 3.0, 1.0), (8, 2, 0.0, 0.0), (1, 1, 0.0, 0.0)]
 )
 def test_collapse(experts: int, top_k: int, worst_violation: float, share: float) -> None:
-    assert collapse(ModelSpec(n_routed_experts=experts, num_experts_per_tok=top_k), worst_violation) == share
+    model, load = ModelSpec(n_routed_experts=4, num_experts_per_tok=top_k), ExpertLoad(worst_violation=worst_violation)
+    assert collapse(replace(load, num_experts=experts), model) == share

@@ -97,7 +97,7 @@ def _do(parts: _Parts, step: int, skips: frozenset[int] = frozenset()) -> StepRe
         rank=0,
         world=World(2, ("w0",)),
         groups=SimpleNamespace(exchange=None),
-        model=SimpleNamespace(moe_layers=[]),
+        model=SimpleNamespace(moe_layers=[], zero_counts=lambda device: RoutingCounts.zeros(0, JOB.model, device)),
         micro_batch=None,
         skips=skips,
         shares_LEW=np.zeros((0, 2, 1)),

@@ -29,6 +29,7 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_layout import StateLayout, training_layout
@@ -129,7 +130,9 @@ def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int, seal: Mem
     """As much of a shard as is saved: no engine is needed to have ranges."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
     groups, engine = SimpleNamespace(placement=placement), SimpleNamespace(ranges=lambda: ranges)
-    return SimpleNamespace(term=2, world=world, rank=rank, groups=groups, engine=engine, seal=seal)
+    return SimpleNamespace(
+        term=2, world=world, rank=rank, groups=groups, engine=engine, seal=seal, experts=ExpertSet(3)
+    )
 
 
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     progress = TrainingProgress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
-        saver = ShardSaver(tmp_path, layout.tensors, "", "", written.append, pytest.fail, pytest.fail)
+        saver = ShardSaver(tmp_path, lambda _: layout.tensors, "", "", written.append, pytest.fail, pytest.fail)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
@@ -146,6 +149,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     shards = read_shards(tmp_path, written, term=2)
     meta: dict[str, Any] = dict(shards[0][1].meta or {})
     assert (meta.pop("shapes"), meta.pop("compression"), meta.pop("world_size")) != (None, None, None)
+    assert meta.pop("experts") == {"num_experts": 3, "families": []}
     assert written[0].meta_sha256 == written[1].meta_sha256 and TrainingProgress(**meta) == progress
     assert shards[1][1].meta is None
     reader = CheckpointReader(commit(tmp_path, manifest_of(shards, run_id="r", term=2, shapes=SHAPES)))
@@ -166,7 +170,7 @@ class Scene:
         report = (self.written.append, self.reasons.put, self.failures.append)
         self._placement = ExpertPlacement.balanced(3, 1)
         layout, (self.ranges,) = _state(self._placement, False)
-        self.saver = ShardSaver(checkpoints, layout.tensors, "", "", *report, caller)
+        self.saver = ShardSaver(checkpoints, lambda _: layout.tensors, "", "", *report, caller)
 
     def save(self, step: int, seal: MemoryGuard | None = None) -> None:
         self.saver.save(self.shard(seal), TrainingProgress(step, step + 1, "{}"))
