@@ -96,13 +96,11 @@ def _layer(name: str, number: Mapping[str, int]) -> str:
 
 def _rows(tensor: StateTensor, before: StateTensor, sources: Sequence[int], num_before: int) -> Iterator[Piece]:
     """Rows by expert, of one or several heads each of which has all experts, and what follows them unchanged."""
-    tail = 0
-    if tensor.name.startswith(f"{FACTORS}/"):  # by row, then by column
-        width, num_rows, old_rows = 1, len(sources), num_before
+    num_rows, old_rows, width, tail = tensor.shape[0], before.shape[0], tensor.numel // tensor.shape[0], 0
+    if tensor.name.startswith(f"{FACTORS}/") and tensor.like is not None:  # by row, then by column
+        num_rows, width = tensor.like.rows, 1
         tail = tensor.numel - num_rows
-    else:
-        width = tensor.numel // tensor.shape[0]
-        num_rows, old_rows = tensor.shape[0], before.shape[0]
+        old_rows = before.numel - tail
     heads = num_rows // len(sources) if sources else 0
     if not heads or heads * len(sources) != num_rows or heads * num_before != old_rows:
         raise ValueError(
