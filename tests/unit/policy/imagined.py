@@ -16,6 +16,7 @@ from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.publication import publishable
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.expert_changes import experts_at
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.protocol.changes import changed
@@ -25,6 +26,7 @@ from orchestrator.protocol.expert_load import ExpertLoad, Loads
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Directive,
+    ExpertRequest,
     FinishMode,
     GenerationPlan,
     Keeper,
@@ -32,7 +34,7 @@ from orchestrator.protocol.messages import (
     StoreAddress,
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
-from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.protocol.step_record import BatchRecord, Saliency, StepRecord, StepTiming, UpdateRecord
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.protocol.worker_report import (
     CHECKPOINT_CORRUPT,
@@ -101,6 +103,7 @@ class Life:
     now_s: float = 0.0
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
     done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
+    experts_by: list[int] = field(default_factory=list)  # per step, the number of experts that did it last
     replayed: int = 0  # steps done again
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     keeper: Keeper | None = None  # the one that a lone member is connected to
@@ -116,6 +119,7 @@ class Life:
         None  # what a worker says its micro-batches take
     )
     loads: Loads = ()  # of each step
+    saliency: dict[int, Saliency] = field(default_factory=dict)  # of steps whose records have it
     step_s: Callable[[GenerationPlan], float] | None = None  # duration of steps of a generation
     grant: Grant = UNLIMITED
     priority: int | None = None
@@ -202,6 +206,12 @@ class Life:
     def rebalance(self) -> None:
         target = self.target
         self.target = replace(target, seq=target.seq + 1, rebalances=target.rebalances + 1)
+
+    def set_experts(self, num_experts: int, **more: Any) -> None:
+        """A user asks for another number of experts."""
+        target = self.target
+        request = ExpertRequest(target.experts.number + 1, num_experts, **more)
+        self.target = replace(target, seq=target.seq + 1, experts=request)
 
     def stop_run(self, how: FinishMode = FinishMode.STOP) -> None:
         self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=how)
@@ -346,7 +356,7 @@ class Life:
                 holding = Holding(plan.source.world.generation, step, rank)
                 assert (holder, holding) in self.snapshots, f"{holder} has no {holding}"
         self.replayed += len(self.done_by) - 1 - step
-        del self.done_by[step + 1 :]
+        del self.done_by[step + 1 :], self.experts_by[step + 1 :]
 
     def _settle(self, worker: str) -> None:
         """After an activation members train and leavers stand by."""
@@ -406,7 +416,13 @@ class Life:
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
         self._meet_keeper()
+        if self.step + 1 == current.until_step:  # a generation with other experts does it
+            for worker in members if self._fenced() else ():
+                self.say(worker, phase=Phase.MOVING)
+            return
+        assert experts_at(self.limits, self.state.experts, self.step + 1) == current.experts
         self.done_by.append(members)
+        self.experts_by.append(current.experts.num_experts)
         is_held_twice = current.buddies or self.keeper is not None
         committed = self.step - 1 if is_held_twice else self.step  # each had its buddy's answer before it voted
         kept_by = self.keeper.number if self.keeper is not None else -1
@@ -420,6 +436,7 @@ class Life:
             slowest=rank,
             slowness=slowness,
             loads=self.loads,
+            saliency=self.saliency.get(self.step, ()),
             experts=ExpertLoad(rank_violation=self._rank_violation(current)),
         )
         for worker in members:

@@ -1,0 +1,145 @@
+"""The number of experts changes at its steps, and at no others, whatever happens to workers."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.elastic.expert_change import ExpertSet
+from orchestrator.errors import UsageError
+from orchestrator.policy.lifecycle import phase_of
+from orchestrator.policy.rescale.expert_number import check_request
+from orchestrator.protocol.messages import ExpertRequest
+from orchestrator.protocol.status import RunPhase
+from orchestrator.spec.moe.experts import ScheduledExperts, measured_step
+from tests.unit.policy.imagined import Life, limits_of
+
+LAYERS = ("layers.0.mlp", "layers.1.mlp")
+GROWS, SHRINKS = 20, 100
+SCHEDULE = (
+    ScheduledExperts(at_step=GROWS, num_experts=24),
+    ScheduledExperts(at_step=SHRINKS, num_experts=4, keep="reap"),
+)
+WANTED = [8] * GROWS + [24] * (SHRINKS - GROWS) + [4] * 20
+# Mean norms by expert: those of the last experts of the first layer, and of the first ones of the second, are largest.
+SALIENCY = (tuple((float(e), 1.0) for e in range(24)), tuple((10.0 - e / 3, 1.0) for e in range(24)))
+
+
+def _life(schedule: tuple[ScheduledExperts, ...] = SCHEDULE, steps: int = 120, **changes: Any) -> Life:
+    limits = limits_of(steps=steps, moe_layers=LAYERS, expert_schedule=schedule, top_k=2, **changes)
+    life = Life(limits, checkpoint_every=7)
+    life.saliency = {measured_step(SHRINKS): SALIENCY}
+    return life
+
+
+def test_a_schedule_is_followed_at_its_steps_without_a_lost_one() -> None:
+    life = _life()
+    life.run_until(lambda: life.state.outcome is not None, 400)
+    assert life.state.outcome is RunPhase.SUCCEEDED and life.experts_by == WANTED
+    assert [change.experts for change in life.state.rescales] == [(8, 24), (24, 4)]
+    assert [(event.step, event.after) for event in life.of_kind("experts_changed")] == [(19, 24), (99, 4)]
+    growth, shrink = life.state.experts.decided
+    assert growth.sources == (tuple(range(8)) * 3,)
+    assert shrink.sources == ((18, 20, 22, 23), (0, 1, 2, 3)) or len(shrink.sources[0]) == 4
+    family = [expert % 8 for expert in shrink.sources[0]]
+    assert len({*family}) >= 2 and 23 in shrink.sources[0] and 0 in shrink.sources[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    deaths=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 3)), max_size=6),
+    sizes=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 4)), max_size=4),
+    standby=st.integers(0, 2),
+)
+def test_each_step_is_done_by_the_experts_of_the_schedule_whatever_happens(
+    deaths: list[tuple[int, int]], sizes: list[tuple[int, int]], standby: int
+) -> None:
+    life = _life(standby=standby)
+    for tick in range(700):
+        if life.state.outcome is not None:
+            break
+        for at_tick, workers in sizes:
+            if at_tick == tick:
+                life.scale(workers)
+        for at_tick, nth in deaths:
+            alive = [w for w in life.state.worker_group if w not in life.lost]
+            if at_tick == tick and life.state.current is not None and alive:
+                life.kill(alive[nth % len(alive)])
+        life.tick()
+    assert life.state.outcome is RunPhase.SUCCEEDED, life.state.why
+    assert life.experts_by == WANTED
+    assert [change.first_step for change in life.state.experts.decided] == [GROWS, SHRINKS]
+
+
+def test_a_request_is_carried_out_once_and_repeated_at_its_step_by_a_run_that_goes_back() -> None:
+    life = _life((), steps=60)
+    life.run_until(lambda: life.step == 20)
+    life.set_experts(16)
+    life.run_until(lambda: bool(life.of_kind("experts_changed")))
+    (event,) = life.of_kind("experts_changed")
+    for worker in life.state.members:  # all of them: only a checkpoint from before is left
+        life.kill(worker)
+    life.run_until(lambda: life.state.outcome is not None, 400)
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.experts_by == [8] * (event.step + 1) + [16] * (59 - event.step)
+    assert event.request == 1 and life.state.experts.requests == 1
+
+
+def test_a_request_before_a_scheduled_change_leaves_what_the_schedule_can_do() -> None:
+    life = _life((ScheduledExperts(at_step=40, num_experts=16),), steps=60)
+    life.run_until(lambda: life.step == 10)
+    life.set_experts(16)
+    life.run_until(lambda: life.state.outcome is not None, 300)
+    assert life.experts_by[39] == life.experts_by[-1] == 16
+    assert len(life.state.rescales) == 1
+
+
+def test_families_last_until_they_are_dissolved() -> None:
+    life = _life((ScheduledExperts(at_step=20, num_experts=16),), steps=60)
+    life.run_until(lambda: life.step == 30)
+    assert life.state.current is not None
+    assert life.state.current.experts == ExpertSet(16, ((*range(8), *range(8)),))
+    life.scale(3)
+    life.run_until(lambda: len(life.state.members) == 3)
+    assert life.state.current.families
+    life.set_experts(16, dissolve=True)
+    life.run_until(lambda: len(life.of_kind("experts_changed")) == 2)
+    assert life.state.current.experts == ExpertSet(16)
+    life.run_until(lambda: life.state.outcome is not None, 300)
+
+
+def test_a_request_that_comes_too_late_is_answered() -> None:
+    life = _life((), steps=30)
+    life.run_until(lambda: life.step == 20)
+    life.set_experts(8)
+    life.run_until(lambda: bool(life.of_kind("experts_unchanged")))
+    assert "it has 8 experts already" in life.of_kind("experts_unchanged")[0].why
+    assert not life.state.rescales
+
+
+@pytest.mark.parametrize(
+    ("request_", "changes", "why"),
+    [
+        (ExpertRequest(0, 12), {}, "12 is no multiple of 8"),
+        (ExpertRequest(0, 1), {}, "each token visits 2 experts"),
+        (ExpertRequest(0, 8), {}, "it has 8"),
+        (ExpertRequest(0, 16), {"fixes_experts": {"n_group": "groups would get other experts"}}, "has model.n_group"),
+        (ExpertRequest(0, 16, keep="random"), {}, "its schedule has 24 from step 20 on, and a growth makes"),
+        (ExpertRequest(0, 4, keep="reap"), {"expert_schedule": ()}, "how much each expert adds is not known"),
+        (ExpertRequest(0, 4, keep="load"), {"expert_schedule": ()}, "no tokens of experts are known yet"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(request_: ExpertRequest, changes: dict[str, Any], why: str) -> None:
+    life = _life(**({"schedule": changes.pop("expert_schedule")} if "expert_schedule" in changes else {}), **changes)
+    life.run_until(lambda: life.step == 5)
+    seen = life.seen()
+    with pytest.raises(UsageError, match=why) as refused:
+        check_request(life.limits, life.state, seen, phase_of(life.state, seen), request_)
+    assert refused.value.unchanged == "run continues unchanged." and refused.value.remedy
+
+
+def test_a_run_that_does_not_train_refuses_another_number() -> None:
+    life = _life()
+    with pytest.raises(UsageError, match="it is starting, not training"):
+        check_request(life.limits, life.state, life.seen(), RunPhase.STARTING, ExpertRequest(0, 16))
