@@ -198,6 +198,10 @@ class ModelSpec(ModelSource):
             found["n_group"] = "groups would get other experts"
         if self.scoring_func == "softmax" and not self.norm_topk_prob:
             found["norm_topk_prob"] = "scores of clones are parts of the scores before; set it to true"
+        if self.scoring_func == "softmax" and self.bias_update_speed:
+            found["bias_update_speed"] = (
+                "biases outweigh the scores of clones, which are parts of those before; set it to 0"
+            )
         if self.router.selection != "top_k":
             found["router.selection"] = f"{self.router.selection} counts clones one by one; set it to top_k"
         if self.router.capacity_factor is not None:

@@ -46,3 +46,60 @@ def test_a_placement_by_load_with_copies_is_accepted() -> None:
     )
     assert job.experts.placement.num_redundant_experts == 16
     assert job.model.moe_layers and job.model.moe_layers[0].startswith("layers.")
+
+
+@pytest.mark.parametrize(
+    ("job", "rule"),
+    [
+        ([{"at_step": 5, "num_experts": 12}], "num_experts can't be 12 after 8: a growth makes equally many clones"),
+        ([{"at_step": 5, "num_experts": 1, "keep": "random"}], "can't be 1 after 8: each token visits 2 experts"),
+        (
+            [{"at_step": 5, "num_experts": 16}, {"at_step": 9, "num_experts": 24}],
+            "num_experts can't be 24 after 16: a growth makes equally many clones of each expert",
+        ),
+        ([{"at_step": 60, "num_experts": 4}], "with keep reap, at_step must be 64 steps or more after the start"),
+        (
+            [{"at_step": 50, "num_experts": 16}, {"at_step": 100, "num_experts": 8, "keep": "load"}],
+            "with keep load, at_step must be 64 steps or more after the start or the entry before; got 100 after 50",
+        ),
+        (
+            [{"at_step": 50, "num_experts": 16}, {"at_step": 50, "num_experts": 8, "keep": "random"}],
+            "at_step must be greater than in the entry before; got 50 after 50",
+        ),
+        ([{"at_step": 900, "num_experts": 16}], "at_step must be less than train.max_steps; got 900 and 100"),
+        ([{"at_step": 5, "num_experts": 16, "noise": 2}], "less than or equal to 1"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(job: list[dict[str, Any]], rule: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        _scheduled(job)
+    assert rule in str(refused.value)
+
+
+def _scheduled(schedule: list[dict[str, Any]], **model: Any) -> JobSpec:
+    sections = {"experts": {"schedule": schedule}, "model": model, "train": {"max_steps": 100}}
+    return JobSpec.model_validate({"schema": "v1", "name": "try", **sections})
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        ({"n_group": 2, "topk_group": 2}, "schedule must be empty with model.n_group"),
+        ({"scoring_func": "softmax", "norm_topk_prob": False}, "schedule must be empty with model.norm_topk_prob"),
+        ({"scoring_func": "softmax", "bias_update_speed": 0.1}, "schedule must be empty with model.bias_update_speed"),
+        ({"router": {"selection": "top_p"}}, "schedule must be empty with model.router.selection: top_p counts clones"),
+        ({"router": {"capacity_factor": 1.5}}, "schedule must be empty with model.router.capacity_factor"),
+        ({"entrypoint": "mine:build"}, "schedule must be empty with model.entrypoint: routers of other models"),
+    ],
+)
+def test_models_whose_experts_cannot_change_are_refused(model: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        _scheduled([{"at_step": 5, "num_experts": 16}], **model)
+    assert rule in str(refused.value)
+
+
+def test_what_a_schedule_needs_is_measured() -> None:
+    growth, shrink = {"at_step": 10, "num_experts": 16}, {"at_step": 90, "num_experts": 4}
+    assert _scheduled([growth, shrink]).measured_steps == (57,)
+    assert not _scheduled([growth]).keeps_saliency and not _scheduled([{**shrink, "keep": "random"}]).keeps_saliency
+    assert _scheduled([growth, shrink]).most_experts == 16
