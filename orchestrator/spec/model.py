@@ -199,9 +199,7 @@ class ModelSpec(ModelSource):
         if self.scoring_func == "softmax" and not self.norm_topk_prob:
             found["norm_topk_prob"] = "scores of clones are parts of the scores before; set it to true"
         if self.scoring_func == "softmax" and self.bias_update_speed:
-            found["bias_update_speed"] = (
-                "biases outweigh the scores of clones, which are parts of those before; set it to 0"
-            )
+            found["bias_update_speed"] = "biases would outweigh scores of clones, parts of those before; set it to 0"
         if self.router.selection != "top_k":
             found["router.selection"] = f"{self.router.selection} counts clones one by one; set it to top_k"
         if self.router.capacity_factor is not None:

@@ -65,8 +65,9 @@ def _clones(sources: Sequence[int]) -> set[int]:
 def _noise(param: ParamSpec, sources: Sequence[int], values_P: Tensor, change: ExpertChange, seed: int) -> Tensor:
     """What is added to a router's parameter that has a row per expert, once for each head; 0 but for clones."""
     std = change.noise * values_P.float().std()
-    drawn_P = torch.randn(param.numel, generator=_generator(seed, change, param.name)).to(values_P.device)
-    is_clone_E = torch.tensor([expert in _clones(sources) for expert in range(len(sources))])
+    drawn_P = _drawn(param, change, seed).to(values_P.device)
+    clones = _clones(sources)
+    is_clone_E = torch.tensor([expert in clones for expert in range(len(sources))], device="cpu")
     is_clone_E1 = is_clone_E.repeat(param.rows // len(sources))[:, None].to(values_P.device)
     return (drawn_P.view(param.rows, -1) * std * is_clone_E1).flatten()
 
@@ -77,18 +78,24 @@ def _redrawn(param: ParamSpec, values_P: Tensor, change: ExpertChange, seed: int
     is_inner_first = param.blocks > 1  # gate over up; else the second matrix, whose columns are the inner width
     width = rows // param.blocks if is_inner_first else columns
     of_expert = f"{layer_of(param.name)}.{param.expert}"
-    units = torch.randperm(width, generator=_generator(seed, change, of_expert))[: round(change.reinit_ratio * width)]
-    is_new = torch.zeros(width, dtype=torch.bool)
+    shuffled = torch.randperm(width, generator=_generator(seed, change, of_expert), device="cpu")
+    units = shuffled[: round(change.reinit_ratio * width)]
+    is_new = torch.zeros(width, dtype=torch.bool, device="cpu")
     is_new[units] = True
     is_new = is_new.repeat(param.blocks)[:, None].expand(rows, columns) if is_inner_first else is_new.expand(rows, -1)
     is_new_P = is_new.flatten().to(values_P.device)
-    drawn_P = torch.randn(param.numel, generator=_generator(seed, change, param.name)).to(values_P.device)
+    drawn_P = _drawn(param, change, seed).to(values_P.device)
     replaced = values_P.float()[is_new_P]
     if replaced.numel() < 2:
         return torch.zeros_like(is_new_P), values_P.float()
     return is_new_P, torch.where(is_new_P, replaced.mean() + replaced.std() * drawn_P, values_P.float())
 
 
+def _drawn(param: ParamSpec, change: ExpertChange, seed: int) -> Tensor:
+    """Standard normal values of a parameter, on the host: those of devices differ."""
+    return torch.randn(param.numel, generator=_generator(seed, change, param.name), device="cpu")
+
+
 def _generator(seed: int, change: ExpertChange, name: str) -> torch.Generator:
     key = hashlib.blake2b(f"{seed}/{change.first_step}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little") >> 1)

@@ -80,6 +80,5 @@ class OneOfFamily(nn.Module):
         margin_NGe = choice_NGe - torch.where(is_best_NGe, second_NG1, best_NG1)
         is_best_NE = is_best_NGe.flatten(1)[:, self.place_E]
         margin_NE = margin_NGe.flatten(1)[:, self.place_E]
-        return choice_NE.masked_fill(~is_best_NE, float("-inf")), torch.where(
-            margin_NE.isnan(), float("inf"), margin_NE
-        )
+        limited_NE = choice_NE.masked_fill(~is_best_NE, float("-inf"))
+        return limited_NE, margin_NE.masked_fill(margin_NE.isnan(), float("inf"))

@@ -134,14 +134,14 @@ def test_saliency_is_the_mean_norm_of_weighted_outputs(norms: bool) -> None:
             return
         x_ND = seen[0].reshape(-1, 16)
         routing = layer.router(x_ND)
-        wanted_E = torch.zeros(4, dtype=torch.float64)
+        wanted_E = torch.zeros(4, dtype=torch.float64, device="cpu")
         for expert in range(4):
             for token, choice in (routing.expert_ids_NK == expert).nonzero().tolist():
                 y_D = layer.experts[str(expert)](x_ND[token : token + 1]) * routing.gates_NK[token, choice]
                 wanted_E[expert] += float(y_D.norm().detach())
         found_E = routed.norms_LE[0].double().cpu() * NORM_UNIT
     assert torch.allclose(found_E, wanted_E, rtol=1e-4)
-    again = next_saliency(torch.ones(1, 4, 2), RoutingCounts(*(part.cpu() for part in routed.parts)))
+    again = next_saliency(torch.ones(1, 4, 2, device="cpu"), RoutingCounts(*(part.cpu() for part in routed.parts)))
     assert torch.allclose(again[0, :, 0].double(), KEPT + wanted_E, rtol=1e-4)
     assert torch.allclose(again[0, :, 1].double(), KEPT + routed.counts_LE[0].cpu().double())
 
