@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from orchestrator.client import OrchestratorClient
+from orchestrator.errors import UsageError
+from orchestrator.protocol.messages import ExpertRequest
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
@@ -24,7 +26,7 @@ GROWS, SHRINKS, LAST = 40, 120, 200
 def _job(texts: Path, tmp_path: Path, name: str, **sections: Any) -> JobSpec:
     schedule = (
         ScheduledExperts(at_step=GROWS, num_experts=12, noise=0.1),
-        ScheduledExperts(at_step=SHRINKS, num_experts=4, keep="random"),
+        ScheduledExperts(at_step=SHRINKS, num_experts=4),
     )
     return small_job(texts, {"n_routed_experts": 4}, determinism="exact", max_steps=LAST).model_copy(
         update={
@@ -65,3 +67,39 @@ def test_a_run_that_is_killed_scaled_and_resumed_around_its_changes_ends_with_th
     one, other = tensors_of(untouched.checkpoint), tensors_of(ended.checkpoint)
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_a_run_gets_the_number_of_experts_that_is_asked_for(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    job = _job(texts, tmp_path, "asked", experts=ExpertsSpec(saliency=True))
+    run = client.submit(job.model_copy(update={"train": job.train.model_copy(update={"max_steps": 3000})}))
+    until(client, run, lambda s: s.step > 70)
+    for wanted, why in (
+        (ExpertRequest(num_experts=6), "6 is no multiple of 4"),
+        (ExpertRequest(num_experts=1), "each token visits 2 experts"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            client.set_experts(run, wanted)
+    client.set_experts(run, ExpertRequest(num_experts=8, reinit_ratio=0.25))
+    until(client, run, lambda s: bool(s.rescales))
+    client.kill_worker(run, 0)
+    until(client, run, lambda s: bool(s.recoveries) and s.workers_now == 2)
+    client.set_experts(run, ExpertRequest(num_experts=8, dissolve=True))
+    until(client, run, lambda s: len(s.rescales) > 1 and s.rescales[-1].experts == (8, 8))
+    client.set_experts(run, ExpertRequest(num_experts=3, keep="reap"))
+    status = until(client, run, lambda s: s.rescales[-1].experts == (8, 3) and s.rescales[-1].stall_s is not None)
+    client.stop(run)
+    client.wait(run, timeout_s=60.0)
+    events = [event for event in client.events(run) if event["kind"] == "experts_changed"]
+    assert [(event["before"], event["after"], event["request"]) for event in events] == [
+        (4, 8, 1),
+        (8, 8, 2),
+        (8, 3, 3),
+    ]
+    records = {record.step: record for record in read_steps(Path(status.run_dir))}
+    for event in events:
+        before, after = (records[event["step"] + number].routing.experts.num_experts for number in (0, 1))
+        assert (before, after) == (event["before"], event["after"])
+    with pytest.raises(UsageError, match="has ended"):
+        client.set_experts(run, ExpertRequest(num_experts=6))

@@ -14,6 +14,7 @@ from orchestrator.policy.rescale.expert_number import with_experts
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.moe.experts import ExpertsSpec
 from orchestrator.state.fingerprint import whole
 from tests.support.calm_runs import tensors_of
 from tests.support.texts import OPTIMIZERS, STEPS, small_job
@@ -28,7 +29,8 @@ Steps = list[tuple[float, float, str]]
 
 def _job(texts: Path, optimizer: str = "adamw", **more: Any) -> JobSpec:
     sizes = {"n_routed_experts": 4, "num_hidden_layers": 3, **more}
-    return small_job(texts, sizes, determinism="exact", **OPTIMIZERS[optimizer])
+    job = small_job(texts, sizes, determinism="exact", **OPTIMIZERS[optimizer])
+    return job.model_copy(update={"experts": ExpertsSpec(saliency=True)})
 
 
 class Changing:

@@ -126,6 +126,8 @@ class TrainStep:
             losses.enter(micro_batch, loss)
             if micro_batch.number is not None:
                 losses.routed.add(routed)
+            else:  # the experts here computed tokens of other ranks in it
+                losses.routed.norms_LE.add_(routed.norms_LE)
         return losses
 
     def _update(self, step: _Step, keep_gradients: bool) -> StepOutcome:
