@@ -19,6 +19,8 @@ from orchestrator.worker.shard.model_agreement import check_order
 from tests.support import devices
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.long_emulated
+
 SIZES = (5, 48, 7, 33, 21, 64)
 CUTS = ((5,), (4, 3), (2, 1), (0,))  # the last parameters first
 

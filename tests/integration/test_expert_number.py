@@ -20,6 +20,8 @@ from tests.support.calm_runs import tensors_of
 from tests.support.texts import OPTIMIZERS, STEPS, small_job
 from tests.support.worker_group import LocalWorkerGroup, commit_of
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FEW = ExpertSet(4)
 GROWTH = ExpertChange(8, 4, cloned(4, 8))
 SHRINK = ExpertChange(16, 8, ((0, 2, 5, 7), (1, 4, 6, 7)))
@@ -110,6 +112,7 @@ def _assert_same(one: tuple[Steps, dict[str, bytes]], other: tuple[Steps, dict[s
     assert [name for name in one[1] if one[1][name] != other[1][name]] == []
 
 
+@pytest.mark.long_emulated
 def test_experts_multiply_and_are_left_out_with_the_same_bits_in_any_world(
     texts: Path, store_dir: Path, tmp_path: Path, calm: tuple[Steps, dict[str, bytes]]
 ) -> None:
@@ -131,6 +134,7 @@ def test_state_of_every_optimizer_follows_its_experts(
     _assert_same(alone, _run(job, store_dir, tmp_path / "spread", [2, 3, 2]))
 
 
+@pytest.mark.long_emulated
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_clones_are_changed_alike_in_any_world(texts: Path, store_dir: Path, tmp_path: Path, precision: str) -> None:
     job = _job(texts)
@@ -163,6 +167,7 @@ def test_a_run_whose_workers_die_at_its_changes_does_them_again_at_the_same_step
         _assert_same(calm, (_steps(group), tensors_of(commit_of(group, STEPS - 1))))
 
 
+@pytest.mark.long_emulated
 @pytest.mark.parametrize("last_step", [GROWTH.first_step - 1, GROWTH.first_step, SHRINK.first_step - 1])
 def test_a_checkpoint_before_and_after_a_change_continues_in_another_world(
     texts: Path, store_dir: Path, tmp_path: Path, calm: tuple[Steps, dict[str, bytes]], last_step: int

@@ -12,6 +12,8 @@ from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import LocalWorkerGroup
 
+pytestmark = pytest.mark.long_emulated
+
 SOON_S = 60.0
 LATE_S = 0.25  # steps are slow: the run must not be over before its member has a keeper
 

@@ -28,6 +28,8 @@ from tests.support import devices
 from tests.support.ranks import Ranks
 from tests.support.small import train_spec
 
+pytestmark = pytest.mark.long_emulated
+
 VOCAB, LENGTH = 97, 24
 SPEC = ModelSpec(
     hidden_size=48,

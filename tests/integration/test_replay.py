@@ -13,6 +13,8 @@ from orchestrator.state.snapshot_store import RankSnapshots
 from tests.support import devices, small
 from tests.support.ranks import Ranks
 
+pytestmark = pytest.mark.long_emulated
+
 WHOLE_EVERY = 4
 LAST_STEPS = (0, 3, 4, 6, 9)  # the first, those around the second whole snapshot, one between, one after the third
 UNEVEN = ExpertPlacement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none

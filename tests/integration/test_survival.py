@@ -15,6 +15,8 @@ from orchestrator.spec.workers import WorkersSpec
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import LocalWorkerGroup
 
+pytestmark = pytest.mark.long_emulated
+
 SOON_S = 45.0  # gloo by itself would wait for a minute
 
 

@@ -24,10 +24,10 @@ from orchestrator.model.linear import float8
 from orchestrator.model.linear.float8 import LinearProducts
 from orchestrator.model.moe import grouped_experts
 from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of
+from orchestrator.model.moe.routing.saliency import NORM_UNIT
 
 # Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
-NORM_UNIT = 2.0**-24
 Product = Callable[..., Tensor]  # of two matrices, as `torch.mm`
 
 

@@ -43,7 +43,7 @@ class RoutingCounts:
         margins_LEM: histograms of all tokens by their margin at each expert; M is 0 where no rule needs them.
         masses_LM: histograms of shares of scores by their excess over the threshold; M is 0 but with `top_p`.
         dropped_L: choices that a capacity dropped.
-        norms_LE: sums of the norms of each expert's weighted outputs (`orchestrator.model.moe.experts.NORM_UNIT`);
+        norms_LE: sums of the norms of each expert's weighted outputs (`orchestrator.model.moe.routing.saliency`);
             (L, 0) where they aren't kept.
     """
 

@@ -2,7 +2,7 @@
 
 Router-weighted expert activation pruning (REAP, arXiv:2510.13999) ranks the experts of a layer by the mean of
 gate * ||expert(x)|| over the tokens that visit them. Norms are summed over the global batch in integers
-(`orchestrator.model.moe.experts.NORM_UNIT`), so the averages have the same bits in every world.
+(`NORM_UNIT`), so the averages have the same bits in every world.
 
 Shape legend: E = experts, L = MoE layers.
 """
@@ -10,9 +10,9 @@ Shape legend: E = experts, L = MoE layers.
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.experts import NORM_UNIT
 from orchestrator.model.moe.routing.balance import RoutingCounts
 
+NORM_UNIT = 2.0**-24
 KEPT = 0.98  # of the averages, per step: their mean age is 50 steps
 
 

@@ -12,10 +12,9 @@ from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_map import StateMap
 from orchestrator.elastic.state_spec import BUFFER, MASTER, PARAM, Inventory
 from orchestrator.model.factory import build_model, catalogue, single_rank
-from orchestrator.model.moe.experts import NORM_UNIT
 from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.moe.routing.limit import OneOfFamily
-from orchestrator.model.moe.routing.saliency import KEPT, next_saliency
+from orchestrator.model.moe.routing.saliency import KEPT, NORM_UNIT, next_saliency
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
