@@ -27,6 +27,7 @@ class ExpertChange:
         sources: of each new expert, the old one that it comes from.
         dissolves: families end.
         noise, reinit_ratio: what is changed of clones, as in the job (`spec.moe.experts.ScheduledExperts`).
+        request: number of the request that it answers; 0: it was scheduled.
     """
 
     first_step: int
@@ -35,6 +36,7 @@ class ExpertChange:
     dissolves: bool = False
     noise: float = 0.0
     reinit_ratio: float = 0.0
+    request: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -45,13 +47,6 @@ class ExpertChange:
     def is_exact(self) -> bool:
         """Whether weights are moved as they are."""
         return not (self.noise or self.reinit_ratio)
-
-    def then(self, later: "ExpertChange") -> "ExpertChange":
-        """Both changes as one."""
-        layers = range(max(len(self.sources), len(later.sources)))
-        pairs = ((of_layer(self.sources, layer), of_layer(later.sources, layer)) for layer in layers)
-        sources = tuple(tuple(first[expert] for expert in second) for first, second in pairs)
-        return replace(self, sources=sources, dissolves=self.dissolves or later.dissolves)
 
 
 @dataclass(frozen=True)

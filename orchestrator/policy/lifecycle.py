@@ -170,6 +170,10 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     if state.transition is not None:
         plan = state.transition.plan
         return f"generation {plan.generation} with {plan.world.size} workers: {state.transition.why}"
+    if state.current is not None and state.current.until_step == seen.step + 1 < limits.steps:
+        return (
+            f"waits before step {seen.step + 1}, which other experts do, for the averages that decide which ones stay"
+        )
     if leaving := [w for w in leavers(state, seen) if w in state.members]:
         return f"{why_leaving(state, seen, leaving)}; waits for others to take over" + _failed_spawns(state, seen)
     if state.is_queued:

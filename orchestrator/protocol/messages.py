@@ -101,12 +101,14 @@ class StateSource:
 
     `step` is the finished step after which the state is taken; None for the fence that the members of `world` reach.
     `holders` lists by rank the worker that has the rank's shard: its own or, after a failure, a buddy's copy.
+    `is_changed`: it has other experts than that step, so it isn't what the step's record has the digest of.
     """
 
     world: World
     placement: ExpertPlacement
     holders: tuple[str, ...]
     step: int | None = None
+    is_changed: bool = False
 
 
 @dataclass(frozen=True)

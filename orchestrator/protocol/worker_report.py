@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.replay_task import StepFingerprint
-from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.step_record import Saliency, StepRecord
 from orchestrator.protocol.worker_phase import Phase
 from orchestrator.storage.condition import StorageTrouble
 
@@ -153,10 +153,12 @@ class HistoryReport:
     Args:
         records: those after the requested step.
         first_record: the oldest one that it still has.
+        saliency: the newest averages of experts in any record, with their step; None without any.
     """
 
     records: tuple[StepRecord, ...] = ()
     first_record: int = 0
+    saliency: tuple[int, Saliency] | None = None
 
 
 @dataclass(frozen=True)

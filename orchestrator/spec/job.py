@@ -223,6 +223,10 @@ class JobSpec(Section):
             self.train.max_steps,
             self.model.fixes_experts,
         )
+        for name, limit in limits.items():
+            if limit is not None and self.experts.schedule:
+                rule = f"schedule must be empty with communication.{name}: a token may find only clones of one expert"
+                yield Broken((("experts", "schedule"), ("communication", name)), rule)
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()

@@ -13,7 +13,9 @@ from orchestrator.torch_process import run_module
 
 
 def plan_of(job: JobSpec) -> JobPlan:
-    """The job's needs at each world size. Raises UsageError if its model can't be built."""
+    """The job's needs at each world size, with the most experts that it has at any step. Raises UsageError if its model
+    can't be built."""
+    job = job.with_experts(job.most_experts)
     return plan_job(job, state_of(job), ours=job.model.is_native)
 
 

@@ -43,10 +43,12 @@ class LiveShard:
     Args:
         progress: of the finished step whose state the shard has; None from the first change by an update until the vote
             on its step.
+        until_step: as of the shard, but for a change that this generation began with itself.
     """
 
     shard: Shard
     progress: TrainingProgress | None
+    until_step: int | None = None
 
     @property
     def generation(self) -> int:
@@ -85,7 +87,7 @@ class TrainingHooks:
         if directive.aborted >= generation:
             raise AbortedGeneration(f"generation {generation} was aborted")
         fence, finish = self.preparer.fence_after(step), directive.finish is not FinishMode.NO
-        if self.snapshots.due(step) or finish or fence != NO_FENCE or ends_after(self.live.shard, step):
+        if self.snapshots.due(step) or finish or fence != NO_FENCE or ends_after(self.live, step):
             self.snapshots.acknowledged()
         stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
         if self.saver.is_writing:
@@ -95,9 +97,9 @@ class TrainingHooks:
         return RankProposal(fence, finish, interval, stages, is_due, self.saver.is_writing)
 
 
-def ends_after(shard: Shard, step: int) -> bool:
+def ends_after(live: LiveShard, step: int) -> bool:
     """Whether a generation with other experts does the next step."""
-    return shard.until_step is not None and step + 1 >= shard.until_step
+    return live.until_step == step + 1
 
 
 class TrainingLoop:
@@ -122,7 +124,8 @@ class TrainingLoop:
 
     def live(self, shard: Shard) -> LiveShard:
         """A newly activated shard, whose state is that after the run's newest step."""
-        return LiveShard(shard, self._position.progress)
+        is_made = shard.is_changed and shard.until_step == self._position.step + 1
+        return LiveShard(shard, self._position.progress, None if is_made else shard.until_step)
 
     def train(self, live: LiveShard) -> PreparedTransition | None:
         """Train until all members agree on a fence, and return the transition that begins there. None when no step is
@@ -137,7 +140,7 @@ class TrainingLoop:
         self._timer.begin(position.step)
         self._saver.begin(live.generation)
         while position.step + 1 < self._spec.train.max_steps:
-            if ends_after(shard, position.step):
+            if ends_after(live, position.step):
                 return self._await_successor(live)
             self._follow_keeper(live)
             self._await_published(live)
@@ -260,7 +263,7 @@ class TrainingLoop:
         outcome = result.outcome
         position.advance(outcome, result.progress)
         live.progress = position.progress
-        is_last = outcome.finish or outcome.fence != NO_FENCE or ends_after(live.shard, step)
+        is_last = outcome.finish or outcome.fence != NO_FENCE or ends_after(live, step)
         takes_snapshot = snapshots.due(step) or is_last
         if result.saturated:
             self._mailbox.publish(saturated=Saturation(step, result.saturated))

@@ -45,7 +45,7 @@ def rebalance(run: RunId, timeout: Timeout = 60.0, address: Address = None, outp
 @app.command("set")
 def set_number(
     run: RunId,
-    num_experts: Annotated[int, typer.Argument(min=1, help="Routed experts of each MoE layer.")],
+    num_experts: Annotated[int, typer.Argument(min=1, metavar="NUMBER", help="Routed experts of each MoE layer.")],
     keep: Annotated[
         Keep,
         typer.Option(

@@ -99,7 +99,7 @@ def rescale(change: Rescale) -> str:
     what = f"{change.from_size} -> {change.to_size} workers"
     if change.experts is not None:
         before, after = change.experts
-        what = f"{before} -> {after} experts per layer" if before != after else "families of experts dissolved"
+        what = f"{before} -> {after} experts per layer" if before != after else f"families of {after} experts dissolved"
         what += f" on {change.from_size} -> {change.to_size} workers" * (change.from_size != change.to_size)
     elif change.experts_moved:
         what = f"{counted(change.experts_moved, 'expert')} moved"

@@ -101,7 +101,8 @@ def _planned_from(
     origin = plans[point.generation]
     world = World(state.num_generations, members)
     holders = world_of(point.generation, point.holders)
-    state, experts = with_change_at(limits, state, seen, point.step + 1)
+    made = state.experts.made_by(origin.generation)
+    state, experts = with_change_at(limits, state, seen, point.step + 1, origin.experts, made)
     held = placement_at_recovery_point(origin.placement, point.holders)
     if experts is not None:
         placement = with_experts(held, experts, limits.moe_layers, holders, world, nodes_of(seen, members))
@@ -109,7 +110,8 @@ def _planned_from(
         placement = origin.placement
     else:
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
-    source = StateSource(origin.world, origin.placement, point.holders, point.step)
+    is_changed = made > point.step  # by a change whose first step was not done
+    source = StateSource(origin.world, origin.placement, point.holders, point.step, is_changed)
     abort = replace(state.abort, account=_account(limits, state, seen, point.step, "memory"))
     state = replace(_blamed(state, seen), abort=abort, wants_restore=False)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"

@@ -46,16 +46,16 @@ def plan_departure(limits: RunLimits, state: RunState, seen: Observation) -> Dec
     leaving = [worker for worker in leavers(state, seen) if worker in state.members]
     if not leaving or state.failures.transitions >= MAX_FAILED_TRANSITIONS:
         return Decision(state)
-    planned = state.transition
+    planned, free = state.transition, state
     if planned is not None and planned.first_step is not None and planned.fence is None:
-        state = replace(state, transition=None)  # a scheduled one, to be planned again
-    if not can_plan(state, seen):
+        free = replace(state, transition=None)  # a scheduled one, to be planned again
+    if not can_plan(free, seen):
         return Decision(state)
-    members = _without(limits, state, leaving, () if state.failures.transitions else warm_standbys(state, seen))
+    members = _without(limits, free, leaving, () if free.failures.transitions else warm_standbys(free, seen))
     if members == state.members:
         return Decision(state)
     return planned_transition(
-        limits, state, seen, members, SizeChange(len(members), None), why_leaving(state, seen, leaving)
+        limits, free, seen, members, SizeChange(len(members), None), why_leaving(state, seen, leaving)
     )
 
 

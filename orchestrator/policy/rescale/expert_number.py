@@ -17,16 +17,18 @@ from orchestrator.policy.rescale.generation_plan import (
     can_plan,
     nodes_of,
     planned_transition,
+    step_of_members,
+    with_change_at,
 )
 from orchestrator.policy.rescale.horizon import horizon_steps
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.expert_changes import is_decidable, requested_change, scheduled_change, unchanged
+from orchestrator.policy.state.expert_changes import next_step_of_change, requested_change, scores_for
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
 from orchestrator.protocol.events.training import ExpertsUnchanged
 from orchestrator.protocol.messages import ExpertRequest
 from orchestrator.protocol.status import RunPhase
-from orchestrator.spec.moe.experts import unfit_number
+from orchestrator.spec.moe.experts import LEAST_MEASURED, is_measured, measured_step, unfit_number
 
 
 def change_experts(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -34,35 +36,22 @@ def change_experts(limits: RunLimits, state: RunState, seen: Observation) -> Dec
     once that generation is active."""
     if not can_plan(state, seen) or state.current is None:
         return Decision(state)
-    due = state.current.until_step
-    if due is not None and due <= seen.step + 1 + horizon_steps(seen):
-        if not is_decidable(limits, state.current.experts, due, seen.progress):
+    experts, made = state.current.experts, state.experts.made_by(state.current.generation)
+    step = step_of_members(state, seen)
+    due = next_step_of_change(limits, state.experts, experts, made)
+    if due is not None and due <= step + 1 + horizon_steps(seen):
+        decided, change = with_change_at(limits, state, seen, due, experts, made)
+        if change is None:  # it can't be decided yet
             return Decision(state)
-        made = _made(state, due)
-        change = state.experts.at(due) if made is None else None
-        change = change or scheduled_change(limits, state.current.experts, due, seen.progress)
-        change = change or unchanged(state.current.experts, due)  # a request has left nothing to do
-        whole = change if made is None else made.then(change)
-        decided = replace(state.experts, decided=state.experts.with_new(whole))
-        return _planned(limits, replace(state, experts=decided), seen, change, f"scheduled for step {due}")
+        return _planned(limits, decided, seen, change, f"scheduled for step {due}")
     request = state.target.experts
     if request.number <= state.experts.requests:
         return Decision(state)
-    experts = state.current.experts
     if why := _why_not(limits, state, seen):
         heard = replace(state, experts=replace(state.experts, requests=request.number))
         return Decision(heard, (ExpertsUnchanged(seen.step, experts.num_experts, why, request.number),))
-    change = requested_change(limits, experts, request, seen.progress)
+    change = requested_change(limits, experts, request, seen.experts)
     return _planned(limits, state, seen, change, state.target.reason or "asked for")
-
-
-def _made(state: RunState, step: int) -> ExpertChange | None:
-    """The change with which the current generation has begun at this step, if it has: a request may be carried out at
-    the step of a scheduled change, which follows then."""
-    newest = next((rescale for rescale in state.rescales if rescale.generation == state.activated), None)
-    if newest is None or newest.experts is None or newest.step + 1 != step:
-        return None
-    return state.experts.at(step)
 
 
 def _planned(limits: RunLimits, state: RunState, seen: Observation, change: ExpertChange, why: str) -> Decision:
@@ -133,6 +122,8 @@ def _why_refused(
         return f"it is {phase}, not training", "Ask again once it trains."
     for key, why in limits.fixes_experts.items():
         return f"its job has model.{key}, with which the number can't change: {why}", "Submit a job without."
+    for name in limits.follows_placement:
+        return f"with communication.{name} a token may find only clones of one expert", "Submit a job without."
     experts = state.current.experts
     if request.num_experts == experts.num_experts and not (request.dissolve and experts.families):
         families = "" if not experts.families else ", in families of clones"
@@ -143,13 +134,23 @@ def _why_refused(
     before = request.num_experts
     for entry in limits.expert_schedule:
         if entry.at_step > seen.step + 1:
+            at = f"from step {entry.at_step} on"
             if why := unfit_number(before, entry.num_experts, limits.top_k):
-                scheduled = f"its schedule has {entry.num_experts} from step {entry.at_step} on"
+                scheduled = f"its schedule has {entry.num_experts} {at}"
                 return f"{scheduled}, and {why}", "Name a number that the schedule can follow."
+            if is_measured(entry, before):
+                if measured_step(entry.at_step) not in limits.measured_steps:
+                    why = f"its schedule would leave out some of them {at}, by what isn't measured for that"
+                    return why, "Name a number that isn't larger than the scheduled one."
+                if measured_step(entry.at_step) - LEAST_MEASURED < seen.step:
+                    why = f"its schedule leaves out experts {at}, by what is measured of the present ones"
+                    return why, f"Ask again after step {entry.at_step}."
             before = entry.num_experts
-    if request.num_experts < experts.num_experts and request.keep == "reap" and not seen.progress.saliency:
-        why = "how much each expert adds is not known: its job has experts.saliency false, or no step of it is recorded"
-        return why, "Name another --keep, or submit a job with experts.saliency: true."
-    if request.keep == "load" and request.num_experts < experts.num_experts and not seen.progress.loads.weight:
-        return "no tokens of experts are known yet, by which some would stay", "Ask again in some seconds."
+    if request.num_experts < experts.num_experts and request.keep != "random":
+        scores_LE = scores_for(request.keep, seen.experts)
+        if scores_LE.ndim != 2 or scores_LE.shape[1] != experts.num_experts:
+            of = "how much each adds" if request.keep == "reap" else "how many tokens each gets"
+            measured = ": its job has experts.saliency false" if not limits.keeps_saliency else ""
+            why = f"{of} is not known yet of its {experts.num_experts} experts" + measured * (request.keep == "reap")
+            return why, "Ask again after some steps, or name another --keep."
     return "", ""

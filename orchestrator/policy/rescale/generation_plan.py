@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from orchestrator.elastic.expert_change import ExpertChange
+from orchestrator.elastic.expert_change import ExpertChange, ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import buddies_of, second_buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.rescale.load_placement import better_placed
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.expert_changes import experts_at, next_step_of_change, scheduled_change
+from orchestrator.policy.state.expert_changes import experts_at, is_decidable, next_step_of_change, scheduled_change
 from orchestrator.policy.state.run_parts import Rebalance, Transition
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
@@ -154,10 +154,10 @@ def with_plan(
 ) -> Decision:
     """The state with this generation as the next one. Requires a rendezvous store."""
     assert seen.store_address is not None
-    last_step = _last_step_before(state, seen, source, change)
-    before = state.current.experts if source is not None and source.step is None and state.current else None
-    before = before or experts_at(limits, state.experts, last_step)
+    before, made = _experts_of_source(limits, state, source)
     now = before if experts is None else before.after(experts)
+    if experts is not None:
+        made = experts.first_step if experts.first_step >= 0 else step_of_members(state, seen) + 1
     nodes = nodes_of(seen, world.members)
     buddies = buddies_of(nodes) if limits.protected else ()
     plan = GenerationPlan(
@@ -175,7 +175,7 @@ def with_plan(
         nodes=nodes,
         change=experts,
         families=now.families,
-        until_step=next_step_of_change(limits, state.experts, now, last_step + (experts is not None)),
+        until_step=next_step_of_change(limits, state.experts, now, made),
     )
     planned = replace(
         state,
@@ -185,25 +185,37 @@ def with_plan(
     return Decision(planned, (GenerationPlanned(world.generation, world.members, change.first_step, why),))
 
 
-def _last_step_before(state: RunState, seen: Observation, source: StateSource | None, change: SizeChange) -> int:
-    """The step after which a generation begins; the newest one that is known to be done where that isn't decided."""
+def _experts_of_source(limits: RunLimits, state: RunState, source: StateSource | None) -> tuple[ExpertSet, int]:
+    """The experts of the state that a generation begins from, and the first step of the newest change in it."""
     if source is None:
-        return state.restore.step if state.restore is not None else -1
-    if source.step is not None:
-        return source.step
-    return seen.step if change.first_step is None else change.first_step - 1
+        step = state.restore.step if state.restore is not None else -1
+        return experts_at(limits, state.experts, step), state.experts.newest_until(step)
+    origin = next(plan for plan in (state.current, state.previous) if plan is not None and plan.world == source.world)
+    return origin.experts, state.experts.made_by(origin.generation)
+
+
+def step_of_members(state: RunState, seen: Observation) -> int:
+    """The newest step that members have finished: others may have stopped in steps that were undone since."""
+    return max((seen.report(worker).step for worker in state.members), default=seen.step)
 
 
 def with_change_at(
-    limits: RunLimits, state: RunState, seen: Observation, step: int
+    limits: RunLimits, state: RunState, seen: Observation, step: int, experts: ExpertSet, made: int
 ) -> tuple[RunState, ExpertChange | None]:
     """The change of the number of experts with which a step begins, and the state in which it is decided; None: there
-    is none."""
+    is none, or it can't be decided yet and the next generation waits for that.
+
+    Args:
+        experts, made: of the state before the step, and the first step of the newest change in it.
+    """
+    if step <= made:
+        return state, None
     change = state.experts.at(step)
     if change is not None:
         return state, change
-    experts = experts_at(limits, state.experts, step - 1)
-    change = scheduled_change(limits, experts, step, seen.progress)
+    if not is_decidable(limits, experts, step, seen.experts):
+        return state, None
+    change = scheduled_change(limits, experts, step, seen.experts)
     if change is None:
         return state, None
     return replace(state, experts=replace(state.experts, decided=state.experts.with_new(change))), change

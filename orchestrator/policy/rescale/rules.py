@@ -58,7 +58,7 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if change is None and is_to_be_replaced(limits, state):
         return _plan_replacement(limits, state, seen)
     members = members_for(state, seen, change.workers) if change else None
-    if change is None or members is None:
+    if change is None or members is None or _is_behind_experts(state, change):
         return Decision(state)
     why = f"scheduled for step {change.first_step}" if change.first_step is not None else _why(limits, state, seen)
     return planned_transition(limits, state, seen, members, change, why)
@@ -154,11 +154,11 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         queue=replace(state.queue, since_s=None, begun_s=seen.now_s if state.current is None else state.queue.begun_s),
         micro_batch=replace(state.micro_batch, size=UNSAID),
         rescales=_with(state.rescales, rescale) if moved else state.rescales,
-        experts=_experts(state, plan, seen.step),
+        experts=_experts(state, plan, _fence_step(plan, seen)),
         balance=_balance(state, rebalance, is_same_size=old is not None and old.size == plan.world.size),
     )
     event = Activated(**vars(rescale), members=plan.world.members)
-    notes = _notes(state, plan, rebalance, seen.step)
+    notes = _notes(plan, rebalance, _fence_step(plan, seen))
     return Decision(activated, (_with_times(event, plan, seen), *notes))
 
 
@@ -191,11 +191,18 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
         return Decision(state)
     world, nodes = World(state.num_generations, members), nodes_of(seen, members)
     first_step = state.restore.step + 1 if state.restore else 0
-    state, change = with_change_at(limits, state, seen, first_step)
-    num_experts = experts_at(limits, state.experts, first_step).num_experts
+    before, made = experts_at(limits, state.experts, first_step - 1), state.experts.newest_until(first_step - 1)
+    state, change = with_change_at(limits, state, seen, first_step, before, made)
+    num_experts = before.num_experts if change is None else change.num_experts
     placement = ExpertPlacement.balanced(num_experts, size, nodes)
     why = f"continues after step {state.restore.step}" if state.restore else "the run starts"
     return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why, experts=change)
+
+
+def _is_behind_experts(state: RunState, change: SizeChange) -> bool:
+    """Whether other experts come before a scheduled size: members wait there for them, and for no fence behind it."""
+    until = state.current.until_step if state.current is not None else None
+    return until is not None and change.first_step is not None and change.first_step > until
 
 
 def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -249,24 +256,32 @@ def _balance(state: RunState, rebalance: Rebalance | None, is_same_size: bool) -
     return ExpertBalance(requests, rebalance, state.balance.share if is_same_size else None)
 
 
+def _fence_step(plan: GenerationPlan, seen: Observation) -> int:
+    """The step after which a generation begins, by its members."""
+    handovers = (h for worker in plan.world.members for h in seen.report(worker).transition.handovers)
+    return max((h.step for h in handovers if h.generation == plan.generation), default=seen.step)
+
+
 def _experts(state: RunState, plan: GenerationPlan, step: int) -> ExpertChanges:
     """What is decided on the number of experts once a generation is active, which begins after `step`."""
+    changes = state.experts
     if plan.change is None:
-        return state.experts
-    is_asked = plan.change.first_step < 0
-    requests = state.target.experts.number if is_asked else state.experts.requests
-    change = replace(plan.change, first_step=step + 1) if is_asked else plan.change
-    return replace(state.experts, requests=requests, decided=state.experts.with_new(change))
+        origin = plan.source.world.generation if plan.source is not None else None
+        made = changes.newest_until(step) if origin is None else changes.made_by(origin)
+        return changes.with_made(plan.generation, made)
+    requests = max(changes.requests, plan.change.request)
+    kept = tuple(change for change in changes.decided if change.first_step != plan.change.first_step)  # if it is late
+    decided = replace(changes, decided=kept).with_new(replace(plan.change, first_step=step + 1))
+    return replace(changes, requests=requests, decided=decided).with_made(plan.generation, step + 1)
 
 
-def _notes(state: RunState, plan: GenerationPlan, rebalance: Rebalance | None, step: int) -> tuple[Event, ...]:
+def _notes(plan: GenerationPlan, rebalance: Rebalance | None, step: int) -> tuple[Event, ...]:
     """Events of what a generation changes of the experts."""
     notes: list[Event] = []
     if rebalance is not None:
         notes.append(ExpertsRebalanced(**vars(rebalance) | {"step": step}))
     if (change := plan.change) is not None:
-        request = state.target.experts.number if change.first_step < 0 else 0
-        notes.append(ExpertsChanged(plan.generation, step, change.num_before, change.num_experts, request))
+        notes.append(ExpertsChanged(plan.generation, step, change.num_before, change.num_experts, change.request))
     return tuple(notes)
 
 

@@ -31,6 +31,8 @@ class RunLimits:
         expert_schedule: changes of the number of experts.
         fixes_experts: keys of the model with which that can't change, with the reasons.
         top_k: experts that a token visits.
+        measured_steps: those whose averages decide which experts stay at scheduled steps.
+        keeps_saliency: whether it is measured how much each expert adds.
         placement: how experts are placed.
         follows_placement: keys of `communication` that make a token's choice depend on the placement.
         moe_layers: names of the layers that may have placements of their own, in the model's order.
@@ -47,6 +49,8 @@ class RunLimits:
     fixes_experts: Mapping[str, str] = field(default_factory=dict)
     top_k: int = 1
     seed: int = 0
+    measured_steps: tuple[int, ...] = ()
+    keeps_saliency: bool = False
     schedule: tuple[ScheduledScale, ...] = ()
     protected: bool = True
     copies: int = 1
@@ -82,6 +86,8 @@ class RunLimits:
             fixes_experts=job.model.fixes_experts,
             top_k=job.model.num_experts_per_tok,
             seed=job.train.seed,
+            measured_steps=job.measured_steps,
+            keeps_saliency=job.keeps_saliency,
             protected=job.protection.interval is not None,
             copies=job.protection.copies,
             publish=job.protection.publish,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.policy.state.expert_changes import ExpertChanges
+from orchestrator.policy.state.expert_changes import ExpertChanges, Known
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_parts import (
     AbortState,
@@ -225,6 +225,13 @@ class Observation:
         return max(
             [self.progress.watermark, self.checkpointed[1], *(r.protection.committed for r in self.reports.values())]
         )
+
+    @property
+    def experts(self) -> Known:
+        """What is known of the experts: workers report averages before the steps are published that these are of."""
+        reported = [r.history.saliency for r in self.reports.values() if r.history.saliency is not None]
+        saliency = dict([*self.progress.saliency, *reported])
+        return Known(self.progress.watermark, tuple(sorted(saliency.items())), self.progress.loads.mean_LE)
 
     @property
     def step(self) -> int:

@@ -120,6 +120,8 @@ class WorkerMailbox:
             del self._records[:-MAX_RECORDS]
             if len(self._records) > NEWEST and not self.keeps_loads(self._records[-NEWEST - 1].step):
                 self._records[-NEWEST - 1] = without_loads(self._records[-NEWEST - 1])
+            if record.routing.saliency:
+                changes["saliency"] = (record.step, record.routing.saliency)
             self._publish(step=record.step, first_record=self._records[0].step, **changes)
 
     def add_shard(self, written: ShardWritten) -> None:
@@ -167,7 +169,9 @@ class WorkerMailbox:
             records = {record.step: record for record in (*self._records, *known) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
             protection = self._report.protection
-            self._publish(step=step, committed=min(step, protection.committed), held=min(step, protection.held))
+            told = [(r.step, r.routing.saliency) for r in self._records if r.routing.saliency]
+            held = {"committed": min(step, protection.committed), "held": min(step, protection.held)}
+            self._publish(step=step, saliency=told[-1] if told else None, **held)
 
     def _publish(self, **changes: Any) -> None:
         if self._report.phase is Phase.FAILED:  # final: a later success in another thread must not hide it

@@ -75,6 +75,7 @@ class Shard:
         shares_LEW: by MoE layer, expert and rank, the share of an expert's tokens that the rank computes.
         experts: of each MoE layer.
         until_step: the step that a generation with other experts does; None: there is none.
+        is_changed: it has other experts than the generation before.
         fingerprints: where training is exact, (first step, fingerprint that gives the digests from it on).
         seal: guard of the state between two updates, where that is checked.
     """
@@ -90,6 +91,7 @@ class Shard:
     shares_LEW: NDArray[np.float64]
     experts: ExpertSet
     until_step: int | None = None
+    is_changed: bool = False
     fingerprints: tuple[tuple[int, StateFingerprint], ...] = ()
     seal: MemoryGuard | None = None
 
@@ -240,6 +242,7 @@ class ShardFactory:
             shares_LEW=self._shares(plan, len(model.moe_layers)),
             experts=plan.experts,
             until_step=plan.until_step,
+            is_changed=plan.change is not None,
             fingerprints=self._fingerprints(plan, engine) if self.spec.train.is_exact else (),
             seal=MemoryGuard(engine.idle_state()) if self.spec.verify.every is not None else None,
         )

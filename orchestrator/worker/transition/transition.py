@@ -158,7 +158,7 @@ def make_transition(
         if partial:
             moved = change(sums, PartSums(partial, new), peers)
         identical = not differing(whole_names, before, after, peers) and moved <= ROUNDING
-        if factory.spec.train.is_exact:
+        if factory.spec.train.is_exact and plan.source is not None and not plan.source.is_changed:
             _check_record(_fingerprint(factory, plan, shard, held_ranges), recorded, peers)
         clock.lap("digest")
         if shard is not None and _change_clones(factory, prepared, shard, progress.step):

@@ -25,13 +25,6 @@ def test_the_experts_of_a_step_follow_from_all_changes_up_to_it() -> None:
     assert [set_at(2, changes, step).num_experts for step in (0, 9, 10, 19, 20, 99)] == [2, 2, 4, 4, 2, 2]
 
 
-def test_two_changes_are_one() -> None:
-    growth, shrink = ExpertChange(3, 2, cloned(2, 4)), ExpertChange(3, 4, ((1, 2), (0, 3)), dissolves=True)
-    both = growth.then(shrink)
-    assert both == ExpertChange(3, 2, ((1, 0), (0, 1)), dissolves=True)
-    assert ExpertSet(2).after(both) == ExpertSet(2).after(growth).after(shrink)
-
-
 @pytest.mark.parametrize(("scores", "after", "sources"), [((1, 4, 2, 3), 2, (1, 3)), ((1, 1, 1, 1), 3, (0, 1, 2))])
 def test_the_highest_scores_stay_in_their_order(scores: tuple[int, ...], after: int, sources: tuple[int, ...]) -> None:
     assert kept([scores], ExpertSet(4), after, 1) == (sources,)

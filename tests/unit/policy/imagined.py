@@ -104,6 +104,7 @@ class Life:
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
     done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
     experts_by: list[int] = field(default_factory=list)  # per step, the number of experts that did it last
+    began: dict[int, int] = field(default_factory=dict)  # last step before a generation, by its number
     replayed: int = 0  # steps done again
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     keeper: Keeper | None = None  # the one that a lone member is connected to
@@ -168,6 +169,9 @@ class Life:
             self.state = from_plain(RunState, json.loads(json.dumps(to_plain(decision.state))))
             assert self.state == decision.state
         assert self.state.num_generations >= before.num_generations
+        plan = self.state.next
+        if plan is not None and plan.source is not None:  # a change is made once
+            assert plan.experts_before == plan.source.placement.num_experts
         for action in decision.actions:
             if isinstance(action, Commit) and action.generation in self.damaged:
                 self.abandoned.add((action.generation, action.step))
@@ -416,7 +420,8 @@ class Life:
                 self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
             return
         self._meet_keeper()
-        if self.step + 1 == current.until_step:  # a generation with other experts does it
+        is_made = current.change is not None and self.began.setdefault(current.generation, self.step) == self.step
+        if self.step + 1 == current.until_step and not is_made:  # a generation with other experts does it
             for worker in members if self._fenced() else ():
                 self.say(worker, phase=Phase.MOVING)
             return

@@ -1,5 +1,6 @@
 """The number of experts changes at its steps, and at no others, whatever happens to workers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.errors import UsageError
-from orchestrator.policy.lifecycle import phase_of
+from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.rescale.expert_number import check_request
 from orchestrator.protocol.messages import ExpertRequest
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_phase import Phase
 from orchestrator.spec.moe.experts import ScheduledExperts, measured_step
+from orchestrator.spec.workers import ScheduledScale
 from tests.unit.policy.imagined import Life, limits_of
 
 LAYERS = ("layers.0.mlp", "layers.1.mlp")
@@ -26,8 +29,15 @@ WANTED = [8] * GROWS + [24] * (SHRINKS - GROWS) + [4] * 20
 SALIENCY = (tuple((float(e), 1.0) for e in range(24)), tuple((10.0 - e / 3, 1.0) for e in range(24)))
 
 
-def _life(schedule: tuple[ScheduledExperts, ...] = SCHEDULE, steps: int = 120, **changes: Any) -> Life:
-    limits = limits_of(steps=steps, moe_layers=LAYERS, expert_schedule=schedule, top_k=2, **changes)
+def _life(
+    schedule: tuple[ScheduledExperts, ...] = SCHEDULE,
+    steps: int = 120,
+    schedule_of_sizes: tuple[ScheduledScale, ...] = (),
+    **changes: Any,
+) -> Life:
+    measured = (measured_step(SHRINKS),) if schedule is SCHEDULE else ()
+    of_experts = {"expert_schedule": schedule, "measured_steps": measured, "keeps_saliency": bool(measured)}
+    limits = limits_of(steps=steps, moe_layers=LAYERS, top_k=2, schedule=schedule_of_sizes, **{**of_experts, **changes})
     life = Life(limits, checkpoint_every=7)
     life.saliency = {measured_step(SHRINKS): SALIENCY}
     return life
@@ -70,6 +80,73 @@ def test_each_step_is_done_by_the_experts_of_the_schedule_whatever_happens(
     assert life.state.outcome is RunPhase.SUCCEEDED, life.state.why
     assert life.experts_by == WANTED
     assert [change.first_step for change in life.state.experts.decided] == [GROWS, SHRINKS]
+
+
+@pytest.mark.parametrize("at_step", [GROWS, SHRINKS])
+@pytest.mark.parametrize("everyone", [True, False])
+def test_a_change_whose_first_step_fails_is_not_made_again(at_step: int, everyone: bool) -> None:
+    life = _life(standby=1)
+    life.run_until(lambda: life.step == at_step - 1, 400)
+    life.holds_still = True
+    wanted = WANTED[at_step]
+    life.run_until(lambda: life.state.current is not None and life.state.current.experts.num_experts == wanted)
+    life.run_until(lambda: all(life.reports[w].phase is Phase.TRAINING for w in life.state.members))
+    generation = life.state.current.generation if life.state.current else -1
+    for worker in life.state.members if everyone else life.state.members[:1]:
+        life.kill(worker)
+    life.holds_still = False
+    life.run_until(lambda: life.state.outcome is not None, 600)
+    assert life.state.outcome is RunPhase.SUCCEEDED and life.experts_by == WANTED
+    assert life.state.activated > generation
+
+
+def test_a_size_that_is_scheduled_for_the_step_of_a_change_follows_it_once() -> None:
+    sizes = (ScheduledScale(at_step=GROWS, workers=3), ScheduledScale(at_step=SHRINKS + 3, workers=1))
+    life = _life(schedule_of_sizes=sizes)
+    life.run_until(lambda: life.state.outcome is not None, 400)
+    assert life.state.outcome is RunPhase.SUCCEEDED and life.experts_by == WANTED
+    assert [change.experts for change in life.state.rescales if change.experts] == [(8, 24), (24, 4)]
+    assert life.sizes[-1] == 1 and 3 in life.sizes
+
+
+def test_a_request_at_the_step_of_a_scheduled_change_takes_its_place() -> None:
+    life = _life((ScheduledExperts(at_step=30, num_experts=16), ScheduledExperts(at_step=60, num_experts=48)), steps=90)
+    life.run_until(lambda: life.step == 18)
+    life.set_experts(24)
+    life.run_until(lambda: life.state.next is not None)
+    life.frozen.update(life.state.members)  # it takes until the scheduled step to prepare
+    for _ in range(9):
+        life.tick()
+    life.frozen.clear()
+    life.run_until(lambda: life.state.outcome is not None, 300)
+    assert life.state.outcome is RunPhase.SUCCEEDED and life.experts_by[-1] == 48
+
+
+def test_a_second_request_follows_the_first() -> None:
+    life = _life((), steps=80)
+    life.run_until(lambda: life.step == 10)
+    life.set_experts(16)
+    life.run_until(lambda: life.state.next is not None)
+    life.set_experts(32)
+    life.run_until(lambda: life.state.outcome is not None, 300)
+    assert [(e.after, e.request) for e in life.of_kind("experts_changed")] == [(16, 1), (32, 2)]
+
+
+def test_a_shrink_waits_at_its_step_until_it_is_known_who_stays() -> None:
+    life = _life()
+    told, life.saliency = life.saliency, {}
+    life.run_until(lambda: life.step == SHRINKS - 12, 300)
+    life.progress = replace(life.progress, watermark=measured_step(SHRINKS) - 1)
+    published, life.pending = life.pending, {}
+    for _ in range(30):
+        life.tick()
+        life.progress = replace(life.progress, watermark=measured_step(SHRINKS) - 1)
+    assert life.step == SHRINKS - 1 and life.state.next is None
+    assert "waits before step 100" in explain(life.limits, life.state, life.seen())
+    worker = life.state.members[0]
+    life.say(worker, saliency=(measured_step(SHRINKS), told[measured_step(SHRINKS)]))
+    life.run_until(lambda: life.state.next is not None)
+    assert published is not None and life.state.experts.decided[-1].first_step == SHRINKS
 
 
 def test_a_request_is_carried_out_once_and_repeated_at_its_step_by_a_run_that_goes_back() -> None:
@@ -126,8 +203,14 @@ def test_a_request_that_comes_too_late_is_answered() -> None:
         (ExpertRequest(0, 8), {}, "it has 8"),
         (ExpertRequest(0, 16), {"fixes_experts": {"n_group": "groups would get other experts"}}, "has model.n_group"),
         (ExpertRequest(0, 16, keep="random"), {}, "its schedule has 24 from step 20 on, and a growth makes"),
-        (ExpertRequest(0, 4, keep="reap"), {"expert_schedule": ()}, "how much each expert adds is not known"),
-        (ExpertRequest(0, 4, keep="load"), {"expert_schedule": ()}, "no tokens of experts are known yet"),
+        (ExpertRequest(0, 4, keep="reap"), {"expert_schedule": ()}, "how much each adds is not known yet of its 8"),
+        (ExpertRequest(0, 4, keep="load"), {"expert_schedule": ()}, "how many tokens each gets is not known yet"),
+        (ExpertRequest(0, 16), {"follows_placement": ("ranks_per_token",)}, "with communication.ranks_per_token a"),
+        (
+            ExpertRequest(0, 32),
+            {"expert_schedule": (ScheduledExperts(at_step=90, num_experts=16),)},
+            "its schedule would leave out some of them from step 90 on, by what isn't measured",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(request_: ExpertRequest, changes: dict[str, Any], why: str) -> None:

@@ -98,6 +98,14 @@ def test_models_whose_experts_cannot_change_are_refused(model: dict[str, Any], r
     assert rule in str(refused.value)
 
 
+def test_a_choice_that_follows_the_placement_finds_no_clones() -> None:
+    schedule = {"schedule": [{"at_step": 5, "num_experts": 16}]}
+    with pytest.raises(ValidationError, match="schedule must be empty with communication.ranks_per_token"):
+        JobSpec.model_validate(
+            {"schema": "v1", "name": "try", "experts": schedule, "communication": {"ranks_per_token": 1}, "workers": 2}
+        )
+
+
 def test_what_a_schedule_needs_is_measured() -> None:
     growth, shrink = {"at_step": 10, "num_experts": 16}, {"at_step": 90, "num_experts": 4}
     assert _scheduled([growth, shrink]).measured_steps == (57,)
