@@ -24,6 +24,7 @@ from benchmarks.harness import alternate
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
+from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.inventory import inventory
 from orchestrator.elastic.state_spec import Inventory, saved_shapes
@@ -105,7 +106,7 @@ class Ours:
         def failed(error: object) -> None:
             raise RuntimeError(f"the checkpoint failed: {error}")
 
-        saver = ShardSaver(place, self._tensors, "", "", done, failed, failed, self._process.call)
+        saver = ShardSaver(place, lambda _: self._tensors, "", "", done, failed, failed, self._process.call)
         self._step += 1
         saver.save(self.shard, TrainingProgress(self._step, self._step, "{}"))
         saving.copied, saving.complete = saver.copied, lambda: self._complete(place)
@@ -191,7 +192,8 @@ class Trainee:
         params, buffers = catalogue(job.model, vocab_size)
         self.tensors = inventory(params, job, buffers)
         world = World(GENERATION, tuple(f"w{number}" for number in range(world_size)))
-        self.shard = SimpleNamespace(term=TERM, world=world, rank=rank, groups=groups, engine=self.engine, seal=None)
+        parts = {"groups": groups, "engine": self.engine, "seal": None, "experts": ExpertSet(placement.num_experts)}
+        self.shard = SimpleNamespace(term=TERM, world=world, rank=rank, **parts)
         self.rank, self._job, self._vocab_size = rank, job, vocab_size
         self._generator = torch.Generator().manual_seed(rank)
 
