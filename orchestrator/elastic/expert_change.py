@@ -2,7 +2,8 @@
 
 Growth makes clones: each expert becomes several with the same weights, moments and router rows, which are a *family*. A
 token may visit one member of a family at most, the best, so right after the growth the model computes what it did
-before. Then each member learns from the tokens that prefer it. Shrinking leaves experts out.
+before. Then each member learns from the tokens that prefer it. Shrinking leaves experts out and ends families: of
+families of unequal sizes the only member of one might have to take every token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -62,7 +63,7 @@ class ExpertSet:
 
     def after(self, change: ExpertChange) -> "ExpertSet":
         """The experts after a change."""
-        if change.dissolves:
+        if change.dissolves or change.num_experts < self.num_experts:
             return ExpertSet(change.num_experts)
         num_layers = max(len(self.families), len(change.sources))
         own = tuple(range(self.num_experts))
@@ -70,8 +71,6 @@ class ExpertSet:
         for layer in range(num_layers):
             before = of_layer(self.families, layer) if self.families else own
             families.append(tuple(before[source] for source in of_layer(change.sources, layer)))
-        if all(len({*family}) == len(family) for family in families):
-            return ExpertSet(change.num_experts)
         return ExpertSet(change.num_experts, tuple(families[:1]) if len({*families}) == 1 else tuple(families))
 
     def families_by_name(self, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -103,21 +102,16 @@ def cloned(before: int, after: int) -> OfLayers:
     return (tuple(expert % before for expert in range(after)),)
 
 
-def kept(scores: Sequence[Sequence[float]], experts: ExpertSet, after: int, top_k: int) -> OfLayers:
-    """Sources of a shrink: the experts with the highest scores stay, in their order; of equal ones the first. The best
-    one of each of the `top_k` best families is among them, as a token visits one of a family at most.
+def kept(scores: Sequence[Sequence[float]], after: int) -> OfLayers:
+    """Sources of a shrink: the experts with the highest scores stay, in their order; of equal ones the first.
 
     Args:
         scores: of each expert, by MoE layer.
     """
     found = []
-    for layer, of_experts in enumerate(scores):
-        ranked = sorted(range(experts.num_experts), key=lambda expert: (-of_experts[expert], expert))
-        family = of_layer(experts.families, layer) if experts.families else range(experts.num_experts)
-        best = list({family[expert]: expert for expert in reversed(ranked)}.values())
-        first = [expert for expert in ranked if expert in best][:top_k]
-        rest = [expert for expert in ranked if expert not in first]
-        found.append(tuple(sorted([*first, *rest][:after])))
+    for of_experts in scores:
+        ranked = sorted(range(len(of_experts)), key=lambda expert: (-of_experts[expert], expert))
+        found.append(tuple(sorted(ranked[:after])))
     return tuple(found[:1]) if len({*found}) == 1 else tuple(found)
 
 

@@ -66,6 +66,7 @@ def test_a_run_that_is_killed_scaled_and_resumed_around_its_changes_ends_with_th
     assert [step for step, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b] == []
     one, other = tensors_of(untouched.checkpoint), tensors_of(ended.checkpoint)
     assert one.keys() == other.keys()
+    assert min(record.routing.experts.utilisation for record in read_steps(Path(ended.run_dir))[-20:]) > 0.5
     assert [name for name in one if one[name] != other[name]] == []
 
 
@@ -87,6 +88,7 @@ def test_a_run_gets_the_number_of_experts_that_is_asked_for(
     until(client, run, lambda s: bool(s.recoveries) and s.workers_now == 2)
     client.set_experts(run, ExpertRequest(num_experts=8, dissolve=True))
     until(client, run, lambda s: len(s.rescales) > 1 and s.rescales[-1].experts == (8, 8))
+    until(client, run, lambda s: s.step > 140)  # the averages of these experts are in the record of step 128
     client.set_experts(run, ExpertRequest(num_experts=3, keep="reap"))
     status = until(client, run, lambda s: s.rescales[-1].experts == (8, 3) and s.rescales[-1].stall_s is not None)
     client.stop(run)

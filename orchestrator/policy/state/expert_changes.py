@@ -163,7 +163,7 @@ def _change(
         scores = scores_LE if fits else np.zeros((num_layers, before))
         if wanted.keep == "random":
             scores = np.random.default_rng([limits.seed, draw % (1 << 32)]).random((num_layers, before))
-        sources = kept(_rows(scores), experts, after, limits.top_k)
+        sources = kept(_rows(scores), after)
     return ExpertChange(step, before, sources, wanted.dissolve, wanted.noise, wanted.reinit_ratio)
 
 
