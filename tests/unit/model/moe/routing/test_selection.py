@@ -138,6 +138,8 @@ def test_expert_choice_gives_each_expert_its_best_tokens() -> None:
 def test_no_token_and_one_token_are_routed(selection: str, num_tokens: int) -> None:
     spec = _spec(selection=selection, **({} if selection == "expert_choice" else {"capacity_factor": 1.0}))
     router = Router(spec).to(devices.device())
+    for param in router.parameters():  # whose memory may hold anything
+        torch.nn.init.normal_(param)
     routing = router(torch.randn(num_tokens, 8, device=devices.device()))
     assert len(routing.expert_ids_NK) == len(routing.gates_NK) == num_tokens
     assert bool(routing.gates_NK.isfinite().all())
