@@ -156,8 +156,12 @@ def with_plan(
     assert seen.store_address is not None
     before, made = _experts_of_source(limits, state, source)
     now = before if experts is None else before.after(experts)
-    if experts is not None:
-        made = experts.first_step if experts.first_step >= 0 else step_of_members(state, seen) + 1
+    changes = state.experts
+    if experts is not None and experts.first_step >= 0:
+        made = experts.first_step
+    elif experts is not None:  # a new change, which replaces later ones of a past that the run has left
+        made = step_of_members(state, seen) + 1
+        changes = replace(changes, decided=())
     nodes = nodes_of(seen, world.members)
     buddies = buddies_of(nodes) if limits.protected else ()
     plan = GenerationPlan(
@@ -175,7 +179,7 @@ def with_plan(
         nodes=nodes,
         change=experts,
         families=now.families,
-        until_step=next_step_of_change(limits, state.experts, now, made),
+        until_step=next_step_of_change(limits, changes, now, made),
     )
     planned = replace(
         state,

@@ -270,7 +270,9 @@ def _experts(state: RunState, plan: GenerationPlan, step: int) -> ExpertChanges:
         made = changes.newest_until(step) if origin is None else changes.made_by(origin)
         return changes.with_made(plan.generation, made)
     requests = max(changes.requests, plan.change.request)
-    kept = tuple(change for change in changes.decided if change.first_step != plan.change.first_step)  # if it is late
+    # A new change replaces later ones, of a past that the run has left; a decided one may be late.
+    is_new, last = plan.change.first_step < 0, plan.change.first_step
+    kept = tuple(c for c in changes.decided if (c.first_step <= step if is_new else c.first_step != last))
     decided = replace(changes, decided=kept).with_new(replace(plan.change, first_step=step + 1))
     return replace(changes, requests=requests, decided=decided).with_made(plan.generation, step + 1)
 

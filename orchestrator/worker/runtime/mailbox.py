@@ -169,9 +169,9 @@ class WorkerMailbox:
             records = {record.step: record for record in (*self._records, *known) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
             protection = self._report.protection
-            told = [(r.step, r.routing.saliency) for r in self._records if r.routing.saliency]
+            averages = [(r.step, r.routing.saliency) for r in self._records if r.routing.saliency]
             held = {"committed": min(step, protection.committed), "held": min(step, protection.held)}
-            self._publish(step=step, saliency=told[-1] if told else None, **held)
+            self._publish(step=step, saliency=averages[-1] if averages else None, **held)
 
     def _publish(self, **changes: Any) -> None:
         if self._report.phase is Phase.FAILED:  # final: a later success in another thread must not hide it

@@ -19,7 +19,7 @@ from orchestrator.protocol.step_record import RoutingRecord, Saliency
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 
-TOLD_EVERY = 64  # steps between records with averages for requests; they may be large
+RECORDED_EVERY = 64  # steps between records with averages for requests; they may be large
 
 
 class RoutingRecorder:
@@ -55,8 +55,8 @@ class RoutingRecorder:
 
 def saliency_at(spec: JobSpec, model: TrainableModel, step: int) -> Saliency:
     """The averages of what experts add, at steps whose record has them."""
-    is_told = step in spec.measured_steps or (spec.experts.saliency and step % TOLD_EVERY == 0)
-    if not is_told:
+    is_recorded = step in spec.measured_steps or (spec.experts.saliency and step % RECORDED_EVERY == 0)
+    if not is_recorded:
         return ()
     kept = [layer.router.saliency_E2 for layer in model.moe_layers if isinstance(layer.router, Router)]
     by_layer = torch.stack(kept).cpu().tolist() if kept else []

@@ -121,6 +121,20 @@ def test_a_request_at_the_step_of_a_scheduled_change_takes_its_place() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED and life.experts_by[-1] == 48
 
 
+def test_a_request_of_a_run_that_went_back_replaces_later_changes() -> None:
+    life = _life((), steps=70)
+    life.checkpoint_every = 15  # so it goes back by more steps than a change is prepared before
+    life.run_until(lambda: life.step == 24)
+    life.set_experts(16)
+    life.run_until(lambda: bool(life.of_kind("experts_changed")))
+    for worker in life.state.members:  # only a checkpoint from before is left
+        life.kill(worker)
+    life.set_experts(24)
+    life.run_until(lambda: life.state.outcome is not None, 400)
+    assert life.state.outcome is RunPhase.SUCCEEDED and life.experts_by[-1] == 24
+    assert [change.num_experts for change in life.state.experts.decided] == [24]
+
+
 def test_a_second_request_follows_the_first() -> None:
     life = _life((), steps=80)
     life.run_until(lambda: life.step == 10)
@@ -133,7 +147,7 @@ def test_a_second_request_follows_the_first() -> None:
 
 def test_a_shrink_waits_at_its_step_until_it_is_known_who_stays() -> None:
     life = _life()
-    told, life.saliency = life.saliency, {}
+    averages, life.saliency = life.saliency, {}
     life.run_until(lambda: life.step == SHRINKS - 12, 300)
     life.progress = replace(life.progress, watermark=measured_step(SHRINKS) - 1)
     published, life.pending = life.pending, {}
@@ -143,7 +157,7 @@ def test_a_shrink_waits_at_its_step_until_it_is_known_who_stays() -> None:
     assert life.step == SHRINKS - 1 and life.state.next is None
     assert "waits before step 100" in explain(life.limits, life.state, life.seen())
     worker = life.state.members[0]
-    life.say(worker, saliency=(measured_step(SHRINKS), told[measured_step(SHRINKS)]))
+    life.say(worker, saliency=(measured_step(SHRINKS), averages[measured_step(SHRINKS)]))
     life.run_until(lambda: life.state.next is not None)
     assert published is not None and life.state.experts.decided[-1].first_step == SHRINKS
 
