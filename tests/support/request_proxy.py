@@ -59,7 +59,9 @@ class RequestProxy:
 
     Attributes:
         ignores_conditions: whether writes are passed on without their conditions, as by a service without them.
-        requests: numbers of requests so far, by method.
+        requests: numbers of requests so far, by method; one that the client repeats, as when it waited too long on a
+            loaded machine, counts again.
+        paths: different paths of these requests, by method.
     """
 
     def __init__(self, server_port: int) -> None:
@@ -70,6 +72,7 @@ class RequestProxy:
         self._late: list[tuple[str, str, dict[str, str], bytes]] = []
         self.ignores_conditions = False
         self.requests: Counter[str] = Counter()
+        self.paths: defaultdict[str, set[str]] = defaultdict(set)
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
@@ -108,15 +111,17 @@ class RequestProxy:
             self._faults.clear()
             self._late.clear()
             self.requests.clear()
+            self.paths.clear()
 
     def deliver_late(self) -> list[int]:
         """Carry out the requests that are late. Returns their statuses."""
         late, self._late = self._late, []
         return [self.forward(*request)[0] for request in late]
 
-    def take_fault(self, method: str) -> RequestFault | None:
+    def take_fault(self, method: str, path: str) -> RequestFault | None:
         with self._guard:
             self.requests[method] += 1
+            self.paths[method].add(path)
             return self._faults[method].popleft() if self._faults[method] else None
 
     def hold_back(self, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
@@ -178,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _respond(proxy: RequestProxy, handler: BaseHTTPRequestHandler) -> None:
     body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
     request = (handler.command, handler.path, dict(handler.headers.items()), body)
-    fault = proxy.take_fault(handler.command)
+    fault = proxy.take_fault(handler.command, handler.path)
     if fault is RequestFault.STALL:
         proxy.wait_for_end()
     if fault in (RequestFault.LATE_DUPLICATE, RequestFault.LATE_REQUEST):
