@@ -1,14 +1,17 @@
-"""Our MoE layer against DeepSpeed's, and against the matrix products alone.
+"""Our MoE layer against DeepSpeed's, against transformers', and against the matrix products alone.
 
     python -m benchmarks.moe_layer [--quick]
 
-Forward and backward of one layer, router included, 4,096 tokens, one process of 2 threads: 16 and 64 experts, top-2 and
-top-8, fp32 and bf16, balanced and skewed routing. SwiGLU experts, no shared ones; hidden size 256, inner size 512.
+Forward and backward of one layer, router included, 256, 1,024 and 4,096 tokens, one process of 2 threads: 16 and 64
+experts, top-2 and top-8, fp32 and bf16, balanced and skewed routing. SwiGLU experts, no shared ones; hidden size 256,
+inner size 512.
 
 - Balanced: random tokens and a random router. Skewed: tokens and router of a small model that was trained on Python's
-  library without anything that balances; every arm gets the same tokens and routes.
+  library without anything that balances; every arm gets the same tokens and routes. Fewer tokens are every fourth or
+  sixteenth of these.
 - `deepspeed`: `deepspeed.moe.layer.MoE` with capacity 1.25, which drops what is more than that
   (`deepspeed_dropped_share`); ours drops nothing.
+- `transformers`: the block of its Qwen3 MoE model, with the experts' implementation `grouped_mm`. It drops nothing.
 - The limit: SwiGLU on tokens that lie sorted by expert already, no router, nothing gathered or added up: the faster of
   `F.grouped_mm` over the same counts and `torch.bmm` over equal ones.
 """
@@ -19,6 +22,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -28,8 +32,11 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from deepspeed.moe.layer import MoE
 from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from benchmarks.harness import (
     Bar,
@@ -53,16 +60,18 @@ from orchestrator.spec.model import ModelSpec
 
 THREADS, SEED = 2, 0
 CAPACITY_FACTOR = 1.25
-ROUNDS, WARM_UPS = 12, 2
+ROUNDS, WARM_UPS = 12, 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = ("grouped_mm", "bmm")
+OTHERS = ("deepspeed", "transformers")
+TOKENS = (256, 1024, 4096)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Of a layer, and of the training that makes the skew."""
 
-    tokens: int = 4096
+    tokens: tuple[int, ...] = TOKENS
     hidden_size: int = 256
     inner_size: int = 512
     steps: int = 80
@@ -70,6 +79,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
+    tokens: int
     experts: int
     top_k: int
     dtype: str
@@ -83,6 +93,10 @@ class Routed:
     x_ND: Tensor
     router_ED: Tensor
 
+    def sample(self, tokens: int) -> "Routed":
+        """So many of the tokens, at equal distances."""
+        return Routed(self.x_ND[:: len(self.x_ND) // tokens].contiguous(), self.router_ED)
+
 
 def measure(quick: bool) -> Result:
     """In a process with the product's malloc settings, which serve all arms."""
@@ -94,46 +108,59 @@ def measure(quick: bool) -> Result:
 def _measure(quick: bool) -> Result:
     torch.set_num_threads(THREADS)
     _lone_process_group()
-    sizes = Sizes(tokens=256, hidden_size=32, inner_size=32, steps=3) if quick else Sizes()
+    sizes = Sizes(tokens=(64, 256), hidden_size=32, inner_size=32, steps=3) if quick else Sizes()
     shapes = ((4, 2),) if quick else tuple((e, k) for e in (16, 64) for k in (2, 8))
     rounds = 2 if quick else ROUNDS
     found: list[dict[str, Any]] = []
     timed: list[tuple[Case, dict[str, list[float]]]] = []
     for experts, top_k in shapes:
         routed = {"balanced": fresh(experts, sizes), "skewed": trained(experts, top_k, sizes)}
+        for tokens, dtype, (routing, all_tokens) in product(sizes.tokens, DTYPES, routed.items()):
+            case = Case(tokens, experts, top_k, dtype, routing)
+            seconds, about = compare(case, all_tokens.sample(tokens), sizes, rounds)
+            timed.append((case, seconds))
+            found.append(asdict(case) | about | {"ms": {n: Spread.of(_in_ms(s)) for n, s in seconds.items()}})
+            say(f"{case}: { ({n: round(median(s) * 1e3, 1) for n, s in seconds.items()}) }")
+    for entry, (_, seconds) in zip(found, timed, strict=True):
+        for other in OTHERS:
+            entry[f"speedup_vs_{other}"] = median_interval(ratios(seconds[other], seconds["ours"]))
+    metrics: dict[str, Any] = {"cases": found}
+    for tokens in sizes.tokens:
+        for other in OTHERS:
+            by_case = [ratios(s[other], s["ours"]) for case, s in timed if case.tokens == tokens]
+            metrics[f"speedup_vs_{other}_{tokens}"] = overall(by_case)
         for dtype in DTYPES:
-            for routing, tokens in routed.items():
-                case = Case(experts, top_k, dtype, routing)
-                seconds, about = compare(case, tokens, sizes, rounds)
-                timed.append((case, seconds))
-                found.append(asdict(case) | about | {"ms": {n: Spread.of(_in_ms(s)) for n, s in seconds.items()}})
-                say(f"{case}: { ({n: round(median(s) * 1e3, 1) for n, s in seconds.items()}) }")
-    speedups = [ratios(s["deepspeed"], s["ours"]) for _, s in timed]
-    for entry, speedup in zip(found, speedups, strict=True):
-        entry["speedup_vs_deepspeed"] = median_interval(speedup)
-    metrics: dict[str, Any] = {"cases": found, "speedup_vs_deepspeed": overall(speedups)}
-    for dtype in DTYPES:
-        shares = [ratios(s[limit_of(s)], s["ours"]) for case, s in timed if case.dtype == dtype]
-        metrics[f"fraction_of_limit_{dtype}"] = overall(shares)
+            shares = [ratios(s[limit_of(s)], s["ours"]) for c, s in timed if (c.tokens, c.dtype) == (tokens, dtype)]
+            metrics[f"fraction_of_limit_{dtype}_{tokens}"] = overall(shares)
     return Result(
         name="moe_layer",
         seed=SEED,
         settings={"quick": quick, "threads": THREADS, "capacity_factor": CAPACITY_FACTOR, **asdict(sizes)},
         rounds=rounds,
         metrics=metrics,
-        baselines={"deepspeed": "deepspeed.moe.layer.MoE, capacity 1.25", "limit": "min(grouped_mm, bmm)"},
-        bars=bars_of(metrics),
+        baselines={
+            "deepspeed": "deepspeed.moe.layer.MoE, capacity 1.25",
+            "transformers": f"Qwen3MoeSparseMoeBlock of transformers {transformers.__version__}, grouped_mm",
+            "limit": "min(grouped_mm, bmm)",
+        },
+        bars=bars_of(metrics, sizes.tokens),
     )
 
 
-def bars_of(metrics: dict[str, Any]) -> tuple[Bar, ...]:
-    slowest = min((case["speedup_vs_deepspeed"] for case in metrics["cases"]), key=lambda interval: interval.low)
+def bars_of(metrics: dict[str, Any], tokens: Sequence[int]) -> tuple[Bar, ...]:
+    most = max(tokens)
     return (
-        at_least("speedup_vs_deepspeed", 1.6, metrics["speedup_vs_deepspeed"]),
-        at_least("slowest_case", 1.0, slowest),
-        at_least("fraction_of_limit_fp32", 0.85, metrics["fraction_of_limit_fp32"]),
-        at_least("fraction_of_limit_bf16", 0.65, metrics["fraction_of_limit_bf16"]),
+        at_least("speedup_vs_deepspeed", 1.6, metrics[f"speedup_vs_deepspeed_{most}"]),
+        *(at_least(f"slowest_vs_{other}", 1.0, slowest(metrics["cases"], other)) for other in OTHERS),
+        *(at_least(f"fraction_of_limit_fp32_{n}", 0.85, metrics[f"fraction_of_limit_fp32_{n}"]) for n in tokens),
+        at_least("fraction_of_limit_bf16", 0.65, metrics[f"fraction_of_limit_bf16_{most}"]),
     )
+
+
+def slowest(cases: Sequence[dict[str, Any]], other: str) -> Interval:
+    """The least of the speed-ups over another layer."""
+    intervals: list[Interval] = [case[f"speedup_vs_{other}"] for case in cases]
+    return min(intervals, key=lambda interval: interval.low)
 
 
 def overall(by_case: Sequence[Sequence[float]]) -> Interval:
@@ -158,18 +185,19 @@ def compare(case: Case, routed: Routed, sizes: Sizes, rounds: int) -> tuple[dict
     arms = {
         "ours": _timed(ours, ours, routed.x_ND.to(dtype)),
         "deepspeed": _timed(*_deepspeed_layer(case, routed, experts, sizes), routed.x_ND.to(dtype)),
+        "transformers": _timed(*_transformers_layer(case, routed, experts, sizes), routed.x_ND.to(dtype)),
     }
     for arm in arms.values():
         arm()
     counts_E = ours.last_counts_E
-    x_RD = torch.randn(sizes.tokens * case.top_k, sizes.hidden_size, generator=generator).to(dtype)
+    x_RD = torch.randn(case.tokens * case.top_k, sizes.hidden_size, generator=generator).to(dtype)
     for name in LIMITS:
         module = _Products(name, experts, counts_E)
         arms[name] = _timed(module, module, x_RD)
     for _ in range(WARM_UPS):
         for arm in arms.values():
             arm()
-    capacity = math.ceil(sizes.tokens / case.experts * CAPACITY_FACTOR * case.top_k)
+    capacity = math.ceil(case.tokens / case.experts * CAPACITY_FACTOR * case.top_k)
     about = {
         "max_over_mean_load": float(counts_E.max()) * case.experts / float(counts_E.sum()),
         "deepspeed_dropped_share": float((counts_E - capacity).clamp_min(0).sum()) / float(counts_E.sum()),
@@ -230,6 +258,30 @@ def _deepspeed_layer(
     return layer, forward
 
 
+def _transformers_layer(
+    case: Case, routed: Routed, experts: list[GatedMLP], sizes: Sizes
+) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
+    config = Qwen3MoeConfig(
+        hidden_size=sizes.hidden_size,
+        moe_intermediate_size=sizes.inner_size,
+        num_experts=case.experts,
+        num_experts_per_tok=case.top_k,
+        norm_topk_prob=True,
+        experts_implementation="grouped_mm",
+    )
+    layer = Qwen3MoeSparseMoeBlock(config).to(DTYPES[case.dtype])
+    with torch.no_grad():
+        layer.gate.weight.copy_(routed.router_ED)
+        layer.experts.gate_up_proj.copy_(torch.stack([expert.gate_up for expert in experts]))
+        layer.experts.down_proj.copy_(torch.stack([expert.down for expert in experts]))
+
+    def forward(x_ND: Tensor) -> Tensor:
+        y_1ND: Tensor = layer(x_ND[None])
+        return y_1ND[0]
+
+    return layer, forward
+
+
 class _Products(torch.nn.Module):
     """SwiGLU on sorted tokens (R, D): stacked experts, `grouped_mm` over their counts or `bmm` over equal ones."""
 
@@ -258,7 +310,7 @@ class _Products(torch.nn.Module):
 def fresh(experts: int, sizes: Sizes) -> Routed:
     """Random tokens and a random router: nearly balanced."""
     generator = torch.Generator().manual_seed(SEED)
-    x_ND = torch.randn(sizes.tokens, sizes.hidden_size, generator=generator)
+    x_ND = torch.randn(max(sizes.tokens), sizes.hidden_size, generator=generator)
     return Routed(x_ND, torch.randn(experts, sizes.hidden_size, generator=generator) * 0.02)
 
 
@@ -275,8 +327,8 @@ def trained(experts: int, top_k: int, sizes: Sizes) -> Routed:
     layer, seen = model.moe_layers[-1], []
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
     with torch.no_grad():
-        model(*_text(sizes.steps, rows=-(-sizes.tokens // ROW)))
-    return Routed(seen[0][: sizes.tokens].clone(), layer.router.scorer.weight.detach().clone())
+        model(*_text(sizes.steps, rows=-(-max(sizes.tokens) // ROW)))
+    return Routed(seen[0][: max(sizes.tokens)].clone(), layer.router.scorer.weight.detach().clone())
 
 
 ROW = 128

@@ -107,17 +107,18 @@ class _Experts(torch.autograd.Function):
         for part in _parts(counts, before_RH):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
             x_CD = x_ND.index_select(0, token_C)
-            for x_cD, before_cH, gate_up in part.each(x_CD, before_CH, gate_ups):
-                mm(x_cD, gate_up.t(), out=before_cH)
+            x_EcD = part.split(x_CD)
+            for number, x_cD, before_cH in zip(part.experts, x_EcD, part.split(before_CH), strict=True):
+                mm(x_cD, gate_ups[number].t(), out=before_cH)
             gate_CH, up_CH = before_CH.chunk(2, 1)
             inner_CH = F.silu(gate_CH).mul_(up_CH)
             if gates_R is not None:  # before the product, so that its output isn't needed for the gates' gradient
                 inner_CH.mul_(gates_R[part.copies, None])
-            y_CD = x_CD  # reuses the memory
-            for inner_cH, y_cD, down in part.each(inner_CH, y_CD, downs):
-                mm(inner_cH, down.t(), out=y_cD)
+            y_CD, y_EcD = x_CD, x_EcD  # reuses the memory
+            for number, inner_cH, y_cD in zip(part.experts, part.split(inner_CH), y_EcD, strict=True):
+                mm(inner_cH, downs[number].t(), out=y_cD)
             if norms_L is not None:
-                for number, y_cD, _ in part.each_numbered(y_CD, y_CD):
+                for number, y_cD in zip(part.experts, y_EcD, strict=True):
                     norms_L[number] += _sum_of_norms(y_cD)
             y_ND.index_add_(0, token_C, y_CD)
         ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
@@ -140,25 +141,32 @@ class _Experts(torch.autograd.Function):
             silu_CH = F.silu(gate_CH)
             inner_CH = silu_CH * up_CH
             dy_CD = dy_ND.index_select(0, token_C)
+            dy_EcD = part.split(dy_CD)
             dinner_CH = torch.empty_like(inner_CH)
-            for dy_cD, dinner_cH, down in part.each(dy_CD, dinner_CH, downs):
-                mm(dy_cD, down, out=dinner_cH)
+            for number, dy_cD, dinner_cH in zip(part.experts, dy_EcD, part.split(dinner_CH), strict=True):
+                mm(dy_cD, downs[number], out=dinner_cH)
             if gates_R is not None and dgates_R is not None:
                 torch.sum(inner_CH * dinner_CH, 1, out=dgates_R[part.copies])
                 inner_CH.mul_(gates_R[part.copies, None])
                 dinner_CH.mul_(gates_R[part.copies, None])
-            for number, dy_cD, inner_cH in part.each_numbered(dy_CD, inner_CH):
+            for number, dy_cD, inner_cH in zip(part.experts, dy_EcD, part.split(inner_CH), strict=True):
                 dweights.add(len(counts) + number, dy_cD.t(), inner_cH)
             dbefore_CH = torch.empty_like(before_CH)
             dgate_CH, dup_CH = dbefore_CH.chunk(2, 1)
             torch.mul(dinner_CH, silu_CH, out=dup_CH)
             torch.ops.aten.silu_backward.grad_input(dinner_CH.mul_(up_CH), gate_CH, grad_input=dgate_CH)
-            for number, dbefore_cH, x_cD in part.each_numbered(dbefore_CH, x_ND.index_select(0, token_C)):
+            dx_CD, dx_EcD = dy_CD, dy_EcD  # reuses the memory
+            x_EcD = part.split(x_ND.index_select(0, token_C))
+            for number, dbefore_cH, x_cD, dx_cD in zip(
+                part.experts, part.split(dbefore_CH), x_EcD, dx_EcD, strict=True
+            ):
                 dweights.add(number, dbefore_cH.t(), x_cD)
-            dx_CD = dy_CD  # reuses the memory
-            for dbefore_cH, dx_cD, gate_up in part.each(dbefore_CH, dx_CD, gate_ups):
-                mm(dbefore_cH, gate_up, out=dx_cD)
+                mm(dbefore_cH, gate_ups[number], out=dx_cD)
             dx_ND.index_add_(0, token_C, dx_CD)
+        for number, count in enumerate(counts):
+            if not count:
+                dweights.add_nothing(number, gate_ups[number])
+                dweights.add_nothing(len(counts) + number, downs[number])
         return dx_ND, dgates_R, None, None, None, None, *dweights.grads
 
 
@@ -170,33 +178,31 @@ def _sum_of_norms(y_CD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of consecutive experts, and their copies."""
+    """Some of the experts with copies, in order, and their copies."""
 
-    experts: slice
+    experts: list[int]
     copies: slice
     counts: list[int]
 
-    def each(self, a_CX: Tensor, b_CY: Tensor, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each expert's copies in two of this part's tensors, and its weight."""
-        return zip(torch.split(a_CX, self.counts), torch.split(b_CY, self.counts), weights[self.experts], strict=True)
-
-    def each_numbered(self, a_CX: Tensor, b_CY: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each expert's index, and its copies in two of this part's tensors."""
-        numbers = range(self.experts.start, self.experts.stop)
-        return zip(numbers, torch.split(a_CX, self.counts), torch.split(b_CY, self.counts), strict=True)
+    def split(self, x_CX: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's rows, which share the memory."""
+        return x_CX.split_with_sizes(self.counts)
 
 
 def _parts(counts: Sequence[int], before_RH: Tensor) -> Iterator[_Part]:
-    """All experts, in groups of at most `AT_ONCE` inner activations, or of a single expert."""
+    """All experts with copies, in groups of at most `AT_ONCE` inner activations, or of a single expert."""
     most = AT_ONCE.get(before_RH.device.type, AT_ONCE["cuda"]) // max(before_RH.shape[1], 1)
-    first = begin = end = 0
+    experts: list[int] = []
+    begin = end = 0
     for expert, count in enumerate(counts):
-        if end > begin and end + count - begin > most:
-            yield _Part(slice(first, expert), slice(begin, end), list(counts[first:expert]))
-            first, begin = expert, end
-        end += count
-    if first < len(counts):
-        yield _Part(slice(first, len(counts)), slice(begin, end), list(counts[first:]))
+        if experts and end + count - begin > most:
+            yield _Part(experts, slice(begin, end), [counts[number] for number in experts])
+            experts, begin = [], end
+        if count:
+            experts.append(expert)
+            end += count
+    if experts:
+        yield _Part(experts, slice(begin, end), [counts[number] for number in experts])
 
 
 class _WeightGradients:
@@ -213,7 +219,12 @@ class _WeightGradients:
     def add(self, number: int, left: Tensor, right: Tensor) -> None:
         if (sink := self._sinks[number]) is None:
             self.grads[number] = (self._product or torch.mm)(left, right)
-        elif left.shape[1] and self._product is not None:
+        elif self._product is not None:
             sink.add(self._product(left, right))
-        elif left.shape[1]:
+        else:
             sink.add_product(left, right)
+
+    def add_nothing(self, number: int, weight: Tensor) -> None:
+        """A gradient of zeros: autograd may not be given None (`run_experts`)."""
+        if self._sinks[number] is None:
+            self.grads[number] = torch.zeros_like(weight)
