@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from orchestrator.spec.keys.section import HERE, Broken, CodeDir, Path, Section, refuse
+from orchestrator.spec.moe.experts import ExpertNumber, ScheduledExperts
 from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, Range, WorkersSpec
 
 SIGNALS = ("length", "compression", "rarity", "diversity", "reference_loss")
@@ -92,6 +93,11 @@ class StageSpec(Section):
         description='Number of workers for the stage, as in "2..4"; needs an autoscale.policy. null: as the policy '
         "decides.",
     )
+    experts: ExpertNumber | None = Field(
+        default=None,
+        description="Number of routed experts from the stage's first step on, and how it is reached. Stages before end "
+        "by steps then. null: as before.",
+    )
     until: UntilSpec | None = Field(
         default=None, description="When it ends. null, for the last one only: with the run."
     )
@@ -141,6 +147,53 @@ class CurriculumSpec(Section):
                 f"the last stage lasts as long as the run (train.max_steps): leave until of {self.stages[-1].name} out"
             )
             yield Broken((("stages", last, "until"),), rule)
+
+
+def first_steps(curriculum: CurriculumSpec | None) -> dict[int, int]:
+    """First steps of the stages, by index, which follow from the job: of the first one, and of each other if those
+    before it end by steps and don't end earlier."""
+    found, step = {}, 0
+    for i, stage in enumerate(curriculum.stages if curriculum else ()):
+        found[i] = step
+        if stage.until is None or stage.until.steps is None or curriculum is None or curriculum.on_exhausted == "next":
+            break
+        step += stage.until.steps
+    return found
+
+
+def experts_by_stage(curriculum: CurriculumSpec | None) -> dict[int, ScheduledExperts]:
+    """Changes of the number of experts with stages, by index of the stage, of those whose first step is known."""
+    stages = curriculum.stages if curriculum else ()
+    return {
+        i: ScheduledExperts(at_step=step, **experts.model_dump(exclude_unset=True))
+        for i, step in first_steps(curriculum).items()
+        if i > 0 and (experts := stages[i].experts) is not None
+    }
+
+
+def broken_experts(curriculum: CurriculumSpec | None, has_schedule: bool) -> Iterator[Broken]:
+    """Rules between stages with experts and other keys.
+
+    Args:
+        has_schedule: whether the job has an `experts.schedule`.
+    """
+    known = first_steps(curriculum)
+    for i, stage in enumerate(curriculum.stages if curriculum else ()):
+        key: Path = ("curriculum", "stages", i, "experts")
+        if stage.experts is None:
+            continue
+        if has_schedule:
+            rule = "experts.schedule and stages with experts both decide the number of experts: leave one out"
+            yield Broken((("experts", "schedule"), key), rule)
+        if i == 0:
+            rule = f"experts of {stage.name}, the first stage, are model.n_routed_experts: leave them out"
+            yield Broken((key, ("model", "n_routed_experts")), rule)
+        elif i not in known:
+            rule = (
+                f"a number of experts changes at a known step, so the stages before {stage.name} must end by "
+                "until.steps, and on_exhausted must not be next"
+            )
+            yield Broken((key, ("curriculum", "on_exhausted")), rule)
 
 
 def broken_sizes(workers: WorkersSpec, autoscale: AutoscaleSpec, curriculum: CurriculumSpec | None) -> Iterator[Broken]:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
-from orchestrator.spec.curriculum import CurriculumSpec, broken_sizes
+from orchestrator.spec.curriculum import CurriculumSpec, broken_experts, broken_sizes, experts_by_stage
 from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training, format_of
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
@@ -33,7 +33,14 @@ from orchestrator.spec.keys.section import (
     storage_place,
 )
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.moe.experts import OF_PLACEMENT, ExpertsSpec, broken_placement, broken_schedule
+from orchestrator.spec.moe.experts import (
+    OF_PLACEMENT,
+    ExpertsSpec,
+    ScheduledExperts,
+    broken_placement,
+    broken_schedule,
+    measured_steps,
+)
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
@@ -166,14 +173,19 @@ class JobSpec(Section):
         return not self.model.is_native or self.task.entrypoint is not None
 
     @property
+    def expert_schedule(self) -> tuple[ScheduledExperts, ...]:
+        """Changes of the number of experts at known steps: those of `experts.schedule`, or those of stages."""
+        return self.experts.schedule or tuple(experts_by_stage(self.curriculum).values())
+
+    @property
     def most_experts(self) -> int:
         """The largest number of routed experts of a layer that the job has at any step."""
-        return max(self.model.n_routed_experts, *(entry.num_experts for entry in self.experts.schedule), 1)
+        return max(self.model.n_routed_experts, *(entry.num_experts for entry in self.expert_schedule), 1)
 
     @property
     def measured_steps(self) -> tuple[int, ...]:
         """The steps whose averages decide which experts stay at scheduled steps."""
-        return self.experts.measured_steps(self.model.n_routed_experts)
+        return measured_steps(self.expert_schedule, self.model.n_routed_experts)
 
     @property
     def keeps_saliency(self) -> bool:
@@ -216,17 +228,20 @@ class JobSpec(Section):
         yield from broken_communication(self.communication, self.train, self.model)
         limits = {name: getattr(self.communication, name) for name in OF_PLACEMENT}
         yield from broken_placement(self.experts.placement, self.model.n_routed_experts, self.workers.max, limits)
+        yield from broken_experts(self.curriculum, bool(self.experts.schedule))
+        keys = self._keys_of_experts()
         yield from broken_schedule(
-            self.experts.schedule,
+            self.expert_schedule,
+            keys,
             self.model.n_routed_experts,
             self.model.num_experts_per_tok,
             self.train.max_steps,
             self.model.fixes_experts,
         )
         for name, limit in limits.items():
-            if limit is not None and self.experts.schedule:
-                rule = f"schedule must be empty with communication.{name}: a token may find only clones of one expert"
-                yield Broken((("experts", "schedule"), ("communication", name)), rule)
+            if limit is not None and keys:
+                rule = f"the number of experts must not change with communication.{name}: a token may find only clones"
+                yield Broken((keys[0], ("communication", name)), f"{rule} of one expert")
         yield from broken_protection(self.protection, self.checkpoint, self.train.max_steps, self.workers.min)
         if self.train.is_exact:
             yield from self._inexact()
@@ -238,6 +253,12 @@ class JobSpec(Section):
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
                 yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
         yield from broken_environment(self.envs, self.secrets)
+
+    def _keys_of_experts(self) -> tuple[Path, ...]:
+        """The keys of `expert_schedule`."""
+        if self.experts.schedule:
+            return tuple(("experts", "schedule", i) for i in range(len(self.experts.schedule)))
+        return tuple(("curriculum", "stages", i, "experts") for i in experts_by_stage(self.curriculum))
 
     def _inexact(self) -> Iterator[Broken]:
         """Settings that make results depend on the number of workers, the placement of experts, or measured time."""

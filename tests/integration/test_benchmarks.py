@@ -160,13 +160,22 @@ def test_loss_gives_equal_gradients() -> None:
 @pytest.mark.slow
 def test_moe_layer_compares_the_same_routes() -> None:
     line = quick("moe_layer")
-    wanted = ["speedup_vs_deepspeed", "slowest_case", "fraction_of_limit_fp32", "fraction_of_limit_bf16"]
-    assert [bar["name"] for bar in line["bars"]] == wanted
+    assert [bar["name"] for bar in line["bars"]] == [
+        "speedup_vs_deepspeed",
+        "slowest_vs_deepspeed",
+        "slowest_vs_transformers",
+        "fraction_of_limit_fp32_64",
+        "fraction_of_limit_fp32_256",
+        "fraction_of_limit_bf16",
+    ]
     cases = line["metrics"]["cases"]
-    assert {(case["dtype"], case["routing"]) for case in cases} == {
-        (dtype, routing) for dtype in ("fp32", "bf16") for routing in ("balanced", "skewed")
+    assert {(case["tokens"], case["dtype"], case["routing"]) for case in cases} == {
+        (tokens, dtype, routing)
+        for tokens in (64, 256)
+        for dtype in ("fp32", "bf16")
+        for routing in ("balanced", "skewed")
     }
-    assert all(set(case["ms"]) == {"ours", "deepspeed", "grouped_mm", "bmm"} for case in cases)
+    assert all(set(case["ms"]) == {"ours", "deepspeed", "transformers", "grouped_mm", "bmm"} for case in cases)
 
 
 @pytest.mark.ray
@@ -198,6 +207,21 @@ def test_a_low_run_is_shrunk_and_grows_back() -> None:
     met = {bar["name"]: bar["met"] for bar in line["bars"]}
     assert met.keys() == {"shrink_s", "steps_lost", "grow_back_s"} and met["steps_lost"]
     assert line["metrics"]["recoveries"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_growth_computes_what_was_computed_before() -> None:
+    line = quick("experts")
+    assert {bar["name"]: bar["met"] for bar in line["bars"]} == {
+        "jump at growth, fast": True,
+        "losses that differ at growth, exact": True,
+    }
+    jumps, arms = line["metrics"]["jumps at growth"], line["metrics"]["arms"]
+    assert abs(jumps["grown, half drawn anew"][0]) > 1e-5  # the control
+    assert jumps["grown, dissolved"] == jumps["grown"]
+    assert all(arms[keep]["jump"] != [0.0] for keep in ("reap", "load", "random"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Another number of experts in real runs, by schedule and by request, without a lost step or a changed bit."""
+"""Another number of experts in real runs, by stages and by request, without a lost step or a changed bit."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.errors import UsageError
 from orchestrator.protocol.messages import ExpertRequest
 from orchestrator.run_records.run_history import read_steps
+from orchestrator.spec.curriculum import CurriculumSpec, StageSpec, UntilSpec
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.moe.experts import ExpertsSpec, ScheduledExperts
+from orchestrator.spec.moe.experts import ExpertNumber, ExpertsSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.state.fingerprint import whole
 from tests.support.calm_runs import tensors_of
@@ -24,9 +25,10 @@ GROWS, SHRINKS, LAST = 40, 120, 200
 
 
 def _job(texts: Path, tmp_path: Path, name: str, **sections: Any) -> JobSpec:
-    schedule = (
-        ScheduledExperts(at_step=GROWS, num_experts=12, noise=0.1),
-        ScheduledExperts(at_step=SHRINKS, num_experts=4),
+    stages = (
+        StageSpec(name="few", until=UntilSpec(steps=GROWS)),
+        StageSpec(name="many", until=UntilSpec(steps=SHRINKS - GROWS), experts=ExpertNumber(num_experts=12, noise=0.1)),
+        StageSpec(name="few-again", experts=ExpertNumber(num_experts=4)),
     )
     return small_job(texts, {"n_routed_experts": 4}, determinism="exact", max_steps=LAST).model_copy(
         update={
@@ -34,7 +36,7 @@ def _job(texts: Path, tmp_path: Path, name: str, **sections: Any) -> JobSpec:
             "workers": WorkersSpec(min=1, max=3, initial=2, standby=1),
             "storage": str(tmp_path / "runs"),
             "checkpoint": CheckpointSpec(every=GROWS),
-            "experts": ExpertsSpec(schedule=schedule),
+            "curriculum": CurriculumSpec(stages=stages),
             **sections,
         }
     )
@@ -48,6 +50,8 @@ def test_a_run_that_is_killed_scaled_and_resumed_around_its_changes_ends_with_th
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     calm = client.submit(_job(texts, tmp_path, "calm"))
+    with pytest.raises(UsageError, match="change its number of experts, at steps that follow from its job"):
+        client.stage(calm, "next")
     untouched = client.wait(calm, timeout_s=200.0)
     assert [change.experts for change in untouched.rescales] == [(4, 12), (12, 4)]
     run = client.submit(_job(texts, tmp_path, "stormy"))
@@ -73,7 +77,7 @@ def test_a_run_that_is_killed_scaled_and_resumed_around_its_changes_ends_with_th
 def test_a_run_gets_the_number_of_experts_that_is_asked_for(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
-    job = _job(texts, tmp_path, "asked", experts=ExpertsSpec(saliency=True))
+    job = _job(texts, tmp_path, "asked", experts=ExpertsSpec(saliency=True), curriculum=None)
     run = client.submit(job.model_copy(update={"train": job.train.model_copy(update={"max_steps": 3000})}))
     until(client, run, lambda s: s.step > 70)
     for wanted, why in (

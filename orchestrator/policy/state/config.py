@@ -82,7 +82,7 @@ class RunLimits:
             initial_workers=job.workers.initial,
             standby=job.workers.standby,
             num_experts=job.model.n_routed_experts,
-            expert_schedule=job.experts.schedule,
+            expert_schedule=job.expert_schedule,
             fixes_experts=job.model.fixes_experts,
             top_k=job.model.num_experts_per_tok,
             seed=job.train.seed,
@@ -118,6 +118,13 @@ class RunLimits:
             raise UsageError(
                 f"stage {name} asked for; {self.run_id} has none of that name: {known}",
                 remedy="Name one of its stages, or next." if names else "Submit a job with a curriculum.",
+                unchanged=f"{self.run_id} continues unchanged.",
+            )
+        if any(stage.experts is not None for stage in (self.curriculum.stages if self.curriculum else ())):
+            raise UsageError(
+                f"stage {name} asked for; the stages of {self.run_id} change its number of experts, at steps that "
+                "follow from its job",
+                remedy="Wait for the stage, or submit a job with experts.schedule in place of experts of stages.",
                 unchanged=f"{self.run_id} continues unchanged.",
             )
 

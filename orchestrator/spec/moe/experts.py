@@ -31,10 +31,9 @@ class PlacementSpec(Section):
     )
 
 
-class ScheduledExperts(Section):
-    """A change of the number of experts at a known step."""
+class ExpertNumber(Section):
+    """Another number of experts."""
 
-    at_step: int = Field(ge=1, description="The first step (counted from 0) with the new number of experts.")
     num_experts: int = Field(
         ge=1,
         description="Routed experts of each MoE layer from then on: a multiple of the number before, or fewer, "
@@ -66,6 +65,12 @@ class ScheduledExperts(Section):
     )
 
 
+class ScheduledExperts(ExpertNumber):
+    """A change of the number of experts at a known step."""
+
+    at_step: int = Field(ge=1, description="The first step (counted from 0) with the new number of experts.")
+
+
 class ExpertsSpec(Section):
     """The routed experts of a run."""
 
@@ -78,16 +83,6 @@ class ExpertsSpec(Section):
         description="true: measure how much each expert adds to its tokens, for `orchestrator experts set --keep "
         "reap`; a schedule that needs it measures it anyway. On a GPU experts are not computed in groups then.",
     )
-
-    def measured_steps(self, num_experts: int) -> tuple[int, ...]:
-        """The steps whose averages decide which experts stay at a scheduled step.
-
-        Args:
-            num_experts: of each layer at the start of the run.
-        """
-        numbers = (num_experts, *(entry.num_experts for entry in self.schedule))
-        entries = zip(self.schedule, numbers, strict=False)
-        return tuple(measured_step(entry.at_step) for entry, before in entries if is_measured(entry, before))
 
     def broken_rules(self) -> Iterator[Broken]:
         for i, (earlier, later) in enumerate(pairwise(self.schedule), start=1):
@@ -128,6 +123,17 @@ def is_measured(entry: ScheduledExperts, num_before: int) -> bool:
     return entry.num_experts < num_before and entry.keep != "random"
 
 
+def measured_steps(schedule: Sequence[ScheduledExperts], num_experts: int) -> tuple[int, ...]:
+    """The steps whose averages decide which experts stay at a scheduled step.
+
+    Args:
+        num_experts: of each layer at the start of the run.
+    """
+    numbers = (num_experts, *(entry.num_experts for entry in schedule))
+    entries = zip(schedule, numbers, strict=False)
+    return tuple(measured_step(entry.at_step) for entry, before in entries if is_measured(entry, before))
+
+
 def measured_step(at_step: int) -> int:
     """The step whose averages decide on the experts that stay at `at_step`. Some steps earlier, so that the next
     generation is ready in time, and always the same one, so that a run that is repeated keeps the same experts."""
@@ -148,29 +154,35 @@ def unfit_number(before: int, after: int, top_k: int) -> str:
 
 
 def broken_schedule(
-    schedule: Sequence[ScheduledExperts], num_experts: int, top_k: int, max_steps: int, unfit: Mapping[str, str]
+    schedule: Sequence[ScheduledExperts],
+    keys: Sequence[Path],
+    num_experts: int,
+    top_k: int,
+    max_steps: int,
+    unfit: Mapping[str, str],
 ) -> Iterator[Broken]:
     """The rules between changes of the number of experts and other sections that are broken.
 
     Args:
+        keys: of each change; where it has no `at_step`, its step follows from other keys.
         num_experts: at the start of the run.
         top_k: experts that a token visits.
         unfit: keys of `model` with which the number can't change, with the reason.
     """
-    for i, entry in enumerate(schedule):
-        here: Path = ("experts", "schedule", i)
+    before: Path = ("model", "n_routed_experts")
+    for i, (entry, here) in enumerate(zip(schedule, keys, strict=True)):
+        step = (*here, "at_step") if here[0] == "experts" else here
         if entry.at_step >= max_steps:
             rule = f"at_step must be less than train.max_steps; got {entry.at_step} and {max_steps}"
-            yield Broken(((*here, "at_step"), ("train", "max_steps")), rule)
+            yield Broken((step, ("train", "max_steps")), rule)
         began = schedule[i - 1].at_step if i else 0
         if is_measured(entry, num_experts) and entry.at_step - began < (least := DECIDED_BEFORE + LEAST_MEASURED):
             rule = f"with keep {entry.keep}, at_step must be {least} steps or more after the start or the entry before"
-            yield Broken(((*here, "at_step"), (*here, "keep")), f"{rule}; got {entry.at_step} after {began}")
+            yield Broken((step, (*here, "keep")), f"{rule}; got {entry.at_step} after {began}")
         if why := unfit_number(num_experts, entry.num_experts, top_k):
-            before: Path = ("experts", "schedule", i - 1, "num_experts") if i else ("model", "n_routed_experts")
             rule = f"num_experts can't be {entry.num_experts} after {num_experts}: {why}"
             yield Broken(((*here, "num_experts"), before, ("model", "num_experts_per_tok")), rule)
-        num_experts = entry.num_experts
+        num_experts, before = entry.num_experts, (*here, "num_experts")
     for key, why in unfit.items() if schedule else ():
-        keys: tuple[Path, ...] = (("experts", "schedule"), ("model", *key.split(".")))
-        yield Broken(keys, f"schedule must be empty with model.{key}: {why}")
+        wrong: tuple[Path, ...] = (keys[0], ("model", *key.split(".")))
+        yield Broken(wrong, f"the number of experts must not change with model.{key}: {why}")

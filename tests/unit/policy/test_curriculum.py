@@ -148,3 +148,10 @@ def test_stages_that_the_job_does_not_have_are_refused() -> None:
         _limits({"steps": 3}).check_stage("b")
     with pytest.raises(UsageError, match="its job has no curriculum"):
         limits_of().check_stage("next")
+
+
+def test_a_stage_of_a_run_whose_stages_change_its_experts_begins_at_its_step() -> None:
+    experts = {"name": "last", "experts": {"num_experts": 16}}
+    spec = CurriculumSpec.model_validate({"stages": ({"name": "a", "until": {"steps": 3}}, experts)})
+    with pytest.raises(UsageError, match="change its number of experts, at steps that follow from its job"):
+        limits_of(steps=200, curriculum=spec).check_stage("last")

@@ -1,5 +1,6 @@
 """The keys of `experts`: what is refused, by value, rule and key."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,6 +77,63 @@ def test_schedules_that_cannot_be_are_refused(job: list[dict[str, Any]], rule: s
     assert rule in str(refused.value)
 
 
+def _staged(*experts: dict[str, Any] | None, on_exhausted: str = "relax", **sections: Any) -> JobSpec:
+    """A job with a stage of 80 steps for each of these; the last one lasts as long as the run."""
+    stages: list[dict[str, Any]] = [{"name": f"s{i}", "experts": each} for i, each in enumerate(experts)]
+    for stage in stages[:-1]:
+        stage["until"] = {"steps": 80}
+    curriculum = {"stages": stages, "on_exhausted": on_exhausted}
+    return JobSpec.model_validate(
+        {"schema": "v1", "name": "try", "curriculum": curriculum, "train": {"max_steps": 300}, **sections}
+    )
+
+
+def test_stages_change_the_number_at_their_first_steps() -> None:
+    job = _staged(None, {"num_experts": 16, "noise": 0.1}, None, {"num_experts": 4})
+    by_schedule = JobSpec.model_validate(
+        {
+            "schema": "v1",
+            "name": "try",
+            "train": {"max_steps": 300},
+            "experts": {
+                "schedule": [
+                    {"at_step": 80, "num_experts": 16, "noise": 0.1},
+                    {"at_step": 240, "num_experts": 4},
+                ]
+            },
+        }
+    )
+    assert job.expert_schedule == by_schedule.expert_schedule
+    assert job.measured_steps == by_schedule.measured_steps == (207,) and job.most_experts == 16
+
+
+GROWTH = {"num_experts": 16}
+
+
+@pytest.mark.parametrize(
+    ("job", "rule"),
+    [
+        (lambda: _staged(GROWTH, None), "experts of s0, the first stage, are model.n_routed_experts: leave them out"),
+        (lambda: _staged(None, GROWTH, on_exhausted="next"), "the stages before s1 must end by until.steps, and on_ex"),
+        (
+            lambda: _staged(None, GROWTH, experts={"schedule": [{"at_step": 5, "num_experts": 16}]}),
+            "experts.schedule and stages with experts both decide the number of experts: leave one out",
+        ),
+        (lambda: _staged(None, {"num_experts": 12}), "curriculum.stages.1.experts.num_experts"),
+        (lambda: _staged(None, {"num_experts": 12}), "num_experts can't be 12 after 8: a growth makes equally many"),
+        (
+            lambda: _staged(None, GROWTH, model={"router": {"capacity_factor": 1.5}}),
+            "the number of experts must not change with model.router.capacity_factor",
+        ),
+        (lambda: _staged(None, GROWTH, train={"max_steps": 80}), "must be less than train.max_steps; got 80 and 80"),
+    ],
+)
+def test_stages_whose_experts_cannot_be_are_refused(job: Callable[[], JobSpec], rule: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        job()
+    assert rule in str(refused.value)
+
+
 def _scheduled(schedule: list[dict[str, Any]], **model: Any) -> JobSpec:
     sections = {"experts": {"schedule": schedule}, "model": model, "train": {"max_steps": 100}}
     return JobSpec.model_validate({"schema": "v1", "name": "try", **sections})
@@ -84,12 +142,12 @@ def _scheduled(schedule: list[dict[str, Any]], **model: Any) -> JobSpec:
 @pytest.mark.parametrize(
     ("model", "rule"),
     [
-        ({"n_group": 2, "topk_group": 2}, "schedule must be empty with model.n_group"),
-        ({"scoring_func": "softmax", "norm_topk_prob": False}, "schedule must be empty with model.norm_topk_prob"),
-        ({"scoring_func": "softmax", "bias_update_speed": 0.1}, "schedule must be empty with model.bias_update_speed"),
-        ({"router": {"selection": "top_p"}}, "schedule must be empty with model.router.selection: top_p counts clones"),
-        ({"router": {"capacity_factor": 1.5}}, "schedule must be empty with model.router.capacity_factor"),
-        ({"entrypoint": "mine:build"}, "schedule must be empty with model.entrypoint: routers of other models"),
+        ({"n_group": 2, "topk_group": 2}, "must not change with model.n_group"),
+        ({"scoring_func": "softmax", "norm_topk_prob": False}, "must not change with model.norm_topk_prob"),
+        ({"scoring_func": "softmax", "bias_update_speed": 0.1}, "must not change with model.bias_update_speed"),
+        ({"router": {"selection": "top_p"}}, "must not change with model.router.selection: top_p counts clones"),
+        ({"router": {"capacity_factor": 1.5}}, "must not change with model.router.capacity_factor"),
+        ({"entrypoint": "mine:build"}, "must not change with model.entrypoint: routers of other models"),
     ],
 )
 def test_models_whose_experts_cannot_change_are_refused(model: dict[str, Any], rule: str) -> None:
@@ -100,7 +158,7 @@ def test_models_whose_experts_cannot_change_are_refused(model: dict[str, Any], r
 
 def test_a_choice_that_follows_the_placement_finds_no_clones() -> None:
     schedule = {"schedule": [{"at_step": 5, "num_experts": 16}]}
-    with pytest.raises(ValidationError, match="schedule must be empty with communication.ranks_per_token"):
+    with pytest.raises(ValidationError, match="must not change with communication.ranks_per_token"):
         JobSpec.model_validate(
             {"schema": "v1", "name": "try", "experts": schedule, "communication": {"ranks_per_token": 1}, "workers": 2}
         )
