@@ -119,7 +119,6 @@ GROWTH = {"num_experts": 16}
             lambda: _staged(None, GROWTH, experts={"schedule": [{"at_step": 5, "num_experts": 16}]}),
             "experts.schedule and stages with experts both decide the number of experts: leave one out",
         ),
-        (lambda: _staged(None, {"num_experts": 12}), "curriculum.stages.1.experts.num_experts"),
         (lambda: _staged(None, {"num_experts": 12}), "num_experts can't be 12 after 8: a growth makes equally many"),
         (
             lambda: _staged(None, GROWTH, model={"router": {"capacity_factor": 1.5}}),
