@@ -171,13 +171,13 @@ def broken_schedule(
     """
     before: Path = ("model", "n_routed_experts")
     for i, (entry, here) in enumerate(zip(schedule, keys, strict=True)):
-        step = (*here, "at_step") if here[0] == "experts" else here
+        step, name = ((*here, "at_step"), "at_step") if here[0] == "experts" else (here, "the stage's first step")
         if entry.at_step >= max_steps:
-            rule = f"at_step must be less than train.max_steps; got {entry.at_step} and {max_steps}"
+            rule = f"{name} must be less than train.max_steps; got {entry.at_step} and {max_steps}"
             yield Broken((step, ("train", "max_steps")), rule)
         began = schedule[i - 1].at_step if i else 0
         if is_measured(entry, num_experts) and entry.at_step - began < (least := DECIDED_BEFORE + LEAST_MEASURED):
-            rule = f"with keep {entry.keep}, at_step must be {least} steps or more after the start or the entry before"
+            rule = f"with keep {entry.keep}, {name} must be {least} steps or more after the start or the change before"
             yield Broken((step, (*here, "keep")), f"{rule}; got {entry.at_step} after {began}")
         if why := unfit_number(num_experts, entry.num_experts, top_k):
             rule = f"num_experts can't be {entry.num_experts} after {num_experts}: {why}"

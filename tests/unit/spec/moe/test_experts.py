@@ -61,7 +61,7 @@ def test_a_placement_by_load_with_copies_is_accepted() -> None:
         ([{"at_step": 60, "num_experts": 4}], "with keep reap, at_step must be 64 steps or more after the start"),
         (
             [{"at_step": 50, "num_experts": 16}, {"at_step": 100, "num_experts": 8, "keep": "load"}],
-            "with keep load, at_step must be 64 steps or more after the start or the entry before; got 100 after 50",
+            "with keep load, at_step must be 64 steps or more after the start or the change before; got 100 after 50",
         ),
         (
             [{"at_step": 50, "num_experts": 16}, {"at_step": 50, "num_experts": 8, "keep": "random"}],
@@ -124,7 +124,10 @@ GROWTH = {"num_experts": 16}
             lambda: _staged(None, GROWTH, model={"router": {"capacity_factor": 1.5}}),
             "the number of experts must not change with model.router.capacity_factor",
         ),
-        (lambda: _staged(None, GROWTH, train={"max_steps": 80}), "must be less than train.max_steps; got 80 and 80"),
+        (
+            lambda: _staged(None, GROWTH, train={"max_steps": 80}),
+            "the stage's first step must be less than train.max_steps; got 80 and 80",
+        ),
     ],
 )
 def test_stages_whose_experts_cannot_be_are_refused(job: Callable[[], JobSpec], rule: str) -> None:
