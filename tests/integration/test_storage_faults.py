@@ -242,9 +242,11 @@ def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint
 
 
 def _controllers(run: str) -> list[psutil.Process]:
-    """Processes of the run's controller, found by their children for storage calls: titles change during calls."""
+    """Processes of the run's controller, found by their children for storage calls: titles change during calls.
+
+    Only of the Ray that this process has started: a test in another one may have a run of the same name."""
     found = set()
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         if _command(process)[-2:] == [PROCESS, f"controller {run}"]:
             with suppress(psutil.Error):  # it has just ended
                 found.add(process.parent())  # of several: one whose call hangs is replaced

@@ -46,7 +46,7 @@ def test_a_run_is_taken_over_and_removed_from_its_first_cluster(
     job = first.job("wanted", envs=UNHURRIED, checkpoint={"every": 10}, train=train, signing_key="auto")
     first("submit", job)
     first.until_event("wanted", "checkpoint")
-    workers = until_workers("wanted", ("w0", "w1")).values()
+    workers = until_workers("wanted", ("w0", "w1"), psutil.process_iter).values()
 
     key = first.home / "keys" / "own"
     unknown = second("resume", "wanted", "--storage", "runs", expect=77).stderr

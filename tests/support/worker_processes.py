@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import psutil
@@ -17,24 +18,32 @@ FOUND_S, LOOK_S = 60.0, 0.1
 Found = TypeVar("Found")
 
 
-def workers_of(run: str, processes: Iterable[psutil.Process] | None = None) -> dict[str, psutil.Process]:
-    """Workers by name, among these processes or all of the machine.
+def workers_of(run: str, processes: Iterable[psutil.Process]) -> dict[str, psutil.Process]:
+    """Workers by name, among these processes: those of one Ray, as another one may have a run of the same name.
 
     A process that a worker starts has the worker's title until it loads its own program, which may take long on a busy
     machine: a child of an actor is left out.
     """
     found: dict[str, psutil.Process] = {}
-    for process in psutil.process_iter() if processes is None else processes:
+    for process in processes:
         match = re.match(rf"ray::worker {run}/(\w+)", title_of(process))
         if match and not is_child_of_actor(process):
             found[match[1]] = process
     return found
 
 
-def until_workers(run: str, names: Iterable[str]) -> dict[str, psutil.Process]:
-    """Workers by name, once they are these. AssertionError if they aren't within a minute."""
-    wanted = set(names)
-    return _until_found(lambda: workers_of(run), lambda found: set(found) == wanted, f"workers {wanted} of {run}")
+def until_workers(
+    run: str, names: Iterable[str], among: Callable[[], Iterable[psutil.Process]] | None = None
+) -> dict[str, psutil.Process]:
+    """Workers by name, once they are these. AssertionError if they aren't within a minute.
+
+    Args:
+        among: the processes to look at; those that this one has started without it.
+    """
+    wanted, among = set(names), among or partial(psutil.Process().children, recursive=True)
+    return _until_found(
+        lambda: workers_of(run, among()), lambda found: set(found) == wanted, f"workers {wanted} of {run}"
+    )
 
 
 def pid_of_actor(title: str, gcs_address: str = "") -> int:
