@@ -232,7 +232,7 @@ def train(arm: Arm, steps: int, data: DataSpec, store_dir: Path) -> Measured:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            move_router_state(job, model.moe_layers, routed, step)
+            move_router_state(job, model, routed, step)
         counts.append(routed.counts_LE.numpy())
         dropped.append(int(routed.dropped_L.sum()))
     loss_value, validation = validated(model, store)

@@ -104,7 +104,7 @@ class Loop:
             total += float(loss.total)
             routed.add(counted)
         assert self.engine.step(learning_rate(self.job.train, self.step)).applied
-        move_router_state(self.job, self.model.moe_layers, routed, self.step)
+        move_router_state(self.job, self.model, routed, self.step)
         self.losses.append(total / batches.global_units)
         self.step += 1
         return time.perf_counter() - began_s
