@@ -25,6 +25,7 @@ from orchestrator.elastic.state_spec import (
     ParamSpec,
     Sharing,
     StateTensor,
+    adapted_by,
     is_compressed,
     rank_of_product,
 )
@@ -52,7 +53,7 @@ def inventory(
     _check_muon(train, params)
     _check_experts(train, params)
     params = [param.with_settings(train) for param in params]
-    tensors = [_weights(param, train) for param in params]
+    tensors = [_weights(param, job) for param in params]
     params = [param for param in params if param.is_trained]
     kept = [(MASTER,) * train.has_masters + OF_RULE[p.update[0]] + (EMA,) * (train.ema is not None) for p in params]
     for kind in dict.fromkeys(kind for kinds in kept for kind in kinds):
@@ -109,7 +110,8 @@ def _check_experts(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
         )
 
 
-def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
+def _weights(param: ParamSpec, job: JobSpec) -> StateTensor:
+    train = job.train
     return StateTensor(
         f"{PARAM}/{param.name}",
         param.shape,
@@ -119,6 +121,7 @@ def _weights(param: ParamSpec, train: TrainSpec) -> StateTensor:
         dtype="bfloat16" if train.precision == "bf16" else "float32",
         stored_as=f"{MASTER}/{param.name}",
         is_copy=train.has_masters and param.is_trained,
+        is_base=job.model.lora is not None and not param.is_trained and adapted_by(param.name) is None,
     )
 
 

@@ -4,6 +4,8 @@ Both ends derive the format from the layout, so only bytes are sent. What every 
 buffers) is not in the buddy's part: every survivor has it too. It is in the rank's own copy, since a survivor may have
 to go back a step. In a world of one everything is shared: there is no other rank, and a standby keeps the snapshots.
 
+Weights that `model.init_from` has are in no snapshot.
+
 A snapshot is *whole*, or a *delta*: the gradients of a step for this rank's part of the optimizer, from which the step
 can be repeated, and the state that this rank's updates don't produce (weights of other ranks' parts, buffers, state of
 compression).
@@ -51,6 +53,8 @@ class SnapshotFormat:
         rows = []
         for tensor, start, stop in layout.ranges_of(layout.world.members[rank]).tolist():
             name = layout.names[tensor]
+            if layout.tensors[name].is_base:
+                continue
             rows.append((name, layout.tensors[name].dtype, start, stop, bool(everywhere[tensor])))
         return cls._of_rows(rows)
 

@@ -34,7 +34,8 @@ SMALL = 1024  # elements; gradients of smaller parameters aren't worth compressi
 
 
 _EXPERT = re.compile(r".\.experts\.(\d+)\.")
-STACKED = {"gate_up": 2}  # matrices in a parameter, by the last part of its name
+_ADAPTER = re.compile(r"(.*)\.lora\.(\w+)\.[AB]")
+STACKED = {"gate_up": 2}  # matrices in a parameter, by the last part of its name, or the name of the one that it adapts
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ParamSpec:
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...]) -> "ParamSpec":
         """The parameter of this name, which says whose it is and what is stacked in it."""
-        blocks = STACKED.get(name.rpartition(".")[2], 1)
+        blocks = stacked_in(name)
         is_stacked = len(shape) == 2 and shape[0] % blocks == 0  # else it is a user's of the same name
         return cls(name, shape, expert_of(name), blocks if is_stacked else 1)
 
@@ -132,6 +133,8 @@ class StateTensor:
         dtype: torch's name of it.
         stored_as: its name in checkpoints, if that is another one.
         is_copy: it is the tensor `stored`, rounded to `dtype`: no checkpoint and no fingerprint contains it.
+        is_base: it is constant, and in `model.init_from`: each rank reads what it holds from there, and no transfer,
+            snapshot or checkpoint contains it.
 
     Raises:
         ValueError: a tensor that is sharded like nothing, or like a parameter of another size that is cut.
@@ -146,6 +149,7 @@ class StateTensor:
     absent: Absent = Absent.REFUSE
     stored_as: str = ""
     is_copy: bool = False
+    is_base: bool = False
 
     def __post_init__(self) -> None:
         if self.sharing is Sharing.SHARDED and (self.like is None or not (self._has_its_size or self.like.is_whole)):
@@ -186,7 +190,8 @@ Inventory = Mapping[str, StateTensor]
 
 def saved_shapes(tensors: Inventory) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that all checkpoints have, by its name in them."""
-    return {tensor.stored: tensor.shape for tensor in tensors.values() if tensor.absent is Absent.REFUSE}
+    kept = (tensor for tensor in tensors.values() if tensor.absent is Absent.REFUSE and not tensor.is_base)
+    return {tensor.stored: tensor.shape for tensor in kept}
 
 
 def of_model(name: str) -> str | None:
@@ -228,6 +233,17 @@ def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:
     ranks, which sends them twice."""
     columns = param.numel // param.rows
     return max(1, int(compression.share * param.numel / (2 * (param.rows + columns))))
+
+
+def stacked_in(name: str) -> int:
+    """Matrices that are stacked in a parameter of this name."""
+    return STACKED.get((adapted_by(name) or name).rpartition(".")[2], 1)
+
+
+def adapted_by(name: str) -> str | None:
+    """The matrix that a parameter of a low-rank adapter is beside (`spec.lora`); None: it is of none."""
+    found = _ADAPTER.fullmatch(name)
+    return f"{found[1]}.{found[2]}" if found else None
 
 
 def layer_of(name: str) -> str:

@@ -5,7 +5,8 @@
 
 Pure: every worker derives the same plan from the same two layouts, so no plan is ever sent. A move is one contiguous
 run of one tensor, within one held range at both ends. No data that a worker holds and still needs is moved, every
-element that it lacks comes from exactly one other worker, and the bytes are minimal for the two layouts.
+element that it lacks comes from exactly one other worker, and the bytes are minimal for the two layouts. Weights that
+`model.init_from` has are in no plan.
 """
 
 from collections.abc import Sequence
@@ -144,7 +145,8 @@ def _plan_shards(old: StateLayout, new: StateLayout, new_workers: IntArray, foun
 
 def _plan_whole(old: StateLayout, new: StateLayout, new_workers: IntArray, found: _Found) -> None:
     """Replicated and partial tensors, by class: those with the same sharing and the same holders before and after."""
-    (whole,) = np.nonzero(old.sharing != Sharing.SHARDED)
+    moves = np.array([not tensor.is_base for tensor in new.tensors.values()], dtype=np.bool_)
+    (whole,) = np.nonzero((old.sharing != Sharing.SHARDED) & moves)
     if not len(whole):
         return
     keys = np.stack([old.sharing[whole], old.holder_set[whole], new.holder_set[whole]], axis=1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.model.kv_cache import LayerCache
-from orchestrator.model.linear.float8 import LinearProducts
+from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import inverse_frequencies
 from orchestrator.spec.config_json import RopeScalingSpec
@@ -50,13 +50,13 @@ class Attention(LinearProducts):
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are explicit (no -1): a forward pass on no rows must work too.
-        q_BTN = self.linear(x_BTD, self.query, self.query_bias)
-        k_BTN = self.linear(x_BTD, self.key, self.key_bias)
+        q_BTN = self.product(x_BTD, "query", self.query_bias)
+        k_BTN = self.product(x_BTD, "key", self.key_bias)
         if self.norms_all_heads:
             q_BTN, k_BTN = self.query_norm(q_BTN), self.key_norm(k_BTN)
         q_BTAS = q_BTN.view(B, T, self.num_attention_heads, self.head_dim)
         k_BTGS = k_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
-        v_BTN = self.linear(x_BTD, self.value, self.value_bias)
+        v_BTN = self.product(x_BTD, "value", self.value_bias)
         v_BTGS = v_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
         if not self.norms_all_heads:
             q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
@@ -78,7 +78,7 @@ class Attention(LinearProducts):
         y_BTAS = y_BATS.transpose(1, 2)
         if padding is not None:
             y_BTAS = padding.unpad(y_BTAS)[None]
-        return self.linear(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), self.output)
+        return self.product(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), "output")
 
 
 def rotary_tables(

@@ -3,7 +3,6 @@
 Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E = experts.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,21 +132,6 @@ def spec_of(name: str, param: Tensor) -> ParamSpec:
     return ParamSpec.of(name, tuple(param.shape))
 
 
-@torch.no_grad()
-def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
-    """Draw normal values that depend on (seed, name) alone, so a rank can draw its own experts without the others'."""
-    generator = torch.Generator().manual_seed(_key(seed, name))
-    param.copy_(torch.empty(param.shape, device=generator.device).normal_(0.0, std, generator=generator))
-
-
-def seed_draws(seed: int, step: int, micro_batch: int) -> None:
-    """Seed torch's generators for the pass of one micro-batch: the same on whichever rank runs it."""
-    key = _key(seed, f"step {step}, micro-batch {micro_batch}")
-    torch.default_generator.manual_seed(key)  # `torch.manual_seed` formats the stack for each absent kind of GPU
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(key)
-
-
 @contextmanager
 def meta_device() -> Iterator[None]:
     """Context in which new tensors have no memory, unless they name a device."""
@@ -165,7 +149,3 @@ class _NothingDrawn(TorchFunctionMode):
             if tensor.is_meta:
                 return tensor
         return func(*args, **kwargs)
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

@@ -6,6 +6,7 @@ from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.base import TrainableModel, meta_device, spec_of
+from orchestrator.model.linear.products import add_adapters
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.model.user_model import UserModel
@@ -23,7 +24,10 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -
         EntrypointError: the user's module can't be imported, fails, or builds a model that can't be trained.
     """
     kind = MoELanguageModel if spec.is_native else UserModel
-    return kind(spec, vocab_size, home)
+    model = kind(spec, vocab_size, home)
+    if spec.lora is not None:
+        add_adapters(model, spec.lora)
+    return model
 
 
 def single_rank(spec: ModelSpec, experts: ExpertSet | None = None) -> ExpertParallelContext:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.model.attention import rotate
 from orchestrator.model.kv_cache import LayerCache
-from orchestrator.model.linear.float8 import LinearProducts
+from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import sharpness
 from orchestrator.spec.model import ModelSpec
@@ -54,8 +54,8 @@ class LatentAttention(LinearProducts):
         B, T, _ = x_BTD.shape
         plain, rotated = self.plain_dim, self.rotated_dim
         q_BTAS = self._queries(x_BTD).view(B, T, self.num_heads, plain + rotated)
-        latent_BTN = self.linear(x_BTD, self.latent)
-        kv_BTN = self.linear(self.latent_norm(latent_BTN[..., : self.latent_dim]), self.key_value)
+        latent_BTN = self.product(x_BTD, "latent")
+        kv_BTN = self.product(self.latent_norm(latent_BTN[..., : self.latent_dim]), "key_value")
         kv_BTAN = kv_BTN.view(B, T, self.num_heads, plain + self.value_dim)
         shared_BT1R = latent_BTN[..., self.latent_dim :].view(B, T, 1, rotated)
         if padding is not None:
@@ -70,12 +70,12 @@ class LatentAttention(LinearProducts):
         y_BTAW = _attended(q_BATS, k_BATS, v_BATW, mask_B1TT, self.scale).transpose(1, 2)
         if padding is not None:
             y_BTAW = padding.unpad(y_BTAW)[None]
-        return self.linear(y_BTAW.reshape(B, T, self.num_heads * self.value_dim), self.output)
+        return self.product(y_BTAW.reshape(B, T, self.num_heads * self.value_dim), "output")
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         if not self.has_query_latent:
-            return self.linear(x_BTD, self.query)
-        return self.linear(self.query_down_norm(self.linear(x_BTD, self.query_down)), self.query_up)
+            return self.product(x_BTD, "query")
+        return self.product(self.query_down_norm(self.product(x_BTD, "query_down")), "query_up")
 
     def _turn(self, x_BATR: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Rotary position embedding. Where pairs that turn together are neighbours, they come apart first."""

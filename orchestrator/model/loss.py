@@ -51,10 +51,10 @@ def _chunk_of(x_ND: Tensor, head_VD: Tensor) -> int:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
-        wants_gradients = any(ctx.needs_input_grad[:2])
+        wants_gradients, trains_head = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         grad_ND = torch.empty_like(x_ND) if wants_gradients else None
-        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_gradients else None
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if trains_head else None
         for start in range(0, len(x_ND), chunk):
             x_CD, targets_C = x_ND[start : start + chunk], targets_N[start : start + chunk]
             logits_CV = F.linear(x_CD, head_VD).float()
@@ -66,12 +66,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             exp_CV = logits_CV.exp_()
             sum_C1 = exp_CV.sum(-1, keepdim=True)
             loss += ((sum_C1.log() - target_C1) * counted_C1).sum()
-            if grad_ND is not None and grad_VD is not None:
+            if grad_ND is not None:
                 # Gradient of the loss with respect to the logits: softmax minus one at the target.
                 d_CV = exp_CV.mul_(counted_C1 / sum_C1)
                 d_CV.scatter_add_(1, index_C1, -counted_C1.float())
                 d_CV = d_CV.to(x_ND.dtype)
                 torch.mm(d_CV, head_VD, out=grad_ND[start : start + chunk])
+                if grad_VD is None:
+                    continue
                 if grad_VD.dtype == d_CV.dtype:
                     grad_VD.addmm_(d_CV.T, x_CD)
                 else:
@@ -81,10 +83,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (grad,) = grads
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), (grad_VD * grad).to(ctx.head_dtype), None, None
+        of_head = None if grad_VD is None else (grad_VD * grad).to(ctx.head_dtype)
+        return grad_ND * grad.to(grad_ND.dtype), of_head, None, None
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
@@ -101,11 +104,11 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return loss_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (grad_N,) = grads
         x_ND, head_VD, targets_N = ctx.saved_tensors
         grad_ND = torch.empty_like(x_ND)
-        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x_ND), ctx.chunk):
             here = slice(start, start + ctx.chunk)
             targets_C = targets_N[here]
@@ -114,5 +117,6 @@ class _TokenCrossEntropy(torch.autograd.Function):
             d_CV.scatter_add_(1, targets_C.clamp_min(0)[:, None], -torch.ones_like(d_CV[:, :1]))
             d_CV = d_CV.mul_((grad_N[here] * (targets_C != IGNORED))[:, None]).to(x_ND.dtype)
             torch.mm(d_CV, head_VD, out=grad_ND[here])
-            grad_VD += torch.mm(d_CV.T, x_ND[here])
-        return grad_ND, grad_VD.to(head_VD.dtype), None, None
+            if grad_VD is not None:
+                grad_VD += torch.mm(d_CV.T, x_ND[here])
+        return grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype), None, None

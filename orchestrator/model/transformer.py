@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.model.attention import Attention, rotary_tables
-from orchestrator.model.base import TrainableModel, draw_normal
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.draws import draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.latent_attention import LatentAttention
 from orchestrator.model.loss import cross_entropy, cross_entropy_sum

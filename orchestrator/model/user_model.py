@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import TrainableModel, draw_normal
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.draws import draw_normal
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.routed_experts import RoutedExperts

@@ -7,9 +7,9 @@ directly, as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value r
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
 from orchestrator.spec.curriculum import CurriculumSpec, broken_experts, broken_sizes, experts_by_stage
@@ -32,6 +32,7 @@ from orchestrator.spec.keys.section import (
     requirement,
     storage_place,
 )
+from orchestrator.spec.lora import TRAINED
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.moe.experts import (
     OF_PLACEMENT,
@@ -147,6 +148,22 @@ class JobSpec(Section):
         "auto, a key of this user that is made if there is none yet. null: it isn't signed.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _trains_adapters(cls, given: Any) -> Any:
+        """Write down what is trained where the model has adapters and nothing else is asked for."""
+        if not isinstance(given, dict):
+            return given
+        model, train = given.get("model"), given.get("train", {})
+        lora = model.get("lora") if isinstance(model, dict) else getattr(model, "lora", None)
+        if lora is None:
+            return given
+        if isinstance(train, TrainSpec) and "trainable" not in train.model_fields_set:
+            return given | {"train": train.model_copy(update={"trainable": TRAINED})}
+        if isinstance(train, dict) and "trainable" not in train:
+            return given | {"train": {**train, "trainable": TRAINED}}
+        return given
+
     @property
     def data_format(self) -> DataFormat:
         """What the data are."""
@@ -211,6 +228,7 @@ class JobSpec(Section):
         yield from broken_rows(self.task, self.data, self.model)
         yield from broken_training(self.train, self.model, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
+        yield from self._broken_adapters()
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"
@@ -253,6 +271,18 @@ class JobSpec(Section):
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
                 yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
         yield from broken_environment(self.envs, self.secrets)
+
+    def _broken_adapters(self) -> Iterator[Broken]:
+        if self.model.lora is None:
+            return
+        example = "layers.0.attention.lora.query.A"
+        if not self.train.is_trained(example):
+            rule = f"trainable must have the adapters of model.lora, {', '.join(TRAINED)}; got "
+            keys: tuple[Path, ...] = (("train", "trainable"), ("model", "lora"))
+            yield Broken(keys, rule + ", ".join(self.train.trainable))
+        if self.train.is_trained("layers.0.attention.query"):
+            rule = "trainable must leave out the matrices that model.lora adapts; got "
+            yield Broken((("train", "trainable"), ("model", "lora")), rule + ", ".join(self.train.trainable))
 
     def _keys_of_experts(self) -> tuple[Path, ...]:
         """The keys of `expert_schedule`."""

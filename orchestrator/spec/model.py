@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
+from orchestrator.spec.lora import LoraSpec, broken_lora
 from orchestrator.spec.keys.section import HERE, Broken, CodeDir, broken_own_code
 from orchestrator.spec.moe.router import Router, RouterSpec, broken_router, most_experts
 from orchestrator.spec.task import Entrypoint
@@ -115,6 +116,11 @@ class ModelSpec(ModelSource):
         "outweigh the differences between tokens, and routers send all of them to the same experts "
         "(docs/balance.md). Default: 8, with init_from 1. Not used with entrypoint.",
     )
+    lora: LoraSpec | None = Field(
+        default=None,
+        description="Low-rank adapters beside the weights in init_from, which alone are trained (docs/lora.md). null: "
+        "all weights are trained, or those that train.trainable names.",
+    )
     bias_update: Literal["quantile", "sign"] = Field(
         default="quantile",
         description="Change of the router's load-balancing bias after each update. quantile: by a share of the way to "
@@ -123,12 +129,15 @@ class ModelSpec(ModelSource):
     bias_update_speed: float = Field(
         default_factory=lambda known: (
             BIAS_UPDATE_SPEED[known["bias_update"]]
-            if known["scoring_func"] == "sigmoid" and known["router"].selection != "expert_choice"
+            if known["scoring_func"] == "sigmoid"
+            and known["router"].selection != "expert_choice"
+            and known["lora"] is None
             else 0.0
         ),
         ge=0,
         description="Size of a change: with quantile the share of the way, with sign the step in units of a score. "
-        "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with softmax scores or expert_choice.",
+        "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with softmax scores, expert_choice or "
+        "lora.",
     )
 
     entrypoint: Entrypoint | None = Field(
@@ -194,6 +203,8 @@ class ModelSpec(ModelSource):
         if not self.is_native:
             key = "impl" if self.entrypoint is None else "entrypoint"
             found[key] = "routers of other models are not known"
+        if self.lora is not None:
+            found["lora"] = "the weights of other experts are in no file"
         if self.n_group > 1:
             found["n_group"] = "groups would get other experts"
         if self.scoring_func == "softmax" and not self.norm_topk_prob:
@@ -236,6 +247,8 @@ class ModelSpec(ModelSource):
         if self.router.scorer != "linear" and self.init_from is not None and not self.upcycle:
             rule = f"router.scorer must be linear with init_from, whose routers are; got {self.router.scorer}"
             yield Broken((("router", "scorer"), ("init_from",)), rule)
+        if self.lora is not None:
+            yield from self._broken_lora_rules()
         yield from self.broken_upcycling()
         for key, value in self.router.compares_tokens.items() if self.upcycle else ():
             rule = f"router.{key} must not be {value} with upcycle: each token needs its experts, so that the mixture "
@@ -248,6 +261,9 @@ class ModelSpec(ModelSource):
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()
+        if self.lora is not None:
+            latents = self.kv_lora_rank is not None, self.q_lora_rank is not None
+            yield from broken_lora(self.lora, *latents, self.num_hidden_layers - self.first_k_dense_replace)
         if self.num_attention_heads % self.num_key_value_heads:
             yield self._broken("num_key_value_heads", "must divide", "num_attention_heads")
         if self.num_experts_per_tok > self.n_routed_experts:
@@ -270,6 +286,14 @@ class ModelSpec(ModelSource):
         """A rule between two keys, with their values."""
         got = f"got {getattr(self, key)} and {getattr(self, other)}"
         return Broken(((key,), (other,)), f"{key} {rule} {other}; {got}")
+
+    def _broken_lora_rules(self) -> Iterator[Broken]:
+        if self.init_from is None or self.upcycle:
+            rule = "lora needs a pretrained model in init_from, whose weights stay as they are; got "
+            yield Broken((("lora",), ("init_from",), ("upcycle",)), rule + ("upcycle" if self.upcycle else "none"))
+        if not self.is_native:
+            rule = f"lora is of our own model; got {self.origin}"
+            yield Broken((("lora",), ("impl",), ("entrypoint",)), rule)
 
     def _broken_head_rules(self) -> Iterator[Broken]:
         if self.kv_lora_rank is not None:

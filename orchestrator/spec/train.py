@@ -54,7 +54,8 @@ class TrainSpec(Section):
         default=("*",),
         min_length=1,
         description="Patterns of the names of the parameters that are trained (fnmatch). All others stay as they are: "
-        "they have no gradients and no optimizer state, and steps send nothing of them.",
+        'they have no gradients and no optimizer state, and steps send nothing of them. Default: "*"; with model.lora '
+        '"*.lora.*", the adapters, and what is named must have them.',
     )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-4, gt=0, description="Learning rate at its highest.")

@@ -41,3 +41,20 @@ def write_directory(directory: Path, **changes: Any) -> Path:
     (directory / "config.json").write_text(json.dumps(left))
     TextTokenizer.train(["some text to learn from, and some more text"], 280).save(directory / "tokenizer.json")
     return directory
+
+
+def write_weights(directory: Path, spec: ModelSpec, seed: int = 0) -> Path:
+    """A directory with random weights of our model, whose sizes are all given."""
+    assert spec.vocab_size is not None
+    directory.mkdir(parents=True)
+    draws, tensors = np.random.default_rng(seed), dict[str, np.ndarray[Any, Any]]()
+    for name, shape in shapes(spec, spec.vocab_size):
+        parts = GLM4_MOE.their_names(name)
+        for theirs in parts:
+            sizes = (shape[0] // len(parts), *shape[1:])
+            drawn = draws.normal(0.0, 0.1, sizes) if len(shape) > 1 else np.full(sizes, float("norm" in name))
+            tensors[theirs] = drawn.astype(np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    config = GLM4_MOE.configuration(spec, spec.vocab_size, 32, "float32")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

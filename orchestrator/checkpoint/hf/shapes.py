@@ -1,10 +1,14 @@
 """Names and shapes of the tensors of our own model, without building it, which would need torch."""
 
+import re
 from collections.abc import Iterator
 
 from orchestrator.checkpoint.hf.family import BUFFERS, CONTEXT_QUERY, CORRECTION, KEYS, MASS, QUERY, ROUTER
-from orchestrator.elastic.state_spec import ParamSpec
+from orchestrator.elastic.state_spec import ParamSpec, stacked_in
+from orchestrator.spec.lora import LoraSpec
 from orchestrator.spec.model import ModelSpec
+
+_MODULE = re.compile(r"(layers\.\d+\.(?:attention|mlp(?:\.experts\.\d+|\.shared)?))\.(.+)")
 
 
 def listed(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tuple[str, tuple[int, ...]]]]:
@@ -12,7 +16,8 @@ def listed(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tupl
     `orchestrator.model.factory.catalogue` lists them, which builds the model."""
     params: list[ParamSpec] = []
     buffers: list[tuple[str, tuple[int, ...]]] = []
-    for name, shape in shapes(spec, vocab_size):
+    base = shapes(spec, vocab_size)
+    for name, shape in base if spec.lora is None else with_adapters(base, spec.lora):
         if name.endswith(BUFFERS):
             buffers.append((name, shape))
         else:
@@ -20,8 +25,24 @@ def listed(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tupl
     return params, buffers
 
 
+def with_adapters(
+    base: Iterator[tuple[str, tuple[int, ...]]], lora: LoraSpec
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same with low-rank adapters, which come last in their module."""
+    module, adapters = "", list[tuple[str, tuple[int, ...]]]()
+    for name, shape in base:
+        found = _MODULE.fullmatch(name)
+        if (found[1] if found else "") != module:
+            yield from adapters
+            module, adapters = found[1] if found else "", []
+        if found and found[2] in lora.matrices:
+            prefix = f"{module}.lora.{found[2]}"
+            adapters += [(f"{prefix}.A", (stacked_in(name) * lora.r, shape[1])), (f"{prefix}.B", (shape[0], lora.r))]
+        yield name, shape
+
+
 def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter and buffer of our model, in its order."""
+    """Name and shape of every parameter and buffer of our model, in its order, without adapters."""
     wide = spec.hidden_size
     yield from (("head", (vocab_size, wide)), ("embedding.weight", (vocab_size, wide)))
     attention = _attention_shapes(spec) if spec.kv_lora_rank is None else _latent_shapes(spec, spec.kv_lora_rank)

@@ -11,22 +11,17 @@ GPUs take sizes that are multiples of 16: operands are padded with zeros.
 Shape legend: M, K, N = sizes of a product (M, K) times (K, N), P, Q = sizes of an operand.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrator.model.linear.products import LinearProducts
+
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNED = 16
 SMALLEST = 1e-12  # of largest values: the scale of zeros is finite
-
-
-class LinearProducts(nn.Module):
-    """A module whose linear products may be in float8."""
-
-    linear: Callable[..., Tensor] = staticmethod(F.linear)
 
 
 def use_float8(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ Shape legend: N = tokens, R = copies of tokens, C = copies for some experts, D =
 L = experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.model.linear import float8
-from orchestrator.model.linear.float8 import LinearProducts
+from orchestrator.model.linear.lora import add_input_gradient, add_outputs, weight_gradients
+from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.moe import grouped_experts
 from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of
 from orchestrator.model.moe.routing.saliency import NORM_UNIT
@@ -44,12 +45,12 @@ class GatedMLP(LinearProducts):
 
     def inner(self, x_ND: Tensor) -> Tensor:
         """The first half: x (N, D) to gated activations (N, H)."""
-        gate_NH, up_NH = self.linear(x_ND, self.gate_up).chunk(2, dim=-1)
+        gate_NH, up_NH = self.product(x_ND, "gate_up").chunk(2, dim=-1)
         return F.silu(gate_NH) * up_NH
 
     def outer(self, inner_NH: Tensor) -> Tensor:
         """The second half, back to (N, D)."""
-        return self.linear(inner_NH, self.down)
+        return self.product(inner_NH, "down")
 
 
 def run_experts(
@@ -80,62 +81,75 @@ def run_experts(
     """
     gate_ups, downs = [expert.gate_up for expert in experts], [expert.down for expert in experts]
     in_float8 = any(expert.linear is float8.linear for expert in experts)
-    if may_group and not in_float8 and norms_L is None and grouped_experts.can_run(x_ND, gate_ups):
+    adapted = experts[0].adapters if experts else {}
+    if may_group and not (in_float8 or adapted) and norms_L is None and grouped_experts.can_run(x_ND, gate_ups):
         return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
-    counts = counts_L.tolist()
-    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, counts, in_float8, norms_L, *gate_ups, *downs)  # type: ignore[no-untyped-call]
+    beside = [weight for name in adapted for each in experts for weight in (each.adapters[name].A, each.adapters[name].B)]
+    how = _How(counts_L.tolist(), in_float8, {name: adapter.scale for name, adapter in adapted.items()}, norms_L)
+    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, how, *gate_ups, *downs, *beside)  # type: ignore[no-untyped-call]
     return result
+
+
+@dataclass(frozen=True)
+class _How:
+    """What `_Experts` computes beside the tensors.
+
+    Args:
+        counts: copies by expert.
+        in_float8: whether products are.
+        adapters: by the matrices that have adapters, the scale of these.
+        norms_L: as of `run_experts`.
+    """
+
+    counts: list[int]
+    in_float8: bool
+    adapters: Mapping[str, float]
+    norms_L: Tensor | None
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        gates_R: Tensor | None,
-        token_R: Tensor,
-        counts: list[int],
-        in_float8: bool,
-        norms_L: Tensor | None,
-        *weights: Tensor,
+        ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, how: _How, *weights: Tensor
     ) -> Tensor:
-        mm: Product = float8.mm if in_float8 else torch.mm
-        gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
+        gate_up, down = _matrices(weights, how, float8.mm if how.in_float8 else torch.mm)
+        norms_L = how.norms_L
         y_ND = torch.zeros_like(x_ND)
         # Gate and up: the only activations kept for the backward pass.
-        before_RH = x_ND.new_empty(len(token_R), gate_ups[0].shape[0] if gate_ups else 0)
-        for part in _parts(counts, before_RH):
+        before_RH = x_ND.new_empty(len(token_R), weights[0].shape[0] if weights else 0)
+        for part in _parts(how.counts, before_RH):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
             x_CD = x_ND.index_select(0, token_C)
             x_EcD = part.split(x_CD)
             for number, x_cD, before_cH in zip(part.experts, x_EcD, part.split(before_CH), strict=True):
-                mm(x_cD, gate_ups[number].t(), out=before_cH)
+                gate_up.multiply(number, x_cD, before_cH)
             gate_CH, up_CH = before_CH.chunk(2, 1)
             inner_CH = F.silu(gate_CH).mul_(up_CH)
             if gates_R is not None:  # before the product, so that its output isn't needed for the gates' gradient
                 inner_CH.mul_(gates_R[part.copies, None])
             y_CD, y_EcD = x_CD, x_EcD  # reuses the memory
             for number, inner_cH, y_cD in zip(part.experts, part.split(inner_CH), y_EcD, strict=True):
-                mm(inner_cH, downs[number].t(), out=y_cD)
+                down.multiply(number, inner_cH, y_cD)
             if norms_L is not None:
                 for number, y_cD in zip(part.experts, y_EcD, strict=True):
                     norms_L[number] += _sum_of_norms(y_cD)
             y_ND.index_add_(0, token_C, y_CD)
         ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
-        ctx.counts, ctx.in_float8, ctx.sinks = counts, in_float8, sinks_of(weights)
+        ctx.how, ctx.sinks = how, sinks_of(weights)
         return y_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_ND,) = grads
         x_ND, gates_R, token_R, before_RH, *weights = ctx.saved_tensors
-        counts: list[int] = ctx.counts
-        gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
+        how: _How = ctx.how
         dx_ND = torch.zeros_like(x_ND)
         dgates_R = None if gates_R is None else torch.empty_like(gates_R)
-        mm: Product = partial(float8.mm, of_gradient=True) if ctx.in_float8 else torch.mm
-        dweights = _WeightGradients(ctx.sinks, mm if ctx.in_float8 else None)
-        for part in _parts(counts, before_RH):
+        mm: Product = partial(float8.mm, of_gradient=True) if how.in_float8 else torch.mm
+        gate_up, down = _matrices(weights, how, mm)
+        needed = ctx.needs_input_grad[-len(weights) :] if weights else ()
+        dweights = _WeightGradients(ctx.sinks, needed, mm if how.in_float8 else None)
+        for part in _parts(how.counts, before_RH):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
             gate_CH, up_CH = before_CH.chunk(2, 1)
             silu_CH = F.silu(gate_CH)
@@ -144,13 +158,13 @@ class _Experts(torch.autograd.Function):
             dy_EcD = part.split(dy_CD)
             dinner_CH = torch.empty_like(inner_CH)
             for number, dy_cD, dinner_cH in zip(part.experts, dy_EcD, part.split(dinner_CH), strict=True):
-                mm(dy_cD, downs[number], out=dinner_cH)
+                down.multiply_back(number, dy_cD, dinner_cH)
             if gates_R is not None and dgates_R is not None:
                 torch.sum(inner_CH * dinner_CH, 1, out=dgates_R[part.copies])
                 inner_CH.mul_(gates_R[part.copies, None])
                 dinner_CH.mul_(gates_R[part.copies, None])
             for number, dy_cD, inner_cH in zip(part.experts, dy_EcD, part.split(inner_CH), strict=True):
-                dweights.add(len(counts) + number, dy_cD.t(), inner_cH)
+                down.collect(number, dy_cD, inner_cH, dweights)
             dbefore_CH = torch.empty_like(before_CH)
             dgate_CH, dup_CH = dbefore_CH.chunk(2, 1)
             torch.mul(dinner_CH, silu_CH, out=dup_CH)
@@ -160,14 +174,75 @@ class _Experts(torch.autograd.Function):
             for number, dbefore_cH, x_cD, dx_cD in zip(
                 part.experts, part.split(dbefore_CH), x_EcD, dx_EcD, strict=True
             ):
-                dweights.add(number, dbefore_cH.t(), x_cD)
-                mm(dbefore_cH, gate_ups[number], out=dx_cD)
+                gate_up.collect(number, dbefore_cH, x_cD, dweights)
+                gate_up.multiply_back(number, dbefore_cH, dx_cD)
             dx_ND.index_add_(0, token_C, dx_CD)
-        for number, count in enumerate(counts):
-            if not count:
-                dweights.add_nothing(number, gate_ups[number])
-                dweights.add_nothing(len(counts) + number, downs[number])
-        return dx_ND, dgates_R, None, None, None, None, *dweights.grads
+        for number, count in enumerate(how.counts):
+            for matrix in (gate_up, down) if not count else ():
+                matrix.collect_nothing(number, dweights)
+        return dx_ND, dgates_R, None, None, *dweights.grads
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One matrix of every expert, with the adapters beside it: their products.
+
+    Args:
+        weights: by expert.
+        first: place of the first one among all weights.
+        mm: computes a product.
+        adapters: A and B by expert; empty: there are none.
+        first_adapter: place of the first of these.
+        scale: of adapters.
+    """
+
+    weights: Sequence[Tensor]
+    first: int
+    mm: Product
+    adapters: Sequence[tuple[Tensor, Tensor]] = ()
+    first_adapter: int = 0
+    scale: float = 0.0
+
+    def multiply(self, number: int, x_CK: Tensor, out_CO: Tensor) -> None:
+        """An expert's outputs for some inputs."""
+        self.mm(x_CK, self.weights[number].t(), out=out_CO)
+        if self.adapters:
+            add_outputs(out_CO, x_CK, *self.adapters[number], self.scale)
+
+    def multiply_back(self, number: int, dy_CO: Tensor, out_CK: Tensor) -> None:
+        """The gradient of these inputs."""
+        self.mm(dy_CO, self.weights[number], out=out_CK)
+        if self.adapters:
+            add_input_gradient(out_CK, dy_CO, *self.adapters[number], self.scale)
+
+    def collect(self, number: int, dy_CO: Tensor, x_CK: Tensor, to: "_WeightGradients") -> None:
+        """Add the gradients of an expert's weights."""
+        to.add_product(self.first + number, dy_CO.t(), x_CK)
+        if self.adapters:
+            place = self.first_adapter + 2 * number
+            for at, gradient in enumerate(weight_gradients(dy_CO, x_CK, *self.adapters[number], self.scale), place):
+                to.add(at, gradient)
+
+    def collect_nothing(self, number: int, to: "_WeightGradients") -> None:
+        """Gradients of zeros: autograd may not be given None (`run_experts`)."""
+        to.add_nothing(self.first + number, self.weights[number])
+        for at, weight in enumerate(self.adapters[number] if self.adapters else (), self.first_adapter + 2 * number):
+            to.add_nothing(at, weight)
+
+
+def _matrices(weights: Sequence[Tensor], how: _How, mm: Product) -> list[_Matrix]:
+    """Those of gate and up, and of down, from all weights in the order of `_Experts`."""
+    found, count, end = [], len(how.counts), 2 * len(how.counts)
+    for nth, name in enumerate(("gate_up", "down")):
+        own = weights[nth * count : (nth + 1) * count]
+        if name in how.adapters:
+            beside = weights[end : end + 2 * count]
+            adapters = list(zip(beside[::2], beside[1::2], strict=True))
+            found.append(_Matrix(own, nth * count, mm, adapters, end, how.adapters[name]))
+            end += 2 * count
+        else:
+            found.append(_Matrix(own, nth * count, mm))
+    return found
 
 
 def _sum_of_norms(y_CD: Tensor) -> Tensor:
@@ -209,22 +284,32 @@ class _WeightGradients:
     """Collects weight gradients for autograd, except those that go to their parameter's sink.
 
     Args:
+        needed: by weight, whether it is trained.
         product: how they are computed; None: as the sinks do.
     """
 
-    def __init__(self, sinks: Sequence[GradientSink | None], product: Product | None) -> None:
-        self._sinks, self._product = sinks, product
+    def __init__(
+        self, sinks: Sequence[GradientSink | None], needed: Sequence[bool], product: Product | None
+    ) -> None:
+        self._sinks, self._needed, self._product = sinks, needed, product
         self.grads: list[Tensor | None] = [None] * len(sinks)
 
-    def add(self, number: int, left: Tensor, right: Tensor) -> None:
-        if (sink := self._sinks[number]) is None:
-            self.grads[number] = (self._product or torch.mm)(left, right)
-        elif self._product is not None:
-            sink.add(self._product(left, right))
+    def add_product(self, number: int, left: Tensor, right: Tensor) -> None:
+        if not self._needed[number]:
+            return
+        if (sink := self._sinks[number]) is None or self._product is not None:
+            self.add(number, (self._product or torch.mm)(left, right))
         else:
             sink.add_product(left, right)
 
+    def add(self, number: int, gradient: Tensor) -> None:
+        if not self._needed[number]:
+            return
+        if (sink := self._sinks[number]) is None:
+            self.grads[number] = gradient
+        else:
+            sink.add(gradient)
+
     def add_nothing(self, number: int, weight: Tensor) -> None:
-        """A gradient of zeros: autograd may not be given None (`run_experts`)."""
-        if self._sinks[number] is None:
+        if self._needed[number] and self._sinks[number] is None:
             self.grads[number] = torch.zeros_like(weight)

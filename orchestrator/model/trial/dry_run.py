@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import TrainableModel, seed_draws
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.draws import seed_draws
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.moe.routed_experts import RoutedExperts, is_recomputed
 from orchestrator.model.task import Batch, Loss, Row, Task

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import TrainableModel, seed_draws
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.draws import seed_draws
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.task import Task
 from orchestrator.spec.job import JobSpec

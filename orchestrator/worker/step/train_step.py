@@ -11,7 +11,7 @@ from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport import nccl
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.optim.lr_schedule import learning_rate
-from orchestrator.model.base import seed_draws
+from orchestrator.model.draws import seed_draws
 from orchestrator.protocol.step_record import BatchRecord, CommunicationRecord, StateRecord, StepRecord, UpdateRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory

@@ -4,25 +4,23 @@ Checkpoints hold the fp32 masters; weights in lower precision are made from them
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from orchestrator.checkpoint.hf.pretrained import Part, open_pretrained
+from orchestrator.checkpoint.hf.pretrained import open_pretrained
 from orchestrator.checkpoint.manifest import CheckpointManifest
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.elastic.state_map import StateMap
-from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor, begins_as
+from orchestrator.elastic.state_spec import Absent, Inventory, Sharing, StateTensor
 from orchestrator.engine.base import noop
-from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
+from orchestrator.errors import DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
+from orchestrator.state.pretrained_weights import WeightSource, read_weights
 from orchestrator.state.ranges import NamedRanges, Range
 from orchestrator.storage.backends.location import Location, location_of
 from orchestrator.worker.runtime.errors import OtherModel
@@ -44,7 +42,8 @@ def read_state(
     between: Callable[[], None] = noop,
     mapped: StateMap | None = None,
 ) -> TrainingProgress:
-    """Fill this rank's ranges. State that the checkpoint may lack keeps its first values if it does, or is to be reset.
+    """Fill this rank's ranges, but for weights that only `model.init_from` has (`read_base`). State that the checkpoint
+    may lack keeps its first values if it does, or is to be reset.
 
     Args:
         tensors: of the state.
@@ -66,17 +65,18 @@ def read_state(
         meta = reader.manifest.meta
         try:
             progress = TrainingProgress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
-            saved = _without_stages(progress.sampler)
+            order = _without_stages(progress.sampler)
         except (KeyError, ValueError) as error:
             raise OtherModel(f"{checkpoint} does not record the training progress: {error!r}") from error
-        if saved != _without_stages(sampler):
+        if order != _without_stages(sampler):
             raise DataError(
                 f"{checkpoint} was trained with the sample order {progress.sampler}; job and data give {sampler}",
                 remedy="Resume with the corpus, the batch size, the sequence length and the seed that it began with.",
                 unchanged="The checkpoint is as it was.",
             )
         others = range(rank, int(str(meta.get("world_size", 0))), world_size)  # ranks whose parts this one reads
-        wanted = [(tensors[name], held) for name, held in ranges if _is_read(tensors[name], reader.manifest, restore)]
+        saved = [(tensors[name], held) for name, held in ranges if not tensors[name].is_base]
+        wanted = [(tensor, held) for tensor, held in saved if _is_read(tensor, reader.manifest, restore)]
         for tensor, held in wanted:
             if tensor.sharing is Sharing.PARTIAL:
                 between()
@@ -140,31 +140,36 @@ def _without_stages(sampler: str) -> object:
 
 @torch.no_grad()
 def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
-    """Fill this rank's weights, masters, their averages and router biases from `spec.init_from`. Other state keeps its
-    values.
+    """Fill this rank's weights, masters, their averages and router biases from `spec.init_from`. Other state, also
+    that of adapters, keeps its values.
 
     Raises:
         UsageError, CheckpointCorrupt: the directory no longer exists, or isn't of this model.
     """
     assert spec.init_from is not None
-    source = _source_of(spec, Path(spec.init_from))
-    with _Weights(source) as weights:
-        for name, held in ranges:
-            ours = begins_as(name)
-            for start, values in weights.read(ours, held.start, held.stop) if ours is not None else ():
-                held.data[start - held.start : start - held.start + len(values)].copy_(values)
+    read_weights(_source_of(spec, Path(spec.init_from)), ranges)
 
 
-class _Source(Protocol):
-    """Where the tensors of a model are in a directory."""
+@torch.no_grad()
+def read_base(spec: ModelSpec, tensors: Inventory, ranges: NamedRanges, old: NamedRanges | None = None) -> None:
+    """Fill those of this rank's weights that only `spec.init_from` has. Raises as `read_pretrained`.
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    Args:
+        old: state that this worker holds, some of which may be the same.
+    """
+    missing = NamedRanges()
+    for name, held in ranges:
+        if not tensors[name].is_base:
+            continue
+        if old is not None and old.spans(name) == [(held.start, held.stop)]:
+            held.data.copy_(old.view(name, held.start, held.stop))
+        else:
+            missing.add(name, held.start, held.data)
+    if missing.names():
+        read_pretrained(spec, missing)
 
-    def parts(self, name: str) -> tuple[Part, ...]: ...
 
-
-def _source_of(spec: ModelSpec, directory: Path) -> _Source:
+def _source_of(spec: ModelSpec, directory: Path) -> WeightSource:
     """The directory, checked to be of this model."""
     if spec.impl == "transformers":
         files = TransformersFiles(spec, directory)
@@ -173,37 +178,3 @@ def _source_of(spec: ModelSpec, directory: Path) -> _Source:
     source = open_pretrained(directory)
     source.check(spec)
     return source
-
-
-class _Weights(ExitStack):
-    """The open files of a directory; a context manager."""
-
-    def __init__(self, source: _Source) -> None:
-        super().__init__()
-        self._source = source
-        self._files: dict[Path, safe_open] = {}
-
-    def read(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Elements [start, stop) of our flattened tensor, as runs with the index of their first element."""
-        before = 0
-        for part in self._source.parts(name):
-            shape = self._source.shapes[part.key][0 if part.index is None else 1 :]
-            row = math.prod(shape[1:])
-            low, high = max(start - before, 0), min(stop - before, shape[0] * row)
-            rows_at_once = max(1, CHUNK // row)
-            for first in range(low // row, -(-high // row), rows_at_once):
-                last = min(first + rows_at_once, -(-high // row))
-                values = self._rows(part, first, last).flatten()
-                begin, end = max(low, first * row), min(high, last * row)
-                yield before + begin, values[begin - first * row : end - first * row]
-            before += shape[0] * row
-
-    def _rows(self, part: Part, first: int, last: int) -> Tensor:
-        try:
-            if part.file not in self._files:
-                self._files[part.file] = self.enter_context(safe_open(part.file, framework="pt"))
-            tensor = self._files[part.file].get_slice(part.key)  # type: ignore[no-untyped-call]
-            rows: Tensor = tensor[first:last] if part.index is None else tensor[part.index, first:last]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointCorrupt(f"{part.file} can't be read: {error}") from error
-        return rows

@@ -7,7 +7,8 @@ shard is reported only once the guard has found it unchanged after the copy.
 
 A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
-are saved by each rank for itself: all parts together are what was never sent.
+are saved by each rank for itself: all parts together are what was never sent. Weights that `model.init_from` has are
+not saved.
 """
 
 import json
@@ -180,7 +181,7 @@ class ShardSaver:
 
 def pieces_of(ranges: NamedRanges, tensors: Inventory, rank: int, placement: ExpertPlacement) -> list[ShardPiece]:
     """All pieces that this rank saves, in place."""
-    held = [tensors[name] for name in ranges.names() if not tensors[name].is_copy]
+    held = [tensors[name] for name in ranges.names() if not (tensors[name].is_copy or tensors[name].is_base)]
     cut = [tensor for tensor in held if tensor.sharing is Sharing.SHARDED]
     updated = {tensor.like: [tensor.of_param(*span) for span in ranges.spans(tensor.name)] for tensor in cut}
     pieces = []

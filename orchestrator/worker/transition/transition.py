@@ -20,6 +20,7 @@ from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_change import at
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.engine.base import noop
+from orchestrator.model.linear.lora import init_adapters
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Handover
@@ -32,7 +33,7 @@ from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.shard.model_agreement import check_agreement
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.transition.clone_changes import change_clones
-from orchestrator.worker.transition.load_state import read_pretrained, read_state
+from orchestrator.worker.transition.load_state import read_base, read_pretrained, read_state
 from orchestrator.worker.transition.prepared_transition import PreparedTransition
 
 ROUNDING = 1e-6  # how far sums of ranks' parts may move
@@ -87,10 +88,13 @@ def _fill_first(
         shard.model.init_weights(factory.spec.train.seed)
         if not model.is_native:
             check_agreement(shard.model, shard.groups.exchange)
+    elif model.lora is not None:
+        init_adapters(shard.model, factory.spec.train.seed)
     engine.on_weights_initialized()  # also for state that the files lack
     if plan.restore is not None:
         ranges, rank, size = engine.ranges(), shard.rank, plan.world.size
         tensors = factory.state(plan.experts.num_experts).tensors
+        read_base(model, tensors, ranges)
         progress = read_state(plan.restore, ranges, tensors, sampler, rank, size, between, prepared.mapped)
         _change_clones(factory, prepared, shard, progress.step)
     elif model.init_from is not None:
@@ -137,8 +141,10 @@ def make_transition(
     old = held_ranges if prepared.mapped is None or held_ranges is None else relabelled(held_ranges, prepared.mapped)
     clock = _Clock()
     # Sums of ranks' parts are rounded, so a digest of bits can't verify them.
-    whole_names = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
-    partial = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if adds]
+    tensors = factory.state(plan.experts.num_experts).tensors
+    adds_up = dict(zip(transfer.names, transfer.accumulates, strict=True))
+    whole_names = [name for name, adds in adds_up.items() if not (adds or tensors[name].is_base)]
+    partial = [name for name, adds in adds_up.items() if adds]
     before = StateDigests(whole_names, prepared.replicated, old)
     sums = PartSums(partial, old)
     clock.lap("digest")
@@ -151,6 +157,8 @@ def make_transition(
     moved = 0.0
     with closed_on_error(shard):
         execute_transfer(transfer, factory.me, old, new, peers)
+        if new is not None:
+            read_base(factory.spec.model, tensors, new, old)
         if shard is not None:
             shard.engine.on_state_loaded(progress.num_updates)
         clock.lap("transfer")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.checkpoint.hf.family import folded
-from orchestrator.model.base import draw_normal
+from orchestrator.model.draws import draw_normal
 from orchestrator.model.moe.routing.router import Router
 from orchestrator.model.moe.routing.scorers import SCORERS, AttentionScorer, ContextScorer, Scorer, scorer_of
 from orchestrator.spec.model import ModelSpec

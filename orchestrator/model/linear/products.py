@@ -1,0 +1,52 @@
+"""Linear products of a module's matrices, as training changes them: in float8, and with adapters beside them."""
+
+from collections.abc import Callable, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.elastic.state_spec import stacked_in
+from orchestrator.model.linear.lora import LowRankAdapter
+from orchestrator.spec.lora import LoraSpec
+
+
+class LinearProducts(nn.Module):
+    """A module with matrices as parameters, whose products with its inputs may be changed.
+
+    Attributes:
+        linear: computes a product, as `torch.nn.functional.linear`.
+        adapters: low-rank adapters, by the name of the matrix.
+    """
+
+    linear: Callable[..., Tensor] = staticmethod(F.linear)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: Mapping[str, LowRankAdapter] = {}
+
+    def product(self, x_XK: Tensor, name: str, bias_N: Tensor | None = None) -> Tensor:
+        """The product of inputs (X, K) with the module's matrix of this name (N, K), and its adapter's: (X, N)."""
+        y_XN = self.linear(x_XK, getattr(self, name), bias_N)
+        adapter = self.adapters.get(name)
+        return y_XN if adapter is None else y_XN + adapter(x_XK)
+
+    def add_adapters(self, lora: LoraSpec) -> None:
+        """Put adapters beside those of the module's matrices that are to have one."""
+        found: dict[str, LowRankAdapter] = {}
+        for name, param in self.named_parameters(recurse=False):
+            if name in lora.matrices:
+                num_outputs, num_inputs = param.shape
+                blocks = stacked_in(name)
+                found[name] = LowRankAdapter(
+                    num_inputs, num_outputs, lora.r, lora.scale, lora.lora_dropout, blocks
+                )
+        if found:
+            self.lora = nn.ModuleDict(found)
+            self.adapters = found
+
+
+def add_adapters(model: nn.Module, lora: LoraSpec) -> None:
+    """Put adapters beside the matrices of the model's attention, MLPs and experts that are to have one."""
+    for module in list(model.modules()):
+        if isinstance(module, LinearProducts):
+            module.add_adapters(lora)
