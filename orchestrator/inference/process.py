@@ -7,24 +7,29 @@ checkpoint, but no optimizer moments.
 """
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from orchestrator.checkpoint.hf.export import write_model
+from orchestrator.checkpoint.hf.pretrained import check_base, open_pretrained
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.code_package import placed
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.rows.bucket_rows import open_rows
 from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.state_spec import BUFFER, MASTER, average_of
+from orchestrator.elastic.state_spec import BUFFER, MASTER, adapted_by, average_of
 from orchestrator.errors import CheckpointCorrupt, OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
 from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.linear.lora import LowRankAdapter
 from orchestrator.protocol.child_process import (
     MODEL_LINES,
     Answer,
@@ -38,6 +43,8 @@ from orchestrator.protocol.child_process import (
 )
 from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
+from orchestrator.state.pretrained_weights import read_weights
+from orchestrator.state.ranges import NamedRanges
 from orchestrator.storage.backends.location import Location, location_of, objects_at
 
 
@@ -68,8 +75,11 @@ def answers(request: Request) -> Iterator[Answer]:
     if isinstance(request, Export):
         cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
         model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
-        length, to = job.train.sequence_length, Path(request.to)
-        yield ExportResult(write_transformers(model, job.num_outputs(prepared), length, request.dtype, to))
+        length, num_outputs, to = job.train.sequence_length, job.num_outputs(prepared), Path(request.to)
+        if job.model.lora is not None:
+            yield ExportResult(write_model(merged(model), job, num_outputs, request.dtype, to))
+        else:
+            yield ExportResult(write_transformers(model, num_outputs, length, request.dtype, to))
         return
     model = load_model(location_of(request.checkpoint), job, prepared)
     if isinstance(request, Evaluation):
@@ -102,6 +112,10 @@ def load_model(
     tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:
+        if job.model.lora is not None:
+            base = {name: t for name, t in tensors.items() if name not in reader.manifest.tensors}
+            _read_base(job, base)
+            tensors = {name: t for name, t in tensors.items() if name not in base}
         if of_ema:
             averages = {average_of(name): tensor for name, tensor in tensors.items()}
             tensors = {name: t for name, t in averages.items() if name in reader.manifest.tensors} | {
@@ -120,6 +134,26 @@ def load_model(
         for index, start, values in reader.read_all((name, 0, tensor.numel()) for name, tensor in tensors.items()):
             flat[index][start : start + len(values)].copy_(torch.from_numpy(values))
     return model.eval()
+
+
+def _read_base(job: JobSpec, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the weights beside which adapters were trained."""
+    assert job.model.init_from is not None
+    check_base(job.model)
+    ranges = NamedRanges()
+    for name, tensor in tensors.items():
+        ranges.add(name, 0, tensor.view(-1))
+    read_weights(open_pretrained(Path(job.model.init_from)), ranges)
+
+
+def merged(model: TrainableModel) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Weights and buffers of a model, with its adapters in them."""
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LowRankAdapter)}
+    of_matrix = {name.replace(".lora.", "."): adapter for name, adapter in adapters.items()}
+    for name, tensor in (*model.named_parameters(), *model.state_buffers()):
+        if adapted_by(name) is None:
+            whole = of_matrix[name].merged(tensor) if name in of_matrix else tensor
+            yield name, whole.detach().float().cpu().numpy()
 
 
 def main() -> None:

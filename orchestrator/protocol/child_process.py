@@ -131,7 +131,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class Export:
-    """Request to write a model that transformers builds, by transformers' own `save_pretrained`.
+    """Request to write a model that transformers builds, by its own `save_pretrained`, or one with adapters, merged.
 
     Args:
         run_dir, checkpoint, code: as in `Evaluation`.

@@ -55,8 +55,8 @@ class LoraSpec(Section):
     target_modules: Annotated[tuple[str, ...], AfterValidator(_modules)] = Field(
         default=("q_proj", "v_proj"),
         min_length=1,
-        description="Matrices that get an adapter, by their names in transformers; gate_proj, up_proj and down_proj are "
-        "those of dense MLPs, shared experts and routed experts, each of which gets its own.",
+        description="Matrices that get an adapter, by their names in transformers; gate_proj, up_proj and down_proj "
+        "are those of dense MLPs, shared experts and routed experts, each of which gets its own.",
     )
     init_from: Annotated[str, AfterValidator(directory)] | None = Field(
         default=None,
@@ -91,7 +91,7 @@ def broken_lora(lora: LoraSpec, has_latents: bool, has_query_latents: bool, num_
     Args:
         has_latents, has_query_latents: whether keys and values, and queries, are made from latents.
     """
-    of_attention = _OF_HEADS
+    of_attention: tuple[str, ...] = _OF_HEADS
     if has_latents:
         of_attention = _OF_LATENTS + (_OF_QUERY_LATENTS if has_query_latents else ("q_proj",))
     missing = [name for name in lora.target_modules if name not in (*of_attention, *OF_MLPS)]

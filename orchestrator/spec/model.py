@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field, JsonValue
 
 from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
-from orchestrator.spec.lora import LoraSpec, broken_lora
 from orchestrator.spec.keys.section import HERE, Broken, CodeDir, broken_own_code
+from orchestrator.spec.lora import LoraSpec, broken_lora
 from orchestrator.spec.moe.router import Router, RouterSpec, broken_router, most_experts
 from orchestrator.spec.task import Entrypoint
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from orchestrator.checkpoint.hf.pretrained import Part
-from orchestrator.elastic.state_spec import adapted_by, begins_as
+from orchestrator.elastic.state_spec import begins_as
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.state.ranges import NamedRanges
 
@@ -29,7 +29,7 @@ class WeightSource(Protocol):
 
 @torch.no_grad()
 def read_weights(source: WeightSource, ranges: NamedRanges) -> None:
-    """Fill weights, masters, their averages and router biases. Other state, also that of adapters, keeps its values.
+    """Fill weights, masters, their averages and router biases that the source has. Other state keeps its values.
 
     Raises:
         CheckpointCorrupt: a file can't be read.
@@ -37,9 +37,7 @@ def read_weights(source: WeightSource, ranges: NamedRanges) -> None:
     with _Weights(source) as weights:
         for name, held in ranges:
             ours = begins_as(name)
-            if ours is None or adapted_by(ours) is not None:
-                continue
-            for start, values in weights.read(ours, held.start, held.stop):
+            for start, values in weights.read(ours, held.start, held.stop) if ours is not None else ():
                 held.data[start - held.start : start - held.start + len(values)].copy_(values)
 
 

@@ -45,8 +45,8 @@ def ask_model(request: Request) -> Iterator[Answer]:
             raise OrchestratorError(f"the process with the model ended by itself ({code}):\n{process.output()}")
 
 
-def write_transformers(run_dir: Location, checkpoint: Location, dtype: str, of_ema: bool, to: Path) -> int:
-    """Have a model that transformers builds written into a directory. Returns bytes of weights. Raises what
+def write_loaded(run_dir: Location, checkpoint: Location, dtype: str, of_ema: bool, to: Path) -> int:
+    """Have a model that has to be built for that written into a directory. Returns bytes of weights. Raises what
     `ask_model` raises."""
     request = Export(str(run_dir), str(checkpoint), str(to), dtype, of_ema)
     (result,) = ask_model(request)
@@ -57,11 +57,12 @@ def write_transformers(run_dir: Location, checkpoint: Location, dtype: str, of_e
 def export_model(
     run_dir: Location, job: JobSpec, checkpoint: Location, to: Path, dtype: str | None = None, of_ema: bool = False
 ) -> int:
-    """Write a run's model as `export_hf` does, also one that transformers builds. Returns bytes of weights."""
-    write_model = None
-    if job.model.impl == "transformers":
-        write_model = partial(write_transformers, run_dir, checkpoint, dtype or job.train.precision, of_ema)
-    return export_hf(checkpoint, job, run_dir / "tokenizer.json", to, dtype, of_ema, write_model)
+    """Write a run's model as `export_hf` does, also one that transformers builds, or one with adapters, which are
+    merged. Returns bytes of weights."""
+    write_other = None
+    if job.model.impl == "transformers" or job.model.lora is not None:
+        write_other = partial(write_loaded, run_dir, checkpoint, dtype or job.train.precision, of_ema)
+    return export_hf(checkpoint, job, run_dir / "tokenizer.json", to, dtype, of_ema, write_other)
 
 
 def export_registered(run_dir: str, checkpoint: str, to: Path) -> None:

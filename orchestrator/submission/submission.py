@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.checkpoint.hf.pretrained import open_pretrained
+from orchestrator.checkpoint.hf.adapters import open_adapter
+from orchestrator.checkpoint.hf.pretrained import check_base, open_pretrained, weights_digest
 from orchestrator.checkpoint.hf.pretrained import resolved as resolved_model
 from orchestrator.data.corpus.files import KINDS, suffix_of, text_files
 from orchestrator.data.prepare.job_store import check_vocabulary
@@ -20,6 +21,7 @@ from orchestrator.spec.data import DataSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
 from orchestrator.spec.keys.section import with_code_dirs
+from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
 from orchestrator.submission.provenance import with_provenance
@@ -101,6 +103,7 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
         model = resolved_model(model, directory)
         if model.is_native:  # else the process does it that tries the model, and has transformers
             open_pretrained(directory).check(model)
+        model = with_adapters(model)
         tokenizer = tokenizer or str(directory / "tokenizer.json")
     elif model.config:
         model = resolved_model(model)
@@ -110,6 +113,25 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
     check_vocabulary(model.vocab_size, load_tokenizer(path).vocab_size)
     data = spec.data.model_copy(update={"tokenizer": str(path)})
     return spec.model_copy(update={"model": model, "data": data})
+
+
+def with_adapters(model: ModelSpec) -> ModelSpec:
+    """The model section with the digest of the weights beside its adapters, if it has some.
+
+    Raises:
+        UsageError, CheckpointCorrupt: the weights differ from those of the digest that it has; or adapters that are
+            to be trained further don't fit.
+    """
+    lora = model.lora
+    if lora is None or model.init_from is None:
+        return model
+    check_base(model)
+    place = None if lora.init_from is None else _absolute(lora.init_from)
+    digest = lora.base_sha256 or weights_digest(Path(model.init_from))
+    model = model.model_copy(update={"lora": lora.model_copy(update={"init_from": place, "base_sha256": digest})})
+    if place is not None:
+        open_adapter(model).check(model)
+    return model
 
 
 def _absolute_data(data: DataSpec) -> DataSpec:

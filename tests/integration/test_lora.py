@@ -12,7 +12,6 @@ from orchestrator.checkpoint.shard_file import read_shards
 from orchestrator.checkpoint.write import commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.model import ModelSpec
 from tests.support.pretrained import write_weights
 from tests.support.texts import STEPS, VOCAB, small_job
 from tests.support.worker_group import LocalWorkerGroup

@@ -4,7 +4,7 @@ Tensors are read one at a time, so peak memory is that of one weights file.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer
 
 from orchestrator.checkpoint.hf.families import family_of_spec
-from orchestrator.checkpoint.hf.family import KEYS, QUERY, ROUTER, Family, folded, folds
+from orchestrator.checkpoint.hf.family import KEYS, QUERY, ROUTER, folded, folds
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.state_spec import MASTER, average_of, of_model
@@ -41,15 +41,15 @@ def export_hf(
     to: Path,
     dtype: str | None = None,
     of_ema: bool = False,
-    write_model: Callable[[Path], int] | None = None,
+    write_other: Callable[[Path], int] | None = None,
 ) -> int:
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
         dtype: number format of the weights, fp32 or bf16; routers stay fp32. None: that of the job's forward pass.
         of_ema: the average of the weights in place of the weights.
-        write_model: writes config and weights of a model that transformers builds into a directory, and returns their
-            bytes.
+        write_other: writes config and weights of a model that a checkpoint alone doesn't have into a directory, and
+            returns their bytes: of one that transformers builds, or of one with adapters, merged.
 
     Returns:
         bytes of weights.
@@ -58,10 +58,7 @@ def export_hf(
         UsageError: `to` is not empty, the format cannot express the model, or the run keeps no average.
         CheckpointCorrupt: the checkpoint can't be read, or belongs to another model.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UsageError(
-            f"{to} exists and is not empty", remedy="Name a new directory with --out.", unchanged="Nothing was written."
-        )
+    refuse_used(to)
     if job.model.entrypoint is not None:
         raise UsageError(
             f"run {job.name} trains a user's model, {job.model.entrypoint}, which transformers does not know",
@@ -84,9 +81,9 @@ def export_hf(
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
     dtype = dtype or job.train.precision
-    write_model = write_model or partial(_write_model, checkpoint, job, vocab_size, dtype, of_ema)
+    write = write_other or partial(_write_model, checkpoint, job, vocab_size, dtype, of_ema)
     with new_directory(to) as directory:
-        num_bytes = write_model(directory)
+        num_bytes = write(directory)
         (directory / TOKENIZER).write_bytes(saved)
         border = _border(tokenizer.parent) or library.get_added_tokens_decoder()[0].content
         ends = border
@@ -98,17 +95,43 @@ def export_hf(
     return num_bytes
 
 
+def refuse_used(to: Path) -> None:
+    """Raise UsageError unless a directory is new or empty."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(
+            f"{to} exists and is not empty", remedy="Name a new directory with --out.", unchanged="Nothing was written."
+        )
+
+
 def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str, of_ema: bool, directory: Path) -> int:
     experts = read_manifest(checkpoint).experts
     if experts is not None:
         job = job.with_experts(experts.num_experts)
         _refuse_families(job, experts)
-    family = family_of_spec(job.model)
-    config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     with CheckpointReader(checkpoint) as reader:
         _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
-        tensors = _tensors(reader, family, job.model, of_ema)
-        num_bytes = _write_weights(tensors, DTYPES[dtype], directory)
+        return write_model(_tensors(reader, job.model, of_ema), job, vocab_size, dtype, directory)
+
+
+def write_model(
+    tensors: Iterable[tuple[str, Array]], job: JobSpec, vocab_size: int, dtype: str, directory: Path
+) -> int:
+    """Write config and weights of our own model into a directory.
+
+    Args:
+        tensors: weights and buffers in fp32, under our names.
+        dtype: as of `export_hf`.
+
+    Returns:
+        bytes of weights.
+
+    Raises:
+        UsageError: no family can express the model.
+    """
+    family = family_of_spec(job.model)
+    config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
+    renamed = (each for name, t in tensors for each in family.renamed(name, t, job.model.embedding_scale))
+    num_bytes = _write_weights(renamed, DTYPES[dtype], directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return num_bytes
 
@@ -132,8 +155,8 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
             raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer imply {shape}")
 
 
-def _tensors(reader: CheckpointReader, family: Family, spec: ModelSpec, of_ema: bool) -> Iterator[tuple[str, Array]]:
-    """Weights and buffers in fp32, under the names of transformers."""
+def _tensors(reader: CheckpointReader, spec: ModelSpec, of_ema: bool) -> Iterator[tuple[str, Array]]:
+    """Weights and buffers in fp32, under our names, with routers of two matrices as one."""
     keys_of_tensors = {name: key for key in reader.manifest.tensors if (name := of_model(key)) is not None}
 
     def read(name: str) -> Array:
@@ -150,7 +173,7 @@ def _tensors(reader: CheckpointReader, family: Family, spec: ModelSpec, of_ema: 
         if folds(spec) and name.endswith(QUERY):
             layer = name.removesuffix(QUERY)
             name, tensor = layer + ROUTER, folded(tensor, read(layer + KEYS), spec)
-        yield from family.renamed(name, tensor, spec.embedding_scale)
+        yield name, tensor
 
 
 def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: Path) -> int:

@@ -4,6 +4,7 @@ Torch-free, so that a submission can check it: only `config.json`, the index and
 read. `orchestrator.worker.transition.load_state` reads the weights. Experts may be stored one by one or stacked.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.shapes import shapes
 from orchestrator.checkpoint.hf.tensor_listing import NAMED_AT_MOST, OTHER_DIRECTORY, list_tensors, read_json, refused
 from orchestrator.checkpoint.hf.transformers_config import OF_TRAINING, transformers_settings
+from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.config_json import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.keys.section import Section
@@ -58,10 +60,10 @@ class Pretrained:
     tied: bool
 
     def parts(self, name: str) -> tuple[Part, ...]:
-        """Parts of one of our tensors, in the order of their rows; none of a buffer that the family doesn't have, or of
-        an upcycled model's router. Raises KeyError if the directory lacks it."""
+        """Parts of one of our tensors, in the order of their rows; none of a buffer that the family doesn't have, of an
+        upcycled model's router, or of an adapter. Raises KeyError if the directory lacks it."""
         dense = self._dense(name)
-        if dense is None:
+        if dense is None or adapted_by(name) is not None:
             return ()
         name = dense
         wanted = self.family.their_names("embedding.weight" if self.tied and name == "head" else name)
@@ -110,13 +112,51 @@ class Pretrained:
         return (self.tied and name == "lm_head.weight") or _UNUSED.fullmatch(name) is not None
 
 
-def refuse_tensors(directory: Path, fault: str, names: Sequence[str]) -> None:
+def weights_digest(directory: Path) -> str:
+    """SHA-256 of the directory's weights.
+
+    Raises:
+        CheckpointCorrupt: as `list_tensors`.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(set(list_tensors(directory).files.values())):
+        with (directory / name).open("rb") as file:
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def check_base(spec: ModelSpec) -> None:
+    """Check that the weights in `init_from` are those beside which a run's adapters were trained.
+
+    Raises:
+        UsageError: there is no such directory, or it has other weights.
+    """
+    if spec.lora is None or spec.init_from is None:
+        return
+    remedy = f"Bring back the model that the run began with, under {spec.init_from}."
+    unchanged = "Nothing was started or written."
+    if not Path(spec.init_from).is_dir():
+        reason = f"{spec.init_from} doesn't exist, and has the weights beside which the run's adapters were trained"
+        raise UsageError(reason, remedy=remedy, unchanged=unchanged)
+    found = weights_digest(Path(spec.init_from))
+    if spec.lora.base_sha256 not in ("", found):
+        reason = f"the weights in {spec.init_from} have changed: SHA-256 {found[:12]}…, and the run's adapters were "
+        reason += f"trained beside {spec.lora.base_sha256[:12]}…"
+        raise UsageError(reason, remedy=remedy, unchanged=unchanged)
+
+
+def refuse_tensors(
+    directory: Path,
+    fault: str,
+    names: Sequence[str],
+    remedy: str = "Fetch or save the directory again, whole, or leave model.init_from out.",
+) -> None:
     """Raises CheckpointCorrupt for a directory with a fault of these tensors; none: it has no such fault."""
     if names:
         more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
         raise CheckpointCorrupt(
             f"{directory} {fault} {', '.join(names[:NAMED_AT_MOST])}{more}",
-            remedy="Fetch or save the directory again, whole, or leave model.init_from out.",
+            remedy=remedy,
             unchanged="Nothing was started.",
         )
 

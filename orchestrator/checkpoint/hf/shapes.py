@@ -25,9 +25,7 @@ def listed(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tupl
     return params, buffers
 
 
-def with_adapters(
-    base: Iterator[tuple[str, tuple[int, ...]]], lora: LoraSpec
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+def with_adapters(base: Iterator[tuple[str, tuple[int, ...]]], lora: LoraSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The same with low-rank adapters, which come last in their module."""
     module, adapters = "", list[tuple[str, tuple[int, ...]]]()
     for name, shape in base:

@@ -1,7 +1,7 @@
 """Tensors of a directory saved by `transformers`: names, shapes and number formats, from the headers of its files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,19 @@ def list_tensors(directory: Path) -> Listing:
         named = None
     else:
         raise _broken(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
+    found = tensors_in(directory, sorted(set(named.values())) if named is not None else [WEIGHTS])
+    lost = [name for name, file in (named or {}).items() if found.files.get(name) != file]
+    if lost:
+        raise _broken(f"{index} names tensors that its files lack: {', '.join(lost[:NAMED_AT_MOST])}")
+    return found
+
+
+def tensors_in(directory: Path, names: Sequence[str]) -> Listing:
+    """List the tensors of some files of a directory. Raises CheckpointCorrupt as `list_tensors`."""
     files: dict[str, str] = {}
     found_shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
-    for file in sorted(set(named.values())) if named is not None else [WEIGHTS]:
+    for file in names:
         try:
             with safe_open(directory / file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
@@ -51,23 +60,19 @@ def list_tensors(directory: Path) -> Listing:
                     found_shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
         except (SafetensorError, OSError) as error:
             raise _broken(f"{directory / file} can't be read: {error}") from error
-    lost = [name for name, file in (named or {}).items() if files.get(name) != file]
-    if lost:
-        raise _broken(f"{index} names tensors that its files lack: {', '.join(lost[:NAMED_AT_MOST])}")
     return Listing(files, found_shapes, dtypes)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, key: str = "model.init_from", remedy: str = OTHER_DIRECTORY) -> dict[str, Any]:
+    """The object in a file of the directory that a key of the job names. Raises UsageError with this remedy."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise refused(f"model.init_from: {path} can't be read: {error.strerror}", OTHER_DIRECTORY) from error
+        raise refused(f"{key}: {path} can't be read: {error.strerror}", remedy) from error
     except ValueError as error:
-        raise refused(f"model.init_from: {path} is not JSON: {error}", OTHER_DIRECTORY) from error
+        raise refused(f"{key}: {path} is not JSON: {error}", remedy) from error
     if not isinstance(content, dict):
-        raise refused(
-            f"model.init_from: {path} is a JSON {type(content).__name__}; it must be an object", OTHER_DIRECTORY
-        )
+        raise refused(f"{key}: {path} is a JSON {type(content).__name__}; it must be an object", remedy)
     return content
 
 

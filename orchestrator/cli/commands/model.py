@@ -31,6 +31,7 @@ app = typer.Typer(no_args_is_help=True, help="A run's model: exported, measured,
 
 class ModelFormat(StrEnum):
     HF = "hf"
+    PEFT = "peft"
 
 
 class Weights(StrEnum):
@@ -48,7 +49,8 @@ def export(
     run: RunId,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new directory.", show_default=False)],
     model_format: Annotated[
-        ModelFormat, typer.Option("--format", help="hf: as transformers loads it.")
+        ModelFormat,
+        typer.Option("--format", help="hf: as transformers loads it. peft: the adapters alone (model.lora)."),
     ] = ModelFormat.HF,
     step: Step = None,
     dtype: Annotated[
@@ -62,6 +64,7 @@ def export(
     output: Output = Format.TEXT,
 ) -> None:
     """Write a run's model as a directory that other libraries load. Prints the directory."""
+    from orchestrator.checkpoint.hf.adapters import export_peft
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.errors import NotFound
     from orchestrator.run_records.job_files import read_job
@@ -73,7 +76,10 @@ def export(
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = read_job(run_dir)
     dtype = dtype or Dtype(job.train.precision)
-    num_bytes = export_model(run_dir, job, checkpoint, out.absolute(), dtype.value, weights is Weights.EMA)
+    if model_format is ModelFormat.PEFT:
+        dtype, num_bytes = Dtype.FP32, export_peft(checkpoint, job, out.absolute(), weights is Weights.EMA)
+    else:
+        num_bytes = export_model(run_dir, job, checkpoint, out.absolute(), dtype.value, weights is Weights.EMA)
     narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
     show_answer(output, ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes), str(out))
 

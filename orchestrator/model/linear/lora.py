@@ -58,9 +58,7 @@ def add_input_gradient(dx_CK: Tensor, dy_CO: Tensor, A_SK: Tensor, B_OR: Tensor,
     dx_CK.addmm_(_inner_gradient(dy_CO, A_SK, B_OR), A_SK, alpha=scale)
 
 
-def weight_gradients(
-    dy_CO: Tensor, x_CK: Tensor, A_SK: Tensor, B_OR: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def weight_gradients(dy_CO: Tensor, x_CK: Tensor, A_SK: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The gradients of A and B."""
     inner_CS, dB_OR = torch.mm(x_CK, A_SK.t()), torch.empty_like(B_OR)
     for dy_Co, inner_CR, dB_oR in _by_block(dy_CO, inner_CS, dB_OR):

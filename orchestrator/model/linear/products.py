@@ -37,9 +37,7 @@ class LinearProducts(nn.Module):
             if name in lora.matrices:
                 num_outputs, num_inputs = param.shape
                 blocks = stacked_in(name)
-                found[name] = LowRankAdapter(
-                    num_inputs, num_outputs, lora.r, lora.scale, lora.lora_dropout, blocks
-                )
+                found[name] = LowRankAdapter(num_inputs, num_outputs, lora.r, lora.scale, lora.lora_dropout, blocks)
         if found:
             self.lora = nn.ModuleDict(found)
             self.adapters = found

@@ -84,7 +84,9 @@ def run_experts(
     adapted = experts[0].adapters if experts else {}
     if may_group and not (in_float8 or adapted) and norms_L is None and grouped_experts.can_run(x_ND, gate_ups):
         return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
-    beside = [weight for name in adapted for each in experts for weight in (each.adapters[name].A, each.adapters[name].B)]
+    beside = [
+        weight for name in adapted for each in experts for weight in (each.adapters[name].A, each.adapters[name].B)
+    ]
     how = _How(counts_L.tolist(), in_float8, {name: adapter.scale for name, adapter in adapted.items()}, norms_L)
     result: Tensor = _Experts.apply(x_ND, gates_R, token_R, how, *gate_ups, *downs, *beside)  # type: ignore[no-untyped-call]
     return result
@@ -109,9 +111,7 @@ class _How:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, how: _How, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, how: _How, *weights: Tensor) -> Tensor:
         gate_up, down = _matrices(weights, how, float8.mm if how.in_float8 else torch.mm)
         norms_L = how.norms_L
         y_ND = torch.zeros_like(x_ND)
@@ -288,9 +288,7 @@ class _WeightGradients:
         product: how they are computed; None: as the sinks do.
     """
 
-    def __init__(
-        self, sinks: Sequence[GradientSink | None], needed: Sequence[bool], product: Product | None
-    ) -> None:
+    def __init__(self, sinks: Sequence[GradientSink | None], needed: Sequence[bool], product: Product | None) -> None:
         self._sinks, self._needed, self._product = sinks, needed, product
         self.grads: list[Tensor | None] = [None] * len(sinks)
 
