@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.model.attention import Attention, rotary_tables
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.latent_attention import LatentAttention
+from orchestrator.model.linear.lora import init_adapters
 from orchestrator.model.loss import cross_entropy, cross_entropy_sum
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
@@ -182,11 +184,14 @@ class MoELanguageModel(TrainableModel):
         (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
         residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
         for name, param in self.named_parameters():
+            if adapted_by(name) is not None:
+                continue
             if "norm" in name or name.endswith("_bias"):
                 param.fill_(1.0 if "norm" in name else 0.0)
                 continue
             std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
             draw_normal(param, name, seed, std)
+        init_adapters(self, seed)
         for layer in self.moe_layers:
             for buffer in (layer.correction_bias_E, layer.mass_offset_1):
                 if buffer is not None:

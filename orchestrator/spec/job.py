@@ -7,7 +7,7 @@ directly, as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value r
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -148,21 +148,12 @@ class JobSpec(Section):
         "auto, a key of this user that is made if there is none yet. null: it isn't signed.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _trains_adapters(cls, given: Any) -> Any:
+    @model_validator(mode="after")
+    def _trains_adapters(self) -> Self:
         """Write down what is trained where the model has adapters and nothing else is asked for."""
-        if not isinstance(given, dict):
-            return given
-        model, train = given.get("model"), given.get("train", {})
-        lora = model.get("lora") if isinstance(model, dict) else getattr(model, "lora", None)
-        if lora is None:
-            return given
-        if isinstance(train, TrainSpec) and "trainable" not in train.model_fields_set:
-            return given | {"train": train.model_copy(update={"trainable": TRAINED})}
-        if isinstance(train, dict) and "trainable" not in train:
-            return given | {"train": {**train, "trainable": TRAINED}}
-        return given
+        if self.model.lora is not None and "trainable" not in self.train.model_fields_set:
+            object.__setattr__(self, "train", self.train.model_copy(update={"trainable": TRAINED}))
+        return self
 
     @property
     def data_format(self) -> DataFormat:
@@ -273,7 +264,7 @@ class JobSpec(Section):
         yield from broken_environment(self.envs, self.secrets)
 
     def _broken_adapters(self) -> Iterator[Broken]:
-        if self.model.lora is None:
+        if self.model.lora is None or "trainable" not in self.train.model_fields_set:
             return
         example = "layers.0.attention.lora.query.A"
         if not self.train.is_trained(example):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from orchestrator.checkpoint.hf.export import refuse_used
@@ -31,6 +32,7 @@ from orchestrator.storage.backends.location import Location
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE = "base_sha256"  # in the metadata of our files: of the weights beside which adapters were trained
 # Keys of peft's that change what an adapter computes, with the values that ours have.
 NEUTRAL: Mapping[str, object] = {
     "peft_type": "LORA",
@@ -126,6 +128,11 @@ def open_adapter(spec: ModelSpec) -> AdapterFiles:
         wrong = f"and the job's model.lora differ: {'; '.join(differing)[:500]}"
         raise _refused(directory, wrong, "Correct these keys of model.lora.")
     found = tensors_in(directory, [WEIGHTS])
+    with safe_open(directory / WEIGHTS, framework="numpy") as opened:
+        base = (opened.metadata() or {}).get(BASE, "")
+    if base and lora.base_sha256 not in ("", base):
+        wrong = f"is of other weights, SHA-256 {base[:12]}…, than those in model.init_from, {lora.base_sha256[:12]}…"
+        raise _refused(directory, wrong, "Name the base with which it was trained, or export it merged.")
     return AdapterFiles(directory, family_of_spec(spec), found.shapes, found.dtypes)
 
 
@@ -158,7 +165,11 @@ def export_peft(checkpoint: Location, job: JobSpec, to: Path, of_ema: bool = Fal
     family = family_of_spec(job.model)
     with CheckpointReader(checkpoint) as reader, new_directory(to) as directory:
         tensors = dict(_adapters(reader, family, of_ema))
-        save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+        file = directory / WEIGHTS
+        file.touch()  # keeps the umask's permissions; safetensors would make a file that only its owner can read
+        mode = file.stat().st_mode
+        save_file(tensors, file, {"format": "pt", BASE: job.model.lora.base_sha256})
+        file.chmod(mode)
         (directory / CONFIG).write_text(json.dumps(_config(job), indent=2) + "\n")
     return sum(tensor.nbytes for tensor in tensors.values())
 

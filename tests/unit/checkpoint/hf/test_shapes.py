@@ -8,6 +8,8 @@ from orchestrator.checkpoint.hf.shapes import listed
 from orchestrator.model.factory import catalogue
 from orchestrator.spec.model import ModelSpec
 
+EVERYWHERE = {"r": 3, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+
 
 @pytest.mark.parametrize(
     "keys",
@@ -19,6 +21,13 @@ from orchestrator.spec.model import ModelSpec
         {"qk_norm": "all_heads", "n_shared_experts": 2, "moe_intermediate_size": 33},
         {"kv_lora_rank": 16, "n_routed_experts": 12},
         {"kv_lora_rank": 16, "q_lora_rank": 8, "bias_update_speed": 0.0},
+        {"init_from": "/base", "qk_norm": True, "attention_bias": True, "lora": EVERYWHERE},
+        {
+            "init_from": "/base",
+            "kv_lora_rank": 16,
+            "q_lora_rank": 8,
+            "lora": {"target_modules": ["q_b_proj", "o_proj"]},
+        },
         {"router": {"scorer": "attention", "rank": 3, "selection": "top_p"}},
         {"router": {"scorer": "context", "num_heads": 2, "rank": 3, "capacity_factor": 1.5}},
     ],
