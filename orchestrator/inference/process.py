@@ -29,7 +29,7 @@ from orchestrator.inference.generate import generate
 from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.linear.lora import LowRankAdapter
+from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.protocol.child_process import (
     MODEL_LINES,
     Answer,

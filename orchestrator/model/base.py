@@ -3,6 +3,7 @@
 Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E = experts.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.elastic.state_spec import ParamSpec
+from orchestrator.model.draws import draw_uniform
+from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.spec.model import ModelSpec
@@ -67,6 +70,15 @@ class TrainableModel(nn.Module, ABC):
     @abstractmethod
     def init_weights(self, seed: int) -> None:
         """Set the weights from the seed: the same on every rank and at every world size."""
+
+    @torch.no_grad()
+    def init_adapters(self, seed: int) -> None:
+        """Let low-rank adapters begin with no effect, as in peft: B = 0, and A uniform within ± 1 / sqrt(inputs). A
+        tensor's values depend on (seed, name) alone."""
+        for prefix, module in self.named_modules():
+            if isinstance(module, LowRankAdapter):
+                draw_uniform(module.A, f"{prefix}.A", seed, 1.0 / math.sqrt(module.A.shape[1]))
+                module.B.zero_()
 
     @property
     def moe_layers(self) -> list[RoutedExperts]:

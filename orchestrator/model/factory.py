@@ -6,7 +6,7 @@ from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.base import TrainableModel, meta_device, spec_of
-from orchestrator.model.linear.products import add_adapters
+from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.model.user_model import UserModel
@@ -26,7 +26,9 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -
     kind = MoELanguageModel if spec.is_native else UserModel
     model = kind(spec, vocab_size, home)
     if spec.lora is not None:
-        add_adapters(model, spec.lora)
+        for module in list(model.modules()):
+            if isinstance(module, LinearProducts):
+                module.add_adapters(spec.lora)
     return model
 
 

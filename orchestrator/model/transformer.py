@@ -24,7 +24,6 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.latent_attention import LatentAttention
-from orchestrator.model.linear.lora import init_adapters
 from orchestrator.model.loss import cross_entropy, cross_entropy_sum
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
@@ -191,7 +190,7 @@ class MoELanguageModel(TrainableModel):
                 continue
             std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
             draw_normal(param, name, seed, std)
-        init_adapters(self, seed)
+        self.init_adapters(seed)
         for layer in self.moe_layers:
             for buffer in (layer.correction_bias_E, layer.mass_offset_1):
                 if buffer is not None:

@@ -1,15 +1,17 @@
 """A small checkpoint, as two ranks write it and a controller completes it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.shard_file import ShardPiece, read_shards
 from orchestrator.checkpoint.shard_image import ShardMemory
 from orchestrator.checkpoint.write import commit, write_image
+from orchestrator.elastic.state_spec import MASTER
 from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.protocol.worker_report import ShardWritten
@@ -43,6 +45,16 @@ def write_checkpoint(run_dir: Place, step: int = 20, generation: int = 0, journa
     complete = CheckpointCommitted(step, str(path), generation, manifest.digest)
     (journal or Journal(objects_at(run_dir))).append([plain_of(complete)])
     return path
+
+
+def write_weights(checkpoints: Path, weights: Mapping[str, npt.NDArray[np.float32]]) -> Path:
+    """A checkpoint of masters alone, by the model's names."""
+    pieces = [ShardPiece(f"{MASTER}/{name}", 0, array.size, array.reshape(-1)) for name, array in weights.items()]
+    shard = write_shard(checkpoints, pieces, step=0, term=1, generation=0, rank=0)
+    shapes = {f"{MASTER}/{name}": array.shape for name, array in weights.items()}
+    return commit(
+        checkpoints, manifest_of(read_shards(checkpoints, [shard], term=1), run_id="r", term=1, shapes=shapes)
+    )
 
 
 def write_shard(

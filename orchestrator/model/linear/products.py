@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import stacked_in
-from orchestrator.model.linear.lora import LowRankAdapter
+from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.spec.lora import LoraSpec
 
 
@@ -41,10 +41,3 @@ class LinearProducts(nn.Module):
         if found:
             self.lora = nn.ModuleDict(found)
             self.adapters = found
-
-
-def add_adapters(model: nn.Module, lora: LoraSpec) -> None:
-    """Put adapters beside the matrices of the model's attention, MLPs and experts that are to have one."""
-    for module in list(model.modules()):
-        if isinstance(module, LinearProducts):
-            module.add_adapters(lora)

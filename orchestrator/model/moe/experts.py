@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.model.linear import float8
-from orchestrator.model.linear.lora import add_input_gradient, add_outputs, weight_gradients
+from orchestrator.model.linear.low_rank import add_input_gradient, add_outputs, weight_gradients
 from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.moe import grouped_experts
 from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of

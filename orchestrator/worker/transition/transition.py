@@ -21,7 +21,6 @@ from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_change import at
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.engine.base import noop
-from orchestrator.model.linear.lora import init_adapters
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Handover
@@ -91,7 +90,7 @@ def _fill_first(
         if not model.is_native:
             check_agreement(shard.model, shard.groups.exchange)
     elif model.lora is not None:
-        init_adapters(shard.model, factory.spec.train.seed)
+        shard.model.init_adapters(factory.spec.train.seed)
     engine.on_weights_initialized()  # also for state that the files lack
     if plan.restore is not None:
         ranges, rank, size = engine.ranges(), shard.rank, plan.world.size

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.checkpoint.hf.shapes import listed
 from orchestrator.elastic.expert_change import ExpertSet
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.inventory import inventory
@@ -26,6 +27,8 @@ from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.lora import LoraSpec
+from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.fingerprint import StateFingerprint
 from orchestrator.state.ranges import NamedRanges, zeros_like
@@ -40,6 +43,40 @@ MATRIX, NORM = ParamSpec("query", (64, 32), None), ParamSpec("norm", (64,), None
 BUFFERS = [("bias", (5,))]
 WEIGHTS = {"param": "REPLICATED float32", "exp_avg": "SHARDED float32", "exp_avg_sq": "SHARDED float32"}
 MIXED = {**WEIGHTS, "param": "REPLICATED bfloat16", "master": "SHARDED float32"}
+
+
+def test_weights_beside_adapters_are_in_no_checkpoint_snapshot_or_transfer() -> None:
+    """Each rank reads its own from `model.init_from`; whatever else is trained is treated as ever."""
+    spec = ModelSpec(
+        init_from="/base",
+        hidden_size=16,
+        num_hidden_layers=2,
+        n_routed_experts=3,
+        lora=LoraSpec(r=2, target_modules=("q_proj", "down_proj")),
+    )
+    train = TrainSpec(trainable=("*.lora.*", "head"))
+    params, buffers = listed(spec, 50)
+    tensors = inventory(params, JobSpec(name="adapters", model=spec, train=train), buffers)
+    trained = {p.name for p in params if ".lora." in p.name or p.name == "head"}
+    assert {name for name, tensor in tensors.items() if tensor.is_base} == {
+        f"param/{p.name}" for p in params if p.name not in trained
+    }
+    kinds = ("master", "exp_avg", "exp_avg_sq")
+    wanted = {f"{kind}/{name}" for kind in kinds for name in trained} | {f"buffer/{name}" for name, _ in buffers}
+    assert saved_shapes(tensors).keys() == wanted
+    before, after = (
+        training_layout(tensors, ExpertPlacement.balanced(3, len(members)), World(generation, members), PLAIN)
+        for generation, members in enumerate((("a", "b"), ("a", "b", "c")))
+    )
+    plan = TransferPlan.between(before, after)
+    moved = {plan.names[tensor] for tensor in plan.moves[:, 0].tolist()}
+    kept = {plan.names[tensor] for tensor in plan.keeps[:, 0].tolist()}
+    assert moved >= {"param/head", "param/layers.0.attention.lora.query.A"}
+    assert not any(tensors[name].is_base for name in moved | kept)
+    for rank in range(3):
+        assert not any(tensors[name].is_base for name in SnapshotFormat.of(after, rank).names)
+        held = [after.names[tensor] for tensor, *_ in after.ranges_of("abc"[rank]).tolist()]
+        assert "param/layers.0.attention.query" in held  # it is in the rank's memory, and counted there
 
 
 @pytest.mark.parametrize(

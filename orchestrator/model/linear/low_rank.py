@@ -7,14 +7,11 @@ modules.
 Shape legend: X = any leading dimensions, C = rows, K = inputs, O = outputs, S = rank times stacked matrices, R = rank.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from orchestrator.model.draws import draw_uniform
 
 
 class LowRankAdapter(nn.Module):
@@ -78,13 +75,3 @@ def _by_block(y_CO: Tensor, inner_CS: Tensor, B_OR: Tensor) -> Iterator[tuple[Te
     """The parts that belong to each stacked matrix."""
     blocks = inner_CS.shape[1] // B_OR.shape[1]
     return zip(y_CO.chunk(blocks, 1), inner_CS.chunk(blocks, 1), B_OR.chunk(blocks), strict=True)
-
-
-@torch.no_grad()
-def init_adapters(model: nn.Module, seed: int) -> None:
-    """Let adapters begin with no effect, as peft does: B = 0, and A uniform within ± 1 / sqrt(inputs), by (seed, name)
-    alone."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, LowRankAdapter):
-            draw_uniform(module.A, f"{prefix}.A", seed, 1.0 / math.sqrt(module.A.shape[1]))
-            module.B.zero_()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.linear.lora import LowRankAdapter, init_adapters
+from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.spec.lora import LoraSpec
 from orchestrator.spec.model import ModelSpec
@@ -89,9 +89,9 @@ def test_adapters_begin_with_no_effect() -> None:
         bound = adapter.A.shape[1] ** -0.5
         assert adapter.A.abs().max() <= bound and adapter.A.std() > bound / 3 and not adapter.B.any()
     before = [adapter.A.clone() for adapter in adapters]
-    init_adapters(adapted, 0)
+    adapted.init_adapters(0)
     assert all(torch.equal(a, adapter.A) for a, adapter in zip(before, adapters, strict=True))
-    init_adapters(adapted, 1)
+    adapted.init_adapters(1)
     assert not any(torch.equal(a, adapter.A) for a, adapter in zip(before, adapters, strict=True))
 
 
