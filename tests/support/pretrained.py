@@ -39,8 +39,12 @@ def write_directory(directory: Path, **changes: Any) -> Path:
     config = GLM4_MOE.configuration(SPEC, VOCAB, 32, "float32") | changes
     left = {key: value for key, value in config.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(left))
-    TextTokenizer.train(["some text to learn from, and some more text"], 280).save(directory / "tokenizer.json")
+    _write_tokenizer(directory)
     return directory
+
+
+def _write_tokenizer(directory: Path) -> None:
+    TextTokenizer.train(["some text to learn from, and some more text"], 280).save(directory / "tokenizer.json")
 
 
 def write_weights(directory: Path, spec: ModelSpec, seed: int = 0) -> Path:
@@ -57,4 +61,5 @@ def write_weights(directory: Path, spec: ModelSpec, seed: int = 0) -> Path:
     save_file(tensors, directory / "model.safetensors")
     config = GLM4_MOE.configuration(spec, spec.vocab_size, 32, "float32")
     (directory / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(directory)
     return directory

@@ -1,6 +1,7 @@
 """`job validate | plan | schema`: job files, without a cluster."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -83,9 +84,7 @@ def plan(
         raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")
     planned = plan_of(spec)
     if workers is not None:
-        planned = JobPlan(
-            planned.num_parameters, planned.vocab_size, tuple(w for w in planned.worlds if w.world_size == workers)
-        )
+        planned = replace(planned, worlds=tuple(w for w in planned.worlds if w.world_size == workers))
     if output is Format.JSON:
         show_json(to_plain(planned))
     else:
@@ -111,7 +110,8 @@ def _notes(spec: JobSpec) -> Iterator[str]:
 
 
 def _show(planned: JobPlan) -> None:
-    show(f"{planned.num_parameters:,} parameters, {planned.vocab_size} tokens in the vocabulary\n")
+    trained = "" if planned.num_trained == planned.num_parameters else f", {planned.num_trained:,} of them trained"
+    show(f"{planned.num_parameters:,} parameters{trained}, {planned.vocab_size} tokens in the vocabulary\n")
     worlds = planned.worlds
     head = [str(world.world_size) for world in worlds]
     layout = [

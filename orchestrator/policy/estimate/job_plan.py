@@ -58,9 +58,14 @@ class WorldPlan:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A plan for each world size, ascending."""
+    """A plan for each world size, ascending.
+
+    Args:
+        num_trained: of the parameters, those that are trained.
+    """
 
     num_parameters: int
+    num_trained: int
     vocab_size: int
     worlds: tuple[WorldPlan, ...]
 
@@ -74,6 +79,7 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
     sizes = range(job.workers.min, job.workers.max + 1)
     return JobPlan(
         num_parameters=sum(param.numel for param in state.params),
+        num_trained=sum(param.numel for param in state.params if job.train.is_trained(param.name)),
         vocab_size=state.vocab_size,
         worlds=tuple(_plan_world(job, state, size, ours) for size in sizes),
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checkpoint.hf.shapes import listed
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
 from orchestrator.policy.estimate.worker_memory import StatePlan
@@ -26,7 +27,7 @@ def test_a_world_of_one_sends_nothing() -> None:
 
 def test_sharded_parts_shrink_and_dense_weights_stay() -> None:
     plan = _plan()
-    assert plan.num_parameters == 12_000
+    assert plan.num_parameters == plan.num_trained == 12_000
     assert [world.memory.weights for world in plan.worlds] == [48_000, 32_000, 4 * 7000, 4 * 6000]
     moments = [world.memory.moments for world in plan.worlds]
     assert moments == sorted(moments, reverse=True) and moments[0] == 2 * 4 * 12_000
@@ -101,3 +102,25 @@ def test_copies_of_experts_take_memory_and_their_gradients_travel() -> None:
     for world, plain in zip(two.worlds[1:], without.worlds[1:], strict=True):
         assert world.memory.peak >= plain.memory.peak
         assert world.traffic.gradients_reduced > plain.traffic.gradients_reduced
+
+
+def test_with_adapters_a_rescale_moves_as_much_less_as_is_trained() -> None:
+    """Workers read the other weights from `model.init_from`; their memory is counted."""
+    sizes = {"init_from": "/base", "hidden_size": 64, "num_hidden_layers": 2, "n_routed_experts": 4}
+    plans = []
+    for lora in (None, {"r": 2, "target_modules": ["q_proj", "v_proj"]}):
+        spec = {"name": "try", "workers": "1..2", "model": sizes | ({"lora": lora} if lora else {})}
+        job = JobSpec.model_validate(spec)
+        params, buffers = listed(job.model, 100)
+        plans.append(plan_job(job, StatePlan(tuple(params), tuple(buffers), 100)))
+    whole, adapted = plans
+    assert whole.num_trained == whole.num_parameters == adapted.num_parameters - adapted.num_trained
+    one, other = (plan.worlds[0] for plan in plans)
+    assert other.memory.weights == one.memory.weights + 4 * adapted.num_trained
+    buffers_moved = other.memory.buffers  # the router's bias, of either
+    dense = [param for param in listed(job.model, 100)[0] if ".experts." not in param.name]
+    trained = sum(param.numel for param in dense if ".lora." in param.name)
+    assert trained == adapted.num_trained
+    # A newcomer gets the weights, and half of both moments.
+    assert other.rescales[0].moved_bytes == pytest.approx(4 * 2 * trained + buffers_moved, abs=4096)
+    assert other.rescales[0].moved_bytes < 0.1 * one.rescales[0].moved_bytes
