@@ -28,6 +28,7 @@ from orchestrator.model.loss import cross_entropy, cross_entropy_sum
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
+from orchestrator.model.moe.routing.scorers import initial_std
 from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 
@@ -188,7 +189,7 @@ class MoELanguageModel(TrainableModel):
             if "norm" in name or name.endswith("_bias"):
                 param.fill_(1.0 if "norm" in name else 0.0)
                 continue
-            std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
+            std = residual_std if name.endswith((".output", ".down")) else initial_std(name, self.spec)
             draw_normal(param, name, seed, std)
         self.init_adapters(seed)
         for layer in self.moe_layers:

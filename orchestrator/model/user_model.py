@@ -25,6 +25,7 @@ from orchestrator.model.draws import draw_normal
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.routed_experts import RoutedExperts
+from orchestrator.model.moe.routing.scorers import initial_std
 from orchestrator.model.padding import Padding
 from orchestrator.model.user_entrypoint import built
 from orchestrator.model.user_rules import broken_rules, shown
@@ -154,7 +155,7 @@ class UserModel(TrainableModel):
             if not isinstance(layer, RoutedExperts):
                 continue
             for name, param in layer.named_parameters(prefix):
-                draw_normal(param, name, seed, residual_std if name.endswith(".down") else self.spec.initializer_range)
+                draw_normal(param, name, seed, residual_std if name.endswith(".down") else initial_std(name, self.spec))
                 names.add(name)
             for name in buffers.keys() & dict(layer.named_buffers(prefix)).keys():
                 buffers[name].zero_()

@@ -219,9 +219,9 @@ class ModelSpec(ModelSource):
 
     @property
     def router_key_scale(self) -> float:
-        """Factor on experts' keys: 1 over the root of their width and over their initial standard deviation, so that
-        new routers with keys score as linear ones do."""
-        return float(1.0 / (self.router.rank**0.5 * self.initializer_range))
+        """Factor on experts' keys with which new routers with keys score as linear ones do: initial keys vary by
+        `initializer_range`, and queries by that times the root of their width (`model.moe.routing.scorers`)."""
+        return float(1.0 / (self.router.rank * self.initializer_range))
 
     @property
     def counts_margins(self) -> bool:

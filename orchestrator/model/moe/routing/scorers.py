@@ -42,8 +42,9 @@ class LinearScorer(Scorer):
 class AttentionScorer(Scorer):
     """Attention of a token over keys of the experts (arXiv:1706.03762, section 3.2.1): (x Qᵀ) Kᵀ / √R, of rank R.
 
-    Keys are divided by their initial standard deviation, so that a new router's logits vary as those of a linear one.
-    It is a linear scorer of lower rank, as which it is exported (`orchestrator.checkpoint.hf.export`).
+    The scale is such that a new router's logits vary as those of a linear one, and queries are drawn so wide
+    (`initial_std`) that an update moves logits as fast. It is a linear scorer of lower rank, as which it is exported
+    (`orchestrator.checkpoint.hf.export`).
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -87,6 +88,18 @@ class ContextScorer(Scorer):
         keys_HRE = (self.keys.float() * self._scale).view(self.num_heads, -1, rank).transpose(1, 2)
         logits_HNE = query_HNR @ keys_HRE
         return logits_HNE.logsumexp(0) - math.log(self.num_heads)
+
+
+def initial_std(name: str, spec: ModelSpec) -> float:
+    """Standard deviation of the initial weights of a parameter of any module.
+
+    That of queries is larger by √R. An update of Adam moves each weight by about the learning rate, so a logit by up to
+    that times |x|₁ |s k|₁ for R entries of the query, where it is |x|₁ of a linear router: with narrow queries, of
+    which keys are multiplied by more to give the same logits, tokens change experts faster than a bias follows
+    (docs/routers.md).
+    """
+    is_query = name.endswith((".scorer.query", ".scorer.context_query"))
+    return spec.initializer_range * (spec.router.rank**0.5 if is_query else 1.0)
 
 
 SCORERS: dict[str, type[Scorer]] = {"linear": LinearScorer, "attention": AttentionScorer, "context": ContextScorer}
