@@ -39,7 +39,12 @@ def _handovers(worker_group: LocalWorkerGroup, generation: int) -> list[Any]:
     ("lora", "train"),
     [
         pytest.param({"target_modules": EVERYWHERE, "r": 4}, {"zero_stage": 2}, id="everywhere"),
-        pytest.param({"lora_dropout": 0.2}, {"precision": "bf16"}, id="attention with dropout in bf16"),
+        pytest.param(
+            {"lora_dropout": 0.2},
+            {"precision": "bf16"},
+            id="attention with dropout in bf16",
+            marks=pytest.mark.long_emulated,
+        ),
     ],
 )
 def test_adapters_move_and_are_replayed_bit_by_bit(
@@ -67,6 +72,7 @@ def test_adapters_move_and_are_replayed_bit_by_bit(
     assert runs[0][-1][0] < runs[0][0][0] - 0.2
 
 
+@pytest.mark.long_emulated
 def test_a_checkpoint_has_adapters_alone_and_any_world_goes_on_from_it(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:

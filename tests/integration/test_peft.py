@@ -21,6 +21,8 @@ from orchestrator.state.pretrained_weights import read_weights
 from orchestrator.state.ranges import NamedRanges
 from tests.support.checkpoints import write_weights
 
+pytestmark = pytest.mark.on_cpu
+
 VOCAB = 97
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EVERYWHERE = (*ATTENTION, "gate_proj", "up_proj", "down_proj")

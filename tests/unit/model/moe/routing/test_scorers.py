@@ -1,7 +1,5 @@
 """Scorers of routers: their formulas, that new ones score alike, and what they refuse."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,14 @@ from torch import Tensor
 from orchestrator.checkpoint.hf.family import folded
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.moe.routing.router import Router
-from orchestrator.model.moe.routing.scorers import SCORERS, AttentionScorer, ContextScorer, Scorer, scorer_of
+from orchestrator.model.moe.routing.scorers import (
+    SCORERS,
+    AttentionScorer,
+    ContextScorer,
+    Scorer,
+    initial_std,
+    scorer_of,
+)
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.moe.router import RouterSpec
 from tests.support import devices
@@ -28,7 +33,7 @@ def _scorer(spec: ModelSpec) -> Scorer:
     scorer = scorer_of(spec)
     with torch.no_grad():
         for name, param in scorer.named_parameters():
-            draw_normal(param, name, 3, spec.initializer_range)
+            draw_normal(param, name, 3, initial_std(f"router.scorer.{name}", spec))
     return scorer.to(devices.device())
 
 
@@ -42,7 +47,7 @@ def test_attention_scores_a_query_against_keys_and_folds_into_a_linear_scorer() 
     assert isinstance(scorer, AttentionScorer)
     query_NR, keys_ER = x_ND @ scorer.query.T, scorer.keys / spec.initializer_range
     logits_NE = scorer(x_ND)
-    torch.testing.assert_close(logits_NE, query_NR @ keys_ER.T / math.sqrt(4))
+    torch.testing.assert_close(logits_NE, query_NR @ keys_ER.T / 4)
     weight_ED = torch.from_numpy(folded(scorer.query.detach().cpu().numpy(), scorer.keys.detach().cpu().numpy(), spec))
     torch.testing.assert_close(F.linear(x_ND, weight_ED.to(devices.device())), logits_NE, rtol=1e-6, atol=1e-6)
 
@@ -57,7 +62,7 @@ def test_context_scores_each_head_and_takes_the_log_of_the_mean_of_their_exponen
         rows = slice(4 * head, 4 * head + 4)
         query_NR = x_ND @ scorer.query[rows].T + normed_ND @ scorer.context_query[rows].T
         keys_ER = scorer.keys[5 * head : 5 * head + 5] / spec.initializer_range
-        heads.append(query_NR @ keys_ER.T / math.sqrt(4))
+        heads.append(query_NR @ keys_ER.T / 4)
     wanted_NE = torch.stack(heads).exp().mean(0).log()
     torch.testing.assert_close(scorer(x_ND, context_ND), wanted_NE)
     assert not torch.allclose(scorer(x_ND, 0 * context_ND), wanted_NE, atol=1e-3)
@@ -71,6 +76,20 @@ def test_new_scorers_of_all_kinds_vary_alike(scorer: str) -> None:
     made = _scorer(_spec(scorer, hidden_size=256, num_experts=64))
     logits_NE = made(_normal(500, 256, seed=1), _normal(500, 256, seed=2))
     assert 0.5 < float(logits_NE.detach().std()) / (0.02 * 16) < 1.5
+
+
+def test_an_update_moves_logits_as_fast_as_those_of_a_linear_scorer() -> None:
+    """One of Adam's, of the learning rate in each weight, in the direction in which a token's logit grows."""
+    moved = {}
+    for scorer in ("linear", "attention"):
+        made, x_ND = _scorer(_spec(scorer, hidden_size=256, num_experts=64)), _normal(200, 256, seed=1)
+        changes = []
+        for token in range(len(x_ND)):
+            logit = made(x_ND[token : token + 1])[0, 0]
+            gradients = torch.autograd.grad(logit, list(made.parameters()))
+            changes.append(float(sum(gradient.abs().sum() for gradient in gradients)))
+        moved[scorer] = sum(changes) / len(changes)
+    assert 0.5 < moved["attention"] / moved["linear"] < 1.5
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
