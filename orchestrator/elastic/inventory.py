@@ -52,6 +52,7 @@ def inventory(
     _check_patterns(train, [param.name for param in params])
     _check_muon(train, params)
     _check_experts(train, params)
+    _check_adapters(train, params)
     params = [param.with_settings(train) for param in params]
     tensors = [_weights(param, job) for param in params]
     params = [param for param in params if param.is_trained]
@@ -108,6 +109,23 @@ def _check_experts(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
             remedy=f"Name all of them, as {partly[0]}, or none.",
             unchanged="Nothing was trained.",
         )
+
+
+def _check_adapters(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
+    """Refuse to train no adapters where there are some, or also matrices that have one."""
+    trained = {param.name for param in params if train.is_trained(param.name)}
+    adapted = {param.name: adapted_by(param.name) for param in params if adapted_by(param.name) is not None}
+    if adapted and not trained & adapted.keys():
+        wrong = "has none of the adapters of model.lora"
+    elif twice := sorted(trained & {*adapted.values()}):
+        wrong = f"has matrices that adapters stand for, {', '.join(twice[:3])}"
+    else:
+        return
+    raise UsageError(
+        f"train.trainable: {', '.join(train.trainable)} {wrong}",
+        remedy='Leave it out, or name adapters, as "*.lora.*", and what else is to be trained beside them.',
+        unchanged="Nothing was trained.",
+    )
 
 
 def _weights(param: ParamSpec, job: JobSpec) -> StateTensor:

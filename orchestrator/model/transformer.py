@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.attention = Attention(spec) if spec.kv_lora_rank is None else LatentAttention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
-        self._recomputes_mlp = spec.gradient_checkpointing == "selective"
+        self._recomputes_mlp, self._draws = spec.gradient_checkpointing == "selective", spec.draws_in_forward
         self._routes_by_context = spec.router.scorer == "context" and index >= spec.first_k_dense_replace
         self.mlp: GatedMLP | MoELayer
         if index < spec.first_k_dense_replace:
@@ -62,7 +62,7 @@ class Block(nn.Module):
         inputs = (x_BTD, added_BTD) if self._routes_by_context else (x_BTD,)  # all of them are kept
         mixed_BTD: Tensor
         if self._recomputes_mlp and torch.is_grad_enabled():
-            mixed_BTD = checkpoint(self._mix, *inputs, use_reentrant=False, preserve_rng_state=False)
+            mixed_BTD = checkpoint(self._mix, *inputs, use_reentrant=False, preserve_rng_state=self._draws)
         else:
             mixed_BTD = self._mix(*inputs)
         return x_BTD + mixed_BTD
@@ -166,6 +166,7 @@ class MoELanguageModel(TrainableModel):
             for layer in self.layers:
                 x_BTD = layer(x_BTD, rotary, mask_B1TT, None, padding)
             return x_BTD
+        draws = self.spec.draws_in_forward
         for segment in segments(len(self.layers), self.spec.gradient_checkpointing):
             blocks = [self.layers[index] for index in segment]
 
@@ -174,7 +175,7 @@ class MoELanguageModel(TrainableModel):
                     x_BTD = block(x_BTD, rotary, mask_B1TT, None, padding)
                 return x_BTD
 
-            kept: Tensor = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=False)
+            kept: Tensor = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=draws)
             x_BTD = kept
         return x_BTD
 

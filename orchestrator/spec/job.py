@@ -219,7 +219,6 @@ class JobSpec(Section):
         yield from broken_rows(self.task, self.data, self.model)
         yield from broken_training(self.train, self.model, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
-        yield from self._broken_adapters()
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"
@@ -262,18 +261,6 @@ class JobSpec(Section):
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
                 yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
         yield from broken_environment(self.envs, self.secrets)
-
-    def _broken_adapters(self) -> Iterator[Broken]:
-        if self.model.lora is None or "trainable" not in self.train.model_fields_set:
-            return
-        example = "layers.0.attention.lora.query.A"
-        if not self.train.is_trained(example):
-            rule = f"trainable must have the adapters of model.lora, {', '.join(TRAINED)}; got "
-            keys: tuple[Path, ...] = (("train", "trainable"), ("model", "lora"))
-            yield Broken(keys, rule + ", ".join(self.train.trainable))
-        if self.train.is_trained("layers.0.attention.query"):
-            rule = "trainable must leave out the matrices that model.lora adapts; got "
-            yield Broken((("train", "trainable"), ("model", "lora")), rule + ", ".join(self.train.trainable))
 
     def _keys_of_experts(self) -> tuple[Path, ...]:
         """The keys of `expert_schedule`."""

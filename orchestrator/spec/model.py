@@ -218,6 +218,11 @@ class ModelSpec(ModelSource):
         return found
 
     @property
+    def draws_in_forward(self) -> bool:
+        """Whether our model's forward pass draws random numbers, which a recomputed one has to draw again."""
+        return self.lora is not None and self.lora.lora_dropout > 0
+
+    @property
     def router_key_scale(self) -> float:
         """Factor on experts' keys with which new routers with keys score as linear ones do: initial keys vary by
         `initializer_range`, and queries by that times the root of their width (`model.moe.routing.scorers`)."""

@@ -5,7 +5,6 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,7 +26,7 @@ from orchestrator.submission.user_code import with_packages
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import OPTIMIZERS, STEPS, VOCAB, small_job
 from tests.support.wheels import write_wheel
-from tests.support.worker_group import LocalWorkerGroup, Memory
+from tests.support.worker_group import LocalWorkerGroup, Memory, disturbed_and_undisturbed, handovers_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -55,11 +54,6 @@ def _same_training(worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
         assert record.validation_loss == undisturbed.records[step].validation_loss
 
 
-def _handovers(worker_group: LocalWorkerGroup, generation: int) -> list[Any]:
-    reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
-    return [h for r in reports for h in r.transition.handovers if h.generation == generation]
-
-
 def test_a_run_through_rescales_equals_one_that_never_rescaled(
     worker_group: LocalWorkerGroup, undisturbed: LocalWorkerGroup
 ) -> None:
@@ -67,7 +61,7 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(
     for members in (worker_group.ids[:2], worker_group.ids[1:4], [worker_group.ids[3]], worker_group.ids[:2]):
         worker_group.await_step(worker_group.newest_step + 3)
         plan = worker_group.rescale(members)
-        handovers = _handovers(worker_group, plan.generation)
+        handovers = handovers_of(worker_group, plan.generation)
         assert len(handovers) == len(plan.involved)
         assert all(h.state_identical for h in handovers)
     worker_group.await_finished()
@@ -85,7 +79,7 @@ def test_a_gpu_without_room_for_two_shards_keeps_the_old_one_in_host_memory(
         for members in (worker_group.ids, worker_group.ids[1:]):
             worker_group.await_step(worker_group.newest_step + 3)
             plan = worker_group.rescale(members)
-            assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+            assert all(h.state_identical for h in handovers_of(worker_group, plan.generation))
         worker_group.await_step(worker_group.newest_step + 3)
         worker_group.members[worker_group.ids[1]].kill()
         worker_group.recover([worker_group.ids[0], worker_group.ids[2]])
@@ -130,7 +124,7 @@ def test_every_precision_and_stage_moves_bit_by_bit(
         for members in (worker_group.ids[:3], worker_group.ids[1:2], worker_group.ids[:2]):
             worker_group.await_step(worker_group.newest_step + 2)
             plan = worker_group.rescale(members)
-            assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+            assert all(h.state_identical for h in handovers_of(worker_group, plan.generation))
         worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
     assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
@@ -150,24 +144,9 @@ def test_every_optimizer_is_moved_and_replayed_bit_by_bit(
     """A rescale, a lost worker whose updates are done again from gradients, and a rescale to one: against a world of
     one that nothing happens to."""
     job = small_job(texts, determinism="exact", **UPDATES[name])
-    runs = []
-    for is_disturbed in (False, True):
-        with LocalWorkerGroup(job, store_dir, tmp_path / str(is_disturbed), size=3) as worker_group:
-            ids = worker_group.ids
-            worker_group.start(worker_group.plan(ids[:2] if is_disturbed else ids[:1]))
-            if is_disturbed:
-                worker_group.await_step(worker_group.newest_step + 3)
-                worker_group.rescale(ids)
-                worker_group.await_step(worker_group.newest_step + 4)  # whole snapshots, and deltas after them
-                worker_group.members[ids[2]].kill()
-                worker_group.recover(ids[:2])
-                worker_group.await_step(worker_group.newest_step + 3)
-                plan = worker_group.rescale(ids[1:2])
-                assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
-            worker_group.await_finished()
-        runs.append(worker_group)
-    _same_training(runs[1], runs[0])
-    assert runs[0].records[STEPS - 1].loss < runs[0].records[0].loss - 0.3
+    disturbed, undisturbed = disturbed_and_undisturbed(job, store_dir, tmp_path)
+    _same_training(disturbed, undisturbed)
+    assert undisturbed.records[STEPS - 1].loss < undisturbed.records[0].loss - 0.3
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -181,7 +160,7 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
             for size in worlds[1:]:
                 worker_group.await_step(worker_group.newest_step + 3)
                 plan = worker_group.rescale(worker_group.ids[:size])
-                assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+                assert all(h.state_identical for h in handovers_of(worker_group, plan.generation))
             worker_group.await_finished()
         assert sorted(worker_group.records) == list(range(STEPS)) and all(
             r.update.applied for r in worker_group.records.values()
@@ -208,7 +187,7 @@ def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, 
             for size in worlds[1:]:
                 worker_group.await_step(worker_group.newest_step + 3)
                 plan = worker_group.rescale(worker_group.ids[:size])
-                assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+                assert all(h.state_identical for h in handovers_of(worker_group, plan.generation))
             worker_group.await_finished()
         runs.append([record.loss for _, record in sorted(worker_group.records.items())])
     assert len(runs[0]) == STEPS and runs[0] == runs[1]
@@ -299,7 +278,7 @@ def test_a_newcomer_lost_costs_no_step(
     again = worker_group.plan(survivors, old, plan.generation + 1)
     worker_group.send(next=again, fence=None)
     worker_group.await_all(survivors, lambda r: r.phase is Phase.READY and r.generation == again.generation)
-    assert all(h.state_identical for h in _handovers(worker_group, again.generation))
+    assert all(h.state_identical for h in handovers_of(worker_group, again.generation))
     worker_group.send(current=again, next=None, activated=again.generation)
     worker_group.await_finished()
     _same_training(worker_group, undisturbed)

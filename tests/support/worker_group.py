@@ -40,7 +40,7 @@ from orchestrator.protocol.sent_directive import SentDirective
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
-from orchestrator.protocol.worker_report import Report
+from orchestrator.protocol.worker_report import Handover, Report
 from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.spec.job import JobSpec
 from tests.support import devices, forks
@@ -488,3 +488,34 @@ def commit_of(worker_group: LocalWorkerGroup, step: int) -> Path:
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     complete = Commit(step, 1, shards[0].generation, tuple(shards))
     return Path(commit_checkpoint("test", Path(worker_group.job.storage_dir), complete).path)
+
+
+def handovers_of(worker_group: LocalWorkerGroup, generation: int) -> list[Handover]:
+    """What living workers have measured of the transition to a generation."""
+    reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
+    return [h for r in reports for h in r.transition.handovers if h.generation == generation]
+
+
+def disturbed_and_undisturbed(
+    job: JobSpec, store_dir: Path, tmp_path: Path
+) -> tuple[LocalWorkerGroup, LocalWorkerGroup]:
+    """A run of two workers through a rescale, a lost worker whose updates are done again from gradients, and a rescale
+    to one; and a run of one worker that nothing happens to. Both have ended."""
+    runs = []
+    for is_disturbed in (True, False):
+        with LocalWorkerGroup(job, store_dir, tmp_path / str(is_disturbed), size=3) as worker_group:
+            ids = worker_group.ids
+            worker_group.start(worker_group.plan(ids[:2] if is_disturbed else ids[:1]))
+            if is_disturbed:
+                worker_group.await_step(worker_group.newest_step + 3)
+                worker_group.rescale(ids)
+                worker_group.await_step(worker_group.newest_step + 4)  # whole snapshots, and deltas after them
+                worker_group.members[ids[2]].kill()
+                worker_group.recover(ids[:2])
+                worker_group.await_step(worker_group.newest_step + 3)
+                plan = worker_group.rescale(ids[1:2])
+                assert all(h.state_identical for h in handovers_of(worker_group, plan.generation))
+            worker_group.await_finished()
+        runs.append(worker_group)
+    disturbed, undisturbed = runs
+    return disturbed, undisturbed

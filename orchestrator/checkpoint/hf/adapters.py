@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from orchestrator.checkpoint.hf.export import refuse_used
+from orchestrator.checkpoint.hf.export import refuse_missing_average, refuse_used
 from orchestrator.checkpoint.hf.families import family_of_spec
 from orchestrator.checkpoint.hf.family import Family
 from orchestrator.checkpoint.hf.pretrained import FLOATS, Part, refuse_tensors
@@ -132,7 +132,10 @@ def open_adapter(spec: ModelSpec) -> AdapterFiles:
         base = (opened.metadata() or {}).get(BASE, "")
     if base and lora.base_sha256 not in ("", base):
         wrong = f"is of other weights, SHA-256 {base[:12]}…, than those in model.init_from, {lora.base_sha256[:12]}…"
-        raise _refused(directory, wrong, "Name the base with which it was trained, or export it merged.")
+        raise refused(
+            f"model.lora.init_from: {directory / WEIGHTS} {wrong}",
+            "Name the base with which it was trained, or export it merged.",
+        )
     return AdapterFiles(directory, family_of_spec(spec), found.shapes, found.dtypes)
 
 
@@ -153,7 +156,7 @@ def export_peft(checkpoint: Location, job: JobSpec, to: Path, of_ema: bool = Fal
         bytes of weights.
 
     Raises:
-        UsageError: the run trains no adapters, or other weights too, or no family has its model.
+        UsageError: the run trains no adapters, or other weights too, keeps no average, or no family has its model.
     """
     refuse_used(to)
     if job.model.lora is None:
@@ -162,6 +165,7 @@ def export_peft(checkpoint: Location, job: JobSpec, to: Path, of_ema: bool = Fal
     if more or job.model.bias_update_speed:
         moved = f"train.trainable {', '.join(more)}" if more else "the router's bias (model.bias_update_speed)"
         raise _not_written(f"run {job.name} trains other weights too: {moved}", "Export it merged, with --format hf.")
+    refuse_missing_average(job, of_ema)
     family = family_of_spec(job.model)
     with CheckpointReader(checkpoint) as reader, new_directory(to) as directory:
         tensors = dict(_adapters(reader, family, of_ema))

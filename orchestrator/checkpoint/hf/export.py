@@ -71,12 +71,7 @@ def export_hf(
             remedy="Read its checkpoint instead: each shard is a safetensors file.",
             unchanged="Nothing was written.",
         )
-    if of_ema and job.train.ema is None:
-        raise UsageError(
-            f"run {job.name} keeps no average of its weights",
-            remedy="Set train.ema in its job, or leave out --weights.",
-            unchanged="Nothing was written.",
-        )
+    refuse_missing_average(job, of_ema)
     saved = objects_at(tokenizer.parent).get(tokenizer.name)
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
@@ -100,6 +95,16 @@ def refuse_used(to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(
             f"{to} exists and is not empty", remedy="Name a new directory with --out.", unchanged="Nothing was written."
+        )
+
+
+def refuse_missing_average(job: JobSpec, of_ema: bool) -> None:
+    """Raise UsageError if the average of the weights is wanted of a run that keeps none."""
+    if of_ema and job.train.ema is None:
+        raise UsageError(
+            f"run {job.name} keeps no average of its weights",
+            remedy="Set train.ema in its job, or leave out --weights.",
+            unchanged="Nothing was written.",
         )
 
 

@@ -70,6 +70,8 @@ def export(
     from orchestrator.run_records.job_files import read_job
     from orchestrator.submission.model_process import export_model
 
+    if model_format is ModelFormat.PEFT and dtype is not None:
+        raise UsageError("--dtype is for --format hf; adapters are written in fp32", unchanged="Nothing was written.")
     files = find_run(run, storage, address).files
     run_dir, checkpoint = files.run_dir, files.choose_checkpoint(step)
     if checkpoint is None:

@@ -40,9 +40,10 @@ def _weights(job: JobSpec) -> dict[str, Any]:
     """What the starting weights depend on, beside the model section."""
     if job.model.init_from is None:
         return {"seed": job.train.seed}
-    files = sorted(Path(job.model.init_from).glob("*.safetensors"))
+    adapter = None if job.model.lora is None else job.model.lora.init_from
+    files = [path for place in (job.model.init_from, adapter) if place for path in Path(place).glob("*.safetensors")]
     of_routers = {"seed": job.train.seed} if job.model.upcycle else {}
-    return of_routers | {path.name: digest_file(path).sha256 for path in files}
+    return of_routers | {path.name: digest_file(path).sha256 for path in sorted(files)}
 
 
 def _computed(job: JobSpec, store: RowStore, directory: Path, name: str, progress: Callable[[str, float], None]) -> str:

@@ -75,8 +75,7 @@ def _set_up(model: TrainableModel, train: TrainSpec) -> None:
         param.requires_grad_(train.is_trained(name))
     for prefix, layer in model.named_modules():
         if isinstance(layer, RoutedExperts):
-            of_expert = dict(next(iter(layer.experts.values())).named_parameters()) if len(layer.experts) else ("down",)
-            names = (f"{prefix}.experts.{e}.{name}" for e in range(layer.num_experts) for name in of_expert)
+            names = (f"{prefix}.experts.{e}.{part}" for e in range(layer.num_experts) for part in layer.expert_parts)
             layer.trains_experts = any(train.is_trained(name) for name in names)
 
 

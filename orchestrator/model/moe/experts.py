@@ -29,6 +29,7 @@ from orchestrator.model.moe.routing.saliency import NORM_UNIT
 
 # Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+MATRICES = ("gate_up", "down")  # of a gated MLP
 Product = Callable[..., Tensor]  # of two matrices, as `torch.mm`
 
 
@@ -233,7 +234,7 @@ class _Matrix:
 def _matrices(weights: Sequence[Tensor], how: _How, mm: Product) -> list[_Matrix]:
     """Those of gate and up, and of down, from all weights in the order of `_Experts`."""
     found, count, end = [], len(how.counts), 2 * len(how.counts)
-    for nth, name in enumerate(("gate_up", "down")):
+    for nth, name in enumerate(MATRICES):
         own = weights[nth * count : (nth + 1) * count]
         if name in how.adapters:
             beside = weights[end : end + 2 * count]

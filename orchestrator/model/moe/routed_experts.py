@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.model.moe.dispatcher import ExchangeSizes, TokenDispatcher
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
-from orchestrator.model.moe.experts import GatedMLP, run_experts
+from orchestrator.model.moe.experts import MATRICES, GatedMLP, run_experts
 from orchestrator.model.moe.local_dispatcher import LocalDispatcher
 from orchestrator.model.moe.per_choice_dispatcher import PerChoiceDispatcher
 from orchestrator.model.moe.per_rank_dispatcher import PerRankDispatcher
@@ -32,6 +32,7 @@ class RoutedExperts(nn.Module, ABC):
 
     Attributes:
         real_N: if given, indices of the tokens that aren't padding; only these are routed.
+        expert_parts: names of an expert's parameters, also on a rank that holds no expert.
         trains_experts: whether experts are trained, of this rank or another.
         keeps_saliency: whether norms of the experts' outputs are summed, in `last_norms_E`.
         last_num_tokens, last_counts_E, last_dropped, last_margins_EM, last_masses_M, last_balance_loss: of the last
@@ -45,6 +46,11 @@ class RoutedExperts(nn.Module, ABC):
         self.num_experts = spec.n_routed_experts
         size, inner = spec.hidden_size, spec.moe_intermediate_size
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
+        adapted = spec.lora.matrices if spec.lora is not None else frozenset[str]()
+        self.expert_parts = (
+            *MATRICES,
+            *(f"lora.{name}.{part}" for name in MATRICES if name in adapted for part in "AB"),
+        )
         self.dispatcher, self._is_exact = _dispatcher_of(home, spec.has_gaps), home.is_exact
         self._has_gaps, self.keeps_saliency, self._local = spec.has_gaps, home.keeps_saliency, home.local_experts
         self.last_norms_E = torch.zeros(self.num_experts if self.keeps_saliency else 0, dtype=torch.int64)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orchestrator.checkpoint.hf.adapters import open_adapter
 from orchestrator.checkpoint.hf.pretrained import open_pretrained
 from orchestrator.checkpoint.manifest import CheckpointManifest
 from orchestrator.checkpoint.read import CheckpointReader
@@ -140,14 +141,16 @@ def _without_stages(sampler: str) -> object:
 
 @torch.no_grad()
 def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
-    """Fill this rank's weights, masters, their averages and router biases from `spec.init_from`. Other state, also
-    that of adapters, keeps its values.
+    """Fill this rank's weights, masters, their averages and router biases from `spec.init_from`, and those of adapters
+    from `spec.lora.init_from` if there is one. Other state keeps its values.
 
     Raises:
         UsageError, CheckpointCorrupt: the directory no longer exists, or isn't of this model.
     """
     assert spec.init_from is not None
     read_weights(_source_of(spec, Path(spec.init_from)), ranges)
+    if spec.lora is not None and spec.lora.init_from is not None:
+        read_weights(open_adapter(spec), ranges)
 
 
 @torch.no_grad()
@@ -165,8 +168,8 @@ def read_base(spec: ModelSpec, tensors: Inventory, ranges: NamedRanges, old: Nam
             held.data.copy_(old.view(name, held.start, held.stop))
         else:
             missing.add(name, held.start, held.data)
-    if missing.names():
-        read_pretrained(spec, missing)
+    if missing.names() and spec.init_from is not None:
+        read_weights(_source_of(spec, Path(spec.init_from)), missing)
 
 
 def _source_of(spec: ModelSpec, directory: Path) -> WeightSource:

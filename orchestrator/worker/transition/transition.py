@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from orchestrator.checkpoint.hf.adapters import open_adapter
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_change import at
 from orchestrator.elastic.recovery_point import Holding
@@ -26,7 +25,6 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Handover
 from orchestrator.state.digest import PartSums, StateDigests, change, differing
 from orchestrator.state.fingerprint import StateFingerprint, whole
-from orchestrator.state.pretrained_weights import read_weights
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.relabelling import relabelled
 from orchestrator.state.transfer import execute_transfer
@@ -100,8 +98,6 @@ def _fill_first(
         _change_clones(factory, prepared, shard, progress.step)
     elif model.init_from is not None:
         read_pretrained(model, engine.ranges())
-        if model.lora is not None and model.lora.init_from is not None:
-            read_weights(open_adapter(model), engine.ranges())
     engine.on_state_loaded(progress.num_updates)
     return progress
 

@@ -80,6 +80,24 @@ def test_weights_beside_adapters_are_in_no_checkpoint_snapshot_or_transfer() -> 
 
 
 @pytest.mark.parametrize(
+    ("trainable", "wrong"),
+    [
+        (("head",), "has none of the adapters of model.lora"),
+        (("*",), "has matrices that adapters stand for, layers.0.attention.query, layers.1.attention.query"),
+        (("*.lora.*", "layers.1.*"), "has matrices that adapters stand for, layers.1.attention.query"),
+    ],
+)
+def test_what_is_trained_beside_adapters(trainable: tuple[str, ...], wrong: str) -> None:
+    spec = ModelSpec(init_from="/base", num_hidden_layers=2, lora=LoraSpec(target_modules=("q_proj",)))
+    params, buffers = listed(spec, 50)
+    with pytest.raises(UsageError) as caught:
+        inventory(params, JobSpec(name="adapters", model=spec, train=TrainSpec(trainable=trainable)), buffers)
+    assert wrong in caught.value.message
+    some = TrainSpec(trainable=("layers.1.*.lora.*", "*norm*"))  # those of one layer, and norms
+    assert inventory(params, JobSpec(name="adapters", model=spec, train=some), buffers)
+
+
+@pytest.mark.parametrize(
     ("mixed", "compression", "wanted", "kept"),
     [
         (False, {}, WEIGHTS, {}),

@@ -46,26 +46,23 @@ def test_a_job_file_names_modules_as_peft_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lora", "model", "train", "rule"),
+    ("lora", "model", "rule"),
     [
-        ({"target_modules": ["gate_proj"]}, {}, {}, "must have both gate_proj and up_proj, which are one matrix here"),
-        ({"target_modules": ["lm_head"]}, {}, {}, "must be some of q_proj, "),
-        ({"target_modules": []}, {}, {}, "at least 1 item"),
-        ({}, {"init_from": None}, {}, "lora needs a pretrained model in init_from"),
+        ({"target_modules": ["gate_proj"]}, {}, "must have both gate_proj and up_proj, which are one matrix here"),
+        ({"target_modules": ["lm_head"]}, {}, "must be some of q_proj, "),
+        ({"target_modules": []}, {}, "at least 1 item"),
+        ({}, {"init_from": None}, "lora needs a pretrained model in init_from"),
         (
             {},
             {"upcycle": True},
-            {},
             "lora needs a pretrained model in init_from, whose weights stay as they are; got u",
         ),
-        ({}, {"impl": "transformers"}, {}, "lora is of our own model; got transformers"),
-        ({}, {}, {"trainable": ["head"]}, "trainable must have the adapters of model.lora, *.lora.*; got head"),
-        ({}, {}, {"trainable": ["*"]}, "trainable must leave out the matrices that model.lora adapts; got *"),
+        ({}, {"impl": "transformers"}, "lora is of our own model; got transformers"),
     ],
 )
-def test_what_adapters_refuse(lora: dict[str, Any], model: dict[str, Any], train: dict[str, Any], rule: str) -> None:
-    with pytest.raises(ValidationError, match=".*") as caught:
-        _job(lora, model, **train)
+def test_what_adapters_refuse(lora: dict[str, Any], model: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        _job(lora, model)
     assert rule in str(caught.value)
 
 

@@ -158,4 +158,6 @@ def test_what_peft_has_no_place_for_is_not_written(
     model, train = job.model.model_copy(update=changes), job.train.model_copy(update=trainable)
     with pytest.raises(UsageError, match=message):
         export_peft(tmp_path / "none", job.model_copy(update={"model": model, "train": train}), tmp_path / "out")
+    with pytest.raises(UsageError, match="keeps no average of its weights"):
+        export_peft(tmp_path / "none", _job(base), tmp_path / "out", of_ema=True)
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orchestrator.model.draws import draw_normal
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.model.moe.experts import GatedMLP, run_experts
@@ -104,3 +105,22 @@ def test_dropout_leaves_out_inputs_in_training_alone() -> None:
     assert not torch.equal(adapter(x_NK), adapter(x_NK))
     adapter.eval()
     assert torch.equal(adapter(x_NK), adapter(x_NK))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "sqrt", "full"])
+def test_a_recomputed_pass_leaves_out_the_same_inputs(recompute: str) -> None:
+    lora = LoraSpec(target_modules=("q_proj", "gate_proj", "up_proj", "down_proj"), lora_dropout=0.5)
+    sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "hidden_size": 32, "intermediate_size": 48}
+    tokens_BT, found = torch.arange(40).view(2, 20), []
+    for kept in ("none", recompute):
+        spec = ModelSpec(init_from="/base", lora=lora, gradient_checkpointing=kept, **sizes)
+        model = build_model(spec, 50, single_rank(spec))
+        model.init_weights(0)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if name.endswith(".B"):
+                    draw_normal(param, name, 0, 0.5)
+        torch.manual_seed(0)
+        model(tokens_BT, tokens_BT.roll(-1)).backward()
+        found.append([param.grad for name, param in model.named_parameters() if ".lora." in name])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
