@@ -33,7 +33,12 @@ def _job(texts: Path, base: Path, lora: dict[str, Any], num_experts: int = 6, **
     ("lora", "train"),
     [
         pytest.param({"target_modules": EVERYWHERE, "r": 4}, {"zero_stage": 2}, id="everywhere"),
-        pytest.param({"target_modules": EVERYWHERE}, {"experts": 2}, id="more workers than experts"),
+        pytest.param(
+            {"target_modules": EVERYWHERE},
+            {"experts": 2},
+            id="more workers than experts",
+            marks=pytest.mark.long_emulated,
+        ),
         pytest.param(
             {"lora_dropout": 0.2},
             {"precision": "bf16"},
