@@ -7,7 +7,7 @@ checkpoint, but no optimizer moments.
 """
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +15,18 @@ import torch
 from numpy.typing import NDArray
 
 from orchestrator.checkpoint.hf.export import write_model
-from orchestrator.checkpoint.hf.pretrained import check_base, open_pretrained
-from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.code_package import placed
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.rows.bucket_rows import open_rows
 from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.state_spec import BUFFER, MASTER, adapted_by, average_of
-from orchestrator.errors import CheckpointCorrupt, OrchestratorError, UsageError
+from orchestrator.elastic.state_spec import adapted_by
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
+from orchestrator.inference.load_model import load_model
 from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.protocol.child_process import (
     MODEL_LINES,
@@ -43,9 +41,7 @@ from orchestrator.protocol.child_process import (
 )
 from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
-from orchestrator.state.pretrained_weights import read_weights
-from orchestrator.state.ranges import NamedRanges
-from orchestrator.storage.backends.location import Location, location_of, objects_at
+from orchestrator.storage.backends.location import location_of, objects_at
 
 
 def answers(request: Request) -> Iterator[Answer]:
@@ -87,63 +83,6 @@ def answers(request: Request) -> Iterator[Answer]:
     elif tokenizer is not None:
         chats = ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
         yield from generate(request, job, tokenizer, model, chats)
-
-
-@torch.no_grad()
-def load_model(
-    checkpoint: Location, job: JobSpec, prepared: int, of_ema: bool = False, device: torch.device | None = None
-) -> TrainableModel:
-    """The whole model in fp32.
-
-    Args:
-        prepared: tokens of the tokenizer, or classes of the data.
-        of_ema: the average of the weights in place of the weights.
-        device: None: a GPU if there is one.
-
-    Raises:
-        CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
-        EntrypointError: the user's own model can't be built any more.
-    """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    experts = read_manifest(checkpoint).experts
-    job = job if experts is None else job.with_experts(experts.num_experts)
-    with device:
-        model = build_model(job.model, job.num_outputs(prepared), single_rank(job.model, experts))
-    tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
-    tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
-    with CheckpointReader(checkpoint) as reader:
-        if job.model.lora is not None:
-            base = {name: t for name, t in tensors.items() if name not in reader.manifest.tensors}
-            _read_base(job, base)
-            tensors = {name: t for name, t in tensors.items() if name not in base}
-        if of_ema:
-            averages = {average_of(name): tensor for name, tensor in tensors.items()}
-            tensors = {name: t for name, t in averages.items() if name in reader.manifest.tensors} | {
-                name: t for name, t in tensors.items() if average_of(name) not in reader.manifest.tensors
-            }
-        for name, tensor in tensors.items():
-            entry = reader.manifest.tensors.get(name)
-            if entry is None or entry.shape != tuple(tensor.shape):
-                found = "lacks it" if entry is None else f"has {entry.shape}"
-                raise CheckpointCorrupt(
-                    f"{checkpoint} is of another model or tokenizer: job and tokenizer of its run make {name} "
-                    f"{tuple(tensor.shape)}, it {found}",
-                    remedy="Ask the run that wrote it.",
-                )
-        flat = [tensor.view(-1) for tensor in tensors.values()]
-        for index, start, values in reader.read_all((name, 0, tensor.numel()) for name, tensor in tensors.items()):
-            flat[index][start : start + len(values)].copy_(torch.from_numpy(values))
-    return model.eval()
-
-
-def _read_base(job: JobSpec, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the weights beside which adapters were trained."""
-    assert job.model.init_from is not None
-    check_base(job.model)
-    ranges = NamedRanges()
-    for name, tensor in tensors.items():
-        ranges.add(name, 0, tensor.view(-1))
-    read_weights(open_pretrained(Path(job.model.init_from)), ranges)
 
 
 def merged(model: TrainableModel) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -1,24 +1,56 @@
 """The model interface of engine, trainer and worker: ours, or a user's own in `orchestrator.model.user_model`.
 
-Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E = experts.
+Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, C = tokens of a chunk, D = hidden size, V =
+vocabulary, L = MoE layers, E = experts.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.draws import draw_uniform
 from orchestrator.model.linear.low_rank import LowRankAdapter
+from orchestrator.model.loss import LogitLoss, chunked_loss
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.balance import RoutingCounts
+from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of the tokens that are no padding.
+
+    Args:
+        x_ND: final hidden states; of a module that returns nothing else, the logits.
+        head_VD: the output matrix. None: `x_ND` are the logits.
+        padding: of the rows; None where they have none.
+    """
+
+    x_ND: Tensor
+    head_VD: Tensor | None
+    padding: Padding | None
+
+    def of_tokens(self, values_BT: Tensor) -> Tensor:
+        """Values (B, T) of all positions for the tokens (N,)."""
+        return (values_BT if self.padding is None else self.padding.unpad(values_BT)).reshape(-1)
+
+    def logits(self, here: slice) -> Tensor:
+        """Logits (C, V) of some tokens."""
+        return self.x_ND[here] if self.head_VD is None else F.linear(self.x_ND[here], self.head_VD)
+
+    def loss(self, loss: LogitLoss) -> tuple[Tensor, Tensor]:
+        """A loss, summed over the tokens, and all its sums (S,), without gradients."""
+        return chunked_loss(self.x_ND, self.head_VD, loss)
 
 
 class TrainableModel(nn.Module, ABC):
@@ -57,6 +89,12 @@ class TrainableModel(nn.Module, ABC):
         documents_BT: Tensor | None = None,
     ) -> Tensor:
         """The cross-entropy (B, T) of each target in nats, fp32; 0 where it is `IGNORED`. Arguments as of `forward`."""
+
+    @abstractmethod
+    def scores(
+        self, inputs_BT: Tensor, documents_BT: Tensor | None = None, lengths_B: Tensor | None = None
+    ) -> TokenScores:
+        """What `forward` makes its logits or its loss of, for losses of another kind. Arguments as of `forward`."""
 
     @abstractmethod
     def outputs(self, *args: Any, **kwargs: Any) -> Any:

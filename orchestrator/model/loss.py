@@ -1,14 +1,15 @@
-"""Cross-entropy over a large vocabulary that never holds all logits.
+"""Losses over a large vocabulary that never hold all logits.
 
 The logits of one chunk of tokens at a time are computed, reduced to their loss and gradients, and dropped, all in the
 forward pass: the same three matrix products as in the plain form, and memory for a chunk instead of for all tokens (the
 idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.2, with plain products). The backward
 pass only scales these gradients.
 
-Shape legend: N = tokens, C = tokens of a chunk, D = hidden size, V = vocabulary.
+Shape legend: N = tokens, C = tokens of a chunk, D = hidden size, V = vocabulary, S = sums.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,83 @@ CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits held at once: 16 MB
 MIN_CHUNK = 64  # fewer tokens make poor matrix products
 
 
-def cross_entropy_sum(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
-    """Sum of the cross-entropy over the tokens whose target isn't `IGNORED`, in nats, fp32.
+class LogitLoss(Protocol):
+    """A loss of tokens by their logits, computed for a chunk of them at a time.
+
+    Attributes:
+        num_sums: S.
+    """
+
+    @property
+    def num_sums(self) -> int: ...
+
+    def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss of the tokens `here`.
+
+        Args:
+            logits_CV: in fp32; may be overwritten.
+
+        Returns:
+            sums_S: fp32. The first is the loss, others are for reports.
+            d_CV: its gradient with respect to the logits, if wanted.
+        """
+        ...
+
+
+def chunked_loss(
+    x_ND: Tensor, head_VD: Tensor | None, loss: LogitLoss, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A loss, summed over the tokens.
 
     Args:
         x_ND: final hidden states.
-        head_VD: the output matrix, in the same precision. Logits are computed in it and then converted to fp32.
-        targets_N: token ids, or `IGNORED`.
+        head_VD: the output matrix, in the same precision. Logits are computed in it and then converted to fp32. None:
+            `x_ND` are the logits.
         chunk: C; None for a size that suits the vocabulary and the device.
+
+    Returns:
+        the loss, and all its sums (S,), without gradients.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk or _chunk_of(x_ND, head_VD))  # type: ignore[no-untyped-call]
-    return loss
+    found: tuple[Tensor, Tensor] = _ChunkedLoss.apply(x_ND, head_VD, loss, chunk or _chunk_of(x_ND, head_VD))  # type: ignore[no-untyped-call]
+    return found
+
+
+def cross_entropy_sum(x_ND: Tensor, head_VD: Tensor | None, targets_N: Tensor, chunk: int | None = None) -> Tensor:
+    """Sum of the cross-entropy over the tokens whose target isn't `IGNORED`, in nats, fp32. Other arguments as of
+    `chunked_loss`.
+
+    Args:
+        targets_N: token ids, or `IGNORED`.
+    """
+    return chunked_loss(x_ND, head_VD, CrossEntropy(targets_N), chunk)[0]
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross-entropy with token ids, in nats (`LogitLoss`).
+
+    Args:
+        targets_N: token ids, or `IGNORED`.
+    """
+
+    targets_N: Tensor
+    num_sums: int = 1
+
+    def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        targets_C = self.targets_N[here]
+        counted_C1 = (targets_C != IGNORED)[:, None]
+        index_C1 = targets_C.clamp_min(0)[:, None]
+        # In place in the logits' memory, with one exponential for the loss and its gradient.
+        logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
+        target_C1 = logits_CV.gather(1, index_C1)
+        exp_CV = logits_CV.exp_()
+        sum_C1 = exp_CV.sum(-1, keepdim=True)
+        sums_1 = ((sum_C1.log() - target_C1) * counted_C1).sum().view(1)
+        if not wants_gradient:
+            return sums_1, None
+        # Gradient of the loss with respect to the logits: softmax minus one at the target.
+        d_CV = exp_CV.mul_(counted_C1 / sum_C1)
+        return sums_1, d_CV.scatter_add_(1, index_C1, -counted_C1.float())
 
 
 def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
@@ -43,48 +110,46 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int |
     return loss_N
 
 
-def _chunk_of(x_ND: Tensor, head_VD: Tensor) -> int:
+def _chunk_of(x_ND: Tensor, head_VD: Tensor | None) -> int:
     elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
-    return max(MIN_CHUNK, elements // head_VD.shape[0])
+    return max(MIN_CHUNK, elements // (x_ND.shape[1] if head_VD is None else head_VD.shape[0]))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor | None, loss: LogitLoss, chunk: int) -> tuple[Tensor, Tensor]:
         wants_gradients, trains_head = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
-        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        sums_S = torch.zeros(loss.num_sums, dtype=torch.float32, device=x_ND.device)
         grad_ND = torch.empty_like(x_ND) if wants_gradients else None
-        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if trains_head else None
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if head_VD is not None and trains_head else None
         for start in range(0, len(x_ND), chunk):
-            x_CD, targets_C = x_ND[start : start + chunk], targets_N[start : start + chunk]
-            logits_CV = F.linear(x_CD, head_VD).float()
-            counted_C1 = (targets_C != IGNORED)[:, None]
-            index_C1 = targets_C.clamp_min(0)[:, None]
-            # In place in the logits' memory, with one exponential for the loss and its gradient.
-            logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
-            target_C1 = logits_CV.gather(1, index_C1)
-            exp_CV = logits_CV.exp_()
-            sum_C1 = exp_CV.sum(-1, keepdim=True)
-            loss += ((sum_C1.log() - target_C1) * counted_C1).sum()
-            if grad_ND is not None:
-                # Gradient of the loss with respect to the logits: softmax minus one at the target.
-                d_CV = exp_CV.mul_(counted_C1 / sum_C1)
-                d_CV.scatter_add_(1, index_C1, -counted_C1.float())
-                d_CV = d_CV.to(x_ND.dtype)
-                torch.mm(d_CV, head_VD, out=grad_ND[start : start + chunk])
-                if grad_VD is None:
-                    continue
-                if grad_VD.dtype == d_CV.dtype:
-                    grad_VD.addmm_(d_CV.T, x_CD)
-                else:
-                    grad_VD += torch.mm(d_CV.T, x_CD)
+            here = slice(start, start + chunk)
+            x_CD = x_ND[here]
+            # In memory that the loss may overwrite.
+            logits_CV = x_CD.to(torch.float32, copy=True) if head_VD is None else F.linear(x_CD, head_VD).float()
+            of_chunk_S, d_CV = loss(logits_CV, here, wants_gradients)
+            sums_S += of_chunk_S
+            if grad_ND is None or d_CV is None:
+                continue
+            d_CV = d_CV.to(x_ND.dtype)
+            if head_VD is None:
+                grad_ND[here] = d_CV
+                continue
+            torch.mm(d_CV, head_VD, out=grad_ND[here])
+            if grad_VD is None:
+                continue
+            if grad_VD.dtype == d_CV.dtype:
+                grad_VD.addmm_(d_CV.T, x_CD)
+            else:
+                grad_VD += torch.mm(d_CV.T, x_CD)
         ctx.save_for_backward(grad_ND, grad_VD)
-        ctx.head_dtype = head_VD.dtype
-        return loss
+        ctx.head_dtype = None if head_VD is None else head_VD.dtype
+        ctx.mark_non_differentiable(sums_S)
+        return sums_S[0].clone(), sums_S
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        (grad,) = grads
+        grad, _ = grads
         grad_ND, grad_VD = ctx.saved_tensors
         of_head = None if grad_VD is None else (grad_VD * grad).to(ctx.head_dtype)
         return grad_ND * grad.to(grad_ND.dtype), of_head, None, None

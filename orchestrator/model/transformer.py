@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.model.attention import Attention, rotary_tables
-from orchestrator.model.base import TrainableModel
+from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.latent_attention import LatentAttention
@@ -95,12 +95,18 @@ class MoELanguageModel(TrainableModel):
         documents_BT: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> Tensor:
+        if targets_BT is not None:
+            scores = self.scores(inputs_BT, documents_BT, lengths_B)
+            return cross_entropy_sum(scores.x_ND, self.head, scores.of_tokens(targets_BT))
         x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
-        if targets_BT is None:
-            logits_BTV = F.linear(x_BTD, self.head)
-            return logits_BTV if padding is None else padding.pad(logits_BTV[0])
-        targets_N = (targets_BT if padding is None else padding.unpad(targets_BT)).reshape(-1)
-        return cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_N)
+        logits_BTV = F.linear(x_BTD, self.head)
+        return logits_BTV if padding is None else padding.pad(logits_BTV[0])
+
+    def scores(
+        self, inputs_BT: Tensor, documents_BT: Tensor | None = None, lengths_B: Tensor | None = None
+    ) -> TokenScores:
+        x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
+        return TokenScores(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, padding)
 
     def token_losses(
         self,
@@ -109,10 +115,9 @@ class MoELanguageModel(TrainableModel):
         lengths_B: Tensor | None = None,
         documents_BT: Tensor | None = None,
     ) -> Tensor:
-        x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
-        targets_N = (targets_BT if padding is None else padding.unpad(targets_BT)).reshape(-1)
-        loss_N = cross_entropy(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_N)
-        return loss_N.view(targets_BT.shape) if padding is None else padding.pad(loss_N)
+        scores = self.scores(inputs_BT, documents_BT, lengths_B)
+        loss_N = cross_entropy(scores.x_ND, self.head, scores.of_tokens(targets_BT))
+        return loss_N.view(targets_BT.shape) if scores.padding is None else scores.padding.pad(loss_N)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Tensor:
         logits_BTV: Tensor = self(*args, **kwargs)

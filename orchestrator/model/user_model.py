@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import TrainableModel
+from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
@@ -66,10 +66,7 @@ class UserModel(TrainableModel):
         documents_BT: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> Tensor:
-        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
-        for layer in self.moe_layers:
-            layer.real_N = None if padding is None else padding.place_N
-        logits_BTV = self._logits(inputs_BT, documents_BT)
+        logits_BTV, _ = self._routed(inputs_BT, documents_BT, lengths_B)
         if targets_BT is None:
             return logits_BTV
         return self._cross_entropy(logits_BTV, targets_BT, "sum")
@@ -81,11 +78,15 @@ class UserModel(TrainableModel):
         lengths_B: Tensor | None = None,
         documents_BT: Tensor | None = None,
     ) -> Tensor:
-        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
-        for layer in self.moe_layers:
-            layer.real_N = None if padding is None else padding.place_N
-        logits_BTV = self._logits(inputs_BT, documents_BT)
+        logits_BTV, _ = self._routed(inputs_BT, documents_BT, lengths_B)
         return self._cross_entropy(logits_BTV, targets_BT, "none").view_as(targets_BT)
+
+    def scores(
+        self, inputs_BT: Tensor, documents_BT: Tensor | None = None, lengths_B: Tensor | None = None
+    ) -> TokenScores:
+        logits_BTV, padding = self._routed(inputs_BT, documents_BT, lengths_B)
+        logits_NV = logits_BTV.flatten(0, 1) if padding is None else padding.unpad(logits_BTV)
+        return TokenScores(logits_NV, None, padding)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.moe_layers:
@@ -99,6 +100,15 @@ class UserModel(TrainableModel):
     def _cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor, reduction: str) -> Tensor:
         logits_NV = logits_BTV.reshape(-1, self.vocab_size).float()
         return F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction=reduction)
+
+    def _routed(
+        self, inputs_BT: Tensor, documents_BT: Tensor | None, lengths_B: Tensor | None
+    ) -> tuple[Tensor, Padding | None]:
+        """Logits (B, T, V), for which tokens that are padding are not routed, and that padding."""
+        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
+        for layer in self.moe_layers:
+            layer.real_N = None if padding is None else padding.place_N
+        return self._logits(inputs_BT, documents_BT), padding
 
     def _logits(self, inputs_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
         if documents_BT is None:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
 from orchestrator.spec.curriculum import CurriculumSpec, broken_experts, broken_sizes, experts_by_stage
 from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training, format_of
+from orchestrator.spec.distill import DistillSpec, broken_distillation
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -97,6 +98,9 @@ class JobSpec(Section):
     model: ModelSpec = Field(default=ModelSpec(), description="The model.")
     experts: ExpertsSpec = Field(default=ExpertsSpec(), description="The routed experts, while they train.")
     train: TrainSpec = Field(default=TrainSpec(), description="The training.")
+    distill: DistillSpec | None = Field(
+        default=None, description="A teacher to learn from. null: only the task's targets are learned."
+    )
     communication: CommunicationSpec = Field(
         default=CommunicationSpec(), description="Transfer of data between workers in a step."
     )
@@ -219,6 +223,7 @@ class JobSpec(Section):
         yield from broken_rows(self.task, self.data, self.model)
         yield from broken_training(self.train, self.model, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
+        yield from broken_distillation(self.distill, self.task, self.model.is_native)
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.checkpoint.hf.pretrained import check_base
+from orchestrator.checkpoint.hf.teacher import check_teacher
 from orchestrator.errors import NotFound
 from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import RunStatus
@@ -62,10 +63,12 @@ def resume_request(
         KeyUnknown, JournalCorrupt: the records are not signed with it.
         NotFound: there is no checkpoint of this step.
         CheckpointCorrupt: its files are missing or changed; the message names the one before.
-        UsageError: the weights beside its adapters have changed.
+        UsageError: the weights beside its adapters, or of its teacher, have changed.
     """
     files, restore = RunFiles(run_dir, key), None
-    check_base(files.job().model)
+    job = files.job()
+    check_base(job.model)
+    check_teacher(job.distill)
     path = files.choose_checkpoint(step)
     if path is not None:
         record = next(record for record in files.named_checkpoints() if record.name == path.name)

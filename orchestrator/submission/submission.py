@@ -25,6 +25,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.backends.location import location_of
 from orchestrator.submission.param_listing import plan_of
 from orchestrator.submission.provenance import with_provenance
+from orchestrator.submission.teacher_choice import with_teacher
 from orchestrator.submission.user_code import check_own_code, with_packages
 
 
@@ -79,9 +80,9 @@ def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, ov
 
 
 def resolved(spec: JobSpec) -> JobSpec:
-    """The job as run storage keeps it: self-contained, every path absolute. Raises as `with_pretrained`, and DataError
-    if the corpus doesn't exist."""
-    spec = with_pretrained(spec)
+    """The job as run storage keeps it: self-contained, every path absolute. Raises as `with_pretrained` and
+    `with_teacher`, and DataError if the corpus doesn't exist."""
+    spec = with_teacher(with_pretrained(spec))
     changes = {
         "storage": str(location_of(spec.storage)),
         "data": _absolute_data(spec.data),

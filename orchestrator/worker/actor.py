@@ -40,6 +40,7 @@ from orchestrator.worker.step.open_batches import open_batches, open_when_there
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.transition.reserved_memory import ReservedMemory
 from orchestrator.worker.transition.warmup import warm_up
+from orchestrator.worker.whole_models.training_task import training_task
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -147,7 +148,7 @@ class Worker:
             if spec.train.is_exact
             else kind_of_gpu(device)
         )
-        factory = ShardFactory(self._id, job, spec, device)
+        factory = ShardFactory(self._id, job, spec, training_task(spec, job.vocab_size, device), device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
         opening = partial(open_batches, spec, job.store_dir, factory.task, device)
         feed = open_when_there(opening, run_dir, self._mailbox.refuse_rows)

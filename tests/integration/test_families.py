@@ -19,7 +19,7 @@ from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.moe.router import RouterSpec
-from orchestrator.worker.reference_model import starting_model
+from orchestrator.worker.whole_models.whole_model import starting_model
 from tests.integration.test_glm4_moe import _checkpoint_of
 
 VOCAB, LENGTH = 97, 24

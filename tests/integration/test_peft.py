@@ -12,7 +12,8 @@ from orchestrator.checkpoint.hf.adapters import export_peft, open_adapter
 from orchestrator.checkpoint.hf.export import write_model
 from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
 from orchestrator.elastic.state_spec import BUFFER, PARAM
-from orchestrator.inference.process import load_model, merged
+from orchestrator.inference.load_model import load_model
+from orchestrator.inference.process import merged
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.spec.job import JobSpec

@@ -16,7 +16,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.submission import with_pretrained
-from orchestrator.worker.reference_model import starting_model
+from orchestrator.worker.whole_models.whole_model import starting_model
 from tests.integration.test_families import _saved
 from tests.support.tasks import WORDS, write_chats
 from tests.unit.data.rows.test_chat_template import _unmarked

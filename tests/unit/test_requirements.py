@@ -74,7 +74,7 @@ def test_a_node_that_cannot_install_is_not_the_jobs_mistake(tmp_path: Path, monk
 @pytest.mark.parametrize(
     "module",
     [
-        *("worker.actor", "worker.replay.replay_rank", "worker.check_user_code", "worker.reference_model"),
+        *("worker.actor", "worker.replay.replay_rank", "worker.check_user_code", "worker.whole_models.reference_model"),
         *("inference.process", "model.param_listing", "run_records.data_preparation"),
         "callback_process.callback_runner",
     ],

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,28 @@ def check_base(spec: ModelSpec) -> None:
     if spec.lora is None or spec.init_from is None:
         return
     remedy = f"Bring back the model that the run began with, under {spec.init_from}."
+    of_what = "beside which the run's adapters were trained"
+    check_weights(Path(spec.init_from), spec.lora.base_sha256, of_what, remedy, weights_digest)
+
+
+def check_weights(directory: Path, sha256: str, of_what: str, remedy: str, digest_of: Callable[[Path], str]) -> None:
+    """Check that a directory that a run goes on to read has the weights that it had at submission.
+
+    Args:
+        sha256: empty if it isn't known.
+        of_what: completes "the weights".
+
+    Raises:
+        UsageError: there is no such directory, or it has other weights.
+    """
     unchanged = "Nothing was started or written."
-    if not Path(spec.init_from).is_dir():
-        reason = f"{spec.init_from} doesn't exist, and has the weights beside which the run's adapters were trained"
+    if not directory.is_dir():
+        reason = f"{directory} doesn't exist, and has the weights {of_what}"
         raise UsageError(reason, remedy=remedy, unchanged=unchanged)
-    found = weights_digest(Path(spec.init_from))
-    if spec.lora.base_sha256 not in ("", found):
-        reason = f"the weights in {spec.init_from} have changed: SHA-256 {found[:12]}…, and the run's adapters were "
-        reason += f"trained beside {spec.lora.base_sha256[:12]}…"
-        raise UsageError(reason, remedy=remedy, unchanged=unchanged)
+    found = digest_of(directory)
+    if sha256 not in ("", found):
+        reason = f"the weights in {directory} have changed: SHA-256 {found[:12]}…, and those {of_what} have "
+        raise UsageError(f"{reason}{sha256[:12]}…", remedy=remedy, unchanged=unchanged)
 
 
 def refuse_tensors(
@@ -161,22 +174,25 @@ def refuse_tensors(
         )
 
 
-def resolved(spec: ModelSpec, directory: Path | None = None) -> ModelSpec:
+def resolved(spec: ModelSpec, directory: Path | None = None, key: str = "model.init_from") -> ModelSpec:
     """The model section, completed from the directory's `config.json`, or its own `config`; keys that the section sets
     must agree with it. Weights are not read.
+
+    Args:
+        key: of the job, that names the directory.
 
     Raises:
         UsageError: no such directory, another architecture, or differing values, all of which it names.
     """
     path = "model.config" if directory is None else directory / CONFIG
     remedy = OTHER_CONFIG if spec.impl == "transformers" else OTHER_DIRECTORY
-    config = {} if directory is None else read_json(directory / CONFIG)
+    config = {} if directory is None else read_json(directory / CONFIG, key)
     try:
         found = _settings(spec, config)
         if spec.upcycle:
             found = _upcycled(spec, found)
     except UsageError as error:
-        place = path if directory is None else f"model.init_from: {path}"
+        place = path if directory is None else f"{key}: {path}"
         raise refused(f"{place}: {error.message}", remedy) from error
     differing = [
         f"model.{key} is {_shown(getattr(spec, key))} and {_shown(value)}"

@@ -119,7 +119,7 @@ def _show(planned: JobPlan) -> None:
         ("micro-batches per worker", [_spread(world.micro_batches) for world in worlds]),
     ]
     state, work = ("weights", "masters", "moments", "buffers", "kept"), ("gradients", "activations", "loss")
-    parts = (*state, *work, "snapshots", "deltas", "process")
+    parts = (*state, *work, "snapshots", "deltas", "teacher", "process")
     memory = [(part, [_size(getattr(world.memory, part)) for world in worlds]) for part in parts]
     memory += [
         ("together", [size(world.memory.training) for world in worlds]),

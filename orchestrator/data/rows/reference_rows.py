@@ -15,7 +15,7 @@ from orchestrator.protocol.child_process import REFERENCE_LINES, Fault, Referenc
 from orchestrator.spec.job import JobSpec
 from orchestrator.torch_process import TorchProcess
 
-MODULE, STAGE = "orchestrator.worker.reference_model", "reference model"
+MODULE, STAGE = "orchestrator.worker.whole_models.reference_model", "reference model"
 
 
 def with_reference(job: JobSpec, store: RowStore, directory: Path, progress: Callable[[str, float], None]) -> RowStore:

@@ -49,12 +49,13 @@ def check_memory(job: JobSpec, plan: JobPlan) -> None:
 def _check_gpu(job: JobSpec, plan: JobPlan) -> None:
     """Activations are estimates, and may be recomputed or of fewer rows; the rest has to fit."""
     worst, gpu = max(plan.worlds, key=lambda world: world.memory.engine), _gpu(job)
-    if gpu is None or worst.memory.engine <= gpu[1]:
+    needed = worst.memory.engine + worst.memory.teacher
+    if gpu is None or needed <= gpu[1]:
         return
     raise UsageError(
         f"workers.label_selector {LABEL} admits GPUs of {_amount(gpu[1])} at most ({gpu[0]}), and a worker of "
-        f"{job.name} needs {_amount(worst.memory.engine)} for weights, optimizer state and gradients in a world of "
-        f"{worst.world_size}",
+        f"{job.name} needs {_amount(needed)} for weights, optimizer state and gradients "
+        f"{'and its teacher ' if worst.memory.teacher else ''}in a world of {worst.world_size}",
         remedy="Set workers.min to more, which share the state, or admit larger GPUs.",
         unchanged="Nothing was started.",
     )
@@ -88,7 +89,7 @@ def _parts(memory: MemoryPlan) -> str:
         "its own snapshots and its protected rank's": memory.snapshots,
         "gradients of the steps between two of them": memory.deltas,
     }
-    parts = state | rest | {"process": memory.process}
+    parts = state | rest | {"teacher": memory.teacher, "process": memory.process}
     return ", ".join(f"{part} {_amount(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
 
 

@@ -46,6 +46,7 @@ class MemoryPlan:
         snapshots: two of its own and two of each protected rank's. In a world of one with standbys two, of the member
             in its own memory, or in that of its keeper.
         deltas: those between them.
+        teacher: weights of the teacher of a distillation.
     """
 
     weights: int
@@ -59,6 +60,7 @@ class MemoryPlan:
     fence: int
     snapshots: int = 0
     deltas: int = 0
+    teacher: int = 0
     process: int = PROCESS_BYTES
 
     @property
@@ -75,11 +77,11 @@ class MemoryPlan:
     def on_gpu(self) -> int:
         """Memory of a GPU that trains. Snapshots and the process are in the host's, and at a fence so is the old shard
         where the GPU has no room for two."""
-        return self.engine + (self.activations or 0) + (self.loss or 0)
+        return self.computing + self.teacher
 
     @property
     def training(self) -> int:
-        return self.computing + self.snapshots + self.deltas + self.process
+        return self.computing + self.snapshots + self.deltas + self.teacher + self.process
 
     @property
     def computing(self) -> int:
@@ -105,7 +107,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        return self.heap + self.snapshots + self.deltas + self.first_snapshots + self.process
+        return self.heap + self.snapshots + self.deltas + self.first_snapshots + self.teacher + self.process
 
 
 def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
@@ -186,6 +188,7 @@ def _memory(
         fence=fence,
         snapshots=snapshots,
         deltas=deltas,
+        teacher=0 if job.distill is None else item_bytes(job.train) * job.distill.teacher_parameters,
     )
 
 

@@ -28,6 +28,7 @@ from orchestrator.worker.runtime.errors import kind_of
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.open_batches import open_batches
 from orchestrator.worker.transition.prepared_transition import prepare
+from orchestrator.worker.whole_models.training_task import training_task
 
 
 def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord]:
@@ -44,7 +45,8 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     device = device_of(spec.resources.num_gpus)
     pin(device)
     yield Numerics(fingerprint(device, spec.model.libraries, spec.code))
-    factory = ShardFactory(order.worker, order.job, spec, device)
+    task = training_task(spec, order.job.vocab_size, device)
+    factory = ShardFactory(order.worker, order.job, spec, task, device)
     feed = open_batches(spec, order.job.store_dir, factory.task, device)
     yield from replay(factory, feed, prepare(factory, plan), order.last_step)
 

@@ -24,7 +24,7 @@ from orchestrator.engine.process_groups import PendingGroups, ProcessGroups, bac
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
-from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.model.task import Task
 from orchestrator.policy.estimate.worker_memory import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.protocol.messages import GenerationPlan, Keeper
@@ -125,17 +125,17 @@ class ShardFactory:
         me: this worker's id.
         job: from the controller.
         spec: the job file.
+        task: of the run.
         device: that trains.
 
     Attributes:
-        task: of the run.
         vocab_size: rows of the model's last matrix; for text at least the tokenizer's tokens.
         snapshot_memory: of all generations, but for what a GPU's memory is copied to.
     """
 
-    def __init__(self, me: str, job: WorkerJob, spec: JobSpec, device: torch.device) -> None:
+    def __init__(self, me: str, job: WorkerJob, spec: JobSpec, task: Task, device: torch.device) -> None:
         self.me, self.job, self.spec, self.device = me, job, spec, device
-        self.vocab_size, self.task = spec.num_outputs(job.vocab_size), task_of(spec.task, spec.data_format)
+        self.vocab_size, self.task = spec.num_outputs(job.vocab_size), task
         self.address = local_address(job.head_host)
         self._states: dict[int, StateCatalogue] = {}
         self.params = self.state(spec.model.n_routed_experts).params

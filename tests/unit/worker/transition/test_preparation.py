@@ -11,6 +11,7 @@ import torch
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
+from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, StateSource, StoreAddress
 from orchestrator.protocol.worker_job import WorkerJob
 from orchestrator.protocol.worker_phase import Phase
@@ -38,7 +39,7 @@ def _store() -> RendezvousServer:
 @pytest.fixture(scope="module")
 def factory() -> ShardFactory:
     job = WorkerJob("try", JOB.model_dump_json(), "", "", "127.0.0.1", threads=1, vocab_size=300)
-    return ShardFactory("w0", job, JOB, torch.device("cpu"))
+    return ShardFactory("w0", job, JOB, LanguageModeling(), torch.device("cpu"))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Process that computes the starting model's log-probabilities of pairs of answers, for preference optimization.
 
-    python -m orchestrator.worker.reference_model FD < order
+    python -m orchestrator.worker.whole_models.reference_model FD < order
 
 It takes a `ReferenceOrder`: the new store has the same rows and the log-probabilities beside them, `reference_chosen`
 and `reference_rejected`. A user's task that doesn't need them gets the store as it is.
@@ -18,35 +18,13 @@ import torch
 from orchestrator.data.manifest import SPLITS
 from orchestrator.data.rows.row_store import RowStore
 from orchestrator.data.rows.row_writer import new_rows, rows_key
-from orchestrator.elastic.state_spec import BUFFER, PARAM
 from orchestrator.errors import OrchestratorError
-from orchestrator.model.base import TrainableModel
-from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.tasks.preference import DirectPreference, log_probabilities
 from orchestrator.protocol.child_process import REFERENCE_LINES, Fault, ReferenceProgress, ReferenceStore, answering
 from orchestrator.requirements import use_requirements
 from orchestrator.spec.job import JobSpec
-from orchestrator.state.ranges import NamedRanges
-from orchestrator.worker.transition.load_state import read_pretrained
-
-
-def starting_model(job: JobSpec, num_outputs: int, device: torch.device) -> TrainableModel:
-    """The whole model with the weights that training starts from, in the precision of training."""
-    with device:
-        model = build_model(job.model, job.num_outputs(num_outputs), single_rank(job.model))
-    model.init_weights(job.train.seed)
-    if job.model.init_from is not None:
-        ranges = NamedRanges()
-        for name, param in model.named_parameters():
-            ranges.add(f"{PARAM}/{name}", 0, param.data.view(-1))
-        for name, buffer in model.state_buffers():
-            ranges.add(f"{BUFFER}/{name}", 0, buffer.view(-1))
-        read_pretrained(job.model, ranges)
-    if job.train.precision == "bf16":
-        for param in model.parameters():  # buffers keep their dtype, as in the engine
-            param.data = param.data.bfloat16()
-    return model.eval()
+from orchestrator.worker.whole_models.whole_model import starting_model
 
 
 @torch.no_grad()
