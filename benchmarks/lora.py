@@ -10,33 +10,25 @@ at a rescale are those of the transfer plans of both jobs, which are what runs m
 Runs are kept in a file, so it may be stopped, and goes on where it was. About 40 minutes on two cores.
 """
 
-import hashlib
-import json
 import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-import torch
-
-from benchmarks.harness import ROOT, Result, at_least, at_most, mean_interval, run, say
+from benchmarks.harness import Result, at_least, at_most, mean_interval, run
 from benchmarks.support.data import data_spec, stores_dir
+from benchmarks.support.local_training import KeptResults, train, validation_loss
 from benchmarks.support.smollm2 import smollm2
 from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
 from orchestrator.checkpoint.hf.shapes import listed
 from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.elastic.state_spec import PARAM
-from orchestrator.engine.optim.lr_schedule import learning_rate
-from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.policy.estimate.job_plan import plan_job
 from orchestrator.policy.estimate.worker_memory import StatePlan
-from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.pretrained_weights import read_weights
@@ -90,14 +82,18 @@ def measure(quick: bool) -> Result:
         base = write_weights(workspace / "base", SPEC) if quick else smollm2(stores)
         source = data_spec(quick, workspace).source
         store = prepare(source, 1024, 0.1, stores, tokenizer=base / "tokenizer.json")
-        results = _results_file(stores, steps)
+        kept = KeptResults(stores, Path(__file__), f"{steps} {store.digest}", SOURCES)
+
+        def of(arm: Arm) -> Measured:
+            return Measured(**kept.of(arm.name, lambda: _train(arm, steps, base, store)))
+
         tried = [Arm(kind, lr, 0) for kind, (_, lrs) in KINDS.items() for lr in lrs]
-        found = _train_all(tried, steps, base, store, results)
+        found = {arm: of(arm) for arm in tried}
         best = {
             kind: min(lrs, key=lambda lr, kind=kind: found[Arm(kind, lr, 0)].after) for kind, (_, lrs) in KINDS.items()
         }  # type: ignore[misc]
         arms = {kind: [Arm(kind, lr, seed) for seed in range(seeds)] for kind, lr in best.items()}
-        found |= _train_all([arm for of_kind in arms.values() for arm in of_kind], steps, base, store, results)
+        found |= {arm: of(arm) for of_kind in arms.values() for arm in of_kind}
         trained, moved = _sizes(base)
     gains = {kind: [found[arm].gain for arm in of_kind] for kind, of_kind in arms.items()}
     shares = {
@@ -162,33 +158,9 @@ def _sizes(base: Path) -> tuple[dict[str, float], dict[str, float]]:
     return trained, {change: moved["lora"][change] / moved["all"][change] for change in moved["lora"]}
 
 
-def _results_file(directory: Path, steps: int) -> Path:
-    """Named by all that the results depend on."""
-    of = hashlib.sha256(f"{steps} {ROWS} {LENGTH} {KINDS} {torch.__version__}".encode())
-    for source in (Path(__file__), *(ROOT / "orchestrator" / room for room in SOURCES)):
-        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
-            of.update(file.read_bytes())
-    return directory / f"lora-{of.hexdigest()[:12]}.jsonl"
-
-
-def _train_all(arms: Sequence[Arm], steps: int, base: Path, store: TokenStore, results: Path) -> dict[Arm, Measured]:
-    """What every arm has shown; those that the results file has are not trained again."""
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    by_name = {entry["arm"]: Measured(**entry["measured"]) for entry in known}
-    found: dict[Arm, Measured] = {}
-    for arm in arms:
-        if arm.name not in by_name:
-            by_name[arm.name] = _train(arm, steps, base, store)
-            with results.open("a") as file:
-                print(json.dumps({"arm": arm.name, "measured": asdict(by_name[arm.name])}), file=file)
-            say(f"{arm.name}: {by_name[arm.name]}")
-        found[arm] = by_name[arm.name]
-    return found
-
-
-def _train(arm: Arm, steps: int, base: Path, store: TokenStore) -> Measured:
+def _train(arm: Arm, steps: int, base: Path, store: TokenStore) -> dict[str, float]:
     """One run from beginning to end, in this process."""
-    job = job_of(arm.kind, base, arm.lr, arm.seed, steps)
+    job, task = job_of(arm.kind, base, arm.lr, arm.seed, steps), LanguageModeling()
     model = build_model(job.model, job.num_outputs(), single_rank(job.model))
     model.init_adapters(arm.seed)
     ranges = NamedRanges()
@@ -196,38 +168,9 @@ def _train(arm: Arm, steps: int, base: Path, store: TokenStore) -> Measured:
         ranges.add(f"{PARAM}/{name}", 0, param.data.view(-1))
         param.requires_grad_(job.train.is_trained(name))
     read_weights(open_pretrained(base), ranges)
-    options = job.train.optimizer
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], arm.lr, options.betas, options.eps, 0.0, fused=True
-    )
-    num_rows = store.num_rows("train", LENGTH)
-    sampler = SamplerState(seed=arm.seed, global_batch_size=ROWS, sequence_length=LENGTH, num_rows=num_rows)
-    before, spent_s = _validated(model, store), []
-    for step in range(steps):
-        began_s = time.perf_counter()
-        rows = store.rows("train", sample(sampler, step), LENGTH)
-        loss = model(torch.from_numpy(rows.inputs_RT), torch.from_numpy(rows.targets_RT))
-        (loss / int((rows.targets_RT >= 0).sum())).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), job.train.gradient_clipping)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(job.train, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        spent_s.append(time.perf_counter() - began_s)
-    return Measured(before, _validated(model, store), float(np.median(spent_s)))
-
-
-@torch.no_grad()
-def _validated(model: TrainableModel, store: TokenStore) -> float:
-    """The loss on rows drawn from the validation split."""
-    num_rows = store.num_rows("validation", LENGTH)
-    drawn = np.sort(np.random.default_rng(0).permutation(num_rows)[:VALIDATION_ROWS])
-    loss_sum, num_targets = 0.0, 0
-    for start in range(0, len(drawn), ROWS):
-        rows = store.rows("validation", drawn[start : start + ROWS], LENGTH)
-        loss_sum += float(model(torch.from_numpy(rows.inputs_RT), torch.from_numpy(rows.targets_RT)))
-        num_targets += int((rows.targets_RT >= 0).sum())
-    return loss_sum / num_targets
+    before = validation_loss(model, task, job, store, VALIDATION_ROWS)
+    step_s = train(model, task, job, store)
+    return {"before": before, "after": validation_loss(model, task, job, store, VALIDATION_ROWS), "step_s": step_s}
 
 
 if __name__ == "__main__":

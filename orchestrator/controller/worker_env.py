@@ -8,12 +8,13 @@ from orchestrator.spec.job import JobSpec
 # memory before it closes its connections, and until then no peer notices. With 1.2 GB of small pages that takes 80 ms,
 # with huge ones 11 (a scratch script).
 #
-# A thread spins at a barrier for at most 10,000 iterations, not libgomp's 300,000: the thread it waits for may need its
-# core. On two cores, one run each: a pass of a small model took 0.046 s with either limit and 0.09 s without spinning.
-# On cores busy with other work it took 0.8 to 1.8 s and, with libgomp's limit, more than 7 s (a scratch script).
+# A thread spins at a barrier for at most 3,000 iterations, not libgomp's 300,000: the thread it waits for may need its
+# core. On two cores a step of a small model, alone and beside a twin, took 50 and 290 ms with 3,000, 55 and 760 with
+# 10,000, 65 and 155 with 1,000, 130 and 120 with 200, and 65 and 340 with libgomp's (two processes of two threads each,
+# a scratch script, 2026-12-02).
 WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "GOMP_SPINCOUNT": "10000",
+    "GOMP_SPINCOUNT": "3000",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),

@@ -40,9 +40,9 @@ class TokenScores:
     head_VD: Tensor | None
     padding: Padding | None
 
-    def of_tokens(self, values_BT: Tensor) -> Tensor:
-        """Values (B, T) of all positions for the tokens (N,)."""
-        return (values_BT if self.padding is None else self.padding.unpad(values_BT)).reshape(-1)
+    def of_tokens(self, values_BTAS: Tensor) -> Tensor:
+        """Values (B, T, ...) of all positions for the tokens (N, ...)."""
+        return values_BTAS.flatten(0, 1) if self.padding is None else self.padding.unpad(values_BTAS)
 
     def logits(self, here: slice) -> Tensor:
         """Logits (C, V) of some tokens."""

@@ -16,6 +16,7 @@ from orchestrator.data.rows.prepare_rows import check_outputs, prepare_rows
 from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
+from orchestrator.data.taught_store import TaughtStore
 from orchestrator.data.tokenizer import CONFIG
 from orchestrator.errors import DataNotWritten, EntrypointError
 from orchestrator.requirements import use_requirements
@@ -118,6 +119,8 @@ class Preparation:
             int(job.eval.every is not None),
             by_document=job.data.row_format == BY_DOCUMENT,
         )
+        if job.distill is not None and job.distill.logits is not None:
+            TaughtStore.open(Path(job.distill.logits)).check(store.digest)
         Orders(job, store)  # shows what a curriculum lacks, before any worker has the store
         tokenizer, stored = _save(store, run, place)
         datasets = tuple(

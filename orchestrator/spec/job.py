@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 
 from orchestrator.spec.communication import CommunicationSpec, broken_communication
 from orchestrator.spec.curriculum import CurriculumSpec, broken_experts, broken_sizes, experts_by_stage
-from orchestrator.spec.data import DataSpec, broken_outputs, broken_rows, broken_training, format_of
+from orchestrator.spec.data import BY_DOCUMENT, DataSpec, broken_outputs, broken_rows, broken_training, format_of
 from orchestrator.spec.distill import DistillSpec, broken_distillation
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
@@ -223,7 +223,13 @@ class JobSpec(Section):
         yield from broken_rows(self.task, self.data, self.model)
         yield from broken_training(self.train, self.model, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
-        yield from broken_distillation(self.distill, self.task, self.model.is_native)
+        yield from broken_distillation(
+            self.distill,
+            self.task,
+            self.model.is_native,
+            self.curriculum is not None,
+            self.data.row_format != BY_DOCUMENT,
+        )
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:
                 rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"

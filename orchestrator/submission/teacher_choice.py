@@ -1,14 +1,42 @@
 """What a submission finds out about a job's teacher: its digest, its size, and whether the student can follow it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.checkpoint.hf.shapes import listed
-from orchestrator.checkpoint.hf.teacher import KEY, UNCHANGED, Teacher, check_teacher, open_teacher, teacher_digest
+from orchestrator.checkpoint.hf.teacher import KEY, UNCHANGED, check_teacher, open_teacher, teacher_digest
+from orchestrator.data.manifest import is_store
 from orchestrator.data.prepare.request import load_tokenizer
+from orchestrator.data.store import TokenStore
+from orchestrator.data.taught_store import TaughtStore
 from orchestrator.errors import UsageError
 from orchestrator.run_records.run_files import RunFiles, holds_run
+from orchestrator.spec.distill import DistillSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
+
+REMEDY = "Name a teacher of the same tokenizer, or leave the student's out: the teacher's is taken then."
+
+
+@dataclass(frozen=True)
+class ChosenTeacher:
+    """A teacher, found.
+
+    Args:
+        directory: of its weights.
+        tokenizer: the file, whether or not it exists.
+        vocab_size: tokens that it predicts.
+    """
+
+    directory: Path
+    model: ModelSpec
+    tokenizer: Path
+    vocab_size: int
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Of its tokenizer; None if there is none."""
+        return load_tokenizer(self.tokenizer).digest if self.tokenizer.exists() else None
 
 
 def with_teacher(spec: JobSpec) -> JobSpec:
@@ -16,73 +44,95 @@ def with_teacher(spec: JobSpec) -> JobSpec:
 
     Raises:
         UsageError: the teacher can't be found or isn't one; it has another vocabulary or other hidden states than the
-            student; or its weights are not those of the digest that the job has.
-        CheckpointCorrupt: its files are not complete, or damaged.
-        DataError: a tokenizer can't be read.
+            student; its predictions are of other rows than the job's; or its weights are not those of the digest that
+            the job has.
+        CheckpointCorrupt, StoreCorrupt: its files are not complete, or damaged.
+        DataError: a tokenizer, or predictions, can't be read.
     """
     if spec.distill is None:
         return spec
-    directory = _directory(Path(spec.distill.teacher).expanduser().absolute())
-    teacher = open_teacher(directory)
-    vocab_size = teacher.model.vocab_size or load_tokenizer(teacher.tokenizer).vocab_size
-    _check_vocabulary(spec, directory, teacher, vocab_size)
-    if spec.distill.hidden_weight and spec.model.hidden_size != teacher.model.hidden_size:
+    if spec.distill.teacher is None:
+        return _with_predictions(spec, spec.distill)
+    chosen = chosen_teacher(Path(spec.distill.teacher))
+    _check_vocabulary(spec, KEY, chosen.directory, chosen.vocab_size)
+    named, digest = spec.data.tokenizer, chosen.tokenizer_digest
+    if named is not None and digest is not None and load_tokenizer(Path(named)).digest != digest:
+        raise UsageError(
+            f"the tokenizers of teacher and student differ: {chosen.tokenizer} and {named} (data.tokenizer)",
+            remedy=REMEDY,
+            unchanged=UNCHANGED,
+        )
+    if spec.distill.hidden_weight and spec.model.hidden_size != chosen.model.hidden_size:
         raise UsageError(
             f"distill.hidden_weight is {spec.distill.hidden_weight:g}, and hidden states differ in size: "
-            f"{spec.model.hidden_size} (model.hidden_size) and {teacher.model.hidden_size} in {KEY} {directory}",
+            f"{spec.model.hidden_size} (model.hidden_size) and {chosen.model.hidden_size} in {KEY} {chosen.directory}",
             remedy="Set model.hidden_size to the teacher's, or leave distill.hidden_weight out.",
             unchanged=UNCHANGED,
         )
-    distill = spec.distill.model_copy(update={"teacher": str(directory)})
-    check_teacher(distill)
-    found = {
-        "teacher_sha256": distill.teacher_sha256 or teacher_digest(directory),
-        "teacher_parameters": _num_parameters(teacher.model, vocab_size),
+    params, _ = listed(chosen.model, chosen.vocab_size)
+    distill = spec.distill.model_copy(
+        update={"teacher": str(chosen.directory), "teacher_parameters": sum(param.numel for param in params)}
+    )
+    data = spec.data.model_copy(update={"tokenizer": named or str(chosen.tokenizer)})
+    return _described(spec, distill, chosen.vocab_size).model_copy(update={"data": data})
+
+
+def _with_predictions(spec: JobSpec, distill: DistillSpec) -> JobSpec:
+    directory = Path(distill.directory).expanduser().absolute()
+    options = TaughtStore.open(directory).manifest.options
+    _check_vocabulary(spec, "distill.logits", directory, options.vocab_size)
+    wanted: dict[str, tuple[object, object]] = {
+        "train.sequence_length": (spec.train.sequence_length, options.sequence_length),
+        "data.isolate_documents": (spec.data.isolate_documents, options.isolate_documents),
+        "distill.temperature": (distill.temperature, options.temperature),
     }
+    if is_store(Path(spec.data.source)):  # else the store that the job makes is compared
+        wanted["the digest of data.source"] = (TokenStore.open(spec.data.source).digest[:12], options.store[:12])
+    differing = [f"{key} is {mine}, there it is {theirs}" for key, (mine, theirs) in wanted.items() if mine != theirs]
+    if differing:
+        raise UsageError(
+            f"distill.logits {directory} has the predictions for other rows: {'; '.join(differing)}",
+            remedy="Set these keys as they are there, or compute others: orchestrator data teach.",
+            unchanged=UNCHANGED,
+        )
+    return _described(spec, distill.model_copy(update={"logits": str(directory)}), options.vocab_size)
+
+
+def _described(spec: JobSpec, distill: DistillSpec, vocab_size: int) -> JobSpec:
+    """The job with the digest of its teacher, whose directory is known."""
+    check_teacher(distill)
+    digest = distill.teacher_sha256 or teacher_digest(Path(distill.directory))
     return spec.model_copy(
         update={
-            "distill": distill.model_copy(update=found),
+            "distill": distill.model_copy(update={"teacher_sha256": digest}),
             "model": spec.model.model_copy(update={"vocab_size": vocab_size}),
-            "data": spec.data.model_copy(update={"tokenizer": spec.data.tokenizer or str(teacher.tokenizer)}),
         }
     )
 
 
-def _directory(place: Path) -> Path:
-    """The directory of the teacher's weights: of a run that of its newest checkpoint."""
-    if not holds_run(place):
-        return place
-    newest = RunFiles(place).choose_checkpoint()
-    if newest is None:
-        raise UsageError(
-            f"{KEY} {place} is a run that has no checkpoint",
-            remedy="Let it write one: orchestrator checkpoint RUN.",
-            unchanged=UNCHANGED,
-        )
-    return Path(str(newest))
+def chosen_teacher(place: Path) -> ChosenTeacher:
+    """The teacher in a directory: of a run its newest checkpoint. Raises as `with_teacher`."""
+    directory = place.expanduser().absolute()
+    if holds_run(directory):
+        newest = RunFiles(directory).choose_checkpoint()
+        if newest is None:
+            raise UsageError(
+                f"{KEY} {directory} is a run that has no checkpoint",
+                remedy="Let it write one: orchestrator checkpoint now RUN.",
+                unchanged=UNCHANGED,
+            )
+        directory = Path(str(newest))
+    teacher = open_teacher(directory)
+    vocab_size = teacher.model.vocab_size or load_tokenizer(teacher.tokenizer).vocab_size
+    return ChosenTeacher(directory, teacher.model, teacher.tokenizer, vocab_size)
 
 
-def _check_vocabulary(spec: JobSpec, directory: Path, teacher: Teacher, vocab_size: int) -> None:
+def _check_vocabulary(spec: JobSpec, key: str, directory: Path, vocab_size: int) -> None:
     """Both must give their logits to the same tokens."""
-    remedy = "Name a teacher of the same tokenizer, or leave the student's out: the teacher's is taken then."
     if spec.model.vocab_size not in (None, vocab_size):
         raise UsageError(
-            f"{KEY} {directory} has a vocabulary of {vocab_size} tokens, and the student one of "
+            f"{key} {directory} has a vocabulary of {vocab_size} tokens, and the student one of "
             f"{spec.model.vocab_size} (model.vocab_size)",
-            remedy=remedy,
+            remedy=REMEDY,
             unchanged=UNCHANGED,
         )
-    named = spec.data.tokenizer
-    if named is None or not teacher.tokenizer.exists():
-        return
-    if load_tokenizer(Path(named)).digest != load_tokenizer(teacher.tokenizer).digest:
-        raise UsageError(
-            f"the tokenizers of teacher and student differ: {teacher.tokenizer} and {named} (data.tokenizer)",
-            remedy=remedy,
-            unchanged=UNCHANGED,
-        )
-
-
-def _num_parameters(model: ModelSpec, vocab_size: int) -> int:
-    params, _ = listed(model, vocab_size)
-    return sum(param.numel for param in params)

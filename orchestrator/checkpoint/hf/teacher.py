@@ -67,14 +67,18 @@ def open_teacher(directory: Path) -> Teacher:
 
 
 def teacher_digest(directory: Path) -> str:
-    """SHA-256 of a teacher's weights; of a checkpoint that of its manifest, which has its files' digests."""
+    """SHA-256 of a teacher's weights; of a checkpoint, and of predictions, that of the manifest, which has the digests
+    of their files."""
     manifest = directory / MANIFEST_FILE
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else weights_digest(directory)
 
 
 def check_teacher(distill: DistillSpec | None) -> None:
-    """Check that a run's teacher is the one that it began with. Raises UsageError if it is gone or has changed."""
-    if distill is not None:
-        remedy = f"Bring back the teacher that the run began with, under {distill.teacher}."
-        of_what = "of the teacher that the run learns from"
-        check_weights(Path(distill.teacher), distill.teacher_sha256, of_what, remedy, teacher_digest)
+    """Check that a run's teacher, or what it predicts, is what the run began with. Raises UsageError if it is gone or
+    has changed."""
+    if distill is None:
+        return
+    what = "teacher" if distill.logits is None else "teacher's predictions"
+    remedy = f"Bring back the {what} that the run began with, under {distill.directory}."
+    of_what = f"of the {what} that the run learns from"
+    check_weights(Path(distill.directory), distill.teacher_sha256, of_what, remedy, teacher_digest)

@@ -1,4 +1,5 @@
-"""`data prepare`: make a token store, on which jobs train, from text of any size."""
+"""`data prepare`: make a token store, on which jobs train, from text of any size. `data teach`: compute a teacher's
+predictions for one."""
 
 import os
 import time
@@ -10,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from orchestrator.cli.terminal import signals
-from orchestrator.cli.terminal.answers import PreparedStore
+from orchestrator.cli.terminal.answers import PreparedStore, TaughtPredictions
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
 from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show_answer
@@ -106,6 +107,81 @@ def prepare(
         narrate("The store was there already. Nothing was changed.")
     result = described(done)
     show_answer(output, result, aligned(_lines(result)))
+
+
+@app.command()
+def teach(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a token store, as data prepare writes.")],
+    teacher: Annotated[
+        Path,
+        typer.Option("--teacher", metavar="DIR", help="Model, checkpoint or run, as distill.teacher of a job file."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Directory of results, each named by its content. Default: STORE's."),
+    ] = None,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence-length", min=1, help="Tokens of a row, as train.sequence_length of a job file.")
+    ] = 128,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=1, help="Likeliest tokens to keep of each prediction; others are summed up.")
+    ] = 32,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.01, max=100.0, help="As distill.temperature of a job file.")
+    ] = 2.0,
+    isolate_documents: Annotated[
+        bool, typer.Option("--isolate-documents", help="Attention stays within documents, as data.isolate_documents.")
+    ] = False,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Compute once what a teacher predicts for a token store, on all nodes of a cluster: distill.logits of a job.
+
+    Without a cluster, one is started on this machine and ended afterwards. Ctrl-C ends it; the same command continues.
+    """
+    from orchestrator.cli.terminal.summary import aligned
+    from orchestrator.data.prepare.ray_map import on_cluster
+    from orchestrator.submission.teaching import TeachRequest, checked, num_bytes, teach
+
+    directory = store.expanduser().absolute()
+    request = TeachRequest(
+        directory,
+        teacher.expanduser().absolute(),
+        directory.parent if out is None else out.expanduser().absolute(),
+        sequence_length,
+        isolate_documents,
+        top_k,
+        temperature,
+    )
+    options, _ = checked(request)  # before connecting to a cluster or starting one
+    narrate(f"Predictions of {size(num_bytes(request, options))} for {directory.name}.")
+    progress = ProgressLine()
+    with _cluster(address):
+        try:
+            taught, found = teach(request, on_cluster, progress.tell)
+        except KeyboardInterrupt:
+            progress.close()
+            narrate("Ended. Finished work is kept: the same command continues.")
+            raise
+        finally:
+            progress.close()
+    if found:
+        narrate("The predictions were there already. Nothing was changed.")
+    manifest = taught.manifest
+    result = TaughtPredictions(
+        logits=str(taught.directory),
+        found=found,
+        teacher=manifest.teacher,
+        store=str(directory),
+        sequence_length=sequence_length,
+        top_k=top_k,
+        temperature=temperature,
+        rows={split: manifest.num_rows[split] for split in manifest.num_rows},
+        bytes=sum(file.num_bytes for file in manifest.files.values()),
+    )
+    rows = ", ".join(f"{number:,} of {split}" for split, number in result.rows.items())
+    lines = [("logits", result.logits), ("teacher", result.teacher), ("rows", rows), ("size", size(result.bytes))]
+    show_answer(output, result, aligned(lines))
 
 
 def described(done: Any) -> PreparedStore:

@@ -159,3 +159,18 @@ class PreparedStore:
     splits: dict[str, dict[str, Any]]
     vocab_size: int
     tokenizer_digest: str
+
+
+@dataclass(frozen=True)
+class TaughtPredictions:
+    """A teacher's predictions for a token store, and its rows by split. `found`: they were there already."""
+
+    logits: str
+    found: bool
+    teacher: str
+    store: str
+    sequence_length: int
+    top_k: int
+    temperature: float
+    rows: dict[str, int]
+    bytes: int

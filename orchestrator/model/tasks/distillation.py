@@ -6,13 +6,15 @@ distributions have the temperature T; T² keeps the size of the gradients. With 
 hidden states is added, 1 - their cosine (as DistilBERT does, arXiv:1910.01108, section 3).
 
 The teacher isn't training state: every rank has the whole of it, without gradients, and runs it on its own
-micro-batches. Logits of both models exist for a chunk of tokens at a time.
+micro-batches, or its predictions were computed once and come with the rows. Logits of both models exist for a chunk of
+tokens at a time.
 
-Shape legend: N = tokens, C = tokens of a chunk, V = vocabulary.
+Shape legend: N = tokens, C = tokens of a chunk, V = vocabulary, K = tokens that were kept of a prediction.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.model.base import TokenScores, TrainableModel
-from orchestrator.model.loss import IGNORED
+from orchestrator.model.loss import IGNORED, MIN_CHUNK
 from orchestrator.model.task import Batch, Loss, Row, Task
-from orchestrator.spec.distill import DistillSpec
+from orchestrator.spec.distill import PREDICTION, DistillSpec
 
 CROSS_ENTROPY, DIVERGENCE, HIDDEN_DISTANCE = "cross_entropy", "teacher_divergence", "hidden_distance"
 
@@ -34,13 +36,14 @@ class Distillation:
 
     Args:
         task: whose rows and targets these are.
-        teacher: a whole model.
+        teacher: a whole model. None: its predictions come with the rows (`orchestrator.data.taught_store`).
     """
 
     needs_reference = False
 
-    def __init__(self, task: Task, teacher: TrainableModel, spec: DistillSpec) -> None:
-        self._task, self._teacher, self._spec = task, teacher.eval(), spec
+    def __init__(self, task: Task, teacher: TrainableModel | None, spec: DistillSpec) -> None:
+        self._task, self._spec = task, spec
+        self._teacher = None if teacher is None else teacher.eval()
         hidden = (HIDDEN_DISTANCE,) if spec.hidden_weight else ()
         self.metrics: tuple[str, ...] = (CROSS_ENTROPY, DIVERGENCE, *hidden)
 
@@ -51,14 +54,17 @@ class Distillation:
     def loss(self, model: TrainableModel, batch: Batch) -> Loss:
         """Sum over the targets that count, in nats. Arguments as of `LanguageModeling.loss`."""
         tokens = batch["inputs"], batch.get("documents"), batch.get("lengths")
-        with torch.no_grad():
-            taught = self._teacher.scores(*tokens)
         said = model.scores(*tokens)
+        taught: TokenScores | None = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                taught = self._teacher.scores(*tokens)
+        teacher: Prediction = WholePrediction(taught, self._spec.temperature) if taught else _kept(said, batch)
         targets_N = said.of_tokens(batch["targets"])
-        total, sums_S = said.loss(TaughtCrossEntropy(targets_N, taught, self._spec.temperature, self._spec.alpha))
+        total, sums_S = said.loss(TaughtCrossEntropy(targets_N, teacher, self._spec.temperature, self._spec.alpha))
         weight = (targets_N != IGNORED).sum().float()
         metrics = {CROSS_ENTROPY: (sums_S[1], weight), DIVERGENCE: (sums_S[2], weight)}
-        if self._spec.hidden_weight:
+        if taught is not None and self._spec.hidden_weight:
             cosine_N = F.cosine_similarity(said.x_ND.float(), taught.x_ND.float(), dim=-1)
             distance = ((1.0 - cosine_N) * (targets_N != IGNORED)).sum()
             total = total + self._spec.hidden_weight * distance
@@ -70,6 +76,78 @@ class Distillation:
         return dict(means)
 
 
+class Prediction(Protocol):
+    """What a teacher predicts for the tokens of a micro-batch."""
+
+    def compare(self, log_student_CV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        """A student with these log-probabilities, at the same temperature, for some tokens.
+
+        Returns:
+            divergence_C1: KL(teacher || student) in nats.
+            d_CV: its gradient with respect to the student's logits over the temperature.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WholePrediction:
+    """The prediction of a teacher that has just said something of the same tokens (`Prediction`)."""
+
+    scores: TokenScores
+    temperature: float
+
+    def compare(self, log_student_CV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        log_teacher_CV = (self.scores.logits(here).float() / self.temperature).log_softmax(-1)
+        teacher_CV = log_teacher_CV.exp()
+        divergence_C1 = (teacher_CV * log_teacher_CV.sub_(log_student_CV)).sum(-1, keepdim=True)
+        return divergence_C1, log_student_CV.exp().sub_(teacher_CV)
+
+
+@dataclass(frozen=True)
+class KeptPrediction:
+    """A prediction of which the likeliest tokens were kept, and the probability of all others together
+    (`Prediction`). Of these the student is asked for no more than their sum.
+
+    Args:
+        ids_NK: tokens.
+        logs_NK: their log-probabilities at the temperature.
+        rest_N: log-probability of all others.
+    """
+
+    ids_NK: Tensor
+    logs_NK: Tensor
+    rest_N: Tensor
+
+    def compare(self, log_student_CV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+        ids_CK, logs_CK, rest_C1 = self.ids_NK[here], self.logs_NK[here], self.rest_N[here][:, None]
+        log_student_CK = log_student_CV.gather(1, ids_CK)
+        log_others_C1 = log_student_CV.scatter(1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True)
+        teacher_CK = logs_CK.exp()
+        divergence_C1 = (teacher_CK * (logs_CK - log_student_CK)).sum(-1, keepdim=True)
+        divergence_C1 += rest_C1.exp() * (rest_C1 - log_others_C1)
+        # The student minus a teacher whose rest is spread over the other tokens as the student's is.
+        student_CV = log_student_CV.exp()
+        d_CV = student_CV - (log_student_CV + (rest_C1 - log_others_C1)).exp_()
+        return divergence_C1, d_CV.scatter_(1, ids_CK, student_CV.gather(1, ids_CK) - teacher_CK)
+
+
+def _kept(said: TokenScores, batch: Batch) -> KeptPrediction:
+    ids_NK, logs_NK, rest_N = (said.of_tokens(batch[name]) for name in PREDICTION)
+    return KeptPrediction(ids_NK, logs_NK, rest_N)
+
+
+def likeliest(scores: TokenScores, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens (N, K) that a teacher finds likeliest, their log-probabilities (N, K) at the temperature, and that
+    (N,) of all others together."""
+    found = []
+    for start in range(0, len(scores.x_ND), MIN_CHUNK):
+        log_CV = (scores.logits(slice(start, start + MIN_CHUNK)).float() / temperature).log_softmax(-1)
+        logs_CK, ids_CK = log_CV.topk(top_k, dim=-1)
+        found.append((ids_CK, logs_CK, log_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(-1)))
+    ids, logs, rest = zip(*found, strict=True)
+    return torch.cat(ids), torch.cat(logs), torch.cat(rest)
+
+
 @dataclass(frozen=True)
 class TaughtCrossEntropy:
     """Cross-entropy with token ids and divergence from a teacher, in nats (`orchestrator.model.loss.LogitLoss`). Sums:
@@ -77,11 +155,11 @@ class TaughtCrossEntropy:
 
     Args:
         targets_N: token ids, or `IGNORED`: these have no loss.
-        teacher: scores of the same tokens.
+        teacher: its prediction for the same tokens.
     """
 
     targets_N: Tensor
-    teacher: TokenScores
+    teacher: Prediction
     temperature: float
     alpha: float
     num_sums: int = 3
@@ -90,22 +168,18 @@ class TaughtCrossEntropy:
         targets_C, heat = self.targets_N[here], self.temperature
         counted_C1 = (targets_C != IGNORED)[:, None]
         index_C1 = targets_C.clamp_min(0)[:, None]
-        log_teacher_CV = (self.teacher.logits(here).float() / heat).log_softmax(-1)
-        teacher_CV = log_teacher_CV.exp()
-        log_warm_CV = logits_CV if heat == 1.0 else logits_CV / heat
-        log_warm_CV = log_warm_CV.log_softmax(-1)
-        divergence_C1 = (teacher_CV * log_teacher_CV.sub_(log_warm_CV)).sum(-1, keepdim=True)
-        log_student_CV = log_warm_CV.clone() if heat == 1.0 else logits_CV.log_softmax(-1)
-        cross_entropy_C1 = -log_student_CV.gather(1, index_C1)
-        cross_entropy = (cross_entropy_C1 * counted_C1).sum()
+        log_student_CV = logits_CV.log_softmax(-1)
+        log_warm_CV = log_student_CV if heat == 1.0 else (logits_CV / heat).log_softmax(-1)
+        divergence_C1, d_warm_CV = self.teacher.compare(log_warm_CV, here)
+        cross_entropy = (-log_student_CV.gather(1, index_C1) * counted_C1).sum()
         divergence = (divergence_C1 * counted_C1).sum()
         total = (1.0 - self.alpha) * cross_entropy + self.alpha * heat**2 * divergence
         sums_S = torch.stack((total, cross_entropy, divergence))
         if not wants_gradient:
             return sums_S, None
-        # Of the cross-entropy: softmax minus one at the target. Of T² times the divergence: T times the difference of
-        # the distributions.
+        # Of the cross-entropy: softmax minus one at the target. Of T² times the divergence: T times its gradient with
+        # respect to logits over T.
         d_CV = log_student_CV.exp_()
         d_CV.scatter_add_(1, index_C1, -torch.ones_like(d_CV[:, :1]))
-        d_CV.mul_(1.0 - self.alpha).add_(log_warm_CV.exp_().sub_(teacher_CV), alpha=self.alpha * heat)
+        d_CV.mul_(1.0 - self.alpha).add_(d_warm_CV, alpha=self.alpha * heat)
         return sums_S, d_CV.mul_(counted_C1)

@@ -4,12 +4,15 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from orchestrator.checkpoint.hf.teacher import check_teacher
 from orchestrator.data.bucket_store import open_store
 from orchestrator.data.rows.bucket_rows import open_rows
+from orchestrator.data.taught_store import TaughtStore
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.task import Task
 from orchestrator.spec.job import JobSpec
@@ -70,8 +73,13 @@ def _trouble_of(error: OSError | OrchestratorError, run_dir: Location) -> Storag
 
 
 def open_batches(job: JobSpec, store_dir: str, task: Task, device: torch.device) -> BatchReader:
-    """The reader of the store that was prepared for a job. Raises DataError, StoreCorrupt, OSError."""
+    """The reader of the store that was prepared for a job. Raises DataError, StoreCorrupt, OSError; and UsageError
+    if predictions of a teacher that come with it have changed."""
     place = location_of(store_dir)
     if job.has_rows:
         return RowBatches(job, open_rows(place), task, device)
-    return TokenBatches(job, open_store(place), device)
+    store = open_store(place)
+    if job.distill is None or job.distill.logits is None:
+        return TokenBatches(job, store, device)
+    check_teacher(job.distill)
+    return TokenBatches(job, store, device, TaughtStore.open(Path(job.distill.logits)))

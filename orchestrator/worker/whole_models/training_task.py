@@ -23,5 +23,7 @@ def training_task(spec: JobSpec, vocab_size: int, device: torch.device) -> Task:
     task = task_of(spec.task, spec.data_format)
     if spec.distill is None:
         return task
+    if spec.distill.teacher is None:
+        return Distillation(task, None, spec.distill)
     teacher = teacher_model(spec.distill, spec.num_outputs(vocab_size), spec.train, device)
     return Distillation(task, teacher, spec.distill)

@@ -38,9 +38,9 @@ def teacher_model(distill: DistillSpec, vocab_size: int, train: TrainSpec, devic
         CheckpointCorrupt: its files can't be read.
     """
     check_teacher(distill)
-    teacher = open_teacher(Path(distill.teacher))
+    teacher = open_teacher(Path(distill.directory))
     if teacher.job is not None:
-        model = load_model(Path(distill.teacher), teacher.job, vocab_size, device=device)
+        model = load_model(Path(distill.directory), teacher.job, vocab_size, device=device)
     else:
         with device:
             model = build_model(teacher.model, vocab_size, single_rank(teacher.model))

@@ -9,7 +9,8 @@ from orchestrator.spec.job import JobSpec
 
 
 def _job(distill: dict[str, Any], **sections: Any) -> JobSpec:
-    return JobSpec.model_validate({"name": "try", "distill": {"teacher": "/teacher", **distill}, **sections})
+    given = {"teacher": "/teacher", **distill} if "logits" not in distill else distill
+    return JobSpec.model_validate({"name": "try", "distill": given, **sections})
 
 
 def test_a_job_with_a_teacher_keeps_its_keys() -> None:
@@ -28,6 +29,16 @@ def test_a_job_with_a_teacher_keeps_its_keys() -> None:
         ({"teacher": "s3://bucket/model"}, {}, "must be a path of the file system"),
         ({}, {"task": "dpo"}, "distill needs a task of next tokens, lm or sft; got dpo"),
         ({}, {"task": {"entrypoint": "my:task"}}, "distill needs a task of next tokens, lm or sft; got my:task"),
+        ({"teacher": None}, {}, "distill needs a teacher, or its logits, and not both; got none"),
+        ({"logits": "/logits", "teacher": "/teacher"}, {}, "not both; got both"),
+        ({"logits": "/logits", "hidden_weight": 0.5}, {}, "hidden_weight must be 0 with logits, .*; got 0.5"),
+        ({"logits": "/logits"}, {"task": "sft"}, "can't be used with sft: name a teacher"),
+        ({"logits": "/logits"}, {"data": {"row_format": "documents"}}, "with other rows than packed ones"),
+        (
+            {"logits": "/logits"},
+            {"curriculum": {"signal": "length", "stages": [{"name": "all"}]}},
+            "can't be used with a curriculum",
+        ),
         (
             {"hidden_weight": 0.5},
             {"model": {"entrypoint": "my:model"}},

@@ -10,7 +10,13 @@ from torch import Tensor
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED, chunked_loss
-from orchestrator.model.tasks.distillation import Distillation, TaughtCrossEntropy
+from orchestrator.model.tasks.distillation import (
+    Distillation,
+    KeptPrediction,
+    TaughtCrossEntropy,
+    WholePrediction,
+    likeliest,
+)
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.distill import DistillSpec
 from orchestrator.spec.model import ModelSpec
@@ -61,6 +67,10 @@ def _drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=generator).to(devices.device())
 
 
+def _predicted(logits_NV: Tensor, temperature: float) -> WholePrediction:
+    return WholePrediction(TokenScores(logits_NV, None, None), temperature)
+
+
 @pytest.mark.parametrize("chunk", [7, 64])
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.5), (3.0, 0.3), (2.0, 1.0)])
 def test_values_and_gradients_equal_those_of_torch(chunk: int, temperature: float, alpha: float) -> None:
@@ -68,7 +78,7 @@ def test_values_and_gradients_equal_those_of_torch(chunk: int, temperature: floa
     taught_NV = _drawn(N, V, seed=2) * 3
     targets_N = (torch.arange(N) % V).to(devices.device())
     targets_N[::7] = IGNORED
-    loss = TaughtCrossEntropy(targets_N, TokenScores(taught_NV, None, None), temperature, alpha)
+    loss = TaughtCrossEntropy(targets_N, _predicted(taught_NV, temperature), temperature, alpha)
     total, sums_S = chunked_loss(x_ND, head_VD, loss, chunk)
     found = torch.autograd.grad(total / 3, (x_ND, head_VD))
 
@@ -85,9 +95,8 @@ def test_values_and_gradients_equal_those_of_torch(chunk: int, temperature: floa
 
 def test_a_model_that_returns_logits_gets_the_same_gradients() -> None:
     x_ND, head_VD = _drawn(N, D, seed=0).requires_grad_(), _drawn(V, D, seed=1)
-    loss = TaughtCrossEntropy(
-        torch.zeros(N, dtype=torch.int64, device=x_ND.device), TokenScores(_drawn(N, V, seed=2), None, None), 2.0, 0.5
-    )
+    targets_N = torch.zeros(N, dtype=torch.int64, device=x_ND.device)
+    loss = TaughtCrossEntropy(targets_N, _predicted(_drawn(N, V, seed=2), 2.0), 2.0, 0.5)
     of_hidden = torch.autograd.grad(chunked_loss(x_ND, head_VD, loss, 8)[0], x_ND)
     logits_NV = F.linear(x_ND, head_VD)
     of_logits = torch.autograd.grad(chunked_loss(logits_NV, None, loss, 8)[0], x_ND)
@@ -147,3 +156,51 @@ def test_no_rows_have_no_loss_but_gradients() -> None:
     loss = _task(_model(seed=1), hidden_weight=1.0).loss(student, _batch(rows=0))
     loss.total.backward()
     assert float(loss.total) == 0.0 and all(not p.grad.any() for p in student.parameters() if p.grad is not None)
+
+
+def test_a_kept_prediction_is_compared_with_its_rest_as_one_token() -> None:
+    """Values and gradients against the divergence of K + 1 classes, made by autograd."""
+    taught_NV, heat = _drawn(N, V, seed=2) * 3, 2.0
+    kept = KeptPrediction(*likeliest(TokenScores(taught_NV, None, None), 5, heat))
+    logits_NV = _drawn(N, V, seed=3).requires_grad_()
+    divergence_N1, d_NV = kept.compare((logits_NV / heat).log_softmax(-1).detach(), slice(0, N))
+
+    student_NV, teacher_NV = (logits_NV / heat).softmax(-1), (taught_NV / heat).softmax(-1)
+    top_NK = teacher_NV.topk(5, dim=-1).indices
+    torch.testing.assert_close(kept.ids_NK, top_NK)
+
+    def classes(share_NV: Tensor) -> Tensor:
+        of_top_NK = share_NV.gather(1, top_NK)
+        return torch.cat((of_top_NK, 1.0 - of_top_NK.sum(-1, keepdim=True)), dim=-1).log()
+
+    wanted_NC = F.kl_div(classes(student_NV), classes(teacher_NV), log_target=True, reduction="none")
+    torch.testing.assert_close(divergence_N1[:, 0], wanted_NC.sum(-1), rtol=1e-3, atol=1e-4)
+    (of_logits,) = torch.autograd.grad(wanted_NC.sum(), logits_NV)
+    torch.testing.assert_close(d_NV / heat, of_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_kept_prediction_of_a_student_that_is_sure_has_finite_gradients() -> None:
+    ids = torch.tensor([[0, 1]], device=devices.device())
+    kept = KeptPrediction(ids, torch.log(torch.tensor([[0.5, 0.3]], device=ids.device)), torch.log(ids[:, 0] + 0.2))
+    logits_1V = torch.zeros(1, V, device=ids.device)
+    logits_1V[0, 0] = 300.0
+    divergence_11, d_1V = kept.compare(logits_1V.log_softmax(-1), slice(0, 1))
+    assert divergence_11.isfinite().all() and d_1V.isfinite().all()
+    assert abs(float(d_1V.sum())) < 1e-5 and float(d_1V[0, 0]) == pytest.approx(0.5)
+
+
+def test_a_kept_prediction_of_almost_all_tokens_teaches_as_the_whole_one() -> None:
+    student, teacher, batch = _model(), _model(seed=1), _batch()
+    spec = DistillSpec(logits="/logits", alpha=0.7)
+    with torch.no_grad():
+        scores = teacher.scores(batch["inputs"])
+    ids_NK, logs_NK, rest_N = likeliest(scores, V - 1, spec.temperature)
+    B, T = batch["inputs"].shape
+    kept = {"teacher_ids": ids_NK.view(B, T, -1), "teacher_logs": logs_NK.view(B, T, -1)}
+    kept["teacher_rest"] = rest_N.view(B, T)
+    found = Distillation(LanguageModeling(), None, spec).loss(student, batch | kept)
+    wanted = _task(teacher, alpha=0.7).loss(student, batch)
+    torch.testing.assert_close(found.total, wanted.total, rtol=1e-4, atol=1e-3)
+    params = list(student.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(each.total, params) for each in (found, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

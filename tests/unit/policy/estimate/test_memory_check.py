@@ -77,6 +77,18 @@ def test_a_world_of_one_has_no_snapshots_to_do_without() -> None:
     assert "snapshots" not in refusal.message and "protection" not in refusal.remedy
 
 
+def test_each_worker_holds_the_whole_teacher() -> None:
+    distill = {"teacher": "/teacher", "teacher_parameters": 1000 * MILLION}
+    for precision, num_bytes in (("fp32", 4000 * MILLION), ("bf16", 2000 * MILLION)):
+        _, plain = _job("64GiB", train={"precision": precision})
+        _, taught = _job("64GiB", train={"precision": precision}, distill=distill)
+        for one, other in zip(plain.worlds, taught.worlds, strict=True):
+            assert other.memory.peak - one.memory.peak == other.memory.teacher == num_bytes
+            assert other.memory.training - one.memory.training == num_bytes
+            assert other.memory.on_gpu - one.memory.on_gpu == num_bytes
+    assert "teacher 4.00 GB" in _refusal(*_job("4GB", workers="2", distill=distill)).message
+
+
 def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:
     job, plan = _job(None)
     check_memory(job, plan)

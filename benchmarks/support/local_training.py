@@ -1,0 +1,101 @@
+"""Training of a model in one process, without engine or workers: for benchmarks of what is learned, where thousands of
+steps are compared; and results that are kept, so that a benchmark goes on where it was stopped."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import ROOT, say
+from orchestrator.data.store import Rows, TokenStore
+from orchestrator.engine.optim.lr_schedule import learning_rate
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.task import Batch, Task
+from orchestrator.sampling.sampler import SamplerState, sample
+from orchestrator.spec.job import JobSpec
+
+
+class KeptResults:
+    """What arms have shown, by name, in a file that is named by all that it depends on.
+
+    Args:
+        directory: in which the file is.
+        benchmark: its own file.
+        settings: that aren't in that file.
+        sources: parts of the package, beside the benchmark.
+    """
+
+    def __init__(self, directory: Path, benchmark: Path, settings: str, sources: tuple[str, ...]) -> None:
+        of = hashlib.sha256(f"{settings} {torch.__version__}".encode())
+        for source in (benchmark, Path(__file__), *(ROOT / "orchestrator" / room for room in sources)):
+            for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+                of.update(file.read_bytes())
+        self._file = directory / f"{benchmark.stem}-{of.hexdigest()[:12]}.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._known = {entry["arm"]: entry["measured"] for entry in map(json.loads, lines)}
+
+    def file(self, suffix: str) -> Path:
+        """A further file of the same name."""
+        return self._file.with_suffix(suffix)
+
+    def of(self, arm: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What an arm has shown; it is measured if that isn't known yet."""
+        if arm not in self._known:
+            self._known[arm] = dict(measure())
+            with self._file.open("a") as file:
+                print(json.dumps({"arm": arm, "measured": self._known[arm]}), file=file)
+            say(f"{arm}: {self._known[arm]}")
+        return self._known[arm]
+
+
+def train(model: TrainableModel, task: Task, job: JobSpec, store: TokenStore) -> float:
+    """Train dense weights on the rows that a run of the job gets, in one micro-batch a step. Returns a step's median
+    seconds."""
+    options, given = job.train, job.train.optimizer
+    trained = [param for name, param in model.named_parameters() if options.is_trained(name)]
+    optimizer = torch.optim.AdamW(trained, options.lr, given.betas, given.eps, given.weight_decay, fused=True)
+    length = options.sequence_length
+    sampler = SamplerState(options.seed, options.global_batch_size, length, store.num_rows("train", length))
+    model.train()
+    spent_s = []
+    for step in range(options.max_steps):
+        began_s = time.perf_counter()
+        rows = store.rows("train", sample(sampler, step), length)
+        (task.loss(model, _batch(rows)).total / _num_targets(rows)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, options.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(options, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        spent_s.append(time.perf_counter() - began_s)
+    return float(np.median(spent_s))
+
+
+@torch.no_grad()
+def validation_loss(model: TrainableModel, task: Task, job: JobSpec, store: TokenStore, num_rows: int) -> float:
+    """The task's loss in nats per target, on rows drawn from the validation split."""
+    model.eval()
+    loss_sum, num_targets = 0.0, 0
+    for rows in _drawn(store, job.train.sequence_length, num_rows, job.train.global_batch_size):
+        loss_sum += float(task.loss(model, _batch(rows)).total)
+        num_targets += _num_targets(rows)
+    return loss_sum / num_targets
+
+
+def _drawn(store: TokenStore, length: int, num_rows: int, at_once: int) -> Iterator[Rows]:
+    drawn = np.sort(np.random.default_rng(0).permutation(store.num_rows("validation", length))[:num_rows])
+    for start in range(0, len(drawn), at_once):
+        yield store.rows("validation", drawn[start : start + at_once], length)
+
+
+def _batch(rows: Rows) -> Batch:
+    return {"inputs": torch.from_numpy(rows.inputs_RT), "targets": torch.from_numpy(rows.targets_RT)}
+
+
+def _num_targets(rows: Rows) -> int:
+    return int((rows.targets_RT >= 0).sum())

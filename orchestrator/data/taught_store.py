@@ -1,0 +1,140 @@
+"""What a teacher predicts for the rows of a token store, computed once: of each token the likeliest next ones.
+
+    DIR/manifest.json      a `TaughtManifest`, written last
+    DIR/SPLIT.ids          (rows, T, K): the K likeliest tokens, uint16 or uint32
+    DIR/SPLIT.logs         (rows, T, K): log-probabilities of these at the temperature, float16
+    DIR/SPLIT.rest         (rows, T): of all others together, float32
+
+A token's prediction depends on those before it in its row, so such a store is for rows of one length alone, and for
+attention as it was: within documents or across. The tail is kept, as a student of the K tokens alone would learn to
+give the others nothing (Peng et al., arXiv:2410.16215, found that truncated logits do better with a rest).
+
+Shape legend: R = rows, T = tokens of a row, K = tokens of which there are log-probabilities.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.data.manifest import MANIFEST, SPLITS, FileDigest, Split
+from orchestrator.data.store import check_file, read_manifest
+from orchestrator.errors import DataError, StoreCorrupt
+from orchestrator.spec.distill import PREDICTION
+
+FORMAT: Literal["orchestrator-taught-v1"] = "orchestrator-taught-v1"
+PARTS = ("ids", "logs", "rest")
+
+
+class TaughtOptions(BaseModel):
+    """All that the content depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    store: str  # digest
+    teacher_sha256: str
+    sequence_length: int
+    isolate_documents: bool
+    top_k: int
+    temperature: float
+    vocab_size: int
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        return "taught-" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def dtype(self, part: str) -> np.dtype[np.generic]:
+        """Number format of a file."""
+        if part == "ids":
+            return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        return np.dtype("<f2" if part == "logs" else "<f4")
+
+    def shape(self, part: str, num_rows: int) -> tuple[int, ...]:
+        """Shape of a file's array."""
+        tokens = (num_rows, self.sequence_length)
+        return tokens if part == "rest" else (*tokens, self.top_k)
+
+    def num_bytes(self, part: str, num_rows: int) -> int:
+        """Size of a file."""
+        return math.prod(self.shape(part, num_rows)) * self.dtype(part).itemsize
+
+
+class TaughtManifest(BaseModel):
+    """Content of `manifest.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["orchestrator-taught-v1"]
+    options: TaughtOptions
+    teacher: str  # where it was
+    num_rows: dict[Split, int]
+    files: dict[str, FileDigest]
+
+
+@dataclass(frozen=True)
+class TaughtStore:
+    """Predictions, read side.
+
+    Args:
+        directory: of the files.
+        arrays: by (split, part), memory-mapped.
+    """
+
+    directory: Path
+    manifest: TaughtManifest
+    arrays: Mapping[tuple[Split, str], NDArray[np.generic]]
+
+    @classmethod
+    def open(cls, directory: Path, verify: bool = False) -> "TaughtStore":
+        """Open the predictions in a directory, after checking the sizes of its files; with `verify` their digests too.
+
+        Raises:
+            DataError: there are none.
+            StoreCorrupt: a file doesn't match the manifest.
+        """
+        manifest = read_manifest(directory, TaughtManifest, "directory of a teacher's predictions")
+        arrays: dict[tuple[Split, str], NDArray[np.generic]] = {}
+        for split in SPLITS:
+            for part in PARTS:
+                path, options = directory / file_of(split, part), manifest.options
+                check_file(path, manifest.files[path.name], verify)
+                shape = options.shape(part, manifest.num_rows[split])
+                if not manifest.num_rows[split]:
+                    arrays[split, part] = np.zeros(shape, options.dtype(part))
+                    continue
+                try:
+                    arrays[split, part] = np.memmap(path, options.dtype(part), "r", shape=shape)
+                except ValueError as error:
+                    raise StoreCorrupt(f"{path} is not as {MANIFEST} beside it says: {error}") from error
+        return cls(directory, manifest, arrays)
+
+    def check(self, store: str) -> None:
+        """Raises DataError unless these are predictions for the token store of this digest."""
+        if store != self.manifest.options.store:
+            raise DataError(
+                f"{self.directory} has predictions for another token store, {self.manifest.options.store[:12]}…, than "
+                f"the run's, {store[:12]}…",
+                remedy="Name the store for which they were computed as data.source.",
+            )
+
+    def rows(self, split: Split, rows_R: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
+        """Arrays of a batch: `teacher_ids` (R, T, K), int64; `teacher_logs` (R, T, K) and `teacher_rest` (R, T),
+        fp32. Raises DataError for a row that there is not."""
+        num_rows = self.manifest.num_rows[split]
+        if len(rows_R) and not 0 <= rows_R.min() <= rows_R.max() < num_rows:
+            raise DataError(f"{self.directory} has {num_rows} rows of {split}; {rows_R.max()} was asked for")
+        wanted = (np.int64, np.float32, np.float32)
+        taken = (np.asarray(self.arrays[split, part][rows_R]) for part in PARTS)
+        return {name: array.astype(dtype) for name, array, dtype in zip(PREDICTION, taken, wanted, strict=True)}
+
+
+def file_of(split: Split, part: str) -> str:
+    """Name of a file."""
+    return f"{split}.{part}"
