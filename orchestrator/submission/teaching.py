@@ -65,7 +65,7 @@ def teach(request: TeachRequest, spread: Spread, progress: Progress) -> tuple[Ta
     """
     options, directory = checked(request)
     target = request.out / options.name
-    if (target / MANIFEST).exists():
+    if is_there(request, options):
         return TaughtStore.open(target), True
     store = TokenStore.open(request.store)
     num_rows = {split: store.num_rows(split, options.sequence_length) for split in SPLITS}
@@ -140,6 +140,11 @@ def checked(request: TeachRequest) -> tuple[TaughtOptions, Path]:
         vocab_size=vocab_size,
     )
     return options, directory
+
+
+def is_there(request: TeachRequest, options: TaughtOptions) -> bool:
+    """Whether the predictions were computed before."""
+    return (request.out / options.name / MANIFEST).exists()
 
 
 def num_bytes(request: TeachRequest, options: TaughtOptions) -> int:

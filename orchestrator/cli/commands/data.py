@@ -4,7 +4,7 @@ predictions for one."""
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -141,7 +141,7 @@ def teach(
     """
     from orchestrator.cli.terminal.summary import aligned
     from orchestrator.data.prepare.ray_map import on_cluster
-    from orchestrator.submission.teaching import TeachRequest, checked, num_bytes, teach
+    from orchestrator.submission.teaching import TeachRequest, checked, is_there, num_bytes, teach
 
     directory = store.expanduser().absolute()
     request = TeachRequest(
@@ -156,7 +156,7 @@ def teach(
     options, _ = checked(request)  # before connecting to a cluster or starting one
     narrate(f"Predictions of {size(num_bytes(request, options))} for {directory.name}.")
     progress = ProgressLine()
-    with _cluster(address):
+    with nullcontext() if is_there(request, options) else _cluster(address):
         try:
             taught, found = teach(request, on_cluster, progress.tell)
         except KeyboardInterrupt:

@@ -35,9 +35,10 @@ def validate(job: JobFile, settings: Set = None, output: Output = Format.TEXT) -
     prints the job with every default."""
     from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.submission import with_pretrained
+    from orchestrator.submission.teacher_choice import with_teacher
     from orchestrator.submission.user_code import check_own_code, with_packages
 
-    spec = with_pretrained(load_job(job, settings or []))
+    spec = with_teacher(with_pretrained(load_job(job, settings or [])))
     check_own_code(*with_packages(spec))
     if output is Format.JSON:
         show_json(spec.model_dump(mode="json", by_alias=True))
@@ -75,9 +76,10 @@ def plan(
     from orchestrator.spec.job_file.loading import load_job
     from orchestrator.submission.param_listing import plan_of
     from orchestrator.submission.submission import with_pretrained
+    from orchestrator.submission.teacher_choice import with_teacher
     from orchestrator.submission.user_code import check_own_code, with_packages
 
-    spec = with_pretrained(load_job(job, settings or []))
+    spec = with_teacher(with_pretrained(load_job(job, settings or [])))
     check_own_code(*with_packages(spec))
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:
