@@ -21,14 +21,15 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from orchestrator.data.manifest import MANIFEST, SPLITS, FileDigest, Split
-from orchestrator.data.store import check_file, read_manifest
+from orchestrator.data.store import check_file
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.spec.distill import PREDICTION
 
 FORMAT: Literal["orchestrator-taught-v1"] = "orchestrator-taught-v1"
+AGAIN = "compute it again: orchestrator data teach."
 PARTS = ("ids", "logs", "rest")
 
 
@@ -47,7 +48,7 @@ class TaughtOptions(BaseModel):
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
+        """Name of the directory. Another kind of processor may make other bits of the same options."""
         return "taught-" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def dtype(self, part: str) -> np.dtype[np.generic]:
@@ -55,6 +56,12 @@ class TaughtOptions(BaseModel):
         if part == "ids":
             return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         return np.dtype("<f2" if part == "logs" else "<f4")
+
+    def stored(self, part: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """Values in the number format of a file; log-probabilities beyond it are its lowest one."""
+        if part == "logs":
+            values = np.maximum(values, np.finfo(np.float16).min)
+        return values.astype(self.dtype(part))
 
     def shape(self, part: str, num_rows: int) -> tuple[int, ...]:
         """Shape of a file's array."""
@@ -99,12 +106,15 @@ class TaughtStore:
             DataError: there are none.
             StoreCorrupt: a file doesn't match the manifest.
         """
-        manifest = read_manifest(directory, TaughtManifest, "directory of a teacher's predictions")
+        manifest = _manifest(directory)
         arrays: dict[tuple[Split, str], NDArray[np.generic]] = {}
         for split in SPLITS:
             for part in PARTS:
                 path, options = directory / file_of(split, part), manifest.options
-                check_file(path, manifest.files[path.name], verify)
+                try:
+                    check_file(path, manifest.files[path.name], verify)
+                except StoreCorrupt as error:
+                    raise StoreCorrupt(error.message, remedy=f"Move {directory} away and {AGAIN}") from error
                 shape = options.shape(part, manifest.num_rows[split])
                 if not manifest.num_rows[split]:
                     arrays[split, part] = np.zeros(shape, options.dtype(part))
@@ -112,7 +122,8 @@ class TaughtStore:
                 try:
                     arrays[split, part] = np.memmap(path, options.dtype(part), "r", shape=shape)
                 except ValueError as error:
-                    raise StoreCorrupt(f"{path} is not as {MANIFEST} beside it says: {error}") from error
+                    reason = f"{path} is not as {MANIFEST} beside it says: {error}"
+                    raise StoreCorrupt(reason, remedy=f"Move {directory} away and {AGAIN}") from error
         return cls(directory, manifest, arrays)
 
     def check(self, store: str) -> None:
@@ -133,6 +144,20 @@ class TaughtStore:
         wanted = (np.int64, np.float32, np.float32)
         taken = (np.asarray(self.arrays[split, part][rows_R]) for part in PARTS)
         return {name: array.astype(dtype) for name, array, dtype in zip(PREDICTION, taken, wanted, strict=True)}
+
+
+def _manifest(directory: Path) -> TaughtManifest:
+    """Raises DataError if the directory has none of this kind."""
+    try:
+        return TaughtManifest.model_validate_json((directory / MANIFEST).read_bytes())
+    except (OSError, ValidationError) as error:
+        is_other = isinstance(error, ValidationError) or (directory / MANIFEST).exists()
+        has = f"its {MANIFEST} is of something else, or damaged" if is_other else f"it holds no {MANIFEST}"
+        raise DataError(
+            f"{directory} has no predictions of a teacher: {has}",
+            remedy="Name a directory that `orchestrator data teach` has written.",
+            unchanged="Nothing was started.",
+        ) from error
 
 
 def file_of(split: Split, part: str) -> str:

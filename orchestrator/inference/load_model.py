@@ -19,14 +19,20 @@ from orchestrator.storage.backends.location import Location
 
 @torch.no_grad()
 def load_model(
-    checkpoint: Location, job: JobSpec, prepared: int, of_ema: bool = False, device: torch.device | None = None
+    checkpoint: Location,
+    job: JobSpec,
+    prepared: int,
+    of_ema: bool = False,
+    device: torch.device | None = None,
+    precision: str = "fp32",
 ) -> TrainableModel:
-    """The whole model in fp32.
+    """The whole model.
 
     Args:
         prepared: tokens of the tokenizer, or classes of the data.
         of_ema: the average of the weights in place of the weights.
         device: None: a GPU if there is one.
+        precision: of its weights.
 
     Raises:
         CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
@@ -36,7 +42,9 @@ def load_model(
     experts = read_manifest(checkpoint).experts
     job = job if experts is None else job.with_experts(experts.num_experts)
     with device:
-        model = build_model(job.model, job.num_outputs(prepared), single_rank(job.model, experts))
+        model = in_precision(
+            build_model(job.model, job.num_outputs(prepared), single_rank(job.model, experts)), precision
+        )
     tensors: dict[str, torch.Tensor] = {f"{MASTER}/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"{BUFFER}/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:
@@ -72,3 +80,11 @@ def _read_base(job: JobSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         ranges.add(name, 0, tensor.view(-1))
     read_weights(open_pretrained(Path(job.model.init_from)), ranges)
+
+
+def in_precision(model: TrainableModel, precision: str) -> TrainableModel:
+    """The model with weights in a precision of training; buffers keep their dtype, as in the engine."""
+    if precision == "bf16":
+        for param in model.parameters():
+            param.data = param.data.bfloat16()
+    return model

@@ -25,10 +25,14 @@ class LogitLoss(Protocol):
 
     Attributes:
         num_sums: S.
+        num_held: tensors (C, V) in fp32 that it holds at once, the logits among them: a chunk is as much smaller.
     """
 
     @property
     def num_sums(self) -> int: ...
+
+    @property
+    def num_held(self) -> int: ...
 
     def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The loss of the tokens `here`.
@@ -57,7 +61,8 @@ def chunked_loss(
     Returns:
         the loss, and all its sums (S,), without gradients.
     """
-    found: tuple[Tensor, Tensor] = _ChunkedLoss.apply(x_ND, head_VD, loss, chunk or _chunk_of(x_ND, head_VD))  # type: ignore[no-untyped-call]
+    chunk = chunk or _chunk_of(x_ND, head_VD, loss.num_held)
+    found: tuple[Tensor, Tensor] = _ChunkedLoss.apply(x_ND, head_VD, loss, chunk)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -81,6 +86,7 @@ class CrossEntropy:
 
     targets_N: Tensor
     num_sums: int = 1
+    num_held: int = 1
 
     def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         targets_C = self.targets_N[here]
@@ -110,9 +116,9 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int |
     return loss_N
 
 
-def _chunk_of(x_ND: Tensor, head_VD: Tensor | None) -> int:
+def _chunk_of(x_ND: Tensor, head_VD: Tensor | None, num_held: int = 1) -> int:
     elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
-    return max(MIN_CHUNK, elements // (x_ND.shape[1] if head_VD is None else head_VD.shape[0]))
+    return max(MIN_CHUNK, elements // num_held // (x_ND.shape[1] if head_VD is None else head_VD.shape[0]))
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -120,7 +120,7 @@ class Preparation:
             by_document=job.data.row_format == BY_DOCUMENT,
         )
         if job.distill is not None and job.distill.logits is not None:
-            TaughtStore.open(Path(job.distill.logits)).check(store.digest)
+            TaughtStore.open(Path(job.distill.logits), verify=True).check(store.digest)
         Orders(job, store)  # shows what a curriculum lacks, before any worker has the store
         tokenizer, stored = _save(store, run, place)
         datasets = tuple(

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.checkpoint.hf.shapes import listed
-from orchestrator.checkpoint.hf.teacher import KEY, UNCHANGED, check_teacher, open_teacher, teacher_digest
+from orchestrator.checkpoint.hf.teacher import (
+    KEY,
+    UNCHANGED,
+    check_teacher,
+    open_teacher,
+    predictions_digest,
+    teacher_digest,
+)
 from orchestrator.data.manifest import is_store
 from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.data.store import TokenStore
@@ -38,9 +45,14 @@ class ChosenTeacher:
         """Of its tokenizer; None if there is none."""
         return load_tokenizer(self.tokenizer).digest if self.tokenizer.exists() else None
 
+    @property
+    def num_parameters(self) -> int:
+        params, _ = listed(self.model, self.vocab_size)
+        return sum(param.numel for param in params)
+
 
 def with_teacher(spec: JobSpec) -> JobSpec:
-    """The job with digest, size, vocabulary and, unless it names another one, tokenizer of its teacher.
+    """The job with digest, size, vocabulary and, unless it has another one, tokenizer of its teacher.
 
     Raises:
         UsageError: the teacher can't be found or isn't one; it has another vocabulary or other hidden states than the
@@ -55,13 +67,6 @@ def with_teacher(spec: JobSpec) -> JobSpec:
         return _with_predictions(spec, spec.distill)
     chosen = chosen_teacher(Path(spec.distill.teacher))
     _check_vocabulary(spec, KEY, chosen.directory, chosen.vocab_size)
-    named, digest = spec.data.tokenizer, chosen.tokenizer_digest
-    if named is not None and digest is not None and load_tokenizer(Path(named)).digest != digest:
-        raise UsageError(
-            f"the tokenizers of teacher and student differ: {chosen.tokenizer} and {named} (data.tokenizer)",
-            remedy=REMEDY,
-            unchanged=UNCHANGED,
-        )
     if spec.distill.hidden_weight and spec.model.hidden_size != chosen.model.hidden_size:
         raise UsageError(
             f"distill.hidden_weight is {spec.distill.hidden_weight:g}, and hidden states differ in size: "
@@ -69,12 +74,34 @@ def with_teacher(spec: JobSpec) -> JobSpec:
             remedy="Set model.hidden_size to the teacher's, or leave distill.hidden_weight out.",
             unchanged=UNCHANGED,
         )
-    params, _ = listed(chosen.model, chosen.vocab_size)
-    distill = spec.distill.model_copy(
-        update={"teacher": str(chosen.directory), "teacher_parameters": sum(param.numel for param in params)}
-    )
-    data = spec.data.model_copy(update={"tokenizer": named or str(chosen.tokenizer)})
+    found = {"teacher": str(chosen.directory), "teacher_parameters": chosen.num_parameters}
+    data = spec.data.model_copy(update={"tokenizer": _tokenizer(spec, chosen)})
+    distill = spec.distill.model_copy(update=found)
     return _described(spec, distill, chosen.vocab_size).model_copy(update={"data": data})
+
+
+def _tokenizer(spec: JobSpec, chosen: ChosenTeacher) -> str | None:
+    """The tokenizer that the job is to name: the teacher's, unless it has one already, which must be the same."""
+    named, source, digest = spec.data.tokenizer, Path(spec.data.source), chosen.tokenizer_digest
+    if named is not None:
+        has, mine = f"{named} (data.tokenizer)", load_tokenizer(Path(named)).digest
+    elif is_store(source):
+        has, mine = f"that of {source} (data.source)", TokenStore.open(source).manifest.tokenizer_digest
+    elif digest is None:
+        raise UsageError(
+            f"{KEY} {chosen.directory} has no {chosen.tokenizer.name}, which would turn data.source into its tokens",
+            remedy="Save its tokenizer there, or name the file: data.tokenizer.",
+            unchanged=UNCHANGED,
+        )
+    else:
+        return str(chosen.tokenizer)
+    if digest not in (None, mine):
+        raise UsageError(
+            f"the tokenizers of teacher and student differ: {chosen.tokenizer} and {has}",
+            remedy=REMEDY,
+            unchanged=UNCHANGED,
+        )
+    return named
 
 
 def _with_predictions(spec: JobSpec, distill: DistillSpec) -> JobSpec:
@@ -101,7 +128,8 @@ def _with_predictions(spec: JobSpec, distill: DistillSpec) -> JobSpec:
 def _described(spec: JobSpec, distill: DistillSpec, vocab_size: int) -> JobSpec:
     """The job with the digest of its teacher, whose directory is known."""
     check_teacher(distill)
-    digest = distill.teacher_sha256 or teacher_digest(Path(distill.directory))
+    digest_of = teacher_digest if distill.logits is None else predictions_digest
+    digest = distill.teacher_sha256 or digest_of(Path(distill.directory))
     return spec.model_copy(
         update={
             "distill": distill.model_copy(update={"teacher_sha256": digest}),
@@ -110,19 +138,20 @@ def _described(spec: JobSpec, distill: DistillSpec, vocab_size: int) -> JobSpec:
     )
 
 
-def chosen_teacher(place: Path) -> ChosenTeacher:
-    """The teacher in a directory: of a run its newest checkpoint. Raises as `with_teacher`."""
+def chosen_teacher(place: Path, key: str = KEY) -> ChosenTeacher:
+    """The teacher in a directory: of a run its newest checkpoint. `key` names it in errors. Raises as
+    `with_teacher`."""
     directory = place.expanduser().absolute()
     if holds_run(directory):
         newest = RunFiles(directory).choose_checkpoint()
         if newest is None:
             raise UsageError(
-                f"{KEY} {directory} is a run that has no checkpoint",
+                f"{key} {directory} is a run that has no checkpoint",
                 remedy="Let it write one: orchestrator checkpoint now RUN.",
                 unchanged=UNCHANGED,
             )
         directory = Path(str(newest))
-    teacher = open_teacher(directory)
+    teacher = open_teacher(directory, key)
     vocab_size = teacher.model.vocab_size or load_tokenizer(teacher.tokenizer).vocab_size
     return ChosenTeacher(directory, teacher.model, teacher.tokenizer, vocab_size)
 

@@ -1,33 +1,28 @@
 """A teacher's predictions for a token store, computed once on all nodes of a cluster."""
 
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from orchestrator.checkpoint.hf.teacher import KEY, teacher_digest
+from orchestrator.checkpoint.hf.teacher import teacher_digest
 from orchestrator.data.manifest import MANIFEST, SPLITS, Split, digest_file
+from orchestrator.data.prepare.block_cache import Parts
 from orchestrator.data.store import TokenStore
-from orchestrator.data.taught_store import (
-    FORMAT,
-    PARTS,
-    TaughtManifest,
-    TaughtOptions,
-    TaughtStore,
-    file_of,
-)
-from orchestrator.errors import DataError, UsageError
+from orchestrator.data.taught_store import FORMAT, PARTS, TaughtManifest, TaughtOptions, TaughtStore, file_of
+from orchestrator.errors import DataError, DataNotWritten, UsageError
 from orchestrator.storage.atomic import flush
-from orchestrator.submission.teacher_choice import chosen_teacher
+from orchestrator.submission.teacher_choice import ChosenTeacher, chosen_teacher
 
 Spread = Callable[[Callable[[str], str], Sequence[str]], Iterable[str]]  # `map` is one too
 Progress = Callable[[str, float], None]
 MODULE = "orchestrator.worker.whole_models.teach"
+OPTION = "--teacher"
 BLOCK_TOKENS = 1 << 16  # of a task: some seconds with a small teacher on one core
-DONE = "done"  # folder of markers of finished blocks
-UNCHANGED = "No predictions were written."
+TASK_BYTES = 1 << 30  # of a task's process beside its teacher: torch, rows and logits of a part of a block
+UNCHANGED = "No predictions were written; what is done is kept."
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class TeachRequest:
     Args:
         store: directory of a token store.
         teacher: as `distill.teacher` of a job file.
-        out: directory of the results, each named by its content.
+        out: directory of the results, each named by what it depends on.
         sequence_length, isolate_documents: of the rows, as a job has them.
         top_k: tokens of which log-probabilities are kept.
     """
@@ -51,129 +46,188 @@ class TeachRequest:
     temperature: float
 
 
-def teach(request: TeachRequest, spread: Spread, progress: Progress) -> tuple[TaughtStore, bool]:
-    """The predictions, and whether they were there already. Ended, it goes on where it was with the same request.
+@dataclass(frozen=True)
+class Lesson:
+    """A request that can be carried out.
 
     Args:
-        spread: runs the tasks, in any order.
-        progress: called with a stage and its finished fraction.
+        store: directory of the token store.
+        num_rows: of its splits.
+        target: directory of the result, whether or not it is there.
+    """
+
+    options: TaughtOptions
+    store: Path
+    teacher: ChosenTeacher
+    num_rows: dict[Split, int]
+    target: Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the predictions are there."""
+        return (self.target / MANIFEST).exists()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the result."""
+        return sum(self.options.num_bytes(part, rows) for part in PARTS for rows in self.num_rows.values())
+
+    @property
+    def task_bytes(self) -> int:
+        """Memory of a task's process: each holds the whole teacher, in fp32."""
+        return TASK_BYTES + 4 * self.teacher.num_parameters
+
+    @property
+    def blocks(self) -> list[tuple[Split, int, int]]:
+        """Rows [start, stop) of a split, for each task."""
+        size = max(1, BLOCK_TOKENS // self.options.sequence_length)
+        return [
+            (split, start, min(start + size, rows))
+            for split, rows in self.num_rows.items()
+            for start in range(0, rows, size)
+        ]
+
+
+def lesson_of(request: TeachRequest) -> Lesson:
+    """What a request amounts to. Nothing is written.
 
     Raises:
         UsageError: the teacher can't be found, isn't one, or has another vocabulary than the store.
         DataError: there is no store, it has no whole row, or `top_k` is too large.
         CheckpointCorrupt, StoreCorrupt: the teacher or the store is damaged.
     """
-    options, directory = checked(request)
-    target = request.out / options.name
-    if is_there(request, options):
-        return TaughtStore.open(target), True
     store = TokenStore.open(request.store)
-    num_rows = {split: store.num_rows(split, options.sequence_length) for split in SPLITS}
-    partial = request.out / f".{options.name}.partial"
-    (partial / DONE).mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        for part in PARTS:
-            _allocate(partial / file_of(split, part), options, part, num_rows[split])
-    blocks = [block for split in SPLITS for block in _blocks(split, num_rows[split], options.sequence_length)]
-    left = [block for block in blocks if not (partial / DONE / _name(*block)).exists()]
-    given = {
-        "store": str(request.store),
-        "teacher": str(directory),
-        "to": str(partial),
-        "options_json": options.model_dump_json(),
-    }
-    tasks = [
-        json.dumps(given | {"split": split, "start": start, "stop": stop, "done": _name(split, start, stop)})
-        for split, start, stop in left
-    ]
-    progress("teaching", 1 - len(left) / max(len(blocks), 1))
-    for number, _ in enumerate(spread(run_block, tasks), len(blocks) - len(left) + 1):
-        progress("teaching", number / len(blocks))
-    shutil.rmtree(partial / DONE)
-    names = [file_of(split, part) for split in SPLITS for part in PARTS]
-    files = {name: digest_file(partial / name) for name in names}
-    manifest = TaughtManifest(format=FORMAT, options=options, teacher=str(directory), num_rows=num_rows, files=files)
-    (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-    flush(partial / MANIFEST)
-    partial.rename(target)
-    flush(request.out)
-    progress("done", 1.0)
-    return TaughtStore.open(target), False
-
-
-def checked(request: TeachRequest) -> tuple[TaughtOptions, Path]:
-    """What the result depends on, and the directory of the teacher's weights. Raises as `teach`."""
-    store = TokenStore.open(request.store)
-    chosen = chosen_teacher(request.teacher)
-    directory, vocab_size = chosen.directory, chosen.vocab_size
-    if vocab_size < store.vocab_size:
-        raise UsageError(
-            f"{KEY} {directory} has a vocabulary of {vocab_size} tokens, and {request.store} one of {store.vocab_size}",
-            remedy="Prepare the store with the teacher's tokenizer: data prepare --tokenizer.",
-            unchanged=UNCHANGED,
+    teacher = chosen_teacher(request.teacher, OPTION)
+    remedy = "Prepare the store with the teacher's tokenizer: data prepare --tokenizer."
+    if teacher.vocab_size < store.vocab_size:
+        raise _refused(
+            f"{OPTION} {teacher.directory} has a vocabulary of {teacher.vocab_size} tokens, and {request.store} one of "
+            f"{store.vocab_size}",
+            remedy,
         )
-    if chosen.tokenizer_digest not in (None, store.manifest.tokenizer_digest):
-        raise UsageError(
-            f"{request.store} was made with another tokenizer than {chosen.tokenizer}",
-            remedy="Prepare the store with the teacher's tokenizer: data prepare --tokenizer.",
-            unchanged=UNCHANGED,
-        )
-    if request.top_k >= vocab_size:
-        raise DataError(
-            f"--top-k is {request.top_k}, and the vocabulary has {vocab_size} tokens: there would be no others",
-            remedy="Keep fewer.",
-            unchanged=UNCHANGED,
+    if teacher.tokenizer_digest not in (None, store.manifest.tokenizer_digest):
+        raise _refused(f"{request.store} was made with another tokenizer than {teacher.tokenizer}", remedy)
+    if request.top_k >= teacher.vocab_size:
+        raise _refused(
+            f"--top-k is {request.top_k}, and the vocabulary has {teacher.vocab_size} tokens: there would be no others",
+            "Keep fewer.",
         )
     if not store.num_rows("train", request.sequence_length):
-        raise DataError(
+        raise _refused(
             f"{request.store} has {store.num_tokens('train')} tokens to train on: no row of {request.sequence_length}",
-            remedy="Make --sequence-length smaller.",
-            unchanged=UNCHANGED,
+            "Make --sequence-length smaller.",
         )
     options = TaughtOptions(
         store=store.digest,
-        teacher_sha256=teacher_digest(directory),
+        teacher_sha256=teacher_digest(teacher.directory),
         sequence_length=request.sequence_length,
         isolate_documents=request.isolate_documents,
         top_k=request.top_k,
         temperature=request.temperature,
-        vocab_size=vocab_size,
+        vocab_size=teacher.vocab_size,
     )
-    return options, directory
+    num_rows = {split: store.num_rows(split, request.sequence_length) for split in SPLITS}
+    return Lesson(options, request.store, teacher, num_rows, request.out / options.name)
 
 
-def is_there(request: TeachRequest, options: TaughtOptions) -> bool:
-    """Whether the predictions were computed before."""
-    return (request.out / options.name / MANIFEST).exists()
+def teach(lesson: Lesson, spread: Spread, progress: Progress) -> TaughtStore:
+    """The predictions, which are computed unless they are there. Ended, it goes on where it was with the same request.
+
+    Args:
+        spread: runs the tasks, in any order.
+        progress: called with a stage and its finished fraction.
+
+    Raises:
+        DataError: another process computes them now.
+        DataNotWritten: files can't be written.
+        OrchestratorError: that of a task.
+    """
+    if lesson.is_done:
+        return TaughtStore.open(lesson.target)
+    try:
+        lesson.target.parent.mkdir(parents=True, exist_ok=True)
+        with Parts.held(lesson.target) as parts:
+            if not lesson.is_done:  # by another process meanwhile
+                _compute(lesson, parts.directory, spread, progress)
+            parts.remove()
+    except OSError as error:
+        raise DataNotWritten(
+            f"predictions of {lesson.num_bytes / 1e6:,.0f} MB can't be written to {lesson.target.parent}: {error}",
+            remedy="Make room and the directory writable, or choose another one: --out.",
+            unchanged=UNCHANGED,
+        ) from error
+    progress("done", 1.0)
+    return TaughtStore.open(lesson.target)
 
 
-def num_bytes(request: TeachRequest, options: TaughtOptions) -> int:
-    """Size of the result."""
-    store = TokenStore.open(request.store)
-    rows = [store.num_rows(split, options.sequence_length) for split in SPLITS]
-    return sum(options.num_bytes(part, number) for part in PARTS for number in rows)
+def _compute(lesson: Lesson, parts: Path, spread: Spread, progress: Progress) -> None:
+    """Write the files, marking each block that is finished, and publish them by a rename."""
+    if lesson.target.exists():
+        raise DataError(
+            f"{lesson.target} exists and has no {MANIFEST}",
+            remedy="Move it away, or choose another directory: --out.",
+            unchanged="Nothing was written.",
+        )
+    files, done = parts / "files", parts / "done"
+    for directory in (files, done):
+        directory.mkdir(exist_ok=True)
+    new = [_allocated(files / file_of(split, part), lesson, split, part) for split in SPLITS for part in PARTS]
+    if any(new):
+        for marker in done.iterdir():  # of blocks in files that aren't there
+            marker.unlink()
+    left = [block for block in lesson.blocks if not (done / _name(*block)).exists()]
+    given = {
+        "store": str(lesson.store),
+        "teacher": str(lesson.teacher.directory),
+        "to": str(files),
+        "options_json": lesson.options.model_dump_json(),
+    }
+    tasks = [
+        json.dumps(given | {"split": split, "start": start, "stop": stop, "marker": str(done / _name(*block))})
+        for block in left
+        for split, start, stop in [block]
+    ]
+    num_blocks = len(lesson.blocks)
+    progress("teaching", 1 - len(left) / num_blocks)
+    for number, _ in enumerate(spread(run_block, tasks), num_blocks - len(left) + 1):
+        progress("teaching", number / num_blocks)
+    manifest = TaughtManifest(
+        format=FORMAT,
+        options=lesson.options,
+        teacher=str(lesson.teacher.directory),
+        num_rows=lesson.num_rows,
+        files={(name := file_of(split, part)): digest_file(files / name) for split in SPLITS for part in PARTS},
+    )
+    (files / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    flush(files / MANIFEST)
+    files.rename(lesson.target)
+    flush(lesson.target.parent)
 
 
 def run_block(task: str) -> str:
     """A task, on any node. The module is named, as control code doesn't import torch."""
     given = json.loads(task)
-    marker = Path(given["to"]) / DONE / given.pop("done")
+    marker = Path(given.pop("marker"))
     rows: str = import_module(MODULE).teach_block(json.dumps(given))
     marker.touch()
     return rows
-
-
-def _blocks(split: Split, num_rows: int, length: int) -> list[tuple[Split, int, int]]:
-    size = max(1, BLOCK_TOKENS // length)
-    return [(split, start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 def _name(split: Split, start: int, stop: int) -> str:
     return f"{split}-{start}-{stop}"
 
 
-def _allocate(path: Path, options: TaughtOptions, part: str, num_rows: int) -> None:
-    """Give a file its size; one that an earlier attempt left has it already."""
+def _allocated(path: Path, lesson: Lesson, split: Split, part: str) -> bool:
+    """Give a file its size and its room on disk, unless an earlier attempt has. Returns whether it was so."""
+    num_bytes = lesson.options.num_bytes(part, lesson.num_rows[split])
     with path.open("ab") as file:
-        if file.tell() != (num_bytes := options.num_bytes(part, num_rows)):
-            file.truncate(num_bytes)
+        if file.tell() == num_bytes:
+            return False
+        file.truncate(0)
+        if num_bytes:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    return True
+
+
+def _refused(reason: str, remedy: str) -> UsageError:
+    return UsageError(reason, remedy=remedy, unchanged="Nothing was written.")

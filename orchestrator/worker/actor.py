@@ -21,6 +21,7 @@ from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
+from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.trial.dry_run import is_small, rehearse
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.sent_directive import SentDirective
@@ -148,12 +149,15 @@ class Worker:
             if spec.train.is_exact
             else kind_of_gpu(device)
         )
-        factory = ShardFactory(self._id, job, spec, training_task(spec, job.vocab_size, device), device)
+        own_task = task_of(spec.task, spec.data_format)
+        factory = ShardFactory(self._id, job, spec, own_task, device)
         check_gpu_memory(factory.planned_memory(), factory.planned_memory(spec.workers.max), device)
+        with_teacher = partial(training_task, spec, own_task, factory.vocab_size, device)
+        factory.task = open_when_there(with_teacher, run_dir, self._mailbox.refuse_rows)
         opening = partial(open_batches, spec, job.store_dir, factory.task, device)
         feed = open_when_there(opening, run_dir, self._mailbox.refuse_rows)
         if spec.has_own_code and (spec.model.impl == "native" or is_small(factory.params)):
-            rehearse(spec, factory.vocab_size, factory.task, device, feed.rows_to_try())
+            rehearse(spec, factory.vocab_size, own_task, device, feed.rows_to_try())
         warm_up(spec, factory.vocab_size, device, factory.address)
         memory = ReservedMemory(factory.planned_memory(), factory.snapshot_memory) if device.type == "cpu" else None
         self._trainer = Trainer(self._mailbox, factory, feed, self._caller)

@@ -11,14 +11,15 @@ import torch
 from orchestrator.checkpoint.hf.teacher import teacher_digest
 from orchestrator.data.store import TokenStore
 from orchestrator.data.taught_store import TaughtStore
-from orchestrator.errors import DataError, OrchestratorError, UsageError
+from orchestrator.errors import DataError, DataNotWritten, OrchestratorError, StoreCorrupt, UsageError
 from orchestrator.spec.distill import DistillSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.submission import teaching
 from orchestrator.submission.submission import resolved
-from orchestrator.submission.teaching import TeachRequest, teach
+from orchestrator.submission.teaching import TeachRequest, lesson_of, teach
 from orchestrator.worker.whole_models.whole_model import teacher_model
+from tests.support.own_models import linear, own_spec
 from tests.support.pretrained import write_weights
 from tests.support.texts import STEPS, VOCAB, prepare_texts, small_job
 from tests.support.worker_group import LocalWorkerGroup, disturbed_and_undisturbed
@@ -34,14 +35,17 @@ def request_of(texts: Path, store_dir: Path, tmp_path: Path) -> TeachRequest:
     return TeachRequest(store_dir, teacher, tmp_path / "taught", LENGTH, False, 8, 2.0)
 
 
-def _teach(request: TeachRequest, spread: teaching.Spread = map) -> tuple[TaughtStore, bool]:
-    return teach(request, spread, lambda stage, share: None)
+def _teach(request: TeachRequest, spread: teaching.Spread = map) -> TaughtStore:
+    return teach(lesson_of(request), spread, lambda stage, share: None)
+
+
+def _none(function: Callable[[str], str], tasks: Sequence[str]) -> Iterable[str]:
+    raise AssertionError(f"{len(tasks)} tasks, where none are left")
 
 
 def test_predictions_are_those_of_the_teacher(request_of: TeachRequest) -> None:
-    taught, found = _teach(request_of)
-    store = TokenStore.open(request_of.store)
-    assert not found and _teach(request_of)[1]
+    taught, store = _teach(request_of), TokenStore.open(request_of.store)
+    assert lesson_of(request_of).is_done and _teach(request_of, _none).directory == taught.directory
     assert taught.manifest.num_rows == {s: store.num_rows(s, LENGTH) for s in ("train", "validation")}  # type: ignore[arg-type]
     model = teacher_model(DistillSpec(teacher=str(request_of.teacher)), VOCAB, TrainSpec(), torch.device("cpu"))
     rows_R = np.array([3, 0, store.num_rows("train", LENGTH) - 1])
@@ -74,12 +78,56 @@ def test_what_was_ended_goes_on(request_of: TeachRequest, monkeypatch: pytest.Mo
 
     with pytest.raises(KeyboardInterrupt):
         _teach(request_of, ended)
-    taught, _ = _teach(request_of, counted)
-    whole = teach(
-        TeachRequest(**{**vars(request_of), "out": request_of.out / "again"}), map, lambda stage, share: None
-    )[0]
+    taught = _teach(request_of, counted)
+    whole = _teach(TeachRequest(**{**vars(request_of), "out": request_of.out / "again"}))
     assert taught.manifest == whole.manifest and not list(request_of.out.glob(".*"))
     TaughtStore.open(taught.directory, verify=True)
+
+
+def test_finished_blocks_outlive_an_end_just_before_the_result_is_published(
+    request_of: TeachRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teaching, "digest_file", _no_room)
+    with pytest.raises(DataNotWritten, match="can't be written to .*: .*no room") as error:
+        _teach(request_of)
+    monkeypatch.undo()
+    assert "--out" in error.value.remedy and "what is done is kept" in error.value.unchanged
+    taught = _teach(request_of, lambda function, tasks: _none(function, tasks) if tasks else ())
+    TaughtStore.open(taught.directory, verify=True)
+
+
+def _no_room(path: Path) -> None:
+    raise OSError(28, f"no room for {path.name}")
+
+
+def test_files_that_are_gone_are_computed_again(request_of: TeachRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teaching, "digest_file", _no_room)
+    with pytest.raises(DataNotWritten):
+        _teach(request_of)
+    monkeypatch.undo()
+    (lost,) = request_of.out.glob(".*/files/train.logs")
+    lost.unlink()
+    taught = _teach(request_of)
+    assert float(taught.arrays["train", "logs"][-1].max()) < 0.0  # type: ignore[arg-type]
+    TaughtStore.open(taught.directory, verify=True)
+
+
+def test_a_second_command_is_refused_while_the_first_one_computes(request_of: TeachRequest) -> None:
+    def interrupted(function: Callable[[str], str], tasks: Sequence[str]) -> Iterable[str]:
+        with pytest.raises(DataError, match="another process prepares .*/taught-"):
+            _teach(request_of)
+        return map(function, tasks)
+
+    assert _teach(request_of, interrupted).manifest.num_rows["train"] > 0
+
+
+def test_damaged_predictions_are_refused_before_training(request_of: TeachRequest) -> None:
+    taught = _teach(request_of)
+    with (taught.directory / "train.ids").open("r+b") as file:
+        file.write(b"\xff\xff")
+    with pytest.raises(StoreCorrupt, match="train.ids has sha256") as error:
+        TaughtStore.open(taught.directory, verify=True)
+    assert "orchestrator data teach" in error.value.remedy
 
 
 def _job(request: TeachRequest, logits: Path, **sections: Any) -> JobSpec:
@@ -92,7 +140,7 @@ def _job(request: TeachRequest, logits: Path, **sections: Any) -> JobSpec:
 
 
 def test_a_run_learns_from_predictions_bit_by_bit(request_of: TeachRequest, tmp_path: Path) -> None:
-    taught, _ = _teach(request_of)
+    taught = _teach(request_of)
     job = resolved(_job(request_of, taught.directory))
     assert job.distill is not None and job.distill.teacher_sha256 == teacher_digest(taught.directory)
     assert job.model.vocab_size == VOCAB
@@ -106,8 +154,20 @@ def test_a_run_learns_from_predictions_bit_by_bit(request_of: TeachRequest, tmp_
     with taught.directory.joinpath("manifest.json").open("a") as file:
         file.write(" ")
     group = LocalWorkerGroup(job, request_of.store, tmp_path / "changed", size=1)
-    with pytest.raises(Exception, match="have changed: SHA-256 .*teacher's predictions"), group:
+    with pytest.raises(Exception, match="has changed: its SHA-256 is .*, and that of the predictions"), group:
         group.start(group.plan(group.ids))
+
+
+def test_a_model_of_ones_own_learns_from_predictions(request_of: TeachRequest, tmp_path: Path) -> None:
+    """Its dry run, before training, is of rows without predictions."""
+    job = resolved(_job(request_of, _teach(request_of).directory))
+    own = own_spec(tmp_path, linear(), vocab_size=VOCAB)
+    job = job.model_copy(update={"model": own})
+    with LocalWorkerGroup(job, request_of.store, tmp_path / "own", size=2) as group:
+        group.start(group.plan(group.ids))
+        group.await_finished()
+    first, last = (group.records[step].metrics["teacher_divergence"] for step in (0, STEPS - 1))
+    assert len(group.records) == STEPS and last < first
 
 
 @pytest.mark.parametrize(
@@ -123,14 +183,14 @@ def test_a_run_learns_from_predictions_bit_by_bit(request_of: TeachRequest, tmp_
     ],
 )
 def test_predictions_for_other_rows_are_refused(request_of: TeachRequest, sections: dict[str, Any], rule: str) -> None:
-    taught, _ = _teach(request_of)
+    taught = _teach(request_of)
     with pytest.raises(UsageError, match=rule):
         resolved(_job(request_of, taught.directory, **sections))
 
 
 def test_predictions_for_another_store_are_refused(request_of: TeachRequest, texts: Path, tmp_path: Path) -> None:
     """At submission where the data are a store, else once they are prepared."""
-    taught, _ = _teach(request_of)
+    taught = _teach(request_of)
     with pytest.raises(DataError, match="has predictions for another token store, "):
         taught.check("0" * 64)
     less = tmp_path / "less"
@@ -153,5 +213,5 @@ def test_predictions_for_another_store_are_refused(request_of: TeachRequest, tex
 )
 def test_what_can_not_be_taught_is_refused(request_of: TeachRequest, keys: dict[str, Any], reason: str) -> None:
     with pytest.raises(OrchestratorError, match=reason):
-        teaching.checked(TeachRequest(**{**vars(request_of), **keys}))
+        lesson_of(TeachRequest(**{**vars(request_of), **keys}))
     assert not request_of.out.exists()

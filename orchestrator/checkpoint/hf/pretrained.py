@@ -134,28 +134,28 @@ def check_base(spec: ModelSpec) -> None:
     if spec.lora is None or spec.init_from is None:
         return
     remedy = f"Bring back the model that the run began with, under {spec.init_from}."
-    of_what = "beside which the run's adapters were trained"
-    check_weights(Path(spec.init_from), spec.lora.base_sha256, of_what, remedy, weights_digest)
+    what = "the weights beside which the run's adapters were trained"
+    check_weights(Path(spec.init_from), spec.lora.base_sha256, what, remedy, weights_digest)
 
 
-def check_weights(directory: Path, sha256: str, of_what: str, remedy: str, digest_of: Callable[[Path], str]) -> None:
-    """Check that a directory that a run goes on to read has the weights that it had at submission.
+def check_weights(directory: Path, sha256: str, what: str, remedy: str, digest_of: Callable[[Path], str]) -> None:
+    """Check that a directory that a run goes on to read is as it was at submission.
 
     Args:
         sha256: empty if it isn't known.
-        of_what: completes "the weights".
+        what: it has, for errors.
 
     Raises:
-        UsageError: there is no such directory, or it has other weights.
+        UsageError: there is no such directory, or it has changed.
     """
     unchanged = "Nothing was started or written."
     if not directory.is_dir():
-        reason = f"{directory} doesn't exist, and has the weights {of_what}"
+        reason = f"{directory} doesn't exist, and had {what}"
         raise UsageError(reason, remedy=remedy, unchanged=unchanged)
     found = digest_of(directory)
     if sha256 not in ("", found):
-        reason = f"the weights in {directory} have changed: SHA-256 {found[:12]}…, and those {of_what} have "
-        raise UsageError(f"{reason}{sha256[:12]}…", remedy=remedy, unchanged=unchanged)
+        reason = f"{directory} has changed: its SHA-256 is {found[:12]}…, and that of {what} {sha256[:12]}…"
+        raise UsageError(reason, remedy=remedy, unchanged=unchanged)
 
 
 def refuse_tensors(
@@ -174,19 +174,22 @@ def refuse_tensors(
         )
 
 
-def resolved(spec: ModelSpec, directory: Path | None = None, key: str = "model.init_from") -> ModelSpec:
+def resolved(
+    spec: ModelSpec, directory: Path | None = None, key: str = "model.init_from", remedy: str = ""
+) -> ModelSpec:
     """The model section, completed from the directory's `config.json`, or its own `config`; keys that the section sets
     must agree with it. Weights are not read.
 
     Args:
         key: of the job, that names the directory.
+        remedy: if the directory can't be used; empty: that of `model.init_from`.
 
     Raises:
         UsageError: no such directory, another architecture, or differing values, all of which it names.
     """
     path = "model.config" if directory is None else directory / CONFIG
-    remedy = OTHER_CONFIG if spec.impl == "transformers" else OTHER_DIRECTORY
-    config = {} if directory is None else read_json(directory / CONFIG, key)
+    remedy = remedy or (OTHER_CONFIG if spec.impl == "transformers" else OTHER_DIRECTORY)
+    config = {} if directory is None else read_json(directory / CONFIG, key, remedy)
     try:
         found = _settings(spec, config)
         if spec.upcycle:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -141,7 +142,7 @@ def teach(
     """
     from orchestrator.cli.terminal.summary import aligned
     from orchestrator.data.prepare.ray_map import on_cluster
-    from orchestrator.submission.teaching import TeachRequest, checked, is_there, num_bytes, teach
+    from orchestrator.submission.teaching import TeachRequest, lesson_of, teach
 
     directory = store.expanduser().absolute()
     request = TeachRequest(
@@ -153,12 +154,13 @@ def teach(
         top_k,
         temperature,
     )
-    options, _ = checked(request)  # before connecting to a cluster or starting one
-    narrate(f"Predictions of {size(num_bytes(request, options))} for {directory.name}.")
-    progress = ProgressLine()
-    with nullcontext() if is_there(request, options) else _cluster(address):
+    lesson = lesson_of(request)  # before connecting to a cluster or starting one
+    found, progress = lesson.is_done, ProgressLine()
+    if not found:
+        narrate(f"Predictions of {size(lesson.num_bytes)} for {directory.name}, by {lesson.teacher.directory}.")
+    with nullcontext() if found else _cluster(address):
         try:
-            taught, found = teach(request, on_cluster, progress.tell)
+            taught = teach(lesson, partial(on_cluster, memory=lesson.task_bytes), progress.tell)
         except KeyboardInterrupt:
             progress.close()
             narrate("Ended. Finished work is kept: the same command continues.")

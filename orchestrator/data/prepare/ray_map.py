@@ -12,13 +12,14 @@ TASK_CPUS = 0.66  # three tasks on two cores: no core is idle while Ray schedule
 MOST_BLOCKS = 4096  # blocks of Ray Data; more tasks than that share blocks
 
 
-def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator[str]:
+def on_cluster(function: Callable[[str], str], tasks: Sequence[str], memory: int | None = None) -> Iterator[str]:
     """Results of `function` for each task, in order of completion: a `map` on the cluster that Ray is connected to.
 
     The cluster runs 1.5 tasks per free CPU at once. Tasks of a failed node are repeated on others.
 
     Args:
         function: importable by name on every node.
+        memory: bytes of a task; no node gets more tasks than it has memory for.
 
     Raises:
         OrchestratorError: the cluster is unreachable, or can't run the function.
@@ -31,13 +32,13 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator
     blocks = max(1, min(MOST_BLOCKS, len(tasks)))
     try:
         rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=blocks)
-        for row in rows.map(_Work(function), num_cpus=TASK_CPUS).iter_rows():
+        for row in rows.map(_Work(function), num_cpus=TASK_CPUS, memory=memory).iter_rows():
             yield row["result"]
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise OrchestratorError(
             f"the tasks on the cluster failed: {_reason(error)}",
             remedy="Check that all nodes are up and have orchestrator installed, and start again.",
-            unchanged="No store was written; what is done is kept.",
+            unchanged="What is done is kept; nothing else was written.",
         ) from error
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.loss import IGNORED, MIN_CHUNK
 from orchestrator.model.task import Batch, Loss, Row, Task
-from orchestrator.spec.distill import PREDICTION, DistillSpec
+from orchestrator.spec.distill import PREDICTION, TAUGHT_LOGITS, DistillSpec
 
 CROSS_ENTROPY, DIVERGENCE, HIDDEN_DISTANCE = "cross_entropy", "teacher_divergence", "hidden_distance"
 
@@ -163,6 +163,7 @@ class TaughtCrossEntropy:
     temperature: float
     alpha: float
     num_sums: int = 3
+    num_held: int = TAUGHT_LOGITS
 
     def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         targets_C, heat = self.targets_N[here], self.temperature

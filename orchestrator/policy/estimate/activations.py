@@ -36,10 +36,14 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
     return (kept + _norm(spec, item)) * _micro_batch_tokens(train)
 
 
-def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int) -> int:
-    """Bytes of a chunk of logits with its copy in the training precision, and of the output matrix's fp32 gradient."""
-    chunk = min(_micro_batch_tokens(train), max(MIN_CHUNK, LOGITS // vocab_size))
-    return chunk * vocab_size * (4 + item_bytes(train) % 4) + 4 * vocab_size * spec.hidden_size
+def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int, num_held: int = 1) -> int:
+    """Bytes of a chunk of logits with its copy in the training precision, and of the output matrix's fp32 gradient.
+
+    Args:
+        num_held: tensors of the logits' size that the loss holds at once.
+    """
+    chunk = min(_micro_batch_tokens(train), max(MIN_CHUNK, LOGITS // num_held // vocab_size))
+    return chunk * vocab_size * (4 * num_held + item_bytes(train) % 4) + 4 * vocab_size * spec.hidden_size
 
 
 def item_bytes(train: TrainSpec) -> int:

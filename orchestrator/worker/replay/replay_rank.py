@@ -15,6 +15,7 @@ from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import OrchestratorError
+from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder, answering
 from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.step_record import StepRecord
@@ -45,8 +46,8 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     device = device_of(spec.resources.num_gpus)
     pin(device)
     yield Numerics(fingerprint(device, spec.model.libraries, spec.code))
-    task = training_task(spec, order.job.vocab_size, device)
-    factory = ShardFactory(order.worker, order.job, spec, task, device)
+    factory = ShardFactory(order.worker, order.job, spec, task_of(spec.task, spec.data_format), device)
+    factory.task = training_task(spec, factory.task, factory.vocab_size, device)
     feed = open_batches(spec, order.job.store_dir, factory.task, device)
     yield from replay(factory, feed, prepare(factory, plan), order.last_step)
 

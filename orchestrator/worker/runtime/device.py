@@ -68,14 +68,17 @@ def check_gpu_memory(first: MemoryPlan, least: MemoryPlan, device: torch.device)
         least: in the largest one, where it needs least.
 
     Raises:
-        UsageError: weights, optimizer state and gradients alone exceed it in any world.
+        UsageError: weights, optimizer state, gradients and a teacher alone exceed it in any world.
     """
     if device.type != "cuda":
         return
     card = torch.cuda.get_device_properties(device)
     needs, has = f"{first.on_gpu / GIB:.1f} GiB", f"{card.name} has {card.total_memory / GIB:.1f} GiB"
-    if least.engine > card.total_memory:
-        state = f"{least.engine / GIB:.1f} GiB for weights, optimizer state and gradients, also among workers.max"
+    if (state_bytes := least.engine + least.teacher) > card.total_memory:
+        teacher = " and a teacher" if least.teacher else ""
+        state = (
+            f"{state_bytes / GIB:.1f} GiB for weights, optimizer state and gradients{teacher}, also among workers.max"
+        )
         raise UsageError(f"a worker needs {state}, and its GPU {has}", remedy=SHARE)
     if first.on_gpu > card.total_memory:
         log.warning("a worker is estimated to need %s, and its GPU %s. %s", needs, has, SMALLER)

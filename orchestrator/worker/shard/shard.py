@@ -125,10 +125,11 @@ class ShardFactory:
         me: this worker's id.
         job: from the controller.
         spec: the job file.
-        task: of the run.
+        task: of the run, without a teacher.
         device: that trains.
 
     Attributes:
+        task: of the run; with its teacher once that is loaded.
         vocab_size: rows of the model's last matrix; for text at least the tokenizer's tokens.
         snapshot_memory: of all generations, but for what a GPU's memory is copied to.
     """

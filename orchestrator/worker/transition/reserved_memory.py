@@ -39,7 +39,8 @@ class ReservedMemory:
         later = torch.empty(planned.heap - planned.engine, dtype=torch.uint8)  # behind it
         first.fill_(1)
         self._pieces = _pieces(later)
-        self._buffers, self._for_snapshots = buffers, planned.peak - planned.process - planned.heap
+        self._buffers = buffers
+        self._for_snapshots = planned.snapshots + planned.deltas + planned.first_snapshots
 
     def populate_the_rest(self) -> None:
         """Populate the remaining memory in a background thread."""

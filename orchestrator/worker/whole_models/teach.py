@@ -58,7 +58,7 @@ def teach_block(task: str) -> str:
     for start in range(block.start, block.stop, at_once):
         rows_R = np.arange(start, min(start + at_once, block.stop))
         for part, array in zip(PARTS, _predicted(store, model, options, block.split, rows_R), strict=True):
-            _write(Path(block.to) / file_of(block.split, part), array.astype(options.dtype(part)), start)
+            _write(Path(block.to) / file_of(block.split, part), options.stored(part, array), start)
     return str(block.stop - block.start)
 
 
@@ -90,7 +90,10 @@ def _write(path: Path, rows: NDArray[np.generic], first: int) -> None:
     """Write rows of a file that other processes write to elsewhere."""
     file = os.open(path, os.O_WRONLY)
     try:
-        os.pwrite(file, np.ascontiguousarray(rows).tobytes(), first * rows[0].nbytes)
+        rest, place = memoryview(np.ascontiguousarray(rows).tobytes()), first * rows[0].nbytes
+        while rest:  # a disk that is almost full takes a part
+            written = os.pwrite(file, rest, place)
+            rest, place = rest[written:], place + written
         os.fsync(file)
     finally:
         os.close(file)

@@ -7,7 +7,7 @@ import torch
 
 from orchestrator.checkpoint.hf.teacher import check_teacher, open_teacher
 from orchestrator.elastic.state_spec import BUFFER, PARAM
-from orchestrator.inference.load_model import load_model
+from orchestrator.inference.load_model import in_precision, load_model
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.spec.distill import DistillSpec
@@ -24,7 +24,7 @@ def starting_model(job: JobSpec, num_outputs: int, device: torch.device) -> Trai
     model.init_weights(job.train.seed)
     if job.model.init_from is not None:
         _read_pretrained(model)
-    return _in_precision(model, job.train).eval()
+    return in_precision(model, job.train.precision).eval()
 
 
 def teacher_model(distill: DistillSpec, vocab_size: int, train: TrainSpec, device: torch.device) -> TrainableModel:
@@ -40,12 +40,12 @@ def teacher_model(distill: DistillSpec, vocab_size: int, train: TrainSpec, devic
     check_teacher(distill)
     teacher = open_teacher(Path(distill.directory))
     if teacher.job is not None:
-        model = load_model(Path(distill.directory), teacher.job, vocab_size, device=device)
+        model = load_model(Path(distill.directory), teacher.job, vocab_size, device=device, precision=train.precision)
     else:
         with device:
-            model = build_model(teacher.model, vocab_size, single_rank(teacher.model))
+            model = in_precision(build_model(teacher.model, vocab_size, single_rank(teacher.model)), train.precision)
         _read_pretrained(model)
-    return _in_precision(model, train).requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def _read_pretrained(model: TrainableModel) -> None:
@@ -56,11 +56,3 @@ def _read_pretrained(model: TrainableModel) -> None:
     for name, buffer in model.state_buffers():
         ranges.add(f"{BUFFER}/{name}", 0, buffer.view(-1))
     read_pretrained(model.spec, ranges)
-
-
-def _in_precision(model: TrainableModel, train: TrainSpec) -> TrainableModel:
-    """The model with weights in the precision of training; buffers keep their dtype, as in the engine."""
-    if train.precision == "bf16":
-        for param in model.parameters():
-            param.data = param.data.bfloat16()
-    return model

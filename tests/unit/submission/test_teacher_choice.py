@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.checkpoint.hf.teacher import check_teacher
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.errors import DataError, OrchestratorError, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.submission import resolved
 from tests.support.pretrained import VOCAB, write_directory
@@ -44,7 +44,11 @@ def test_a_tokenizer_may_be_named_if_it_is_the_same(tmp_path: Path) -> None:
         ({"teacher": "nowhere"}, {}, "distill.teacher: [^:]*/nowhere/config.json can't be read"),
         ({}, {"model": {"vocab_size": 512}}, "a vocabulary of 300 tokens, and the student one of 512"),
         ({"hidden_weight": 1.0}, {"model": {"hidden_size": 32, "num_attention_heads": 2}}, "differ in size: 32 .* 16"),
-        ({"teacher_sha256": "0" * 64}, {}, "have changed: SHA-256 .*of the teacher that the run learns from"),
+        (
+            {"teacher_sha256": "0" * 64},
+            {},
+            "has changed: its SHA-256 is .*, and that of the weights of the teacher that the run learns from",
+        ),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(
@@ -55,6 +59,32 @@ def test_a_teacher_that_does_not_fit_is_refused(
     with pytest.raises(UsageError, match=reason) as raised:
         resolved(_job(tmp_path, distill, **sections))
     assert raised.value.remedy and raised.value.unchanged
+
+
+def test_a_teacher_without_a_tokenizer_needs_one_to_be_named(tmp_path: Path) -> None:
+    tokenizer = write_directory(tmp_path / "teacher") / "tokenizer.json"
+    mine = tokenizer.rename(tmp_path / "mine.json")
+    with pytest.raises(UsageError, match="has no tokenizer.json, which would turn data.source into its tokens"):
+        resolved(_job(tmp_path))
+    assert resolved(_job(tmp_path, data={"tokenizer": str(mine)})).data.tokenizer == str(mine)
+
+
+def test_a_directory_of_another_kind_is_named_as_such(tmp_path: Path) -> None:
+    store = tmp_path / "store-1"
+    store.mkdir()
+    (store / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="store-1 is no model: its manifest.json is not that of a checkpoint") as error:
+        resolved(_job(tmp_path, {"teacher": str(store)}))
+    assert "distill.logits" in error.value.remedy
+    with pytest.raises(DataError, match="store-1 has no predictions of a teacher: its manifest.json is of something"):
+        resolved(_job(tmp_path, {"teacher": None, "logits": str(store)}))
+    (store / "manifest.json").unlink()
+    with pytest.raises(DataError, match="it holds no manifest.json"):
+        resolved(_job(tmp_path, {"teacher": None, "logits": str(store)}))
+    (store / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(UsageError, match="distill.teacher: .*/store-1/config.json") as error:
+        resolved(_job(tmp_path, {"teacher": str(store)}))
+    assert "a checkpoint of a run" in error.value.remedy
 
 
 def test_a_directory_that_lacks_weights_is_refused(tmp_path: Path) -> None:
@@ -69,9 +99,9 @@ def test_a_run_goes_on_with_the_same_teacher_alone(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UsageError, match="have changed: SHA-256 "):
+    with pytest.raises(UsageError, match="has changed: its SHA-256 is "):
         check_teacher(job.distill)
     (tmp_path / "teacher").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="doesn't exist, and has the weights of the teacher that the run learns from"):
+    with pytest.raises(UsageError, match="doesn't exist, and had the weights of the teacher that the run learns from"):
         check_teacher(job.distill)
     check_teacher(None)

@@ -132,13 +132,13 @@ def test_a_base_that_is_gone_or_changed_is_refused(base: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     name = sorted(tensors)[0]
     save_file({**tensors, name: tensors[name] + 1}, base / "model.safetensors")
-    with pytest.raises(UsageError, match="have changed: SHA-256 "):
+    with pytest.raises(UsageError, match="has changed: its SHA-256 is "):
         check_base(model)
     (base / "model.safetensors").unlink()
     (base / "config.json").unlink()
     (base / "tokenizer.json").unlink()
     base.rmdir()
-    with pytest.raises(UsageError, match="doesn't exist, and has the weights beside which"):
+    with pytest.raises(UsageError, match="doesn't exist, and had the weights beside which"):
         check_base(model)
 
 
