@@ -38,7 +38,7 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str], memory: int
         raise OrchestratorError(
             f"the tasks on the cluster failed: {_reason(error)}",
             remedy="Check that all nodes are up and have orchestrator installed, and start again.",
-            unchanged="What is done is kept; nothing else was written.",
+            unchanged="Nothing else was written; what is done is kept.",
         ) from error
 
 
