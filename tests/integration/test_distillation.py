@@ -31,7 +31,7 @@ def _teacher(texts: Path, directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("distill", "train"),
     [
-        pytest.param({"hidden_weight": 0.5}, {}, id="logits and hidden states"),
+        pytest.param({"hidden_weight": 0.5}, {}, id="logits and hidden states", marks=pytest.mark.long_emulated),
         pytest.param({"alpha": 1.0}, {"precision": "bf16"}, id="bf16", marks=pytest.mark.long_emulated),
     ],
 )
