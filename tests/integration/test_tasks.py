@@ -74,8 +74,8 @@ def rows_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
     return made
 
 
-# Language modeling with each optimizer is in `test_moves`. The pairs that learn have each task and each optimizer, so on
-# the emulated GPU the others are left to `make test-all`.
+# Language modeling with each optimizer is in `test_moves`. Pairs that learn have each task and each optimizer, so the
+# others are left to `make test-all` on the emulated GPU.
 @pytest.mark.parametrize(
     ("task", "optimizer"),
     [
