@@ -33,7 +33,7 @@ from orchestrator.cli.terminal.answers import (
     RemovedRun,
     ReplayedSteps,
     RequestedState,
-    TaughtPredictions,
+    TeacherLogits,
 )
 from orchestrator.cli.terminal.exit_codes import EXIT_CODES
 from orchestrator.cluster.doctor import Finding
@@ -211,7 +211,7 @@ OUTPUTS = {
     "model eval": JsonOutput(EvaluatedModel),
     "model generate": JsonOutput(GeneratedText),
     "data prepare": JsonOutput(PreparedStore),
-    "data teach": JsonOutput(TaughtPredictions),
+    "data teach": JsonOutput(TeacherLogits),
     "check data": JsonOutput(AuditResult),
     "check replay": JsonOutput(ReplayedSteps),
     "fault kill-worker": JsonOutput(KilledWorker),

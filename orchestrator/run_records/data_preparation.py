@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.code_package import of_user, placed
 from orchestrator.data.bucket_store import node_stores, upload
+from orchestrator.data.logit_store import LogitStore
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.rows.chat_tokenizer import SAVED
@@ -16,7 +17,6 @@ from orchestrator.data.rows.prepare_rows import check_outputs, prepare_rows
 from orchestrator.data.rows.reference_rows import with_reference
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import TokenStore
-from orchestrator.data.taught_store import TaughtStore
 from orchestrator.data.tokenizer import CONFIG
 from orchestrator.errors import DataNotWritten, EntrypointError
 from orchestrator.requirements import use_requirements
@@ -120,7 +120,7 @@ class Preparation:
             by_document=job.data.row_format == BY_DOCUMENT,
         )
         if job.distill is not None and job.distill.logits is not None:
-            TaughtStore.open(Path(job.distill.logits), verify=True).check(store.digest)
+            LogitStore.open(Path(job.distill.logits), verify=True).check(store.digest)
         Orders(job, store)  # shows what a curriculum lacks, before any worker has the store
         tokenizer, stored = _save(store, run, place)
         datasets = tuple(

@@ -10,7 +10,7 @@ from orchestrator.spec.task import LM, SFT, TaskSpec
 
 # Tensors of the size of a chunk's logits that a loss with a teacher holds at once: logits and log-probabilities of both
 # models, at the temperature too, and gradients.
-TAUGHT_LOGITS = 7
+LOGITS_HELD = 7
 PREDICTION = ("teacher_ids", "teacher_logs", "teacher_rest")  # arrays of a batch that has predictions
 
 

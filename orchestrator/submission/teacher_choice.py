@@ -12,10 +12,10 @@ from orchestrator.checkpoint.hf.teacher import (
     predictions_digest,
     teacher_digest,
 )
+from orchestrator.data.logit_store import LogitStore
 from orchestrator.data.manifest import is_store
 from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.data.store import TokenStore
-from orchestrator.data.taught_store import TaughtStore
 from orchestrator.errors import UsageError
 from orchestrator.run_records.run_files import RunFiles, holds_run
 from orchestrator.spec.distill import DistillSpec
@@ -106,7 +106,7 @@ def _tokenizer(spec: JobSpec, chosen: ChosenTeacher) -> str | None:
 
 def _with_predictions(spec: JobSpec, distill: DistillSpec) -> JobSpec:
     directory = Path(distill.directory).expanduser().absolute()
-    options = TaughtStore.open(directory).manifest.options
+    options = LogitStore.open(directory).manifest.options
     _check_vocabulary(spec, "distill.logits", directory, options.vocab_size)
     wanted: dict[str, tuple[object, object]] = {
         "train.sequence_length": (spec.train.sequence_length, options.sequence_length),

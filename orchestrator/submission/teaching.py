@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 from orchestrator.checkpoint.hf.teacher import teacher_digest
+from orchestrator.data.logit_store import FORMAT, PARTS, LogitManifest, LogitOptions, LogitStore, file_of
 from orchestrator.data.manifest import MANIFEST, SPLITS, Split, digest_file
 from orchestrator.data.prepare.block_cache import Parts
 from orchestrator.data.store import TokenStore
-from orchestrator.data.taught_store import FORMAT, PARTS, TaughtManifest, TaughtOptions, TaughtStore, file_of
 from orchestrator.errors import DataError, DataNotWritten, UsageError
 from orchestrator.storage.atomic import flush
 from orchestrator.submission.teacher_choice import ChosenTeacher, chosen_teacher
@@ -47,7 +47,7 @@ class TeachRequest:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeachPlan:
     """A request that can be carried out.
 
     Args:
@@ -56,7 +56,7 @@ class Lesson:
         target: directory of the result, whether or not it is there.
     """
 
-    options: TaughtOptions
+    options: LogitOptions
     store: Path
     teacher: ChosenTeacher
     num_rows: dict[Split, int]
@@ -88,7 +88,7 @@ class Lesson:
         ]
 
 
-def lesson_of(request: TeachRequest) -> Lesson:
+def plan_teaching(request: TeachRequest) -> TeachPlan:
     """What a request amounts to. Nothing is written.
 
     Raises:
@@ -117,7 +117,7 @@ def lesson_of(request: TeachRequest) -> Lesson:
             f"{request.store} has {store.num_tokens('train')} tokens to train on: no row of {request.sequence_length}",
             "Make --sequence-length smaller.",
         )
-    options = TaughtOptions(
+    options = LogitOptions(
         store=store.digest,
         teacher_sha256=teacher_digest(teacher.directory),
         sequence_length=request.sequence_length,
@@ -127,10 +127,10 @@ def lesson_of(request: TeachRequest) -> Lesson:
         vocab_size=teacher.vocab_size,
     )
     num_rows = {split: store.num_rows(split, request.sequence_length) for split in SPLITS}
-    return Lesson(options, request.store, teacher, num_rows, request.out / options.name)
+    return TeachPlan(options, request.store, teacher, num_rows, request.out / options.name)
 
 
-def teach(lesson: Lesson, spread: Spread, progress: Progress) -> TaughtStore:
+def teach(plan: TeachPlan, spread: Spread, progress: Progress) -> LogitStore:
     """The predictions, which are computed unless they are there. Ended, it goes on where it was with the same request.
 
     Args:
@@ -142,66 +142,66 @@ def teach(lesson: Lesson, spread: Spread, progress: Progress) -> TaughtStore:
         DataNotWritten: files can't be written.
         OrchestratorError: that of a task.
     """
-    if lesson.is_done:
-        return TaughtStore.open(lesson.target)
+    if plan.is_done:
+        return LogitStore.open(plan.target)
     try:
-        lesson.target.parent.mkdir(parents=True, exist_ok=True)
-        with Parts.held(lesson.target) as parts:
-            if not lesson.is_done:  # by another process meanwhile
-                _compute(lesson, parts.directory, spread, progress)
+        plan.target.parent.mkdir(parents=True, exist_ok=True)
+        with Parts.held(plan.target) as parts:
+            if not plan.is_done:  # by another process meanwhile
+                _compute(plan, parts.directory, spread, progress)
             parts.remove()
     except OSError as error:
         raise DataNotWritten(
-            f"predictions of {lesson.num_bytes / 1e6:,.0f} MB can't be written to {lesson.target.parent}: {error}",
+            f"predictions of {plan.num_bytes / 1e6:,.0f} MB can't be written to {plan.target.parent}: {error}",
             remedy="Make room and the directory writable, or choose another one: --out.",
             unchanged=UNCHANGED,
         ) from error
     progress("done", 1.0)
-    return TaughtStore.open(lesson.target)
+    return LogitStore.open(plan.target)
 
 
-def _compute(lesson: Lesson, parts: Path, spread: Spread, progress: Progress) -> None:
+def _compute(plan: TeachPlan, parts: Path, spread: Spread, progress: Progress) -> None:
     """Write the files, marking each block that is finished, and publish them by a rename."""
-    if lesson.target.exists():
+    if plan.target.exists():
         raise DataError(
-            f"{lesson.target} exists and has no {MANIFEST}",
+            f"{plan.target} exists and has no {MANIFEST}",
             remedy="Move it away, or choose another directory: --out.",
             unchanged="Nothing was written.",
         )
     files, done = parts / "files", parts / "done"
     for directory in (files, done):
         directory.mkdir(exist_ok=True)
-    new = [_allocated(files / file_of(split, part), lesson, split, part) for split in SPLITS for part in PARTS]
+    new = [_allocated(files / file_of(split, part), plan, split, part) for split in SPLITS for part in PARTS]
     if any(new):
         for marker in done.iterdir():  # of blocks in files that aren't there
             marker.unlink()
-    left = [block for block in lesson.blocks if not (done / _name(*block)).exists()]
+    left = [block for block in plan.blocks if not (done / _name(*block)).exists()]
     given = {
-        "store": str(lesson.store),
-        "teacher": str(lesson.teacher.directory),
+        "store": str(plan.store),
+        "teacher": str(plan.teacher.directory),
         "to": str(files),
-        "options_json": lesson.options.model_dump_json(),
+        "options_json": plan.options.model_dump_json(),
     }
     tasks = [
         json.dumps(given | {"split": split, "start": start, "stop": stop, "marker": str(done / _name(*block))})
         for block in left
         for split, start, stop in [block]
     ]
-    num_blocks = len(lesson.blocks)
+    num_blocks = len(plan.blocks)
     progress("teaching", 1 - len(left) / num_blocks)
     for number, _ in enumerate(spread(run_block, tasks), num_blocks - len(left) + 1):
         progress("teaching", number / num_blocks)
-    manifest = TaughtManifest(
+    manifest = LogitManifest(
         format=FORMAT,
-        options=lesson.options,
-        teacher=str(lesson.teacher.directory),
-        num_rows=lesson.num_rows,
+        options=plan.options,
+        teacher=str(plan.teacher.directory),
+        num_rows=plan.num_rows,
         files={(name := file_of(split, part)): digest_file(files / name) for split in SPLITS for part in PARTS},
     )
     (files / MANIFEST).write_text(manifest.model_dump_json(indent=1))
     flush(files / MANIFEST)
-    files.rename(lesson.target)
-    flush(lesson.target.parent)
+    files.rename(plan.target)
+    flush(plan.target.parent)
 
 
 def run_block(task: str) -> str:
@@ -217,9 +217,9 @@ def _name(split: Split, start: int, stop: int) -> str:
     return f"{split}-{start}-{stop}"
 
 
-def _allocated(path: Path, lesson: Lesson, split: Split, part: str) -> bool:
+def _allocated(path: Path, plan: TeachPlan, split: Split, part: str) -> bool:
     """Give a file its size and its room on disk, unless an earlier attempt has. Returns whether it was so."""
-    num_bytes = lesson.options.num_bytes(part, lesson.num_rows[split])
+    num_bytes = plan.options.num_bytes(part, plan.num_rows[split])
     with path.open("ab") as file:
         if file.tell() == num_bytes:
             return False

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from orchestrator.cli.terminal import signals
-from orchestrator.cli.terminal.answers import PreparedStore, TaughtPredictions
+from orchestrator.cli.terminal.answers import PreparedStore, TeacherLogits
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
 from orchestrator.cli.terminal.output import Format, in_words_of_options, narrate, show_answer
@@ -119,7 +119,7 @@ def teach(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Directory of results, each named by its content. Default: STORE's."),
+        typer.Option("--out", metavar="DIR", help="Directory of results, each named by its options. Default: STORE's."),
     ] = None,
     sequence_length: Annotated[
         int, typer.Option("--sequence-length", min=1, help="Tokens of a row, as train.sequence_length of a job file.")
@@ -142,7 +142,7 @@ def teach(
     """
     from orchestrator.cli.terminal.summary import aligned
     from orchestrator.data.prepare.ray_map import on_cluster
-    from orchestrator.submission.teaching import TeachRequest, lesson_of, teach
+    from orchestrator.submission.teaching import TeachRequest, plan_teaching, teach
 
     directory = store.expanduser().absolute()
     request = TeachRequest(
@@ -154,13 +154,13 @@ def teach(
         top_k,
         temperature,
     )
-    lesson = lesson_of(request)  # before connecting to a cluster or starting one
-    found, progress = lesson.is_done, ProgressLine()
+    plan = plan_teaching(request)  # before connecting to a cluster or starting one
+    found, progress = plan.is_done, ProgressLine()
     if not found:
-        narrate(f"Predictions of {size(lesson.num_bytes)} for {directory.name}, by {lesson.teacher.directory}.")
+        narrate(f"Predictions of {size(plan.num_bytes)} for {directory.name}, by {plan.teacher.directory}.")
     with nullcontext() if found else _cluster(address):
         try:
-            taught = teach(lesson, partial(on_cluster, memory=lesson.task_bytes), progress.tell)
+            logits = teach(plan, partial(on_cluster, memory=plan.task_bytes), progress.tell)
         except KeyboardInterrupt:
             progress.close()
             narrate("Ended. Finished work is kept: the same command continues.")
@@ -169,9 +169,9 @@ def teach(
             progress.close()
     if found:
         narrate("The predictions were there already. Nothing was changed.")
-    manifest = taught.manifest
-    result = TaughtPredictions(
-        logits=str(taught.directory),
+    manifest = logits.manifest
+    result = TeacherLogits(
+        logits=str(logits.directory),
         found=found,
         teacher=manifest.teacher,
         store=str(directory),

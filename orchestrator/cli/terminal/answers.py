@@ -162,7 +162,7 @@ class PreparedStore:
 
 
 @dataclass(frozen=True)
-class TaughtPredictions:
+class TeacherLogits:
     """A teacher's predictions for a token store, and its rows by split. `found`: they were there already."""
 
     logits: str

@@ -3,7 +3,7 @@ arXiv:1503.02531, section 2).
 
 Of each target token the loss is (1 - alpha) * cross-entropy + alpha * T² * KL(teacher || student), where both
 distributions have the temperature T; T² keeps the size of the gradients. With `hidden_weight` the distance of the final
-hidden states is added, 1 - their cosine (as DistilBERT does, arXiv:1910.01108, section 3).
+hidden states is added, 1 - their cosine (as DistilBERT does, arXiv:1910.01108, section 2).
 
 The teacher isn't training state: every rank has the whole of it, without gradients, and runs it on its own
 micro-batches, or its predictions were computed once and come with the rows. Logits of both models exist for a chunk of
@@ -25,7 +25,7 @@ from torch import Tensor
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.loss import IGNORED, MIN_CHUNK
 from orchestrator.model.task import Batch, Loss, Row, Task
-from orchestrator.spec.distill import PREDICTION, TAUGHT_LOGITS, DistillSpec
+from orchestrator.spec.distill import LOGITS_HELD, PREDICTION, DistillSpec
 
 CROSS_ENTROPY, DIVERGENCE, HIDDEN_DISTANCE = "cross_entropy", "teacher_divergence", "hidden_distance"
 
@@ -36,7 +36,7 @@ class Distillation:
 
     Args:
         task: whose rows and targets these are.
-        teacher: a whole model. None: its predictions come with the rows (`orchestrator.data.taught_store`).
+        teacher: a whole model. None: its predictions come with the rows (`orchestrator.data.logit_store`).
     """
 
     needs_reference = False
@@ -54,18 +54,20 @@ class Distillation:
     def loss(self, model: TrainableModel, batch: Batch) -> Loss:
         """Sum over the targets that count, in nats. Arguments as of `LanguageModeling.loss`."""
         tokens = batch["inputs"], batch.get("documents"), batch.get("lengths")
-        said = model.scores(*tokens)
-        taught: TokenScores | None = None
+        student = model.scores(*tokens)
+        scores_of_teacher: TokenScores | None = None
         if self._teacher is not None:
             with torch.no_grad():
-                taught = self._teacher.scores(*tokens)
-        teacher: Prediction = WholePrediction(taught, self._spec.temperature) if taught else _kept(said, batch)
-        targets_N = said.of_tokens(batch["targets"])
-        total, sums_S = said.loss(TaughtCrossEntropy(targets_N, teacher, self._spec.temperature, self._spec.alpha))
+                scores_of_teacher = self._teacher.scores(*tokens)
+        teacher: TeacherDistribution = (
+            FullDistribution(scores_of_teacher, self._spec.temperature) if scores_of_teacher else _kept(student, batch)
+        )
+        targets_N = student.of_tokens(batch["targets"])
+        total, sums_S = student.loss(DistillationLoss(targets_N, teacher, self._spec.temperature, self._spec.alpha))
         weight = (targets_N != IGNORED).sum().float()
         metrics = {CROSS_ENTROPY: (sums_S[1], weight), DIVERGENCE: (sums_S[2], weight)}
-        if taught is not None and self._spec.hidden_weight:
-            cosine_N = F.cosine_similarity(said.x_ND.float(), taught.x_ND.float(), dim=-1)
+        if scores_of_teacher is not None and self._spec.hidden_weight:
+            cosine_N = F.cosine_similarity(student.x_ND.float(), scores_of_teacher.x_ND.float(), dim=-1)
             distance = ((1.0 - cosine_N) * (targets_N != IGNORED)).sum()
             total = total + self._spec.hidden_weight * distance
             metrics[HIDDEN_DISTANCE] = (distance.detach(), weight)
@@ -76,7 +78,7 @@ class Distillation:
         return dict(means)
 
 
-class Prediction(Protocol):
+class TeacherDistribution(Protocol):
     """What a teacher predicts for the tokens of a micro-batch."""
 
     def compare(self, log_student_CV: Tensor, here: slice) -> tuple[Tensor, Tensor]:
@@ -90,8 +92,8 @@ class Prediction(Protocol):
 
 
 @dataclass(frozen=True)
-class WholePrediction:
-    """The prediction of a teacher that has just said something of the same tokens (`Prediction`)."""
+class FullDistribution:
+    """The distribution of a teacher that was run on the same tokens (`TeacherDistribution`)."""
 
     scores: TokenScores
     temperature: float
@@ -104,9 +106,9 @@ class WholePrediction:
 
 
 @dataclass(frozen=True)
-class KeptPrediction:
+class TopKDistribution:
     """A prediction of which the likeliest tokens were kept, and the probability of all others together
-    (`Prediction`). Of these the student is asked for no more than their sum.
+    (`TeacherDistribution`). Of these the student is asked for no more than their sum.
 
     Args:
         ids_NK: tokens.
@@ -131,13 +133,13 @@ class KeptPrediction:
         return divergence_C1, d_CV.scatter_(1, ids_CK, student_CV.gather(1, ids_CK) - teacher_CK)
 
 
-def _kept(said: TokenScores, batch: Batch) -> KeptPrediction:
-    ids_NK, logs_NK, rest_N = (said.of_tokens(batch[name]) for name in PREDICTION)
-    return KeptPrediction(ids_NK, logs_NK, rest_N)
+def _kept(student: TokenScores, batch: Batch) -> TopKDistribution:
+    ids_NK, logs_NK, rest_N = (student.of_tokens(batch[name]) for name in PREDICTION)
+    return TopKDistribution(ids_NK, logs_NK, rest_N)
 
 
-def likeliest(scores: TokenScores, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens (N, K) that a teacher finds likeliest, their log-probabilities (N, K) at the temperature, and that
+def top_k_distribution(scores: TokenScores, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The K likeliest tokens (N, K) of a teacher, their log-probabilities (N, K) at the temperature, and that
     (N,) of all others together."""
     found = []
     for start in range(0, len(scores.x_ND), MIN_CHUNK):
@@ -149,7 +151,7 @@ def likeliest(scores: TokenScores, top_k: int, temperature: float) -> tuple[Tens
 
 
 @dataclass(frozen=True)
-class TaughtCrossEntropy:
+class DistillationLoss:
     """Cross-entropy with token ids and divergence from a teacher, in nats (`orchestrator.model.loss.LogitLoss`). Sums:
     the loss, the cross-entropy, and KL(teacher || student) at the temperature.
 
@@ -159,22 +161,22 @@ class TaughtCrossEntropy:
     """
 
     targets_N: Tensor
-    teacher: Prediction
+    teacher: TeacherDistribution
     temperature: float
     alpha: float
     num_sums: int = 3
-    num_held: int = TAUGHT_LOGITS
+    num_held: int = LOGITS_HELD
 
     def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        targets_C, heat = self.targets_N[here], self.temperature
+        targets_C, temperature = self.targets_N[here], self.temperature
         counted_C1 = (targets_C != IGNORED)[:, None]
         index_C1 = targets_C.clamp_min(0)[:, None]
         log_student_CV = logits_CV.log_softmax(-1)
-        log_warm_CV = log_student_CV if heat == 1.0 else (logits_CV / heat).log_softmax(-1)
-        divergence_C1, d_warm_CV = self.teacher.compare(log_warm_CV, here)
+        log_at_temperature_CV = log_student_CV if temperature == 1.0 else (logits_CV / temperature).log_softmax(-1)
+        divergence_C1, d_at_temperature_CV = self.teacher.compare(log_at_temperature_CV, here)
         cross_entropy = (-log_student_CV.gather(1, index_C1) * counted_C1).sum()
         divergence = (divergence_C1 * counted_C1).sum()
-        total = (1.0 - self.alpha) * cross_entropy + self.alpha * heat**2 * divergence
+        total = (1.0 - self.alpha) * cross_entropy + self.alpha * temperature**2 * divergence
         sums_S = torch.stack((total, cross_entropy, divergence))
         if not wants_gradient:
             return sums_S, None
@@ -182,5 +184,5 @@ class TaughtCrossEntropy:
         # respect to logits over T.
         d_CV = log_student_CV.exp_()
         d_CV.scatter_add_(1, index_C1, -torch.ones_like(d_CV[:, :1]))
-        d_CV.mul_(1.0 - self.alpha).add_(d_warm_CV, alpha=self.alpha * heat)
+        d_CV.mul_(1.0 - self.alpha).add_(d_at_temperature_CV, alpha=self.alpha * temperature)
         return sums_S, d_CV.mul_(counted_C1)

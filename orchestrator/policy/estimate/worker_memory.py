@@ -19,7 +19,7 @@ from orchestrator.elastic.state_spec import Origin, ParamSpec, Sharing, of_model
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.estimate.curriculum_stages import longest_row
-from orchestrator.spec.distill import TAUGHT_LOGITS
+from orchestrator.spec.distill import LOGITS_HELD
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import PREFERENCE
 
@@ -175,7 +175,7 @@ def _memory(
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.n_routed_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)
-    held_logits = 1 if job.distill is None else TAUGHT_LOGITS
+    held_logits = 1 if job.distill is None else LOGITS_HELD
     if deltas:  # the newest step's gradients stay until they are copied
         deltas += partition
     return MemoryPlan(

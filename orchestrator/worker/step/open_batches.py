@@ -11,8 +11,8 @@ import torch
 
 from orchestrator.checkpoint.hf.teacher import check_teacher
 from orchestrator.data.bucket_store import open_store
+from orchestrator.data.logit_store import LogitStore
 from orchestrator.data.rows.bucket_rows import open_rows
-from orchestrator.data.taught_store import TaughtStore
 from orchestrator.errors import OrchestratorError
 from orchestrator.model.task import Task
 from orchestrator.spec.job import JobSpec
@@ -82,4 +82,4 @@ def open_batches(job: JobSpec, store_dir: str, task: Task, device: torch.device)
     if job.distill is None or job.distill.logits is None:
         return TokenBatches(job, store, device)
     check_teacher(job.distill)
-    return TokenBatches(job, store, device, TaughtStore.open(Path(job.distill.logits)))
+    return TokenBatches(job, store, device, LogitStore.open(Path(job.distill.logits)))

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orchestrator.data.logit_store import LogitStore
 from orchestrator.data.manifest import Split
 from orchestrator.data.sample_order import Orders
 from orchestrator.data.store import IGNORED_TARGET, TokenStore
-from orchestrator.data.taught_store import TaughtStore
 from orchestrator.model.task import Row
 from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks, Spans
@@ -31,14 +31,12 @@ class TokenBatches:
     Args:
         job: batch sizes, row length, document isolation.
         store: the prepared corpus.
-        taught: what a teacher predicts for its rows; None without one, or if workers have the teacher.
+        logits: what a teacher predicts for its rows; None without one, or if workers have the teacher.
     """
 
-    def __init__(
-        self, job: JobSpec, store: TokenStore, device: torch.device, taught: TaughtStore | None = None
-    ) -> None:
+    def __init__(self, job: JobSpec, store: TokenStore, device: torch.device, logits: LogitStore | None = None) -> None:
         train = job.train
-        self._job, self._store, self._device, self._taught = job, store, device, taught
+        self._job, self._store, self._device, self._logits = job, store, device, logits
         self._orders = Orders(job, store)
         self.order: Order = self._orders.first
         self._length = train.sequence_length
@@ -129,7 +127,7 @@ class TokenBatches:
             arrays["documents"] = read.documents_RT
         if read.lengths_R is not None:
             arrays["lengths"] = read.lengths_R
-        if self._taught is not None:  # packed rows, each a span
-            arrays |= self._taught.rows(split, rows.spans.start // rows.sequence_length)
+        if self._logits is not None:  # packed rows, each a span
+            arrays |= self._logits.rows(split, rows.spans.start // rows.sequence_length)
         num_targets = int((read.targets_RT != IGNORED_TARGET).sum())
         return StepMicroBatch(number, on_device(arrays, self._device), num_targets)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orchestrator.data.logit_store import PARTS, LogitOptions, file_of
 from orchestrator.data.manifest import Split
 from orchestrator.data.store import TokenStore
-from orchestrator.data.taught_store import PARTS, TaughtOptions, file_of
 from orchestrator.errors import DataError
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.tasks.distillation import likeliest
+from orchestrator.model.tasks.distillation import top_k_distribution
 from orchestrator.spec.distill import DistillSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.worker.whole_models.whole_model import teacher_model
@@ -32,7 +32,7 @@ class TeachBlock:
 
     Args:
         store, teacher, to: directories.
-        options_json: `TaughtOptions`.
+        options_json: `LogitOptions`.
     """
 
     store: str
@@ -52,7 +52,7 @@ def teach_block(task: str) -> str:
         UsageError, CheckpointCorrupt: so has the teacher.
     """
     block = TeachBlock(**json.loads(task))
-    options = TaughtOptions.model_validate_json(block.options_json)
+    options = LogitOptions.model_validate_json(block.options_json)
     store, model = _opened(block.store, block.teacher, options)
     at_once = max(1, TOKENS_AT_ONCE // options.sequence_length)
     for start in range(block.start, block.stop, at_once):
@@ -63,7 +63,7 @@ def teach_block(task: str) -> str:
 
 
 @lru_cache(maxsize=1)  # a process has many blocks of one store
-def _opened(store_dir: str, teacher: str, options: TaughtOptions) -> tuple[TokenStore, TrainableModel]:
+def _opened(store_dir: str, teacher: str, options: LogitOptions) -> tuple[TokenStore, TrainableModel]:
     store = TokenStore.open(store_dir)
     if store.digest != options.store:
         raise DataError(f"{store_dir} has changed since this began", remedy="Start again.")
@@ -74,13 +74,13 @@ def _opened(store_dir: str, teacher: str, options: TaughtOptions) -> tuple[Token
 
 @torch.no_grad()
 def _predicted(
-    store: TokenStore, model: TrainableModel, options: TaughtOptions, split: Split, rows_R: NDArray[np.int64]
+    store: TokenStore, model: TrainableModel, options: LogitOptions, split: Split, rows_R: NDArray[np.int64]
 ) -> tuple[NDArray[np.generic], ...]:
     """Tokens, their log-probabilities, and that of all others."""
     rows, device = store.rows(split, rows_R, options.sequence_length), next(model.parameters()).device
     documents = torch.from_numpy(rows.documents_RT).to(device) if options.isolate_documents else None
     scores = model.scores(torch.from_numpy(rows.inputs_RT).to(device), documents)
-    found = likeliest(scores, options.top_k, options.temperature)
+    found = top_k_distribution(scores, options.top_k, options.temperature)
     return tuple(
         each.reshape(options.shape(part, len(rows_R))).cpu().numpy() for part, each in zip(PARTS, found, strict=True)
     )

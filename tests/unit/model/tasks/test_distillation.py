@@ -12,10 +12,10 @@ from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED, chunked_loss
 from orchestrator.model.tasks.distillation import (
     Distillation,
-    KeptPrediction,
-    TaughtCrossEntropy,
-    WholePrediction,
-    likeliest,
+    DistillationLoss,
+    FullDistribution,
+    TopKDistribution,
+    top_k_distribution,
 )
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.distill import DistillSpec
@@ -67,8 +67,8 @@ def _drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=generator).to(devices.device())
 
 
-def _predicted(logits_NV: Tensor, temperature: float) -> WholePrediction:
-    return WholePrediction(TokenScores(logits_NV, None, None), temperature)
+def _predicted(logits_NV: Tensor, temperature: float) -> FullDistribution:
+    return FullDistribution(TokenScores(logits_NV, None, None), temperature)
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
@@ -78,7 +78,7 @@ def test_values_and_gradients_equal_those_of_torch(chunk: int, temperature: floa
     taught_NV = _drawn(N, V, seed=2) * 3
     targets_N = (torch.arange(N) % V).to(devices.device())
     targets_N[::7] = IGNORED
-    loss = TaughtCrossEntropy(targets_N, _predicted(taught_NV, temperature), temperature, alpha)
+    loss = DistillationLoss(targets_N, _predicted(taught_NV, temperature), temperature, alpha)
     total, sums_S = chunked_loss(x_ND, head_VD, loss, chunk)
     found = torch.autograd.grad(total / 3, (x_ND, head_VD))
 
@@ -96,7 +96,7 @@ def test_values_and_gradients_equal_those_of_torch(chunk: int, temperature: floa
 def test_a_model_that_returns_logits_gets_the_same_gradients() -> None:
     x_ND, head_VD = _drawn(N, D, seed=0).requires_grad_(), _drawn(V, D, seed=1)
     targets_N = torch.zeros(N, dtype=torch.int64, device=x_ND.device)
-    loss = TaughtCrossEntropy(targets_N, _predicted(_drawn(N, V, seed=2), 2.0), 2.0, 0.5)
+    loss = DistillationLoss(targets_N, _predicted(_drawn(N, V, seed=2), 2.0), 2.0, 0.5)
     of_hidden = torch.autograd.grad(chunked_loss(x_ND, head_VD, loss, 8)[0], x_ND)
     logits_NV = F.linear(x_ND, head_VD)
     of_logits = torch.autograd.grad(chunked_loss(logits_NV, None, loss, 8)[0], x_ND)
@@ -161,7 +161,7 @@ def test_no_rows_have_no_loss_but_gradients() -> None:
 def test_a_kept_prediction_is_compared_with_its_rest_as_one_token() -> None:
     """Values and gradients against the divergence of K + 1 classes, made by autograd."""
     taught_NV, heat = _drawn(N, V, seed=2) * 3, 2.0
-    kept = KeptPrediction(*likeliest(TokenScores(taught_NV, None, None), 5, heat))
+    kept = TopKDistribution(*top_k_distribution(TokenScores(taught_NV, None, None), 5, heat))
     logits_NV = _drawn(N, V, seed=3).requires_grad_()
     divergence_N1, d_NV = kept.compare((logits_NV / heat).log_softmax(-1).detach(), slice(0, N))
 
@@ -181,7 +181,7 @@ def test_a_kept_prediction_is_compared_with_its_rest_as_one_token() -> None:
 
 def test_a_kept_prediction_of_a_student_that_is_sure_has_finite_gradients() -> None:
     ids = torch.tensor([[0, 1]], device=devices.device())
-    kept = KeptPrediction(ids, torch.log(torch.tensor([[0.5, 0.3]], device=ids.device)), torch.log(ids[:, 0] + 0.2))
+    kept = TopKDistribution(ids, torch.log(torch.tensor([[0.5, 0.3]], device=ids.device)), torch.log(ids[:, 0] + 0.2))
     logits_1V = torch.zeros(1, V, device=ids.device)
     logits_1V[0, 0] = 300.0
     divergence_11, d_1V = kept.compare(logits_1V.log_softmax(-1), slice(0, 1))
@@ -194,7 +194,7 @@ def test_a_kept_prediction_of_almost_all_tokens_teaches_as_the_whole_one() -> No
     spec = DistillSpec(logits="/logits", alpha=0.7)
     with torch.no_grad():
         scores = teacher.scores(batch["inputs"])
-    ids_NK, logs_NK, rest_N = likeliest(scores, V - 1, spec.temperature)
+    ids_NK, logs_NK, rest_N = top_k_distribution(scores, V - 1, spec.temperature)
     B, T = batch["inputs"].shape
     kept = {"teacher_ids": ids_NK.view(B, T, -1), "teacher_logs": logs_NK.view(B, T, -1)}
     kept["teacher_rest"] = rest_N.view(B, T)

@@ -1,13 +1,13 @@
 """What a teacher predicts for the rows of a token store, computed once: of each token the likeliest next ones.
 
-    DIR/manifest.json      a `TaughtManifest`, written last
+    DIR/manifest.json      a `LogitManifest`, written last
     DIR/SPLIT.ids          (rows, T, K): the K likeliest tokens, uint16 or uint32
     DIR/SPLIT.logs         (rows, T, K): log-probabilities of these at the temperature, float16
     DIR/SPLIT.rest         (rows, T): of all others together, float32
 
 A token's prediction depends on those before it in its row, so such a store is for rows of one length alone, and for
 attention as it was: within documents or across. The tail is kept, as a student of the K tokens alone would learn to
-give the others nothing (Peng et al., arXiv:2410.16215, found that truncated logits do better with a rest).
+give the others nothing.
 
 Shape legend: R = rows, T = tokens of a row, K = tokens of which there are log-probabilities.
 """
@@ -28,12 +28,12 @@ from orchestrator.data.store import check_file
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.spec.distill import PREDICTION
 
-FORMAT: Literal["orchestrator-taught-v1"] = "orchestrator-taught-v1"
+FORMAT: Literal["orchestrator-logits-v1"] = "orchestrator-logits-v1"
 AGAIN = "compute it again: orchestrator data teach."
 PARTS = ("ids", "logs", "rest")
 
 
-class TaughtOptions(BaseModel):
+class LogitOptions(BaseModel):
     """All that the content depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -49,7 +49,7 @@ class TaughtOptions(BaseModel):
     @property
     def name(self) -> str:
         """Name of the directory. Another kind of processor may make other bits of the same options."""
-        return "taught-" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        return "logits-" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def dtype(self, part: str) -> np.dtype[np.generic]:
         """Number format of a file."""
@@ -73,20 +73,20 @@ class TaughtOptions(BaseModel):
         return math.prod(self.shape(part, num_rows)) * self.dtype(part).itemsize
 
 
-class TaughtManifest(BaseModel):
+class LogitManifest(BaseModel):
     """Content of `manifest.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["orchestrator-taught-v1"]
-    options: TaughtOptions
+    format: Literal["orchestrator-logits-v1"]
+    options: LogitOptions
     teacher: str  # where it was
     num_rows: dict[Split, int]
     files: dict[str, FileDigest]
 
 
 @dataclass(frozen=True)
-class TaughtStore:
+class LogitStore:
     """Predictions, read side.
 
     Args:
@@ -95,11 +95,11 @@ class TaughtStore:
     """
 
     directory: Path
-    manifest: TaughtManifest
+    manifest: LogitManifest
     arrays: Mapping[tuple[Split, str], NDArray[np.generic]]
 
     @classmethod
-    def open(cls, directory: Path, verify: bool = False) -> "TaughtStore":
+    def open(cls, directory: Path, verify: bool = False) -> "LogitStore":
         """Open the predictions in a directory, after checking the sizes of its files; with `verify` their digests too.
 
         Raises:
@@ -133,23 +133,24 @@ class TaughtStore:
                 f"{self.directory} has predictions for another token store, {self.manifest.options.store[:12]}…, than "
                 f"the run's, {store[:12]}…",
                 remedy="Name the store for which they were computed as data.source.",
+                unchanged="Nothing was started.",
             )
 
     def rows(self, split: Split, rows_R: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
         """Arrays of a batch: `teacher_ids` (R, T, K), int64; `teacher_logs` (R, T, K) and `teacher_rest` (R, T),
-        fp32. Raises DataError for a row that there is not."""
+        fp32. Raises ValueError for a row that doesn't exist."""
         num_rows = self.manifest.num_rows[split]
         if len(rows_R) and not 0 <= rows_R.min() <= rows_R.max() < num_rows:
-            raise DataError(f"{self.directory} has {num_rows} rows of {split}; {rows_R.max()} was asked for")
+            raise ValueError(f"{self.directory} has {num_rows} rows of {split}; {rows_R.max()} was asked for")
         wanted = (np.int64, np.float32, np.float32)
         taken = (np.asarray(self.arrays[split, part][rows_R]) for part in PARTS)
         return {name: array.astype(dtype) for name, array, dtype in zip(PREDICTION, taken, wanted, strict=True)}
 
 
-def _manifest(directory: Path) -> TaughtManifest:
+def _manifest(directory: Path) -> LogitManifest:
     """Raises DataError if the directory has none of this kind."""
     try:
-        return TaughtManifest.model_validate_json((directory / MANIFEST).read_bytes())
+        return LogitManifest.model_validate_json((directory / MANIFEST).read_bytes())
     except (OSError, ValidationError) as error:
         is_other = isinstance(error, ValidationError) or (directory / MANIFEST).exists()
         has = f"its {MANIFEST} is of something else, or damaged" if is_other else f"it holds no {MANIFEST}"
