@@ -32,6 +32,7 @@ from orchestrator.elastic.state_spec import (
 from orchestrator.errors import UsageError
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.pruning import HEADS, NEURONS, OF_FOUR, TWO_OF_FOUR, PruneTargetSpec
 from orchestrator.spec.train import TrainSpec
 
 
@@ -46,13 +47,15 @@ def inventory(
 
     Raises:
         ValueError: a name that occurs twice.
-        UsageError: patterns of parameters that fit none, or that give muon none that it updates.
+        UsageError: patterns of parameters that fit none, or that give muon none that it updates; or pruning that the
+            model's parameters don't allow.
     """
     train = job.train
     _check_patterns(train, [param.name for param in params])
     _check_muon(train, params)
     _check_experts(train, params)
     _check_adapters(train, params)
+    _check_pruning(job, params)
     params = [param.with_settings(train) for param in params]
     tensors = [_weights(param, job) for param in params]
     params = [param for param in params if param.is_trained]
@@ -126,6 +129,42 @@ def _check_adapters(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
         remedy='Leave it out, or name adapters, as "*.lora.*", and what else is to be trained beside them.',
         unchanged="Nothing was trained.",
     )
+
+
+def _check_pruning(job: JobSpec, params: Sequence[ParamSpec]) -> None:
+    """Refuse targets of pruning without parameters, with some that aren't trained, or whose sizes don't allow them."""
+    pruning = job.train.pruning
+    for place, target in enumerate(pruning.targets if pruning is not None and params else ()):
+        assert pruning is not None
+        mine = [param for param in params if pruning.target_of(param.name, param.shape) is target]
+        wrong = remedy = ""
+        if not mine:
+            wrong = "fits no matrix of the model, or only some that a target before it has"
+            remedy = f"Parameters are named as {params[0].name} and {params[-1].name}; `*` fits any text."
+        elif frozen := [param.name for param in mine if not job.train.is_trained(param.name)]:
+            wrong = f"has matrices that train.trainable leaves as they are, {', '.join(frozen[:3])}"
+            remedy = "Train them, or name others in params."
+        elif target.pattern == TWO_OF_FOUR and (odd := [p for p in mine if p.shape[1] % OF_FOUR]):
+            wrong = f"needs rows of a multiple of {OF_FOUR} weights, and {odd[0].name} has shape {odd[0].shape}"
+            remedy = "Choose other sizes, or leave such matrices out of params."
+        elif few := [count for count in _num_units(job, target, mine) if not target.count(count)]:
+            wrong = f"would prune none of {few[0]} {target.pattern} with sparsity {target.sparsity:g}"
+            remedy = f"Choose a sparsity of at least {1 / few[0]:.3g}."
+        if wrong:
+            raise UsageError(
+                f"train.pruning.targets: entry {place + 1}, {target.pattern}, {wrong}",
+                remedy=remedy,
+                unchanged="Nothing was trained.",
+            )
+
+
+def _num_units(job: JobSpec, target: PruneTargetSpec, params: Sequence[ParamSpec]) -> set[int]:
+    """Numbers of neurons or heads that a structured target finds in modules of our own model."""
+    if target.pattern == NEURONS:
+        return {param.shape[1] for param in params if param.name.endswith(".down")}
+    model = job.model
+    heads = model.num_key_value_heads if model.kv_lora_rank is None else model.num_attention_heads
+    return {heads} if target.pattern == HEADS else set()
 
 
 def _weights(param: ParamSpec, job: JobSpec) -> StateTensor:

@@ -48,6 +48,7 @@ class ParamSpec:
         update: its update rule, and its learning rate over the job's. Parameters of a bucket have this in common.
         weight_decay: of each update.
         is_trained: it has gradients and updates; else it is constant.
+        is_pruned: updates make some of its elements zero, and keep them so.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ParamSpec:
     update: tuple[str, float] = (ADAMW, 1.0)
     weight_decay: float = 0.0
     is_trained: bool = True
+    is_pruned: bool = False
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...]) -> "ParamSpec":
@@ -80,8 +82,14 @@ class ParamSpec:
 
     def with_settings(self, train: TrainSpec) -> "ParamSpec":
         """The parameter as a job trains it."""
-        settings, is_trained = train.optimizer.settings_of(self.name, self.shape), train.is_trained(self.name)
-        return replace(self, update=settings.update, weight_decay=settings.weight_decay, is_trained=is_trained)
+        settings, pruning = train.optimizer.settings_of(self.name, self.shape), train.pruning
+        return replace(
+            self,
+            update=settings.update,
+            weight_decay=settings.weight_decay,
+            is_trained=train.is_trained(self.name),
+            is_pruned=pruning is not None and pruning.target_of(self.name, self.shape) is not None,
+        )
 
     @property
     def rows(self) -> int:

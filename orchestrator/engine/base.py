@@ -18,12 +18,14 @@ class StepOutcome:
         grad_norm: global norm before clipping; inf when not applied.
         gradients: if requested and applied: `grad/NAME`, fp32, clipped, of the elements that this rank updates.
         saturated: parameters whose gradient was too large here for an exact sum; then no rank applies the update.
+        sparsity: share of the weights of pruned parameters, of all ranks, that are zero after it.
     """
 
     applied: bool
     grad_norm: float
     gradients: NamedRanges | None = None
     saturated: tuple[str, ...] = ()
+    sparsity: float = 0.0
 
 
 def noop() -> None:

@@ -9,8 +9,10 @@ from orchestrator.checkpoint.hf.pretrained import check_base, open_pretrained
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.elastic.state_spec import BUFFER, MASTER, average_of
 from orchestrator.errors import CheckpointCorrupt
+from orchestrator.inference.pruned_model import without_pruned_units
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.pretrained_weights import read_weights
 from orchestrator.state.ranges import NamedRanges
@@ -26,7 +28,7 @@ def load_model(
     device: torch.device | None = None,
     precision: str = "fp32",
 ) -> TrainableModel:
-    """The whole model.
+    """The whole model, without neurons and heads that were pruned: its `spec` tells the sizes that are left.
 
     Args:
         prepared: tokens of the tokenizer, or classes of the data.
@@ -69,6 +71,8 @@ def load_model(
         flat = [tensor.view(-1) for tensor in tensors.values()]
         for index, start, values in reader.read_all((name, 0, tensor.numel()) for name, tensor in tensors.items()):
             flat[index][start : start + len(values)].copy_(torch.from_numpy(values))
+    if isinstance(model, MoELanguageModel) and job.train.pruning is not None:
+        model = without_pruned_units(model, single_rank(job.model, experts))
     return model.eval()
 
 

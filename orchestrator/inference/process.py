@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator.checkpoint.hf.export import write_model
+from orchestrator.checkpoint.hf.export import with_folded_routers, write_model
 from orchestrator.code_package import placed
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.rows.bucket_rows import open_rows
@@ -72,8 +72,9 @@ def answers(request: Request) -> Iterator[Answer]:
         cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
         model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
         length, num_outputs, to = job.train.sequence_length, job.num_outputs(prepared), Path(request.to)
-        if job.model.lora is not None:
-            yield ExportResult(write_model(merged(model), job, num_outputs, request.dtype, to))
+        if job.model.is_native:
+            left = job.model_copy(update={"model": model.spec})
+            yield ExportResult(write_model(merged(model), left, num_outputs, request.dtype, to))
         else:
             yield ExportResult(write_transformers(model, num_outputs, length, request.dtype, to))
         return
@@ -86,13 +87,17 @@ def answers(request: Request) -> Iterator[Answer]:
 
 
 def merged(model: TrainableModel) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Weights and buffers of a model, with its adapters in them."""
+    """Weights and buffers of a model, with its adapters in them, and routers of two matrices as one."""
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LowRankAdapter)}
     of_matrix = {name.replace(".lora.", "."): adapter for name, adapter in adapters.items()}
-    for name, tensor in (*model.named_parameters(), *model.state_buffers()):
-        if adapted_by(name) is None:
-            whole = of_matrix[name].merged(tensor) if name in of_matrix else tensor
-            yield name, whole.detach().float().cpu().numpy()
+    tensors = {**dict(model.named_parameters()), **dict(model.state_buffers())}
+
+    def read(name: str) -> NDArray[np.float32]:
+        whole = of_matrix[name].merged(tensors[name]) if name in of_matrix else tensors[name]
+        values: NDArray[np.float32] = whole.detach().float().cpu().numpy()
+        return values
+
+    return with_folded_routers((name for name in tensors if adapted_by(name) is None), read, model.spec)
 
 
 def main() -> None:

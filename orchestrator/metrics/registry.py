@@ -20,6 +20,7 @@ DECLARED = (
     ),
     Metric("train/lr", "1", MetricKind.GAUGE, "learning rate of the step"),
     Metric("train/grad_norm", "1", MetricKind.GAUGE, "global L2 norm of the gradients before clipping"),
+    Metric("train/sparsity", "1", MetricKind.GAUGE, "share of the weights of pruned parameters that are zero"),
     Metric("train/skipped", "updates", MetricKind.COUNTER, "updates skipped on all ranks because they were not finite"),
     Metric(
         "train/tokens", "tokens", MetricKind.COUNTER, "target tokens, or other units of the task, since the run began"

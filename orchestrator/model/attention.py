@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.linear.products import LinearProducts
+from orchestrator.model.linear.structure import Structure, UnitSlices
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import inverse_frequencies
 from orchestrator.spec.config_json import RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pruning import HEADS
 
 
 class Attention(LinearProducts):
@@ -39,6 +41,13 @@ class Attention(LinearProducts):
         self.query_norm, self.key_norm = (
             nn.RMSNorm(count * size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity() for count in heads
         )
+
+    def structures(self) -> tuple[Structure, ...]:
+        """Key/value heads, each with its query heads."""
+        of_rows = ("query", "key", "value")
+        parts = (*(UnitSlices(name) for name in of_rows), UnitSlices("output", dim=1))
+        biases = tuple(UnitSlices(f"{name}_bias") for name in of_rows if self.query_bias is not None)
+        return (Structure(HEADS, self.num_key_value_heads, parts, biases=biases),)
 
     def forward(
         self,

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from orchestrator.model.attention import rotate
 from orchestrator.model.kv_cache import LayerCache
 from orchestrator.model.linear.products import LinearProducts
+from orchestrator.model.linear.structure import Structure, UnitSlices
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import sharpness
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pruning import HEADS
 
 EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` is: as in transformers
 
@@ -42,6 +44,11 @@ class LatentAttention(LinearProducts):
         self.output = nn.Parameter(torch.empty(spec.hidden_size, heads * self.value_dim))
         self.has_query_latent = spec.q_lora_rank is not None
         self.scale = spec.key_dim**-0.5 * sharpness(spec.rope_scaling)
+
+    def structures(self) -> tuple[Structure, ...]:
+        queries = "query_up" if self.has_query_latent else "query"
+        parts = UnitSlices(queries), UnitSlices("key_value"), UnitSlices("output", dim=1)
+        return (Structure(HEADS, self.num_heads, parts),)
 
     def forward(
         self,

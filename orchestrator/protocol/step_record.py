@@ -42,12 +42,14 @@ class UpdateRecord(Compact):
         grad_norm: before clipping; inf where the update was skipped.
         applied: False: the update was not finite and was skipped on all ranks, or `skipped`.
         skipped: the batch was left out because it had made the loss explode.
+        sparsity: share of the weights of pruned parameters that are zero after it.
     """
 
     lr: float
     grad_norm: float
     applied: bool
     skipped: bool = False
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)

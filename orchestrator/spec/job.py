@@ -44,6 +44,7 @@ from orchestrator.spec.moe.experts import (
     measured_steps,
 )
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
+from orchestrator.spec.pruning import broken_pruning
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
@@ -229,6 +230,13 @@ class JobSpec(Section):
             self.model.is_native,
             self.curriculum is not None,
             self.data.row_format != BY_DOCUMENT,
+        )
+        yield from broken_pruning(
+            self.train.pruning,
+            None if self.model.is_native else self.model.origin,
+            self.model.lora is not None,
+            self.model.qk_norm == "all_heads",
+            self.train.max_steps,
         )
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:

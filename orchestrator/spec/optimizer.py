@@ -85,7 +85,7 @@ class OptimizerSpec(Section):
         """How the parameter of this name and shape is updated."""
         group, _ = self._first(name)
         rule: str = self.name if group is None or group.name is None else group.name
-        if rule == MUON and not is_for_muon(name, shape):
+        if rule == MUON and not is_hidden_matrix(name, shape):
             rule = ADAMW
         decay = self.weight_decay if is_decayed(name, shape) else 0.0
         if group is not None and group.weight_decay is not None:
@@ -112,7 +112,7 @@ class OptimizerSpec(Section):
         for name, shape in shapes.items():
             group, pattern = self._first(name)
             if group is not None and group.name == MUON:
-                found[pattern] = found.get(pattern, False) or is_for_muon(name, shape)
+                found[pattern] = found.get(pattern, False) or is_hidden_matrix(name, shape)
         return sorted(pattern for pattern, is_used in found.items() if not is_used)
 
     def _first(self, name: str) -> tuple[ParamGroupSpec | None, str]:
@@ -137,8 +137,9 @@ def is_router(name: str) -> bool:
     return bool(ROUTERS & {*name.split(".")})
 
 
-def is_for_muon(name: str, shape: Sequence[int]) -> bool:
-    """Whether Muon updates a parameter: a matrix within the layers (https://kellerjordan.github.io/posts/muon/)."""
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a matrix within the layers. Muon updates these (https://kellerjordan.github.io/posts/muon/),
+    and pruning makes elements of these zero."""
     return len(shape) == 2 and is_decayed(name, shape) and not OUTPUTS & {*name.split(".")}
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from orchestrator.spec.keys.section import Broken, Section, refuse
 from orchestrator.spec.optimizer import EmaSpec, LrSchedulerSpec, OptimizerSpec
+from orchestrator.spec.pruning import PruningSpec
 
 # -- The `micro_batch_size` key: the size of one forward and backward pass of a worker ---------------------------------
 
@@ -65,6 +66,9 @@ class TrainSpec(Section):
         description="An average of the weights over the updates, kept beside them: `model export --weights ema`. null: "
         "none.",
     )
+    pruning: PruningSpec | None = Field(
+        default=None, description="Weights that become zero while the run trains (docs/pruning.md). null: none."
+    )
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="Largest global norm of the gradients. 0: no clipping."
     )
@@ -93,7 +97,7 @@ class TrainSpec(Section):
     @property
     def names_parameters(self) -> bool:
         """Whether there are patterns of parameters, which the model's must fit."""
-        return bool(self.optimizer.groups) or self.trainable != ("*",)
+        return bool(self.optimizer.groups) or self.trainable != ("*",) or self.pruning is not None
 
     def is_trained(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""

@@ -42,6 +42,8 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
                 traffic.across for traffic in record.communication.traffic.values()
             )
             values["comm/raw_bytes"] = sum(traffic.raw for traffic in record.communication.traffic.values())
+        if record.update.sparsity:
+            values["train/sparsity"] = record.update.sparsity
         if record.update.applied:
             values["train/grad_norm"] = record.update.grad_norm
         if record.validation_loss is not None:

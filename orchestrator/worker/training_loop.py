@@ -246,11 +246,16 @@ class TrainingLoop:
             self._snapshots.change_keeper(*connected)
             self._snapshots.take(live.shard, self._position.progress)
 
+    def _prunes(self, number: int) -> bool:
+        """Whether an update prunes. What it prunes isn't in gradients, so a snapshot after it is whole."""
+        pruning = self._spec.train.pruning
+        return pruning is not None and pruning.is_due(number)
+
     def _step(self, live: LiveShard, hooks: TrainingHooks) -> VoteResult:
         """Do one step, report it, and take the snapshot after it."""
         snapshots, position = self._snapshots, self._position
         step = position.step + 1
-        keep_gradients = snapshots.wants_gradients(step)
+        keep_gradients = snapshots.wants_gradients(step) and not self._prunes(position.progress.num_updates + 1)
         try:
             result = self._train_step.step(live.shard, position.progress, hooks, keep_gradients)
         except StateCorrupted:

@@ -72,6 +72,8 @@ def export_hf(
             unchanged="Nothing was written.",
         )
     refuse_missing_average(job, of_ema)
+    if (experts := read_manifest(checkpoint).experts) is not None:
+        _refuse_families(job, experts)
     saved = objects_at(tokenizer.parent).get(tokenizer.name)
     library = Tokenizer.from_str(saved.decode())
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
@@ -112,7 +114,6 @@ def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str
     experts = read_manifest(checkpoint).experts
     if experts is not None:
         job = job.with_experts(experts.num_experts)
-        _refuse_families(job, experts)
     with CheckpointReader(checkpoint) as reader:
         _check_sizes(reader, {f"{MASTER}/head": (vocab_size, job.model.hidden_size)})
         return write_model(_tensors(reader, job.model, of_ema), job, vocab_size, dtype, directory)
@@ -171,7 +172,18 @@ def _tensors(reader: CheckpointReader, spec: ModelSpec, of_ema: bool) -> Iterato
         entry = reader.manifest.tensors[key]
         return reader.read(key, 0, entry.numel).reshape(entry.shape)
 
-    for name in keys_of_tensors:
+    return with_folded_routers(keys_of_tensors, read, spec)
+
+
+def with_folded_routers(
+    names: Iterable[str], read: Callable[[str], Array], spec: ModelSpec
+) -> Iterator[tuple[str, Array]]:
+    """Tensors of our model by name, with routers of two matrices as one.
+
+    Args:
+        read: a tensor in fp32, by name.
+    """
+    for name in names:
         if folds(spec) and name.endswith(KEYS):
             continue  # read with the queries
         tensor = read(name)

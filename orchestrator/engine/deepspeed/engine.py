@@ -31,6 +31,7 @@ from orchestrator.engine.optim.rule import UpdateInfo
 from orchestrator.engine.optim.stepper import ParamPart, Stepper, places
 from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
+from orchestrator.engine.pruning.pruner import Pruner
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.linear.float8 import use_float8
 from orchestrator.model.moe.routed_experts import RoutedExperts
@@ -97,7 +98,7 @@ class DeepSpeedEngineAdapter:
         communication: CommunicationSpec = DEFAULT,
         task: Task = LANGUAGE_MODELING,
     ) -> None:
-        self._model, self._task = model, task
+        self._model, self._task, self._device = model, task, device
         self._has_masters = train.has_masters
         has_experts = bool(model.moe_layers)
         set_up(groups, device)
@@ -120,6 +121,9 @@ class DeepSpeedEngineAdapter:
         together = groups.reduction is groups.world
         self._gradients = Gradients(model, param_groups, communication, train, device, together)
         self._adapter = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
+        self._pruning = train.pruning
+        self._pruner = None if train.pruning is None else Pruner(model, train.pruning)
+        self._sparsity: float | None = None  # unknown before the first step
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._owned = self._find_owned()
         self._name_parts(train)
@@ -159,12 +163,41 @@ class DeepSpeedEngineAdapter:
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         self._stepper.before_update, self._stepper.at = before_update, UpdateInfo(self._num_updates + 1, lr)
         self._stepper.gradients = {} if keep_gradients else None
+        prunes = self._begin_pruning()
         applied, norm = self._adapter.step(self._gradients.sums())
+        self._end_pruning(prunes and applied)
         self._gradients.settle(applied)
         self._num_updates += applied
         kept, self._stepper.gradients = self._stepper.gradients, None
         updated = self._updated(kept) if applied and kept is not None else None
-        return StepOutcome(applied, norm, updated, self._gradients.saturated)
+        return StepOutcome(applied, norm, updated, self._gradients.saturated, self._sparsity or 0.0)
+
+    def _begin_pruning(self) -> bool:
+        """Whether the next update prunes; what it prunes is decided then."""
+        self._stepper.pruned = None
+        if self._pruner is None or self._pruning is None or not self._pruning.is_due(self._num_updates + 1):
+            return False
+        self._pruner.begin(self._num_updates + 1)
+        self._stepper.pruned = self._pruner.pruned
+        return True
+
+    def _end_pruning(self, has_pruned: bool) -> None:
+        if self._pruner is not None:
+            self._pruner.end()
+            if has_pruned or self._sparsity is None:
+                self._sparsity = self._measured_sparsity()
+
+    def _measured_sparsity(self) -> float:
+        """Share of zeros in what is pruned. Each element counts once, on the rank that updates it."""
+        counts = [0, 0]
+        for master in self._zero.single_partition_of_fp32_groups:
+            for part in self._stepper.parts[id(master)]:
+                if part.param.is_pruned:
+                    counts[0] += int((master.detach()[part.here] == 0).sum())
+                    counts[1] += part.here.stop - part.here.start
+        total = torch.tensor(counts, dtype=torch.int64, device=self._device)
+        num_zeros, num_pruned = map(int, self._adapter.over_ranks(total, torch.distributed.ReduceOp.SUM))
+        return num_zeros / max(num_pruned, 1)
 
     def _updated(self, kept: dict[int, Tensor]) -> NamedRanges:
         ranges = NamedRanges()
@@ -234,7 +267,7 @@ class DeepSpeedEngineAdapter:
         """Let the optimizer know what its partitions hold."""
         params = {name: spec_of(name, p).with_settings(train) for name, p in self._model.named_parameters()}
         for master, owned in zip(self._zero.single_partition_of_fp32_groups, self._owned, strict=True):
-            self._stepper.parts[id(master)] = [ParamPart(params[name], here) for name, _, here in owned]
+            self._stepper.parts[id(master)] = [ParamPart(params[name], here, start) for name, start, here in owned]
 
     def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
         """Contents of this rank's partition by group: a parameter's name, the element where its part begins, and its

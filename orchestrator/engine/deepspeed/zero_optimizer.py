@@ -66,13 +66,14 @@ class ZeroOptimizerAdapter:
         return norm if torch.isfinite(norm) else torch.full_like(norm, INVALID)
 
     def _square(self, sums: Sequence[Tensor]) -> Tensor:
-        return self._over_ranks(square_of(sums), dist.ReduceOp.SUM)
+        return self.over_ranks(square_of(sums), dist.ReduceOp.SUM)
 
     def _exact_square(self, sums: Sequence[Tensor]) -> Tensor:
-        largest = self._over_ranks(largest_of(sums), dist.ReduceOp.MAX)
-        return total_square(self._over_ranks(square_sums(sums, largest), dist.ReduceOp.SUM), largest)
+        largest = self.over_ranks(largest_of(sums), dist.ReduceOp.MAX)
+        return total_square(self.over_ranks(square_sums(sums, largest), dist.ReduceOp.SUM), largest)
 
-    def _over_ranks(self, mine: Tensor, op: Any) -> Tensor:
+    def over_ranks(self, mine: Tensor, op: Any) -> Tensor:
+        """The sum or maximum of small tensors of all ranks, in place. Collective over the world."""
         if self._world is not None:
             collective_stats.enter()
             with collective_stats.waiting(mine.device):

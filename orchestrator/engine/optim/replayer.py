@@ -100,7 +100,7 @@ def _parts_of(piece: Sequence[Row]) -> list[ParamPart]:
     """Where the rows of a piece are in a flat tensor."""
     parts, begin = [], 0
     for param, start, stop in piece:
-        parts.append(ParamPart(param, slice(begin, begin + stop - start)))
+        parts.append(ParamPart(param, slice(begin, begin + stop - start), start))
         begin += stop - start
     return parts
 

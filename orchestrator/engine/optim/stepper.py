@@ -23,10 +23,12 @@ class ParamPart:
 
     Args:
         here: where they are in it.
+        start: the first one's position in the parameter.
     """
 
     param: ParamSpec
     here: slice
+    start: int = 0
 
 
 def places(kind: str, parts: Sequence[ParamPart]) -> list[slice]:
@@ -39,15 +41,18 @@ def places(kind: str, parts: Sequence[ParamPart]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
+Pruned = Callable[[str], Tensor]  # which elements of the parameter of this name an update prunes, flat
+
+
 class Updates:
     """Applies updates to flat tensors.
 
     Args:
-        train: rules, and the average of weights.
+        train: rules, what is pruned, and the average of weights.
     """
 
     def __init__(self, train: TrainSpec) -> None:
-        self._spec, self._rules = train.optimizer, _rules_of(train.optimizer)
+        self._spec, self._rules, self._pruning = train.optimizer, _rules_of(train.optimizer), train.pruning
         self._ema = None if train.ema is None else train.ema.decay
 
     def kinds(self, rule: str) -> tuple[str, ...]:
@@ -55,7 +60,13 @@ class Updates:
         return OF_RULE[rule] if self._ema is None else (*OF_RULE[rule], EMA)
 
     def apply(
-        self, parts: Sequence[ParamPart], master: Tensor, grad: Tensor, state: Mapping[str, Tensor], at: UpdateInfo
+        self,
+        parts: Sequence[ParamPart],
+        master: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        at: UpdateInfo,
+        pruned: Pruned | None = None,
     ) -> None:
         """Update a flat tensor in place.
 
@@ -64,9 +75,14 @@ class Updates:
             grad: like it.
             state: by kind, each as `places` has it.
             at: with the job's learning rate.
+            pruned: for an update that prunes.
+
+        Raises:
+            ValueError: it prunes, and `pruned` isn't known: such an update can't be replayed.
         """
         if not parts:
             return
+        zeros = self._zeros(parts, master, at.number, pruned)
         name, lr_scale = parts[0].param.update
         at = UpdateInfo(at.number, at.lr * lr_scale)
         for here, weight_decay in _runs(parts):
@@ -81,8 +97,31 @@ class Updates:
                 zip(_matrices(master, part), _matrices(grad, part), strict=True)
             ):
                 rule.update(of_master, of_grad, {kind: found[number] for kind, found in blocks.items()}, at)
+        for here, is_zero in zeros:
+            master[here].masked_fill_(is_zero, 0.0)
         if self._ema is not None:
             state[EMA].mul_(self._ema).add_(master * (1.0 - self._ema))
+            for here, is_zero in zeros:
+                state[EMA][here].masked_fill_(is_zero, 0.0)
+
+    def _zeros(
+        self, parts: Sequence[ParamPart], master: Tensor, number: int, pruned: Pruned | None
+    ) -> list[tuple[slice, Tensor]]:
+        """Which elements of each pruned part are zero after the update: those that it prunes, or, as they then stay so,
+        those that are."""
+        pruning = self._pruning
+        if pruning is None:
+            return []
+        if not pruning.is_due(number):
+            is_pruned = [part.here for part in parts if part.param.is_pruned and pruning.has_begun(number)]
+            return [(here, master[here] == 0) for here in is_pruned]
+        if pruned is None:
+            raise ValueError(f"update {number} prunes; what it prunes must be known")
+        found = []
+        for part in (part for part in parts if part.param.is_pruned):
+            length = part.here.stop - part.here.start
+            found.append((part.here, pruned(part.param.name)[part.start : part.start + length]))
+        return found
 
 
 def _rules_of(spec: OptimizerSpec) -> dict[str, UpdateRule]:
@@ -119,8 +158,10 @@ class Stepper(torch.optim.Optimizer):
         parts: content of each partition, by id of its tensor; set before the first step, as is the state.
         at: of the next update.
         gradients: by id of the updated tensor, clipped; None: not wanted.
+        pruned: what the next update prunes; None: nothing.
     """
 
+    pruned: Pruned | None = None
     before_update: Callable[[], None] = staticmethod(noop)
     gradients: dict[int, Tensor] | None = None
 
@@ -146,4 +187,5 @@ class Stepper(torch.optim.Optimizer):
         for master in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if self.gradients is not None:
                 self.gradients[id(master)] = master.grad
-            self._updates.apply(self.parts[id(master)], master, master.grad, self.state[master], self.at)
+            parts, state = self.parts[id(master)], self.state[master]
+            self._updates.apply(parts, master, master.grad, state, self.at, self.pruned)

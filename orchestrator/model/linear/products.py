@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.state_spec import stacked_in
 from orchestrator.model.linear.low_rank import LowRankAdapter
+from orchestrator.model.linear.structure import Structure
 from orchestrator.spec.lora import LoraSpec
 
 
@@ -29,6 +30,10 @@ class LinearProducts(nn.Module):
         y_XN = self.linear(x_XK, getattr(self, name), bias_N)
         adapter = self.adapters.get(name)
         return y_XN if adapter is None else y_XN + adapter(x_XK)
+
+    def structures(self) -> tuple[Structure, ...]:
+        """Units that can be left out of the module."""
+        return ()
 
     def add_adapters(self, lora: LoraSpec) -> None:
         """Put adapters beside those of the module's matrices that are to have one."""

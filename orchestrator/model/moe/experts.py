@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from orchestrator.model.linear import float8
 from orchestrator.model.linear.low_rank import add_input_gradient, add_outputs, weight_gradients
 from orchestrator.model.linear.products import LinearProducts
+from orchestrator.model.linear.structure import Structure, UnitSlices
 from orchestrator.model.moe import grouped_experts
 from orchestrator.model.moe.gradient_sink import GradientSink, sinks_of
 from orchestrator.model.moe.routing.saliency import NORM_UNIT
+from orchestrator.spec.pruning import NEURONS
 
 # Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -34,15 +36,24 @@ Product = Callable[..., Tensor]  # of two matrices, as `torch.mm`
 
 
 class GatedMLP(LinearProducts):
-    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), gate and up in one matrix.
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    Args:
+        num_fused: MLPs of equal width that it is, side by side.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_fused: int = 1) -> None:
         super().__init__()
+        self._num_fused = num_fused
         self.gate_up = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
         self.down = nn.Parameter(torch.empty(hidden_size, intermediate_size))
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.outer(self.inner(x_ND))
+
+    def structures(self) -> tuple[Structure, ...]:
+        parts = UnitSlices("gate_up", blocks=2), UnitSlices("down", dim=1)
+        return (Structure(NEURONS, self.down.shape[1], parts, self._num_fused),)
 
     def inner(self, x_ND: Tensor) -> Tensor:
         """The first half: x (N, D) to gated activations (N, H)."""

@@ -27,7 +27,7 @@ class MoELayer(RoutedExperts):
     def __init__(self, spec: ModelSpec, home: ExpertParallelContext) -> None:
         super().__init__(spec, home, Router(spec, home.limits(spec.num_experts_per_tok), home.keeps_saliency))
         shared = spec.n_shared_experts * spec.moe_intermediate_size
-        self.shared = GatedMLP(spec.hidden_size, shared) if shared else None
+        self.shared = GatedMLP(spec.hidden_size, shared, spec.n_shared_experts) if shared else None
 
     @property
     def correction_bias_E(self) -> Tensor:

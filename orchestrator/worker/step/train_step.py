@@ -219,6 +219,7 @@ class TrainStep:
                 grad_norm=update.grad_norm if outcome.applied else float("inf"),
                 applied=outcome.applied,
                 skipped=step.is_skipped,
+                sparsity=update.sparsity,
             ),
             timing=timing,
             validation_loss=validation_sums[0] / max(validation.units, 1) if validation and validation_sums else None,

@@ -83,7 +83,7 @@ def _redrawn(param: ParamSpec, values_P: Tensor, change: ExpertChange, seed: int
     is_new = torch.zeros(width, dtype=torch.bool, device="cpu")
     is_new[units] = True
     is_new = is_new.repeat(param.blocks)[:, None].expand(rows, columns) if is_inner_first else is_new.expand(rows, -1)
-    is_new_P = is_new.flatten().to(values_P.device)
+    is_new_P = is_new.flatten().to(values_P.device) & (values_P != 0)  # what is pruned stays so
     drawn_P = _drawn(param, change, seed).to(values_P.device)
     replaced = values_P.float()[is_new_P]
     if replaced.numel() < 2:
