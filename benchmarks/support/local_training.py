@@ -53,9 +53,24 @@ class KeptResults:
         return self._known[arm]
 
 
-def train(model: TrainableModel, task: Task, job: JobSpec, store: TokenStore) -> float:
+def nothing(number: int) -> None:
+    """The default hook of an update."""
+
+
+def train(
+    model: TrainableModel,
+    task: Task,
+    job: JobSpec,
+    store: TokenStore,
+    before_update: Callable[[int], None] = nothing,
+    after_update: Callable[[int], None] = nothing,
+) -> float:
     """Train dense weights on the rows that a run of the job gets, in one micro-batch a step. Returns a step's median
-    seconds."""
+    seconds.
+
+    Args:
+        before_update, after_update: called with an update's number, counted from 1.
+    """
     options, given = job.train, job.train.optimizer
     trained = [param for name, param in model.named_parameters() if options.is_trained(name)]
     optimizer = torch.optim.AdamW(trained, options.lr, given.betas, given.eps, given.weight_decay, fused=True)
@@ -70,7 +85,9 @@ def train(model: TrainableModel, task: Task, job: JobSpec, store: TokenStore) ->
         torch.nn.utils.clip_grad_norm_(trained, options.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
+        before_update(step + 1)
         optimizer.step()
+        after_update(step + 1)
         optimizer.zero_grad()
         spent_s.append(time.perf_counter() - began_s)
     return float(np.median(spent_s))

@@ -1,0 +1,193 @@
+"""A model that is pruned while it trains, against the same model that isn't, at equal tokens.
+
+    python -m benchmarks.pruning [--quick]
+
+On Python's own library a dense model is trained as it is, with half of its neurons and half of its heads pruned, and
+with two of each four weights pruned (2:4); as controls, with as many pruned that are drawn, not chosen by magnitude.
+All have the same settings, which were not chosen for pruning. `inference` compares the time of a model from which
+neurons and heads are removed with that of the whole one: `prefill`, the loss of rows, and `decode`, a token after
+others, several rows at once. Times of both alternate.
+
+Runs are kept in a file, so it may be stopped, and goes on where it was. About 20 minutes on two cores.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Result, at_least, at_most, mean_interval, run
+from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.local_training import KeptResults, train, validation_loss
+from orchestrator.data.store import TokenStore
+from orchestrator.engine.pruning.pruner import Pruner
+from orchestrator.inference.pruned_model import without_pruned_units
+from orchestrator.model.draws import draw_normal
+from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.kv_cache import KVCache
+from orchestrator.model.tasks.language_modeling import LanguageModeling
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.job import JobSpec
+
+SEEDS, QUICK_SEEDS = 3, 1
+STEPS, QUICK_STEPS = 240, 6
+ROWS, LENGTH, VALIDATION_ROWS = 8, 128, 256
+LR = 4e-3
+SIZES = {
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 1024,
+}
+STRUCTURED = [{"pattern": "neurons", "sparsity": 0.5}, {"pattern": "heads", "sparsity": 0.5}]
+TARGETS: dict[str, list[dict[str, Any]]] = {"dense": [], "structured": STRUCTURED, "2:4": [{"pattern": "2:4"}]}
+DRAWN = "drawn "
+MOST_LOSS = {"structured": 1.02, "2:4": 1.01}
+LEAST_FASTER = 1.5
+ROUNDS, DECODED, AT_ONCE = 9, 32, 8
+SOURCES = ("model", "sampling", "spec/train.py", "spec/optimizer.py", "spec/pruning.py", "engine/pruning")
+
+
+class DrawnPruner(Pruner):
+    """The control: prunes as much, by magnitudes that are drawn once."""
+
+    def judged(self, name: str) -> Tensor:
+        drawn = torch.empty_like(super().judged(name))
+        draw_normal(drawn, name, 1, 1.0)
+        return drawn
+
+
+def measure(quick: bool) -> Result:
+    seeds, steps = (QUICK_SEEDS, QUICK_STEPS) if quick else (SEEDS, STEPS)
+    with tempfile.TemporaryDirectory(prefix="pruning-") as folder:
+        workspace = Path(folder)
+        stores = stores_dir(quick, workspace)
+        store = prepared(data_spec(quick, workspace), stores)
+        kept = KeptResults(stores, Path(__file__), f"{steps} {store.digest}", SOURCES)
+        kinds = ("dense", "structured", "2:4", DRAWN + "structured", DRAWN + "2:4")
+        arms = {kind: [_kept(kept, kind, seed, steps, store) for seed in range(seeds)] for kind in kinds}
+        faster = _inference(_trained("structured", 0, QUICK_STEPS, store), _trained("dense", 0, 1, store))
+    losses = {kind: [arm["loss"] for arm in of_kind] for kind, of_kind in arms.items()}
+    ratios = {
+        kind: [mine / whole for mine, whole in zip(of_kind, losses["dense"], strict=True)]
+        for kind, of_kind in losses.items()
+        if kind != "dense"
+    }
+    intervals = {kind: mean_interval(of_kind) if seeds > 1 else of_kind[0] for kind, of_kind in ratios.items()}
+    metrics = {
+        "loss": {kind: mean(of_kind) for kind, of_kind in losses.items()},
+        "losses": losses,
+        "loss over dense": intervals,
+        "zeros": {kind: [arm["zeros"] for arm in of_kind] for kind, of_kind in arms.items()},
+        "step_s": {kind: mean(arm["step_s"] for arm in of_kind) for kind, of_kind in arms.items()},
+        "inference": faster,
+    }
+    bars = [at_most(f"loss over dense, {kind}", most, intervals[kind]) for kind, most in MOST_LOSS.items()]
+    bars += [at_least(f"{what}, whole over pruned", LEAST_FASTER, each["ratio"]) for what, each in faster.items()]
+    settings = {"quick": quick, "steps": steps, "rows": ROWS, "length": LENGTH, "lr": LR, "model": SIZES}
+    return Result("pruning", 0, settings, seeds, metrics, bars=tuple(bars))
+
+
+def _kept(kept: KeptResults, kind: str, seed: int, steps: int, store: TokenStore) -> dict[str, float]:
+    def found() -> Mapping[str, float]:
+        timed: list[float] = []
+        model = _trained(kind, seed, steps, store, timed.append)
+        loss = validation_loss(model, LanguageModeling(), _job(kind, seed, steps), store, VALIDATION_ROWS)
+        layers = [param for name, param in model.named_parameters() if name.startswith("layers.") and param.dim() > 1]
+        zeros = sum(int((param == 0).sum()) for param in layers) / sum(param.numel() for param in layers)
+        return {"loss": loss, "zeros": zeros, "step_s": timed[0]}
+
+    return kept.of(f"{kind} seed {seed}", found)
+
+
+def _job(kind: str, seed: int, steps: int) -> JobSpec:
+    train: dict[str, Any] = {
+        "global_batch_size": ROWS,
+        "micro_batch_size": ROWS,
+        "sequence_length": LENGTH,
+        "max_steps": steps,
+        "lr": LR,
+        "seed": seed,
+        "lr_scheduler": {"kind": "cosine", "warmup_steps": steps // 10},
+    }
+    if targets := TARGETS[kind.removeprefix(DRAWN)]:
+        pruning = {"targets": targets, "start_step": steps // 10, "end_step": steps * 6 // 10, "every": 6}
+        train["pruning"] = pruning
+    return JobSpec.model_validate({"name": "pruning", "model": SIZES, "train": train})
+
+
+def _trained(
+    kind: str, seed: int, steps: int, store: TokenStore, timed: Callable[[float], None] = lambda _: None
+) -> MoELanguageModel:
+    """A model after training, with zeros where it was pruned."""
+    job = _job(kind, seed, steps)
+    model = build_model(job.model, store.vocab_size, single_rank(job.model))
+    assert isinstance(model, MoELanguageModel)
+    model.init_weights(seed)
+    pruning = job.train.pruning
+    if pruning is None:
+        timed(train(model, LanguageModeling(), job, store))
+        return model
+    pruner = (DrawnPruner if kind.startswith(DRAWN) else Pruner)(model, pruning)
+    pruned = {n: p for n, p in model.named_parameters() if pruning.target_of(n, p.shape) is not None}
+    zeros: dict[str, Tensor] = {}
+
+    def before(number: int) -> None:
+        if pruning.is_due(number):
+            pruner.begin(number)
+            zeros.update({name: pruner.pruned(name) for name in pruned})
+            pruner.end()
+
+    @torch.no_grad()
+    def after(number: int) -> None:
+        for name, is_zero in zeros.items():
+            pruned[name].view(-1).masked_fill_(is_zero, 0.0)
+
+    timed(train(model, LanguageModeling(), job, store, before, after))
+    return model
+
+
+# -- inference ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _inference(pruned: MoELanguageModel, whole: MoELanguageModel) -> dict[str, Any]:
+    """Seconds of both models, and their ratio, by what is computed."""
+    smaller = without_pruned_units(pruned, single_rank(pruned.spec))
+    tokens = torch.randint(0, len(whole.head), (AT_ONCE, LENGTH), generator=torch.Generator().manual_seed(0))
+    found: dict[str, Any] = {}
+    for what, compute in (("prefill", _prefill), ("decode", _decode)):
+        spent: dict[str, list[float]] = {"whole": [], "pruned": []}
+        for _ in range(ROUNDS):
+            for name, model in (("whole", whole.eval()), ("pruned", smaller.eval())):
+                spent[name].append(compute(model, tokens))
+        seconds = {name: median(each[1:]) for name, each in spent.items()}
+        found[what] = {**seconds, "ratio": seconds["whole"] / seconds["pruned"]}
+    return found
+
+
+def _prefill(model: MoELanguageModel, tokens_BT: Tensor) -> float:
+    began_s = time.perf_counter()
+    for _ in range(2):
+        model(tokens_BT, tokens_BT)
+    return (time.perf_counter() - began_s) / 2
+
+
+def _decode(model: MoELanguageModel, tokens_BT: Tensor) -> float:
+    cache = KVCache(model.spec, len(tokens_BT), LENGTH + DECODED, model.head)
+    model.extend(tokens_BT, cache)
+    began_s = time.perf_counter()
+    for _ in range(DECODED):
+        model.extend(tokens_BT[:, :1], cache)
+    return (time.perf_counter() - began_s) / DECODED
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)
