@@ -32,6 +32,7 @@ from orchestrator.elastic.state_spec import (
 from orchestrator.errors import UsageError
 from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.optimizer import is_hidden_matrix
 from orchestrator.spec.pruning import HEADS, NEURONS, OF_FOUR, TWO_OF_FOUR, PruneTargetSpec
 from orchestrator.spec.train import TrainSpec
 
@@ -140,7 +141,8 @@ def _check_pruning(job: JobSpec, params: Sequence[ParamSpec]) -> None:
         wrong = remedy = ""
         if not mine:
             wrong = "fits no matrix of the model, or only some that a target before it has"
-            remedy = f"Parameters are named as {params[0].name} and {params[-1].name}; `*` fits any text."
+            some = [param.name for param in params if is_hidden_matrix(param.name, param.shape)]
+            remedy = f"Matrices are named as {' and '.join((some[:1] + some[-1:]) or ['none'])}; `*` fits any text."
         elif frozen := [param.name for param in mine if not job.train.is_trained(param.name)]:
             wrong = f"has matrices that train.trainable leaves as they are, {', '.join(frozen[:3])}"
             remedy = "Train them, or name others in params."

@@ -19,6 +19,7 @@ from orchestrator.engine.optim.replayer import Replayer
 from orchestrator.engine.optim.rule import UpdateInfo
 from orchestrator.engine.optim.stepper import ParamPart, Stepper, Updates, places
 from orchestrator.spec.optimizer import OF_MATRICES
+from orchestrator.spec.pruning import PruningSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update
@@ -203,3 +204,21 @@ def test_a_replay_has_the_bits_of_the_updates(rule: str, mixed: bool, monkeypatc
     assert kinds == {*OF_RULE[rule], *OF_RULE["adamw" if rule == "muon" else rule], EMA, "param"} | (
         {"master"} if mixed else set()
     )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_pruned_stays_zero_in_weights_and_their_average(rule: str) -> None:
+    pruning = {"targets": [{"pattern": "unstructured"}], "start_step": 1, "end_step": 2, "every": 1}
+    train = _train(rule).model_copy(update={"pruning": PruningSpec.model_validate(pruning)})
+    values, gradients = _drawn(16 * 16, 5)
+    parts = [ParamPart(_param(train, "a.query", 16, 16), slice(0, 256))]
+    state, is_pruned = _zeros(train, values, parts), torch.arange(256, device=values.device) % 3 == 0
+    updates = Updates(train)
+    for number, gradient in enumerate(gradients, 1):
+        if number == 2:
+            with pytest.raises(ValueError, match="update 2 prunes"):
+                updates.apply(parts, values, gradient, state, UpdateInfo(number, LR))
+        updates.apply(parts, values, gradient, state, UpdateInfo(number, LR), lambda _: is_pruned)
+        for tensor in (values, state[EMA]):
+            assert torch.equal(tensor == 0, is_pruned) or number == 1
+    assert not (values == 0).all()
