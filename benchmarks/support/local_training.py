@@ -62,6 +62,8 @@ def train(
     task: Task,
     job: JobSpec,
     store: TokenStore,
+    steps: range | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     before_update: Callable[[int], None] = nothing,
     after_update: Callable[[int], None] = nothing,
 ) -> float:
@@ -69,16 +71,18 @@ def train(
     seconds.
 
     Args:
+        steps: None: all of the job.
+        optimizer: with the state after the steps before; None: a new one.
         before_update, after_update: called with an update's number, counted from 1.
     """
-    options, given = job.train, job.train.optimizer
-    trained = [param for name, param in model.named_parameters() if options.is_trained(name)]
-    optimizer = torch.optim.AdamW(trained, options.lr, given.betas, given.eps, given.weight_decay, fused=True)
+    options = job.train
+    trained = _trained(model, job)
+    optimizer = optimizer or optimizer_of(model, job)
     length = options.sequence_length
     sampler = SamplerState(options.seed, options.global_batch_size, length, store.num_rows("train", length))
     model.train()
     spent_s = []
-    for step in range(options.max_steps):
+    for step in steps or range(options.max_steps):
         began_s = time.perf_counter()
         rows = store.rows("train", sample(sampler, step), length)
         (task.loss(model, _batch(rows)).total / _num_targets(rows)).backward()
@@ -91,6 +95,16 @@ def train(
         optimizer.zero_grad()
         spent_s.append(time.perf_counter() - began_s)
     return float(np.median(spent_s))
+
+
+def optimizer_of(model: TrainableModel, job: JobSpec) -> torch.optim.Optimizer:
+    """AdamW, as the job has it."""
+    given = job.train.optimizer
+    return torch.optim.AdamW(_trained(model, job), job.train.lr, given.betas, given.eps, given.weight_decay, fused=True)
+
+
+def _trained(model: TrainableModel, job: JobSpec) -> list[torch.nn.Parameter]:
+    return [param for name, param in model.named_parameters() if job.train.is_trained(name)]
 
 
 @torch.no_grad()
