@@ -6,9 +6,9 @@ On Python's own library a dense model is trained as it is, with half of its neur
 with two of each four weights pruned (2:4); as controls, with as many pruned that are drawn, not chosen by magnitude.
 Pruning begins after half of the training, which all arms of a seed share, and ends after 80 % of it. (When it begins
 after a tenth, drawn neurons and heads do as well as chosen ones: hardly anything is learned yet that they could lose.)
-All have the same learning rate, the best for the dense model with the first seed. `inference` compares the time of a model from which
-neurons and heads are removed with that of the whole one: `prefill`, the loss of rows, and `decode`, a token after
-others, several rows at once. Times of both alternate.
+All have the same learning rate, the best for the dense model with the first seed. `inference` compares the time of a
+model from which neurons and heads are removed with that of the whole one: `prefill`, the loss of rows, and `decode`, a
+token after others, several rows at once. Times of both alternate.
 
 Runs are kept in a file, so it may be stopped, and goes on where it was. About 16 minutes on two cores.
 """

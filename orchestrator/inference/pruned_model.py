@@ -42,7 +42,7 @@ def without_pruned_units(model: MoELanguageModel, home: ExpertParallelContext) -
         model: whole.
         home: of its experts.
     """
-    found = [each for each in _found(model) if each.width[1] > 0]
+    found = list(_found(model))
     removable: dict[tuple[str, int], int] = {}
     for each in found:
         removable[each.width] = min(removable.get(each.width, each.num_removable), each.num_removable)
