@@ -5,6 +5,7 @@ same names. Rescales then move the tensors, snapshots keep them, checkpoints sav
 (`Origin.UPDATE`) must be made by its replay too (`engine.optim.replayer.Replayer`). Pure.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -105,8 +106,7 @@ def _check_experts(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
     trained: dict[str, set[bool]] = {}
     for param in params:
         if param.expert is not None:
-            part = param.name.replace(f".experts.{param.expert}.", ".experts.*.")
-            trained.setdefault(part, set()).add(train.is_trained(param.name))
+            trained.setdefault(_of_any_expert(param), set()).add(train.is_trained(param.name))
     if partly := [part for part, which in trained.items() if len(which) > 1]:
         raise UsageError(
             f"train.trainable picks some of the experts' {partly[0]}; those of a layer are trained together",
@@ -133,31 +133,62 @@ def _check_adapters(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
 
 
 def _check_pruning(job: JobSpec, params: Sequence[ParamSpec]) -> None:
-    """Refuse targets of pruning without parameters, with some that aren't trained, or whose sizes don't allow them."""
+    """Refuse targets of pruning that the model's parameters don't allow."""
     pruning = job.train.pruning
     for place, target in enumerate(pruning.targets if pruning is not None and params else ()):
         assert pruning is not None
         mine = [param for param in params if pruning.target_of(param.name, param.shape) is target]
-        wrong = remedy = ""
-        if not mine:
-            wrong = "fits no matrix of the model, or only some that a target before it has"
-            some = [param.name for param in params if is_hidden_matrix(param.name, param.shape)]
-            remedy = f"Matrices are named as {' and '.join((some[:1] + some[-1:]) or ['none'])}; `*` fits any text."
-        elif frozen := [param.name for param in mine if not job.train.is_trained(param.name)]:
-            wrong = f"has matrices that train.trainable leaves as they are, {', '.join(frozen[:3])}"
-            remedy = "Train them, or name others in params."
-        elif target.pattern == TWO_OF_FOUR and (odd := [p for p in mine if p.shape[1] % OF_FOUR]):
-            wrong = f"needs rows of a multiple of {OF_FOUR} weights, and {odd[0].name} has shape {odd[0].shape}"
-            remedy = "Choose other sizes, or leave such matrices out of params."
-        elif few := [count for count in _num_units(job, target, mine) if not target.count(count)]:
-            wrong = f"would prune none of {few[0]} {target.pattern} with sparsity {target.sparsity:g}"
-            remedy = f"Choose a sparsity of at least {1 / few[0]:.3g}."
-        if wrong:
+        if found := _unfit_target(job, target, mine, params):
+            wrong, remedy = found
             raise UsageError(
                 f"train.pruning.targets: entry {place + 1}, {target.pattern}, {wrong}",
                 remedy=remedy,
                 unchanged="Nothing was trained.",
             )
+
+
+def _unfit_target(
+    job: JobSpec, target: PruneTargetSpec, mine: Sequence[ParamSpec], params: Sequence[ParamSpec]
+) -> tuple[str, str] | None:
+    """What is wrong with a target of pruning, and the remedy; None if nothing is.
+
+    Args:
+        mine: the parameters that belong to it.
+    """
+    names = {param.name for param in mine}
+    of_others = [p.name for p in params if target.is_structured and target.has(p.name, p.shape) and p.name not in names]
+    if of_others:
+        wrong = f"prunes whole {target.pattern}, and a target before it has a part of them, {of_others[0]}"
+        return wrong, "Put it first, or leave these matrices out of the other's params."
+    if not mine:
+        some = [param.name for param in params if is_hidden_matrix(param.name, param.shape)]
+        named = " and ".join((some[:1] + some[-1:]) or ["none"])
+        wrong = "fits no matrix of the model, or only some that a target before it has"
+        return wrong, f"Matrices are named as {named}; `*` fits any text."
+    if frozen := [param.name for param in mine if not job.train.is_trained(param.name)]:
+        wrong = f"has matrices that train.trainable leaves as they are, {', '.join(frozen[:3])}"
+        return wrong, "Train them, or name others in params."
+    kinds = {_of_any_expert(param) for param in mine}
+    if partly := [_of_any_expert(p) for p in params if p.name not in names and _of_any_expert(p) in kinds]:
+        wrong = f"picks some of the experts' {partly[0]}; experts change their numbers as others are added or left out"
+        return wrong, f"Name all of them, as {partly[0]}, or none."
+    if target.pattern == HEADS and job.model.qk_norm == "all_heads":
+        return "doesn't go with model.qk_norm: all_heads, whose mean is over all heads", "Leave it out."
+    if target.pattern == TWO_OF_FOUR and (odd := [p for p in mine if p.shape[1] % OF_FOUR]):
+        wrong = f"needs rows of a multiple of {OF_FOUR} weights, and {odd[0].name} has shape {odd[0].shape}"
+        return wrong, "Choose other sizes, or leave such matrices out of params."
+    for count in sorted(_num_units(job, target, mine)):
+        if not 0 < target.count(count) < count:
+            which = "none" if not target.count(count) else "all"
+            wrong = f"would prune {which} of {count} {target.pattern} with sparsity {target.sparsity:g}"
+            fits = f"from {math.ceil(1000 / count) / 1000:g} to {(count - 1) / count:.3g}"
+            return wrong, f"Choose a sparsity {fits}." if count > 1 else "Leave it out: a single one must stay."
+    return None
+
+
+def _of_any_expert(param: ParamSpec) -> str:
+    """The name of a parameter with `*` in place of its expert's number; its own where it belongs to none."""
+    return param.name if param.expert is None else param.name.replace(f".experts.{param.expert}.", ".experts.*.")
 
 
 def _num_units(job: JobSpec, target: PruneTargetSpec, params: Sequence[ParamSpec]) -> set[int]:

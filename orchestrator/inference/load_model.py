@@ -71,7 +71,7 @@ def load_model(
         flat = [tensor.view(-1) for tensor in tensors.values()]
         for index, start, values in reader.read_all((name, 0, tensor.numel()) for name, tensor in tensors.items()):
             flat[index][start : start + len(values)].copy_(torch.from_numpy(values))
-    if isinstance(model, MoELanguageModel) and job.train.pruning is not None:
+    if isinstance(model, MoELanguageModel) and job.model.is_native and job.train.prunes_units:
         model = without_pruned_units(model, single_rank(job.model, experts))
     return model.eval()
 

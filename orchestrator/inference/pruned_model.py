@@ -81,7 +81,7 @@ def _smaller(spec: ModelSpec, removable: Mapping[tuple[str, int], int]) -> Model
         "intermediate_size": spec.intermediate_size - removable.get((NEURONS, spec.intermediate_size), 0),
         "moe_intermediate_size": spec.moe_intermediate_size - removable.get((NEURONS, spec.moe_intermediate_size), 0),
         "num_attention_heads": spec.num_attention_heads - num_heads * each,
-        "num_key_value_heads": spec.num_key_value_heads - (num_heads if spec.kv_lora_rank is None else 0),
+        "num_key_value_heads": heads - num_heads,  # of latent attention as many as heads, as in transformers
         "head_dim": spec.head_dim,
     }
     return spec if not any(removable.values()) else spec.model_copy(update=changes)

@@ -104,6 +104,11 @@ class TrainSpec(Section):
         return any(fnmatchcase(name, pattern) for pattern in self.trainable)
 
     @property
+    def prunes_units(self) -> bool:
+        """Whether whole neurons or heads are pruned."""
+        return self.pruning is not None and any(target.is_structured for target in self.pruning.targets)
+
+    @property
     def is_exact(self) -> bool:
         return self.determinism == "exact"
 

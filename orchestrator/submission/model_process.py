@@ -59,9 +59,8 @@ def export_model(
 ) -> int:
     """Write a run's model as `export_hf` does, also one that transformers builds, one with adapters, which are merged,
     or one with pruned neurons or heads, which are left out. Returns bytes of weights."""
-    write_other, pruning = None, job.train.pruning
-    is_smaller = pruning is not None and any(target.is_structured for target in pruning.targets)
-    if job.model.impl == "transformers" or job.model.lora is not None or is_smaller:
+    write_other = None
+    if job.model.impl == "transformers" or job.model.lora is not None or job.train.prunes_units:
         write_other = partial(write_loaded, run_dir, checkpoint, dtype or job.train.precision, of_ema)
     return export_hf(checkpoint, job, run_dir / "tokenizer.json", to, dtype, of_ema, write_other)
 

@@ -40,7 +40,8 @@ def weakest_units(parts: Sequence[Tensor], count: int) -> Tensor:
     """Which units have the smallest norms over all their weights, bool (U,).
 
     Args:
-        parts: [P, U, Q] each, in fp32 and in memory of their own: sums may have other bits at another alignment.
+        parts: [P, U, Q] each. Sums are made in fp64, in memory of their own, as they may have other bits at another
+            alignment, and rounded, so that processors that add up in another order agree.
     """
-    squares_U = torch.stack([part.square().sum((0, 2)) for part in parts]).sum(0)
-    return smallest(squares_U, count)
+    squares_U = torch.stack([part.to(torch.float64, copy=True).square().sum((0, 2)) for part in parts]).sum(0)
+    return smallest(squares_U.float(), count)

@@ -73,6 +73,5 @@ class Pruner:
         count = structure.multiple * target.count(structure.num_units // structure.multiple, progress)
         parts = []
         for part in structure.parts:
-            own = self.judged(f"{prefix}.{part.name}").to(torch.float32, copy=True)
-            parts.append(part.by_unit(own, structure.num_units))
+            parts.append(part.by_unit(self.judged(f"{prefix}.{part.name}"), structure.num_units))
         return weakest_units(parts, count)

@@ -86,7 +86,16 @@ def test_what_doesn_t_fit_together_is_refused(targets: list[Any], keys: dict[str
     [
         ([{"pattern": "2:4", "params": ["*.mlpp.*"]}], {}, "entry 1, 2:4, fits no matrix", "layers"),
         ([NEURONS, {"pattern": "2:4", "params": ["*.down"]}], {}, "entry 2, 2:4, fits no matrix", "layers"),
-        ([{**HEADS, "sparsity": 0.3}], {}, "prune none of 2 heads with sparsity 0.3", "at least 0.5"),
+        ([{**HEADS, "sparsity": 0.3}], {}, "prune none of 2 heads with sparsity 0.3", "from 0.5 to 0.5"),
+        ([{**HEADS, "sparsity": 0.9999999}], {}, "prune all of 2 heads", "from 0.5 to 0.5"),
+        ([HEADS], {"model": {"num_key_value_heads": 1}}, "prune none of 1 heads", "a single one must stay"),
+        ([{"pattern": "2:4", "params": ["*.output"]}, HEADS], {}, "has a part of them, .*output", "Put it first"),
+        (
+            [{"pattern": "2:4", "params": ["*.experts.0.*"]}],
+            {},
+            r"picks some of the experts' layers.1.mlp.experts.\*.gate_up",
+            "Name all of them",
+        ),
         (
             [{"pattern": "2:4"}],
             {"model": {"moe_intermediate_size": 30}},
