@@ -63,6 +63,7 @@ def test_a_pruned_run_moves_and_is_replayed_bit_by_bit(
     assert undisturbed.records[STEPS - 1].loss < undisturbed.records[0].loss - 0.2
 
 
+@pytest.mark.long_emulated
 def test_a_checkpoint_has_the_pattern_and_any_world_goes_on_from_it(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_checkpoint_has_the_pattern_and_any_world_goes_on_from_it(
     assert whole[STEPS - 1].update.sparsity == num_zeros / num_pruned
 
 
+@pytest.mark.long_emulated
 def test_a_model_without_its_pruned_units_is_smaller_and_computes_the_same(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
