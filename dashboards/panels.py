@@ -173,6 +173,7 @@ RUN = Board(
         ),
         simple("Gradient norm", "train/grad_norm", "short"),
         simple("Learning rate", "train/lr", "sci"),
+        simple("Zeros in what is pruned", "train/sparsity", "percentunit"),
         Chart(
             "Skipped updates in the last hour",
             _sentence(metric("train/skipped").meaning),
