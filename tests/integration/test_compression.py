@@ -167,7 +167,7 @@ def test_the_engine_holds_the_ranges_of_the_layout(ranks: Ranks, compression: di
 KEPT: list[dict[str, Any]] = [{"scheme": "topk", "share": 0.1}, {"scheme": "powersgd", "share": 0.1}]
 
 
-@pytest.fixture(params=KEPT, ids=["topk", "powersgd"])
+@pytest.fixture(params=[KEPT[0], pytest.param(KEPT[1], marks=pytest.mark.long_emulated)], ids=["topk", "powersgd"])
 def job(request: pytest.FixtureRequest, texts: Path) -> JobSpec:
     communication = CommunicationSpec.model_validate({"compression": request.param, "bucket_mb": 0.05})
     return small_job(texts).model_copy(update={"communication": communication})

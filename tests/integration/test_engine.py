@@ -283,6 +283,7 @@ def _growth_mb(rank: int, world_size: int, store: Store, prefix: str, rebuilds: 
     return (marks[-1] - marks[half]) / (len(marks) - 1 - half)
 
 
+@pytest.mark.long_emulated
 def test_rebuilding_does_not_grow_the_process(ranks: Ranks) -> None:
     assert max(ranks.run(_growth_mb, 2, 30)) < 1.0
 

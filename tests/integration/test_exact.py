@@ -149,6 +149,7 @@ def test_dropout_of_a_user_s_model_is_the_same_in_every_world(texts: Path, store
     assert _run(without, store_dir, tmp_path / "without", [1])[0][-1] != first[0][-1]
 
 
+@pytest.mark.long_emulated
 @pytest.mark.usefixtures("device")
 def test_without_it_worlds_differ(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     """Else the test above would show nothing."""
@@ -201,6 +202,7 @@ BY_LAYER = (
 )
 
 
+@pytest.mark.long_emulated
 @pytest.mark.usefixtures("device")
 def test_experts_of_each_layer_move_by_themselves_and_change_no_bit(
     texts: Path, store_dir: Path, tmp_path: Path

@@ -22,7 +22,7 @@ def _trained(
     return losses, state
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long_emulated), "bf16"])
 def test_it_learns_nearly_as_in_full_and_keeps_the_same_state(ranks: Ranks, precision: str) -> None:
     losses, state = ranks.run(_trained, 2, precision, True)[1]
     wanted, plain_state = ranks.run(_trained, 2, precision, False)[1]

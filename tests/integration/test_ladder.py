@@ -138,7 +138,7 @@ def test_a_death_at_any_moment_of_a_step(
     "moment",
     [
         pytest.param(Moment.PREPARE, marks=pytest.mark.slow),
-        Moment.MOVE,
+        pytest.param(Moment.MOVE, marks=pytest.mark.long_emulated),
         pytest.param(Moment.READY, marks=pytest.mark.slow),
     ],
     ids=lambda moment: moment.name.lower(),

@@ -32,7 +32,12 @@ def _job(texts: Path, base: Path, lora: dict[str, Any], num_experts: int = 6, **
 @pytest.mark.parametrize(
     ("lora", "train"),
     [
-        pytest.param({"target_modules": EVERYWHERE, "r": 4}, {"zero_stage": 2}, id="everywhere"),
+        pytest.param(
+            {"target_modules": EVERYWHERE, "r": 4},
+            {"zero_stage": 2},
+            id="everywhere",
+            marks=pytest.mark.long_emulated,
+        ),
         pytest.param(
             {"target_modules": EVERYWHERE},
             {"experts": 2},

@@ -87,6 +87,7 @@ def test_a_gpu_without_room_for_two_shards_keeps_the_old_one_in_host_memory(
     _same_training(worker_group, undisturbed)
 
 
+@pytest.mark.long_emulated
 def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +132,7 @@ def test_every_precision_and_stage_moves_bit_by_bit(
     assert all(r.update.applied for r in worker_group.records.values())
 
 
-LONG = ("adamw", "sgd", "lion")
+LONG = ("adamw", "sgd", "lion", "adafactor", "frozen")
 UPDATES = {**OPTIMIZERS, "frozen": {"trainable": ["*.experts.*", "head", "*norm*"], "lr": 1e-2}}
 
 
@@ -149,7 +150,7 @@ def test_every_optimizer_is_moved_and_replayed_bit_by_bit(
     assert undisturbed.records[STEPS - 1].loss < undisturbed.records[0].loss - 0.3
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.long_emulated), "moe"])
 def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, name: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "n_routed_experts": 6}
     job = small_job(texts, example(name, **sizes, moe_intermediate_size=32), determinism="exact")
@@ -171,7 +172,10 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
 
 
 # transformers' auxiliary loss is counted by torch.histc, which exact mode refuses on a GPU.
-@pytest.mark.parametrize("kind", ["dots1", pytest.param("qwen2_moe", marks=pytest.mark.on_cpu)])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("dots1", marks=pytest.mark.long_emulated), pytest.param("qwen2_moe", marks=pytest.mark.on_cpu)],
+)
 def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, kind: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}

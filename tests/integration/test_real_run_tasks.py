@@ -22,7 +22,7 @@ from tests.support.tasks import task_job
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), ("own", 800)])
+@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), pytest.param("own", 800, marks=pytest.mark.slow)])
 def test_a_task_survives_what_happens_to_its_run(
     client: OrchestratorClient, tmp_path: Path, task: str, steps: int
 ) -> None:
