@@ -35,6 +35,7 @@ from orchestrator.spec.communication import CompressionSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.optimizer import is_hidden_matrix
 from orchestrator.spec.pruning import HEADS, NEURONS, OF_FOUR, TWO_OF_FOUR, PruneTargetSpec
+from orchestrator.spec.quantization import NEVER, is_quantizable
 from orchestrator.spec.train import TrainSpec
 
 
@@ -58,6 +59,7 @@ def inventory(
     _check_experts(train, params)
     _check_adapters(train, params)
     _check_pruning(job, params)
+    _check_quantization(train, params)
     params = [param.with_settings(train) for param in params]
     tensors = [_weights(param, job) for param in params]
     params = [param for param in params if param.is_trained]
@@ -184,6 +186,34 @@ def _unfit_target(
             fits = f"from {math.ceil(1000 / count) / 1000:g} to {(count - 1) / count:.3g}"
             return wrong, f"Choose a sparsity {fits}." if count > 1 else "Leave it out: a single one must stay."
     return None
+
+
+def _check_quantization(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
+    """Refuse patterns of matrices that can't be quantized, some experts alone, and groups that don't divide rows."""
+    quantization = train.quantization
+    if quantization is None or not params:
+        return
+    matrices = [param for param in params if is_quantizable(param.name, param.shape)]
+    mine = [param for param in matrices if quantization.has(param.name, param.shape)]
+    unused = [each for each in quantization.params if not any(fnmatchcase(p.name, each) for p in matrices)]
+    kinds, names = {_of_any_expert(param) for param in mine}, {param.name for param in mine}
+    partly = [_of_any_expert(p) for p in matrices if p.name not in names and _of_any_expert(p) in kinds]
+    size = quantization.group_size
+    odd = [param for param in mine if size is not None and param.shape[1] % size]
+    if unused:
+        key, remedy = "params", "Matrices are named as layers.0.attention.query and layers.*.experts.*.down."
+        wrong = f"{', '.join(unused)} fits no matrix that can be quantized: {NEVER} never are in training"
+    elif partly:
+        key, remedy = "params", f"Name all of them, as {partly[0]}, or none."
+        wrong = (
+            f"it picks some of the experts' {partly[0]}; experts change their numbers as others are added or left out"
+        )
+    elif odd:
+        key, remedy = "group_size", "Choose a size that divides it, or null, or leave such matrices out of params."
+        wrong = f"{size} doesn't divide the rows of {odd[0].name}, which have {odd[0].shape[1]} weights"
+    else:
+        return
+    raise UsageError(f"train.quantization.{key}: {wrong}", remedy=remedy, unchanged="Nothing was trained.")
 
 
 def _of_any_expert(param: ParamSpec) -> str:

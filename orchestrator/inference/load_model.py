@@ -5,13 +5,16 @@ from pathlib import Path
 
 import torch
 
+from orchestrator.checkpoint.hf.export import INTEGERS
 from orchestrator.checkpoint.hf.pretrained import check_base, open_pretrained
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.elastic.state_spec import BUFFER, MASTER, average_of
 from orchestrator.errors import CheckpointCorrupt
+from orchestrator.inference.int_model import formats_of, use_integers
 from orchestrator.inference.pruned_model import without_pruned_units
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.linear.fake_quant import use_fake_quantization
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.pretrained_weights import read_weights
@@ -34,9 +37,11 @@ def load_model(
         prepared: tokens of the tokenizer, or classes of the data.
         of_ema: the average of the weights in place of the weights.
         device: None: a GPU if there is one.
-        precision: of its weights.
+        precision: of its weights, fp32 or bf16; int8 or int4: its matrices are integers. With fp32 and bf16, a model
+            that was trained for integers rounds as it did in training.
 
     Raises:
+        UsageError: these integers aren't for this run.
         CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
         EntrypointError: the user's own model can't be built any more.
     """
@@ -73,6 +78,12 @@ def load_model(
             flat[index][start : start + len(values)].copy_(torch.from_numpy(values))
     if isinstance(model, MoELanguageModel) and job.model.is_native and job.train.prunes_units:
         model = without_pruned_units(model, single_rank(job.model, experts))
+    if precision in INTEGERS:
+        formats = formats_of(job, model, precision)
+        assert isinstance(model, MoELanguageModel)
+        use_integers(model, formats)
+    elif job.train.quantization is not None:
+        use_fake_quantization(model, job.train.quantization)
     return model.eval()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator.checkpoint.hf.export import with_folded_routers, write_model
+from orchestrator.checkpoint.hf.export import INTEGERS, with_folded_routers, write_model
 from orchestrator.code_package import placed
 from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.rows.bucket_rows import open_rows
@@ -24,6 +24,8 @@ from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
+from orchestrator.inference.int_export import IntFormat
+from orchestrator.inference.int_model import formats_of
 from orchestrator.inference.load_model import load_model
 from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
@@ -73,12 +75,16 @@ def answers(request: Request) -> Iterator[Answer]:
         model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
         length, num_outputs, to = job.train.sequence_length, job.num_outputs(prepared), Path(request.to)
         if job.model.is_native:
-            left = job.model_copy(update={"model": model.spec})
-            yield ExportResult(write_model(merged(model), left, num_outputs, request.dtype, to))
+            left, dtype, encoding = job.model_copy(update={"model": model.spec}), request.dtype, None
+            if dtype in INTEGERS:
+                dtype, encoding = "fp32", IntFormat(formats_of(job, model, dtype))
+            yield ExportResult(write_model(merged(model), left, num_outputs, dtype, to, encoding))
+        elif request.dtype in INTEGERS:
+            formats_of(job, model, request.dtype)  # refuses it
         else:
             yield ExportResult(write_transformers(model, num_outputs, length, request.dtype, to))
         return
-    model = load_model(location_of(request.checkpoint), job, prepared)
+    model = load_model(location_of(request.checkpoint), job, prepared, precision=request.dtype)
     if isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model)
     elif tokenizer is not None:

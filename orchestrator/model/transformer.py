@@ -11,6 +11,7 @@ cache.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ class MoELanguageModel(TrainableModel):
     Args:
         vocab_size: V, from the tokenizer.
         home: placement of the experts, seen from this rank.
+
+    Attributes:
+        head_product: computes logits of final hidden states in place of a product with `head`; None: that.
     """
 
     def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> None:
@@ -87,6 +91,7 @@ class MoELanguageModel(TrainableModel):
         self.layers = nn.ModuleList(Block(spec, index, home) for index in range(spec.num_hidden_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
+        self.head_product: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -99,7 +104,7 @@ class MoELanguageModel(TrainableModel):
             scores = self.scores(inputs_BT, documents_BT, lengths_B)
             return cross_entropy_sum(scores.x_ND, self.head, scores.of_tokens(targets_BT))
         x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
-        logits_BTV = F.linear(x_BTD, self.head)
+        logits_BTV = self._logits(x_BTD)
         return logits_BTV if padding is None else padding.pad(logits_BTV[0])
 
     def scores(
@@ -151,7 +156,10 @@ class MoELanguageModel(TrainableModel):
         x_BTD = self._embedded(inputs_BT)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD = layer(x_BTD, rotary, mask_11TC, layer_cache)
-        return F.linear(self.norm(x_BTD[:, -1]), self.head)
+        return self._logits(self.norm(x_BTD[:, -1]))
+
+    def _logits(self, x_XD: Tensor) -> Tensor:
+        return F.linear(x_XD, self.head) if self.head_product is None else self.head_product(x_XD)
 
     def _rotary(self, inputs_BT: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         spec, length = self.spec, inputs_BT.shape[1]

@@ -94,6 +94,7 @@ class Evaluation:
         store_dir: the run's prepared data, of which `split` is read; None for another corpus.
         corpus, text_key: a whole source as in the job file; None for the run's store.
         max_rows: maximum number of rows of the job's length.
+        dtype: of the model's matrices: fp32, bf16, int8 or int4.
         code: digests of the packages of the job's own code, by their directories; None: those of the job.
     """
 
@@ -104,6 +105,7 @@ class Evaluation:
     corpus: str | None = None
     text_key: str = "text"
     max_rows: int | None = None
+    dtype: str = "fp32"
     code: dict[str, str] | None = None
 
 
@@ -131,12 +133,13 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class Export:
-    """Request to write a model that transformers builds, by its own `save_pretrained`, or one with adapters, merged.
+    """Request to write a model that transformers builds, by its own `save_pretrained`, one with adapters, merged, one
+    without what was pruned, or one of integers.
 
     Args:
         run_dir, checkpoint, code: as in `Evaluation`.
         to: an existing directory.
-        dtype: fp32 or bf16.
+        dtype: fp32, bf16, int8 or int4.
         of_ema: the average of the weights in place of the weights.
     """
 
@@ -160,7 +163,7 @@ class Generation:
     """Request for a continuation of a prompt.
 
     Args:
-        run_dir, checkpoint, code: as in `Evaluation`.
+        run_dir, checkpoint, dtype, code: as in `Evaluation`.
         max_tokens: maximum length of the continuation, which ends earlier at the end of the document.
         temperature: 0 for the likeliest token each time.
         top_k: sample from this many likeliest tokens; None for all.
@@ -175,6 +178,7 @@ class Generation:
     top_k: int | None
     top_p: float
     seed: int
+    dtype: str = "fp32"
     code: dict[str, str] | None = None
 
 

@@ -45,6 +45,7 @@ from orchestrator.spec.moe.experts import (
 )
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
 from orchestrator.spec.pruning import broken_pruning
+from orchestrator.spec.quantization import broken_quantization
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
@@ -237,6 +238,14 @@ class JobSpec(Section):
             self.model.lora is not None,
             self.model.qk_norm == "all_heads",
             self.train.max_steps,
+        )
+        lora = self.model.lora
+        yield from broken_quantization(
+            self.train.quantization,
+            None if self.model.is_native else self.model.origin,
+            self.train.float8,
+            0.0 if lora is None else lora.lora_dropout,
+            self.train.prunes_units,
         )
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:

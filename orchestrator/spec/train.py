@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from orchestrator.spec.keys.section import Broken, Section, refuse
 from orchestrator.spec.optimizer import EmaSpec, LrSchedulerSpec, OptimizerSpec
 from orchestrator.spec.pruning import PruningSpec
+from orchestrator.spec.quantization import QuantizationSpec
 
 # -- The `micro_batch_size` key: the size of one forward and backward pass of a worker ---------------------------------
 
@@ -69,6 +70,11 @@ class TrainSpec(Section):
     pruning: PruningSpec | None = Field(
         default=None, description="Weights that become zero while the run trains (docs/pruning.md). null: none."
     )
+    quantization: QuantizationSpec | None = Field(
+        default=None,
+        description="Training with the rounding of integer weights and inputs, for an export in integers "
+        "(docs/quantization.md). null: without.",
+    )
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="Largest global norm of the gradients. 0: no clipping."
     )
@@ -97,7 +103,8 @@ class TrainSpec(Section):
     @property
     def names_parameters(self) -> bool:
         """Whether there are patterns of parameters, which the model's must fit."""
-        return bool(self.optimizer.groups) or self.trainable != ("*",) or self.pruning is not None
+        changed = self.pruning is not None or self.quantization is not None
+        return bool(self.optimizer.groups) or self.trainable != ("*",) or changed
 
     def is_trained(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""

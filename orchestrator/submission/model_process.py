@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from orchestrator.checkpoint.hf.export import export_hf
+from orchestrator.checkpoint.hf.export import INTEGERS, export_hf
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Export, ExportResult, Fault, Request
 from orchestrator.run_records.checkpoints.search import DIRECTORY as CHECKPOINTS
@@ -58,9 +58,10 @@ def export_model(
     run_dir: Location, job: JobSpec, checkpoint: Location, to: Path, dtype: str | None = None, of_ema: bool = False
 ) -> int:
     """Write a run's model as `export_hf` does, also one that transformers builds, one with adapters, which are merged,
-    or one with pruned neurons or heads, which are left out. Returns bytes of weights."""
+    one with pruned neurons or heads, which are left out, or one of integers. Returns bytes of weights."""
     write_other = None
-    if job.model.impl == "transformers" or job.model.lora is not None or job.train.prunes_units:
+    is_loaded = job.model.lora is not None or job.train.prunes_units or dtype in INTEGERS
+    if job.model.impl == "transformers" or is_loaded:
         write_other = partial(write_loaded, run_dir, checkpoint, dtype or job.train.precision, of_ema)
     return export_hf(checkpoint, job, run_dir / "tokenizer.json", to, dtype, of_ema, write_other)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,23 @@ from orchestrator.storage.atomic import new_directory
 from orchestrator.storage.backends.location import Location, objects_at
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+INTEGERS = ("int8", "int4")  # formats that need an `Encoding`
 FILE_BYTES = 4 * 2**30  # a weights file is closed once it reaches this size
 FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # of Glm4Moe, which keeps these in fp32
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
 
 Array = npt.NDArray[Any]
+
+
+class Encoding(Protocol):
+    """Another form of the tensors in a directory."""
+
+    def encoded(self, name: str, their_name: str, values: Array) -> Iterator[tuple[str, Array]]:
+        """One of their tensors, in fp32, that is made of ours of this name, as it is written."""
+
+    def section(self) -> dict[str, Any]:
+        """The `quantization_config` of `config.json`, once all tensors are encoded."""
 
 
 def export_hf(
@@ -46,7 +57,8 @@ def export_hf(
     """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
-        dtype: number format of the weights, fp32 or bf16; routers stay fp32. None: that of the job's forward pass.
+        dtype: number format of the weights, fp32 or bf16, or with `write_other` int8 or int4; routers stay fp32. None:
+            that of the job's forward pass.
         of_ema: the average of the weights in place of the weights.
         write_other: writes config and weights of a model that a checkpoint alone doesn't have into a directory, and
             returns their bytes: of one that transformers builds, or of one with adapters, merged.
@@ -120,13 +132,19 @@ def _write_model(checkpoint: Location, job: JobSpec, vocab_size: int, dtype: str
 
 
 def write_model(
-    tensors: Iterable[tuple[str, Array]], job: JobSpec, vocab_size: int, dtype: str, directory: Path
+    tensors: Iterable[tuple[str, Array]],
+    job: JobSpec,
+    vocab_size: int,
+    dtype: str,
+    directory: Path,
+    encoding: Encoding | None = None,
 ) -> int:
     """Write config and weights of our own model into a directory.
 
     Args:
         tensors: weights and buffers in fp32, under our names.
-        dtype: as of `export_hf`.
+        dtype: fp32 or bf16.
+        encoding: of the tensors, of which those that stay are written in `dtype`. None: all stay.
 
     Returns:
         bytes of weights.
@@ -136,8 +154,11 @@ def write_model(
     """
     family = family_of_spec(job.model)
     config = family.configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
-    renamed = (each for name, t in tensors for each in family.renamed(name, t, job.model.embedding_scale))
-    num_bytes = _write_weights(renamed, DTYPES[dtype], directory)
+    renamed = ((name, *each) for name, t in tensors for each in family.renamed(name, t, job.model.embedding_scale))
+    encode = (lambda _, their_name, t: iter(((their_name, t),))) if encoding is None else encoding.encoded
+    num_bytes = _write_weights((each for one in renamed for each in encode(*one)), DTYPES[dtype], directory)
+    if encoding is not None:
+        config["quantization_config"] = encoding.section()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return num_bytes
 
@@ -214,6 +235,8 @@ def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: 
 
     for name, tensor in tensors:
         kept = "float32" if name.endswith(FP32_ALWAYS) else dtype
+        if not np.issubdtype(tensor.dtype, np.floating):
+            kept = tensor.dtype.name
         data: Array = rounded_to_bf16(tensor) if kept == "bfloat16" else np.ascontiguousarray(tensor)
         held[name] = (kept, tensor.shape, data)
         size += data.nbytes

@@ -42,6 +42,14 @@ class Weights(StrEnum):
 class Dtype(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+Computed = Annotated[
+    Dtype,
+    typer.Option("--dtype", help="Of the model's matrices; int8 and int4 are computed by integer products."),
+]
 
 
 @app.command()
@@ -54,7 +62,11 @@ def export(
     ] = ModelFormat.HF,
     step: Step = None,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of the weights; routers stay fp32. Default: the job's precision.")
+        Dtype | None,
+        typer.Option(
+            "--dtype",
+            help="Of the weights; routers stay fp32. int8, int4: as compressed-tensors. Default: the job's precision.",
+        ),
     ] = None,
     weights: Annotated[
         Weights, typer.Option("--weights", help="ema: their average, of a job with train.ema.")
@@ -100,11 +112,12 @@ def evaluate(
     max_rows: Annotated[
         int | None, typer.Option("--max-rows", min=1, metavar="N", help="Rows of the job's length. Default: all.")
     ] = None,
+    dtype: Computed = Dtype.FP32,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Measure a run's model on a text: loss per token in nats, perplexity, bits per byte. Computed in fp32."""
+    """Measure a run's model on a text: loss per token in nats, perplexity, bits per byte."""
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.cli.terminal.summary import aligned
     from orchestrator.submission.model_process import ask_model, checkpoint_to_ask, data_of
@@ -122,6 +135,7 @@ def evaluate(
         corpus=where,
         text_key=text_key or files.job().data.text_key,
         max_rows=max_rows,
+        dtype=dtype.value,
     )
     text = where or f"{request.split} split"
     narrate(f"{checkpoint.name} of run {run} on {text}.")
@@ -169,6 +183,7 @@ def generate(
         int | None, typer.Option("--seed", min=0, metavar="S", help="Seed of the sampling. Default: a random one.")
     ] = None,
     step: Step = None,
+    dtype: Computed = Dtype.FP32,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -185,7 +200,7 @@ def generate(
     run_dir = find_run(run, storage, address).files.run_dir
     checkpoint = checkpoint_to_ask(run, run_dir, step)
     seed = secrets.randbits(31) if seed is None else seed
-    request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed)
+    request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed, dtype.value)
     for answer in ask_model(request):
         if isinstance(answer, Remark):
             narrate(answer.text)

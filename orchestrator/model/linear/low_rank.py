@@ -39,9 +39,15 @@ class LowRankAdapter(nn.Module):
         return torch.cat([F.linear(inner_XR, B_OR) for inner_XR, B_OR in parts], -1) * self.scale
 
     def merged(self, weight_OK: Tensor) -> Tensor:
-        """The matrix with the adapter in it, in fp32."""
-        parts = zip(self.B.chunk(self.blocks), self.A.chunk(self.blocks), strict=True)
-        return weight_OK.float() + self.scale * torch.cat([B_OR.float() @ A_RK.float() for B_OR, A_RK in parts])
+        """The matrix (O, K) with the adapter in it, in fp32."""
+        return merged(weight_OK, self.A, self.B, self.scale)
+
+
+def merged(weight_OK: Tensor, A_SK: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """A matrix with an adapter in it, in fp32."""
+    blocks = len(A_SK) // B_OR.shape[1]
+    parts = zip(B_OR.float().chunk(blocks), A_SK.float().chunk(blocks), strict=True)
+    return weight_OK.float() + scale * torch.cat([B_oR @ A_RK for B_oR, A_RK in parts])
 
 
 def add_outputs(y_CO: Tensor, x_CK: Tensor, A_SK: Tensor, B_OR: Tensor, scale: float) -> None:

@@ -1,4 +1,5 @@
-"""Linear products of a module's matrices, as training changes them: in float8, and with adapters beside them."""
+"""Linear products of a module's matrices, as training changes them: in float8, with adapters beside them, or of rounded
+operands."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,6 +18,7 @@ class LinearProducts(nn.Module):
     Attributes:
         linear: computes a product, as `torch.nn.functional.linear`.
         adapters: low-rank adapters, by the name of the matrix.
+        quantized: what computes the products of matrices that are quantized, by their names, as `linear`.
     """
 
     linear: Callable[..., Tensor] = staticmethod(F.linear)
@@ -24,11 +26,14 @@ class LinearProducts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.adapters: Mapping[str, LowRankAdapter] = {}
+        self.quantized: Mapping[str, Callable[..., Tensor]] = {}
 
     def product(self, x_XK: Tensor, name: str, bias_N: Tensor | None = None) -> Tensor:
         """The product of inputs (X, K) with the module's matrix of this name (N, K), and its adapter's: (X, N)."""
-        y_XN = self.linear(x_XK, getattr(self, name), bias_N)
-        adapter = self.adapters.get(name)
+        weight_NK, adapter = getattr(self, name), self.adapters.get(name)
+        if (quantized := self.quantized.get(name)) is not None:
+            return quantized(x_XK, weight_NK if adapter is None else adapter.merged(weight_NK), bias_N)
+        y_XN = self.linear(x_XK, weight_NK, bias_N)
         return y_XN if adapter is None else y_XN + adapter(x_XK)
 
     def structures(self) -> tuple[Structure, ...]:

@@ -5,7 +5,8 @@ elementwise operations cover the whole group, small enough for the CPU's caches.
 backward pass: it keeps only the inner activations, gathers tokens again instead of keeping copies, and computes each
 expert's gradient at that expert's size, directly in the gradient buckets if there are any. Measured by
 `python -m benchmarks.moe_layer`. On a GPU, where it can, one kernel computes all experts
-(`orchestrator.model.moe.grouped_experts`), but not in float8 (`orchestrator.model.linear.float8`).
+(`orchestrator.model.moe.grouped_experts`), but not in float8 (`orchestrator.model.linear.float8`), nor where operands
+are rounded (`orchestrator.model.linear.fake_quant`).
 
 Shape legend: N = tokens, R = copies of tokens, C = copies for some experts, D = hidden size, H = intermediate size,
 L = experts.
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.model.linear import float8
-from orchestrator.model.linear.low_rank import add_input_gradient, add_outputs, weight_gradients
+from orchestrator.model.linear.fake_quant import FakeQuantizer
+from orchestrator.model.linear.low_rank import add_input_gradient, add_outputs, merged, weight_gradients
 from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.linear.structure import Structure, UnitSlices
 from orchestrator.model.moe import grouped_experts
@@ -94,12 +96,22 @@ def run_experts(
     gate_ups, downs = [expert.gate_up for expert in experts], [expert.down for expert in experts]
     in_float8 = any(expert.linear is float8.linear for expert in experts)
     adapted = experts[0].adapters if experts else {}
-    if may_group and not (in_float8 or adapted) and norms_L is None and grouped_experts.can_run(x_ND, gate_ups):
+    quantized = experts[0].quantized if experts else {}
+    quantizers = {name: each for name, each in quantized.items() if isinstance(each, FakeQuantizer)}
+    if len(quantizers) < len(quantized):
+        return _one_by_one(x_ND, token_R, counts_L, experts, gates_R)
+    if (
+        may_group
+        and not (in_float8 or adapted or quantized)
+        and norms_L is None
+        and grouped_experts.can_run(x_ND, gate_ups)
+    ):
         return grouped_experts.run(x_ND, token_R, counts_L, gate_ups, downs, gates_R)
     beside = [
         weight for name in adapted for each in experts for weight in (each.adapters[name].A, each.adapters[name].B)
     ]
-    how = _How(counts_L.tolist(), in_float8, {name: adapter.scale for name, adapter in adapted.items()}, norms_L)
+    scales = {name: adapter.scale for name, adapter in adapted.items()}
+    how = _How(counts_L.tolist(), in_float8, scales, norms_L, quantizers)
     result: Tensor = _Experts.apply(x_ND, gates_R, token_R, how, *gate_ups, *downs, *beside)  # type: ignore[no-untyped-call]
     return result
 
@@ -113,12 +125,14 @@ class _How:
         in_float8: whether products are.
         adapters: by the matrices that have adapters, the scale of these.
         norms_L: as of `run_experts`.
+        quantizers: by the matrices whose operands are rounded.
     """
 
     counts: list[int]
     in_float8: bool
     adapters: Mapping[str, float]
     norms_L: Tensor | None
+    quantizers: Mapping[str, FakeQuantizer]
 
 
 class _Experts(torch.autograd.Function):
@@ -206,6 +220,8 @@ class _Matrix:
         adapters: A and B by expert; empty: there are none.
         first_adapter: place of the first of these.
         scale: of adapters.
+        quantizer: rounds the operands, adapters being merged; gradients are those by rounded operands. None: nothing is
+            rounded.
     """
 
     weights: Sequence[Tensor]
@@ -214,21 +230,35 @@ class _Matrix:
     adapters: Sequence[tuple[Tensor, Tensor]] = ()
     first_adapter: int = 0
     scale: float = 0.0
+    quantizer: FakeQuantizer | None = None
 
     def multiply(self, number: int, x_CK: Tensor, out_CO: Tensor) -> None:
         """An expert's outputs for some inputs."""
+        if self.quantizer is not None:
+            self.mm(self.quantizer.rounded_inputs(x_CK), self._rounded(self.quantizer, number).t(), out=out_CO)
+            return
         self.mm(x_CK, self.weights[number].t(), out=out_CO)
         if self.adapters:
             add_outputs(out_CO, x_CK, *self.adapters[number], self.scale)
 
     def multiply_back(self, number: int, dy_CO: Tensor, out_CK: Tensor) -> None:
         """The gradient of these inputs."""
+        if self.quantizer is not None:
+            self.mm(dy_CO, self._rounded(self.quantizer, number), out=out_CK)
+            return
         self.mm(dy_CO, self.weights[number], out=out_CK)
         if self.adapters:
             add_input_gradient(out_CK, dy_CO, *self.adapters[number], self.scale)
 
+    def _rounded(self, quantizer: FakeQuantizer, number: int) -> Tensor:
+        weight_OK = self.weights[number]
+        whole_OK = merged(weight_OK, *self.adapters[number], self.scale) if self.adapters else weight_OK
+        return quantizer.rounded_weight(whole_OK).to(weight_OK.dtype)
+
     def collect(self, number: int, dy_CO: Tensor, x_CK: Tensor, to: "_WeightGradients") -> None:
         """Add the gradients of an expert's weights."""
+        if self.quantizer is not None:
+            x_CK = self.quantizer.rounded_inputs(x_CK)
         to.add_product(self.first + number, dy_CO.t(), x_CK)
         if self.adapters:
             place = self.first_adapter + 2 * number
@@ -246,15 +276,31 @@ def _matrices(weights: Sequence[Tensor], how: _How, mm: Product) -> list[_Matrix
     """Those of gate and up, and of down, from all weights in the order of `_Experts`."""
     found, count, end = [], len(how.counts), 2 * len(how.counts)
     for nth, name in enumerate(MATRICES):
-        own = weights[nth * count : (nth + 1) * count]
+        own, quantizer = weights[nth * count : (nth + 1) * count], how.quantizers.get(name)
         if name in how.adapters:
             beside = weights[end : end + 2 * count]
             adapters = list(zip(beside[::2], beside[1::2], strict=True))
-            found.append(_Matrix(own, nth * count, mm, adapters, end, how.adapters[name]))
+            found.append(_Matrix(own, nth * count, mm, adapters, end, how.adapters[name], quantizer))
             end += 2 * count
         else:
-            found.append(_Matrix(own, nth * count, mm))
+            found.append(_Matrix(own, nth * count, mm, quantizer=quantizer))
     return found
+
+
+def _one_by_one(
+    x_ND: Tensor, token_R: Tensor, counts_L: Tensor, experts: Sequence[GatedMLP], gates_R: Tensor | None
+) -> Tensor:
+    """`run_experts` of experts whose matrices are integers, for inference: each computes its own products."""
+    y_ND, begin = torch.zeros_like(x_ND), 0
+    for expert, count in zip(experts, counts_L.tolist(), strict=True):
+        if count:
+            copies = slice(begin, begin + count)
+            inner_cH = expert.inner(x_ND.index_select(0, token_R[copies]))
+            if gates_R is not None:
+                inner_cH.mul_(gates_R[copies, None])
+            y_ND.index_add_(0, token_R[copies], expert.outer(inner_cH))
+        begin += count
+    return y_ND
 
 
 def _sum_of_norms(y_CD: Tensor) -> Tensor:
