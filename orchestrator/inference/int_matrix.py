@@ -90,7 +90,8 @@ class IntMatrix(nn.Module):
         y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_MK.bfloat16().contiguous(), self.integers, self._group_size, self.scales
         ).float()
-        return y_MN if factors_M1 is None else y_MN.mul_(factors_M1)
+        found_MN: Tensor = y_MN if factors_M1 is None else y_MN.mul_(factors_M1)
+        return found_MN
 
 
 class IntEmbedding(nn.Module):
