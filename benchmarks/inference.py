@@ -86,7 +86,14 @@ TRAINED_FOR: dict[str, dict[str, Any]] = {
     "int4 in groups": {"weight_dtype": "int4", "group_size": 32},
     "int8": {},
 }
-SOURCES = ("model", "sampling", "spec/train.py", "spec/optimizer.py", "spec/quantization.py", "inference")
+SOURCES = (
+    "model",
+    "sampling",
+    "spec/train.py",
+    "spec/optimizer.py",
+    "spec/quantization.py",
+    "inference",
+)
 
 
 def measure(quick: bool) -> Result:

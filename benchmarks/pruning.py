@@ -56,7 +56,14 @@ DRAWN = "drawn "
 MOST_LOSS = {"structured": 1.02, "2:4": 1.01}
 LEAST_FASTER = 1.5
 ROUNDS, DECODED, AT_ONCE = 9, 32, 8
-SOURCES = ("model", "sampling", "spec/train.py", "spec/optimizer.py", "spec/pruning.py", "engine/pruning")
+SOURCES = (
+    "model",
+    "sampling",
+    "spec/train.py",
+    "spec/optimizer.py",
+    "spec/pruning.py",
+    "engine/pruning",
+)
 
 
 class DrawnPruner(Pruner):

@@ -13,8 +13,8 @@ from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.linear.structure import Structure, UnitSlices
 from orchestrator.model.padding import Padding
 from orchestrator.model.rotary_frequencies import inverse_frequencies
-from orchestrator.spec.config_json import RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pretrained.config_json import RopeScalingSpec
 from orchestrator.spec.pruning import HEADS
 
 

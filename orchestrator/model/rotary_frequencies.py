@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from orchestrator.spec.config_json import LINEAR, LLAMA3, RopeScalingSpec
+from orchestrator.spec.pretrained.config_json import LINEAR, LLAMA3, RopeScalingSpec
 
 
 def inverse_frequencies(

@@ -33,7 +33,6 @@ from orchestrator.spec.keys.section import (
     requirement,
     storage_place,
 )
-from orchestrator.spec.lora import TRAINED
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.moe.experts import (
     OF_PLACEMENT,
@@ -44,6 +43,7 @@ from orchestrator.spec.moe.experts import (
     measured_steps,
 )
 from orchestrator.spec.own_callbacks import CallbackSpec, broken_callbacks
+from orchestrator.spec.pretrained.lora import TRAINED
 from orchestrator.spec.pruning import broken_pruning
 from orchestrator.spec.quantization import broken_quantization
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec

@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from orchestrator.spec.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
 from orchestrator.spec.keys.section import HERE, Broken, CodeDir, broken_own_code
-from orchestrator.spec.lora import LoraSpec, broken_lora
 from orchestrator.spec.moe.router import Router, RouterSpec, broken_router, most_experts
+from orchestrator.spec.pretrained.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
+from orchestrator.spec.pretrained.lora import LoraSpec, broken_lora
 from orchestrator.spec.task import Entrypoint
 
 EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding

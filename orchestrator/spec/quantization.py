@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from orchestrator.spec.keys.section import Broken, Path, Section
-from orchestrator.spec.lora import MATRICES
+from orchestrator.spec.pretrained.lora import MATRICES
 
 NUM_BITS = {"int8": 8, "int4": 4}
 NEVER = "embeddings, the output matrix, routers, norms and biases"

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.errors import UsageError
-from orchestrator.spec.config_json import IN_CONFIG, LINEAR, LLAMA3, USED_BY, YARN, RopeScalingSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.moe.router import RouterSpec
+from orchestrator.spec.pretrained.config_json import IN_CONFIG, LINEAR, LLAMA3, USED_BY, YARN, RopeScalingSpec
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",

@@ -22,9 +22,9 @@ from orchestrator.checkpoint.hf.tensor_listing import NAMED_AT_MOST, OTHER_DIREC
 from orchestrator.checkpoint.hf.transformers_config import OF_TRAINING, transformers_settings
 from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.errors import CheckpointCorrupt, UsageError
-from orchestrator.spec.config_json import OF_EXPERTS, UPCYCLED
 from orchestrator.spec.keys.section import Section
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pretrained.config_json import OF_EXPERTS, UPCYCLED
 
 CONFIG = "config.json"
 FLOATS = ("F32", "F16", "BF16")

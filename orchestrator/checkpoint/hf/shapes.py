@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from orchestrator.checkpoint.hf.family import BUFFERS, CONTEXT_QUERY, CORRECTION, KEYS, MASS, QUERY, ROUTER
 from orchestrator.elastic.state_spec import ParamSpec, stacked_in
-from orchestrator.spec.lora import LoraSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 
 _MODULE = re.compile(r"(layers\.\d+\.(?:attention|mlp(?:\.experts\.\d+|\.shared)?))\.(.+)")
 

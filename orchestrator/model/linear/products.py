@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from orchestrator.elastic.state_spec import stacked_in
 from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.model.linear.structure import Structure
-from orchestrator.spec.lora import LoraSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 
 
 class LinearProducts(nn.Module):

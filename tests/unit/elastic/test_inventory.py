@@ -27,8 +27,8 @@ from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.run_records.checkpoints.completion import commit_checkpoint
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.lora import LoraSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 from orchestrator.spec.train import TrainSpec
 from orchestrator.state.fingerprint import StateFingerprint
 from orchestrator.state.ranges import NamedRanges, zeros_like

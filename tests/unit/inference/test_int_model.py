@@ -13,8 +13,8 @@ from orchestrator.model.linear.fake_quant import FakeQuantizer, use_fake_quantiz
 from orchestrator.model.linear.integers import rounded
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.lora import LoraSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 from orchestrator.spec.quantization import QuantizationSpec
 from tests.support.texts import VOCAB
 

@@ -10,7 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from orchestrator.model.linear.fake_quant import FakeQuantizer, use_fake_quantization
 from orchestrator.model.linear.integers import dequantized, quantized, rounded
 from orchestrator.model.moe.experts import GatedMLP, run_experts
-from orchestrator.spec.lora import LoraSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 from orchestrator.spec.quantization import QuantizationSpec
 
 COUNTS = (5, 0, 9, 3)

@@ -8,8 +8,8 @@ from orchestrator.model.draws import draw_normal
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.model.moe.experts import GatedMLP, run_experts
-from orchestrator.spec.lora import LoraSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 
 MLPS = LoraSpec(r=3, lora_alpha=6, target_modules=("gate_proj", "up_proj", "down_proj"))
 COUNTS = (5, 0, 9, 3)

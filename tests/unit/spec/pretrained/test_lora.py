@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.job_file.loading import load_job
-from orchestrator.spec.lora import LoraSpec
+from orchestrator.spec.pretrained.lora import LoraSpec
 from orchestrator.spec.train import TrainSpec
 
 SIZES = {

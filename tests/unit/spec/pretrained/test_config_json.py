@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.spec.config_json import RopeScalingSpec
+from orchestrator.spec.pretrained.config_json import RopeScalingSpec
 
 
 @pytest.mark.parametrize(
