@@ -6,7 +6,7 @@ Embeddings and the output matrix are int8 with a scale per row, in any such mode
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from orchestrator.errors import UsageError
 from orchestrator.inference.int_matrix import IntEmbedding, IntMatrix
@@ -74,13 +74,3 @@ def use_integers(model: MoELanguageModel, formats: QuantizationSpec) -> None:
     model.head_product = head
     model.head.data = rounded(model.head.detach(), 8)
     model.embedding = IntEmbedding(model.embedding.weight.detach())  # type: ignore[assignment]
-
-
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of integers and scales that the model computes with, and of its other weights."""
-    tensors: list[Tensor] = list(model.parameters())
-    for module in model.modules():
-        of_module = [*getattr(module, "quantized", {}).values()] if isinstance(module, LinearProducts) else [module]
-        for each in of_module:
-            tensors += each.buffers(recurse=False)
-    return sum(tensor.nbytes for tensor in tensors)

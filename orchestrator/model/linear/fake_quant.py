@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.model.linear.integers import rounded
@@ -44,19 +43,33 @@ class FakeQuantizer:
 
     def __call__(self, x_XK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
         """`torch.nn.functional.linear` of rounded operands."""
-        x_XK = x_XK if self.input_bits is None else _Rounded.apply(x_XK, self.input_bits, None)  # type: ignore[no-untyped-call]
-        weight_NK = _Rounded.apply(weight_NK, self.num_bits, self.group_size)  # type: ignore[no-untyped-call]
-        return F.linear(x_XK, weight_NK.to(x_XK.dtype), bias_N)
+        x_MK = x_XK.reshape(-1, x_XK.shape[-1])
+        y_MN: Tensor = _Product.apply(x_MK, weight_NK, self)  # type: ignore[no-untyped-call]
+        y_XN = y_MN.view(*x_XK.shape[:-1], len(weight_NK))
+        return y_XN if bias_N is None else y_XN + bias_N
 
 
-class _Rounded(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """Keeps its operands for the backward pass, which rounds them again, not rounded copies."""
+
     @staticmethod
-    def forward(ctx: Any, values_XK: Tensor, num_bits: int, group_size: int | None) -> Tensor:
-        return rounded(values_XK, num_bits, group_size)
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, quantizer: FakeQuantizer) -> Tensor:
+        ctx.save_for_backward(x_MK, weight_NK)
+        ctx.quantizer = quantizer
+        rounded_NK = quantizer.rounded_weight(weight_NK).to(x_MK.dtype)
+        return torch.mm(quantizer.rounded_inputs(x_MK), rounded_NK.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dy_MN,) = grads
+        x_MK, weight_NK = ctx.saved_tensors
+        quantizer: FakeQuantizer = ctx.quantizer
+        dx_MK = dweight_NK = None
+        if ctx.needs_input_grad[0]:
+            dx_MK = torch.mm(dy_MN, quantizer.rounded_weight(weight_NK).to(dy_MN.dtype))
+        if ctx.needs_input_grad[1]:
+            dweight_NK = torch.mm(dy_MN.t(), quantizer.rounded_inputs(x_MK)).to(weight_NK.dtype)
+        return dx_MK, dweight_NK, None
 
 
 def use_fake_quantization(model: nn.Module, spec: QuantizationSpec) -> None:
