@@ -66,7 +66,7 @@ class IntMatrix(nn.Module):
 
     def _by_int8(self, x_MK: Tensor) -> Tensor:
         count = len(x_MK)
-        chunk = CHUNK.get(x_MK.device.type, count)
+        chunk = CHUNK.get(x_MK.device.type, max(count, 1))
         if 0 < count <= chunk:
             return self._of_chunk(x_MK)
         y_MN = x_MK.new_empty(count, self._num_rows, dtype=torch.float32)
