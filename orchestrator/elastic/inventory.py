@@ -38,6 +38,8 @@ from orchestrator.spec.pruning import HEADS, NEURONS, OF_FOUR, TWO_OF_FOUR, Prun
 from orchestrator.spec.quantization import NEVER, is_quantizable
 from orchestrator.spec.train import TrainSpec
 
+ANOTHER = 10**6  # number of an expert that no model has
+
 
 def inventory(
     params: Sequence[ParamSpec], job: JobSpec, buffers: Iterable[tuple[str, tuple[int, ...]]]
@@ -171,7 +173,8 @@ def _unfit_target(
         wrong = f"has matrices that train.trainable leaves as they are, {', '.join(frozen[:3])}"
         return wrong, "Train them, or name others in params."
     kinds = {_of_any_expert(param) for param in mine}
-    if partly := [_of_any_expert(p) for p in params if p.name not in names and _of_any_expert(p) in kinds]:
+    partly = [_of_any_expert(p) for p in params if p.name not in names and _of_any_expert(p) in kinds]
+    if partly := partly + [_of_any_expert(p) for p in mine if not target.has(_of_another_expert(p), p.shape)]:
         wrong = f"picks some of the experts' {partly[0]}; experts change their numbers as others are added or left out"
         return wrong, f"Name all of them, as {partly[0]}, or none."
     if target.pattern == HEADS and job.model.qk_norm == "all_heads":
@@ -198,6 +201,7 @@ def _check_quantization(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
     unused = [each for each in quantization.params if not any(fnmatchcase(p.name, each) for p in matrices)]
     kinds, names = {_of_any_expert(param) for param in mine}, {param.name for param in mine}
     partly = [_of_any_expert(p) for p in matrices if p.name not in names and _of_any_expert(p) in kinds]
+    partly += [_of_any_expert(p) for p in mine if not quantization.has(_of_another_expert(p), p.shape)]
     size = quantization.group_size
     odd = [param for param in mine if size is not None and param.shape[1] % size]
     if unused:
@@ -219,6 +223,11 @@ def _check_quantization(train: TrainSpec, params: Sequence[ParamSpec]) -> None:
 def _of_any_expert(param: ParamSpec) -> str:
     """The name of a parameter with `*` in place of its expert's number; its own where it belongs to none."""
     return param.name if param.expert is None else param.name.replace(f".experts.{param.expert}.", ".experts.*.")
+
+
+def _of_another_expert(param: ParamSpec) -> str:
+    """The name of a parameter as that of an expert that growth may add; its own where it belongs to none."""
+    return _of_any_expert(param).replace(".experts.*.", f".experts.{ANOTHER}.")
 
 
 def _num_units(job: JobSpec, target: PruneTargetSpec, params: Sequence[ParamSpec]) -> set[int]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from orchestrator.errors import UsageError
 from orchestrator.model.linear.integers import quantized
 from orchestrator.spec.quantization import QuantizationSpec
 
@@ -47,6 +48,9 @@ class IntFormat:
         Args:
             name: of our tensor that it is made of.
             values: fp32.
+
+        Raises:
+            UsageError: it is of an expert, and stays as it is.
         """
         module = their_name.removesuffix(_WEIGHT)
         formats = self._formats
@@ -58,6 +62,13 @@ class IntFormat:
             self._has_experts |= is_expert
             is_packed = self._is_packed or is_expert
             yield from _packed(module, *found, formats.num_bits) if is_packed else _unpacked(module, *found)
+        elif EXPERTS in name:
+            raise UsageError(
+                f"train.quantization.params leaves {name} as it is, and transformers drops experts that aren't quantized "
+                "from a directory with integers",
+                remedy="Export it in fp32 or bf16, or train with params that have all matrices of experts.",
+                unchanged="Nothing was written.",
+            )
         else:
             if values.ndim == 2:
                 self._kept.append(module)

@@ -52,7 +52,10 @@ class IntMatrix(nn.Module):
         self.integers: Tensor
         self.scales: Tensor
 
-    def forward(self, x_XK: Tensor, weight_NK: None = None, bias_N: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_XK: Tensor, weight_NK: None = None, bias_N: Tensor | None = None, adapter: None = None
+    ) -> Tensor:
+        """The product (X, N). The matrix, with its adapter, is that of the constructor."""
         x_MK = x_XK.reshape(-1, x_XK.shape[-1])
         if self._is_int8:
             y_MN = self._by_int8(x_MK)

@@ -10,7 +10,7 @@ from orchestrator.checkpoint.hf.pretrained import check_base, open_pretrained
 from orchestrator.checkpoint.read import CheckpointReader, read_manifest
 from orchestrator.elastic.state_spec import BUFFER, MASTER, average_of
 from orchestrator.errors import CheckpointCorrupt
-from orchestrator.inference.int_model import formats_of, use_integers
+from orchestrator.inference.int_model import as_rounded_in_training, formats_of, use_integers
 from orchestrator.inference.pruned_model import without_pruned_units
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
@@ -81,6 +81,7 @@ def load_model(
     if precision in INTEGERS:
         formats = formats_of(job, model, precision)
         assert isinstance(model, MoELanguageModel)
+        as_rounded_in_training(model, job)
         use_integers(model, formats)
     elif job.train.quantization is not None:
         use_fake_quantization(model, job.train.quantization)

@@ -25,7 +25,7 @@ from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
 from orchestrator.inference.int_export import IntFormat
-from orchestrator.inference.int_model import formats_of
+from orchestrator.inference.int_model import as_rounded_in_training, formats_of, refuse_integers
 from orchestrator.inference.load_model import load_model
 from orchestrator.inference.transformers_export import write_transformers
 from orchestrator.model.base import TrainableModel
@@ -70,6 +70,9 @@ def answers(request: Request) -> Iterator[Answer]:
             "too, which don't exist yet while text is generated",
             remedy="Train with selection top_k or top_p to generate; `model eval` works with this run.",
         )
+    is_export = isinstance(request, Export)
+    if request.dtype in INTEGERS:
+        refuse_integers(job, request.dtype, "Nothing was written." if is_export else "")
     if isinstance(request, Export):
         cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
         model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
@@ -77,10 +80,9 @@ def answers(request: Request) -> Iterator[Answer]:
         if job.model.is_native:
             left, dtype, encoding = job.model_copy(update={"model": model.spec}), request.dtype, None
             if dtype in INTEGERS:
+                as_rounded_in_training(model, job)
                 dtype, encoding = "fp32", IntFormat(formats_of(job, model, dtype))
             yield ExportResult(write_model(merged(model), left, num_outputs, dtype, to, encoding))
-        elif request.dtype in INTEGERS:
-            formats_of(job, model, request.dtype)  # refuses it
         else:
             yield ExportResult(write_transformers(model, num_outputs, length, request.dtype, to))
         return

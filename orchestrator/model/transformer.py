@@ -82,6 +82,7 @@ class MoELanguageModel(TrainableModel):
 
     Attributes:
         head_product: computes logits of final hidden states in place of a product with `head`; None: that.
+        head_inputs: what is done to final hidden states before other products with `head`; None: nothing.
     """
 
     def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> None:
@@ -92,6 +93,7 @@ class MoELanguageModel(TrainableModel):
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
         self.head_product: Callable[[Tensor], Tensor] | None = None
+        self.head_inputs: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -111,6 +113,7 @@ class MoELanguageModel(TrainableModel):
         self, inputs_BT: Tensor, documents_BT: Tensor | None = None, lengths_B: Tensor | None = None
     ) -> TokenScores:
         x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
+        x_BTD = x_BTD if self.head_inputs is None else self.head_inputs(x_BTD)
         return TokenScores(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, padding)
 
     def token_losses(

@@ -246,6 +246,7 @@ class JobSpec(Section):
             self.train.float8,
             0.0 if lora is None else lora.lora_dropout,
             self.train.prunes_units,
+            self.model.attention_bias and self.train.prunes_heads,
         )
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:

@@ -61,6 +61,7 @@ def broken_quantization(
     float8: bool,
     lora_dropout: float,
     prunes_units: bool,
+    prunes_biased_heads: bool,
 ) -> Iterator[Broken]:
     """The rules between quantization and other sections that are broken.
 
@@ -69,6 +70,7 @@ def broken_quantization(
         float8: whether products are computed in float8.
         lora_dropout: share of adapters' inputs that are left out.
         prunes_units: whether whole neurons or heads are pruned.
+        prunes_biased_heads: whether heads are pruned of an attention with biases.
     """
     if quantization is None:
         return
@@ -85,3 +87,8 @@ def broken_quantization(
     if prunes_units and quantization.group_size is not None:
         rule = "group_size must be null where neurons or heads are pruned: without them other weights would share a "
         yield Broken(((*here, "group_size"), ("train", "pruning")), f"{rule}scale; got {quantization.group_size}")
+    if prunes_biased_heads and quantization.activation_dtype is not None:
+        rule = (
+            "activation_dtype must be null where heads are pruned of a model with attention_bias: a pruned head's bias "
+        )
+        yield Broken(((*here, "activation_dtype"), ("train", "pruning")), f"{rule}has a part in the scale of inputs")

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from orchestrator.spec.keys.section import Broken, Section, refuse
 from orchestrator.spec.optimizer import EmaSpec, LrSchedulerSpec, OptimizerSpec
-from orchestrator.spec.pruning import PruningSpec
+from orchestrator.spec.pruning import HEADS, PruningSpec
 from orchestrator.spec.quantization import QuantizationSpec
 
 # -- The `micro_batch_size` key: the size of one forward and backward pass of a worker ---------------------------------
@@ -114,6 +114,11 @@ class TrainSpec(Section):
     def prunes_units(self) -> bool:
         """Whether whole neurons or heads are pruned."""
         return self.pruning is not None and any(target.is_structured for target in self.pruning.targets)
+
+    @property
+    def prunes_heads(self) -> bool:
+        """Whether attention heads are pruned."""
+        return self.pruning is not None and any(target.pattern == HEADS for target in self.pruning.targets)
 
     @property
     def is_exact(self) -> bool:

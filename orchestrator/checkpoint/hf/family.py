@@ -208,6 +208,8 @@ class Family:
         Raises:
             UsageError: missing keys, or values that our model does not support. It names all of them.
         """
+        if config.get("quantization_config"):
+            raise UsageError("its weights are quantized (quantization_config); export them in fp32 or bf16")
         known = {"head_dim": None, "rms_norm_eps": 1e-6} | dict(self.defaults)
         known |= {self.aliases.get(key, key): value for key, value in config.items() if value is not None}
         if missing := [key for key in (*_COMMON, *self.keys) if key not in known]:

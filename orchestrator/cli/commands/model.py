@@ -48,7 +48,7 @@ class Dtype(StrEnum):
 
 Computed = Annotated[
     Dtype,
-    typer.Option("--dtype", help="Of the model's matrices; int8 and int4 are computed by integer products."),
+    typer.Option("--dtype", help="Of the model's matrices; int8, int4: integer products, where there is a kernel."),
 ]
 
 
@@ -94,6 +94,9 @@ def export(
         dtype, num_bytes = Dtype.FP32, export_peft(checkpoint, job, out.absolute(), weights is Weights.EMA)
     else:
         num_bytes = export_model(run_dir, job, checkpoint, out.absolute(), dtype.value, weights is Weights.EMA)
+    if job.train.quantization is not None and dtype in (Dtype.FP32, Dtype.BF16) and model_format is ModelFormat.HF:
+        trained = job.train.quantization.weight_dtype
+        narrate(f"These weights aren't rounded, though the run trained for it: --dtype {trained} rounds them.")
     narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
     show_answer(output, ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes), str(out))
 
@@ -138,7 +141,7 @@ def evaluate(
         dtype=dtype.value,
     )
     text = where or f"{request.split} split"
-    narrate(f"{checkpoint.name} of run {run} on {text}.")
+    narrate(f"{checkpoint.name} of run {run} in {dtype} on {text}.")
     with in_words_of_options(OPTIONS, writes=False):
         for answer in ask_model(request):
             if isinstance(answer, Remark):
@@ -154,7 +157,7 @@ def evaluate(
     of_text = f", {result.num_bytes:,} bytes of text" if result.num_bytes else ""
     lines.append((result.unit, f"{result.units:,} in {counted(result.rows, 'row')}{of_text}"))
     lines += [(name, f"{value:.4f}") for name, value in result.metrics.items()]
-    measured = EvaluatedModel(**vars(result), run_id=run, checkpoint=str(checkpoint), source=text)
+    measured = EvaluatedModel(**vars(result), run_id=run, checkpoint=str(checkpoint), source=text, dtype=dtype.value)
     show_answer(output, measured, aligned(lines))
 
 
@@ -209,7 +212,9 @@ def generate(
             sys.stdout.flush()
         elif isinstance(answer, GenerationResult):
             result = answer
-    made = GeneratedText(**vars(result), run_id=run, checkpoint=str(checkpoint), prompt=text, seed=seed)
+    made = GeneratedText(
+        **vars(result), run_id=run, checkpoint=str(checkpoint), prompt=text, seed=seed, dtype=dtype.value
+    )
     show_answer(output, made, "")
 
 

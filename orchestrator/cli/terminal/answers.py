@@ -111,11 +111,12 @@ class ExportedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel(EvaluationResult):
-    """Loss of a run's model on rows: the mean over `units`, in nats."""
+    """Loss of a run's model on rows: the mean over `units`, in nats. `dtype`: of its matrices."""
 
     run_id: str
     checkpoint: str
     source: str
+    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,7 @@ class GeneratedText(GenerationResult):
     checkpoint: str
     prompt: str
     seed: int
+    dtype: str
 
 
 @dataclass(frozen=True)

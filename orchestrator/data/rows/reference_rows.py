@@ -29,6 +29,8 @@ def with_reference(job: JobSpec, store: RowStore, directory: Path, progress: Cal
     if job.model.entrypoint is None:
         model = job.model.model_dump(mode="json", exclude={"code_dir", "init_from"})
         made_of = {"rows": store.digest, "model": model, "precision": job.train.precision, "weights": _weights(job)}
+        if job.train.quantization is not None:
+            made_of["quantization"] = job.train.quantization.model_dump(mode="json")
         name = rows_key(made_of)
     with only_one(directory / f".reference-{name}.lock"):  # of processes that may compute the same
         if not name or job.task.entrypoint is not None or not (directory / name).is_dir():

@@ -6,6 +6,9 @@ the model is exported: fq(W + s B A).
 
 Each token's inputs have a scale of their own, so results don't depend on the tokens beside it, and no rank's on another
 rank's.
+
+Shape legend: X = any leading dimensions, M = rows of inputs, K = inputs, N = outputs, R = rank of an adapter, S = rank
+times stacked matrices.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model.linear.integers import rounded
+from orchestrator.model.linear.low_rank import LowRankAdapter, merged, weight_gradients
 from orchestrator.model.linear.products import LinearProducts
 from orchestrator.spec.quantization import NUM_BITS, QuantizationSpec
 
@@ -41,35 +45,56 @@ class FakeQuantizer:
         """Inputs, rounded. Without gradients."""
         return x_XK if self.input_bits is None else rounded(x_XK, self.input_bits)
 
-    def __call__(self, x_XK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        """`torch.nn.functional.linear` of rounded operands."""
+    def __call__(
+        self, x_XK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, adapter: LowRankAdapter | None = None
+    ) -> Tensor:
+        """`torch.nn.functional.linear` of rounded operands, of the matrix with its adapter."""
         x_MK = x_XK.reshape(-1, x_XK.shape[-1])
-        y_MN: Tensor = _Product.apply(x_MK, weight_NK, self)  # type: ignore[no-untyped-call]
+        beside = (0.0, None, None) if adapter is None else (adapter.scale, adapter.A, adapter.B)
+        y_MN: Tensor = _Product.apply(x_MK, weight_NK, self, *beside)  # type: ignore[no-untyped-call]
         y_XN = y_MN.view(*x_XK.shape[:-1], len(weight_NK))
         return y_XN if bias_N is None else y_XN + bias_N
 
 
 class _Product(torch.autograd.Function):
-    """Keeps its operands for the backward pass, which rounds them again, not rounded copies."""
+    """Keeps its operands for the backward pass, which merges and rounds them again, not copies."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, quantizer: FakeQuantizer) -> Tensor:
-        ctx.save_for_backward(x_MK, weight_NK)
-        ctx.quantizer = quantizer
-        rounded_NK = quantizer.rounded_weight(weight_NK).to(x_MK.dtype)
-        return torch.mm(quantizer.rounded_inputs(x_MK), rounded_NK.t())
+    def forward(
+        ctx: Any,
+        x_MK: Tensor,
+        weight_NK: Tensor,
+        quantizer: FakeQuantizer,
+        scale: float,
+        A_SK: Tensor | None,
+        B_NR: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x_MK, weight_NK, A_SK, B_NR)
+        ctx.quantizer, ctx.scale = quantizer, scale
+        whole_NK = _whole(quantizer, weight_NK, scale, A_SK, B_NR).to(x_MK.dtype)
+        return torch.mm(quantizer.rounded_inputs(x_MK), whole_NK.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_MN,) = grads
-        x_MK, weight_NK = ctx.saved_tensors
-        quantizer: FakeQuantizer = ctx.quantizer
-        dx_MK = dweight_NK = None
-        if ctx.needs_input_grad[0]:
-            dx_MK = torch.mm(dy_MN, quantizer.rounded_weight(weight_NK).to(dy_MN.dtype))
-        if ctx.needs_input_grad[1]:
-            dweight_NK = torch.mm(dy_MN.t(), quantizer.rounded_inputs(x_MK)).to(weight_NK.dtype)
-        return dx_MK, dweight_NK, None
+        x_MK, weight_NK, A_SK, B_NR = ctx.saved_tensors
+        needs_x, needs_weight, *_, needs_adapter = ctx.needs_input_grad
+        dx_MK = None
+        if needs_x:
+            dx_MK = torch.mm(dy_MN, _whole(ctx.quantizer, weight_NK, ctx.scale, A_SK, B_NR).to(dy_MN.dtype))
+        rounded_MK = ctx.quantizer.rounded_inputs(x_MK)
+        dweight_NK = torch.mm(dy_MN.t(), rounded_MK).to(weight_NK.dtype) if needs_weight else None
+        of_adapter = weight_gradients(dy_MN, rounded_MK, A_SK, B_NR, ctx.scale) if needs_adapter else (None, None)
+        return dx_MK, dweight_NK, None, None, *of_adapter
+
+
+def _whole(
+    quantizer: FakeQuantizer, weight_NK: Tensor, scale: float, A_SK: Tensor | None, B_NR: Tensor | None
+) -> Tensor:
+    """The rounded matrix, with its adapter if it has one."""
+    if A_SK is None or B_NR is None:
+        return quantizer.rounded_weight(weight_NK)
+    return quantizer.rounded_weight(merged(weight_NK, A_SK, B_NR, scale))
 
 
 def use_fake_quantization(model: nn.Module, spec: QuantizationSpec) -> None:

@@ -18,7 +18,8 @@ class LinearProducts(nn.Module):
     Attributes:
         linear: computes a product, as `torch.nn.functional.linear`.
         adapters: low-rank adapters, by the name of the matrix.
-        quantized: what computes the products of matrices that are quantized, by their names, as `linear`.
+        quantized: what computes the products of matrices that are quantized, by their names, as `linear`, with
+            the adapter as a fourth argument.
     """
 
     linear: Callable[..., Tensor] = staticmethod(F.linear)
@@ -32,7 +33,7 @@ class LinearProducts(nn.Module):
         """The product of inputs (X, K) with the module's matrix of this name (N, K), and its adapter's: (X, N)."""
         weight_NK, adapter = getattr(self, name), self.adapters.get(name)
         if (quantized := self.quantized.get(name)) is not None:
-            return quantized(x_XK, weight_NK if adapter is None else adapter.merged(weight_NK), bias_N)
+            return quantized(x_XK, weight_NK, bias_N, adapter)
         y_XN = self.linear(x_XK, weight_NK, bias_N)
         return y_XN if adapter is None else y_XN + adapter(x_XK)
 

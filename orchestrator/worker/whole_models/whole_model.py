@@ -10,6 +10,7 @@ from orchestrator.elastic.state_spec import BUFFER, PARAM
 from orchestrator.inference.load_model import in_precision, load_model
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
+from orchestrator.model.linear.fake_quant import use_fake_quantization
 from orchestrator.spec.distill import DistillSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.train import TrainSpec
@@ -18,12 +19,15 @@ from orchestrator.worker.transition.load_state import read_pretrained
 
 
 def starting_model(job: JobSpec, num_outputs: int, device: torch.device) -> TrainableModel:
-    """The whole model with the weights that training starts from, in the precision of training."""
+    """The whole model with the weights that training starts from, in the precision of training, and with its
+    rounding."""
     with device:
         model = build_model(job.model, job.num_outputs(num_outputs), single_rank(job.model))
     model.init_weights(job.train.seed)
     if job.model.init_from is not None:
         _read_pretrained(model)
+    if job.train.quantization is not None:
+        use_fake_quantization(model, job.train.quantization)
     return in_precision(model, job.train.precision).eval()
 
 

@@ -5,7 +5,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from orchestrator.errors import UsageError
-from orchestrator.inference.int_export import packed
+from orchestrator.inference.int_export import IntFormat, packed
 from orchestrator.inference.int_matrix import CHUNK, IntEmbedding, IntMatrix
 from orchestrator.inference.int_model import formats_of, use_integers
 from orchestrator.model.factory import build_model, single_rank
@@ -83,6 +83,26 @@ def test_a_model_of_integers_computes_what_rounding_in_training_does(name: str, 
     error, changed = float((found - wanted).norm()), float((plain - wanted).norm())
     # Sums in another order round a few inputs otherwise, and a kernel's outputs in bf16 more of them.
     assert error < (0.5 if formats.num_bits == 4 and formats.group_size == 32 else 0.1) * changed, error / changed
+
+
+@pytest.mark.parametrize("name", ["int8", "int8 weights", "int4"])
+def test_a_loss_is_that_of_the_logits(name: str) -> None:
+    model = _model()
+    use_integers(model, QuantizationSpec.model_validate(FORMATS[name]))
+    tokens = torch.randint(0, VOCAB, (2, 21), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        loss, logits_BTV = model(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1])
+    wanted = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_experts_that_stay_as_they_are_are_not_exported() -> None:
+    encoding = IntFormat(QuantizationSpec(params=("*.attention.*",)))
+    values = torch.zeros(8, 8).numpy()
+    assert len(list(encoding.encoded("layers.1.attention.key", "k_proj.weight", values))) == 2
+    with pytest.raises(UsageError, match=r"leaves layers.1.mlp.experts.0.down as it is") as caught:
+        list(encoding.encoded("layers.1.mlp.experts.0.down", "down_proj.weight", values))
+    assert caught.value.remedy and caught.value.unchanged
 
 
 def test_embeddings_are_int8_by_row() -> None:

@@ -33,6 +33,7 @@ def test_matrices_of_products_are_quantized_and_nothing_else() -> None:
         ({"params": ["*.down", "head"]}, "params: head fits no matrix"),
         ({"params": ["*norm*"]}, "fits no matrix that can be quantized"),
         ({"params": ["layers.*.experts.1.*"]}, r"picks some of the experts' layers.\d.mlp.experts.\*.gate_up"),
+        ({"params": ["layers.*.experts.[0-3].*"]}, r"picks some of the experts' layers.\d.mlp.experts.\*.gate_up"),
         ({"group_size": 48}, r"group_size: 48 doesn't divide the rows of layers.0.attention.query, which have \d+"),
     ],
 )
@@ -62,6 +63,12 @@ def test_what_does_not_fit_the_model_is_named_before_anything_starts(
             {"pruning": {"targets": [{"pattern": "neurons"}], "end_step": 9}},
             {"weight_dtype": "int4", "group_size": 32},
             "group_size must be null where neurons or heads are pruned",
+        ),
+        (
+            {"attention_bias": True},
+            {"pruning": {"targets": [{"pattern": "heads"}], "end_step": 9}},
+            {},
+            "activation_dtype must be null where heads are pruned of a model with attention_bias",
         ),
         ({}, {}, {"weight_dtype": "int3"}, "int8"),
         ({}, {}, {"group_size": 4}, "group_size"),

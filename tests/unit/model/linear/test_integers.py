@@ -97,6 +97,31 @@ def test_experts_and_gradients_are_those_by_rounded_operands(input_bits: int | N
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
 
 
+@pytest.mark.parametrize("input_bits", [None, 8])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_gradients_of_dense_products_are_those_by_rounded_operands(input_bits: int | None, rank: int) -> None:
+    mlp, x_BTD = GatedMLP(16, 24), _values(2, 5, 16, seed=5).requires_grad_()
+    if rank:
+        mlp.add_adapters(LoraSpec(r=rank, target_modules=("gate_proj", "up_proj", "down_proj")))
+    for place, param in enumerate(mlp.parameters()):
+        param.data = _values(*param.shape, seed=place)
+    weights = list(mlp.parameters())
+    mlp.quantized = dict.fromkeys(("gate_up", "down"), FakeQuantizer(4, 8, input_bits))
+    y_BTD = mlp(x_BTD)
+    found = torch.autograd.grad(y_BTD.square().sum(), [x_BTD, *weights])
+
+    def through(values: torch.Tensor, bits: int | None, size: int | None = None) -> torch.Tensor:
+        return values if bits is None else values + (rounded(values, bits, size) - values).detach()
+
+    whole = {name: getattr(mlp, name) for name in ("gate_up", "down")}
+    whole |= {name: adapter.merged(whole[name]) for name, adapter in mlp.adapters.items()}
+    gate, up = F.linear(through(x_BTD, input_bits), through(whole["gate_up"], 4, 8)).chunk(2, -1)
+    wanted_BTD = F.linear(through(F.silu(gate) * up, input_bits), through(whole["down"], 4, 8))
+    torch.testing.assert_close(y_BTD, wanted_BTD, rtol=1e-4, atol=1e-3)
+    for one, other in zip(found, torch.autograd.grad(wanted_BTD.square().sum(), [x_BTD, *weights]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
+
+
 def test_only_what_is_named_is_rounded() -> None:
     mlp = torch.nn.ModuleDict({"mlp": GatedMLP(16, 24)})
     for param in mlp.parameters():
