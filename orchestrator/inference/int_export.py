@@ -64,8 +64,8 @@ class IntFormat:
             yield from _packed(module, *found, formats.num_bits) if is_packed else _unpacked(module, *found)
         elif EXPERTS in name:
             raise UsageError(
-                f"train.quantization.params leaves {name} as it is, and transformers drops experts that aren't quantized "
-                "from a directory with integers",
+                f"train.quantization.params leaves {name} as it is, and transformers drops experts that aren't "
+                "quantized from a directory with integers",
                 remedy="Export it in fp32 or bf16, or train with params that have all matrices of experts.",
                 unchanged="Nothing was written.",
             )
