@@ -20,6 +20,11 @@ def _values(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _through(values: torch.Tensor, bits: int | None, size: int | None = None) -> torch.Tensor:
+    """Rounded values, with the gradient of the values."""
+    return values if bits is None else values + (rounded(values, bits, size) - values).detach()
+
+
 @pytest.mark.parametrize("num_bits", [8, 4])
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_integers_are_those_of_compressed_tensors(num_bits: int, group_size: int | None) -> None:
@@ -78,18 +83,15 @@ def test_experts_and_gradients_are_those_by_rounded_operands(input_bits: int | N
     y_ND = run_experts(x_ND, token_R, torch.tensor(COUNTS), experts, gates_R)
     found = torch.autograd.grad(y_ND.square().sum(), [x_ND, *weights])
 
-    def round_through(values: torch.Tensor, bits: int | None, size: int | None = None) -> torch.Tensor:
-        return values if bits is None else values + (rounded(values, bits, size) - values).detach()
-
     wanted_ND, begin = torch.zeros(12, 16), 0
     for expert, count in zip(experts, COUNTS, strict=True):
         copies = slice(begin, begin + count)
         whole = {n: getattr(expert, n) for n in ("gate_up", "down")}
         whole |= {name: adapter.merged(whole[name]) for name, adapter in expert.adapters.items()}
-        gate_up, down = (round_through(whole[name], 4, 8) for name in ("gate_up", "down"))
-        gate, up = F.linear(round_through(x_ND[token_R[copies]], input_bits), gate_up).chunk(2, -1)
+        gate_up, down = (_through(whole[name], 4, 8) for name in ("gate_up", "down"))
+        gate, up = F.linear(_through(x_ND[token_R[copies]], input_bits), gate_up).chunk(2, -1)
         inner = F.silu(gate) * up * gates_R[copies, None]
-        wanted_ND = wanted_ND.index_add(0, token_R[copies], F.linear(round_through(inner, input_bits), down))
+        wanted_ND = wanted_ND.index_add(0, token_R[copies], F.linear(_through(inner, input_bits), down))
         begin += count
     wanted = torch.autograd.grad(wanted_ND.square().sum(), [x_ND, *weights])
     torch.testing.assert_close(y_ND, wanted_ND, rtol=1e-4, atol=1e-3)
@@ -110,13 +112,10 @@ def test_gradients_of_dense_products_are_those_by_rounded_operands(input_bits: i
     y_BTD = mlp(x_BTD)
     found = torch.autograd.grad(y_BTD.square().sum(), [x_BTD, *weights])
 
-    def through(values: torch.Tensor, bits: int | None, size: int | None = None) -> torch.Tensor:
-        return values if bits is None else values + (rounded(values, bits, size) - values).detach()
-
     whole = {name: getattr(mlp, name) for name in ("gate_up", "down")}
     whole |= {name: adapter.merged(whole[name]) for name, adapter in mlp.adapters.items()}
-    gate, up = F.linear(through(x_BTD, input_bits), through(whole["gate_up"], 4, 8)).chunk(2, -1)
-    wanted_BTD = F.linear(through(F.silu(gate) * up, input_bits), through(whole["down"], 4, 8))
+    gate, up = F.linear(_through(x_BTD, input_bits), _through(whole["gate_up"], 4, 8)).chunk(2, -1)
+    wanted_BTD = F.linear(_through(F.silu(gate) * up, input_bits), _through(whole["down"], 4, 8))
     torch.testing.assert_close(y_BTD, wanted_BTD, rtol=1e-4, atol=1e-3)
     for one, other in zip(found, torch.autograd.grad(wanted_BTD.square().sum(), [x_BTD, *weights]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
