@@ -10,7 +10,7 @@ from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import UsageError
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.decoding import next_token
+from orchestrator.inference.sampling import next_token
 from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Generation, GenerationResult, Remark, TextPiece

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.decoding import next_token
+from orchestrator.inference.sampling import next_token
 from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
