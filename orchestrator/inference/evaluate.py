@@ -1,146 +1,161 @@
 """Loss of a model on a text: per token, per byte, and as perplexity; or of its task on rows, with the task's metrics.
-
-Shape legend: R = rows, T = tokens of a row.
-"""
+Of a model with exits, on request, with tokens that leave early."""
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import numpy as np
 import torch
 
-from orchestrator.data.bucket_store import open_store
-from orchestrator.data.corpus.sources import read_documents
-from orchestrator.data.rows.bucket_rows import open_rows
-from orchestrator.data.store import IGNORED_TARGET, Rows
+from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
-from orchestrator.inference.rows import rows_of_documents
+from orchestrator.inference.batches import EVEN, ODD, WHOLE, CountedBatch, row_batches, text_batches
+from orchestrator.inference.exits import LAYERS, ExitedTask, ThresholdSearch, exits_of, fitted, load_rule, save_rule
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.task import Batch, Loss
+from orchestrator.model.early_exit import ExitRule
+from orchestrator.model.task import Batch, Task
 from orchestrator.model.tasks.all_tasks import task_of
-from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark, Split
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.backends.location import location_of
 
 REMARK_EVERY_S = 5.0
+
+Batches = Callable[[slice], Iterator[CountedBatch]]  # those of a part of the rows
 
 
 @torch.no_grad()
 def evaluate(
     request: Evaluation, job: JobSpec, tokenizer: TextTokenizer | None, model: TrainableModel
 ) -> Iterator[Remark | EvaluationResult]:
-    """Yield remarks on progress, then the result. Attention stays within documents if it did so in training.
+    """Yield remarks on progress, then the result.
 
     Raises:
         DataError: the text can't be read, has no tokens, or was encoded by another tokenizer.
+        UsageError: a model without exits is to use them.
     """
-    if job.has_rows:
-        yield _of_rows(request, job, model)
-        return
-    loss_sum, num_rows, num_tokens, task = 0.0, 0, 0, task_of(job.task, job.data_format)
-    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in task.metrics}
-    assert tokenizer is not None
-    text = _TextLength(tokenizer)
-    reported_s = time.monotonic()
-    for rows in _limited(_rows(request, job, tokenizer), request.max_rows):
-        found = task.loss(model, _batch(model, rows, job.data.isolate_documents))
-        loss_sum += float(found.total)
-        _add(sums, found)
-        num_rows += len(rows.inputs_RT)
-        num_tokens += int((rows.targets_RT != IGNORED_TARGET).sum())
-        text.add(rows)
-        if time.monotonic() - reported_s > REMARK_EVERY_S:
-            yield Remark(f"{num_rows} rows, {num_tokens} tokens: loss {loss_sum / max(num_tokens, 1):.3f} so far")
-            reported_s = time.monotonic()
-    num_bytes = text.num_bytes()
-    if not num_tokens or not num_bytes:
-        raise DataError(
-            f"{request.corpus or request.split} has no token that could be predicted", remedy="Name a longer text."
-        )
-    loss = loss_sum / num_tokens
-    yield EvaluationResult(
-        rows=num_rows,
-        units=num_tokens,
-        loss=loss,
-        num_bytes=num_bytes,
-        perplexity=_perplexity(loss),
-        bits_per_byte=loss_sum / math.log(2.0) / num_bytes,
-        metrics=task.report(_means(sums)),
-    )
-
-
-@torch.no_grad()
-def _of_rows(request: Evaluation, job: JobSpec, model: TrainableModel) -> EvaluationResult:
-    """The task's loss and metrics on rows of a split."""
-    assert request.store_dir is not None
     task, device = task_of(job.task, job.data_format), next(model.parameters()).device
-    store = open_rows(location_of(request.store_dir))
-    split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
-    num_rows = min(store.num_rows(split), request.max_rows or store.num_rows(split))
-    if not num_rows:
-        raise DataError(f"the {split} split of run {job.name} has no rows", remedy="Name another one: --split.")
-    loss_sum, units, at_once = 0.0, 0, max(1, job.train.micro_batch_rows)
-    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in task.metrics}
-    for number, start in enumerate(range(0, num_rows, at_once)):
-        rows_R = np.arange(start, min(start + at_once, num_rows))
-        arrays = task.collate(store.read(split, rows_R), np.random.default_rng((job.train.seed, 0, number)))
-        loss = task.loss(model, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
-        loss_sum, units = loss_sum + float(loss.total), units + int(store.units(split, rows_R).sum())
-        _add(sums, loss)
-    mean, unit = loss_sum / max(units, 1), job.task.unit
-    perplexity = _perplexity(mean) if unit == "tokens" else None
-    return EvaluationResult(num_rows, units, mean, unit, perplexity=perplexity, metrics=task.report(_means(sums)))
-
-
-def _add(sums: dict[str, list[float]], loss: Loss) -> None:
-    for name, pair in loss.metrics.items():
-        sums[name] = [before + float(each) for before, each in zip(sums[name], pair, strict=True)]
-
-
-def _means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: each / weight if weight else 0.0 for name, (each, weight) in sums.items()}
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # exp overflows a float soon after 700
-
-
-def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:
-    length, at_once = job.train.sequence_length, max(1, job.train.micro_batch_tokens // job.train.sequence_length)
-    if request.corpus is not None:
-        documents = read_documents(request.corpus, request.text_key)
-        yield from rows_of_documents(documents, tokenizer, length, at_once)
+    batches: Batches
+    if job.has_rows:
+        batches = partial(row_batches, request, job, task, device)
+    else:
+        assert tokenizer is not None
+        batches = partial(text_batches, request, job, tokenizer, device)
+    if request.early_exit or request.max_loss_increase is not None:
+        yield from _with_exits(request, job, task, model, batches)
         return
-    assert request.store_dir is not None
-    split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
-    store = open_store(location_of(request.store_dir))
-    if store.manifest.tokenizer_digest != tokenizer.digest:
-        raise DataError(
-            f"the tokens of {store.directory} are those of another tokenizer than {request.run_dir}/tokenizer.json",
-            remedy="Name the text itself: --corpus.",
-        )
-    for start in range(0, num_rows := store.num_rows(split, length), at_once):
-        yield store.rows(split, np.arange(start, min(start + at_once, num_rows)), length)
+    text = None if job.has_rows or tokenizer is None else _TextLength(tokenizer)
+    found = yield from _measured(task, model, batches(WHOLE), text, job.task.unit)
+    num_bytes = None if text is None else text.num_bytes()
+    if not found.units or num_bytes == 0:
+        raise _nothing(request)
+    result = _result(job, task, found)
+    if num_bytes is not None:
+        result = replace(result, num_bytes=num_bytes, bits_per_byte=found.loss_sum / math.log(2.0) / num_bytes)
+    yield result
 
 
-def _limited(batches: Iterator[Rows], max_rows: int | None) -> Iterator[Rows]:
-    left = max_rows
-    for rows in batches:
-        if left is not None and len(rows.inputs_RT) >= left:
-            yield Rows(rows.inputs_RT[:left], rows.targets_RT[:left], rows.documents_RT[:left])
-            return
-        yield rows
-        left = None if left is None else left - len(rows.inputs_RT)
+def _with_exits(
+    request: Evaluation, job: JobSpec, task: Task, model: TrainableModel, batches: Batches
+) -> Iterator[Remark | EvaluationResult]:
+    """The loss with exits beside that of all layers. A rule is fitted on one half of the rows, and its loss measured on
+    the other one."""
+    run_dir, checkpoint = location_of(request.run_dir), location_of(request.checkpoint).name
+    if request.max_loss_increase is None:
+        part, rule, place = WHOLE, load_rule(run_dir, checkpoint, job), None
+    else:
+        part, rule = ODD, (yield from _found_rule(request, job, task, model, batches))
+        place = save_rule(run_dir, checkpoint, rule)
+    exits = exits_of(job)
+    whole = yield from _measured(task, model, batches(part))
+    if not whole.units:
+        raise _nothing(request)
+    exited = ExitedTask(task, exits, rule)
+    found = yield from _measured(exited, model, batches(part))
+    result = _result(job, exited, found)
+    metrics = dict(result.metrics)
+    mean_layers = metrics.pop(LAYERS)
+    yield replace(result, mean_layers=mean_layers, loss_of_all_layers=whole.loss, metrics=metrics, exit_rule=place)
 
 
-def _batch(model: TrainableModel, rows: Rows, isolate_documents: bool) -> Batch:
-    arrays = {"inputs": rows.inputs_RT, "targets": rows.targets_RT}
-    device = next(model.parameters()).device
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    return tensors | ({"documents": torch.from_numpy(rows.documents_RT).to(device)} if isolate_documents else {})
+def _found_rule(
+    request: Evaluation, job: JobSpec, task: Task, model: TrainableModel, batches: Batches
+) -> Generator[Remark, None, ExitRule]:
+    """The rule with which most tokens leave at no more loss than is allowed, on every other row."""
+    exits, most = exits_of(job), request.max_loss_increase
+    assert most is not None and isinstance(model, MoELanguageModel)
+    whole = yield from _measured(task, model, batches(EVEN))
+    if not whole.units:
+        raise _nothing(request)
+    rule, estimates = fitted(model, lambda: (counted.batch for counted in batches(EVEN)))
+    search = ThresholdSearch(estimates)
+    while not search.is_over:
+        tried = replace(rule, threshold=search.threshold)
+        found = yield from _measured(ExitedTask(task, exits, tried), model, batches(EVEN))
+        search.narrow(found.loss <= whole.loss * (1.0 + most))
+        yield Remark(f"{found.means()[LAYERS]:.2f} layers: {found.loss / whole.loss - 1.0:+.2%} loss")
+    return replace(rule, threshold=search.threshold)
+
+
+@dataclass
+class _Measured:
+    """Sums over rows."""
+
+    loss_sum: float = 0.0
+    rows: int = 0
+    units: int = 0
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """Mean over the units."""
+        return self.loss_sum / max(self.units, 1)
+
+    def means(self) -> dict[str, float]:
+        """Those of metrics."""
+        return {name: each / weight if weight else 0.0 for name, (each, weight) in self.sums.items()}
+
+
+def _measured(
+    task: Task,
+    model: TrainableModel,
+    batches: Iterator[CountedBatch],
+    text: "_TextLength | None" = None,
+    unit: str = "tokens",
+) -> Generator[Remark, None, _Measured]:
+    """Yield remarks on progress; returns what was measured."""
+    found = _Measured(sums=dict.fromkeys(task.metrics, (0.0, 0.0)))
+    reported_s = time.monotonic()
+    for counted in batches:
+        loss = task.loss(model, counted.batch)
+        found.loss_sum += float(loss.total)
+        for name, (each, weight) in loss.metrics.items():
+            before = found.sums[name]
+            found.sums[name] = before[0] + float(each), before[1] + float(weight)
+        found.rows, found.units = found.rows + counted.num_rows, found.units + counted.num_units
+        if text is not None:
+            text.add(counted.batch)
+        if time.monotonic() - reported_s > REMARK_EVERY_S:
+            yield Remark(f"{found.rows} rows, {found.units} {unit}: loss {found.loss:.3f} so far")
+            reported_s = time.monotonic()
+    return found
+
+
+def _result(job: JobSpec, task: Task, found: _Measured) -> EvaluationResult:
+    unit = job.task.unit
+    perplexity = math.exp(min(found.loss, 700.0)) if unit == "tokens" else None  # exp overflows a float soon after 700
+    metrics = task.report(found.means())
+    return EvaluationResult(found.rows, found.units, found.loss, unit, perplexity=perplexity, metrics=metrics)
+
+
+def _nothing(request: Evaluation) -> DataError:
+    return DataError(
+        f"{request.corpus or request.split} has no token that could be predicted", remedy="Name a longer text."
+    )
 
 
 class _TextLength:
@@ -151,8 +166,8 @@ class _TextLength:
         self._document: list[int] = []
         self._num_bytes = 0
 
-    def add(self, rows: Rows) -> None:
-        for target in rows.targets_RT.reshape(-1).tolist():
+    def add(self, batch: Batch) -> None:
+        for target in batch["targets"].reshape(-1).tolist():
             if target != IGNORED_TARGET:
                 self._document.append(target)
             else:

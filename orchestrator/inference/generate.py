@@ -1,7 +1,11 @@
 """Text generation, token by token."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,8 +13,10 @@ from torch import Tensor
 from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import UsageError
-from orchestrator.model.base import TrainableModel
+from orchestrator.inference.exits import LayerCount
 from orchestrator.inference.sampling import next_token
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Generation, GenerationResult, Remark, TextPiece
@@ -18,42 +24,77 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.user_code import calling_user
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to continue, and those that end the text."""
+
+    tokens: tuple[int, ...]
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, text: str, job: JobSpec, tokenizer: TextTokenizer, chats: ChatPrompts | None) -> "Prompt":
+        """A text's tokens.
+
+        Args:
+            chats: of a run of chats: the text is then what the user says, and the continuation the answer.
+
+        Raises:
+            UsageError: there are none, or more than the model's context.
+        """
+        tokens = tokenizer.encode_prompt(text) if chats is None else chats.encode(text)
+        if not tokens:
+            raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
+        if len(tokens) > (context := context_length(job)):
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens, and the context of run {job.name} {context}: the longest row in "
+                "its training, and in that of the model that it began from",
+                remedy="Shorten the prompt, or train with a larger train.sequence_length.",
+            )
+        ends = {tokenizer.document_token} if chats is None else chats.ends
+        return cls(tuple(tokens), frozenset(ends))
+
+
+def context_length(job: JobSpec) -> int:
+    """Tokens that a row had in training, or in that of the model from which it began, where that is still known."""
+    keys = dict(job.model.config)
+    if job.model.init_from is not None:
+        with suppress(OSError, ValueError):  # it is needed no more
+            keys |= json.loads((Path(job.model.init_from) / "config.json").read_text())
+    known = (keys.get(name) for name in ("max_position_embeddings", "n_positions"))
+    return max(job.train.sequence_length, *(each for each in known if isinstance(each, int)), 0)
+
+
 def generate(
     request: Generation,
     job: JobSpec,
     tokenizer: TextTokenizer,
     model: TrainableModel,
-    chats: ChatPrompts | None = None,
+    prompt: Prompt,
+    rule: ExitRule | None = None,
 ) -> Iterator[TextPiece | Remark | GenerationResult]:
     """Yield pieces of the continuation as they are generated, then the result with all of it.
 
     Args:
-        chats: of a run of chats: the prompt is then what the user says, and the continuation the answer.
-
-    Raises:
-        UsageError: the prompt has no tokens.
+        rule: by which tokens leave at exits, but for those of the prompt. None: all run all layers.
     """
-    prompt = tokenizer.encode_prompt(request.prompt) if chats is None else chats.encode(request.prompt)
-    ends = {tokenizer.document_token} if chats is None else chats.ends
-    if not prompt:
-        raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
-    longest = len(prompt) + request.max_tokens
-    if longest > (trained := job.train.sequence_length):
+    longest, context = len(prompt.tokens) + request.max_tokens, context_length(job)
+    if longest > context:
         yield Remark(
-            f"The prompt's {len(prompt)} tokens and up to {request.max_tokens} more pass the {trained} that a row had "
-            "in training: text beyond them may make no sense."
+            f"The prompt's {len(prompt.tokens)} tokens and up to {request.max_tokens} more pass the {context} that a "
+            "row had in training: text beyond them may make no sense."
         )
     generator = torch.Generator().manual_seed(request.seed)
-    continued = _continuation(model, longest)
+    count = LayerCount()
+    continued = _continuation(model, longest, rule, count)
     device = next(model.parameters()).device
     decode, tokens = tokenizer.stream(), list[int]()
-    new_BT, ended = torch.tensor([prompt], device=device), False
+    new_BT, ended = torch.tensor([prompt.tokens], device=device), False
     started_s = time.perf_counter()
     while len(tokens) < request.max_tokens and not ended:
         # Logits beyond the tokenizer's vocabulary are padding.
         logits_V = continued(new_BT)[0, : tokenizer.vocab_size].float().cpu()
         token = next_token(logits_V, request.temperature, request.top_k, request.top_p, generator)
-        ended = token in ends
+        ended = token in prompt.ends
         if not ended:
             tokens.append(token)
             if text := decode(token):
@@ -63,18 +104,24 @@ def generate(
     yield GenerationResult(
         text=tokenizer.decode(tokens),
         tokens=tuple(tokens),
-        prompt_tokens=len(prompt),
+        prompt_tokens=len(prompt.tokens),
         ended=ended,
         tokens_per_second=len(tokens) / spent_s,
+        mean_layers=count.mean,
     )
 
 
-def _continuation(model: TrainableModel, longest: int) -> Callable[[Tensor], Tensor]:
+def _continuation(
+    model: TrainableModel, longest: int, rule: ExitRule | None, count: LayerCount
+) -> Callable[[Tensor], Tensor]:
     """A function from the next tokens (1, T) to the logits (1, V) after them and all earlier tokens. Our own model
-    caches keys and values; a user's model runs on the whole sequence each time."""
+    caches keys and values; a user's model runs on the whole sequence each time. With exits, a single token leaves
+    early, several run all layers; their layers are counted."""
     if isinstance(model, MoELanguageModel):
         cache = KVCache(model.spec, 1, longest, model.head)
-        return lambda new_BT: model.extend(new_BT, cache)
+        if rule is None:
+            return lambda new_BT: model.extend(new_BT, cache)
+        return _exiting(model, cache, EarlyExit(model, rule), count)
     seen_BT = torch.empty(1, 0, dtype=torch.int64, device=next(model.parameters()).device)
 
     @torch.no_grad()
@@ -86,3 +133,16 @@ def _continuation(model: TrainableModel, longest: int) -> Callable[[Tensor], Ten
         return logits_BTV[:, -1]
 
     return rerun
+
+
+def _exiting(
+    model: MoELanguageModel, cache: KVCache, early: EarlyExit, count: LayerCount
+) -> Callable[[Tensor], Tensor]:
+    def extend(new_BT: Tensor) -> Tensor:
+        if new_BT.shape[1] > 1:
+            return model.extend(new_BT, cache)
+        logits_BV, layers_B = early.extend(new_BT, cache)
+        count.add(int(layers_B[0]))
+        return logits_BV
+
+    return extend

@@ -23,7 +23,8 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
-from orchestrator.inference.generate import generate
+from orchestrator.inference.exits import exits_of, load_rule
+from orchestrator.inference.generate import Prompt, generate
 from orchestrator.inference.int_export import IntFormat
 from orchestrator.inference.int_model import as_rounded_in_training, formats_of, refuse_integers
 from orchestrator.inference.load_model import load_model
@@ -70,6 +71,16 @@ def answers(request: Request) -> Iterator[Answer]:
             "too, which don't exist yet while text is generated",
             remedy="Train with selection top_k or top_p to generate; `model eval` works with this run.",
         )
+    prompt = None
+    if isinstance(request, Generation) and tokenizer is not None:
+        prompt = Prompt.of(
+            request.prompt, job, tokenizer, ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
+        )
+    if isinstance(request, Evaluation) and request.max_loss_increase is not None:
+        exits_of(job)
+    rule = None
+    if not isinstance(request, Export) and request.early_exit:
+        rule = load_rule(run_dir, location_of(request.checkpoint).name, job)
     is_export = isinstance(request, Export)
     if request.dtype in INTEGERS:
         refuse_integers(job, request.dtype, "Nothing was written." if is_export else "")
@@ -89,9 +100,8 @@ def answers(request: Request) -> Iterator[Answer]:
     model = load_model(location_of(request.checkpoint), job, prepared, precision=request.dtype)
     if isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model)
-    elif tokenizer is not None:
-        chats = ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
-        yield from generate(request, job, tokenizer, model, chats)
+    elif tokenizer is not None and prompt is not None:
+        yield from generate(request, job, tokenizer, model, prompt, rule)
 
 
 def merged(model: TrainableModel) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -58,22 +58,11 @@ class Attention(LinearProducts):
         padding: Padding | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        # Sizes are explicit (no -1): a forward pass on no rows must work too.
-        q_BTN = self.product(x_BTD, "query", self.query_bias)
-        k_BTN = self.product(x_BTD, "key", self.key_bias)
-        if self.norms_all_heads:
-            q_BTN, k_BTN = self.query_norm(q_BTN), self.key_norm(k_BTN)
-        q_BTAS = q_BTN.view(B, T, self.num_attention_heads, self.head_dim)
-        k_BTGS = k_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
-        v_BTN = self.product(x_BTD, "value", self.value_bias)
-        v_BTGS = v_BTN.view(B, T, self.num_key_value_heads, self.head_dim)
-        if not self.norms_all_heads:
-            q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
+        q_BTAS = self._heads(self.product(x_BTD, "query", self.query_bias), self.query_norm, self.num_attention_heads)
+        k_BGTS, v_BGTS = self._keys_values(x_BTD, rotary, padding)
         if padding is not None:
-            q_BTAS, k_BTGS, v_BTGS = padding.pad(q_BTAS[0]), padding.pad(k_BTGS[0]), padding.pad(v_BTGS[0])
+            q_BTAS = padding.pad(q_BTAS[0])
         q_BATS = rotate(q_BTAS.transpose(1, 2), *rotary)
-        k_BGTS = rotate(k_BTGS.transpose(1, 2), *rotary)
-        v_BGTS = v_BTGS.transpose(1, 2)
         if cache is not None:
             k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # with those of earlier tokens
         y_BATS = F.scaled_dot_product_attention(
@@ -88,6 +77,28 @@ class Attention(LinearProducts):
         if padding is not None:
             y_BTAS = padding.unpad(y_BTAS)[None]
         return self.product(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), "output")
+
+    def fill(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:
+        """Add keys and values of tokens to the cache, without attending from them."""
+        cache.append(*self._keys_values(x_BTD, rotary, None))
+
+    def _keys_values(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], padding: Padding | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values (B, G, T, S)."""
+        k_BTGS = self._heads(self.product(x_BTD, "key", self.key_bias), self.key_norm, self.num_key_value_heads)
+        v_BTGS = self._heads(self.product(x_BTD, "value", self.value_bias), None, self.num_key_value_heads)
+        if padding is not None:
+            k_BTGS, v_BTGS = padding.pad(k_BTGS[0]), padding.pad(v_BTGS[0])
+        return rotate(k_BTGS.transpose(1, 2), *rotary), v_BTGS.transpose(1, 2)
+
+    def _heads(self, x_BTN: Tensor, norm: nn.Module | None, num_heads: int) -> Tensor:
+        """Normed heads (B, T, num_heads, S)."""
+        B, T, _ = x_BTN.shape  # sizes are explicit (no -1): a forward pass on no rows must work too
+        if norm is not None and self.norms_all_heads:
+            x_BTN = norm(x_BTN)
+        x_BTHS = x_BTN.view(B, T, num_heads, self.head_dim)
+        return x_BTHS if norm is None or self.norms_all_heads else norm(x_BTHS)
 
 
 def rotary_tables(

@@ -6,7 +6,7 @@ vocabulary, L = MoE layers, E = experts.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.model.draws import draw_uniform
 from orchestrator.model.linear.low_rank import LowRankAdapter
-from orchestrator.model.loss import LogitLoss, chunked_loss
+from orchestrator.model.loss import JointLoss, LogitLoss, chunked_loss
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.balance import RoutingCounts
 from orchestrator.model.padding import Padding
@@ -34,11 +34,13 @@ class TokenScores:
         x_ND: final hidden states; of a module that returns nothing else, the logits.
         head_VD: the output matrix. None: `x_ND` are the logits.
         padding: of the rows; None where they have none.
+        exits: hidden states (N, D) of the model's exits, as `x_ND`.
     """
 
     x_ND: Tensor
     head_VD: Tensor | None
     padding: Padding | None
+    exits: tuple[Tensor, ...] = ()
 
     def of_tokens(self, values_BTAS: Tensor) -> Tensor:
         """Values (B, T, ...) of all positions for the tokens (N, ...)."""
@@ -51,6 +53,14 @@ class TokenScores:
     def loss(self, loss: LogitLoss) -> tuple[Tensor, Tensor]:
         """A loss, summed over the tokens, and all its sums (S,), without gradients."""
         return chunked_loss(self.x_ND, self.head_VD, loss)
+
+    def joint_loss(self, loss: LogitLoss, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The last layer's loss, with the gradients of that and of the exits' losses times their weights; and all sums
+        (1 + exits, S), without gradients: the last layer's, then those of the exits."""
+        joint = JointLoss(loss, (1.0, *weights), len(self.x_ND))
+        x_MD = torch.cat((self.x_ND, *self.exits)) if weights else self.x_ND
+        total, sums = chunked_loss(x_MD, self.head_VD, joint)
+        return total, sums.view(1 + len(weights), loss.num_sums)
 
 
 class TrainableModel(nn.Module, ABC):

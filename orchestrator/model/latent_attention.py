@@ -59,25 +59,39 @@ class LatentAttention(LinearProducts):
         padding: Padding | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        plain, rotated = self.plain_dim, self.rotated_dim
-        q_BTAS = self._queries(x_BTD).view(B, T, self.num_heads, plain + rotated)
-        latent_BTN = self.product(x_BTD, "latent")
-        kv_BTN = self.product(self.latent_norm(latent_BTN[..., : self.latent_dim]), "key_value")
-        kv_BTAN = kv_BTN.view(B, T, self.num_heads, plain + self.value_dim)
-        shared_BT1R = latent_BTN[..., self.latent_dim :].view(B, T, 1, rotated)
+        plain = self.plain_dim
+        q_BTAS = self._queries(x_BTD).view(B, T, self.num_heads, plain + self.rotated_dim)
         if padding is not None:
-            q_BTAS, kv_BTAN, shared_BT1R = (padding.pad(each[0]) for each in (q_BTAS, kv_BTAN, shared_BT1R))
-        q_BATS, kv_BATN, shared_B1TR = (each.transpose(1, 2) for each in (q_BTAS, kv_BTAN, shared_BT1R))
-        turned_BATR, turned_B1TR = self._turn(q_BATS[..., plain:], rotary), self._turn(shared_B1TR, rotary)
-        q_BATS = torch.cat((q_BATS[..., :plain], turned_BATR), dim=-1)
-        k_BATS = torch.cat((kv_BATN[..., :plain], turned_B1TR.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        v_BATW = kv_BATN[..., plain:]
+            q_BTAS = padding.pad(q_BTAS[0])
+        q_BATS = q_BTAS.transpose(1, 2)
+        q_BATS = torch.cat((q_BATS[..., :plain], self._turn(q_BATS[..., plain:], rotary)), dim=-1)
+        k_BATS, v_BATW = self._keys_values(x_BTD, rotary, padding)
         if cache is not None:
             k_BATS, v_BATW = cache.append(k_BATS, v_BATW)  # with those of earlier tokens
         y_BTAW = _attended(q_BATS, k_BATS, v_BATW, mask_B1TT, self.scale).transpose(1, 2)
         if padding is not None:
             y_BTAW = padding.unpad(y_BTAW)[None]
         return self.product(y_BTAW.reshape(B, T, self.num_heads * self.value_dim), "output")
+
+    def fill(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:
+        """Add keys and values of tokens to the cache, without attending from them."""
+        cache.append(*self._keys_values(x_BTD, rotary, None))
+
+    def _keys_values(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], padding: Padding | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (B, A, T, S), partly rotated, and values (B, A, T, W)."""
+        B, T, _ = x_BTD.shape
+        plain = self.plain_dim
+        latent_BTN = self.product(x_BTD, "latent")
+        kv_BTN = self.product(self.latent_norm(latent_BTN[..., : self.latent_dim]), "key_value")
+        kv_BTAN = kv_BTN.view(B, T, self.num_heads, plain + self.value_dim)
+        shared_BT1R = latent_BTN[..., self.latent_dim :].view(B, T, 1, self.rotated_dim)
+        if padding is not None:
+            kv_BTAN, shared_BT1R = padding.pad(kv_BTAN[0]), padding.pad(shared_BT1R[0])
+        kv_BATN, turned_B1TR = kv_BTAN.transpose(1, 2), self._turn(shared_BT1R.transpose(1, 2), rotary)
+        k_BATS = torch.cat((kv_BATN[..., :plain], turned_B1TR.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return k_BATS, kv_BATN[..., plain:]
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         if not self.has_query_latent:

@@ -105,6 +105,49 @@ class CrossEntropy:
         return sums_1, d_CV.scatter_add_(1, index_C1, -counted_C1.float())
 
 
+@dataclass(frozen=True)
+class JointLoss:
+    """A loss of several hidden states of the same tokens, one state's tokens after the other's (`LogitLoss`). Its value
+    is that of the first state; its gradients are those of all states' losses times their weights. Sums: those of the
+    loss for each state.
+
+    Args:
+        weights: of the states.
+        num_tokens: N of a state.
+    """
+
+    loss: LogitLoss
+    weights: tuple[float, ...]
+    num_tokens: int
+
+    @property
+    def num_sums(self) -> int:
+        return len(self.weights) * self.loss.num_sums
+
+    @property
+    def num_held(self) -> int:
+        return self.loss.num_held
+
+    def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        N, stop = self.num_tokens, here.start + len(logits_CV)
+        sums_WS = torch.zeros(len(self.weights), self.loss.num_sums, device=logits_CV.device)
+        d_CV: Tensor | None = None
+        for index in range(here.start // N, -(-stop // N)):  # a chunk may have tokens of several states
+            first, last = max(here.start, index * N), min(stop, (index + 1) * N)
+            part = slice(first - here.start, last - here.start)
+            in_state = slice(first - index * N, last - index * N)
+            sums_WS[index], d_PV = self.loss(logits_CV[part], in_state, wants_gradient)
+            if d_PV is None:
+                continue
+            if self.weights[index] != 1.0:
+                d_PV = d_PV.mul_(self.weights[index])
+            if len(d_PV) == len(logits_CV):
+                return sums_WS.flatten(), d_PV
+            d_CV = torch.empty_like(logits_CV) if d_CV is None else d_CV
+            d_CV[part] = d_PV
+        return sums_WS.flatten(), d_CV
+
+
 def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
     """The cross-entropy (N,) of each token in nats, fp32; 0 where the target is `IGNORED`. Arguments as of
     `cross_entropy_sum`.

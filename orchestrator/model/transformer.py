@@ -11,7 +11,8 @@ cache.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,9 +69,30 @@ class Block(nn.Module):
             mixed_BTD = self._mix(*inputs)
         return x_BTD + mixed_BTD
 
+    def pass_by(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:
+        """Let tokens that have left the model pass this layer: only their keys and values are computed."""
+        self.attention.fill(self.attention_norm(x_BTD), rotary, cache)
+
     def _mix(self, x_BTD: Tensor, *context_BTD: Tensor) -> Tensor:
         mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD), *context_BTD)
         return mixed_BTD
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the layers get of some tokens.
+
+    Args:
+        x_BTD: embeddings; of rows with padding (1, N, D).
+        rotary: tables of their positions.
+        mask_B1TC: true where a token may attend; None: to all before it.
+        padding: that was left out.
+    """
+
+    x_BTD: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask_B1TC: Tensor | None
+    padding: Padding | None
 
 
 class MoELanguageModel(TrainableModel):
@@ -105,16 +127,22 @@ class MoELanguageModel(TrainableModel):
         if targets_BT is not None:
             scores = self.scores(inputs_BT, documents_BT, lengths_B)
             return cross_entropy_sum(scores.x_ND, self.head, scores.of_tokens(targets_BT))
-        x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
-        logits_BTV = self._logits(x_BTD)
-        return logits_BTV if padding is None else padding.pad(logits_BTV[0])
+        start = self.start(inputs_BT, documents_BT, lengths_B)
+        logits_BTV = self.logits(self._run_layers(start)[-1])
+        return logits_BTV if start.padding is None else start.padding.pad(logits_BTV[0])
 
     def scores(
         self, inputs_BT: Tensor, documents_BT: Tensor | None = None, lengths_B: Tensor | None = None
     ) -> TokenScores:
-        x_BTD, padding = self._hidden(inputs_BT, documents_BT, lengths_B)
+        start = self.start(inputs_BT, documents_BT, lengths_B)
+        *exits_ND, x_ND = (self.read(x_BTD) for x_BTD in self._run_layers(start))
+        return TokenScores(x_ND, self.head, start.padding, tuple(exits_ND))
+
+    def read(self, x_BTD: Tensor) -> Tensor:
+        """Hidden states (N, D) as products with `head` take them."""
+        x_BTD = self.norm(x_BTD)
         x_BTD = x_BTD if self.head_inputs is None else self.head_inputs(x_BTD)
-        return TokenScores(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, padding)
+        return x_BTD.reshape(-1, x_BTD.shape[-1])
 
     def token_losses(
         self,
@@ -135,38 +163,43 @@ class MoELanguageModel(TrainableModel):
     def first_module(self) -> nn.Module:
         return self.embedding
 
-    def _hidden(
-        self, inputs_BT: Tensor, documents_BT: Tensor | None, lengths_B: Tensor | None
-    ) -> tuple[Tensor, Padding | None]:
-        """Final hidden states (B, T, D), or (1, N, D) with the padding that was left out."""
-        rotary = self._rotary(inputs_BT)
-        mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
-        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
+    @property
+    def blocks(self) -> Iterator[Block]:
+        """The layers in order."""
+        return (layer for layer in self.layers if isinstance(layer, Block))
+
+    def start(
+        self, inputs_BT: Tensor, documents_BT: Tensor | None = None, lengths_B: Tensor | None = None, before: int = 0
+    ) -> Start:
+        """What the layers get.
+
+        Args:
+            before: tokens of each row in the cache, which these follow; without documents and lengths.
+        """
+        length, spec = inputs_BT.shape[1], self.spec
+        rotary = rotary_tables(length, spec.rotary_size, spec.rope_theta, inputs_BT.device, before, spec.rope_scaling)
+        mask_B1TC = None if documents_BT is None else within_documents(documents_BT)
+        if before and length > 1:  # each token attends to all earlier ones; a single token needs no mask
+            seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
+            mask_B1TC = seen_TC.tril(before)[None, None]
+        padding = None if lengths_B is None else Padding.of(lengths_B, length)
         if padding is not None:
             inputs_BT = padding.unpad(inputs_BT)[None]
-        x_BTD = self._run_layers(self._embedded(inputs_BT), rotary, mask_B1TT, padding)
-        return self.norm(x_BTD), padding
+        return Start(self._embedded(inputs_BT), rotary, mask_B1TC, padding)
 
     @torch.no_grad()
     def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) after the last of some tokens that follow those in the cache; adds the tokens to the cache."""
-        length, before = inputs_BT.shape[1], cache.length
-        rotary = self._rotary(inputs_BT, before)
-        mask_11TC = None
-        if before and length > 1:  # each token attends to all earlier ones; a single token needs no mask
-            seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
-            mask_11TC = seen_TC.tril(before)[None, None]
-        x_BTD = self._embedded(inputs_BT)
+        start = self.start(inputs_BT, before=cache.length)
+        x_BTD = start.x_BTD
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD = layer(x_BTD, rotary, mask_11TC, layer_cache)
-        return self._logits(self.norm(x_BTD[:, -1]))
+            x_BTD = layer(x_BTD, start.rotary, start.mask_B1TC, layer_cache)
+        return self.logits(x_BTD[:, -1])
 
-    def _logits(self, x_XD: Tensor) -> Tensor:
+    def logits(self, x_XD: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., D) after a layer."""
+        x_XD = self.norm(x_XD)
         return F.linear(x_XD, self.head) if self.head_product is None else self.head_product(x_XD)
-
-    def _rotary(self, inputs_BT: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        spec, length = self.spec, inputs_BT.shape[1]
-        return rotary_tables(length, spec.rotary_size, spec.rope_theta, inputs_BT.device, start, spec.rope_scaling)
 
     def _embedded(self, inputs_BT: Tensor) -> Tensor:
         """Embeddings for the first layer. Scaled (arXiv:1706.03762, section 3.4), so that the differences between
@@ -174,26 +207,27 @@ class MoELanguageModel(TrainableModel):
         embedded_BTD: Tensor = self.embedding(inputs_BT)
         return embedded_BTD * self.spec.embedding_scale
 
-    def _run_layers(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None, padding: Padding | None
-    ) -> Tensor:
-        """Run all blocks, keeping activations for the backward pass according to `gradient_checkpointing`."""
+    def _run_layers(self, start: Start) -> tuple[Tensor, ...]:
+        """Run all blocks, keeping activations for the backward pass according to `gradient_checkpointing`. Returns
+        hidden states (B, T, D), or (1, N, D) without padding: those of exits, then those after the last layer."""
+        exits = () if self.spec.exits is None else self.spec.exits.layers
+        left: tuple[Tensor, ...] = ()
+
+        def run(x_BTD: Tensor, layers: range) -> tuple[Tensor, ...]:
+            states = []
+            for index in layers:
+                x_BTD = self.layers[index](x_BTD, start.rotary, start.mask_B1TC, None, start.padding)
+                if index + 1 in exits:
+                    states.append(x_BTD)
+            return (*states, x_BTD)
+
         if self.spec.gradient_checkpointing in ("none", "selective") or not torch.is_grad_enabled():
-            for layer in self.layers:
-                x_BTD = layer(x_BTD, rotary, mask_B1TT, None, padding)
-            return x_BTD
-        draws = self.spec.draws_in_forward
+            return run(start.x_BTD, range(len(self.layers)))
+        x_BTD, draws = start.x_BTD, self.spec.draws_in_forward
         for segment in segments(len(self.layers), self.spec.gradient_checkpointing):
-            blocks = [self.layers[index] for index in segment]
-
-            def run(x_BTD: Tensor, blocks: list[nn.Module] = blocks) -> Tensor:
-                for block in blocks:
-                    x_BTD = block(x_BTD, rotary, mask_B1TT, None, padding)
-                return x_BTD
-
-            kept: Tensor = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=draws)
-            x_BTD = kept
-        return x_BTD
+            *states, x_BTD = checkpoint(run, x_BTD, segment, use_reentrant=False, preserve_rng_state=draws)
+            left = (*left, *states)
+        return (*left, x_BTD)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -95,6 +95,8 @@ class Evaluation:
         corpus, text_key: a whole source as in the job file; None for the run's store.
         max_rows: maximum number of rows of the job's length.
         dtype: of the model's matrices: fp32, bf16, int8 or int4.
+        early_exit: tokens leave at the model's exits by the rule that the checkpoint has.
+        max_loss_increase: such a rule is found and kept, with at most this share more loss than that of all layers.
         code: digests of the packages of the job's own code, by their directories; None: those of the job.
     """
 
@@ -106,6 +108,8 @@ class Evaluation:
     text_key: str = "text"
     max_rows: int | None = None
     dtype: str = "fp32"
+    early_exit: bool = False
+    max_loss_increase: float | None = None
     code: dict[str, str] | None = None
 
 
@@ -119,6 +123,9 @@ class EvaluationResult:
         perplexity: of tokens; None for other units.
         bits_per_byte: of a text; else None.
         metrics: what the task reports, by name.
+        mean_layers, loss_of_all_layers: where tokens leave early, the layers that a token runs in the mean, and the
+            loss of the same rows without exits.
+        exit_rule: the place of a new rule for that.
     """
 
     rows: int
@@ -129,6 +136,9 @@ class EvaluationResult:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    mean_layers: float | None = None
+    loss_of_all_layers: float | None = None
+    exit_rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ class Generation:
     """Request for a continuation of a prompt.
 
     Args:
-        run_dir, checkpoint, dtype, code: as in `Evaluation`.
+        run_dir, checkpoint, dtype, early_exit, code: as in `Evaluation`. The prompt runs all layers.
         max_tokens: maximum length of the continuation, which ends earlier at the end of the document.
         temperature: 0 for the likeliest token each time.
         top_k: sample from this many likeliest tokens; None for all.
@@ -179,18 +189,24 @@ class Generation:
     top_p: float
     seed: int
     dtype: str = "fp32"
+    early_exit: bool = False
     code: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """`text` is the continuation without the prompt; `ended`: the document ended before `max_tokens`."""
+    """`text` is the continuation without the prompt; `ended`: the document ended before `max_tokens`.
+
+    Args:
+        mean_layers: that a token has run, where tokens leave early.
+    """
 
     text: str
     tokens: tuple[int, ...]
     prompt_tokens: int
     ended: bool
     tokens_per_second: float
+    mean_layers: float | None = None
 
 
 @dataclass(frozen=True)

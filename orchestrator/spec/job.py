@@ -15,6 +15,7 @@ from orchestrator.spec.communication import CommunicationSpec, broken_communicat
 from orchestrator.spec.curriculum import CurriculumSpec, broken_experts, broken_sizes, experts_by_stage
 from orchestrator.spec.data import BY_DOCUMENT, DataSpec, broken_outputs, broken_rows, broken_training, format_of
 from orchestrator.spec.distill import DistillSpec, broken_distillation
+from orchestrator.spec.exits import broken_exit_task
 from orchestrator.spec.fault_tolerance import (
     CheckpointSpec,
     Protection,
@@ -225,6 +226,7 @@ class JobSpec(Section):
         yield from broken_rows(self.task, self.data, self.model)
         yield from broken_training(self.train, self.model, self.data_format, self.curriculum is not None)
         yield from broken_outputs(self.task, self.model)
+        yield from broken_exit_task(self.model.exits, self.task)
         yield from broken_distillation(
             self.distill,
             self.task,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
+from orchestrator.spec.exits import ExitsSpec, broken_exits
 from orchestrator.spec.keys.section import HERE, Broken, CodeDir, broken_own_code
 from orchestrator.spec.moe.router import Router, RouterSpec, broken_router, most_experts
 from orchestrator.spec.pretrained.config_json import IN_CONFIG, OF_TRANSFORMERS, ModelSource, RopeScalingSpec
@@ -120,6 +121,11 @@ class ModelSpec(ModelSource):
         default=None,
         description="Low-rank adapters beside the weights in init_from, which alone are trained (docs/lora.md). null: "
         "all weights are trained, or those that train.trainable names.",
+    )
+    exits: ExitsSpec | None = Field(
+        default=None,
+        description="Layers after which a token may leave the model while text is generated (docs/exits.md). null: "
+        "every token runs all layers.",
     )
     bias_update: Literal["quantile", "sign"] = Field(
         default="quantile",
@@ -254,6 +260,10 @@ class ModelSpec(ModelSource):
             yield Broken((("router", "scorer"), ("init_from",)), rule)
         if self.lora is not None:
             yield from self._broken_lora_rules()
+        are_sizes_known = self.is_native and (self.init_from is None or self.model_fields_set >= IN_CONFIG)
+        num_layers = self.num_hidden_layers if are_sizes_known else None
+        origin = None if self.is_native else self.origin
+        yield from broken_exits(self.exits, num_layers, origin, self.router.selection)
         yield from self.broken_upcycling()
         for key, value in self.router.compares_tokens.items() if self.upcycle else ():
             rule = f"router.{key} must not be {value} with upcycle: each token needs its experts, so that the mixture "

@@ -51,6 +51,14 @@ Computed = Annotated[
     typer.Option("--dtype", help="Of the model's matrices; int8, int4: integer products, where there is a kernel."),
 ]
 
+EarlyExit = Annotated[
+    bool,
+    typer.Option(
+        "--early-exit",
+        help="Tokens leave at the model's exits, by the rule that `model eval --max-loss-increase` has kept.",
+    ),
+]
+
 
 @app.command()
 def export(
@@ -116,6 +124,18 @@ def evaluate(
         int | None, typer.Option("--max-rows", min=1, metavar="N", help="Rows of the job's length. Default: all.")
     ] = None,
     dtype: Computed = Dtype.FP32,
+    early_exit: EarlyExit = False,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(
+            "--max-loss-increase",
+            min=0.0,
+            metavar="SHARE",
+            help="Find a rule by which tokens leave at the model's exits, with at most SHARE more loss (0.01: 1 %) "
+            "than all layers have. It is fitted on half of the rows, measured on the others, and kept for "
+            "--early-exit.",
+        ),
+    ] = None,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -126,6 +146,8 @@ def evaluate(
     from orchestrator.submission.model_process import ask_model, checkpoint_to_ask, data_of
 
     chosen = _chosen(corpus, text_key, split)
+    if early_exit and max_loss_increase is not None:
+        raise UsageError("--max-loss-increase finds another rule than the one that --early-exit uses; leave one out")
     files = find_run(run, storage, address).files
     run_dir = files.run_dir
     checkpoint = checkpoint_to_ask(run, run_dir, step)
@@ -139,6 +161,8 @@ def evaluate(
         text_key=text_key or files.job().data.text_key,
         max_rows=max_rows,
         dtype=dtype.value,
+        early_exit=early_exit,
+        max_loss_increase=max_loss_increase,
     )
     text = where or f"{request.split} split"
     narrate(f"{checkpoint.name} of run {run} in {dtype} on {text}.")
@@ -148,8 +172,13 @@ def evaluate(
                 narrate(answer.text)
             elif isinstance(answer, EvaluationResult):
                 result = answer
+    if result.exit_rule is not None:
+        narrate(f"{result.exit_rule} is the rule from now on: --early-exit uses it.")
     unit = result.unit.removesuffix("s")
     lines = [("loss", f"{result.loss:.4f} nats per {unit}")]
+    if result.loss_of_all_layers is not None:
+        lines.append(("loss, all layers", f"{result.loss_of_all_layers:.4f} nats per {unit}"))
+        lines.append(("layers", f"{result.mean_layers:.2f} of {files.job().model.num_hidden_layers} per {unit}"))
     if result.perplexity is not None:
         lines.append(("perplexity", f"{result.perplexity:,.2f}"))
     if result.bits_per_byte is not None:
@@ -187,6 +216,7 @@ def generate(
     ] = None,
     step: Step = None,
     dtype: Computed = Dtype.FP32,
+    early_exit: EarlyExit = False,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -200,10 +230,22 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
-    run_dir = find_run(run, storage, address).files.run_dir
+    files = find_run(run, storage, address).files
+    run_dir = files.run_dir
     checkpoint = checkpoint_to_ask(run, run_dir, step)
     seed = secrets.randbits(31) if seed is None else seed
-    request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed, dtype.value)
+    request = Generation(
+        str(run_dir),
+        str(checkpoint),
+        text,
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        dtype.value,
+        early_exit,
+    )
     for answer in ask_model(request):
         if isinstance(answer, Remark):
             narrate(answer.text)
@@ -212,6 +254,9 @@ def generate(
             sys.stdout.flush()
         elif isinstance(answer, GenerationResult):
             result = answer
+    if result.mean_layers is not None and output is Format.TEXT:
+        num_layers = files.job().model.num_hidden_layers
+        narrate(f"\nA token ran {result.mean_layers:.2f} of {num_layers} layers.")
     made = GeneratedText(
         **vars(result), run_id=run, checkpoint=str(checkpoint), prompt=text, seed=seed, dtype=dtype.value
     )

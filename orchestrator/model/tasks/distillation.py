@@ -25,7 +25,9 @@ from torch import Tensor
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.loss import IGNORED, MIN_CHUNK
 from orchestrator.model.task import Batch, Loss, Row, Task
+from orchestrator.model.tasks.exit_losses import metrics_of, names_of
 from orchestrator.spec.distill import LOGITS_HELD, PREDICTION, DistillSpec
+from orchestrator.spec.exits import ExitsSpec
 
 CROSS_ENTROPY, DIVERGENCE, HIDDEN_DISTANCE = "cross_entropy", "teacher_divergence", "hidden_distance"
 
@@ -37,15 +39,18 @@ class Distillation:
     Args:
         task: whose rows and targets these are.
         teacher: a whole model. None: its predictions come with the rows (`orchestrator.data.logit_store`).
+        exits: of the student, which learn from the teacher as its last layer does.
     """
 
     needs_reference = False
 
-    def __init__(self, task: Task, teacher: TrainableModel | None, spec: DistillSpec) -> None:
-        self._task, self._spec = task, spec
+    def __init__(
+        self, task: Task, teacher: TrainableModel | None, spec: DistillSpec, exits: ExitsSpec | None = None
+    ) -> None:
+        self._task, self._spec, self._exits = task, spec, exits
         self._teacher = None if teacher is None else teacher.eval()
         hidden = (HIDDEN_DISTANCE,) if spec.hidden_weight else ()
-        self.metrics: tuple[str, ...] = (CROSS_ENTROPY, DIVERGENCE, *hidden)
+        self.metrics: tuple[str, ...] = (CROSS_ENTROPY, DIVERGENCE, *names_of(exits), *hidden)
 
     def collate(self, rows: Sequence[Row], rng: np.random.Generator) -> Mapping[str, NDArray[np.generic]]:
         """As the task collates them."""
@@ -63,9 +68,13 @@ class Distillation:
             FullDistribution(scores_of_teacher, self._spec.temperature) if scores_of_teacher else _kept(student, batch)
         )
         targets_N = student.of_tokens(batch["targets"])
-        total, sums_S = student.loss(DistillationLoss(targets_N, teacher, self._spec.temperature, self._spec.alpha))
+        loss = DistillationLoss(targets_N, teacher, self._spec.temperature, self._spec.alpha)
+        total, (sums_S, *sums_of_exits) = student.joint_loss(
+            loss, () if self._exits is None else self._exits.loss_weights
+        )
         weight = (targets_N != IGNORED).sum().float()
         metrics = {CROSS_ENTROPY: (sums_S[1], weight), DIVERGENCE: (sums_S[2], weight)}
+        metrics |= metrics_of(self._exits, [sums_S[1] for sums_S in sums_of_exits], weight)
         if scores_of_teacher is not None and self._spec.hidden_weight:
             cosine_N = F.cosine_similarity(student.x_ND.float(), scores_of_teacher.x_ND.float(), dim=-1)
             distance = ((1.0 - cosine_N) * (targets_N != IGNORED)).sum()

@@ -33,7 +33,8 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
         size = 1 if spec.gradient_checkpointing == "full" else math.isqrt(spec.num_hidden_layers - 1) + 1
         runs = [blocks[start : start + size] for start in range(0, len(blocks), size)]
         kept = len(runs) * stream + max(map(sum, runs))
-    return (kept + _norm(spec, item)) * _micro_batch_tokens(train)
+    num_states = 1 if spec.exits is None else 1 + len(spec.exits.layers)  # of which there is a loss
+    return (kept + num_states * _norm(spec, item)) * _micro_batch_tokens(train)
 
 
 def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int, num_held: int = 1) -> int:

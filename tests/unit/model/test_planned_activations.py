@@ -8,8 +8,11 @@ from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.tasks.exit_losses import ExitLosses
+from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
+from orchestrator.spec.exits import ExitsSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.moe.router import RouterSpec
 from orchestrator.spec.train import TrainSpec
@@ -34,7 +37,10 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
 
     tokens = torch.randint(0, VOCAB, (train.micro_batch_rows, train.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, tokens)
+        if spec.exits is None:
+            model(tokens, tokens)
+        else:
+            ExitLosses(LanguageModeling(), spec.exits).loss(model, {"inputs": tokens, "targets": tokens})
     return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
 
 
@@ -54,6 +60,7 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
         pytest.param({"router": RouterSpec(scorer="context"), "n_routed_experts": 64}, id="context of many experts"),
         pytest.param({"router": RouterSpec(capacity_factor=1.0)}, id="a capacity"),
         pytest.param({"router": RouterSpec(selection="expert_choice")}, id="experts choose"),
+        pytest.param({"exits": ExitsSpec(layers=(1, 3))}, id="exits"),
         pytest.param({"kv_lora_rank": 24, "rope_interleave": True, "v_head_dim": 16}, id="latent keys"),
     ],
 )
