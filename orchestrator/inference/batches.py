@@ -25,6 +25,8 @@ from orchestrator.storage.backends.location import location_of
 
 WHOLE, EVEN, ODD = slice(None), slice(0, None, 2), slice(1, None, 2)  # rows by number
 
+TOKENS_AT_ONCE = 4096  # at least, as there are no gradients
+
 
 @dataclass(frozen=True)
 class CountedBatch:
@@ -85,7 +87,10 @@ def row_batches(
 
 
 def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:
-    length, at_once = job.train.sequence_length, max(1, job.train.micro_batch_tokens // job.train.sequence_length)
+    length, tokens = job.train.sequence_length, job.train.micro_batch_tokens
+    if job.model.router.selection != "expert_choice":  # with which a token's experts depend on those beside it
+        tokens = max(tokens, TOKENS_AT_ONCE)
+    at_once = max(1, tokens // length)
     if request.corpus is not None:
         documents = read_documents(request.corpus, request.text_key)
         yield from rows_of_documents(documents, tokenizer, length, at_once)

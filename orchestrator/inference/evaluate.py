@@ -89,8 +89,11 @@ def _found_rule(
     exits, most = exits_of(job), request.max_loss_increase
     assert most is not None and isinstance(model, MoELanguageModel)
     whole = yield from _measured(task, model, batches(EVEN))
-    if not whole.units:
-        raise _nothing(request)
+    if not whole.units or next(batches(ODD), None) is None:
+        raise DataError(
+            f"{request.corpus or request.split} has too few rows: a rule is fitted on half of them, and needs two rows",
+            remedy="Name a longer text, or allow more rows (--max-rows).",
+        )
     rule, estimates = fitted(model, lambda: (counted.batch for counted in batches(EVEN)))
     search = ThresholdSearch(estimates)
     while not search.is_over:

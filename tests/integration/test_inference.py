@@ -25,7 +25,7 @@ from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, DataError, OrchestratorError
-from orchestrator.inference.generate import generate
+from orchestrator.inference.generate import Prompt, generate
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Generation, GenerationResult
@@ -54,7 +54,13 @@ def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFacto
     run_dir = tmp_path_factory.mktemp("runs") / "tried"
     run_dir.mkdir()
     store = TokenStore.open(store_dir)
-    sizes = {"vocab_size": store.vocab_size + PADDING, "initializer_range": 0.2, "qk_norm": True}
+    sizes = {
+        "vocab_size": store.vocab_size + PADDING,
+        "initializer_range": 0.2,
+        "qk_norm": True,
+        "num_hidden_layers": 3,
+        "exits": {"layers": [1, 2]},
+    }
     job = small_job(texts, model=sizes, sequence_length=32)
     model = _random(job)
     checkpoint = _checkpoint_of(model, run_dir / "checkpoints")
@@ -151,7 +157,8 @@ def test_a_text_ends_with_its_document(run_dir: Path) -> None:
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
     request = Generation(str(run_dir), "", PROMPT, 5, 0.0, None, 1.0, 0)
-    (result,) = generate(request, job, tokenizer, _random(job, document_logit=9.0))
+    prompt = Prompt.of(PROMPT, job, tokenizer, None)
+    (result,) = generate(request, job, tokenizer, _random(job, document_logit=9.0), prompt)
     assert isinstance(result, GenerationResult)
     assert (result.ended, result.tokens, result.text) == (True, (), "")
 
@@ -193,6 +200,36 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
+def test_a_rule_lets_tokens_leave_early_at_little_loss(orchestrator: Callable[..., Done], run_dir: Path) -> None:
+    early = ("model", "generate", "tried", "--prompt", PROMPT, "--temperature", "0", "--early-exit", "-o", "json")
+    without = orchestrator(*early)
+    assert without.returncode == 102 and "has no rule for its exits yet" in without.stderr
+
+    some = ("model", "eval", "tried", "--max-rows", "200")
+    plain = json.loads(orchestrator(*some, "-o", "json").stdout)
+    assert plain["rows"] == 200 and plain["mean_layers"] is None
+    strict, loose = (
+        json.loads(orchestrator(*some, "--max-loss-increase", share, "-o", "json").stdout) for share in ("0", "0.02")
+    )
+    assert strict["rows"] == loose["rows"] == 100 and Path(loose["exit_rule"]).is_file()
+    assert strict["loss_of_all_layers"] == loose["loss_of_all_layers"]
+    assert loose["mean_layers"] < strict["mean_layers"] <= 3.0
+    assert loose["loss"] < 1.04 * loose["loss_of_all_layers"]  # of other rows than those of the rule
+    left = loose["metrics"]["exit_1_share"] + 2 * loose["metrics"]["exit_2_share"]
+    assert left + 3 * (1 - loose["metrics"]["exit_1_share"] - loose["metrics"]["exit_2_share"]) == pytest.approx(
+        loose["mean_layers"], abs=1e-4
+    )
+
+    kept = json.loads(orchestrator(*some, "--early-exit", "-o", "json").stdout)
+    assert kept["rows"] == 200 and kept["exit_rule"] is None
+    assert kept["loss_of_all_layers"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert kept["mean_layers"] == pytest.approx(loose["mean_layers"], abs=0.3)
+    shown = orchestrator(*some, "--early-exit").stdout
+    assert f"{kept['mean_layers']:.2f} of 3 per token" in shown
+    made = json.loads(orchestrator(*early).stdout)
+    assert len(made["tokens"]) == 100 and 1.0 <= made["mean_layers"] < 3.0
+
+
 @pytest.mark.parametrize(
     ("args", "code", "rule"),
     [
@@ -207,6 +244,9 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
         (("model", "eval", "tried", "--text-key", "body"), 2, "--text-key needs --corpus"),
         (("model", "generate", "tried", "--prompt", ""), 2, "the prompt is empty"),
         (("model", "generate", "tried", "--prompt", "a", "--top-p", "0"), 2, "--top-p is 0.0"),
+        (("model", "generate", "tried", "--prompt", "import os\n" * 40), 2, "has 320 tokens, and the context of run"),
+        (("model", "eval", "tried", "--early-exit", "--max-loss-increase", "0.1"), 2, "leave one out"),
+        (("model", "eval", "tried", "--max-loss-increase", "0.1", "--max-rows", "1"), 2, "needs two rows"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
