@@ -18,6 +18,7 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.early_exit import ExitRule
 from orchestrator.model.task import Batch, Task
 from orchestrator.model.tasks.all_tasks import task_of
+from orchestrator.model.tasks.exit_losses import ExitLosses
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark
 from orchestrator.spec.job import JobSpec
@@ -38,7 +39,8 @@ def evaluate(
         DataError: the text can't be read, has no tokens, or was encoded by another tokenizer.
         UsageError: a model without exits is to use them.
     """
-    task, device = task_of(job.task, job.data_format), next(model.parameters()).device
+    task: Task = task_of(job.task, job.data_format)
+    device = next(model.parameters()).device
     batches: Batches
     if job.has_rows:
         batches = partial(row_batches, request, job, task, device)
@@ -48,6 +50,7 @@ def evaluate(
     if request.early_exit or request.max_loss_increase is not None:
         yield from _with_exits(request, job, task, model, batches)
         return
+    task = task if job.model.exits is None else ExitLosses(task, job.model.exits)
     text = None if job.has_rows or tokenizer is None else _TextLength(tokenizer)
     found = yield from _measured(task, model, batches(WHOLE), text, job.task.unit)
     num_bytes = None if text is None else text.num_bytes()

@@ -60,7 +60,8 @@ def context_length(job: JobSpec) -> int:
     if job.model.init_from is not None:
         with suppress(OSError, ValueError):  # it is needed no more
             keys |= json.loads((Path(job.model.init_from) / "config.json").read_text())
-    known = (keys.get(name) for name in ("max_position_embeddings", "n_positions"))
+    known = [keys.get(name) for name in ("max_position_embeddings", "n_positions")]
+    known += [stage.sequence_length for stage in (job.curriculum.stages if job.curriculum else ())]
     return max(job.train.sequence_length, *(each for each in known if isinstance(each, int)), 0)
 
 
@@ -115,13 +116,20 @@ def _continuation(
     model: TrainableModel, longest: int, rule: ExitRule | None, count: LayerCount
 ) -> Callable[[Tensor], Tensor]:
     """A function from the next tokens (1, T) to the logits (1, V) after them and all earlier tokens. Our own model
-    caches keys and values; a user's model runs on the whole sequence each time. With exits, a single token leaves
-    early, several run all layers; their layers are counted."""
+    caches keys and values; a user's model runs on the whole sequence each time. With a rule of exits, the layers that
+    tokens run are counted."""
     if isinstance(model, MoELanguageModel):
         cache = KVCache(model.spec, 1, longest, model.head)
         if rule is None:
             return lambda new_BT: model.extend(new_BT, cache)
-        return _exiting(model, cache, EarlyExit(model, rule), count)
+        early = EarlyExit(model, rule)
+
+        def extend(new_BT: Tensor) -> Tensor:
+            logits_BV, layers_B = early.extend(new_BT, cache)
+            count.add(int(layers_B[0]))
+            return logits_BV
+
+        return extend
     seen_BT = torch.empty(1, 0, dtype=torch.int64, device=next(model.parameters()).device)
 
     @torch.no_grad()
@@ -133,16 +141,3 @@ def _continuation(
         return logits_BTV[:, -1]
 
     return rerun
-
-
-def _exiting(
-    model: MoELanguageModel, cache: KVCache, early: EarlyExit, count: LayerCount
-) -> Callable[[Tensor], Tensor]:
-    def extend(new_BT: Tensor) -> Tensor:
-        if new_BT.shape[1] > 1:
-            return model.extend(new_BT, cache)
-        logits_BV, layers_B = early.extend(new_BT, cache)
-        count.add(int(layers_B[0]))
-        return logits_BV
-
-    return extend

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.model.base import TokenScores
-from orchestrator.model.kv_cache import KVCache
-from orchestrator.model.transformer import MoELanguageModel, Start
+from orchestrator.model.kv_cache import KVCache, LayerCache
+from orchestrator.model.transformer import Block, MoELanguageModel, Start
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ class EarlyExit:
         self._exits = {layer: index for index, layer in enumerate(model.spec.exits.layers)}
 
     @torch.no_grad()
-    def extend(self, inputs_B1: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) after one token that follows those in the cache, and the layers (B,) that it has run; adds the
-        token to the cache. A layer is skipped only where all rows have left."""
-        x_B1D, layers_B1 = self._run(self._model.start(inputs_B1, before=cache.length), cache)
-        return self._model.logits(x_B1D[:, -1]), layers_B1[:, 0]
+    def extend(self, inputs_BT: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) after the last of some tokens that follow those in the cache, and the layers (B,) that it has
+        run; adds the tokens to the cache. A single token leaves early, several run all layers. Of a batch, a layer is
+        skipped only where all rows have left."""
+        start = self._model.start(inputs_BT, before=cache.length)
+        x_BTD, layers_BT = self._run(start, cache, leaves_early=inputs_BT.shape[1] == 1)
+        return self._model.logits(x_BTD[:, -1]), layers_BT[:, -1]
 
     @torch.no_grad()
     def scores(
@@ -66,22 +68,35 @@ class EarlyExit:
         x_BTD, layers_BT = self._run(start)
         return TokenScores(self._model.read(x_BTD), self._model.head, start.padding), layers_BT.flatten()
 
-    def _run(self, start: Start, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def _run(self, start: Start, cache: KVCache | None = None, leaves_early: bool = True) -> tuple[Tensor, Tensor]:
         """Hidden states (B, T, D) of tokens where they leave, and the layers (B, T) that they have run."""
-        x_BTD, num_layers = start.x_BTD, len(self._model.layers)
-        left_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-        layers_BT = torch.full_like(left_BT, num_layers, dtype=torch.int64)
+        x_BTD, left_BT, have_all_left = start.x_BTD, None, False
+        layers_BT = torch.full(x_BTD.shape[:2], len(self._model.layers), device=x_BTD.device)
         for index, layer in enumerate(self._model.blocks):
             layer_cache = None if cache is None else cache.layers[index]
-            if bool(left_BT.all()):
+            if have_all_left:
                 if layer_cache is not None:
-                    layer.pass_by(x_BTD, start.rotary, layer_cache)
+                    layer_cache.waiting.append(x_BTD)
                 continue
+            if layer_cache is not None:
+                self._fill(layer, layer_cache)
             after_BTD = layer(x_BTD, start.rotary, start.mask_B1TC, layer_cache, start.padding)
-            x_BTD = torch.where(left_BT[..., None], x_BTD, after_BTD)
-            if (exit_index := self._exits.get(index + 1)) is not None:
-                estimates_N = self._rule.estimates(self._model.read(x_BTD), exit_index)
-                leaves_BT = (estimates_N.view_as(left_BT) <= self._rule.threshold) & ~left_BT
+            x_BTD = after_BTD if left_BT is None else torch.where(left_BT[..., None], x_BTD, after_BTD)
+            exit_index = self._exits.get(index + 1)
+            if exit_index is None or not leaves_early:
+                continue
+            estimates_N = self._rule.estimates(self._model.read(x_BTD), exit_index)
+            leaves_BT = estimates_N.view_as(layers_BT) <= self._rule.threshold
+            leaves_BT = leaves_BT if left_BT is None else leaves_BT & ~left_BT
+            if bool(leaves_BT.any()):
                 layers_BT[leaves_BT] = index + 1
-                left_BT = left_BT | leaves_BT
+                left_BT = leaves_BT if left_BT is None else left_BT | leaves_BT
+                have_all_left = bool(left_BT.all())
         return x_BTD, layers_BT
+
+    def _fill(self, layer: Block, cache: LayerCache) -> None:
+        """Compute keys and values of the tokens that wait for a token that runs the layer."""
+        if cache.waiting:
+            x_BTD = torch.cat(cache.waiting, dim=1)
+            layer.fill(x_BTD, self._model.rotary(x_BTD.shape[1], cache.length, x_BTD.device), cache)
+            cache.waiting.clear()

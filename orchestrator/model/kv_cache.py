@@ -10,11 +10,17 @@ from orchestrator.spec.model import ModelSpec
 
 
 class LayerCache:
-    """Cache of one layer; it holds `length` tokens."""
+    """Cache of one layer; it holds `length` tokens.
+
+    Attributes:
+        waiting: hidden states (B, 1, D) of the tokens after these that have left the model before the layer, in order.
+            Their keys and values are computed together once a token comes that runs the layer.
+    """
 
     def __init__(self, room_BGC: tuple[int, int, int], widths: tuple[int, int], like: Tensor) -> None:
         self._keys_BGCS, self._values_BGCS = (like.new_empty(*room_BGC, width) for width in widths)
         self.length = 0
+        self.waiting: list[Tensor] = []
 
     def append(self, k_BGTS: Tensor, v_BGTS: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys, already rotated, and values; returns all cached ones (B, G, C, S), as views.
@@ -50,4 +56,5 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """Tokens in the cache: those of the first layer, which all run."""
         return self.layers[0].length

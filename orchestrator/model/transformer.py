@@ -69,8 +69,8 @@ class Block(nn.Module):
             mixed_BTD = self._mix(*inputs)
         return x_BTD + mixed_BTD
 
-    def pass_by(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:
-        """Let tokens that have left the model pass this layer: only their keys and values are computed."""
+    def fill(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:
+        """Add to the cache keys and values of tokens that have left the model before this layer."""
         self.attention.fill(self.attention_norm(x_BTD), rotary, cache)
 
     def _mix(self, x_BTD: Tensor, *context_BTD: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ class MoELanguageModel(TrainableModel):
         Args:
             before: tokens of each row in the cache, which these follow; without documents and lengths.
         """
-        length, spec = inputs_BT.shape[1], self.spec
-        rotary = rotary_tables(length, spec.rotary_size, spec.rope_theta, inputs_BT.device, before, spec.rope_scaling)
+        length = inputs_BT.shape[1]
+        rotary = self.rotary(length, before, inputs_BT.device)
         mask_B1TC = None if documents_BT is None else within_documents(documents_BT)
         if before and length > 1:  # each token attends to all earlier ones; a single token needs no mask
             seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
@@ -186,6 +186,11 @@ class MoELanguageModel(TrainableModel):
         if padding is not None:
             inputs_BT = padding.unpad(inputs_BT)[None]
         return Start(self._embedded(inputs_BT), rotary, mask_B1TC, padding)
+
+    def rotary(self, length: int, before: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tables of `length` positions after `before` others."""
+        spec = self.spec
+        return rotary_tables(length, spec.rotary_size, spec.rope_theta, device, before, spec.rope_scaling)
 
     @torch.no_grad()
     def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:

@@ -208,6 +208,7 @@ def test_a_rule_lets_tokens_leave_early_at_little_loss(orchestrator: Callable[..
     some = ("model", "eval", "tried", "--max-rows", "200")
     plain = json.loads(orchestrator(*some, "-o", "json").stdout)
     assert plain["rows"] == 200 and plain["mean_layers"] is None
+    assert plain["metrics"].keys() == {"exit_1_loss", "exit_2_loss"}
     strict, loose = (
         json.loads(orchestrator(*some, "--max-loss-increase", share, "-o", "json").stdout) for share in ("0", "0.02")
     )

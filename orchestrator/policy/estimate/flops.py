@@ -2,7 +2,8 @@
 
 Of a step: 6 x active parameters x tokens, 2 for the forward and 4 for the backward pass (Kaplan et al. 2020, "Scaling
 Laws for Neural Language Models", section 2.1). Active parameters are those that a token is multiplied with: all dense
-ones and top_k of the routed experts; our input embedding is a look-up and left out. Attention's scores and sums, which
+ones and top_k of the routed experts; our input embedding is a look-up and left out, and the output matrix counts once
+more for each exit. Attention's scores and sums, which
 grow with the row length, are separate: 12 x layers x heads x head size x length per token (Chowdhery et al. 2022,
 "PaLM", appendix B), counted as if nothing were masked. Recomputation to save memory isn't counted.
 """
@@ -14,7 +15,7 @@ from orchestrator.elastic.state_spec import ParamSpec
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.job import JobSpec
 
-INPUT_EMBEDDING = "embedding.weight"  # of our own model
+INPUT_EMBEDDING, OUTPUT_MATRIX = "embedding.weight", "head"  # of our own model
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
     """The size of the job's model, from the list of its parameters."""
     spec, ours = job.model, job.model.is_native
     share = spec.num_experts_per_tok / spec.n_routed_experts
+    num_exits = 0 if spec.exits is None else len(spec.exits.layers)
     multiplied = [param for param in params if not (ours and param.name == INPUT_EMBEDDING)]
+    multiplied += [param for param in params if ours and param.name == OUTPUT_MATRIX] * num_exits
     return ModelSize(
         parameters=sum(param.numel for param in params),
         active_parameters=sum(p.numel * (share if p.expert is not None else 1.0) for p in multiplied),

@@ -80,7 +80,30 @@ def test_tokens_one_by_one_get_what_a_row_gets(changes: dict[str, Any]) -> None:
         logits_1V, layers_1 = early.extend(inputs_1T[:, at : at + 1], cache)
         assert layers_1.tolist() == [int(layers_N[at])]
         torch.testing.assert_close(logits_1V, scores.logits(slice(at, at + 1)), rtol=1e-4, atol=1e-4)
-    assert {layer.length for layer in cache.layers} == {12}
+    # What waits is computed once a layer runs, also for several tokens that come together.
+    assert cache.length == 12 and any(layer.waiting for layer in cache.layers)
+    assert all(layer.length + len(layer.waiting) == 12 for layer in cache.layers)
+
+
+def test_several_tokens_run_all_layers_after_some_that_have_left() -> None:
+    model, inputs_1T = _model(), _tokens(rows=1)
+    early = EarlyExit(model, _rule(model, torch.inf))
+    cache, other = (KVCache(model.spec, 1, 12, model.head) for _ in range(2))
+    for at in range(5):
+        early.extend(inputs_1T[:, at : at + 1], cache)
+    found_1V, layers_1 = early.extend(inputs_1T[:, 5:], cache)
+    assert layers_1.tolist() == [LAYERS] and {layer.length for layer in cache.layers} == {12}
+    with torch.no_grad():  # by hand: keys and values of each layer from the first exit's states
+        x_1TD = model.layers[0](*_start(model, inputs_1T[:, :5], 0), other.layers[0])
+        for layer, layer_cache in list(zip(model.blocks, other.layers, strict=True))[1:]:
+            layer.fill(x_1TD, model.rotary(5, 0, x_1TD.device), layer_cache)
+    wanted_1V = model.extend(inputs_1T[:, 5:], other)
+    torch.testing.assert_close(found_1V, wanted_1V, rtol=1e-4, atol=1e-4)
+
+
+def _start(model: MoELanguageModel, inputs_BT: Tensor, before: int) -> tuple[Any, ...]:
+    start = model.start(inputs_BT, before=before)
+    return start.x_BTD, start.rotary, start.mask_B1TC
 
 
 def test_rows_of_a_batch_leave_apart() -> None:
@@ -100,7 +123,7 @@ def test_layers_that_all_have_left_are_not_run() -> None:
     model, inputs_11 = _model(), _tokens(rows=1, length=1)
     ran: list[int] = []
     for index, block in enumerate(model.blocks):
-        block.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))  # type: ignore[misc]
+        block.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
     cache = KVCache(model.spec, 1, 3, model.head)
     EarlyExit(model, _rule(model, torch.inf)).extend(inputs_11, cache)
     assert ran == [0]

@@ -17,6 +17,7 @@ from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.generations import GenerationAborted, RolledBack
 from orchestrator.protocol.events.run import Preempted, Queued, Submitted, Suspended
 from orchestrator.protocol.events.training import StepsCommitted
+from orchestrator.spec.exits import ExitsSpec
 from orchestrator.spec.job import JobSpec
 from tests.unit.policy.stories import MOVE, Story, eventful
 
@@ -271,6 +272,8 @@ def test_operations_follow_from_active_parameters_and_tokens() -> None:
     flops = report(story, size=size).flops
     assert flops is not None and flops.parameters == 6 * 7000 * 400
     assert flops.attention == 12 * 4 * 4 * 32 * (64 * 300 + 128 * 100)
+    leaving = job.model_copy(update={"model": job.model.model_copy(update={"exits": ExitsSpec(layers=(1, 2))})})
+    assert size_of(leaving, params).active_parameters == 3 * 5000 + 2 * 1000
     own = job.model_copy(update={"model": job.model.model_copy(update={"entrypoint": "a.b:c"})})
     assert size_of(own, params).active_parameters == 12_000 and size_of(own, params).attention is None
     without = report(story, size=EMPTY).flops
