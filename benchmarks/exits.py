@@ -158,9 +158,10 @@ class _Leaving:
         rule, estimates = fitted(self._model, lambda: self._halves[0])
         plain_loss, after = self._loss_after_layers()
         ends = [*self._exits.layers, self._num_layers]
-        left, layers, loss = self._searched(rule, estimates)
+        found = self._searched(rule, estimates)
+        left, layers, loss = self._loss(found, 1)
         margin = MarginRule(rule.weights_XD, rule.biases_X, -torch.inf, self._model.head)
-        _, margin_layers, _ = self._searched(margin, self._estimates(margin))
+        _, margin_layers, _ = self._loss(self._searched(margin, self._estimates(margin)), 1)
         truncated = float(np.interp(layers, ends, after)) / plain_loss - 1.0
         # The fewest layers with which a model that is cut off has as much loss as the rule.
         cut_off = float(np.interp(loss, list(reversed(after)), list(reversed(ends))))
@@ -171,19 +172,19 @@ class _Leaving:
             "increase": loss / plain_loss - 1.0,
             "truncated": truncated,
             "left": left,
-            "speed": self._speed(replace(rule, threshold=self._threshold)),
+            "speed": self._speed(found),
         }
 
-    def _searched(self, rule: ExitRule, estimates: Tensor) -> tuple[list[float], float, float]:
-        """Shares that leave at exits, mean layers and loss on the second half, by a rule that is found on the first."""
+    def _searched(self, rule: ExitRule, estimates: Tensor) -> ExitRule:
+        """The rule with a threshold that is found on the first half."""
         allowed = self._loss(rule, 0)[2] * (1.0 + ALLOWED)
         search = ThresholdSearch(estimates)
         while not search.is_over:
             search.narrow(self._loss(replace(rule, threshold=search.threshold), 0)[2] <= allowed)
-        self._threshold = search.threshold
-        return self._loss(replace(rule, threshold=search.threshold), 1)
+        return replace(rule, threshold=search.threshold)
 
     def _loss(self, rule: ExitRule, half: int) -> tuple[list[float], float, float]:
+        """Shares that leave at exits, mean layers, and loss, on a half of the rows."""
         total, sums, weight = 0.0, np.zeros(1 + len(self._exits.layers)), 0.0
         for batch in self._halves[half]:
             loss = ExitedTask(LanguageModeling(), self._exits, rule).loss(self._model, batch)
@@ -213,7 +214,7 @@ class _Leaving:
 
         def spent_s(extend: Callable[[Tensor, KVCache], Tensor]) -> float:
             cache = KVCache(self._model.spec, 1, PROMPT + GENERATED, self._model.head)
-            token_11 = self._model.extend(prompt_1T, cache).argmax(-1, keepdim=True)
+            token_11 = self._model.extend(prompt_1T, cache).argmax(-1, keepdim=True)  # nothing waits yet
             began_s = time.perf_counter()
             for _ in range(GENERATED):
                 token_11 = extend(token_11, cache).argmax(-1, keepdim=True)

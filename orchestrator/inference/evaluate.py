@@ -13,7 +13,7 @@ from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.inference.batches import EVEN, ODD, WHOLE, CountedBatch, row_batches, text_batches
-from orchestrator.inference.exits import LAYERS, ExitedTask, ThresholdSearch, exits_of, fitted, load_rule, save_rule
+from orchestrator.inference.exits import LAYERS, ExitedTask, KeptRule, ThresholdSearch, exits_of, fitted, save_rule
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.early_exit import ExitRule
 from orchestrator.model.task import Batch, Task
@@ -31,13 +31,21 @@ Batches = Callable[[slice], Iterator[CountedBatch]]  # those of a part of the ro
 
 @torch.no_grad()
 def evaluate(
-    request: Evaluation, job: JobSpec, tokenizer: TextTokenizer | None, model: TrainableModel
+    request: Evaluation,
+    job: JobSpec,
+    tokenizer: TextTokenizer | None,
+    model: TrainableModel,
+    rule: ExitRule | None = None,
 ) -> Iterator[Remark | EvaluationResult]:
     """Yield remarks on progress, then the result.
+
+    Args:
+        rule: by which tokens leave at exits, if that is requested.
 
     Raises:
         DataError: the text can't be read, has no tokens, or was encoded by another tokenizer.
         UsageError: a model without exits is to use them.
+        StorageError: a rule for exits can't be kept.
     """
     task: Task = task_of(job.task, job.data_format)
     device = next(model.parameters()).device
@@ -48,7 +56,7 @@ def evaluate(
         assert tokenizer is not None
         batches = partial(text_batches, request, job, tokenizer, device)
     if request.early_exit or request.max_loss_increase is not None:
-        yield from _with_exits(request, job, task, model, batches)
+        yield from _with_exits(request, job, task, model, batches, rule)
         return
     task = task if job.model.exits is None else ExitLosses(task, job.model.exits)
     text = None if job.has_rows or tokenizer is None else _TextLength(tokenizer)
@@ -63,26 +71,39 @@ def evaluate(
 
 
 def _with_exits(
-    request: Evaluation, job: JobSpec, task: Task, model: TrainableModel, batches: Batches
+    request: Evaluation, job: JobSpec, task: Task, model: TrainableModel, batches: Batches, known: ExitRule | None
 ) -> Iterator[Remark | EvaluationResult]:
     """The loss with exits beside that of all layers. A rule is fitted on one half of the rows, and its loss measured on
     the other one."""
-    run_dir, checkpoint = location_of(request.run_dir), location_of(request.checkpoint).name
-    if request.max_loss_increase is None:
-        part, rule, place = WHOLE, load_rule(run_dir, checkpoint, job), None
-    else:
+    part, rule, exits = WHOLE, known, exits_of(job)
+    if request.max_loss_increase is not None:
         part, rule = ODD, (yield from _found_rule(request, job, task, model, batches))
-        place = save_rule(run_dir, checkpoint, rule)
-    exits = exits_of(job)
-    whole = yield from _measured(task, model, batches(part))
+    assert rule is not None
+    whole = yield from _measured(task, model, batches(part), unit=job.task.unit)
     if not whole.units:
         raise _nothing(request)
     exited = ExitedTask(task, exits, rule)
-    found = yield from _measured(exited, model, batches(part))
+    found = yield from _measured(exited, model, batches(part), unit=job.task.unit)
     result = _result(job, exited, found)
-    metrics = dict(result.metrics)
-    mean_layers = metrics.pop(LAYERS)
-    yield replace(result, mean_layers=mean_layers, loss_of_all_layers=whole.loss, metrics=metrics, exit_rule=place)
+    mean_layers = result.metrics.pop(LAYERS)
+    result = replace(result, mean_layers=mean_layers, loss_of_all_layers=whole.loss)
+    if request.max_loss_increase is not None:
+        kept = KeptRule(
+            rule=rule,
+            layers=exits.layers,
+            dtype=request.dtype,
+            source=request.corpus or request.split.value,
+            rows=found.rows,
+            max_loss_increase=request.max_loss_increase,
+            loss=found.loss,
+            loss_of_all_layers=whole.loss,
+            mean_layers=mean_layers,
+        )
+        place = save_rule(location_of(request.run_dir), location_of(request.checkpoint).name, kept)
+        result = replace(result, exit_rule=place)
+        if rule.threshold == -torch.inf:
+            yield Remark("With this rule no token leaves: any exit costs more loss than is allowed.")
+    yield result
 
 
 def _found_rule(
@@ -91,12 +112,15 @@ def _found_rule(
     """The rule with which most tokens leave at no more loss than is allowed, on every other row."""
     exits, most = exits_of(job), request.max_loss_increase
     assert most is not None and isinstance(model, MoELanguageModel)
-    whole = yield from _measured(task, model, batches(EVEN))
-    if not whole.units or next(batches(ODD), None) is None:
+    if next(batches(ODD), None) is None:
         raise DataError(
             f"{request.corpus or request.split} has too few rows: a rule is fitted on half of them, and needs two rows",
             remedy="Name a longer text, or allow more rows (--max-rows).",
+            unchanged="No rule was kept.",
         )
+    whole = yield from _measured(task, model, batches(EVEN), unit=job.task.unit)
+    if not whole.units:
+        raise _nothing(request)
     rule, estimates = fitted(model, lambda: (counted.batch for counted in batches(EVEN)))
     search = ThresholdSearch(estimates)
     while not search.is_over:

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.errors import NotFound, UsageError
+from orchestrator.checkpoint.manifest import parse_checkpoint_name
+from orchestrator.errors import DataError, NotFound, StorageError, UsageError
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.loss import IGNORED, MIN_CHUNK, CrossEntropy
@@ -39,47 +40,97 @@ def exits_of(job: JobSpec) -> ExitsSpec:
     return job.model.exits
 
 
-def save_rule(run_dir: Location, checkpoint: str, rule: ExitRule) -> str:
-    """Keep a rule of a run's checkpoint, which counts from now on. Returns its place. Raises OSError if it can't be
-    written."""
-    content = {
-        "threshold": rule.threshold,
-        "weights": rule.weights_XD.tolist(),
-        "biases": rule.biases_X.tolist(),
-    }
-    objects, folder = objects_at(run_dir), f"{DIRECTORY}/{checkpoint}"
-    key = f"{folder}/{len(objects.names(folder)) + 1:04d}.json"
-    objects.create(key, json.dumps(content).encode())
-    return str(run_dir / key)
+@dataclass(frozen=True)
+class KeptRule:
+    """A rule of a run's checkpoint, and how it was made.
+
+    Args:
+        layers: those of the exits.
+        dtype, source: of the model's matrices, and the rows, when it was fitted.
+        rows: on which it was measured.
+        max_loss_increase: that was allowed.
+        loss, loss_of_all_layers, mean_layers: what was measured, on other rows than it was fitted on.
+    """
+
+    rule: ExitRule
+    layers: tuple[int, ...]
+    dtype: str
+    source: str
+    rows: int
+    max_loss_increase: float
+    loss: float
+    loss_of_all_layers: float
+    mean_layers: float
+
+    def encoded(self) -> bytes:
+        content = vars(self) | {
+            "rule": {
+                "threshold": str(self.rule.threshold),  # JSON has no infinity
+                "weights": self.rule.weights_XD.tolist(),
+                "biases": self.rule.biases_X.tolist(),
+            }
+        }
+        return json.dumps(content, allow_nan=False).encode()
+
+    @classmethod
+    def decoded(cls, data: bytes) -> "KeptRule":
+        """Raises ValueError, KeyError or TypeError: these aren't the bytes of a rule."""
+        content = json.loads(data)
+        rule = content["rule"]
+        weights_XD, biases_X = (torch.tensor(rule[name], dtype=torch.float32) for name in ("weights", "biases"))
+        if weights_XD.ndim != 2 or len(weights_XD) != len(biases_X) or len(biases_X) != len(content["layers"]):
+            raise ValueError("it has other sizes than its exits")
+        exit_rule = ExitRule(weights_XD, biases_X, float(rule["threshold"]))
+        return cls(**content | {"rule": exit_rule, "layers": tuple(content["layers"])})
 
 
-def load_rule(run_dir: Location, checkpoint: str, job: JobSpec) -> ExitRule:
-    """The rule of a run's checkpoint.
+def save_rule(run_dir: Location, checkpoint: str, kept: KeptRule) -> str:
+    """Keep a rule of a run's checkpoint, which counts from now on. Returns its place. Raises StorageError if it can't
+    be written."""
+    objects, folder, data = objects_at(run_dir), f"{DIRECTORY}/{checkpoint}", kept.encoded()
+    try:
+        names = objects.names(folder)
+        number = int(names[-1].partition(".")[0]) if names else 0
+        while True:
+            number += 1
+            key = f"{folder}/{number:04d}.json"
+            if objects.create(key, data) == data:  # else another process has kept one of this number
+                return str(run_dir / key)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"the rule can't be kept in {run_dir / folder}: {error}",
+            remedy="Make that place writable, and repeat the command.",
+            unchanged="No rule was kept; those before it count.",
+        ) from error
+
+
+def load_rule(run_dir: Location, checkpoint: str, job: JobSpec) -> KeptRule:
+    """The rule of a run's checkpoint that counts.
 
     Raises:
         UsageError: the model has no exits.
-        NotFound: the checkpoint has no rule, or one that can't be read.
+        NotFound: the checkpoint has no rule, or one that can't be read or is of other exits.
     """
-    exits_of(job)
-    objects, folder = objects_at(run_dir), f"{DIRECTORY}/{checkpoint}"
-    names = objects.names(folder)
-    if not names:
-        raise NotFound(
-            f"{checkpoint} of run {job.name} has no rule for its exits yet",
-            remedy=f"Fit one: orchestrator model eval {job.name} --max-loss-increase 0.01",
-        )
+    exits, objects, folder = exits_of(job), objects_at(run_dir), f"{DIRECTORY}/{checkpoint}"
+    of_step = parse_checkpoint_name(checkpoint)
+    option = f" --step {of_step[0]}" if of_step else ""
+    remedy = f"Fit one: orchestrator model eval {job.name}{option} --max-loss-increase 0.01"
     try:
-        content = json.loads(objects.get(f"{folder}/{names[-1]}"))
-        return ExitRule(
-            torch.tensor(content["weights"], dtype=torch.float32),
-            torch.tensor(content["biases"], dtype=torch.float32),
-            float(content["threshold"]),
-        )
+        names = objects.names(folder)
+        if not names:
+            raise NotFound(f"{checkpoint} of run {job.name} has no rule for its exits yet", remedy=remedy)
+        kept = KeptRule.decoded(objects.get(f"{folder}/{names[-1]}"))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise NotFound(
-            f"the rule {run_dir / folder / names[-1]} of exits can't be read: {error}",
-            remedy=f"Fit another one: orchestrator model eval {job.name} --max-loss-increase 0.01",
+            f"the rule of exits in {run_dir / folder} can't be read: {type(error).__name__}: {error}", remedy=remedy
         ) from error
+    if kept.layers != exits.layers or kept.rule.weights_XD.shape[1] != job.model.hidden_size:
+        raise NotFound(
+            f"the rule {run_dir / folder / names[-1]} is of exits after layers {list(kept.layers)} and not "
+            f"{list(exits.layers)}, or of other sizes",
+            remedy=remedy,
+        )
+    return kept
 
 
 @torch.no_grad()
@@ -89,6 +140,9 @@ def fitted(model: MoELanguageModel, batches: Callable[[], Iterable[Batch]]) -> t
 
     Args:
         batches: gives the same ones each time.
+
+    Raises:
+        DataError: hidden states aren't finite.
     """
     grams_XFF: list[Tensor] = []
     moments_XF: list[Tensor] = []
@@ -108,7 +162,14 @@ def fitted(model: MoELanguageModel, batches: Callable[[], Iterable[Batch]]) -> t
     for batch in batches():
         scores, counts_N = _scored(model, batch)
         found.append(torch.stack([rule.estimates(x_ND[counts_N], i) for i, x_ND in enumerate(scores.exits)], -1))
-    return rule, torch.cat(found)
+    estimates = torch.cat(found)
+    if not bool(estimates.isfinite().all()):
+        raise DataError(
+            "hidden states of exits aren't finite on these rows",
+            remedy="Use another checkpoint: --step.",
+            unchanged="No rule was kept.",
+        )
+    return rule, estimates
 
 
 def _scored(model: MoELanguageModel, batch: Batch) -> tuple[TokenScores, Tensor]:
@@ -152,7 +213,7 @@ class ThresholdSearch:
 
     def __init__(self, estimates: Tensor, num_steps: int = SEARCH_STEPS) -> None:
         self._sorted = estimates.flatten().sort().values
-        self._low, self._high, self._left = 0.0, 1.0, num_steps
+        self._low, self._high, self._tried, self._left = 0.0, 1.0, 1.0, num_steps
         self.threshold = torch.inf
 
     @property
@@ -161,10 +222,13 @@ class ThresholdSearch:
 
     def narrow(self, is_allowed: bool) -> None:
         """Take note of whether the loss is allowed at `threshold`."""
-        tried = 1.0 if self.threshold == torch.inf else (self._low + self._high) / 2
-        self._low, self._high = (tried, self._high) if is_allowed else (self._low, tried)
+        if is_allowed:
+            self._low = self._tried
+        else:
+            self._high = self._tried
         self._left -= 1
-        self.threshold = self._at(self._low if self.is_over else (self._low + self._high) / 2)
+        self._tried = self._low if self.is_over else (self._low + self._high) / 2
+        self.threshold = self._at(self._tried)
 
     def _at(self, share: float) -> float:
         if share in (0.0, 1.0):
@@ -194,7 +258,9 @@ class ExitedTask:
         that leave at each exit."""
         assert isinstance(model, MoELanguageModel)
         exiting = EarlyExit(model, self._rule)
-        scores, layers_N = exiting.scores(batch["inputs"], batch.get("documents"), batch.get("lengths"))
+        scores, layers_N = exiting.scores(
+            batch["inputs"], batch["targets"], batch.get("documents"), batch.get("lengths")
+        )
         targets_N = scores.of_tokens(batch["targets"])
         total, _ = scores.loss(CrossEntropy(targets_N))
         ran_M = layers_N[targets_N != IGNORED]
@@ -210,7 +276,7 @@ class ExitedTask:
 
 @dataclass
 class LayerCount:
-    """Layers that generated tokens have run."""
+    """Layers that generated tokens have run, each to predict the next one."""
 
     num_layers: int = 0
     num_tokens: int = 0

@@ -44,25 +44,35 @@ class Prompt:
         tokens = tokenizer.encode_prompt(text) if chats is None else chats.encode(text)
         if not tokens:
             raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
-        if len(tokens) > (context := context_length(job)):
+        known = known_context(job)
+        if known is not None and len(tokens) > known:
             raise UsageError(
-                f"the prompt has {len(tokens)} tokens, and the context of run {job.name} {context}: the longest row in "
-                "its training, and in that of the model that it began from",
+                f"the prompt has {len(tokens)} tokens, and the context of run {job.name} {known}",
                 remedy="Shorten the prompt, or train with a larger train.sequence_length.",
             )
         ends = {tokenizer.document_token} if chats is None else chats.ends
         return cls(tuple(tokens), frozenset(ends))
 
 
-def context_length(job: JobSpec) -> int:
-    """Tokens that a row had in training, or in that of the model from which it began, where that is still known."""
+def trained_length(job: JobSpec) -> int:
+    """Tokens of the longest row in training."""
+    stages = job.curriculum.stages if job.curriculum else ()
+    return max(job.train.sequence_length, *(stage.sequence_length or 0 for stage in stages), 0)
+
+
+def known_context(job: JobSpec) -> int | None:
+    """Tokens up to which a model was trained, also before the run, if that is known; it isn't of a user's own model,
+    nor where the files that a run began from are gone or don't tell."""
+    if job.model.entrypoint is not None:
+        return None
     keys = dict(job.model.config)
     if job.model.init_from is not None:
-        with suppress(OSError, ValueError):  # it is needed no more
+        with suppress(OSError, ValueError):
             keys |= json.loads((Path(job.model.init_from) / "config.json").read_text())
-    known = [keys.get(name) for name in ("max_position_embeddings", "n_positions")]
-    known += [stage.sequence_length for stage in (job.curriculum.stages if job.curriculum else ())]
-    return max(job.train.sequence_length, *(each for each in known if isinstance(each, int)), 0)
+    elif job.model.is_native:
+        return trained_length(job)
+    known = [value for name in ("max_position_embeddings", "n_positions") if isinstance(value := keys.get(name), int)]
+    return max(trained_length(job), *known) if known else None
 
 
 def generate(
@@ -78,7 +88,8 @@ def generate(
     Args:
         rule: by which tokens leave at exits, but for those of the prompt. None: all run all layers.
     """
-    longest, context = len(prompt.tokens) + request.max_tokens, context_length(job)
+    longest = len(prompt.tokens) + request.max_tokens
+    context = known_context(job) or trained_length(job)
     if longest > context:
         yield Remark(
             f"The prompt's {len(prompt.tokens)} tokens and up to {request.max_tokens} more pass the {context} that a "
@@ -125,6 +136,8 @@ def _continuation(
         early = EarlyExit(model, rule)
 
         def extend(new_BT: Tensor) -> Tensor:
+            if cache.length == 0:
+                return early.begin(new_BT, cache)
             logits_BV, layers_B = early.extend(new_BT, cache)
             count.add(int(layers_B[0]))
             return logits_BV

@@ -39,6 +39,7 @@ from orchestrator.protocol.child_process import (
     ExportResult,
     Fault,
     Generation,
+    Remark,
     Request,
     answering,
 )
@@ -80,7 +81,10 @@ def answers(request: Request) -> Iterator[Answer]:
         exits_of(job)
     rule = None
     if not isinstance(request, Export) and request.early_exit:
-        rule = load_rule(run_dir, location_of(request.checkpoint).name, job)
+        kept = load_rule(run_dir, location_of(request.checkpoint).name, job)
+        rule = kept.rule
+        if kept.dtype != request.dtype:
+            yield Remark(f"The rule of exits was fitted in {kept.dtype}: in {request.dtype} the loss may rise more.")
     is_export = isinstance(request, Export)
     if request.dtype in INTEGERS:
         refuse_integers(job, request.dtype, "Nothing was written." if is_export else "")
@@ -99,7 +103,7 @@ def answers(request: Request) -> Iterator[Answer]:
         return
     model = load_model(location_of(request.checkpoint), job, prepared, precision=request.dtype)
     if isinstance(request, Evaluation):
-        yield from evaluate(request, job, tokenizer, model)
+        yield from evaluate(request, job, tokenizer, model, rule)
     elif tokenizer is not None and prompt is not None:
         yield from generate(request, job, tokenizer, model, prompt, rule)
 

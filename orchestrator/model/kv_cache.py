@@ -26,8 +26,10 @@ class LayerCache:
         """Add keys, already rotated, and values; returns all cached ones (B, G, C, S), as views.
 
         Raises:
-            ValueError: they exceed the capacity.
+            ValueError: they exceed the capacity, or tokens before them still wait.
         """
+        if self.waiting:
+            raise ValueError(f"{len(self.waiting)} tokens wait in the cache, which come first")
         start, stop = self.length, self.length + k_BGTS.shape[2]
         if stop > self._keys_BGCS.shape[2]:
             raise ValueError(f"{stop} tokens in a cache for {self._keys_BGCS.shape[2]}")

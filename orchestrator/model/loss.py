@@ -131,7 +131,6 @@ class JointLoss:
     def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
         N, stop = self.num_tokens, here.start + len(logits_CV)
         sums_WS = torch.zeros(len(self.weights), self.loss.num_sums, device=logits_CV.device)
-        d_CV: Tensor | None = None
         for index in range(here.start // N, -(-stop // N)):  # a chunk may have tokens of several states
             first, last = max(here.start, index * N), min(stop, (index + 1) * N)
             part = slice(first - here.start, last - here.start)
@@ -141,11 +140,8 @@ class JointLoss:
                 continue
             if self.weights[index] != 1.0:
                 d_PV = d_PV.mul_(self.weights[index])
-            if len(d_PV) == len(logits_CV):
-                return sums_WS.flatten(), d_PV
-            d_CV = torch.empty_like(logits_CV) if d_CV is None else d_CV
-            d_CV[part] = d_PV
-        return sums_WS.flatten(), d_CV
+            logits_CV[part] = d_PV  # which may be that memory already
+        return sums_WS.flatten(), logits_CV if wants_gradient else None
 
 
 def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:

@@ -198,7 +198,7 @@ class GenerationResult:
     """`text` is the continuation without the prompt; `ended`: the document ended before `max_tokens`.
 
     Args:
-        mean_layers: that a token has run, where tokens leave early.
+        mean_layers: that a token of the continuation has run, where tokens leave early; None where none has.
     """
 
     text: str

@@ -15,7 +15,7 @@ DEFAULT_WEIGHT = 0.25
 
 class ExitsSpec(Section):
     """Early exits. All layers run in training, where exits learn beside the last layer; `model generate
-    --exit-threshold` skips layers."""
+    --early-exit` skips layers."""
 
     layers: tuple[int, ...] = Field(
         min_length=1, description="Numbers of layers after which a token may exit, such as [2, 4]: ascending."

@@ -229,6 +229,9 @@ def test_a_rule_lets_tokens_leave_early_at_little_loss(orchestrator: Callable[..
     assert f"{kept['mean_layers']:.2f} of 3 per token" in shown
     made = json.loads(orchestrator(*early).stdout)
     assert len(made["tokens"]) == 100 and 1.0 <= made["mean_layers"] < 3.0
+    rounded = orchestrator(*early, "--dtype", "int8", "--max-tokens", "8")
+    assert json.loads(rounded.stdout)["mean_layers"] <= 3.0
+    assert "was fitted in fp32: in int8 the loss may rise more" in rounded.stderr
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,7 @@ def test_a_rule_lets_tokens_leave_early_at_little_loss(orchestrator: Callable[..
         (("model", "generate", "tried", "--prompt", "import os\n" * 40), 2, "has 320 tokens, and the context of run"),
         (("model", "eval", "tried", "--early-exit", "--max-loss-increase", "0.1"), 2, "leave one out"),
         (("model", "eval", "tried", "--max-loss-increase", "0.1", "--max-rows", "1"), 2, "needs two rows"),
+        (("model", "eval", "tried", "--max-loss-increase", "inf"), 2, "it must be a share"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -148,6 +148,8 @@ def evaluate(
     chosen = _chosen(corpus, text_key, split)
     if early_exit and max_loss_increase is not None:
         raise UsageError("--max-loss-increase finds another rule than the one that --early-exit uses; leave one out")
+    if max_loss_increase is not None and not math.isfinite(max_loss_increase):
+        raise UsageError(f"--max-loss-increase is {max_loss_increase}; it must be a share, such as 0.01")
     files = find_run(run, storage, address).files
     run_dir = files.run_dir
     checkpoint = checkpoint_to_ask(run, run_dir, step)
@@ -166,7 +168,7 @@ def evaluate(
     )
     text = where or f"{request.split} split"
     narrate(f"{checkpoint.name} of run {run} in {dtype} on {text}.")
-    with in_words_of_options(OPTIONS, writes=False):
+    with in_words_of_options(OPTIONS, writes=max_loss_increase is not None):
         for answer in ask_model(request):
             if isinstance(answer, Remark):
                 narrate(answer.text)

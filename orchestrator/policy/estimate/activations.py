@@ -33,18 +33,26 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
         size = 1 if spec.gradient_checkpointing == "full" else math.isqrt(spec.num_hidden_layers - 1) + 1
         runs = [blocks[start : start + size] for start in range(0, len(blocks), size)]
         kept = len(runs) * stream + max(map(sum, runs))
-    num_states = 1 if spec.exits is None else 1 + len(spec.exits.layers)  # of which there is a loss
-    return (kept + num_states * _norm(spec, item)) * _micro_batch_tokens(train)
+    return (kept + _num_states(spec) * _norm(spec, item)) * _micro_batch_tokens(train)
 
 
 def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int, num_held: int = 1) -> int:
-    """Bytes of a chunk of logits with its copy in the training precision, and of the output matrix's fp32 gradient.
+    """Bytes of a chunk of logits with its copy in the training precision, of the output matrix's fp32 gradient, and of
+    the hidden states of exits beside the last layer's.
 
     Args:
         num_held: tensors of the logits' size that the loss holds at once.
     """
-    chunk = min(_micro_batch_tokens(train), max(MIN_CHUNK, LOGITS // num_held // vocab_size))
-    return chunk * vocab_size * (4 * num_held + item_bytes(train) % 4) + 4 * vocab_size * spec.hidden_size
+    tokens = _num_states(spec) * _micro_batch_tokens(train)
+    chunk = min(tokens, max(MIN_CHUNK, LOGITS // num_held // vocab_size))
+    of_states = item_bytes(train) * tokens * spec.hidden_size if _num_states(spec) > 1 else 0  # one after the other
+    logits = chunk * vocab_size * (4 * num_held + item_bytes(train) % 4)
+    return logits + 4 * vocab_size * spec.hidden_size + of_states
+
+
+def _num_states(spec: ModelSpec) -> int:
+    """Hidden states of a token of which there is a loss: those of exits, and the last layer's."""
+    return 1 if spec.exits is None else 1 + len(spec.exits.layers)
 
 
 def item_bytes(train: TrainSpec) -> int:

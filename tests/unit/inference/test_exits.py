@@ -1,12 +1,15 @@
 """The rule of exits: what it is fitted to, the search of its threshold, and its file."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from orchestrator.errors import NotFound, UsageError
-from orchestrator.inference.exits import DIRECTORY, ExitedTask, ThresholdSearch, fitted, load_rule, save_rule
+from orchestrator.checkpoint.manifest import checkpoint_name
+from orchestrator.errors import DataError, NotFound, StorageError, UsageError
+from orchestrator.inference.exits import DIRECTORY, ExitedTask, KeptRule, ThresholdSearch, fitted, load_rule, save_rule
 from orchestrator.model.early_exit import ExitRule
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED
@@ -14,6 +17,7 @@ from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.exits import ExitsSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.directory import DirectoryObjects
 
 V, D = 40, 16
 EXITS = ExitsSpec(layers=(1, 2))
@@ -53,19 +57,35 @@ def test_estimates_are_the_least_squares_of_the_roots_of_divergences() -> None:
         assert abs(float((estimates[:, index] - wanted).mean())) < 1e-3  # the constant isn't penalized
 
 
-def test_the_search_finds_the_highest_threshold_that_is_allowed() -> None:
+@pytest.mark.parametrize("most", [-1.0, 0.0, 3.0, 700.5, 998.0])
+def test_the_search_finds_the_highest_threshold_that_is_allowed(most: float) -> None:
     estimates = torch.arange(1000.0).view(500, 2)
-    for most in (-1.0, 0.0, 3.0, 700.5, 998.0):
-        search = ThresholdSearch(estimates)
-        tried = []
-        while not search.is_over:
-            tried.append(search.threshold)
-            search.narrow(search.threshold <= most)
-        assert tried[0] == torch.inf and len(tried) <= 9
-        assert search.threshold <= most and (search.threshold >= most - 5 or most < 5)
-    search = ThresholdSearch(estimates)
+    search, tried = ThresholdSearch(estimates), []
+    while not search.is_over:
+        tried.append(search.threshold)
+        search.narrow(search.threshold <= most)
+    assert tried[0] == torch.inf and len(tried) <= 9
+    if most < 0:
+        assert search.threshold == -torch.inf
+    elif most <= 3:  # the smallest share that is tried is 1 / 256
+        assert search.threshold in (-torch.inf, 3.0)
+    else:
+        assert most - 5 < search.threshold <= most
+
+
+def test_a_loss_that_is_always_allowed_lets_all_leave() -> None:
+    search = ThresholdSearch(torch.arange(1000.0))
     search.narrow(True)
     assert search.is_over and search.threshold == torch.inf
+
+
+def test_hidden_states_that_are_not_finite_are_refused() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.embedding.weight[3] = torch.inf
+    with pytest.raises(DataError, match="aren't finite") as caught:
+        fitted(model, _batches)
+    assert caught.value.unchanged == "No rule was kept."
 
 
 def test_without_a_threshold_the_loss_is_that_of_all_layers() -> None:
@@ -79,18 +99,58 @@ def test_without_a_threshold_the_loss_is_that_of_all_layers() -> None:
     assert means == {"layers": 3.0, "exit_1_share": 0.0, "exit_2_share": 0.0}
 
 
+def _kept(threshold: float, width: int = JOB.model.hidden_size) -> KeptRule:
+    rule = ExitRule(torch.randn(2, width), torch.randn(2), threshold)
+    return KeptRule(rule, (1, 2), "fp32", "validation", 100, 0.01, 2.02, 2.0, 1.5)
+
+
 def test_a_rule_is_kept_for_its_checkpoint_and_the_last_one_counts(tmp_path: Path) -> None:
-    rules = [ExitRule(torch.randn(2, D), torch.randn(2), threshold) for threshold in (0.5, torch.inf)]
-    for rule in rules:
-        place = save_rule(tmp_path, "step-7", rule)
+    for threshold in (0.5, torch.inf, -torch.inf):
+        kept = _kept(threshold)
+        place = save_rule(tmp_path, "step-7", kept)
         found = load_rule(tmp_path, "step-7", JOB)
-        assert Path(place).is_file() and found.threshold == rule.threshold
-        assert torch.equal(found.weights_XD, rule.weights_XD) and torch.equal(found.biases_X, rule.biases_X)
-    with pytest.raises(NotFound, match="step-8 of run leaving has no rule for its exits yet") as caught:
-        load_rule(tmp_path, "step-8", JOB)
-    assert "--max-loss-increase" in caught.value.remedy
-    (tmp_path / DIRECTORY / "step-7" / "0003.json").write_text("{}")
-    with pytest.raises(NotFound, match="0003.json of exits can't be read"):
-        load_rule(tmp_path, "step-7", JOB)
+        assert json.loads(Path(place).read_text())["rule"]["threshold"] == str(threshold)
+        assert torch.equal(found.rule.weights_XD, kept.rule.weights_XD)
+        assert torch.equal(found.rule.biases_X, kept.rule.biases_X)
+        assert replace(found, rule=kept.rule) == kept and found.rule.threshold == threshold
+    (tmp_path / DIRECTORY / "step-7" / "0001.json").unlink()
+    assert Path(save_rule(tmp_path, "step-7", _kept(0.25))).name == "0004.json"
+    assert load_rule(tmp_path, "step-7", JOB).rule.threshold == 0.25
+
+
+def test_a_number_that_another_process_has_taken_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, mine = _kept(0.1), _kept(0.2)
+    save_rule(tmp_path, "step-7", theirs)
+    names = DirectoryObjects.names
+    monkeypatch.setattr(DirectoryObjects, "names", lambda *_: ())  # what was there before theirs
+    place = save_rule(tmp_path, "step-7", mine)
+    monkeypatch.setattr(DirectoryObjects, "names", names)
+    assert Path(place).name == "0002.json" and load_rule(tmp_path, "step-7", JOB).rule.threshold == 0.2
+
+
+def test_a_rule_that_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
+    name = checkpoint_name(39, 1, 0)
+    with pytest.raises(NotFound, match=f"{name} of run leaving has no rule for its exits yet") as caught:
+        load_rule(tmp_path, name, JOB)
+    assert "eval leaving --step 39 --max-loss-increase" in caught.value.remedy
+    save_rule(tmp_path, name, _kept(0.5, width=3))
+    with pytest.raises(NotFound, match="or of other sizes"):
+        load_rule(tmp_path, name, JOB)
+    place = Path(save_rule(tmp_path, name, replace(_kept(0.5), layers=(1, 3))))
+    with pytest.raises(NotFound, match=r"is of exits after layers \[1, 3\] and not \[1, 2\]"):
+        load_rule(tmp_path, name, JOB)
+    for content in ("{}", "[]", "no JSON", json.dumps(json.loads(place.read_text()) | {"layers": [1]})):
+        place.write_text(content)
+        with pytest.raises(NotFound, match="can't be read"):
+            load_rule(tmp_path, name, JOB)
     with pytest.raises(UsageError, match="the model of run plain has no exits"):
-        load_rule(tmp_path, "step-7", JobSpec(name="plain"))
+        load_rule(tmp_path, name, JobSpec(name="plain"))
+
+
+def test_storage_that_takes_no_rule_is_named(tmp_path: Path) -> None:
+    (tmp_path / DIRECTORY).write_text("a file where the folder would be")
+    with pytest.raises(StorageError, match="the rule can't be kept") as caught:
+        save_rule(tmp_path, "step-7", _kept(0.5))
+    assert caught.value.unchanged == "No rule was kept; those before it count."

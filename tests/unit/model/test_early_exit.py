@@ -1,5 +1,6 @@
 """Tokens that leave a model early: what they run, and that one by one they get what a whole row gets."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.kv_cache import KVCache
+from orchestrator.model.loss import IGNORED
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.exits import ExitsSpec
 from orchestrator.spec.model import ModelSpec
@@ -49,7 +51,7 @@ def _model(**changes: Any) -> MoELanguageModel:
 def _rule(model: MoELanguageModel, threshold: float) -> ExitRule:
     """Estimates are numbers of any sign that differ from token to token."""
     weights_XD = torch.randn(len(EXITS), model.spec.hidden_size, generator=torch.Generator().manual_seed(2))
-    return ExitRule(weights_XD.to(devices.device()), torch.zeros(len(EXITS), device=devices.device()), threshold)
+    return ExitRule(weights_XD, torch.zeros(len(EXITS)), threshold)  # as it is read, wherever the model is
 
 
 def _tokens(rows: int = 2, length: int = 12) -> Tensor:
@@ -60,11 +62,11 @@ def test_the_threshold_decides_how_many_leave() -> None:
     model, inputs_BT = _model(), _tokens()
     with torch.no_grad():
         wanted = model.scores(inputs_BT)
-    scores, layers_N = EarlyExit(model, _rule(model, -torch.inf)).scores(inputs_BT)
+    scores, layers_N = EarlyExit(model, _rule(model, -torch.inf)).scores(inputs_BT, inputs_BT)
     assert layers_N.tolist() == [LAYERS] * inputs_BT.numel() and torch.equal(scores.x_ND, wanted.x_ND)
-    scores, layers_N = EarlyExit(model, _rule(model, torch.inf)).scores(inputs_BT)
+    scores, layers_N = EarlyExit(model, _rule(model, torch.inf)).scores(inputs_BT, inputs_BT)
     assert layers_N.tolist() == [EXITS[0]] * inputs_BT.numel() and torch.equal(scores.x_ND, wanted.exits[0])
-    _, layers_N = EarlyExit(model, _rule(model, 0.0)).scores(inputs_BT)
+    _, layers_N = EarlyExit(model, _rule(model, 0.0)).scores(inputs_BT, inputs_BT)
     assert set(layers_N.tolist()) == {*EXITS, LAYERS}
 
 
@@ -73,7 +75,7 @@ def test_tokens_one_by_one_get_what_a_row_gets(changes: dict[str, Any]) -> None:
     """Also those that attend to tokens that have left, of which later layers have but keys and values."""
     model, inputs_1T = _model(**changes), _tokens(rows=1)
     early = EarlyExit(model, _rule(model, 0.0))
-    scores, layers_N = early.scores(inputs_1T)
+    scores, layers_N = early.scores(inputs_1T, inputs_1T)
     assert len(set(layers_N.tolist())) > 1
     cache = KVCache(model.spec, 1, 12, model.head)
     for at in range(12):
@@ -91,8 +93,13 @@ def test_several_tokens_run_all_layers_after_some_that_have_left() -> None:
     cache, other = (KVCache(model.spec, 1, 12, model.head) for _ in range(2))
     for at in range(5):
         early.extend(inputs_1T[:, at : at + 1], cache)
-    found_1V, layers_1 = early.extend(inputs_1T[:, 5:], cache)
-    assert layers_1.tolist() == [LAYERS] and {layer.length for layer in cache.layers} == {12}
+    with pytest.raises(ValueError, match="5 tokens wait in the cache"):
+        model.extend(inputs_1T[:, 5:6], cache)
+    cache = KVCache(model.spec, 1, 12, model.head)
+    for at in range(5):
+        early.extend(inputs_1T[:, at : at + 1], cache)
+    found_1V = early.begin(inputs_1T[:, 5:], cache)
+    assert {layer.length for layer in cache.layers} == {12}
     with torch.no_grad():  # by hand: keys and values of each layer from the first exit's states
         x_1TD = model.layers[0](*_start(model, inputs_1T[:, :5], 0), other.layers[0])
         for layer, layer_cache in list(zip(model.blocks, other.layers, strict=True))[1:]:
@@ -109,7 +116,7 @@ def _start(model: MoELanguageModel, inputs_BT: Tensor, before: int) -> tuple[Any
 def test_rows_of_a_batch_leave_apart() -> None:
     model, inputs_BT = _model(), _tokens(rows=4)
     early = EarlyExit(model, _rule(model, 0.0))
-    scores, layers_N = early.scores(inputs_BT)
+    scores, layers_N = early.scores(inputs_BT, inputs_BT)
     cache = KVCache(model.spec, 4, 12, model.head)
     wanted_BT, wanted_BTV = layers_N.view(4, 12), scores.logits(slice(None)).view(4, 12, V)
     assert any(len(set(wanted_BT[:, at].tolist())) > 1 for at in range(12))
@@ -134,7 +141,24 @@ def test_layers_that_all_have_left_are_not_run() -> None:
 def test_padding_is_left_out() -> None:
     model, inputs_BT = _model(), _tokens(rows=2)
     early = EarlyExit(model, _rule(model, 0.0))
-    padded, layers_N = early.scores(inputs_BT, lengths_B=torch.tensor([12, 5], device=devices.device()))
-    alone, alone_N = early.scores(inputs_BT[1:, :5])
+    padded, layers_N = early.scores(inputs_BT, inputs_BT, lengths_B=torch.tensor([12, 5], device=devices.device()))
+    alone, alone_N = early.scores(inputs_BT[1:, :5], inputs_BT[1:, :5])
     assert torch.equal(layers_N[12:], alone_N)
     torch.testing.assert_close(padded.x_ND[12:], alone.x_ND, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_runs_all_layers_however_short() -> None:
+    """Also in what a whole row would get, where tokens without a target are a prompt's."""
+    model, inputs_1T = _model(), _tokens(rows=1)
+    early = EarlyExit(model, _rule(model, torch.inf))
+    targets_1T = inputs_1T.clone()
+    targets_1T[:, :4] = IGNORED
+    scores, layers_N = early.scores(inputs_1T, targets_1T)
+    assert layers_N.tolist() == [LAYERS] * 4 + [EXITS[0]] * 8
+    for borders in ((0, 4), (0, 1, 4)):
+        cache = KVCache(model.spec, 1, 12, model.head)
+        for first, last in pairwise(borders):
+            early.begin(inputs_1T[:, first:last], cache)
+        logits_1V, layers_1 = early.extend(inputs_1T[:, 4:5], cache)
+        assert layers_1.tolist() == [EXITS[0]]
+        torch.testing.assert_close(logits_1V, scores.logits(slice(4, 5)), rtol=1e-4, atol=1e-4)

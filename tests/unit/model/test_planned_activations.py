@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.model.base import TokenScores
+from orchestrator.model.loss import CrossEntropy
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.tasks.exit_losses import ExitLosses
 from orchestrator.model.tasks.language_modeling import LanguageModeling
@@ -88,3 +90,21 @@ def test_the_loss_holds_a_chunk_of_logits() -> None:
     spec = ModelSpec(**SIZES)
     assert item_bytes(train) == 4
     assert loss_bytes(spec, train, 32_000) == 131 * 32_000 * 4 + 4 * 32_000 * 64
+
+
+def test_a_chunk_of_logits_may_be_of_several_exits() -> None:
+    """As many as the loss is called with, measured; and a copy of all hidden states, one after the other."""
+    spec = ModelSpec(**SIZES, exits=ExitsSpec(layers=(1, 3)))
+    train = TrainSpec(micro_batch_size=4, sequence_length=64)
+    chunks: list[int] = []
+
+    class Counting(CrossEntropy):
+        def __call__(self, logits_CV: Tensor, here: slice, wants_gradient: bool) -> tuple[Tensor, Tensor | None]:
+            chunks.append(len(logits_CV))
+            return super().__call__(logits_CV, here, wants_gradient)
+
+    states = [torch.randn(256, 64) for _ in range(3)]
+    scores = TokenScores(states[0], torch.randn(VOCAB, 64), None, (states[1], states[2]))
+    scores.joint_loss(Counting(torch.zeros(256, dtype=torch.int64)), (0.5, 0.5))
+    assert sum(chunks) == 3 * 256
+    assert loss_bytes(spec, train, VOCAB) == 3 * 256 * VOCAB * 4 + 4 * VOCAB * 64 + 3 * 256 * 64 * 4

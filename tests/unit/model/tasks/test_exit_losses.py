@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.model.base import TrainableModel
+from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED, CrossEntropy, JointLoss, chunked_loss
-from orchestrator.model.tasks.distillation import Distillation
+from orchestrator.model.tasks.distillation import Distillation, DistillationLoss, FullDistribution
 from orchestrator.model.tasks.exit_losses import ExitLosses
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.spec.distill import DistillSpec
@@ -77,6 +77,25 @@ def test_a_joint_loss_has_the_first_value_and_all_gradients(chunk: int) -> None:
     torch.testing.assert_close(sums, torch.stack(plain).detach())
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 40, 64])
+def test_chunks_of_several_states_go_with_a_teacher_and_with_bf16(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_3ND, taught_NV = torch.randn(3, N, D, generator=generator), 3 * torch.randn(N, V, generator=generator)
+    x_3ND, taught_NV = x_3ND.to(devices.device()).bfloat16(), taught_NV.to(devices.device())
+    head_VD = torch.randn(V, D, generator=generator).to(devices.device()).bfloat16().requires_grad_()
+    targets_N = (torch.arange(N) % V).to(devices.device())
+    teacher = FullDistribution(TokenScores(taught_NV, None, None), 2.0)
+    loss, weights = DistillationLoss(targets_N, teacher, 2.0, 0.7), (1.0, 0.3, 2.0)
+    states = [x_ND.clone().requires_grad_() for x_ND in x_3ND]
+    total, sums = chunked_loss(torch.cat(states), head_VD, JointLoss(loss, weights, N), chunk)
+    found = torch.autograd.grad(total, (*states, head_VD))
+    parts = [chunked_loss(x, head_VD, loss, N) for x in states]
+    wanted = torch.autograd.grad(sum(w * part for w, (part, _) in zip(weights, parts, strict=True)), (*states, head_VD))
+    torch.testing.assert_close(sums.view(3, 3), torch.stack([each for _, each in parts]), rtol=1e-4, atol=1e-3)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("lengths", [None, [10, 4, 7]], ids=["packed", "padded"])
