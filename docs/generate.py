@@ -353,7 +353,8 @@ def _values(form: Schema) -> str:
         return ", ".join(f"`{value}`" for value in form["enum"])
     if form["type"] == "array":
         inner = form["prefixItems"][0] if "prefixItems" in form else form["items"]
-        count = f"{form['minItems']} of " if "minItems" in form else "list of "
+        least = form.get("minItems", 0)
+        count = f"{least} of " if least and least == form.get("maxItems") else "list of "
         return count + _values(inner)
     if form["type"] == "object":
         return "mapping of texts" if form["additionalProperties"] == {"type": "string"} else "mapping"

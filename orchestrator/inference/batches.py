@@ -88,8 +88,9 @@ def row_batches(
 
 def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:
     length, tokens = job.train.sequence_length, job.train.micro_batch_tokens
-    # With expert_choice a token's experts depend on those beside it, and other models hold all logits.
-    if job.model.is_native and job.model.router.selection != "expert_choice":
+    # With expert_choice a token's experts depend on those beside it, a user's task may compare rows, and other models
+    # hold all logits.
+    if not job.has_own_code and job.model.router.selection != "expert_choice":
         tokens = max(tokens, TOKENS_AT_ONCE)
     at_once = max(1, tokens // length)
     if request.corpus is not None:

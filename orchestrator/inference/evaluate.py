@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StorageError
 from orchestrator.inference.batches import EVEN, ODD, WHOLE, CountedBatch, row_batches, text_batches
 from orchestrator.inference.exits import LAYERS, ExitedTask, KeptRule, ThresholdSearch, exits_of, fitted, save_rule
 from orchestrator.model.base import TrainableModel
@@ -56,38 +56,44 @@ def evaluate(
         assert tokenizer is not None
         batches = partial(text_batches, request, job, tokenizer, device)
     if request.early_exit or request.max_loss_increase is not None:
-        yield from _with_exits(request, job, task, model, batches, rule)
+        yield from _with_exits(request, job, task, model, batches, tokenizer, rule)
         return
     task = task if job.model.exits is None else ExitLosses(task, job.model.exits)
-    text = None if job.has_rows or tokenizer is None else _TextLength(tokenizer)
-    found = yield from _measured(task, model, batches(WHOLE), text, job.task.unit)
-    num_bytes = None if text is None else text.num_bytes()
-    if not found.units or num_bytes == 0:
-        raise _nothing(request)
-    result = _result(job, task, found)
-    if num_bytes is not None:
-        result = replace(result, num_bytes=num_bytes, bits_per_byte=found.loss_sum / math.log(2.0) / num_bytes)
-    yield result
+    text = None if tokenizer is None or job.has_rows else _TextLength(tokenizer)
+    found = yield from _measured(task, model, batches(WHOLE), _unit(job), text)
+    yield _result(request, job, task, found, text)
 
 
 def _with_exits(
-    request: Evaluation, job: JobSpec, task: Task, model: TrainableModel, batches: Batches, known: ExitRule | None
+    request: Evaluation,
+    job: JobSpec,
+    task: Task,
+    model: TrainableModel,
+    batches: Batches,
+    tokenizer: TextTokenizer | None,
+    known: ExitRule | None,
 ) -> Iterator[Remark | EvaluationResult]:
     """The loss with exits beside that of all layers. A rule is fitted on one half of the rows, and its loss measured on
     the other one."""
-    part, rule, exits = WHOLE, known, exits_of(job)
+    part, rule, exits, unit = WHOLE, known, exits_of(job), _unit(job)
     if request.max_loss_increase is not None:
         part, rule = ODD, (yield from _found_rule(request, job, task, model, batches))
     assert rule is not None
-    whole = yield from _measured(task, model, batches(part), unit=job.task.unit)
-    if not whole.units:
-        raise _nothing(request)
+    # Bytes are those of whole documents, which every other row isn't.
+    text = None if tokenizer is None or job.has_rows or part is not WHOLE else _TextLength(tokenizer)
+    whole = yield from _measured(task, model, batches(part), unit, text)
     exited = ExitedTask(task, exits, rule)
-    found = yield from _measured(exited, model, batches(part), unit=job.task.unit)
-    result = _result(job, exited, found)
+    found = yield from _measured(exited, model, batches(part), unit)
+    result = _result(request, job, exited, found, text)
     mean_layers = result.metrics.pop(LAYERS)
     result = replace(result, mean_layers=mean_layers, loss_of_all_layers=whole.loss)
     if request.max_loss_increase is not None:
+        if not math.isfinite(found.loss) or not math.isfinite(whole.loss):
+            raise DataError(
+                f"the loss on these rows is {found.loss}, and {whole.loss} with all layers",
+                remedy="Use another checkpoint: --step.",
+                unchanged="No rule was kept.",
+            )
         kept = KeptRule(
             rule=rule,
             layers=exits.layers,
@@ -99,7 +105,11 @@ def _with_exits(
             loss_of_all_layers=whole.loss,
             mean_layers=mean_layers,
         )
-        place = save_rule(location_of(request.run_dir), location_of(request.checkpoint).name, kept)
+        try:
+            place = save_rule(location_of(request.run_dir), location_of(request.checkpoint).name, kept)
+        except StorageError:
+            yield Remark(f"Measured: loss {found.loss:.4f}, {whole.loss:.4f} with all layers; {mean_layers:.2f} layers")
+            raise
         result = replace(result, exit_rule=place)
         if rule.threshold == -torch.inf:
             yield Remark("With this rule no token leaves: any exit costs more loss than is allowed.")
@@ -118,14 +128,18 @@ def _found_rule(
             remedy="Name a longer text, or allow more rows (--max-rows).",
             unchanged="No rule was kept.",
         )
-    whole = yield from _measured(task, model, batches(EVEN), unit=job.task.unit)
+    unit = _unit(job)
+    whole = yield from _measured(task, model, batches(EVEN), unit)
     if not whole.units:
         raise _nothing(request)
+    yield Remark(
+        f"{whole.rows} rows with all layers: loss {whole.loss:.4f}. The rule is fitted to their hidden states."
+    )
     rule, estimates = fitted(model, lambda: (counted.batch for counted in batches(EVEN)))
     search = ThresholdSearch(estimates)
     while not search.is_over:
         tried = replace(rule, threshold=search.threshold)
-        found = yield from _measured(ExitedTask(task, exits, tried), model, batches(EVEN))
+        found = yield from _measured(ExitedTask(task, exits, tried), model, batches(EVEN), unit)
         search.narrow(found.loss <= whole.loss * (1.0 + most))
         yield Remark(f"{found.means()[LAYERS]:.2f} layers: {found.loss / whole.loss - 1.0:+.2%} loss")
     return replace(rule, threshold=search.threshold)
@@ -154,8 +168,8 @@ def _measured(
     task: Task,
     model: TrainableModel,
     batches: Iterator[CountedBatch],
+    unit: str,
     text: "_TextLength | None" = None,
-    unit: str = "tokens",
 ) -> Generator[Remark, None, _Measured]:
     """Yield remarks on progress; returns what was measured."""
     found = _Measured(sums=dict.fromkeys(task.metrics, (0.0, 0.0)))
@@ -175,11 +189,28 @@ def _measured(
     return found
 
 
-def _result(job: JobSpec, task: Task, found: _Measured) -> EvaluationResult:
-    unit = job.task.unit
-    perplexity = math.exp(min(found.loss, 700.0)) if unit == "tokens" else None  # exp overflows a float soon after 700
-    metrics = task.report(found.means())
-    return EvaluationResult(found.rows, found.units, found.loss, unit, perplexity=perplexity, metrics=metrics)
+def _unit(job: JobSpec) -> str:
+    """What the loss is a mean over, in the plural: of a text target tokens, whatever the task is."""
+    return job.task.unit if job.has_rows else "tokens"
+
+
+def _result(
+    request: Evaluation, job: JobSpec, task: Task, found: _Measured, text: "_TextLength | None"
+) -> EvaluationResult:
+    """Raises DataError if a text has no target."""
+    unit, num_bytes = _unit(job), None if text is None else text.num_bytes()
+    if num_bytes == 0 or (not found.units and not job.has_rows):
+        raise _nothing(request)
+    return EvaluationResult(
+        found.rows,
+        found.units,
+        found.loss,
+        unit,
+        num_bytes=num_bytes,
+        perplexity=math.exp(min(found.loss, 700.0)) if unit == "tokens" else None,  # exp overflows soon after 700
+        bits_per_byte=None if num_bytes is None else found.loss_sum / math.log(2.0) / num_bytes,
+        metrics=task.report(found.means()),
+    )
 
 
 def _nothing(request: Evaluation) -> DataError:

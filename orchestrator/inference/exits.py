@@ -109,7 +109,8 @@ def load_rule(run_dir: Location, checkpoint: str, job: JobSpec) -> KeptRule:
 
     Raises:
         UsageError: the model has no exits.
-        NotFound: the checkpoint has no rule, or one that can't be read or is of other exits.
+        NotFound: the checkpoint has no rule, or one that is damaged or of other exits.
+        StorageError: storage doesn't answer.
     """
     exits, objects, folder = exits_of(job), objects_at(run_dir), f"{DIRECTORY}/{checkpoint}"
     of_step = parse_checkpoint_name(checkpoint)
@@ -120,9 +121,13 @@ def load_rule(run_dir: Location, checkpoint: str, job: JobSpec) -> KeptRule:
         if not names:
             raise NotFound(f"{checkpoint} of run {job.name} has no rule for its exits yet", remedy=remedy)
         kept = KeptRule.decoded(objects.get(f"{folder}/{names[-1]}"))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise StorageError(
+            f"the rule of exits in {run_dir / folder} can't be read: {error}", remedy="Make that place readable."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise NotFound(
-            f"the rule of exits in {run_dir / folder} can't be read: {type(error).__name__}: {error}", remedy=remedy
+            f"the rule of exits in {run_dir / folder} is damaged: {type(error).__name__}: {error}", remedy=remedy
         ) from error
     if kept.layers != exits.layers or kept.rule.weights_XD.shape[1] != job.model.hidden_size:
         raise NotFound(

@@ -92,8 +92,8 @@ def generate(
     context = known_context(job) or trained_length(job)
     if longest > context:
         yield Remark(
-            f"The prompt's {len(prompt.tokens)} tokens and up to {request.max_tokens} more pass the {context} that a "
-            "row had in training: text beyond them may make no sense."
+            f"The prompt's {len(prompt.tokens)} tokens and up to {request.max_tokens} more pass the {context} of the "
+            "model's context: text beyond them may make no sense."
         )
     generator = torch.Generator().manual_seed(request.seed)
     count = LayerCount()

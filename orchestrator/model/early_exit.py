@@ -77,10 +77,16 @@ class EarlyExit:
         lengths_B: Tensor | None = None,
     ) -> tuple[TokenScores, Tensor]:
         """The scores that tokens would have if they were generated one by one, and the layers (N,) that they run.
-        Tokens without a target run all layers, as those of prompts do. Arguments as of `TrainableModel.forward`."""
+        Tokens that aren't themselves a target, such as those of prompts, run all layers. Arguments as of
+        `TrainableModel.forward`."""
         start = self._model.start(inputs_BT, documents_BT, lengths_B)
-        targets_BT = targets_BT if start.padding is None else start.padding.unpad(targets_BT)[None]
-        x_BTD, layers_BT = self._run(start, targets_BT != IGNORED)
+        has_target_BT = targets_BT != IGNORED
+        may_leave_BT = has_target_BT.clone()
+        may_leave_BT[:, 1:] &= has_target_BT[:, :-1]
+        may_leave_BT[:, :1] = False
+        if start.padding is not None:
+            may_leave_BT = start.padding.unpad(may_leave_BT)[None]
+        x_BTD, layers_BT = self._run(start, may_leave_BT)
         return TokenScores(self._model.read(x_BTD), self._model.head, start.padding), layers_BT.flatten()
 
     def _run(self, start: Start, may_leave_BT: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,7 @@ class EvaluationResult:
         unit: what units are, in the plural.
         num_bytes: length of the targets' text in UTF-8; None where they aren't those of a text.
         perplexity: of tokens; None for other units.
-        bits_per_byte: of a text; else None.
+        bits_per_byte: of a text, but not of every other row of it; else None.
         metrics: what the task reports, by name.
         mean_layers, loss_of_all_layers: where tokens leave early, the layers that a token runs in the mean, and the
             loss of the same rows without exits.
