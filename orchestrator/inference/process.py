@@ -85,27 +85,34 @@ def answers(request: Request) -> Iterator[Answer]:
         rule = kept.rule
         if kept.dtype != request.dtype:
             yield Remark(f"The rule of exits was fitted in {kept.dtype}: in {request.dtype} the loss may rise more.")
-    is_export = isinstance(request, Export)
     if request.dtype in INTEGERS:
-        refuse_integers(job, request.dtype, "Nothing was written." if is_export else "")
+        refuse_integers(job, request.dtype, "Nothing was written." if isinstance(request, Export) else "")
     if isinstance(request, Export):
-        cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
-        model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
-        length, num_outputs, to = job.train.sequence_length, job.num_outputs(prepared), Path(request.to)
-        if job.model.is_native:
-            left, dtype, encoding = job.model_copy(update={"model": model.spec}), request.dtype, None
-            if dtype in INTEGERS:
-                as_rounded_in_training(model, job)
-                dtype, encoding = "fp32", IntFormat(formats_of(job, model, dtype))
-            yield ExportResult(write_model(merged(model), left, num_outputs, dtype, to, encoding))
-        else:
-            yield ExportResult(write_transformers(model, num_outputs, length, request.dtype, to))
+        yield exported(request, job, prepared)
         return
     model = load_model(location_of(request.checkpoint), job, prepared, precision=request.dtype)
     if isinstance(request, Evaluation):
         yield from evaluate(request, job, tokenizer, model, rule)
     elif tokenizer is not None and prompt is not None:
         yield from generate(request, job, tokenizer, model, prompt, rule)
+
+
+def exported(request: Export, job: JobSpec, prepared: int) -> ExportResult:
+    """Write the model.
+
+    Args:
+        prepared: as of `load_model`.
+    """
+    cpu = torch.device("cpu")  # beside the model there are its tensors as they are written
+    model = load_model(location_of(request.checkpoint), job, prepared, request.of_ema, cpu)
+    length, num_outputs, to = job.train.sequence_length, job.num_outputs(prepared), Path(request.to)
+    if not job.model.is_native:
+        return ExportResult(write_transformers(model, num_outputs, length, request.dtype, to))
+    left, dtype, encoding = job.model_copy(update={"model": model.spec}), request.dtype, None
+    if dtype in INTEGERS:
+        as_rounded_in_training(model, job)
+        dtype, encoding = "fp32", IntFormat(formats_of(job, model, dtype))
+    return ExportResult(write_model(merged(model), left, num_outputs, dtype, to, encoding))
 
 
 def merged(model: TrainableModel) -> Iterator[tuple[str, NDArray[np.float32]]]:
