@@ -13,7 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py routers.py lora.py distillation.py pruning.py inference.py gpu.py),$(wildcard benchmarks/*.py)))
+BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py routers.py lora.py distillation.py pruning.py exits.py inference.py gpu.py),$(wildcard benchmarks/*.py)))
 
 # Compiled modules are kept, whatever the environment says: else each process of the tests compiles all of them.
 export PYTHONDONTWRITEBYTECODE :=
