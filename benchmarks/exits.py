@@ -29,7 +29,7 @@ from benchmarks.harness import Result, at_least, at_most, mean_interval, run
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from benchmarks.support.local_training import KeptResults, train, validation_loss
 from orchestrator.data.store import TokenStore
-from orchestrator.inference.exits import LAYERS, ExitedTask, ThresholdSearch, fitted
+from orchestrator.inference.exit_rule import LAYERS, ExitedTask, ThresholdSearch, fitted
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.kv_cache import KVCache
@@ -50,7 +50,7 @@ LEAST_SKIPPED, MOST_LOSS = 0.3, 0.01
 PROMPT, GENERATED, ROUNDS = 32, 96, 5  # tokens, and how often
 SOURCES = (
     "model",
-    "inference/exits.py",
+    "inference/exit_rule.py",
     "sampling",
     "spec/exits.py",
     "spec/model.py",

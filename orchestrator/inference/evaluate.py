@@ -12,8 +12,8 @@ import torch
 from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, StorageError
-from orchestrator.inference.batches import EVEN, ODD, WHOLE, CountedBatch, row_batches, text_batches
-from orchestrator.inference.exits import LAYERS, ExitedTask, KeptRule, ThresholdSearch, exits_of, fitted, save_rule
+from orchestrator.inference.eval_batches import EVEN, ODD, WHOLE, CountedBatch, row_batches, text_batches
+from orchestrator.inference.exit_rule import LAYERS, ExitedTask, KeptRule, ThresholdSearch, exits_of, fitted, save_rule
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.early_exit import ExitRule
 from orchestrator.model.task import Batch, Task

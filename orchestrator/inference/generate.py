@@ -13,7 +13,7 @@ from torch import Tensor
 from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import UsageError
-from orchestrator.inference.exits import LayerCount
+from orchestrator.inference.exit_rule import LayerCount
 from orchestrator.inference.sampling import next_token
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.early_exit import EarlyExit, ExitRule

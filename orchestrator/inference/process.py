@@ -23,7 +23,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
-from orchestrator.inference.exits import exits_of, load_rule
+from orchestrator.inference.exit_rule import exits_of, load_rule
 from orchestrator.inference.generate import Prompt, generate
 from orchestrator.inference.int_export import IntFormat
 from orchestrator.inference.int_model import as_rounded_in_training, formats_of, refuse_integers

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.inference.batches import EVEN, ODD, WHOLE, text_batches
+from orchestrator.inference.eval_batches import EVEN, ODD, WHOLE, text_batches
 from orchestrator.protocol.child_process import Evaluation
 from orchestrator.spec.job import JobSpec
 

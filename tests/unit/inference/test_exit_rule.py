@@ -9,7 +9,7 @@ import torch
 
 from orchestrator.checkpoint.manifest import checkpoint_name
 from orchestrator.errors import DataError, NotFound, StorageError, UsageError
-from orchestrator.inference.exits import (
+from orchestrator.inference.exit_rule import (
     DIRECTORY,
     RIDGE,
     ExitedTask,
