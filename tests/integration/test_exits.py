@@ -20,12 +20,12 @@ def _job(texts: Path, model: dict[str, Any], **train: Any) -> JobSpec:
 @pytest.mark.parametrize(
     ("model", "train"),
     [
-        pytest.param({}, {}, id="plain"),
+        pytest.param({}, {}, id="plain", marks=pytest.mark.long_emulated),
         pytest.param(
             {"gradient_checkpointing": "sqrt"},
             {"precision": "bf16", "zero_stage": 2},
             id="bf16, recomputed",
-            marks=pytest.mark.long_emulated,
+            marks=pytest.mark.slow,
         ),
     ],
 )

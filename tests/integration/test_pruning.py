@@ -40,12 +40,10 @@ def _job(texts: Path, targets: list[dict[str, Any]], num_experts: int = 6, **tra
             STRUCTURED,
             {"zero_stage": 2, "precision": "bf16", "experts": 2},
             id="in bf16, with more workers than experts",
-            marks=pytest.mark.long_emulated,
+            marks=pytest.mark.slow,
         ),
         pytest.param(BY_ELEMENT, {"precision": "bf16"}, id="weights in bf16", marks=pytest.mark.long_emulated),
-        pytest.param(
-            BY_ELEMENT, {"optimizer": {"name": "muon"}}, id="weights with muon", marks=pytest.mark.long_emulated
-        ),
+        pytest.param(BY_ELEMENT, {"optimizer": {"name": "muon"}}, id="weights with muon", marks=pytest.mark.slow),
     ],
 )
 def test_a_pruned_run_moves_and_is_replayed_bit_by_bit(

@@ -34,13 +34,13 @@ def _job(
 @pytest.mark.parametrize(
     ("quantization", "train"),
     [
-        pytest.param(INT4, {"ema": {"decay": 0.9}}, id="int4 with an average"),
+        pytest.param(INT4, {"ema": {"decay": 0.9}}, id="int4 with an average", marks=pytest.mark.long_emulated),
         pytest.param({}, {"precision": "bf16", "zero_stage": 2}, id="int8 in bf16", marks=pytest.mark.long_emulated),
         pytest.param(
             INT4,
             {"pruning": {"targets": [{"pattern": "2:4"}], "start_step": 2, "end_step": 24, "every": 3}},
             id="int4 with 2 of 4",
-            marks=pytest.mark.long_emulated,
+            marks=pytest.mark.slow,
         ),
     ],
 )
