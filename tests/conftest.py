@@ -9,6 +9,8 @@ from hypothesis import settings
 
 from tests.support import devices
 
+REASON = 500  # characters of a failure's reason that are printed at once
+
 # Unset, it would make a local Ray write ~/.ray/auth_token and change how later clusters of this machine start. Tests of
 # authentication set their own value in the environment of the processes that they start.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -33,8 +35,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=devices.DEVICES, default=devices.CPU, help="run the tests of this device")
 
 
+class _Failures:
+    """Names each failure and its reason as it happens: tests that a time limit ends print no summary."""
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self._reporter = reporter
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = str(report.longrepr) if crash is None else crash.message
+            self._reporter.write_line(f"\n{report.nodeid} ({report.when}): {reason[:REASON]}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     devices.selected = config.getoption("--device")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    if (reporter := plugins.getplugin("terminalreporter")) is not None:
+        plugins.register(_Failures(reporter))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -85,6 +85,7 @@ def client(far: Far, monkeypatch: pytest.MonkeyPatch) -> OrchestratorClient:
     return OrchestratorClient(far.url)
 
 
+@pytest.mark.slow
 def test_the_python_api_does_it_too(far: Far, client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
     job = far.job(texts, tmp_path, "python")
     assert client.submit(job, overrides=["eval.every=5"]) == "python"
@@ -112,6 +113,7 @@ def test_the_python_api_does_it_too(far: Far, client: OrchestratorClient, texts:
         client.stop("python")
 
 
+@pytest.mark.slow
 def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path, tmp_path: Path) -> None:
     done = far("run", far.job(texts, tmp_path, "short", max_steps=20))
     assert "is submitted as job short-" in done.stderr and "generation" in done.stdout
@@ -124,6 +126,7 @@ def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path
     assert "stopped" in far("events", "apart", "-f").stdout  # and it comes back
 
 
+@pytest.mark.slow
 def test_a_secret_shows_nowhere(far: Far, texts: Path, tmp_path: Path) -> None:
     job = far.job(texts, tmp_path, "tells", source=TELLS, secrets={"API_KEY": "env:TEAM_API_KEY"})
     told = far("run", job, expect=100)

@@ -40,6 +40,7 @@ def test_the_page_shows_four_trainers() -> None:
     assert TRAINERS == ["with_hf_trainer.py", "with_lightning.py", "with_orchestrator.py", "with_ray_train.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_script_of_the_page_learns(script: str, accuracies: dict[str, float]) -> None:
     assert accuracies[script] >= 0.85

@@ -36,6 +36,7 @@ def _events(client: OrchestratorClient, run: str, kind: str) -> list[dict[str, A
     return [event for event in client.events(run) if event["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_an_exact_run_whose_experts_move_by_load_ends_with_the_bits_of_one_whose_experts_do_not(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def _results(run_dir: str) -> list[tuple[float, float, str]]:
     return [(r.loss, r.update.grad_norm, whole(r.state.digests)) for r in read_steps(Path(run_dir))]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_scaled_and_resumed_around_its_changes_ends_with_the_bits_of_an_untouched_one(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

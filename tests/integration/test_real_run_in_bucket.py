@@ -57,6 +57,7 @@ def _command(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
     return done
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_lives_through_a_kill_a_pause_and_failing_requests(
     client: OrchestratorClient, bucket: tuple[str, RequestProxy], texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:

@@ -19,10 +19,10 @@ from tests.support.calm_runs import assert_same_tensors, calm_run
 from tests.support.real_runs import until
 from tests.support.tasks import task_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), pytest.param("own", 800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("task", "steps"), [("dpo", 300), ("own", 800)])
 def test_a_task_survives_what_happens_to_its_run(
     client: OrchestratorClient, tmp_path: Path, task: str, steps: int
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_full_disk_costs_no_worker_and_no_step(client: OrchestratorClient, tex
         _assert_undisturbed(status, texts, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(
         assert tensors_of(status.checkpoint)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_can_be_stopped_at_once(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", DISK_MB) as disk:
         run = client.submit(_job(texts, "given-up", disk / "runs"))
@@ -148,6 +150,7 @@ def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) ->
     return max(after - before for before, after in pairwise([since, *votes, until]))
 
 
+@pytest.mark.slow
 def test_a_run_waits_on_a_full_disk_for_its_data_and_can_be_stopped_meanwhile(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
@@ -175,7 +178,10 @@ def test_a_run_waits_on_a_full_disk_for_its_data_and_can_be_stopped_meanwhile(
         assert kinds.index("storage_fails") < kinds.index("storage_works") < kinds.index("activated"), kinds
 
 
-@pytest.mark.parametrize(("kind", "hangs_s"), [("ext4", HANGS_S), ("fuse", 20.0)], ids=["writes", "all calls"])
+@pytest.mark.parametrize(
+    ("kind", "hangs_s"),
+    [pytest.param("ext4", HANGS_S, id="writes", marks=pytest.mark.slow), pytest.param("fuse", 20.0, id="all calls")],
+)
 def test_storage_that_hangs_costs_no_worker_and_no_step(
     client: OrchestratorClient, texts: Path, tmp_path: Path, kind: str, hangs_s: float
 ) -> None:
@@ -210,6 +216,7 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(
         _assert_undisturbed(status, texts, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_whose_storage_is_not_mounted_for_a_while_waits_for_its_checkpoint(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +273,7 @@ def _command(process: psutil.Process) -> list[str]:
         return [""]
 
 
+@pytest.mark.slow
 def test_a_controller_killed_while_storage_hangs_is_replaced_and_nothing_is_lost(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

@@ -291,6 +291,7 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
     assert {len(finding.digests) for finding in answer.findings} == set(worlds)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.journey
 @pytest.mark.timeout(400)
