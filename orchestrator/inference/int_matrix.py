@@ -83,8 +83,8 @@ class IntMatrix(nn.Module):
         if integers_CK.is_cuda:
             integers_CK = F.pad(integers_CK, (0, 0, 0, max(-count % ALIGNED, GPU_ROWS - count)))
         sums_CN = torch._int_mm(integers_CK, self.integers.t())[:count]
-        y_CN: Tensor = torch.mul(sums_CN, scales_C1, out=out_CN).mul_(self.scales.t())
-        return y_CN
+        y_CN = sums_CN.float() if out_CN is None else out_CN.copy_(sums_CN)  # a product of both types takes longer
+        return y_CN.mul_(scales_C1).mul_(self.scales.t())
 
     def _by_grouped_int4(self, x_MK: Tensor) -> Tensor:
         factors_M1 = None

@@ -9,8 +9,6 @@ Shape legend: X = any leading dimensions, N = rows of a matrix, K = its columns,
 group.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,11 @@ def quantized(values_XK: Tensor, num_bits: int, group_size: int | None = None) -
     Returns:
         integers (X, K) int8; scales (X, G) fp32.
     """
-    integers_XGQ, scales_XG1 = _rounded(values_XK, num_bits, group_size)
-    return integers_XGQ.reshape(values_XK.shape).to(torch.int8), scales_XG1.squeeze(-1)
+    if group_size is None:  # a product of a model calls it for its inputs: with few operations
+        integers_XK, scales_X1 = _rounded(values_XK, num_bits)
+        return integers_XK.to(torch.int8), scales_X1
+    integers_XGQ, scales_XG1 = _rounded(_grouped(values_XK, group_size), num_bits, in_bf16=True)
+    return integers_XGQ.to(torch.int8).flatten(-2), scales_XG1.squeeze(-1)
 
 
 def dequantized(integers_XK: Tensor, scales_XG: Tensor) -> Tensor:
@@ -38,18 +39,24 @@ def dequantized(integers_XK: Tensor, scales_XG: Tensor) -> Tensor:
 
 def rounded(values_XK: Tensor, num_bits: int, group_size: int | None = None) -> Tensor:
     """The values that are left after quantization, in the same precision."""
-    integers_XGQ, scales_XG1 = _rounded(values_XK, num_bits, group_size)
-    return integers_XGQ.mul_(scales_XG1).reshape(values_XK.shape).to(values_XK.dtype)
+    if group_size is None:
+        integers_XK, scales_X1 = _rounded(values_XK, num_bits)
+        return integers_XK.mul_(scales_X1).to(values_XK.dtype)
+    integers_XGQ, scales_XG1 = _rounded(_grouped(values_XK, group_size), num_bits, in_bf16=True)
+    return integers_XGQ.mul_(scales_XG1).flatten(-2).to(values_XK.dtype)
 
 
-def _rounded(values_XK: Tensor, num_bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Integers (X, G, Q) as fp32, and scales (X, G, 1)."""
+def _grouped(values_XK: Tensor, group_size: int) -> Tensor:
+    """The values (X, G, Q)."""
+    return values_XK.unflatten(-1, (-1, group_size))
+
+
+def _rounded(values_XQ: Tensor, num_bits: int, in_bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """Integers (X, Q) as fp32, and scales (X, 1), of which each is of a row."""
     half = 2 ** (num_bits - 1)
-    wide = values_XK.shape[-1]
-    size = group_size or wide
-    values_XGQ = values_XK.float().reshape(*values_XK.shape[:-1], wide // size, size)
-    amax_XG1: Tensor = torch.linalg.vector_norm(values_XGQ, math.inf, -1, keepdim=True)
-    scales_XG1 = amax_XG1.div_(half - 0.5).clamp_min_(SMALLEST)
-    if group_size is not None:
-        scales_XG1 = scales_XG1.bfloat16().float()
-    return (values_XGQ / scales_XG1).round_().clamp_(-half, half - 1), scales_XG1
+    values_XQ = values_XQ.float()
+    amax_X1 = values_XQ.abs().amax(-1, keepdim=True)  # on a CPU several times as fast as the norm, or as `aminmax`
+    scales_X1 = amax_X1.div_(half - 0.5).clamp_min_(SMALLEST)
+    if in_bf16:
+        scales_X1 = scales_X1.bfloat16().float()
+    return (values_XQ / scales_X1).round_().clamp_(-half, half - 1), scales_X1
