@@ -15,6 +15,8 @@ import torch
 from orchestrator.requirements import used_versions
 
 NO_CODE: Mapping[str, str] = {}
+COMPILER_FLAGS = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_")
+NO_FLAGS = ("TORCHINDUCTOR_CACHE_DIR=",)  # where the code is, and not which
 
 
 def pin(device: torch.device) -> None:
@@ -28,12 +30,15 @@ def pin(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def fingerprint(device: torch.device, libraries: Sequence[str] = (), code: Mapping[str, str] = NO_CODE) -> str:
+def fingerprint(
+    device: torch.device, libraries: Sequence[str] = (), code: Mapping[str, str] = NO_CODE, compiler: str = ""
+) -> str:
     """Versions, kind of processor and threads, as JSON. Threads matter, as they split sums into parts.
 
     Args:
         libraries: further ones that compute, beside the packages that the job names.
         code: digests of the job's own code, by its directories.
+        compiler: of the model's parts, if they are compiled; its settings in the environment are added.
     """
     found = {
         "orchestrator": version_of_ours(),
@@ -49,6 +54,9 @@ def fingerprint(device: torch.device, libraries: Sequence[str] = (), code: Mappi
         found["pip"] = ", ".join(packages)
     if code:
         found["code"] = ", ".join(sorted(code.values()))
+    if compiler:
+        flags = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(COMPILER_FLAGS))
+        found["compiler"] = " ".join((compiler, *(flag for flag in flags if not flag.startswith(NO_FLAGS))))
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     return json.dumps(found, sort_keys=True)

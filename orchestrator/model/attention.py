@@ -57,12 +57,28 @@ class Attention(LinearProducts):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
-        B, T, _ = x_BTD.shape
+        return self.outputs(self.attended(*self.inputs(x_BTD, rotary, padding), mask_B1TT, cache, padding))
+
+    def inputs(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], padding: Padding | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, A, T, S), keys and values (B, G, T, S); queries and keys are rotated."""
         q_BTAS = self._heads(self.product(x_BTD, "query", self.query_bias), self.query_norm, self.num_attention_heads)
         k_BGTS, v_BGTS = self._keys_values(x_BTD, rotary, padding)
         if padding is not None:
             q_BTAS = padding.pad(q_BTAS[0])
-        q_BATS = rotate(q_BTAS.transpose(1, 2), *rotary)
+        return rotate(q_BTAS.transpose(1, 2), *rotary), k_BGTS, v_BGTS
+
+    def attended(
+        self,
+        q_BATS: Tensor,
+        k_BGTS: Tensor,
+        v_BGTS: Tensor,
+        mask_B1TT: Tensor | None,
+        cache: LayerCache | None = None,
+        padding: Padding | None = None,
+    ) -> Tensor:
+        """Means (B, T, A, S) of the values, weighted by attention, without padding (1, N, A, S)."""
         if cache is not None:
             k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # with those of earlier tokens
         y_BATS = F.scaled_dot_product_attention(
@@ -74,8 +90,11 @@ class Attention(LinearProducts):
             enable_gqa=self.num_attention_heads != self.num_key_value_heads,
         )
         y_BTAS = y_BATS.transpose(1, 2)
-        if padding is not None:
-            y_BTAS = padding.unpad(y_BTAS)[None]
+        return y_BTAS if padding is None else padding.unpad(y_BTAS)[None]
+
+    def outputs(self, y_BTAS: Tensor) -> Tensor:
+        """What the layer adds to its inputs (B, T, D)."""
+        B, T = y_BTAS.shape[:2]
         return self.product(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), "output")
 
     def fill(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:

@@ -58,6 +58,12 @@ class LatentAttention(LinearProducts):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
+        return self.outputs(self.attended(*self.inputs(x_BTD, rotary, padding), mask_B1TT, cache, padding))
+
+    def inputs(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], padding: Padding | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (B, A, T, S), partly rotated, and values (B, A, T, W)."""
         B, T, _ = x_BTD.shape
         plain = self.plain_dim
         q_BTAS = self._queries(x_BTD).view(B, T, self.num_heads, plain + self.rotated_dim)
@@ -65,12 +71,26 @@ class LatentAttention(LinearProducts):
             q_BTAS = padding.pad(q_BTAS[0])
         q_BATS = q_BTAS.transpose(1, 2)
         q_BATS = torch.cat((q_BATS[..., :plain], self._turn(q_BATS[..., plain:], rotary)), dim=-1)
-        k_BATS, v_BATW = self._keys_values(x_BTD, rotary, padding)
+        return q_BATS, *self._keys_values(x_BTD, rotary, padding)
+
+    def attended(
+        self,
+        q_BATS: Tensor,
+        k_BATS: Tensor,
+        v_BATW: Tensor,
+        mask_B1TT: Tensor | None,
+        cache: LayerCache | None = None,
+        padding: Padding | None = None,
+    ) -> Tensor:
+        """Means (B, T, A, W) of the values, weighted by attention, without padding (1, N, A, W)."""
         if cache is not None:
             k_BATS, v_BATW = cache.append(k_BATS, v_BATW)  # with those of earlier tokens
         y_BTAW = _attended(q_BATS, k_BATS, v_BATW, mask_B1TT, self.scale).transpose(1, 2)
-        if padding is not None:
-            y_BTAW = padding.unpad(y_BTAW)[None]
+        return y_BTAW if padding is None else padding.unpad(y_BTAW)[None]
+
+    def outputs(self, y_BTAW: Tensor) -> Tensor:
+        """What the layer adds to its inputs (B, T, D)."""
+        B, T = y_BTAW.shape[:2]
         return self.product(y_BTAW.reshape(B, T, self.num_heads * self.value_dim), "output")
 
     def fill(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:

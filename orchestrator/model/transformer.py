@@ -36,7 +36,13 @@ from orchestrator.spec.model import ModelSpec
 
 
 class Block(nn.Module):
-    """Attention, then an MLP or experts, each with a norm before it and a residual connection."""
+    """Attention, then an MLP or experts, each with a norm before it and a residual connection.
+
+    Attributes:
+        part: makes of a function of this module what computes it in its place (`orchestrator.model.compiled`).
+    """
+
+    part: Callable[[Any], Any] = staticmethod(lambda function: function)
 
     def __init__(self, spec: ModelSpec, index: int, home: ExpertParallelContext) -> None:
         super().__init__()
@@ -59,7 +65,11 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
-        added_BTD = self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache, padding)
+        # The positions of padding are numbers in compiled code, which would be compiled again for each batch.
+        inputs_of = self.part(_attention_inputs) if padding is None else _attention_inputs
+        q_BATS, k_BGTS, v_BGTS = inputs_of(self.attention, self.attention_norm, x_BTD, rotary, padding)
+        y_BTAS = self.attention.attended(q_BATS, k_BGTS, v_BGTS, mask_B1TT, cache, padding)
+        added_BTD = self.part(_attention_outputs)(self.attention, y_BTAS)
         x_BTD = x_BTD + added_BTD
         inputs = (x_BTD, added_BTD) if self._routes_by_context else (x_BTD,)  # all of them are kept
         mixed_BTD: Tensor
@@ -74,8 +84,36 @@ class Block(nn.Module):
         self.attention.fill(self.attention_norm(x_BTD), rotary, cache)
 
     def _mix(self, x_BTD: Tensor, *context_BTD: Tensor) -> Tensor:
-        mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD), *context_BTD)
+        mixed_BTD: Tensor
+        if isinstance(self.mlp, GatedMLP):
+            mixed_BTD = self.part(_normed_mlp)(self.mlp, self.mlp_norm, x_BTD)
+        else:
+            mixed_BTD = self.mlp(self.part(_normed)(self.mlp_norm, x_BTD), *context_BTD)
         return mixed_BTD
+
+
+def _attention_inputs(
+    attention: Attention | LatentAttention,
+    norm: nn.RMSNorm,
+    x_BTD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    padding: Padding | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.inputs(norm(x_BTD), rotary, padding)
+
+
+def _attention_outputs(attention: Attention | LatentAttention, y_BTAS: Tensor) -> Tensor:
+    return attention.outputs(y_BTAS)
+
+
+def _normed(norm: nn.RMSNorm, x_BTD: Tensor) -> Tensor:
+    normed_BTD: Tensor = norm(x_BTD)
+    return normed_BTD
+
+
+def _normed_mlp(mlp: GatedMLP, norm: nn.RMSNorm, x_BTD: Tensor) -> Tensor:
+    mixed_BTD: Tensor = mlp(norm(x_BTD))
+    return mixed_BTD
 
 
 @dataclass(frozen=True)

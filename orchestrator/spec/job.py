@@ -49,7 +49,7 @@ from orchestrator.spec.pruning import broken_pruning
 from orchestrator.spec.quantization import broken_quantization
 from orchestrator.spec.task import OF_CHATS, TEXT, DataFormat, TaskSetting, TaskSpec
 from orchestrator.spec.tracking import TrackingSpec
-from orchestrator.spec.train import TrainSpec
+from orchestrator.spec.train import TrainSpec, broken_compilation
 from orchestrator.spec.workers import AutoscaleSpec, ResourcesSpec, Workers, WorkersSpec, broken_environment
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
@@ -249,6 +249,14 @@ class JobSpec(Section):
             0.0 if lora is None else lora.lora_dropout,
             self.train.prunes_units,
             self.model.attention_bias and self.train.prunes_heads,
+        )
+        stages = self.curriculum.stages if self.curriculum else ()
+        yield from broken_compilation(
+            self.train,
+            None if self.model.is_native else self.model.origin,
+            0.0 if lora is None else lora.lora_dropout,
+            self.data_format == TEXT and self.data.row_format != BY_DOCUMENT,
+            any(stage.sequence_length not in (None, self.train.sequence_length) for stage in stages),
         )
         for i, change in enumerate(self.workers.schedule):
             if change.at_step >= self.train.max_steps:

@@ -89,6 +89,12 @@ class TrainSpec(Section):
         "backward, with a scale per matrix; routers, norms, embedding and head are not. Needs GPUs of compute "
         "capability 8.9 or later (docs/gpus.md), and our own model.",
     )
+    torch_compile: bool = Field(
+        default=False,
+        description="true: norms, products of attention and of dense MLPs, and what is around them, are compiled by "
+        "torch.compile while a worker warms up (docs/compiling.md). Needs a C++ compiler on each node, and our own "
+        "model.",
+    )
     zero_stage: Literal[1, 2] = Field(
         default=1, description="State partitioned over the workers: 1 optimizer state, 2 gradients as well."
     )
@@ -170,3 +176,32 @@ class TrainSpec(Section):
             rule = f"warmup_steps and decay_steps must be at most train.max_steps together; {got}"
             keys = (("lr_scheduler", "decay_steps"), ("lr_scheduler", "warmup_steps"), ("max_steps",))
             yield Broken(keys, rule)
+
+
+def broken_compilation(
+    train: TrainSpec, foreign: str | None, lora_dropout: float, has_equal_rows: bool, stages_have_lengths: bool
+) -> Iterator[Broken]:
+    """Rules between compiled parts and the rest of a job.
+
+    Args:
+        foreign: whose model it is; None for our own.
+        has_equal_rows: whether the rows of the data have the same number of tokens.
+        stages_have_lengths: whether those of a curriculum's stages differ.
+    """
+    if not train.torch_compile:
+        return
+    here = ("train", "torch_compile")
+    if foreign is not None:
+        rule = f"torch_compile must be false with a model of {foreign}: it compiles parts of our own model"
+        yield Broken((here, ("model", "impl"), ("model", "entrypoint")), rule)
+    if lora_dropout:
+        rule = f"torch_compile must be false with lora_dropout: compiled code draws other numbers; got {lora_dropout}"
+        yield Broken((here, ("model", "lora", "lora_dropout")), rule)
+    exact = "torch_compile with determinism exact needs micro-batches of one shape, by which the code differs"
+    if train.is_exact and not train.micro_batch_rows:
+        rule = f"{exact}: a number of rows as micro_batch_size; got {train.micro_batch_size}"
+        yield Broken((here, ("train", "micro_batch_size")), rule)
+    if train.is_exact and not has_equal_rows:
+        yield Broken((here, ("data", "row_format"), ("task", "name")), f"{exact}: rows of text of equal length")
+    if train.is_exact and stages_have_lengths:
+        yield Broken((here, ("curriculum", "stages")), f"{exact}: no sequence_length of a stage")

@@ -21,6 +21,7 @@ from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
+from orchestrator.model.compiled import compiler_of
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.trial.dry_run import is_small, rehearse
 from orchestrator.protocol.changes import changed
@@ -144,8 +145,9 @@ class Worker:
             pin(device)
         if spec.train.float8:
             check_float8(device)
+        compiler = compiler_of(device) if spec.train.torch_compile else ""
         self._mailbox.publish(
-            numerics=fingerprint(device, spec.model.libraries, spec.code)
+            numerics=fingerprint(device, spec.model.libraries, spec.code, compiler)
             if spec.train.is_exact
             else kind_of_gpu(device)
         )

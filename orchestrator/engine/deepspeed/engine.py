@@ -33,6 +33,7 @@ from orchestrator.engine.param_groups import groups_of, is_filler
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.engine.pruning.pruner import Pruner
 from orchestrator.model.base import TrainableModel, spec_of
+from orchestrator.model.compiled import compile_parts
 from orchestrator.model.linear.fake_quant import use_fake_quantization
 from orchestrator.model.linear.float8 import use_float8
 from orchestrator.model.moe.routed_experts import RoutedExperts
@@ -75,6 +76,8 @@ def _set_up(model: TrainableModel, train: TrainSpec) -> None:
         use_float8(model)
     if train.quantization is not None:
         use_fake_quantization(model, train.quantization)
+    if train.torch_compile:
+        compile_parts(model)
     for name, param in model.named_parameters():
         param.requires_grad_(train.is_trained(name))
     for prefix, layer in model.named_modules():

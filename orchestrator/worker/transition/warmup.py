@@ -1,11 +1,13 @@
 """Warm-up of a standby: all work that its first fence would otherwise wait for.
 
-Imports, the first engine of the process (1.5 s; later ones take a few hundredths), one step of a tiny model, and a
-frozen garbage collector, so that collections don't walk through DeepSpeed's and torch's modules again and again.
+Imports, the first engine of the process (1.5 s; later ones take a few hundredths), one step of a tiny model, which
+compiles parts of it if the job wants that, and a frozen garbage collector, so that collections don't walk through
+DeepSpeed's and torch's modules again and again.
 """
 
 import gc
 from datetime import timedelta
+from fnmatch import fnmatchcase
 
 import torch
 from torch._C._distributed_c10d import HashStore
@@ -14,8 +16,12 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import backend_of, connect, disconnect
 from orchestrator.model.factory import single_rank
+from orchestrator.model.task import Batch
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.task import TEXT
+from orchestrator.spec.train import TrainSpec
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:
@@ -31,19 +37,41 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
     placement = ExpertPlacement.balanced(small.n_routed_experts, 1)
     groups = connect(store, "warm-up", 0, placement, backend_of(device), address=address)
     try:
+        sizes = [1]
+        if spec.train.torch_compile:  # code for single rows is compiled apart
+            sizes = [spec.train.micro_batch_rows or 2, *([1] if spec.train.micro_batch_rows != 1 else [])]
         with device:
             model = MoELanguageModel(small, vocab_size, single_rank(small))
-            tokens_BU = torch.zeros(1, spec.train.sequence_length + 1, dtype=torch.int64)
+            batches = [_batch(spec, rows) for rows in sizes]
         model.init_weights(0)
-        train = spec.train.model_copy(update={"trainable": ("*",)})  # the job's names may be of no parameter here
+        train = spec.train.model_copy(update={"trainable": _trainable(spec.train, model)})
         engine = DeepSpeedEngineAdapter(model, train, groups, device, spec.communication)
         engine.on_weights_initialized()
-        batch = {"inputs": tokens_BU[:, :-1], "targets": tokens_BU[:, 1:]}
-        engine.accumulate(batch, spec.train.sequence_length, last=True)
+        engine.accumulate(batches[0], batches[0]["targets"].numel(), last=True)
         engine.step(0.0)
+        with torch.no_grad():  # as validation does, of which a micro-batch may have a single row
+            for batch in batches if spec.train.torch_compile else ():
+                model.scores(batch["inputs"], lengths_B=batch.get("lengths"))
         engine.close()
     finally:
         disconnect()
     del engine, model
     gc.collect()
     gc.freeze()
+
+
+def _batch(spec: JobSpec, rows: int) -> Batch:
+    """A micro-batch of rows as those of the job: of equal length, or not."""
+    length, has_lengths = spec.train.sequence_length, spec.data_format != TEXT or spec.data.row_format == BY_DOCUMENT
+    tokens_BU = torch.zeros(rows, length + 1, dtype=torch.int64)
+    batch = {"inputs": tokens_BU[:, :-1], "targets": tokens_BU[:, 1:]}
+    if has_lengths:
+        batch["lengths"] = torch.tensor([length - row % 2 for row in range(rows)]).clamp_min_(1)
+    return batch
+
+
+def _trainable(train: TrainSpec, model: MoELanguageModel) -> tuple[str, ...]:
+    """The patterns of the job, by which code is compiled; all where one is of no parameter of so small a model."""
+    names = [name for name, _ in model.named_parameters()]
+    found = all(any(fnmatchcase(name, pattern) for name in names) for pattern in train.trainable)
+    return train.trainable if found and train.torch_compile else ("*",)
