@@ -16,6 +16,7 @@ from orchestrator.errors import UsageError
 from orchestrator.inference.exit_rule import LayerCount
 from orchestrator.inference.sampling import next_token
 from orchestrator.model.base import TrainableModel
+from orchestrator.model.compiled import compile_parts, compiler_of
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
@@ -75,6 +76,16 @@ def known_context(job: JobSpec) -> int | None:
     return max(trained_length(job), *known) if known else None
 
 
+def refuse_compiling(job: JobSpec) -> None:
+    """Raise UsageError if a run's model isn't ours, or this machine has no compiler."""
+    if not job.model.is_native:
+        raise UsageError(
+            f"--compile compiles layers of our own model, and run {job.name} has one of {job.model.origin}",
+            remedy="Leave --compile out.",
+        )
+    compiler_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def generate(
     request: Generation,
     job: JobSpec,
@@ -101,10 +112,13 @@ def generate(
     device = next(model.parameters()).device
     decode, tokens = tokenizer.stream(), list[int]()
     new_BT, ended = torch.tensor([prompt.tokens], device=device), False
-    started_s = time.perf_counter()
+    started_s, paused_s = time.perf_counter(), 0.0
     while len(tokens) < request.max_tokens and not ended:
         # Logits beyond the tokenizer's vocabulary are padding.
         logits_V = continued(new_BT)[0, : tokenizer.vocab_size].float().cpu()
+        if request.compiled and not tokens and isinstance(model, MoELanguageModel):
+            paused_s = _compile(model)
+            yield Remark(f"Compiled in {paused_s:.1f} s.")
         token = next_token(logits_V, request.temperature, request.top_k, request.top_p, generator)
         ended = token in prompt.ends
         if not ended:
@@ -112,7 +126,7 @@ def generate(
             if text := decode(token):
                 yield TextPiece(text)
             new_BT = torch.tensor([[token]], device=device)
-    spent_s = time.perf_counter() - started_s
+    spent_s = time.perf_counter() - started_s - paused_s
     yield GenerationResult(
         text=tokenizer.decode(tokens),
         tokens=tuple(tokens),
@@ -121,6 +135,16 @@ def generate(
         tokens_per_second=len(tokens) / spent_s,
         mean_layers=count.mean,
     )
+
+
+@torch.no_grad()
+def _compile(model: MoELanguageModel) -> float:
+    """Have the layers compute single tokens compiled. Returns the seconds that it took."""
+    began_s = time.perf_counter()
+    compile_parts(model)
+    token_BT = torch.zeros(1, 1, dtype=torch.int64, device=model.head.device)
+    model.extend(token_BT, KVCache(model.spec, 1, 1, model.head))
+    return time.perf_counter() - began_s
 
 
 def _continuation(

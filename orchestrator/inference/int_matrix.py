@@ -68,6 +68,8 @@ class IntMatrix(nn.Module):
         return y_MN.to(x_XK.dtype).view(*x_XK.shape[:-1], self._num_rows)
 
     def _by_int8(self, x_MK: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # loops over sums are fused there; and one over chunks is code per count
+            return self._of_chunk(x_MK)
         count = len(x_MK)
         chunk = CHUNK.get(x_MK.device.type, max(count, 1))
         if 0 < count <= chunk:

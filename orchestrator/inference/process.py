@@ -24,7 +24,7 @@ from orchestrator.elastic.state_spec import adapted_by
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.exit_rule import exits_of, load_rule
-from orchestrator.inference.generate import Prompt, generate
+from orchestrator.inference.generate import Prompt, generate, refuse_compiling
 from orchestrator.inference.int_export import IntFormat
 from orchestrator.inference.int_model import as_rounded_in_training, formats_of, refuse_integers
 from orchestrator.inference.load_model import load_model
@@ -77,6 +77,8 @@ def answers(request: Request) -> Iterator[Answer]:
         prompt = Prompt.of(
             request.prompt, job, tokenizer, ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
         )
+    if isinstance(request, Generation) and request.compiled:
+        refuse_compiling(job)
     if isinstance(request, Evaluation) and request.max_loss_increase is not None:
         exits_of(job)
     rule = None

@@ -14,7 +14,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -32,19 +32,22 @@ _configured = threading.local()
 def compiled(function: Function) -> Function:
     """The compiled function. Compiles at its first call, and at calls that the code doesn't fit."""
     if not hasattr(_configured, "done"):  # torch has these settings for each thread apart
+        import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
         from torch.fx.experimental import _config as symbols
 
+        dynamo.recompile_limit = VARIANTS
         inductor.compile_threads = 1  # else a pool of processes stays, of some 200 MB each
         symbols.use_duck_shape = False  # sizes that are equal in the first call may differ in the next
         _configured.done = True
-    return _compiled(function)
+    made: Function = _compiled(function)
+    return made
 
 
 @cache
 def _compiled(function: Function) -> Function:
-    made: Function = torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=VARIANTS)
-    return made
+    made = torch.compile(function, dynamic=True, fullgraph=True)
+    return cast(Function, made)
 
 
 def compile_parts(model: nn.Module) -> None:
@@ -61,7 +64,7 @@ def compiler_of(device: torch.device) -> str:
         UsageError: a processor has none.
     """
     if device.type != "cpu":
-        import triton
+        import triton  # type: ignore[import-not-found]
 
         return f"triton {triton.__version__}"
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -73,8 +76,8 @@ def compiler_of(device: torch.device) -> str:
         path = ""
     if not path or shutil.which(path) is None:
         raise UsageError(
-            "compiled layers need a C++ compiler on each node, and this one has none",
-            remedy="Install one (Debian: apt-get install g++), or name it in CXX; or leave train.torch_compile out.",
+            "compiled layers (train.torch_compile, --compile) need a C++ compiler on each node, and this one has none",
+            remedy="Install one (Debian: apt-get install g++), or name it in CXX; or compute without compiling.",
         )
     told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
     return told.splitlines()[0]

@@ -178,6 +178,7 @@ class Generation:
         temperature: 0 for the likeliest token each time.
         top_k: sample from this many likeliest tokens; None for all.
         top_p: sample from the likeliest tokens with this total probability, in (0, 1].
+        compiled: layers compute the tokens after the prompt compiled.
     """
 
     run_dir: str
@@ -190,6 +191,7 @@ class Generation:
     seed: int
     dtype: str = "fp32"
     early_exit: bool = False
+    compiled: bool = False
     code: dict[str, str] | None = None
 
 

@@ -219,6 +219,13 @@ def generate(
     step: Step = None,
     dtype: Computed = Dtype.FP32,
     early_exit: EarlyExit = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the layers for the tokens after the prompt, by torch.compile: takes up to a minute at first.",
+        ),
+    ] = False,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
@@ -247,6 +254,7 @@ def generate(
         seed,
         dtype.value,
         early_exit,
+        compiled,
     )
     for answer in ask_model(request):
         if isinstance(answer, Remark):

@@ -48,7 +48,8 @@ def rounded(values_XK: Tensor, num_bits: int, group_size: int | None = None) -> 
 
 def _grouped(values_XK: Tensor, group_size: int) -> Tensor:
     """The values (X, G, Q)."""
-    return values_XK.unflatten(-1, (-1, group_size))
+    shape = values_XK.shape
+    return values_XK.reshape(*shape[:-1], shape[-1] // group_size, group_size)
 
 
 def _rounded(values_XQ: Tensor, num_bits: int, in_bf16: bool = False) -> tuple[Tensor, Tensor]:

@@ -37,12 +37,12 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
     placement = ExpertPlacement.balanced(small.n_routed_experts, 1)
     groups = connect(store, "warm-up", 0, placement, backend_of(device), address=address)
     try:
-        sizes = [1]
+        row_counts = [1]
         if spec.train.torch_compile:  # code for single rows is compiled apart
-            sizes = [spec.train.micro_batch_rows or 2, *([1] if spec.train.micro_batch_rows != 1 else [])]
+            row_counts = [spec.train.micro_batch_rows or 2, *([1] if spec.train.micro_batch_rows != 1 else [])]
         with device:
             model = MoELanguageModel(small, vocab_size, single_rank(small))
-            batches = [_batch(spec, rows) for rows in sizes]
+            batches = [_batch(spec, rows) for rows in row_counts]
         model.init_weights(0)
         train = spec.train.model_copy(update={"trainable": _trainable(spec.train, model)})
         engine = DeepSpeedEngineAdapter(model, train, groups, device, spec.communication)
