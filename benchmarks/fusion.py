@@ -176,7 +176,8 @@ def _losses(quick: bool) -> dict[str, Callable[[], float]]:
     tokens, vocab_size = (64, 256) if quick else (ROWS * LENGTH, SIZES["vocab_size"])
     draws = torch.Generator().manual_seed(0)
     x_ND = torch.randn(tokens, SIZES["hidden_size"], generator=draws, requires_grad=True)
-    head_VD = torch.randn(vocab_size, SIZES["hidden_size"], generator=draws, requires_grad=True)
+    # Small, as a model's: of larger logits most probabilities are subnormal, with which products take ten times as long.
+    head_VD = (0.02 * torch.randn(vocab_size, SIZES["hidden_size"], generator=draws)).requires_grad_()
     targets_N = torch.randint(0, vocab_size, (tokens,), generator=draws)
 
     def plain() -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orchestrator.checkpoint.hf.export import INTEGERS
 from orchestrator.data.rows.chat_tokenizer import ChatPrompts
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import UsageError
@@ -76,12 +77,19 @@ def known_context(job: JobSpec) -> int | None:
     return max(trained_length(job), *known) if known else None
 
 
-def refuse_compiling(job: JobSpec) -> None:
-    """Raise UsageError if a run's model isn't ours, or this machine has no compiler."""
+def refuse_compiling(job: JobSpec, dtype: str) -> None:
+    """Raise UsageError if a run's model isn't ours, if it rounds as in its training, or if this machine has no
+    compiler."""
     if not job.model.is_native:
         raise UsageError(
             f"--compile compiles layers of our own model, and run {job.name} has one of {job.model.origin}",
             remedy="Leave --compile out.",
+        )
+    if job.train.quantization is not None and dtype not in INTEGERS:
+        trained = job.train.quantization.weight_dtype
+        raise UsageError(
+            f"--compile can't compile the rounding for {trained} with which run {job.name} computes in {dtype}",
+            remedy=f"Add --dtype {trained}, or leave --compile out.",
         )
     compiler_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -78,7 +78,7 @@ def answers(request: Request) -> Iterator[Answer]:
             request.prompt, job, tokenizer, ChatPrompts.load(run_dir, tokenizer) if job.has_chats else None
         )
     if isinstance(request, Generation) and request.compiled:
-        refuse_compiling(job)
+        refuse_compiling(job, request.dtype)
     if isinstance(request, Evaluation) and request.max_loss_increase is not None:
         exits_of(job)
     rule = None

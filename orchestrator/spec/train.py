@@ -194,6 +194,9 @@ def broken_compilation(
     if foreign is not None:
         rule = f"torch_compile must be false with a model of {foreign}: it compiles parts of our own model"
         yield Broken((here, ("model", "impl"), ("model", "entrypoint")), rule)
+    if train.quantization is not None:
+        rule = "torch_compile must be false with quantization, whose rounding torch's compiler doesn't take; got true"
+        yield Broken((here, ("train", "quantization")), rule)
     if lora_dropout:
         rule = f"torch_compile must be false with lora_dropout: compiled code draws other numbers; got {lora_dropout}"
         yield Broken((here, ("model", "lora", "lora_dropout")), rule)

@@ -21,6 +21,15 @@ def test_the_same_machine_has_the_same_fingerprint() -> None:
     assert json.loads(fingerprint(CPU, code={"/two": "b2", "/one": "a1"})) == found | {"code": "a1, b2"}
 
 
+def test_a_compiler_and_its_settings_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    found = json.loads(fingerprint(CPU))
+    assert json.loads(fingerprint(CPU, compiler="g++ 12")) == found | {"compiler": "g++ 12"}
+    monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
+    assert json.loads(fingerprint(CPU)) == found
+    assert json.loads(fingerprint(CPU, compiler="g++ 12")) == found | {"compiler": "g++ 12 TORCHINDUCTOR_FREEZING=1"}
+
+
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="it has no more than that")
 def test_a_processor_with_fewer_instructions_has_other_numerics() -> None:
     program = (
