@@ -30,9 +30,9 @@ from benchmarks.support.data import data_spec, prepared, stores_dir
 from benchmarks.support.local_training import KeptResults, train, validation_loss
 from orchestrator.data.store import TokenStore
 from orchestrator.inference.exit_rule import LAYERS, ExitedTask, ThresholdSearch, fitted
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.task import Batch, Task
 from orchestrator.model.tasks.exit_losses import ExitLosses
 from orchestrator.model.tasks.language_modeling import LanguageModeling

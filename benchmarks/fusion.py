@@ -34,9 +34,9 @@ from benchmarks.harness import Interval, Result, alternate, median_interval, rat
 from benchmarks.inference import LARGE, SHORT
 from orchestrator.inference.int_model import use_integers
 from orchestrator.inference.load_model import in_precision
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.compiled import compile_parts
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.loss import cross_entropy_sum
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
@@ -176,7 +176,7 @@ def _losses(quick: bool) -> dict[str, Callable[[], float]]:
     tokens, vocab_size = (64, 256) if quick else (ROWS * LENGTH, SIZES["vocab_size"])
     draws = torch.Generator().manual_seed(0)
     x_ND = torch.randn(tokens, SIZES["hidden_size"], generator=draws, requires_grad=True)
-    # Small, as a model's: of larger logits most probabilities are subnormal, with which products take ten times as long.
+    # Small, as a model's: of larger logits most probabilities are subnormal, and products take ten times as long.
     head_VD = (0.02 * torch.randn(vocab_size, SIZES["hidden_size"], generator=draws)).requires_grad_()
     targets_N = torch.randint(0, vocab_size, (tokens,), generator=draws)
 

@@ -45,8 +45,8 @@ from orchestrator.inference.int_export import IntFormat
 from orchestrator.inference.int_model import use_integers
 from orchestrator.inference.load_model import in_precision
 from orchestrator.inference.process import merged
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.linear.fake_quant import use_fake_quantization
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.model.transformer import MoELanguageModel

@@ -31,9 +31,9 @@ from benchmarks.support.local_training import KeptResults, optimizer_of, train, 
 from orchestrator.data.store import TokenStore
 from orchestrator.engine.pruning.pruner import Pruner
 from orchestrator.inference.pruned_model import without_pruned_units
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.tasks.language_modeling import LanguageModeling
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec

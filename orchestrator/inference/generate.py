@@ -16,10 +16,10 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import UsageError
 from orchestrator.inference.exit_rule import LayerCount
 from orchestrator.inference.sampling import next_token
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.compiled import compile_parts, compiler_of
 from orchestrator.model.early_exit import EarlyExit, ExitRule
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Generation, GenerationResult, Remark, TextPiece
 from orchestrator.spec.job import JobSpec

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.elastic.state_spec import ParamSpec
+from orchestrator.model.attention.padding import Padding
 from orchestrator.model.draws import draw_uniform
 from orchestrator.model.linear.low_rank import LowRankAdapter
 from orchestrator.model.loss import JointLoss, LogitLoss, chunked_loss
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.balance import RoutingCounts
-from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from orchestrator.model.attention.kv_cache import KVCache, LayerCache
 from orchestrator.model.base import TokenScores
-from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.transformer import Block, MoELanguageModel, Start
 

@@ -1,7 +1,6 @@
 """The language model: a decoder-only transformer with dense first layers and mixture-of-experts layers after them.
 
-RMSNorm (arXiv:1910.07467), attention as in `orchestrator.model.attention` and `latent_attention`. Plain torch,
-independent of the engine. `init_weights` draws weights keyed by (seed, name), so that a rank can draw its own
+RMSNorm (arXiv:1910.07467), attention as in `orchestrator.model.attention`. Plain torch, independent of the engine. `init_weights` draws weights keyed by (seed, name), so that a rank can draw its own
 experts without the others'.
 
 Rows of unequal length are processed as one row of all their tokens (1, N); only attention pads them.
@@ -21,17 +20,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.elastic.state_spec import adapted_by
-from orchestrator.model.attention import Attention, rotary_tables
+from orchestrator.model.attention.grouped_query import Attention, rotary_tables
+from orchestrator.model.attention.kv_cache import KVCache, LayerCache
+from orchestrator.model.attention.latent_attention import LatentAttention
+from orchestrator.model.attention.padding import Padding
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.draws import draw_normal
-from orchestrator.model.kv_cache import KVCache, LayerCache
-from orchestrator.model.latent_attention import LatentAttention
 from orchestrator.model.loss import cross_entropy, cross_entropy_sum
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.moe.routing.scorers import initial_std
-from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 
 

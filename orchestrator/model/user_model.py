@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
+from orchestrator.model.attention.padding import Padding
 from orchestrator.model.base import TokenScores, TrainableModel
 from orchestrator.model.draws import draw_normal
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.routed_experts import RoutedExperts
 from orchestrator.model.moe.routing.scorers import initial_std
-from orchestrator.model.padding import Padding
 from orchestrator.model.user_entrypoint import built
 from orchestrator.model.user_rules import broken_rules, shown
 from orchestrator.spec.model import ModelSpec

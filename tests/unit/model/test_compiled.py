@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from orchestrator.inference.int_model import use_integers
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.compiled import compile_parts
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.pretrained.lora import LoraSpec

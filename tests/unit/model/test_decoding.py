@@ -7,7 +7,7 @@ import torch
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.inference.sampling import next_token
-from orchestrator.model.kv_cache import KVCache
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.exits import ExitsSpec

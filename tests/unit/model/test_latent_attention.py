@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.attention import rotary_tables, rotate
-from orchestrator.model.latent_attention import LatentAttention
+from orchestrator.model.attention.grouped_query import rotary_tables, rotate
+from orchestrator.model.attention.latent_attention import LatentAttention
 from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.model.attention.padding import Padding
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 from tests.support import devices
 from tests.support.own_models import linear, own_spec

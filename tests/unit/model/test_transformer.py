@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_spec import expert_of
-from orchestrator.model.attention import Attention, rotary_tables, rotate
+from orchestrator.model.attention.grouped_query import Attention, rotary_tables, rotate
 from orchestrator.model.factory import catalogue
 from orchestrator.model.linear.float8 import use_float8
 from orchestrator.model.loss import IGNORED

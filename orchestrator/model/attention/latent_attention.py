@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.model.attention import rotate
-from orchestrator.model.kv_cache import LayerCache
+from orchestrator.model.attention.grouped_query import rotate
+from orchestrator.model.attention.kv_cache import LayerCache
+from orchestrator.model.attention.padding import Padding
+from orchestrator.model.attention.rotary_frequencies import sharpness
 from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.linear.structure import Structure, UnitSlices
-from orchestrator.model.padding import Padding
-from orchestrator.model.rotary_frequencies import sharpness
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.pruning import HEADS
 
@@ -24,7 +24,7 @@ EPS = 1e-6  # of the latents' norms, whatever `rms_norm_eps` is: as in transform
 
 
 class LatentAttention(LinearProducts):
-    """Takes the place of `orchestrator.model.attention.Attention` in a layer."""
+    """Takes the place of `orchestrator.model.attention.grouped_query.Attention` in a layer."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.model.kv_cache import LayerCache
+from orchestrator.model.attention.kv_cache import LayerCache
+from orchestrator.model.attention.padding import Padding
+from orchestrator.model.attention.rotary_frequencies import inverse_frequencies
 from orchestrator.model.linear.products import LinearProducts
 from orchestrator.model.linear.structure import Structure, UnitSlices
-from orchestrator.model.padding import Padding
-from orchestrator.model.rotary_frequencies import inverse_frequencies
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.pretrained.config_json import RopeScalingSpec
 from orchestrator.spec.pruning import HEADS
