@@ -1,7 +1,7 @@
 """The language model: a decoder-only transformer with dense first layers and mixture-of-experts layers after them.
 
-RMSNorm (arXiv:1910.07467), attention as in `orchestrator.model.attention`. Plain torch, independent of the engine. `init_weights` draws weights keyed by (seed, name), so that a rank can draw its own
-experts without the others'.
+RMSNorm (arXiv:1910.07467), attention as in `orchestrator.model.attention`. Plain torch, independent of the engine.
+`init_weights` draws weights keyed by (seed, name), so that a rank can draw its own experts without the others'.
 
 Rows of unequal length are processed as one row of all their tokens (1, N); only attention pads them.
 
