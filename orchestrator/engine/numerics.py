@@ -15,8 +15,11 @@ import torch
 from orchestrator.requirements import used_versions
 
 NO_CODE: Mapping[str, str] = {}
-COMPILER_FLAGS = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_")
-NO_FLAGS = ("TORCHINDUCTOR_CACHE_DIR=",)  # where the code is, and not which
+COMPILER_FLAGS = ("TORCHINDUCTOR_", "TORCH_INDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_")
+NO_FLAGS = (
+    "TORCHINDUCTOR_CACHE_DIR=",
+    "TORCHINDUCTOR_COMPILE_THREADS=",
+)  # where the code is and how it comes, not which
 
 
 def pin(device: torch.device) -> None:

@@ -78,8 +78,8 @@ def known_context(job: JobSpec) -> int | None:
 
 
 def refuse_compiling(job: JobSpec, dtype: str) -> None:
-    """Raise UsageError if a run's model isn't ours, if it rounds as in its training, or if this machine has no
-    compiler."""
+    """Raise UsageError if a run's model isn't ours, if it rounds as in its training, if its layers differ, or if this
+    machine has no compiler."""
     if not job.model.is_native:
         raise UsageError(
             f"--compile compiles layers of our own model, and run {job.name} has one of {job.model.origin}",
@@ -90,6 +90,11 @@ def refuse_compiling(job: JobSpec, dtype: str) -> None:
         raise UsageError(
             f"--compile can't compile the rounding for {trained} with which run {job.name} computes in {dtype}",
             remedy=f"Add --dtype {trained}, or leave --compile out.",
+        )
+    if job.train.prunes_units:
+        raise UsageError(
+            f"--compile would compile each layer apart: those of run {job.name} have lost neurons or heads",
+            remedy="Leave --compile out.",
         )
     compiler_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -124,7 +129,8 @@ def generate(
     while len(tokens) < request.max_tokens and not ended:
         # Logits beyond the tokenizer's vocabulary are padding.
         logits_V = continued(new_BT)[0, : tokenizer.vocab_size].float().cpu()
-        if request.compiled and not tokens and isinstance(model, MoELanguageModel):
+        if request.compiled and not tokens and request.max_tokens > 1 and isinstance(model, MoELanguageModel):
+            yield Remark("Compiling ...")
             paused_s = _compile(model)
             yield Remark(f"Compiled in {paused_s:.1f} s.")
         token = next_token(logits_V, request.temperature, request.top_k, request.top_p, generator)

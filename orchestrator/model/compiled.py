@@ -1,29 +1,35 @@
 """Dense parts of the model, compiled by `torch.compile` (inductor): norms, products and the elementwise operations
 around them. Attention itself, routing, experts and the loss are kernels already, and stay as they are.
 
-What is compiled are functions of a module and its inputs, not modules: all layers, and all engines of a process, share
-the code. Numbers of rows and tokens are symbols in it, so it is compiled once for all of them, but for ones, which
-torch always compiles apart. A process compiles in its warm-up (`orchestrator.worker.transition.warmup`).
+What is compiled are functions of a module and its inputs, not modules: all layers of one width, and all engines of a
+process, share the code. Numbers of rows and tokens are symbols in it, so it is compiled once for all of them, but for
+single rows or tokens, which torch always compiles apart, as it does passes without gradients. No rows are computed
+eagerly. A process compiles in its warm-up (`orchestrator.worker.transition.warmup`).
 
-The code may depend on the sizes that it was first called with: inductor decides by them which loops threads share, and
-so how sums are split. Where bits matter all micro-batches have one shape, the warm-up's.
+The code depends on the sizes that it was first called with: inductor decides by them which loops threads share, and so
+how sums are split, and torch's cache on disk gives it to other processes for any sizes. Where bits matter all
+micro-batches have one shape, the warm-up's, and the cache is apart for that shape (`keep_code_apart`).
 """
 
+import os
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.errors import UsageError
 from orchestrator.model.transformer import Block
 
 Function = TypeVar("Function", bound=Callable[..., object])
-VARIANTS = 64  # of one function's code: with and without gradients, of single rows and tokens, by what is trained
+VARIANTS = 64  # of one function's code: by gradients, single rows and tokens, widths of layers; with more torch raises
+CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"  # of torch
 
 
 _configured = threading.local()
@@ -38,6 +44,8 @@ def compiled(function: Function) -> Function:
 
         dynamo.recompile_limit = VARIANTS
         inductor.compile_threads = 1  # else a pool of processes stays, of some 200 MB each
+        inductor.deterministic = True  # nothing is chosen by measured time
+        inductor.max_autotune = inductor.max_autotune_gemm = inductor.coordinate_descent_tuning = False
         symbols.use_duck_shape = False  # sizes that are equal in the first call may differ in the next
         _configured.done = True
     made: Function = _compiled(function)
@@ -57,27 +65,48 @@ def compile_parts(model: nn.Module) -> None:
             module.part = compiled
 
 
+def keep_code_apart(*why: object) -> None:
+    """Use a part of torch's cache on disk that is only for processes with the same values, before anything is compiled."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    name = sha256(repr(why).encode()).hexdigest()[:16]
+    base = os.environ.get(CACHE_DIR) or default_cache_dir()
+    if Path(base).name != name:  # a child has it from its parent
+        os.environ[CACHE_DIR] = os.path.join(base, name)
+
+
 def compiler_of(device: torch.device) -> str:
     """Name and version of the compiler that inductor uses on a device.
 
     Raises:
-        UsageError: a processor has none.
+        UsageError: there is none, or it doesn't compile.
     """
-    if device.type != "cpu":
-        import triton  # type: ignore[import-not-found]
-
-        return f"triton {triton.__version__}"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
+    program = "g++" if device.type == "cpu" else "gcc"  # triton compiles what starts its kernels
+    program = os.environ.get("CXX" if device.type == "cpu" else "CC") or program
+    if shutil.which(program) is None:
+        raise _refusal(f"{program} isn't there")
+    found = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
     try:
-        path = get_cpp_compiler()
-    except InvalidCxxCompiler:
-        path = ""
-    if not path or shutil.which(path) is None:
-        raise UsageError(
-            "compiled layers (train.torch_compile, --compile) need a C++ compiler on each node, and this one has none",
-            remedy="Install one (Debian: apt-get install g++), or name it in CXX; or compute without compiling.",
-        )
-    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    return told.splitlines()[0]
+        if device.type != "cpu":
+            import triton  # type: ignore[import-not-found]
+
+            found = f"triton {triton.__version__}, {found}"
+        compiled(_tried)(torch.ones(4, device=device))
+    except (
+        Exception
+    ) as error:  # of inductor, of its compiler, of the disk, an import: all say that it can't be done here
+        last = str(error).strip().splitlines()
+        raise _refusal(f"{type(error).__name__}: {last[-1] if last else ''}") from error
+    return found
+
+
+def _tried(x_N: Tensor) -> Tensor:
+    return x_N.sin() + 1.0
+
+
+def _refusal(why: str) -> UsageError:
+    return UsageError(
+        f"layers can't be compiled on this node (train.torch_compile, --compile): {why}",
+        remedy="Install a compiler with Python's headers (Debian: apt-get install g++ python3-dev), or name another one "
+        "in CXX; or compute without compiling.",
+    )

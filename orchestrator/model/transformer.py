@@ -34,6 +34,10 @@ from orchestrator.model.moe.routing.scorers import initial_std
 from orchestrator.spec.model import ModelSpec
 
 
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
 class Block(nn.Module):
     """Attention, then an MLP or experts, each with a norm before it and a residual connection.
 
@@ -41,7 +45,7 @@ class Block(nn.Module):
         part: makes of a function of this module what computes it in its place (`orchestrator.model.compiled`).
     """
 
-    part: Callable[[Any], Any] = staticmethod(lambda function: function)
+    part: Callable[[Any], Any] = staticmethod(_as_it_is)
 
     def __init__(self, spec: ModelSpec, index: int, home: ExpertParallelContext) -> None:
         super().__init__()
@@ -64,11 +68,12 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
+        part = self.part if x_BTD.numel() else _as_it_is  # code for no rows would be compiled apart
         # The positions of padding are numbers in compiled code, which would be compiled again for each batch.
-        inputs_of = self.part(_attention_inputs) if padding is None else _attention_inputs
+        inputs_of = part(_attention_inputs) if padding is None else _attention_inputs
         q_BATS, k_BGTS, v_BGTS = inputs_of(self.attention, self.attention_norm, x_BTD, rotary, padding)
         y_BTAS = self.attention.attended(q_BATS, k_BGTS, v_BGTS, mask_B1TT, cache, padding)
-        added_BTD = self.part(_attention_outputs)(self.attention, y_BTAS)
+        added_BTD = part(_attention_outputs)(self.attention, y_BTAS)
         x_BTD = x_BTD + added_BTD
         inputs = (x_BTD, added_BTD) if self._routes_by_context else (x_BTD,)  # all of them are kept
         mixed_BTD: Tensor
@@ -84,10 +89,11 @@ class Block(nn.Module):
 
     def _mix(self, x_BTD: Tensor, *context_BTD: Tensor) -> Tensor:
         mixed_BTD: Tensor
+        part = self.part if x_BTD.numel() else _as_it_is
         if isinstance(self.mlp, GatedMLP):
-            mixed_BTD = self.part(_normed_mlp)(self.mlp, self.mlp_norm, x_BTD)
+            mixed_BTD = part(_normed_mlp)(self.mlp, self.mlp_norm, x_BTD)
         else:
-            mixed_BTD = self.mlp(self.part(_normed)(self.mlp_norm, x_BTD), *context_BTD)
+            mixed_BTD = self.mlp(part(_normed)(self.mlp_norm, x_BTD), *context_BTD)
         return mixed_BTD
 
 

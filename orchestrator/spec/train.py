@@ -179,7 +179,7 @@ class TrainSpec(Section):
 
 
 def broken_compilation(
-    train: TrainSpec, foreign: str | None, lora_dropout: float, has_equal_rows: bool, stages_have_lengths: bool
+    train: TrainSpec, foreign: str | None, has_equal_rows: bool, stages_have_lengths: bool
 ) -> Iterator[Broken]:
     """Rules between compiled parts and the rest of a job.
 
@@ -194,12 +194,13 @@ def broken_compilation(
     if foreign is not None:
         rule = f"torch_compile must be false with a model of {foreign}: it compiles parts of our own model"
         yield Broken((here, ("model", "impl"), ("model", "entrypoint")), rule)
-    if train.quantization is not None:
-        rule = "torch_compile must be false with quantization, whose rounding torch's compiler doesn't take; got true"
-        yield Broken((here, ("train", "quantization")), rule)
-    if lora_dropout:
-        rule = f"torch_compile must be false with lora_dropout: compiled code draws other numbers; got {lora_dropout}"
-        yield Broken((here, ("model", "lora", "lora_dropout")), rule)
+    if train.quantization is not None or train.float8:
+        key = "float8" if train.float8 else "quantization"
+        rule = f"torch_compile must be false with {key}, whose products torch's compiler doesn't take"
+        yield Broken((here, ("train", key)), rule)
+    if train.trainable != ("*",):
+        rule = "torch_compile must be false where some parameters aren't trained: layers share no code then; got trainable "
+        yield Broken((here, ("train", "trainable")), f"{rule}{', '.join(train.trainable)}")
     exact = "torch_compile with determinism exact needs micro-batches of one shape, by which the code differs"
     if train.is_exact and not train.micro_batch_rows:
         rule = f"{exact}: a number of rows as micro_batch_size; got {train.micro_batch_size}"

@@ -21,7 +21,6 @@ from orchestrator.comm import collective_stats
 from orchestrator.engine.numerics import fingerprint, kind_of_gpu, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
-from orchestrator.model.compiled import compiler_of
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.model.trial.dry_run import is_small, rehearse
 from orchestrator.protocol.changes import changed
@@ -41,7 +40,7 @@ from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.open_batches import open_batches, open_when_there
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.transition.reserved_memory import ReservedMemory
-from orchestrator.worker.transition.warmup import warm_up
+from orchestrator.worker.transition.warmup import use_compiler, warm_up
 from orchestrator.worker.whole_models.training_task import training_task
 
 log = logging.getLogger("orchestrator.worker")
@@ -145,7 +144,7 @@ class Worker:
             pin(device)
         if spec.train.float8:
             check_float8(device)
-        compiler = compiler_of(device) if spec.train.torch_compile else ""
+        compiler = use_compiler(spec, device) if spec.train.torch_compile else ""
         self._mailbox.publish(
             numerics=fingerprint(device, spec.model.libraries, spec.code, compiler)
             if spec.train.is_exact

@@ -15,7 +15,6 @@ from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import OrchestratorError
-from orchestrator.model.compiled import compiler_of
 from orchestrator.model.tasks.all_tasks import task_of
 from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder, answering
 from orchestrator.protocol.messages import StoreAddress
@@ -30,7 +29,7 @@ from orchestrator.worker.runtime.errors import kind_of
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.open_batches import open_batches
 from orchestrator.worker.transition.prepared_transition import prepare
-from orchestrator.worker.transition.warmup import warm_up
+from orchestrator.worker.transition.warmup import use_compiler, warm_up
 from orchestrator.worker.whole_models.training_task import training_task
 
 
@@ -47,7 +46,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     spec = placed(spec, location_of(order.job.storage_dir))
     device = device_of(spec.resources.num_gpus)
     pin(device)
-    compiler = compiler_of(device) if spec.train.torch_compile else ""
+    compiler = use_compiler(spec, device) if spec.train.torch_compile else ""
     yield Numerics(fingerprint(device, spec.model.libraries, spec.code, compiler))
     factory = ShardFactory(order.worker, order.job, spec, task_of(spec.task, spec.data_format), device)
     factory.task = training_task(spec, factory.task, factory.vocab_size, device)

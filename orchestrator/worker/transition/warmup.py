@@ -7,21 +7,21 @@ DeepSpeed's and torch's modules again and again.
 
 import gc
 from datetime import timedelta
-from fnmatch import fnmatchcase
 
 import torch
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.numerics import fingerprint
 from orchestrator.engine.process_groups import backend_of, connect, disconnect
+from orchestrator.model.compiled import compiler_of, keep_code_apart
 from orchestrator.model.factory import single_rank
 from orchestrator.model.task import Batch
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.task import TEXT
-from orchestrator.spec.train import TrainSpec
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:
@@ -44,14 +44,15 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
             model = MoELanguageModel(small, vocab_size, single_rank(small))
             batches = [_batch(spec, rows) for rows in row_counts]
         model.init_weights(0)
-        train = spec.train.model_copy(update={"trainable": _trainable(spec.train, model)})
+        train = spec.train.model_copy(update={"trainable": ("*",)})  # the job's names may be of no parameter here
         engine = DeepSpeedEngineAdapter(model, train, groups, device, spec.communication)
         engine.on_weights_initialized()
-        engine.accumulate(batches[0], batches[0]["targets"].numel(), last=True)
+        trained = batches if spec.train.torch_compile and not spec.train.micro_batch_rows else batches[:1]
+        for number, batch in enumerate(trained):
+            engine.accumulate(batch, batch["targets"].numel(), last=number == len(trained) - 1)
         engine.step(0.0)
-        with torch.no_grad():  # as validation does, of which a micro-batch may have a single row
-            for batch in batches if spec.train.torch_compile else ():
-                model.scores(batch["inputs"], lengths_B=batch.get("lengths"))
+        for batch in batches if spec.train.torch_compile else ():  # the last one of a validation may have a single row
+            engine.evaluate(batch)
         engine.close()
     finally:
         disconnect()
@@ -70,8 +71,12 @@ def _batch(spec: JobSpec, rows: int) -> Batch:
     return batch
 
 
-def _trainable(train: TrainSpec, model: MoELanguageModel) -> tuple[str, ...]:
-    """The patterns of the job, by which code is compiled; all where one is of no parameter of so small a model."""
-    names = [name for name, _ in model.named_parameters()]
-    found = all(any(fnmatchcase(name, pattern) for name in names) for pattern in train.trainable)
-    return train.trainable if found and train.torch_compile else ("*",)
+def use_compiler(spec: JobSpec, device: torch.device) -> str:
+    """Have this process compile for a job. Returns the compiler, for the fingerprint.
+
+    Raises:
+        UsageError: it can't compile.
+    """
+    train = spec.train
+    keep_code_apart(fingerprint(device), train.micro_batch_size, train.sequence_length)
+    return compiler_of(device)

@@ -1,8 +1,10 @@
 """Compiled parts of layers compute what eager ones compute, and code is not compiled again for other sizes."""
 
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,10 @@ from torch import Tensor
 
 from orchestrator.inference.int_model import use_integers
 from orchestrator.model.attention.kv_cache import KVCache
-from orchestrator.model.compiled import compile_parts
+from orchestrator.model.compiled import compile_parts, keep_code_apart
 from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.pretrained.lora import LoraSpec
 from orchestrator.spec.quantization import QuantizationSpec
 
 V = 61
@@ -26,7 +27,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "context": {"router": {"scorer": "context"}},
     "some recomputed": {"gradient_checkpointing": "selective"},
     "all recomputed": {"gradient_checkpointing": "full"},
-    "adapters": {"lora": LoraSpec(target_modules=("q_proj", "down_proj"), r=2), "init_from": "somewhere"},
 }
 SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form != "plain"]  # each compiles for 20 s
 
@@ -47,9 +47,6 @@ def _model(**changes: Any) -> MoELanguageModel:
     model = build_model(spec, V, single_rank(spec))
     assert isinstance(model, MoELanguageModel)
     model.init_weights(0)
-    for name, param in model.named_parameters():
-        if ".lora." in name:
-            torch.nn.init.normal_(param, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return model
 
 
@@ -80,7 +77,7 @@ def _gradients(model: MoELanguageModel, rows: int, length: int, lengths_B: Tenso
 def _assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys() and len(ours) > 10
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()) + 1e-30)
 
 
 def _num_graphs() -> int:
@@ -97,7 +94,7 @@ def test_losses_and_gradients_are_those_of_eager_layers(form: str) -> None:
     _assert_close(_gradients(compiled, 2, 12), _gradients(eager, 2, 12))
     used = _num_graphs()
     assert used > before  # so parts were compiled
-    for rows, length in ((2, 12), (5, 9), (3, 31)):
+    for rows, length in ((2, 12), (5, 9), (3, 31), (0, 12)):
         _assert_close(_gradients(compiled, rows, length), _gradients(eager, rows, length))
     assert _num_graphs() == used  # for all sizes
     lengths_B = torch.tensor([9, 4, 7])
