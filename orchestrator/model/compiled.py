@@ -66,7 +66,7 @@ def compile_parts(model: nn.Module) -> None:
 
 
 def keep_code_apart(*why: object) -> None:
-    """Use a part of torch's cache on disk that is only for processes with the same values, before anything is compiled."""
+    """Before anything is compiled: use a part of torch's cache on disk that is for processes with the same values."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     name = sha256(repr(why).encode()).hexdigest()[:16]
@@ -107,6 +107,6 @@ def _tried(x_N: Tensor) -> Tensor:
 def _refusal(why: str) -> UsageError:
     return UsageError(
         f"layers can't be compiled on this node (train.torch_compile, --compile): {why}",
-        remedy="Install a compiler with Python's headers (Debian: apt-get install g++ python3-dev), or name another one "
-        "in CXX; or compute without compiling.",
+        remedy="Install a compiler with Python's headers (Debian: apt-get install g++ python3-dev), or name another "
+        "one in CXX; or compute without compiling.",
     )

@@ -199,8 +199,8 @@ def broken_compilation(
         rule = f"torch_compile must be false with {key}, whose products torch's compiler doesn't take"
         yield Broken((here, ("train", key)), rule)
     if train.trainable != ("*",):
-        rule = "torch_compile must be false where some parameters aren't trained: layers share no code then; got trainable "
-        yield Broken((here, ("train", "trainable")), f"{rule}{', '.join(train.trainable)}")
+        rule = "torch_compile must be false where some parameters aren't trained: layers share no code then"
+        yield Broken((here, ("train", "trainable")), f"{rule}; got trainable {', '.join(train.trainable)}")
     exact = "torch_compile with determinism exact needs micro-batches of one shape, by which the code differs"
     if train.is_exact and not train.micro_batch_rows:
         rule = f"{exact}: a number of rows as micro_batch_size; got {train.micro_batch_size}"

@@ -123,5 +123,27 @@ def test_a_machine_without_a_compiler_is_named_with_a_remedy() -> None:
     done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert (
-        "UsageError: compiled layers (train.torch_compile, --compile) need a C++ compiler on each node" in done.stderr
+        "can't be compiled on this node (train.torch_compile, --compile): no-such-compiler isn't there" in done.stderr
     )
+
+
+def test_a_compiler_that_does_not_compile_is_named_with_a_remedy(tmp_path: Path) -> None:
+    wrong = tmp_path / "g++"
+    wrong.write_text('#!/bin/sh\necho broken\ntest "$1" = --version\n')
+    wrong.chmod(0o755)
+    look = "import torch; from orchestrator.model.compiled import compiler_of; compiler_of(torch.device('cpu'))"
+    environment = os.environ | {"CXX": str(wrong), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "UsageError: layers can't be compiled on this node" in done.stderr
+
+
+def test_code_is_kept_apart_by_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    keep_code_apart("g++ 12", 4, 128)
+    first = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    keep_code_apart("g++ 12", 4, 128)  # in a child
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == first and first.startswith("/cache/")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    keep_code_apart("g++ 12", 2, 128)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != first
