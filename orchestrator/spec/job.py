@@ -254,6 +254,7 @@ class JobSpec(Section):
         yield from broken_compilation(
             self.train,
             None if self.model.is_native else self.model.origin,
+            lora is not None,
             self.data_format == TEXT and self.data.row_format != BY_DOCUMENT,
             any(stage.sequence_length not in (None, self.train.sequence_length) for stage in stages),
         )

@@ -179,7 +179,7 @@ class TrainSpec(Section):
 
 
 def broken_compilation(
-    train: TrainSpec, foreign: str | None, has_equal_rows: bool, stages_have_lengths: bool
+    train: TrainSpec, foreign: str | None, has_adapters: bool, has_equal_rows: bool, stages_have_lengths: bool
 ) -> Iterator[Broken]:
     """Rules between compiled parts and the rest of a job.
 
@@ -198,7 +198,10 @@ def broken_compilation(
         key = "float8" if train.float8 else "quantization"
         rule = f"torch_compile must be false with {key}, whose products torch's compiler doesn't take"
         yield Broken((here, ("train", key)), rule)
-    if train.trainable != ("*",):
+    if has_adapters:
+        rule = "torch_compile must be false with adapters: layers share no code where some parameters aren't trained"
+        yield Broken((here, ("model", "lora")), rule)
+    elif train.trainable != ("*",):
         rule = "torch_compile must be false where some parameters aren't trained: layers share no code then"
         yield Broken((here, ("train", "trainable")), f"{rule}; got trainable {', '.join(train.trainable)}")
     exact = "torch_compile with determinism exact needs micro-batches of one shape, by which the code differs"

@@ -86,7 +86,11 @@ def test_a_run_moves_and_is_replayed_bit_by_bit(
     "changes",
     [
         pytest.param({"train": {"determinism": "exact", "micro_batch_size": 2}}, id="equal rows"),
-        pytest.param({"train": {"micro_batch_size": "64 tokens"}, "data": {"row_format": "documents"}}, id="documents"),
+        pytest.param(
+            {"train": {"micro_batch_size": "64 tokens"}, "data": {"row_format": "documents"}},
+            id="documents",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_nothing_is_compiled_after_the_warm_up(changes: dict[str, Any]) -> None:

@@ -223,7 +223,7 @@ def test_recomputed_activations_give_the_same_gradients(recompute: str, router: 
 def test_what_is_recomputed_is_what_its_name_says(recompute: str, passes: tuple[int, int]) -> None:
     model, counted = _model(_spec().model_copy(update={"gradient_checkpointing": recompute})), Counter[str]()
     for layer in model.layers:
-        layer.attention.register_forward_pre_hook(lambda *_: counted.update(["attention"]))
+        layer.attention_norm.register_forward_pre_hook(lambda *_: counted.update(["attention"]))
         layer.mlp.register_forward_pre_hook(lambda *_: counted.update(["mlp"]))
     tokens_BU = _tokens(2, 13)
     model(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).backward()

@@ -19,10 +19,9 @@ def _job(model: dict[str, Any] | None = None, train: dict[str, Any] | None = Non
     ("changes", "problem"),
     [
         ({"model": {"impl": "transformers", "init_from": "/m"}}, "torch_compile must be false with a model of"),
-        (
-            {"model": {"init_from": "/m", "lora": {"lora_dropout": 0.1}}},
-            "torch_compile must be false with lora_dropout",
-        ),
+        ({"model": {"init_from": "/m", "lora": {}}}, "torch_compile must be false with adapters"),
+        ({"train": {"trainable": ["head"]}}, "where some parameters aren't trained.*got trainable head"),
+        ({"train": {"float8": True}}, "torch_compile must be false with float8"),
         ({"train": {"quantization": {}}}, "torch_compile must be false with quantization"),
         ({"train": EXACT | {"micro_batch_size": "64 tokens"}}, "a number of rows as micro_batch_size; got 64 tokens"),
         ({"train": EXACT, "data": {"row_format": "documents"}}, "exact needs micro-batches of one shape.*equal length"),
