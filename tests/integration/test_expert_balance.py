@@ -68,6 +68,7 @@ def test_an_exact_run_whose_experts_move_by_load_ends_with_the_bits_of_one_whose
     assert_same_tensors(ended, calm)
 
 
+@pytest.mark.slow
 def test_a_run_places_its_experts_by_itself_and_refuses_to_where_it_cannot(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_run_that_is_killed_scaled_and_resumed_around_its_changes_ends_with_th
     assert [name for name in one if one[name] != other[name]] == []
 
 
+@pytest.mark.slow
 def test_a_run_gets_the_number_of_experts_that_is_asked_for(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

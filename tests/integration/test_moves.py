@@ -114,7 +114,9 @@ def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations
     assert last - settled < 4_000_000
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 2), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "zero_stage"), [pytest.param("fp32", 2, marks=pytest.mark.long_emulated), ("bf16", 1), ("bf16", 2)]
+)
 def test_every_precision_and_stage_moves_bit_by_bit(
     texts: Path, store_dir: Path, tmp_path: Path, precision: str, zero_stage: int
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_model_of_transformers_moves_bit_by_bit(texts: Path, store_dir: Path, 
     assert runs[0][-1] < runs[0][0] - 0.5
 
 
+@pytest.mark.long_emulated
 def test_a_worker_has_the_packages_that_its_job_names(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path, "tiny_for_workers", "SIZE = 16")
     source = "import tiny_for_workers\n" + linear(init="assert tiny_for_workers.SIZE == spec.hidden_size")
@@ -210,6 +213,7 @@ def test_a_worker_has_the_packages_that_its_job_names(texts: Path, store_dir: Pa
         worker_group.await_step(2)
 
 
+@pytest.mark.long_emulated
 def test_a_worker_has_the_code_that_its_job_was_submitted_with(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     run_dir, code = tmp_path / "run", tmp_path / "code"
     code.mkdir()
@@ -225,6 +229,7 @@ def test_a_worker_has_the_code_that_its_job_was_submitted_with(texts: Path, stor
     assert [path.name for path in (tmp_path / "home" / "code").iterdir()] == [*packages]
 
 
+@pytest.mark.long_emulated
 def test_a_worker_reports_the_fault_of_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     spec = own_spec(tmp_path, "def build(*args):\n    return 1 / 0\n")
     with LocalWorkerGroup(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as worker_group:
@@ -234,6 +239,7 @@ def test_a_worker_reports_the_fault_of_a_users_model(texts: Path, store_dir: Pat
     assert report.health.error.traceback.endswith("ZeroDivisionError: division by zero\n")
 
 
+@pytest.mark.long_emulated
 def test_a_build_with_different_random_weights_on_each_worker_is_detected(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:

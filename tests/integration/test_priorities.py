@@ -154,6 +154,7 @@ def _held(file: Path, text: str) -> Iterator[None]:
         os.close(writer)
 
 
+@pytest.mark.slow
 @pytest.mark.journey
 @pytest.mark.timeout(300)
 def test_minimums_that_leave_no_room_preempt_the_lower_run_which_resumes_later(on: Cluster) -> None:

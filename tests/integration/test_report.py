@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 STRETCH_S = 12.0  # of training between two events: moves and ends take tenths of a second, which are not to count
 
 
+@pytest.mark.slow
 def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_pause(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

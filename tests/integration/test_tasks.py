@@ -58,7 +58,7 @@ def _disturbed(job: JobSpec, store_dir: Path, run_dir: Path) -> Records:
 
 # Pairs that learn in the steps of `task_job`; others have only those that their moves take.
 LEARN = {("sft", "lion"), ("dpo", "muon"), ("dpo", "adamw"), ("classification", "sgd"), ("own", "adafactor")}
-ON_BOTH_DEVICES = {("dpo", "adamw"), ("own", "adafactor")}
+ON_BOTH_DEVICES = {("dpo", "adamw")}
 STEPS = 12
 RATES = {("classification", "sgd"): 0.05, ("own", "sgd"): 0.02}  # where that of language modeling is too high
 
@@ -183,6 +183,7 @@ def dpo(options):
 """
 
 
+@pytest.mark.long_emulated
 @pytest.mark.parametrize(("builtin", "data_format"), [("sft", "messages"), ("dpo", "preference")])
 def test_a_users_task_gets_the_rows_of_a_builtin_one_and_with_its_formula_the_same_bits(
     tmp_path: Path, builtin: str, data_format: str
@@ -258,6 +259,7 @@ def task(options):
 """
 
 
+@pytest.mark.long_emulated
 def test_a_peer_that_is_lost_in_a_users_loss_is_no_error_of_the_users(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +275,7 @@ def test_a_peer_that_is_lost_in_a_users_loss_is_no_error_of_the_users(
             member.kill()
 
 
+@pytest.mark.long_emulated
 def test_a_rank_that_calls_a_model_with_experts_twice_is_named(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     """Not as a peer that was lost, though the other rank takes part in one call only."""
     (tmp_path / "twice.py").write_text(TWICE)
