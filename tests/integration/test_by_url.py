@@ -229,6 +229,7 @@ def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_pa
     assert not (tmp_path / "shared").exists() and "heavy-" not in far.ray("list")
 
 
+@pytest.mark.slow
 def test_a_missing_secret_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
     job = far.job(texts, tmp_path / "shared", "careless", secrets={"API_KEY": "env:NO_SUCH_KEY"})
     far("submit", job)

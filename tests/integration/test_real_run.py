@@ -117,6 +117,7 @@ def test_a_member_that_gets_sigterm_leaves_at_a_fence(client: OrchestratorClient
     _one_value_per_step(ended, tmp_path)
 
 
+@pytest.mark.slow
 def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
     assert sorted(history) == list(range(status.step))
 
 
+@pytest.mark.slow
 def test_a_users_own_model_trains_and_resumes_at_another_world_size(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
 STEPS, SIZE = 150, 3
 
 
+@pytest.mark.slow
 def test_a_worker_killed_with_its_buddy_costs_a_step_at_most_and_no_bit(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
