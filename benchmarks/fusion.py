@@ -12,8 +12,8 @@
 - `warm-up`: seconds of a worker's warm-up: eager; compiled with nothing in torch's cache; compiled with all in it.
   Without a warm-up the first step after a rescale would wait for the difference.
 
-Arms alternate, and ratios are those of a round. The article says 15 to 20 % for the fusion of kernels. About 8 minutes
-on two cores.
+Arms alternate, and ratios are those of a round. The article says 15 to 20 % for the fusion of kernels. About 13
+minutes on two cores.
 """
 
 import json

@@ -18,7 +18,7 @@ from orchestrator.inference.exit_rule import LayerCount
 from orchestrator.inference.sampling import next_token
 from orchestrator.model.attention.kv_cache import KVCache
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.compiled import compile_parts, compiler_of
+from orchestrator.model.compiled import compile_parts, compiler_of, try_compiler
 from orchestrator.model.early_exit import EarlyExit, ExitRule
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Generation, GenerationResult, Remark, TextPiece
@@ -96,7 +96,9 @@ def refuse_compiling(job: JobSpec, dtype: str) -> None:
             f"--compile would compile each layer apart: those of run {job.name} have lost neurons or heads",
             remedy="Leave --compile out.",
         )
-    compiler_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiler_of(device)
+    try_compiler(device)
 
 
 def generate(

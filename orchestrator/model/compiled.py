@@ -45,6 +45,7 @@ def compiled(function: Function) -> Function:
         dynamo.recompile_limit = VARIANTS
         inductor.compile_threads = 1  # else a pool of processes stays, of some 200 MB each
         inductor.deterministic = True  # nothing is chosen by measured time
+        inductor.fx_graph_remote_cache = False  # its code is of other sizes
         inductor.max_autotune = inductor.max_autotune_gemm = inductor.coordinate_descent_tuning = False
         symbols.use_duck_shape = False  # sizes that are equal in the first call may differ in the next
         _configured.done = True
@@ -79,34 +80,47 @@ def compiler_of(device: torch.device) -> str:
     """Name and version of the compiler that inductor uses on a device.
 
     Raises:
-        UsageError: there is none, or it doesn't compile.
+        UsageError: it isn't there.
     """
-    program = "g++" if device.type == "cpu" else "gcc"  # triton compiles what starts its kernels
-    program = os.environ.get("CXX" if device.type == "cpu" else "CC") or program
+    variable, usual = (
+        ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
+    )  # triton compiles what starts its kernels
+    program = os.environ.get(variable) or usual
     if shutil.which(program) is None:
-        raise _refusal(f"{program} isn't there")
-    found = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        raise _refusal(f"{program} isn't there", variable)
+    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()
+    found = told[0] if told else program
+    if device.type == "cpu":
+        return found
     try:
-        if device.type != "cpu":
-            import triton  # type: ignore[import-not-found]
+        import triton  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise _refusal(str(error), variable) from error
+    return f"triton {triton.__version__}, {found}"
 
-            found = f"triton {triton.__version__}, {found}"
+
+def try_compiler(device: torch.device) -> None:
+    """Compile something small.
+
+    Raises:
+        UsageError: it can't be done.
+    """
+    try:
         compiled(_tried)(torch.ones(4, device=device))
-    except (
-        Exception
-    ) as error:  # of inductor, of its compiler, of the disk, an import: all say that it can't be done here
-        last = str(error).strip().splitlines()
-        raise _refusal(f"{type(error).__name__}: {last[-1] if last else ''}") from error
-    return found
+    # Of inductor, of the compiler, of the disk: all say that it can't be done here.
+    except Exception as error:
+        lines = str(error).splitlines()
+        said = next((line.strip() for line in lines if "error" in line.lower()), lines[0] if lines else "")
+        raise _refusal(f"{type(error).__name__}: {said}", "CXX" if device.type == "cpu" else "CC") from error
 
 
 def _tried(x_N: Tensor) -> Tensor:
     return x_N.sin() + 1.0
 
 
-def _refusal(why: str) -> UsageError:
+def _refusal(why: str, variable: str) -> UsageError:
     return UsageError(
         f"layers can't be compiled on this node (train.torch_compile, --compile): {why}",
         remedy="Install a compiler with Python's headers (Debian: apt-get install g++ python3-dev), or name another "
-        "one in CXX; or compute without compiling.",
+        f"one in {variable}; or compute without compiling.",
     )

@@ -68,12 +68,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         padding: Padding | None = None,
     ) -> Tensor:
-        part = self.part if x_BTD.numel() else _as_it_is  # code for no rows would be compiled apart
-        # The positions of padding are numbers in compiled code, which would be compiled again for each batch.
-        inputs_of = part(_attention_inputs) if padding is None else _attention_inputs
-        q_BATS, k_BGTS, v_BGTS = inputs_of(self.attention, self.attention_norm, x_BTD, rotary, padding)
-        y_BTAS = self.attention.attended(q_BATS, k_BGTS, v_BGTS, mask_B1TT, cache, padding)
-        added_BTD = part(_attention_outputs)(self.attention, y_BTAS)
+        added_BTD = self._attend(x_BTD, rotary, mask_B1TT, cache, padding)
         x_BTD = x_BTD + added_BTD
         inputs = (x_BTD, added_BTD) if self._routes_by_context else (x_BTD,)  # all of them are kept
         mixed_BTD: Tensor
@@ -82,6 +77,22 @@ class Block(nn.Module):
         else:
             mixed_BTD = self._mix(*inputs)
         return x_BTD + mixed_BTD
+
+    def _attend(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TT: Tensor | None,
+        cache: LayerCache | None,
+        padding: Padding | None,
+    ) -> Tensor:
+        part = self.part if x_BTD.numel() else _as_it_is  # code for no rows would be compiled apart
+        # The positions of padding are numbers in compiled code, which would be compiled again for each batch.
+        inputs_of = part(_attention_inputs) if padding is None else _attention_inputs
+        q_BATS, k_BGTS, v_BGTS = inputs_of(self.attention, self.attention_norm, x_BTD, rotary, padding)
+        y_BTAS = self.attention.attended(q_BATS, k_BGTS, v_BGTS, mask_B1TT, cache, padding)
+        added_BTD: Tensor = part(_attention_outputs)(self.attention, y_BTAS)
+        return added_BTD
 
     def fill(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache) -> None:
         """Add to the cache keys and values of tokens that have left the model before this layer."""

@@ -204,11 +204,13 @@ def broken_compilation(
     elif train.trainable != ("*",):
         rule = "torch_compile must be false where some parameters aren't trained: layers share no code then"
         yield Broken((here, ("train", "trainable")), f"{rule}; got trainable {', '.join(train.trainable)}")
-    exact = "torch_compile with determinism exact needs micro-batches of one shape, by which the code differs"
+    why = "with torch_compile and determinism exact, as code depends on the shape of micro-batches"
     if train.is_exact and not train.micro_batch_rows:
-        rule = f"{exact}: a number of rows as micro_batch_size; got {train.micro_batch_size}"
+        rule = f"micro_batch_size must be a number of rows {why}; got {train.micro_batch_size}"
         yield Broken((here, ("train", "micro_batch_size")), rule)
     if train.is_exact and not has_equal_rows:
-        yield Broken((here, ("data", "row_format"), ("task", "name")), f"{exact}: rows of text of equal length")
+        rule = f"rows must be of equal length {why}: text with row_format packed; got rows of their own lengths"
+        yield Broken((here, ("data", "row_format"), ("task", "name")), rule)
     if train.is_exact and stages_have_lengths:
-        yield Broken((here, ("curriculum", "stages")), f"{exact}: no sequence_length of a stage")
+        rule = f"stages must have no other sequence_length {why}; got one"
+        yield Broken((here, ("curriculum", "stages")), rule)

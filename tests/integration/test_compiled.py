@@ -39,7 +39,7 @@ def batch(rows, length):
     found = {"inputs": tokens_BU[:, :-1], "targets": tokens_BU[:, 1:]}
     return found | ({"lengths": torch.tensor([length, 5, 7, 3][:rows], dtype=torch.int64)} if has_lengths else {})
 
-sizes = [(2, 32), (2, 32)] + [(4, 20), (1, 9)] * (not job.train.micro_batch_rows)
+sizes = [(2, 32), (2, 32), (1, 32)] + [(4, 20), (1, 9)] * (not job.train.micro_batch_rows)
 for rows, length in sizes:
     engine.accumulate(batch(rows, length), 99, last=True)
     engine.step(0.1)

@@ -15,7 +15,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.numerics import fingerprint
 from orchestrator.engine.process_groups import backend_of, connect, disconnect
-from orchestrator.model.compiled import compiler_of, keep_code_apart
+from orchestrator.model.compiled import compiler_of, keep_code_apart, try_compiler
 from orchestrator.model.factory import single_rank
 from orchestrator.model.task import Batch
 from orchestrator.model.transformer import MoELanguageModel
@@ -47,9 +47,8 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
         train = spec.train.model_copy(update={"trainable": ("*",)})  # the job's names may be of no parameter here
         engine = DeepSpeedEngineAdapter(model, train, groups, device, spec.communication)
         engine.on_weights_initialized()
-        trained = batches if spec.train.torch_compile and not spec.train.micro_batch_rows else batches[:1]
-        for number, batch in enumerate(trained):
-            engine.accumulate(batch, batch["targets"].numel(), last=number == len(trained) - 1)
+        for number, batch in enumerate(batches):
+            engine.accumulate(batch, batch["targets"].numel(), last=number == len(batches) - 1)
         engine.step(0.0)
         for batch in batches if spec.train.torch_compile else ():  # the last one of a validation may have a single row
             engine.evaluate(batch)
@@ -63,10 +62,10 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
 
 def _batch(spec: JobSpec, rows: int) -> Batch:
     """A micro-batch of rows as those of the job: of equal length, or not."""
-    length, has_lengths = spec.train.sequence_length, spec.data_format != TEXT or spec.data.row_format == BY_DOCUMENT
+    length = spec.train.sequence_length
     tokens_BU = torch.zeros(rows, length + 1, dtype=torch.int64)
     batch = {"inputs": tokens_BU[:, :-1], "targets": tokens_BU[:, 1:]}
-    if has_lengths:
+    if spec.train.torch_compile and _has_lengths(spec):
         batch["lengths"] = torch.tensor([length - row % 2 for row in range(rows)]).clamp_min_(1)
     return batch
 
@@ -77,6 +76,13 @@ def use_compiler(spec: JobSpec, device: torch.device) -> str:
     Raises:
         UsageError: it can't compile.
     """
-    train = spec.train
-    keep_code_apart(fingerprint(device), train.micro_batch_size, train.sequence_length)
-    return compiler_of(device)
+    train, found = spec.train, compiler_of(device)
+    shapes = train.micro_batch_size, train.sequence_length, _has_lengths(spec)
+    keep_code_apart(fingerprint(device, compiler=found), train.determinism, shapes)
+    try_compiler(device)
+    return found
+
+
+def _has_lengths(spec: JobSpec) -> bool:
+    """Whether rows differ in length."""
+    return spec.data_format != TEXT or spec.data.row_format == BY_DOCUMENT

@@ -131,7 +131,7 @@ def test_a_compiler_that_does_not_compile_is_named_with_a_remedy(tmp_path: Path)
     wrong = tmp_path / "g++"
     wrong.write_text('#!/bin/sh\necho broken\ntest "$1" = --version\n')
     wrong.chmod(0o755)
-    look = "import torch; from orchestrator.model.compiled import compiler_of; compiler_of(torch.device('cpu'))"
+    look = "import torch; from orchestrator.model.compiled import try_compiler; try_compiler(torch.device('cpu'))"
     environment = os.environ | {"CXX": str(wrong), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     environment |= {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True)

@@ -23,14 +23,17 @@ def _job(model: dict[str, Any] | None = None, train: dict[str, Any] | None = Non
         ({"train": {"trainable": ["head"]}}, "where some parameters aren't trained.*got trainable head"),
         ({"train": {"float8": True}}, "torch_compile must be false with float8"),
         ({"train": {"quantization": {}}}, "torch_compile must be false with quantization"),
-        ({"train": EXACT | {"micro_batch_size": "64 tokens"}}, "a number of rows as micro_batch_size; got 64 tokens"),
-        ({"train": EXACT, "data": {"row_format": "documents"}}, "exact needs micro-batches of one shape.*equal length"),
+        (
+            {"train": EXACT | {"micro_batch_size": "64 tokens"}},
+            "micro_batch_size must be a number of rows with.*got 64 tokens",
+        ),
+        ({"train": EXACT, "data": {"row_format": "documents"}}, "rows must be of equal length with torch_compile"),
         (
             {
                 "train": EXACT,
                 "curriculum": {"stages": [{"name": "a", "until": {"steps": 9}, "sequence_length": 9}, {"name": "b"}]},
             },
-            "no sequence_length of a stage",
+            "stages must have no other sequence_length",
         ),
     ],
 )
