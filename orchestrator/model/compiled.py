@@ -3,8 +3,8 @@ around them. Attention itself, routing, experts and the loss are kernels already
 
 What is compiled are functions of a module and its inputs, not modules: all layers of one width, and all engines of a
 process, share the code. Numbers of rows and tokens are symbols in it, so it is compiled once for all of them, but for
-single rows or tokens, which torch always compiles apart, as it does passes without gradients. No rows are computed
-eagerly. A process compiles in its warm-up (`orchestrator.worker.transition.warmup`).
+single rows or tokens, which torch always compiles apart, as it does passes without gradients. A micro-batch without
+rows is computed eagerly. A process compiles in its warm-up (`orchestrator.worker.transition.warmup`).
 
 The code depends on the sizes that it was first called with: inductor decides by them which loops threads share, and so
 how sums are split, and torch's cache on disk gives it to other processes for any sizes. Where bits matter all
@@ -82,21 +82,20 @@ def compiler_of(device: torch.device) -> str:
     Raises:
         UsageError: it isn't there.
     """
-    variable, usual = (
-        ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
-    )  # triton compiles what starts its kernels
+    # Triton compiles the C code that starts its kernels.
+    variable, usual = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
     program = os.environ.get(variable) or usual
     if shutil.which(program) is None:
         raise _refusal(f"{program} isn't there", variable)
-    told = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()
-    found = told[0] if told else program
+    lines = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()
+    version = lines[0] if lines else program
     if device.type == "cpu":
-        return found
+        return version
     try:
         import triton  # type: ignore[import-not-found]
     except ImportError as error:
         raise _refusal(str(error), variable) from error
-    return f"triton {triton.__version__}, {found}"
+    return f"triton {triton.__version__}, {version}"
 
 
 def try_compiler(device: torch.device) -> None:
@@ -110,8 +109,8 @@ def try_compiler(device: torch.device) -> None:
     # Of inductor, of the compiler, of the disk: all say that it can't be done here.
     except Exception as error:
         lines = str(error).splitlines()
-        said = next((line.strip() for line in lines if "error" in line.lower()), lines[0] if lines else "")
-        raise _refusal(f"{type(error).__name__}: {said}", "CXX" if device.type == "cpu" else "CC") from error
+        reason = next((line.strip() for line in lines if "error" in line.lower()), lines[0] if lines else "")
+        raise _refusal(f"{type(error).__name__}: {reason}", "CXX" if device.type == "cpu" else "CC") from error
 
 
 def _tried(x_N: Tensor) -> Tensor:

@@ -185,6 +185,7 @@ def broken_compilation(
 
     Args:
         foreign: whose model it is; None for our own.
+        has_adapters: whether low-rank adapters are trained.
         has_equal_rows: whether the rows of the data have the same number of tokens.
         stages_have_lengths: whether those of a curriculum's stages differ.
     """
