@@ -51,7 +51,7 @@ torch.compiler.set_stance("default")
 print("ok")
 """
 
-pytestmark = pytest.mark.timeout(600)  # the first of a machine compiles
+pytestmark = pytest.mark.timeout(1200)  # the first of a machine compiles
 
 
 def _job(texts: Path, model: dict[str, Any], **train: Any) -> JobSpec:

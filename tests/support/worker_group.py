@@ -47,6 +47,7 @@ from tests.support import devices, forks
 from tests.support.pacing import Pace
 
 PATIENCE_S = 120.0
+COMPILER_PATIENCE_S = 600.0  # of a warm-up that compiles, on a machine that runs other tests
 BEGINNING_S = 0.1  # by which steps are late until one is waited for
 
 
@@ -137,13 +138,13 @@ class Member:
         self.process = forks.start(_serve, theirs, env, devices.selected, devices.sharing)
         theirs.close()
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any, patience_s: float = PATIENCE_S) -> Any:
         """What the worker's method returns. Raises MemberDied if the process ends before it has answered."""
         with self._lock:
             try:
                 self._pipe.send((method, args))
-                if not self._pipe.poll(PATIENCE_S):
-                    raise TimeoutError(f"process {self.process.pid} did not answer {method} within {PATIENCE_S:.0f} s")
+                if not self._pipe.poll(patience_s):
+                    raise TimeoutError(f"process {self.process.pid} did not answer {method} within {patience_s:.0f} s")
                 ok, value = self._pipe.recv()
             except (EOFError, ConnectionError):
                 self.process.join(PATIENCE_S)  # its end of the pipe is closed a little before it counts as dead
@@ -219,7 +220,7 @@ class LocalWorkerGroup:
             vocab_size=_num_outputs(store_dir),
         )
         self.num_experts, self.is_exact = job.model.n_routed_experts, job.train.is_exact
-        self._copies = job.protection.copies
+        self._copies, self._compiles = job.protection.copies, job.train.torch_compile
         self.members: dict[str, Member] = {}
         self.directive = Directive(term=1, seq=0)
         self.newest_generation = -1  # of all that were planned
@@ -230,7 +231,7 @@ class LocalWorkerGroup:
         self.add(size)
 
     def add(self, count: int) -> list[str]:
-        """More workers, warmed in parallel."""
+        """More workers, warmed in parallel; those that compile after the first one, whose code they find on disk."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
             kind = (self.is_exact, devices.selected, devices.sharing, self._env)
@@ -238,13 +239,17 @@ class LocalWorkerGroup:
             if idle is not None:
                 _idle.remove(idle)
             self.members[worker] = idle or Member(self.is_exact, self._env)
+        num_alone = 1 if self._compiles else 0
+        for worker in new[:num_alone]:
+            self._warm(worker)
         with ThreadPoolExecutor(len(new)) as pool:
-            list(pool.map(self._warm, new))
+            list(pool.map(self._warm, new[num_alone:]))
         return new
 
     def _warm(self, worker: str) -> None:
         self.members[worker].call("renew", worker, self.pace.path)
-        self.members[worker].call("warm", self.job)
+        patience_s = COMPILER_PATIENCE_S if self._compiles else PATIENCE_S
+        self.members[worker].call("warm", self.job, patience_s=patience_s)
 
     @property
     def ids(self) -> list[str]:
