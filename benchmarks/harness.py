@@ -196,13 +196,13 @@ class Result:
 
 def line_of(result: Result, duration_s: float) -> dict[str, Any]:
     """The result as the object that is printed, with what is needed to judge and to repeat it."""
-    checked_out, dirty = _commit()
+    checked_out, dirty = commit()
     return {
         "name": result.name,
         "commit": checked_out,
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "seed": result.seed,
@@ -250,7 +250,7 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _commit() -> tuple[str | None, bool | None]:
+def commit() -> tuple[str | None, bool | None]:
     """The commit that is checked out, and whether files differ from it. None for both where git can't tell."""
     git = ["git", "-C", str(ROOT)]
     try:
@@ -261,7 +261,7 @@ def _commit() -> tuple[str | None, bool | None]:
     return commit, bool(changed.strip())
 
 
-def _cpu() -> str:
+def cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
