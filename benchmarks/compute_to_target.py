@@ -57,11 +57,11 @@ HELD_OUT_ROWS, QUICK_ROWS = 512, 16
 WATTS = 10.0  # of a busy core and its memory
 JOULES_PER_BYTE = 1e-8  # of a network
 
-START = Setting(rows=16, lr=8e-3, width=64)
+START = Setting(rows=16, lr=16e-3, width=32)  # where a search on coarser ladders from 8e-3 and 64 ended on both sides
 LADDERS: Mapping[str, tuple[float, ...]] = {
     "rows": (8, 16, 32, 64),
-    "lr": (2e-3, 4e-3, 8e-3, 16e-3),
-    "width": (32, 64, 96),
+    "lr": (4e-3, 8e-3, 16e-3, 32e-3),
+    "width": (24, 32, 48, 64, 96),
 }
 QUICK_LADDERS: Mapping[str, tuple[float, ...]] = {"rows": (8, 16)}
 
