@@ -73,7 +73,7 @@ def test_a_token_is_multiplied_by_as_many_weights_on_both_sides(width: int) -> N
     dense, recipe = (size_of_model(_job(each, setting), CORPUS.vocab_size) for each in (DENSE, RECIPE))
     routers = 3 * 16 * width
     assert recipe.active_parameters == dense.active_parameters + routers
-    assert recipe.parameters > 2 * dense.parameters
+    assert recipe.parameters > 1.8 * dense.parameters  # most are embeddings at the smallest width
     assert recipe.attention == dense.attention
 
 
