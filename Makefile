@@ -7,13 +7,13 @@
 #   make check     format, lint, types and architecture: what CI runs first
 #   make dist      a source distribution and a wheel, in dist/
 #   make check-dist  the wheel in an empty environment elsewhere, where it runs the demo
-#   make bench     every benchmark but balance, routers, exact and false_alarms, which take long, and gpu, which needs one
+#   make bench     every benchmark but those that take long, as benchmarks/README.md says, and gpu, which needs one
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py routers.py lora.py distillation.py pruning.py exits.py inference.py gpu.py),$(wildcard benchmarks/*.py)))
+BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py routers.py lora.py distillation.py pruning.py exits.py inference.py compute_to_target.py gpu.py),$(wildcard benchmarks/*.py)))
 
 # Compiled modules are kept, whatever the environment says: else each process of the tests compiles all of them.
 export PYTHONDONTWRITEBYTECODE :=

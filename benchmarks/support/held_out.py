@@ -1,7 +1,7 @@
-"""Figures of a language model on held-out rows: its loss, whether it tells a text's continuation from others, and
-whether it reads what came before.
+"""Figures of a language model on held-out rows: its loss, the share of texts whose own continuation it prefers, and its
+gain from a copy of a text before that text.
 
-Shape legend: I = items, T = tokens, P = tokens of a prompt, C = candidates.
+Shape legend: I = items, T = tokens, P = tokens of a prompt.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data.store import TokenStore
+from orchestrator.data.store import IGNORED_TARGET, TokenStore
 from orchestrator.model.base import TrainableModel
 
 AT_ONCE = 32  # rows
@@ -29,37 +29,41 @@ def held_out(model: TrainableModel, store: TokenStore, length: int, num_rows: in
 
     Returns:
         `loss`: nats per target. `choice`: share of the prompts whose own continuation is likelier than those of three
-        others; 0.25 by chance. `copy`: the loss of tokens that repeat what came right before, over that of the same
-        tokens the first time.
+        other rows; 0.25 by chance. `copy`: how many nats per token the loss of a text is lower after a copy of it than
+        after another text.
     """
     inputs_IT, targets_IT = _drawn(store, length, num_rows)
     losses_IT = _losses(model, inputs_IT, targets_IT)
-    items_IT, _ = _drawn(store, PROMPT + CONTINUATION, num_rows)
+    rows_IT, next_IT = _drawn(store, PROMPT + CONTINUATION, num_rows)
+    items_IT = rows_IT[(next_IT != IGNORED_TARGET).all(1)]  # of one document each
     return {
-        "loss": float(losses_IT.sum() / (targets_IT >= 0).sum()),
+        "loss": float(losses_IT.sum() / (targets_IT != IGNORED_TARGET).sum()),
         "choice": _choice(model, items_IT),
         "copy": _copy(model, items_IT[:, :COPIED]),
     }
 
 
 def _choice(model: TrainableModel, items_IT: Tensor) -> float:
-    prompts_IP, own_IT = items_IT[:, :PROMPT], items_IT[:, PROMPT:]
-    losses_IC = torch.stack(
-        [_loss_of_last(model, torch.cat((prompts_IP, own_IT.roll(shift, 0)), 1)) for shift in range(CANDIDATES)], 1
+    """Others' continuations are of rows far away, since neighbours are of one text."""
+    prompts_IP, ends_IT = items_IT[:, :PROMPT], items_IT[:, PROMPT:]
+    own_I, *others = (
+        _loss_of_last(model, torch.cat((prompts_IP, ends_IT.roll(i * len(items_IT) // CANDIDATES, 0)), 1), CONTINUATION)
+        for i in range(CANDIDATES)
     )
-    return float((losses_IC.argmin(1) == 0).float().mean())
-
-
-def _loss_of_last(model: TrainableModel, rows_IT: Tensor) -> Tensor:
-    """The summed loss (I,) of each row's last `CONTINUATION` tokens."""
-    return _losses(model, rows_IT[:, :-1], rows_IT[:, 1:])[:, -CONTINUATION:].sum(1)
+    return float((own_I < torch.stack(others).amin(0)).float().mean())
 
 
 def _copy(model: TrainableModel, items_IT: Tensor) -> float:
-    twice_IT = torch.cat((items_IT, items_IT), 1)
-    losses_IT = _losses(model, twice_IT[:, :-1], twice_IT[:, 1:])
-    first, second = losses_IT[:, : COPIED - 1].sum(), losses_IT[:, COPIED:].sum()  # of the same targets
-    return float(second / first)
+    others_IT = items_IT.roll(len(items_IT) // 2, 0)
+    after_copy, after_other = (
+        _loss_of_last(model, torch.cat((before, items_IT), 1), COPIED).mean() for before in (items_IT, others_IT)
+    )
+    return float(after_other - after_copy) / COPIED
+
+
+def _loss_of_last(model: TrainableModel, rows_IT: Tensor, count: int) -> Tensor:
+    """The summed loss (I,) of each row's last tokens."""
+    return _losses(model, rows_IT[:, :-1], rows_IT[:, 1:])[:, -count:].sum(1)
 
 
 def _losses(model: TrainableModel, inputs_IT: Tensor, targets_IT: Tensor) -> Tensor:

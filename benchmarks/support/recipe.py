@@ -2,7 +2,7 @@
 for an equal number of operations.
 
 A dense model and a mixture of one width multiply a token by as many weights: two experts of half the inner width of the
-dense MLP. The mixture has sixteen of them in each layer but the first.
+dense MLP. The mixture has more of them in each layer but the first.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from orchestrator.spec.job import JobSpec
 
 LAYERS, HEADS, KV_HEADS = 4, 4, 2
 LENGTH = 128  # tokens of a row
-EXPERTS, TOP_K = 16, 2
+TOP_K = 2
 SHORT_ROWS = (64, 0.3)  # tokens of a row at first, and the share of the tokens that are in such rows
 SIGNAL = "length"  # stages need a measure of difficulty; they admit everything
 COMPRESSED = {"compression": "int8", "tokens": "bf16"}
@@ -28,13 +28,16 @@ class Recipe:
 
     Args:
         num_experts: of each layer but the first; 1: the model is dense.
-        grows_rows: the first rows are short.
+        in_pieces: the order of a curriculum: pieces of documents, each drawn by itself, lie back to back. Else rows are
+            of consecutive tokens, and whole rows are drawn.
+        grows_rows: the first rows are short, which needs that order.
         balances: the bias of experts follows their load.
         compresses: gradients travel in int8, and tokens in bf16.
         packs: documents lie back to back in rows of one length, else each has rows of its own.
     """
 
     num_experts: int = 1
+    in_pieces: bool = False
     grows_rows: bool = False
     balances: bool = True
     compresses: bool = False
@@ -85,9 +88,10 @@ def job_of(recipe: Recipe, setting: Setting, seed: int, flops: float, corpus: Co
     steps = [max(1, round(share * tokens / (setting.rows * in_row[length]))) for length, share in spans]
     given["train"] |= {"max_steps": sum(steps)}
     given["train"]["lr_scheduler"] |= {"warmup_steps": max(1, sum(steps) // 10)}
-    if recipe.grows_rows:
+    if recipe.in_pieces:
         short = {"name": "short", "sequence_length": SHORT_ROWS[0], "until": {"steps": steps[0]}}
-        given["curriculum"] = {"signal": SIGNAL, "stages": [short, {"name": "long"}]}
+        stages = [short] if recipe.grows_rows else []
+        given["curriculum"] = {"signal": SIGNAL, "stages": [*stages, {"name": "long"}]}
     return JobSpec.model_validate(given)
 
 

@@ -319,6 +319,17 @@ def test_compression_counts_bytes_and_moves_what_is_kept() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compute_to_target_trains_both_sides_alike() -> None:
+    metrics = quick("compute_to_target")["metrics"]
+    dense, recipe = metrics["arms"]["dense, 1"], metrics["arms"]["recipe, 1"]
+    assert recipe["parameters"] > 2 * dense["parameters"] and recipe["bytes_sent"] > dense["bytes_sent"]
+    assert dense["share_of_experts"] == pytest.approx(recipe["share_of_experts"], rel=0.05)  # of a token's operations
+    assert all(0 < side["tried"][0]["loss"] < 10 for side in metrics["sweep"].values())
+    assert set(metrics["parts"]) == {"without experts", "without packing"}
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_exact_costs_bytes() -> None:
     metrics = quick("exact_cost")["metrics"]["2_workers"]
