@@ -184,6 +184,7 @@ def test_nothing_is_left_of_a_submission_that_is_interrupted(far: Far, texts: Pa
     assert "STOPPED" in job
 
 
+@pytest.mark.slow
 def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path) -> None:
     storage = tmp_path / "shared"
     job = far.job(texts, storage, "distant")
