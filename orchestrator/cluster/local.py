@@ -4,13 +4,13 @@ The head is `ray start --head --block` in its own session, so it outlives the te
 asks for a token, and keeps its files in its own temporary directory. The cluster is recorded in
 
     $ORCHESTRATOR_HOME/clusters/local/    (default ~/.orchestrator)
-      cluster.json   the `ClusterRecord`: address, processes with their start times
+      cluster.json   the `ClusterRecord`: address, processes with their starts
       token          the secret, readable by its owner only
       head.log       output of Ray's processes while they started
       scrape.json    metrics target for Prometheus, in the format of `file_sd_configs`
 
 `down` ends the recorded processes and everything in their session, and nothing else: a pid that another process has
-since reused is recognised by its start time.
+since reused is recognised by its start.
 """
 
 import fcntl
@@ -18,6 +18,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from orchestrator.cluster.local_head import (
     write_secret,
 )
 from orchestrator.cluster.processes import Process, describe, end_session, is_running, living_of
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.backends.home import home
@@ -128,11 +129,22 @@ def environment(record: ClusterRecord) -> dict[str, str]:
 
 
 def _present(directory: Path) -> ClusterRecord | None:
-    """The recorded cluster if its head is alive. The caller holds the lock."""
+    """The recorded cluster if its head is alive. The caller holds the lock.
+
+    Raises:
+        OrchestratorError: the record can't be read.
+    """
+    path = directory / "cluster.json"
     try:
-        record = from_plain(ClusterRecord, json.loads((directory / "cluster.json").read_text()))
+        record = from_plain(ClusterRecord, json.loads(path.read_text()))
     except FileNotFoundError:
         return None
+    except ProtocolError as error:
+        raise OrchestratorError(
+            f"the record of the local cluster, {path}, can't be read: {error.message}",
+            remedy="End the cluster with the version that started it, or its head yourself, and delete that file.",
+            unchanged="Nothing was changed.",
+        ) from error
     if is_running(record.head):
         return record
     _end(record)  # the head is gone: the rest of its session is useless
@@ -154,8 +166,7 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
             stderr=log,
             start_new_session=True,
         )
-    started_time = psutil.Process(head.pid).create_time()
-    leader = Process(head.pid, started_time, "ray start")
+    started_time, leader = time.time(), describe(psutil.Process(head.pid), "ray start")
     record = ClusterRecord("", num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, (leader,))
     try:
         _save(directory, record)  # before it is ready: `down` finds it even if we are killed

@@ -1,27 +1,35 @@
-"""Processes that we started, distinguished by start time from others with a reused pid."""
+"""Processes that we started, distinguished by their start from others with a reused pid."""
 
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 KILL_TIMEOUT_S = 5.0
 ROUNDS = 5
-CLOCK_DRIFT_S = 2.0  # start times count from the boot time, which moves when the clock is set
+PROC = Path("/proc")
+BOOT_ID = PROC / "sys" / "kernel" / "random" / "boot_id"
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine. `created_time` is psutil's, in seconds; with the pid it identifies one process."""
+    """A process of this machine. `started` is its start, which no setting of the clock changes; with the pid it
+    identifies one process."""
 
     pid: int
-    created_time: float
+    started: str
     name: str
 
 
-def describe(process: psutil.Process) -> Process:
-    return Process(process.pid, process.create_time(), process.name())
+def describe(process: psutil.Process, name: str | None = None) -> Process:
+    """What identifies a process, with its own name or this one.
+
+    Raises:
+        psutil.NoSuchProcess: it is gone.
+    """
+    return Process(process.pid, _started(process), process.name() if name is None else name)
 
 
 def is_running(recorded: Process) -> bool:
@@ -80,7 +88,18 @@ def _is_stranger(recorded: Process) -> bool:
 
 
 def _same(process: psutil.Process, recorded: Process) -> bool:
-    return bool(abs(process.create_time() - recorded.created_time) < CLOCK_DRIFT_S)
+    return _started(process) == recorded.started
+
+
+def _started(process: psutil.Process) -> str:
+    """On Linux the boot, and the clock ticks since then (field 22 in proc_pid_stat(5)). psutil adds these to the time
+    of the boot, which moves when the clock is set, as after a virtual machine stood still: a living process seemed to
+    be another one. Other systems keep the time itself."""
+    try:
+        stat = (PROC / str(process.pid) / "stat").read_text()
+        return f"{BOOT_ID.read_text().strip()}/{stat.rpartition(')')[2].split()[19]}"
+    except (FileNotFoundError, ProcessLookupError):
+        return f"{process.create_time():.3f}"
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

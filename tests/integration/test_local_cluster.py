@@ -17,7 +17,7 @@ import pytest
 from orchestrator.cluster import local
 from orchestrator.cluster.local import ClusterRecord, environment
 from orchestrator.cluster.processes import Process, is_running, living_of
-from orchestrator.errors import ClusterUnreachable, UsageError
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 from orchestrator.protocol.codec import to_plain
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -126,9 +126,9 @@ def test_a_cluster_that_was_killed_is_noticed_and_cleared_away(home: Path) -> No
 def test_a_record_whose_pid_was_reused_kills_no_process(home: Path, tmp_path: Path) -> None:
     stranger = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
-        reused = Process(stranger.pid, psutil.Process(stranger.pid).create_time() - 60.0, "ray start")
+        reused = Process(stranger.pid, "an earlier start", "ray start")
         temp_dir, token, log = (str(tmp_path / name) for name in ("temp", "token", "log"))
-        record = ClusterRecord("127.0.0.1:1", 2, temp_dir, token, log, reused.created_time, reused, (reused,))
+        record = ClusterRecord("127.0.0.1:1", 2, temp_dir, token, log, 0.0, reused, (reused,))
         path = home / "clusters" / "local" / "cluster.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(to_plain(record)))
@@ -137,6 +137,18 @@ def test_a_record_whose_pid_was_reused_kills_no_process(home: Path, tmp_path: Pa
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_a_record_of_another_version_is_named_and_kept(home: Path) -> None:
+    path = home / "clusters" / "local" / "cluster.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"address": "127.0.0.1:1", "head": {"pid": 1, "created_time": 0.0}}')
+    try:
+        with pytest.raises(OrchestratorError, match=r"cluster\.json can't be read.*another version"):
+            local.up(2)
+        assert path.exists()
+    finally:
+        path.unlink()
 
 
 def test_a_failed_start_is_an_error_and_is_cleaned_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Real processes of our own: a shell that leads a session, with children."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -47,10 +48,21 @@ def test_orphans_are_found_when_the_leader_is_gone(session: Session) -> None:
 
 
 def test_a_stranger_with_a_reused_pid_is_left_alone(session: Session) -> None:
-    earlier = replace(session.leader, created_time=session.leader.created_time - 60)
+    earlier = replace(session.leader, started=f"{session.leader.started}0")
     assert not is_running(earlier)
     assert end_session(earlier, [earlier]) == ()
     assert is_running(session.leader) and all(map(runs, session.others))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the kernel keeps the time of the start itself")
+def test_a_process_is_the_same_after_the_clock_was_set(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = psutil.Process(session.leader.pid)
+    before = process.create_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 1e6)  # /proc/stat has the clock's time of the boot
+    assert abs(psutil.Process(process.pid).create_time() - before) > 60
+    assert is_running(session.leader)
+    assert end_session(session.leader, [session.leader]) == ()
+    assert not any(map(runs, session.others))
 
 
 def runs(pid: int) -> bool:
