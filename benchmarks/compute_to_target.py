@@ -68,7 +68,7 @@ SPENT = ("flops", "worker_s", "modelled_energy_j", "tokens")
 START = Setting(rows=16, lr=8e-3, width=48)
 LADDERS: Mapping[str, tuple[float, ...]] = {
     "rows": (4, 8, 16, 32, 64),
-    "lr": (4e-3, 8e-3, 16e-3, 32e-3),
+    "lr": (4e-3, 8e-3, 16e-3, 32e-3, 64e-3),
     "width": (24, 32, 48, 64),
 }
 QUICK_LADDERS: Mapping[str, tuple[float, ...]] = {"rows": (8, 16)}
