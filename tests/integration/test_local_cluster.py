@@ -144,7 +144,7 @@ def test_a_record_of_another_version_is_named_and_kept(home: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text('{"address": "127.0.0.1:1", "head": {"pid": 1, "created_time": 0.0}}')
     try:
-        with pytest.raises(OrchestratorError, match=r"cluster\.json can't be read.*another version"):
+        with pytest.raises(OrchestratorError, match=r"cluster\.json, can't be read.*another version"):
             local.up(2)
         assert path.exists()
     finally:
